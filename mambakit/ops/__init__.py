@@ -1,0 +1,24 @@
+"""Numerics: tensors and numbers in, tensors out. This package imports torch and nothing else of mambakit.
+
+An op is a folder:
+
+    api.py        the public function: the contract, the checks, the one entry
+    reference.py  plain PyTorch that reads like the paper; the oracle of every test
+    schema.py     the torch.library definition: schema, fake, autograd, and who implements it on which device
+    gpu.py        the CUDA implementation, imported at the first CUDA call
+    native.cpp    the CPU implementation, built when the package is
+
+Dimension glossary, used in every comment and docstring of the project:
+
+    b  batch                h  hidden size (d_model)     k  convolution width
+    l  length               d  inner channels (expand*h) v  vocabulary
+    s  packed sequences     n  state size                r  time-step rank
+
+Layout at every public boundary is channels last: ``(b, l, d)``.
+"""
+
+from mambakit.ops.causal_conv1d.api import causal_conv1d, causal_conv1d_
+from mambakit.ops.rms_norm.api import rms_norm
+from mambakit.ops.selective_scan.api import selective_scan, selective_scan_
+
+__all__ = ["causal_conv1d", "causal_conv1d_", "rms_norm", "selective_scan", "selective_scan_"]

@@ -1,0 +1,30 @@
+"""The one torch.library handle of the package, and the two ways an implementation is attached to an op."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+
+LIBRARY = torch.library.Library("mambakit", "FRAGMENT")
+
+
+def define(schema: str, reference: Callable, fake: Callable) -> None:
+    """Define ``mambakit::<schema>``; ``reference`` serves every device that has no implementation of its own."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mambakit::{name}", fake, lib=LIBRARY)
+
+
+def implement_on_cuda(name: str, module: str, function: str) -> None:
+    """Serve ``mambakit::<name>`` on CUDA by ``module.function``; the module is imported at the first CUDA call."""
+    loaded: list[Callable] = []
+
+    def call(*args):
+        if not loaded:
+            loaded.append(getattr(importlib.import_module(module), function))
+        return loaded[0](*args)
+
+    LIBRARY.impl(name, call, "CUDA")

@@ -1,0 +1,75 @@
+"""`mambakit::causal_conv1d`, its gradient and its in-place form, as torch.library ops.
+
+Implementations take exactly these positional arguments and return fresh contiguous tensors. ``activation`` is "" or
+"silu". Gradients of absent arguments are empty tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mambakit.ops._library import LIBRARY, define, implement_on_cuda
+from mambakit.ops.causal_conv1d import reference
+
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, str activation"
+
+
+def _fake(x, weight, bias, activation, initial_state, cu_seqlens):
+    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(x.shape), x.new_empty((rows, x.shape[2], weight.shape[1] - 1))
+
+
+def _backward_fake(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens):
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        weight.new_empty((0,)) if bias is None else bias.new_empty(bias.shape),
+        x.new_empty((0,)) if initial_state is None else initial_state.new_empty(initial_state.shape),
+    )
+
+
+def _forward_fake_(state, slot_indices, x, *rest):
+    return x.new_empty(x.shape)
+
+
+define(
+    f"causal_conv1d({_INPUTS}, Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor)",
+    reference.forward,
+    _fake,
+)
+define(
+    f"causal_conv1d_backward(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor? initial_state, Tensor? cu_seqlens)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.backward,
+    _backward_fake,
+)
+define(
+    f"causal_conv1d_(Tensor(a!) state, Tensor? slot_indices, {_INPUTS}, Tensor? cu_seqlens) -> Tensor",
+    reference.forward_,
+    _forward_fake_,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, activation, initial_state, cu_seqlens = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, initial_state, cu_seqlens)
+    ctx.activation = activation
+
+
+def _backward(ctx, dy, dfinal):
+    x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
+    if dy is None:
+        dy = x.new_zeros(x.shape)
+    dx, dweight, dbias, dinitial = torch.ops.mambakit.causal_conv1d_backward(
+        dy, dfinal, x, weight, bias, ctx.activation, initial_state, cu_seqlens
+    )
+    return dx, dweight, None if bias is None else dbias, None, None if initial_state is None else dinitial, None
+
+
+torch.library.register_autograd("mambakit::causal_conv1d", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+_GPU = "mambakit.ops.causal_conv1d.gpu"
+implement_on_cuda("causal_conv1d", _GPU, "forward")
+implement_on_cuda("causal_conv1d_backward", _GPU, "backward")
+implement_on_cuda("causal_conv1d_", _GPU, "forward_")

@@ -1,0 +1,1 @@
+"""The selective scan: the recurrence at the heart of Mamba."""

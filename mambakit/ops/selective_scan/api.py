@@ -1,0 +1,138 @@
+"""The public selective scan: contract, checks, and the one entry to `mambakit::selective_scan`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mambakit.ops import _checks
+from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The selective state space recurrence (arXiv 2312.00752, equation 2 and algorithm 2).
+
+        h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t
+        y_t = (C_t . h_t + D u_t) * silu(z_t)
+
+    Args:
+        u, delta, z: (b, l, d), one floating dtype. ``delta`` is the step before ``delta_bias`` and softplus.
+        A: (d, n) float32, the continuous-time diagonal (negative for a state that decays).
+        B, C: (b, l, n), the dtype of ``u``.
+        D, delta_bias: (d,) float32.
+        delta_softplus: pass ``delta + delta_bias`` through softplus, ``log1p(exp(x))`` in float32.
+        initial_state: (b, d, n) float32, the state before the first token; zeros when absent.
+        cu_seqlens: (s + 1,) int32. The batch is one row of s packed sequences, sequence i being tokens
+            ``cu_seqlens[i]:cu_seqlens[i + 1]``; no state passes between them, and states are (s, d, n).
+
+    Returns:
+        y (b, l, d) in the dtype of ``u``, and the state after the last token, (b, d, n) or (s, d, n) float32.
+
+    Differentiable in every floating input and through the final state; the gradient is deterministic. Arithmetic is
+    float32 whatever the inputs are (float64 when they are float64, on the reference path). Second derivatives are
+    not supported.
+
+    Raises:
+        ValueError: shapes, devices or cu_seqlens that do not fit each other.
+        TypeError: dtypes outside the contract.
+    """
+    _check("selective_scan", u, delta, A, B, C, D, z, delta_bias, cu_seqlens)
+    if initial_state is not None:
+        rows = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        letters = "(b, d, n)" if cu_seqlens is None else "(s, d, n)"
+        _checks.shape("selective_scan", "initial_state", initial_state, (rows, u.shape[2], A.shape[1]), letters)
+        _checks.dtype("selective_scan", "initial_state", initial_state, _parameter_dtype(u))
+        _checks.same_device("selective_scan", u.device, initial_state=initial_state)
+    differentiable = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    y, final_state, _ = torch.ops.mambakit.selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens,
+        CHECKPOINT_INTERVAL if needs_grad else 0,
+    )  # fmt: skip
+    return y, final_state
+
+
+def selective_scan_(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    state: Tensor,
+    slot_indices: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan` that continues from, and updates in place, a pool of states. For inference.
+
+    Args:
+        state: (slots, d, n) float32, read and written.
+        slot_indices: (b,) int32, or (s,) when packed: the slot of each row. Row i uses slot i when absent. A negative
+            slot starts from a zero state and keeps nothing (the padding rows of a captured graph).
+
+    The other arguments, and what is raised, are those of `selective_scan`; any l >= 1.
+
+    Returns:
+        y (b, l, d), and ``state`` itself.
+    """
+    op = "selective_scan_"
+    _check(op, u, delta, A, B, C, D, z, delta_bias, cu_seqlens)
+    _checks.no_grad_needed(op, u, delta, A, B, C, D, z, delta_bias, state)
+    _checks.require(
+        state.dim() == 3 and state.shape[1:] == (u.shape[2], A.shape[1]),
+        f"{op}: state has shape {tuple(state.shape)}, expected (slots, d, n) = (slots, {u.shape[2]}, {A.shape[1]})",
+    )
+    _checks.dtype(op, "state", state, _parameter_dtype(u))
+    _checks.same_device(op, u.device, state=state, slot_indices=slot_indices)
+    rows = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    _checks.slots(op, slot_indices, rows, state.shape[0])
+    y = torch.ops.mambakit.selective_scan_(
+        state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens
+    )
+    return y, state
+
+
+def _parameter_dtype(u: Tensor) -> tuple[torch.dtype, ...]:
+    return (torch.float64,) if u.dtype == torch.float64 else (torch.float32,)
+
+
+def _check(op, u, delta, A, B, C, D, z, delta_bias, cu_seqlens) -> None:
+    _checks.require(u.dim() == 3, f"{op}: u has shape {tuple(u.shape)}, expected (b, l, d)")
+    b, length, d = u.shape
+    _checks.require(A.dim() == 2, f"{op}: A has shape {tuple(A.shape)}, expected (d, n)")
+    n = A.shape[1]
+    _checks.dtype(op, "u", u, _checks.FLOATING)
+    _checks.shape(op, "delta", delta, (b, length, d), "(b, l, d)")
+    _checks.shape(op, "A", A, (d, n), "(d, n)")
+    _checks.shape(op, "B", B, (b, length, n), "(b, l, n)")
+    _checks.shape(op, "C", C, (b, length, n), "(b, l, n)")
+    for name, tensor in (("delta", delta), ("B", B), ("C", C)):
+        _checks.dtype(op, name, tensor, (u.dtype,))
+    _checks.dtype(op, "A", A, _parameter_dtype(u))
+    if z is not None:
+        _checks.shape(op, "z", z, (b, length, d), "(b, l, d)")
+        _checks.dtype(op, "z", z, (u.dtype,))
+    for name, vector in (("D", D), ("delta_bias", delta_bias)):
+        if vector is not None:
+            _checks.shape(op, name, vector, (d,), "(d,)")
+            _checks.dtype(op, name, vector, _parameter_dtype(u))
+    _checks.same_device(op, u.device, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, cu_seqlens=cu_seqlens)
+    if cu_seqlens is not None:
+        _checks.cu_seqlens(op, cu_seqlens, b, length)

@@ -1,0 +1,106 @@
+"""`mambakit::selective_scan`, its gradient and its in-place form, as torch.library ops.
+
+Implementations take exactly these positional arguments and return fresh contiguous tensors. ``checkpoints`` are the
+states that enter every ``checkpoint_interval``-th token, float32 (b, ceil(l / interval), d, n), kept for the gradient;
+an interval of 0 keeps none (an empty tensor). Gradients of absent arguments are empty tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mambakit.ops._library import LIBRARY, define, implement_on_cuda
+from mambakit.ops.selective_scan import reference
+
+# 64 bytes of state per channel every 128 tokens is half a byte per element, against 2 for one bfloat16 activation.
+CHECKPOINT_INTERVAL = 128
+
+_INPUTS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus"
+)
+
+
+def _state_shape(u, A, cu_seqlens):
+    rows = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return rows, u.shape[2], A.shape[1]
+
+
+def _state_dtype(u):
+    return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+def _fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoint_interval):
+    dtype = _state_dtype(u)
+    b, length, d = u.shape
+    if checkpoint_interval == 0:
+        checkpoints = u.new_empty((0,), dtype=dtype)
+    else:
+        count = (length + checkpoint_interval - 1) // checkpoint_interval
+        checkpoints = u.new_empty((b, count, d, A.shape[1]), dtype=dtype)
+    return u.new_empty(u.shape), u.new_empty(_state_shape(u, A, cu_seqlens), dtype=dtype), checkpoints
+
+
+def _backward_fake(
+    dy, dfinal, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval
+):
+    dtype = _state_dtype(u)
+    like = lambda x, dt: u.new_empty((0,), dtype=dt) if x is None else x.new_empty(x.shape, dtype=dt)  # noqa: E731
+    return (
+        like(u, u.dtype), like(delta, u.dtype), like(A, dtype), like(B, u.dtype), like(C, u.dtype),
+        like(D, dtype), like(z, u.dtype), like(delta_bias, dtype), like(initial_state, dtype),
+    )  # fmt: skip
+
+
+def _forward_fake_(state, slot_indices, u, *rest):
+    return u.new_empty(u.shape)
+
+
+define(
+    f"selective_scan({_INPUTS}, Tensor? initial_state, Tensor? cu_seqlens, int checkpoint_interval)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference.forward,
+    _fake,
+)
+define(
+    f"selective_scan_backward(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor? initial_state, Tensor? cu_seqlens,"
+    " Tensor checkpoints, int checkpoint_interval)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.backward,
+    _backward_fake,
+)
+define(
+    f"selective_scan_(Tensor(a!) state, Tensor? slot_indices, {_INPUTS}, Tensor? cu_seqlens) -> Tensor",
+    reference.forward_,
+    _forward_fake_,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, delta_softplus, initial_state, cu_seqlens, interval = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, initial_state, cu_seqlens, output[2])
+    ctx.delta_softplus, ctx.interval = delta_softplus, interval
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward(ctx, dy, dfinal, _):
+    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, checkpoints = ctx.saved_tensors
+    if dy is None:
+        dy = u.new_zeros(u.shape)
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = torch.ops.mambakit.selective_scan_backward(
+        dy, dfinal, u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus,
+        initial_state, cu_seqlens, checkpoints, ctx.interval,
+    )  # fmt: skip
+    present = lambda x, grad: None if x is None else grad  # noqa: E731
+    return (
+        du, ddelta, dA, dB, dC, present(D, dD), present(z, dz), present(delta_bias, dbias), None,
+        present(initial_state, dinitial), None, None,
+    )  # fmt: skip
+
+
+torch.library.register_autograd("mambakit::selective_scan", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+_GPU = "mambakit.ops.selective_scan.gpu"
+implement_on_cuda("selective_scan", _GPU, "forward")
+implement_on_cuda("selective_scan_backward", _GPU, "backward")
+implement_on_cuda("selective_scan_", _GPU, "forward_")
