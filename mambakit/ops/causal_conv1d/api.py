@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mambakit.ops import _checks
+from mambakit.ops.causal_conv1d import schema  # noqa: F401, defines the op
 
 
 def causal_conv1d(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mambakit.ops import _checks
+from mambakit.ops.rms_norm import schema  # noqa: F401, defines the op
 
 
 def rms_norm(

@@ -1,0 +1,1 @@
+"""Models for transformers' interfaces: configurations, Mamba and FalconMamba, checkpoints, Auto classes."""

@@ -1,0 +1,69 @@
+"""Configurations: transformers' fields, names and defaults, checked when they are made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+from mambakit.models.initialization import UNSET_RANGE, uses_mamba_ssm_recipe
+
+
+class MambaConfig(transformers.MambaConfig):
+    """Configuration of a Mamba model. Every field is transformers' `MambaConfig`'s, with its default and meaning.
+
+    Two notes on meaning:
+
+    - ``initializer_range``: when it is given (by the caller or by a loaded file), a new model's linear layers and
+      embeddings are drawn from N(0, initializer_range), as in transformers. When it is not, a new model starts as
+      mamba_ssm's does, whose first loss is near ln(vocab_size); see `mambakit.models.initialization`.
+    - ``use_mambapy`` and ``use_associative_scan`` choose between transformers' slow paths. mambakit has one forward;
+      the fields are read and kept, and change nothing.
+    """
+
+    initializer_range: float = UNSET_RANGE
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        _check(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        return _without_unset_range(super().to_dict())
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return _without_unset_range(super().to_diff_dict())
+
+
+class FalconMambaConfig(transformers.FalconMambaConfig):
+    """Configuration of a FalconMamba model: Mamba with a weight-less RMSNorm (``mixer_rms_eps``) on dt, B and C."""
+
+    initializer_range: float = UNSET_RANGE
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        _check(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        return _without_unset_range(super().to_dict())
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return _without_unset_range(super().to_diff_dict())
+
+
+def _check(config: MambaConfig | FalconMambaConfig) -> None:
+    for field in ("vocab_size", "hidden_size", "state_size", "expand", "conv_kernel", "time_step_rank"):
+        if getattr(config, field) < 1:
+            raise ValueError(f"{field} is {getattr(config, field)}; it must be 1 or more")
+    if config.num_hidden_layers < 0:
+        raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}; it must be 0 or more")
+    if config.time_step_init_scheme not in ("random", "constant"):
+        raise ValueError(f"time_step_init_scheme is {config.time_step_init_scheme!r}; use 'random' or 'constant'")
+    if not 0 < config.time_step_min <= config.time_step_max:
+        raise ValueError(f"time_step_min {config.time_step_min} and time_step_max {config.time_step_max} must satisfy 0 < min <= max")
+
+
+def _without_unset_range(fields: dict[str, Any]) -> dict[str, Any]:
+    """A range that nobody gave is not written, or a later reader would take it for given."""
+    if "initializer_range" in fields and uses_mamba_ssm_recipe(fields["initializer_range"]):
+        del fields["initializer_range"]
+    return fields

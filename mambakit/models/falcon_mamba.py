@@ -1,0 +1,18 @@
+"""FalconMamba: Mamba with a weight-less RMSNorm on dt, B and C (the mixer reads ``mixer_rms_eps``)."""
+
+from __future__ import annotations
+
+from mambakit.models.configuration import FalconMambaConfig
+from mambakit.models.mamba import MambaForCausalLM, MambaForSequenceClassification, MambaModel
+
+
+class FalconMambaModel(MambaModel):
+    config_class = FalconMambaConfig
+
+
+class FalconMambaForCausalLM(MambaForCausalLM):
+    config_class = FalconMambaConfig
+
+
+class FalconMambaForSequenceClassification(MambaForSequenceClassification):
+    config_class = FalconMambaConfig

@@ -1,0 +1,164 @@
+"""generate(): transformers' GenerationMixin, made exact for a model whose cache is a state.
+
+What is done here and not there: prompts padded on any side, a state that already holds tokens, prompts read in chunks
+(``prefill_chunk_size``), and a ``seed`` of the call's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from mambakit.models.inputs import require_mamba_cache
+from mambakit.modules import MambaCache
+
+
+class StatefulGenerationMixin(GenerationMixin):
+    """`generate` with transformers' arguments and return values."""
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, generation_config=None, *args, seed: int | None = None, **kwargs):
+        """Generate tokens. Arguments and results are transformers' `GenerationMixin.generate`, and besides:
+
+        Args:
+            inputs: (b, l) prompt ids, padded on either side as ``attention_mask`` says; each row continues after its
+                last real token.
+            cache_params: a `MambaCache` to continue from (``past_key_values`` is another name). ``inputs`` are then the
+                tokens after it; or everything from the first token on, where the cache came from `generate` and the
+                attention mask is no longer than ``inputs``. It is brought up to date in place, unless rows are
+                multiplied (beams, several return sequences).
+            prefill_chunk_size: read the prompt this many tokens at a time; memory does not grow with its length.
+            seed: seeds this call's sampling alone; the global generator is left as it was.
+        """
+        if seed is not None:
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                return self.generate(inputs, generation_config, *args, **kwargs)
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        cache = require_mamba_cache(_one_of(kwargs, "cache_params", "past_key_values"))
+        mask = kwargs.pop("attention_mask", None)
+        chunk = kwargs.pop("prefill_chunk_size", None) or getattr(generation_config, "prefill_chunk_size", None)
+        if input_ids is None:  # from inputs_embeds, or from a bos token alone
+            if chunk:
+                raise ValueError("prefill_chunk_size reads input_ids in chunks; give the prompt as input_ids")
+            if mask is not None:
+                _require_left_padding(mask)
+            if cache is not None:
+                kwargs["cache_params"] = cache
+            return super().generate(inputs, generation_config, *args, attention_mask=mask, **kwargs)
+
+        given = input_ids
+        cached = 0 if cache is None else _cached_columns(cache, input_ids, mask)
+        new = input_ids.shape[1] - cached
+        if new < 1:
+            raise ValueError(f"input_ids has {input_ids.shape[1]} tokens, all in the cache already; give at least one more")
+        if mask is not None:
+            order = mask[:, -new:].to(torch.bool).to(torch.int8).argsort(dim=1, stable=True)  # padding to the left
+            input_ids = torch.cat([input_ids[:, :cached], input_ids[:, cached:].gather(1, order)], 1)
+            mask = torch.cat([mask[:, :-new], mask[:, -new:].gather(1, order)], 1)
+
+        settings = generation_config or self.generation_config
+        if implementation := _setting(kwargs, settings, "cache_implementation", None):
+            raise ValueError(f"cache_implementation={implementation!r}: a Mamba state has one form; drop the argument")
+        copies = max(
+            _setting(kwargs, settings, "num_beams", 1), _setting(kwargs, settings, "num_return_sequences", 1)
+        )
+        use_cache = _setting(kwargs, settings, "use_cache", True)
+        if chunk:
+            if not use_cache:
+                raise ValueError("prefill_chunk_size keeps the prompt in a cache; drop use_cache=False")
+            if cache is None:
+                cache = self.backbone.new_cache(input_ids.shape[0])
+            cached = self._prefill_in_chunks(input_ids, mask, cache, cached, int(chunk))
+        if cache is not None:
+            if copies > 1:
+                cache = cache.clone()
+                cache.batch_repeat_interleave(copies)
+            kwargs["cache_params"] = cache
+            kwargs["cached_columns"] = cached
+        result = super().generate(input_ids, generation_config, *args, attention_mask=mask, **kwargs)
+
+        sequences = result if isinstance(result, Tensor) else result.sequences
+        if given is not input_ids:
+            repeats = sequences.shape[0] // given.shape[0]
+            sequences[:, : given.shape[1]] = given.repeat_interleave(repeats, 0)  # the prompt as it was given
+        if not isinstance(result, Tensor) and (final := getattr(result, "past_key_values", None)) is not None:
+            final.remember_tail(sequences)
+        return result
+
+    def _prefill_in_chunks(self, ids: Tensor, mask: Tensor | None, cache: MambaCache, cached: int, chunk: int) -> int:
+        """Read all of the prompt but its last token; returns how many columns the cache then holds of ``ids``."""
+        if chunk < 1:
+            raise ValueError(f"prefill_chunk_size is {chunk}; it must be 1 or more")
+        end = ids.shape[1] - 1
+        offset = 0 if mask is None else mask.shape[1] - ids.shape[1]
+        for start in range(cached, end, chunk):
+            stop = min(end, start + chunk)
+            part = None if mask is None else mask[:, offset + start : offset + stop]
+            self.backbone(ids[:, start:stop], attention_mask=part, cache_params=cache)
+        return end
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' hook: nothing to prepare, the first forward makes a `MambaCache` of the right size."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        cache_params: MambaCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cached_columns: int = 0,
+        is_first_iteration: bool | None = False,
+        next_sequence_length: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The inputs of one step: the prompt's columns that are not in the cache at first, then the last token."""
+        step: dict[str, Any] = {"use_cache": use_cache, "cache_params": cache_params}
+        if is_first_iteration or not use_cache:
+            step["attention_mask"] = attention_mask
+            if inputs_embeds is not None and is_first_iteration:
+                step["inputs_embeds"] = inputs_embeds
+            else:
+                step["input_ids"] = input_ids[:, cached_columns:]
+        else:
+            step["input_ids"] = input_ids[:, -1:]  # every row has a real token here, so no mask
+        for name in ("output_hidden_states", "logits_to_keep", "return_dict"):
+            if name in kwargs:
+                step[name] = kwargs[name]
+        return step
+
+
+def _one_of(kwargs: dict[str, Any], *names: str) -> Any:
+    given = [kwargs.pop(name) for name in names if kwargs.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(names)} are two names of one argument; give one")
+    return given[0] if given else None
+
+
+def _setting(kwargs: dict[str, Any], settings: Any, name: str, default: Any) -> Any:
+    value = kwargs.get(name)
+    value = getattr(settings, name, None) if value is None else value
+    return default if value is None else value
+
+
+def _cached_columns(cache: MambaCache, input_ids: Tensor, mask: Tensor | None) -> int:
+    """How many leading columns of ``input_ids`` the cache already holds: none of them, or all it has seen."""
+    seen, length = cache.get_seq_length(), input_ids.shape[1]
+    if seen == 0 or length <= seen or (mask is not None and mask.shape[1] == seen + length):
+        return 0
+    if cache.ends_with(input_ids[:, :seen]):
+        return seen
+    raise ValueError(
+        f"the cache has seen {seen} tokens and input_ids has {length}: it is not clear whether they are all new, and their "
+        f"first {seen} are not the tokens this cache was left with. If all are new, pass an attention_mask of shape "
+        f"{(input_ids.shape[0], seen + length)}; if not, pass only the new ones"
+    )
+
+
+def _require_left_padding(mask: Tensor) -> None:
+    if bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise ValueError("inputs_embeds are padded on the right or inside; pad them on the left, or give input_ids")

@@ -1,0 +1,308 @@
+"""MambaModel, MambaForCausalLM and MambaForSequenceClassification: transformers' names, keys and arguments.
+
+Only PreTrainedModel, GenerationMixin and ModelOutput are taken from transformers: what else lies there has come and
+gone between its releases.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mambakit.models.checkpoints import CheckpointMixin
+from mambakit.models.configuration import MambaConfig
+from mambakit.models.generate import StatefulGenerationMixin
+from mambakit.models.initialization import initialize
+from mambakit.models.inputs import packing_of, require_mamba_cache, shifted_labels
+from mambakit.models.outputs import MambaCausalLMOutput, MambaOutput, MambaSequenceClassifierOutput
+from mambakit.modules import MambaBlock, MambaCache, RMSNorm
+
+
+class MambaPreTrainedModel(CheckpointMixin, PreTrainedModel):
+    """What all Mamba models share: the configuration class, initialisation, and which parameters stay float32."""
+
+    config_class = MambaConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
+    _no_split_modules = ["MambaBlock"]
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = ["A_log", "mixer.D", "dt_proj.bias"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialize(module, self.config)
+
+
+class MambaModel(MambaPreTrainedModel):
+    """Embeddings, layers and final norm (arXiv 2312.00752, section 3.4)."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MambaBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    def new_cache(self, batch_size: int) -> MambaCache:
+        """A zero state for ``batch_size`` rows, on this model's device and in its dtype."""
+        weight = self.norm_f.weight
+        return MambaCache(self.config, batch_size, weight.device, weight.dtype)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: MambaCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: MambaCache | None = None,
+        output_attentions: bool | None = None,
+    ) -> MambaOutput | tuple:
+        """Run the model over new tokens.
+
+        Args:
+            input_ids: (b, l) int64; or ``inputs_embeds`` (b, l, h) in its place.
+            cache_params: the state before the first of these tokens, any number of them; it is brought up to date.
+                ``past_key_values`` is another name of it.
+            use_cache: make and return a state when none is given; the configuration's value, off while training.
+            output_hidden_states: return the residual stream after each layer.
+            return_dict: False for a tuple.
+            attention_mask: (b, l), 0 where a token is padding: left, right or anywhere. Padding changes no state; the
+                outputs there are zero. A mask that also covers the tokens already in the state is cut to the new ones.
+            position_ids: (b, l). Positions that restart begin a new document: no state passes into it.
+            cu_seqlens: (s + 1,) int32; ``input_ids`` is one row of s packed sequences. With a cache, sequence i
+                continues row i.
+            output_attentions: must be false; there are no attentions.
+
+        Returns:
+            `MambaOutput`, or its fields that are not None as a tuple.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if output_attentions:
+            raise ValueError("output_attentions=True: a Mamba model has no attentions; ask for output_hidden_states")
+        if cache_params is not None and past_key_values is not None and cache_params is not past_key_values:
+            raise ValueError("cache_params and past_key_values are two names of one argument; give one")
+        cache = require_mamba_cache(cache_params if cache_params is not None else past_key_values)
+        config = self.config
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return_dict = config.return_dict if return_dict is None else return_dict
+        checkpointing = self.gradient_checkpointing and self.training
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
+        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        b, length = x.shape[:2]
+        packing = packing_of((b, length), x.device, attention_mask, position_ids, cu_seqlens, cache)
+        if cache is None and use_cache and not checkpointing:
+            cache = self.new_cache(b if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        if cache is not None and checkpointing:
+            raise ValueError("gradient checkpointing runs layers twice and would move the state twice; drop the cache")
+
+        if packing is not None:
+            x = packing.pack(x)
+        unpack = (lambda t: t) if packing is None else packing.unpack
+        streams: list[Tensor] = []  # the residual stream that enters each layer; the first is the embeddings
+        residual = None
+        for block in self.layers:
+            if checkpointing:
+                x, residual = self._gradient_checkpointing_func(block.__call__, x, residual, None, packing)
+            else:
+                x, residual = block(x, residual, cache, packing)
+            streams.append(residual)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x, residual = self.norm_f(x, residual, wide if config.residual_in_fp32 else None)
+        x = unpack(x)
+        if cache is not None:
+            cache.advance(length)
+        hidden_states = None
+        if output_hidden_states:
+            hidden_states = (*(unpack(t) for t in [*streams[1:], residual][: len(streams)]), x)
+        output = MambaOutput(last_hidden_state=x, cache_params=cache, hidden_states=hidden_states)
+        return output if return_dict else output.to_tuple()
+
+
+class MambaForCausalLM(StatefulGenerationMixin, MambaPreTrainedModel):
+    """`MambaModel` with a language modelling head, tied to the embeddings unless the configuration says otherwise."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+
+    def __init__(self, config: MambaConfig):
+        super().__init__(config)
+        self.backbone = MambaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: MambaCache | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: MambaCache | None = None,
+        output_attentions: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> MambaCausalLMOutput | tuple:
+        """Next-token logits, and the loss when ``labels`` are given. Arguments not listed are `MambaModel.forward`'s.
+
+        Args:
+            labels: (b, l) int64, the input tokens themselves: they are shifted here. -100 is left out, and so are padding
+                and the first token of a packed document, which nothing precedes.
+            logits_to_keep: only the last this many positions' logits (0: all), or a tensor of positions.
+            num_items_in_batch: divide the summed loss by this instead of the number of labels (gradient accumulation).
+
+        Returns:
+            `MambaCausalLMOutput` with ``logits`` (b, l, v) in float32.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        output = self.backbone(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
+            past_key_values=past_key_values,
+            output_attentions=output_attentions,
+        )
+        hidden = output.last_hidden_state
+        if isinstance(logits_to_keep, Tensor):
+            hidden = hidden[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        logits = self.lm_head(hidden)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        loss = None
+        if labels is not None:
+            if logits.shape[1] != labels.shape[1]:
+                raise ValueError(
+                    f"labels cover {labels.shape[1]} positions but logits_to_keep left {logits.shape[1]}; "
+                    "leave logits_to_keep at 0 when training"
+                )
+            targets = shifted_labels(labels, attention_mask, position_ids, cu_seqlens)
+            loss = nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), reduction="mean" if num_items_in_batch is None else "sum"
+            )
+            if num_items_in_batch is not None:
+                loss = loss / num_items_in_batch
+        result = MambaCausalLMOutput(
+            loss=loss, logits=logits, cache_params=output.cache_params, hidden_states=output.hidden_states
+        )
+        return result if return_dict else result.to_tuple()
+
+
+class MambaForSequenceClassification(MambaPreTrainedModel):
+    """`MambaModel` with a linear head (``score``) on the state of the last real token."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.backbone = MambaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: MambaCache | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        past_key_values: MambaCache | None = None,
+        output_attentions: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> MambaSequenceClassifierOutput | tuple:
+        """Class scores (b, labels) from the last token that ``attention_mask`` keeps.
+
+        Without a mask, the last token that is not ``pad_token_id`` counts; a row of nothing but padding is an error.
+        ``labels`` (b,) int64 classifies, float regresses with one label, and (b, labels) float is multi-label; the
+        configuration's ``problem_type`` decides where it is set.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            padding = input_ids == self.config.pad_token_id
+            # Trailing padding only: the same id may well be a real token (a separator) further in front.
+            trailing = padding.flip(1).cumprod(1).flip(1).bool()
+            attention_mask = (~trailing).to(torch.int64) if bool(trailing.any()) else None
+        output = self.backbone(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            output_attentions=output_attentions,
+        )
+        hidden = output.last_hidden_state
+        b, length = hidden.shape[:2]
+        if attention_mask is None:
+            pooled = hidden[:, -1]
+        else:
+            keep = attention_mask[:, -length:].to(hidden.device).bool()
+            if not bool(keep.any(1).all()):
+                raise ValueError("a row has no real token to pool on; drop the row or correct attention_mask")
+            positions = torch.arange(length, device=hidden.device)
+            pooled = hidden[torch.arange(b, device=hidden.device), (positions * keep).argmax(1)]
+        logits = self.score(pooled)
+        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+        result = MambaSequenceClassifierOutput(
+            loss=loss, logits=logits, cache_params=output.cache_params, hidden_states=output.hidden_states
+        )
+        return result if return_dict else result.to_tuple()
+
+    def _loss(self, logits: Tensor, labels: Tensor, num_items: Any) -> Tensor:
+        problem = self.config.problem_type
+        if problem is None:
+            if self.num_labels == 1:
+                problem = "regression"
+            else:
+                problem = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        reduction = "mean" if num_items is None else "sum"
+        logits = logits.float()
+        if problem == "regression":
+            loss = nn.functional.mse_loss(logits.squeeze(-1), labels.float().reshape(logits.squeeze(-1).shape), reduction=reduction)
+        elif problem == "multi_label_classification":
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction=reduction)
+        else:
+            loss = nn.functional.cross_entropy(logits, labels.view(-1), reduction=reduction)
+        return loss if num_items is None else loss / num_items

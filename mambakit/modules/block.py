@@ -1,0 +1,40 @@
+"""MambaBlock: norm, then mixer, with the residual addition fused into the next norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mambakit.modules.cache import MambaCache
+from mambakit.modules.mixer import MambaMixer
+from mambakit.modules.norm import RMSNorm
+from mambakit.modules.packing import Packing
+
+
+class MambaBlock(nn.Module):
+    """One layer. It takes the previous mixer's output and the residual stream apart, and returns them apart: their sum is
+    formed inside the next norm, so that the residual is read and written once per layer."""
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__()
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = MambaMixer(config, layer_idx)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        cache_params: MambaCache | None = None,
+        packing: Packing | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(b, l, h) mixer output of the layer before (the embeddings at first) and the residual stream, or None at first.
+
+        Returns this layer's mixer output, and the stream before it was added.
+        """
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        residual_dtype = wide if self.residual_in_fp32 else self.norm.weight.dtype
+        y, residual = self.norm(x, residual, residual_dtype)
+        return self.mixer(y, cache_params, packing), residual

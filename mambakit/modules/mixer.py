@@ -1,0 +1,160 @@
+"""MambaMixer: the selective state space layer (arXiv 2312.00752, figure 3 and algorithm 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambakit.modules.cache import MambaCache
+from mambakit.modules.packing import Packing
+from mambakit.ops import causal_conv1d, causal_conv1d_, rms_norm, selective_scan, selective_scan_
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class TimeStepProjection(nn.Linear):
+    """(r) -> (d) without adding its bias: the scan adds it in float32, right before the softplus.
+
+    The bias stays float32 when the model is cast to a half dtype.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight)
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        return super()._apply(lambda t: _keep_float32(fn, t) if t.dim() == 1 else fn(t), recurse)
+
+
+class MambaMixer(nn.Module):
+    """The Mamba layer: state in, state out, and one forward for training, prefill and decode.
+
+    Without a cache it trains. With one, the same code prefills, continues and decodes, for any number of new tokens.
+
+    Args:
+        config: a `MambaConfig` (or any object with its fields).
+        layer_idx: which layer's states of the cache are this layer's.
+    """
+
+    def __init__(self, config: Any, layer_idx: int = 0):
+        super().__init__()
+        h, d, n = config.hidden_size, config.intermediate_size, config.state_size
+        self.layer_idx = layer_idx
+        self.hidden_size, self.intermediate_size, self.ssm_state_size = h, d, n
+        self.conv_kernel_size = config.conv_kernel
+        self.time_step_rank = int(config.time_step_rank)
+        self.in_proj = nn.Linear(h, 2 * d, bias=config.use_bias)
+        # The module holds the weights under their usual names; the op that runs is causal_conv1d.
+        self.conv1d = nn.Conv1d(d, d, config.conv_kernel, groups=d, bias=config.use_conv_bias)
+        self.x_proj = nn.Linear(d, self.time_step_rank + 2 * n, bias=False)
+        self.dt_proj = TimeStepProjection(self.time_step_rank, d, bias=True)
+        self.A_log = nn.Parameter(torch.log(torch.arange(1, n + 1, dtype=torch.float32)).repeat(d, 1))
+        self.D = nn.Parameter(torch.ones(d, dtype=torch.float32))
+        self.out_proj = nn.Linear(d, h, bias=config.use_bias)
+        # FalconMamba normalises dt, B and C without weights; plain Mamba has no such field.
+        self.mixer_rms_eps: float | None = getattr(config, "mixer_rms_eps", None)
+        self._set_activation(config.hidden_act)
+
+    def _set_activation(self, name: str) -> None:
+        """SiLU runs inside the convolution; any other activation of transformers' table follows it."""
+        if name in ("silu", "swish"):
+            self.conv_activation: str | None = "silu"
+            self.act: Callable | None = None
+            return
+        from transformers.activations import ACT2FN
+
+        if name not in ACT2FN:
+            raise ValueError(f"hidden_act {name!r} is not known; choose one of {sorted(ACT2FN)}")
+        self.conv_activation, self.act = None, ACT2FN[name]
+
+    def forward(
+        self, hidden_states: Tensor, cache_params: MambaCache | None = None, packing: Packing | None = None
+    ) -> Tensor:
+        """Mix over time.
+
+        Args:
+            hidden_states: (b, l, h), or the packed row (1, total, h) with ``packing``.
+            cache_params: read as the state before the first token and left as the state after the last.
+            packing: where the sequences of a packed row start, and their cache rows.
+
+        Returns:
+            (b, l, h).
+        """
+        x, z = self.in_proj(hidden_states).chunk(2, -1)  # (b, l, d) each
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+        in_place = cache_params is not None and not torch.is_grad_enabled() and (packing is None or packing.in_place)
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        conv_state = ssm_state = slots = None
+        if cache_params is not None and in_place:
+            conv_state, ssm_state = cache_params.conv_states[self.layer_idx], cache_params.ssm_states[self.layer_idx]
+            slots = None if packing is None else packing.read.to(torch.int32)
+        elif cache_params is not None:
+            conv_state, ssm_state = cache_params.layer(self.layer_idx, None if packing is None else packing.read)
+
+        if in_place:
+            x, _ = causal_conv1d_(
+                x, weight, bias, self.conv_activation, state=conv_state, slot_indices=slots, cu_seqlens=cu_seqlens
+            )
+        else:
+            x, conv_state = causal_conv1d(
+                x, weight, bias, self.conv_activation, initial_state=conv_state, cu_seqlens=cu_seqlens
+            )
+        if self.act is not None:
+            x = self.act(x)
+
+        scan_inputs = self._scan_inputs(x, z)
+        if in_place:
+            y, _ = selective_scan_(*scan_inputs, state=ssm_state, slot_indices=slots, cu_seqlens=cu_seqlens)
+        else:
+            y, ssm_state = selective_scan(*scan_inputs, initial_state=ssm_state, cu_seqlens=cu_seqlens)
+            if cache_params is not None:
+                rows = None if packing is None else packing.write
+                cache_params.update(self.layer_idx, conv_state, ssm_state, rows)
+        return self.out_proj(y)
+
+    def _scan_inputs(self, x: Tensor, z: Tensor) -> tuple:
+        """The selection: delta, B and C from the input (algorithm 2, lines 2 to 4)."""
+        r, n = self.time_step_rank, self.ssm_state_size
+        dt, B, C = self.x_proj(x).split([r, n, n], -1)
+        if self.mixer_rms_eps is not None:
+            dt, B, C = (rms_norm(t, None, self.mixer_rms_eps)[0] for t in (dt, B, C))
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        A = -torch.exp(self.A_log.to(dtype))
+        bias = self._time_step_bias()
+        if bias is not None:
+            bias = bias.to(dtype)
+        return x, self.dt_proj(dt), A, B, C, self.D.to(dtype), z, bias, True
+
+    def _time_step_bias(self) -> Tensor | None:
+        """dt_proj's bias where dt_proj leaves it to the scan.
+
+        A wrapper (LoRA) keeps the projection inside; a replacement that is a plain linear layer (a quantised one, say)
+        adds its bias itself.
+        """
+        for module in self.dt_proj.modules():
+            if isinstance(module, TimeStepProjection):
+                return module.bias
+        return None
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(lambda t: _keep_float32(fn, t), recurse=False)  # A_log and D
+
+    def extra_repr(self) -> str:
+        return f"h={self.hidden_size}, d={self.intermediate_size}, n={self.ssm_state_size}, layer={self.layer_idx}"
+
+
+def _keep_float32(fn: Callable, t: Tensor) -> Tensor:
+    """Apply ``fn`` (a cast, a move) without its cast of float32 to a half dtype.
+
+    A_log, D and the time step's bias steer the recurrence's decays: their rounding would compound over time.
+    """
+    out = fn(t)
+    if t.dtype == torch.float32 and out.dtype in _HALF:
+        return torch.empty_like(t, device="meta") if out.device.type == "meta" else t.to(out.device)
+    return out

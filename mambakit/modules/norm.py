@@ -1,0 +1,43 @@
+"""RMSNorm as a module: the residual addition and the norm in one op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mambakit.ops import rms_norm
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (arXiv 1910.07467) with a learned weight (h,).
+
+    ``norm(x, residual, residual_dtype=...)`` returns ``(y, residual)``: the sum of both, and its norm. y has the dtype
+    that the following linear layer computes in (the weight's, or autocast's), so nothing is cast twice.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, residual_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return rms_norm(
+            x,
+            self.weight,
+            self.eps,
+            residual=residual,
+            residual_dtype=residual_dtype,
+            out_dtype=compute_dtype(x.device, self.weight.dtype),
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def compute_dtype(device: torch.device, default: torch.dtype) -> torch.dtype:
+    """The dtype that linear layers compute in on ``device``: autocast's where it is on, else ``default``."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return default
