@@ -64,7 +64,7 @@ class _Row:
         return x.view(self.b, self.N, self.T, x.shape[-1])
 
     def unchunk(self, x: Tensor) -> Tensor:
-        return x.reshape(self.b, self.N * self.T, -1)[:, : self.l]
+        return x.reshape(self.b, self.N * self.T, x.shape[-1])[:, : self.l]
 
     def _place_sequences(self, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
         """Find where sequences start and end: offset in the chunk -> ((row, chunk), sequence) index tensors."""
@@ -185,19 +185,19 @@ def backward(
     group = max(1, _GROUP_ELEMENTS // max(1, row.b * row.T * row.d * row.n))
     for c0 in range(0, row.N, group):
         cs = slice(c0, min(row.N, c0 + group))
-        before = []  # h_{t-1}, then h_t for the last t
+        before, after = [], []  # h_{t-1} and h_t: one tensor in both, except where a sequence starts between them
         h = entering[:, cs]
         for t in range(row.T):
-            h = row.begin(h, t, c0)
-            before.append(h)
-            h = row.decay(t, cs) * h + row.inputs(t, cs)
+            before.append(row.begin(h, t, c0))
+            h = row.decay(t, cs) * before[t] + row.inputs(t, cs)
+            after.append(h)
         g = arriving[:, cs]  # the gradient of h_t that comes from the right
         for t in reversed(range(row.T)):
             g = _add_ends(row, g, dfinal, t, c0) + dy_scan[:, cs, t, :, None] * row.C[:, cs, t, None, :]
             a, step, u_t = row.decay(t, cs), row.delta[:, cs, t], row.u[:, cs, t]
-            dC[:, cs, t] = (dy_scan[:, cs, t, None, :] @ h).squeeze(-2)
+            dC[:, cs, t] = (dy_scan[:, cs, t, None, :] @ after[t]).squeeze(-2)
             if row.z is not None:
-                y = (h @ row.C[:, cs, t, :, None]).squeeze(-1)
+                y = (after[t] @ row.C[:, cs, t, :, None]).squeeze(-1)
                 y = y if row.D is None else y + row.D * u_t
                 sigmoid = torch.sigmoid(row.z[:, cs, t])
                 dz[:, cs, t] = dy[:, cs, t] * y * sigmoid * (1 + row.z[:, cs, t] * (1 - sigmoid))
@@ -212,7 +212,6 @@ def backward(
                 rows, chunks, sequences = row._within(row.starts[t], c0, g.shape[1])
                 dinitial[sequences] = g[rows, chunks - c0]
                 g = g.index_put((rows, chunks - c0), g.new_zeros(()))
-            h = before[t]
 
     empty = row.A.new_empty(0)
     dD = empty if row.D is None else (dy_scan * row.u).sum((0, 1, 2))

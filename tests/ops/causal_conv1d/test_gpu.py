@@ -1,0 +1,194 @@
+"""The Triton causal convolution against the float64 reference: on a GPU, and in Triton's interpreter where there is none."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from mambakit.ops.causal_conv1d import gpu, reference  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = [
+    pytest.param("cpu", id="interpreted", marks=pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter")),
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.cuda, pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU")],
+    ),
+]
+# Half the last bit, over all elements: 1.7e-3 at most for bfloat16. Triton's interpreter truncates to bfloat16: twice that.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3 if INTERPRETED else 3e-3}
+
+# b, l, d, k, packed, initial state, dfinal, bias, activation, strided
+CASES = [
+    (1, 1, 40, 4, False, False, False, True, "silu", False),
+    (1, 1, 40, 4, True, True, True, False, "", True),
+    (2, 2, 33, 4, False, True, True, True, "silu", False),
+    (3, 7, 65, 4, False, False, True, True, "silu", True),
+    (2, 37, 70, 2, False, True, False, False, "silu", False),
+    (2, 130, 24, 3, False, True, True, True, "", True),
+    (1, 33, 96, 5, True, False, False, True, "silu", True),
+    (1, 50, 48, 6, True, True, False, False, "", False),
+    (1, 61, 40, 7, True, False, True, True, "silu", False),
+    (1, 75, 34, 8, True, True, True, True, "silu", True),
+    (2, 3, 32, 8, False, True, True, False, "silu", False),
+    (5, 9, 64, 4, False, False, False, False, "", True),
+    (0, 5, 8, 4, False, True, True, True, "silu", False),
+    (3, 0, 8, 4, False, True, True, True, "silu", False),
+    (1, 0, 8, 4, True, True, True, True, "silu", False),
+]
+LARGE = [
+    (16, 2049, 1536, 4, False, True, True, True, "silu", True),
+    (1, 4099, 1000, 4, True, True, True, True, "silu", True),
+    (1, 8192, 520, 3, True, False, False, True, "silu", False),
+    (64, 511, 257, 4, False, False, False, True, "", False),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Uninitialised memory is NaN, so an element that no kernel wrote cannot pass."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def boundaries(length):
+    """Sequences of 0, 1, 2 tokens and more, an empty one first and last."""
+    inner = [n for n in (0, 0, 1, 3, 3, length // 2, length - 1) if 0 <= n <= length]
+    return torch.tensor(sorted([0, *inner, length, length]), dtype=torch.int32)
+
+
+def inputs(case, dtype, device):
+    b, length, d, k, packed, has_initial, has_dfinal, has_bias, activation, strided = case
+    random = torch.Generator().manual_seed(length * 1009 + d)
+    normal = lambda *shape: torch.randn(*shape, generator=random).to(dtype).to(device)  # noqa: E731
+    x = normal(b, length, 2 * d + 8)[..., d : 2 * d] if strided else normal(b, length, d)
+    dy = normal(b, length, d + 8)[..., :d] if strided else normal(b, length, d)
+    cu = boundaries(length).to(device) if packed else None
+    rows = b if cu is None else cu.shape[0] - 1
+    return {
+        "dy": dy,
+        "dfinal": normal(rows, d, k - 1) if has_dfinal else None,
+        "x": x,
+        "weight": normal(d, k).float(),
+        "bias": normal(d).float() if has_bias else None,
+        "activation": activation,
+        "initial_state": normal(rows, d, k - 1) if has_initial else None,
+        "cu_seqlens": cu,
+    }
+
+
+def exact(value):
+    """The argument the float64 reference takes, on the CPU."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.cpu().double() if value.is_floating_point() else value.cpu()
+
+
+def assert_close(got, expected, dtype, name):
+    assert got.shape == expected.shape, name
+    assert got.is_contiguous(), name
+    error = (got.cpu().double() - expected).norm() / expected.norm().clamp(min=1e-30)
+    assert expected.numel() == 0 or error <= TOLERANCE[dtype], f"{name}: relative error {error:.1e}"
+
+
+def check(case, dtype, device):
+    arguments = inputs(case, dtype, device)
+    dy, dfinal, *rest = arguments.values()
+    expected = reference.forward(*map(exact, rest))
+    for name, got, want in zip(("y", "final_state"), gpu.forward(*rest), expected, strict=True):
+        assert got.dtype == dtype
+        assert_close(got, want, dtype, name)
+    expected = reference.backward(*map(exact, (dy, dfinal, *rest)))
+    names = ("dx", "dweight", "dbias", "dinitial_state")
+    for name, got, want in zip(names, gpu.backward(dy, dfinal, *rest), expected, strict=True):
+        assert_close(got, want, dtype, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_matches_reference(device, case, dtype):
+    check(case, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_matches_reference_on_large_shapes(device, case, dtype):
+    check(case, dtype, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [1, 4, 150])  # one token, the serial kernel, the walks and their second launch
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_slots", [False, True])
+def test_in_place(device, packed, length, state_dtype, has_slots):
+    d, k = 40, 4
+    b = 1 if packed else 3
+    x = torch.randn(b, length, d).to(torch.bfloat16)
+    weight, bias = torch.randn(d, k), torch.randn(d)
+    cu = torch.tensor([0, 0, length - length // 3, length], dtype=torch.int32) if packed else None
+    slots = torch.tensor([5, -1, 0], dtype=torch.int32) if has_slots else None
+    pool = torch.randn(2, 6, d, k - 1).to(state_dtype)[1]
+    before = pool.clone()
+    expected_pool = pool.double()
+    expected = reference.forward_(expected_pool, slots, x.double(), weight.double(), bias.double(), "silu", cu)
+
+    move = lambda t: None if t is None else t.to(device)  # noqa: E731
+    pool = move(pool)
+    y = gpu.forward_(pool, move(slots), *map(move, (x, weight, bias)), "silu", move(cu))
+    assert_close(y, expected, torch.bfloat16, "y")
+    assert torch.equal(pool.cpu().double(), expected_pool)  # states are copies of inputs: no rounding
+    if has_slots:
+        assert torch.equal(pool.cpu()[[1, 2, 3, 4]], before[[1, 2, 3, 4]])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_segments_equal_the_whole(device):
+    x, weight = torch.randn(2, 45, 36, device=device), torch.randn(36, 4, device=device)
+    whole, last = gpu.forward(x, weight, None, "silu", None, None)
+    state, parts = None, []
+    for part in x.split([1, 2, 17, 25], 1):
+        y, state = gpu.forward(part, weight, None, "silu", state, None)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-6, atol=1e-6)  # sums of 4 terms in one order
+    assert torch.equal(state, last)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_same_inputs_same_bits(device):
+    arguments = inputs(LARGE[0], torch.bfloat16, device).values()
+    for first, second in zip(gpu.backward(*arguments), gpu.backward(*arguments), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_capturable_in_a_cuda_graph(device):
+    dy, dfinal, *rest = inputs(LARGE[1], torch.bfloat16, device).values()
+    pool = torch.zeros(rest[-1].shape[0] - 1, rest[0].shape[2], 3, device=device)
+    run = lambda: (  # noqa: E731
+        *gpu.forward(*rest),
+        *gpu.backward(dy, dfinal, *rest),
+        gpu.forward_(pool, None, *rest[:4], rest[-1]),
+    )
+    expected = run()
+    pool.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    for got, want in zip(captured, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own run")
+def test_interpreter():
+    """The interpreter is chosen when Triton is imported, so it needs a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
