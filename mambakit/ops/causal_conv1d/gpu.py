@@ -1,0 +1,674 @@
+"""causal_conv1d on a GPU, in Triton. Contract: `reference.py` and `api.py`; this file only says how.
+
+Other widths than 2 to 8, and float64, go to the reference, which is PyTorch and runs on any device.
+
+The op moves bytes: forward reads x and writes y, backward reads x and dy and writes dx, and the arithmetic has to stay
+below what the memory system needs anyway (about 38 instructions per element forward and 57 backward on an H100).
+So every thread owns a few neighbouring channels (16 bytes of them) and walks STEPS consecutive positions with the last
+k - 1 inputs in registers: each input is loaded and converted once, and the k - 1 inputs before a walk are its only
+extra reads. A program is ROWS such walks of BLOCK_D channels; walks of all batch rows are numbered in one sequence,
+so short rows do not leave a program half empty.
+
+Backward walks the same way. It recomputes the pre-activation from x (one sigmoid per element, against a whole tensor
+saved and read), keeps the k - 1 unfinished values of dx in registers, and runs k - 1 positions past its end because
+dx there still needs them. dweight and dbias are summed over a program's walks, written as one partial per program and
+added in a fixed order by a second kernel: no atomics, so the same inputs give the same bits.
+
+Packed sequences: one small kernel writes, for every position, where its sequence starts and which sequence it is (found
+on the device, so the op can be captured in a CUDA graph); walks then reset their window at a start.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mambakit.ops.causal_conv1d import reference
+
+
+class Tile(NamedTuple):
+    """The shape of one program: `rows` walks of `steps` positions over `block_d` channels, loads `unroll` steps ahead."""
+
+    block_d: int
+    rows: int
+    steps: int
+    unroll: int
+    num_warps: int
+
+
+@triton.jit(do_not_specialize=["length", "sequences"])
+def _sequences_kernel(cu_seqlens, starts, ids, length, sequences, BLOCK: tl.constexpr):
+    # Upper bound by bisection: the last sequence that starts at or before t. An empty sequence shares its start with
+    # the one after it and is never the last.
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = t < length
+    low = tl.zeros((BLOCK,), tl.int32)
+    high = low + sequences
+    # 31 halvings at most: the count is an int32. The loop's bound is the same for every program.
+    span = sequences
+    while span > 0:
+        middle = (low + high) // 2
+        after = tl.load(cu_seqlens + middle, mask=inside, other=0) <= t
+        open_ = low < high
+        low = tl.where(open_ & after, middle + 1, low)
+        high = tl.where(open_ & (after == 0), middle, high)
+        span = span // 2
+    tl.store(ids + t, low - 1, mask=inside)
+    tl.store(starts + t, tl.load(cu_seqlens + low - 1, mask=inside, other=0), mask=inside)
+
+
+@triton.jit
+def _state_row(slots, row, HAS_SLOTS: tl.constexpr):
+    return tl.load(slots + row) if HAS_SLOTS else row
+
+
+@triton.jit
+def _initial(initial, row, d, index, mask, stride_s, stride_d, stride_k):
+    # A negative row is a slot that holds nothing: the sequence starts from zeros.
+    offset = row.to(tl.int64) * stride_s + d.to(tl.int64) * stride_d + index.to(tl.int64) * stride_k
+    return tl.load(initial + offset, mask=mask & (row >= 0), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _weights(weight, bias, d, inside, stride_wd, stride_wk, K: tl.constexpr, HAS_BIAS: tl.constexpr):
+    taps = ()
+    for j in tl.static_range(K):
+        tap = tl.load(weight + d.to(tl.int64) * stride_wd + j * stride_wk, mask=inside, other=0.0)
+        taps = taps + (tap.to(tl.float32)[None, :],)
+    if HAS_BIAS:
+        offset = tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)[None, :]
+    else:
+        offset = tl.zeros((1, d.shape[0]), tl.float32)
+    return taps, offset
+
+
+@triton.jit
+def _window(
+    x_row, initial, slots, starts, ids, t, batch, length, d, walking, stride_t, stride_s, stride_d, stride_k,
+    K: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SLOTS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The k - 1 inputs before position t (oldest first), those before the sequence's start from its initial state."""
+    start = tl.zeros_like(t)
+    row = batch.to(tl.int32)
+    if PACKED:
+        start = tl.load(starts + t, mask=t < length, other=0)
+        row = tl.load(ids + t, mask=t < length, other=0)
+    if HAS_SLOTS:
+        row = tl.load(slots + row, mask=t < length, other=-1)
+    window = ()
+    for j in tl.static_range(K - 1):
+        p = t - (K - 1) + j
+        value = tl.load(
+            x_row + (p.to(tl.int64) * stride_t)[:, None] + d[None, :], mask=(p >= start)[:, None] & walking, other=0.0
+        ).to(tl.float32)
+        if HAS_INITIAL:
+            value += _initial(
+                initial, row[:, None], d[None, :], (p - start + (K - 1))[:, None], (p < start)[:, None] & walking,
+                stride_s, stride_d, stride_k,
+            )  # fmt: skip
+        window = window + (value,)
+    return window
+
+
+@triton.jit
+def _restart(
+    window, at_start, initial, slots, ids, t, length, d, channel, stride_s, stride_d, stride_k,
+    K: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SLOTS: tl.constexpr,
+):  # fmt: skip
+    """The window of a packed row at position t: where a sequence starts, the inputs before it are not its own."""
+    if HAS_INITIAL:
+        row = tl.load(ids + t, mask=t < length, other=0)
+        if HAS_SLOTS:
+            row = tl.load(slots + row)
+    fresh = ()
+    for j in tl.static_range(K - 1):
+        value = tl.where(at_start[:, None], 0.0, window[j])
+        if HAS_INITIAL:
+            index = tl.zeros_like(t) + j
+            value += _initial(
+                initial, row[:, None], d[None, :], index[:, None], at_start[:, None] & channel,
+                stride_s, stride_d, stride_k,
+            )  # fmt: skip
+        fresh = fresh + (value,)
+    return fresh
+
+
+@triton.jit
+def _write_final(
+    x, initial, slots, cu_seqlens, final, sequence, length, channels, d, inside,
+    stride_xb, stride_xt, stride_s, stride_d, stride_k,
+    K: tl.constexpr, KP: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SLOTS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The final state of one sequence: its last k - 1 inputs."""
+    row = _state_row(slots, sequence, HAS_SLOTS)
+    start = 0
+    end = length
+    x_row = x
+    if PACKED:
+        start = tl.load(cu_seqlens + sequence)
+        end = tl.load(cu_seqlens + sequence + 1)
+    else:
+        x_row += sequence.to(tl.int64) * stride_xb
+    index = tl.arange(0, KP)
+    wanted = (index < K - 1)[None, :] & inside[:, None]
+    p = end - (K - 1) + index
+    value = tl.load(
+        x_row + (p.to(tl.int64) * stride_xt)[None, :] + d[:, None], mask=(p >= start)[None, :] & wanted, other=0.0
+    ).to(tl.float32)
+    if HAS_INITIAL:
+        value += _initial(
+            initial, row, d[:, None], (p - start + (K - 1))[None, :], (p < start)[None, :] & wanted,
+            stride_s, stride_d, stride_k,
+        )  # fmt: skip
+    place = (sequence.to(tl.int64) * channels + d) * (K - 1)
+    tl.store(final + place[:, None] + index[None, :], value.to(final.dtype.element_ty), mask=wanted)
+
+
+@triton.jit(do_not_specialize=["length", "chunks", "walks", "programs"])
+def _forward_kernel(
+    x, weight, bias, initial, slots, starts, ids, cu_seqlens, y, final,
+    length, channels, chunks, walks, programs,
+    stride_xb, stride_xt, stride_wd, stride_wk, stride_s, stride_d, stride_k,
+    K: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+    KP: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    blocks_d = tl.cdiv(channels, BLOCK_D)
+    program = tl.program_id(0) // blocks_d
+    d = (tl.program_id(0) % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = d < channels
+    channel = inside[None, :]
+    if program < programs:
+        taps, offset = _weights(weight, bias, d, inside, stride_wd, stride_wk, K, HAS_BIAS)
+        walk = program * ROWS + tl.arange(0, ROWS)
+        batch = (walk // chunks).to(tl.int64)
+        first = (walk % chunks) * STEPS
+        end = tl.where(walk < walks, length, 0)
+        x_row = x + (batch * stride_xb)[:, None]
+        y_row = y + (batch * length * channels)[:, None]
+        window = _window(
+            x_row, initial, slots, starts, ids, first, batch, end, d, (first < end)[:, None] & channel,
+            stride_xt, stride_s, stride_d, stride_k, K, HAS_INITIAL, HAS_SLOTS, PACKED,
+        )  # fmt: skip
+        for i in range(0, STEPS, UNROLL):
+            # All loads of a group come before its first store: the compiler cannot move a load over a store.
+            ahead = ()
+            for u in tl.static_range(UNROLL):
+                t = first + i + u
+                ahead = ahead + (
+                    tl.load(
+                        x_row + (t.to(tl.int64) * stride_xt)[:, None] + d[None, :],
+                        mask=(t < end)[:, None] & channel,
+                        other=0.0,
+                    ),
+                )
+            for u in tl.static_range(UNROLL):
+                t = first + i + u
+                if PACKED:
+                    at_start = (tl.load(starts + t, mask=t < end, other=-1) == t) & (t < end)
+                    window = _restart(
+                        window, at_start, initial, slots, ids, t, end, d, channel, stride_s, stride_d, stride_k,
+                        K, HAS_INITIAL, HAS_SLOTS,
+                    )  # fmt: skip
+                window = window + (ahead[u].to(tl.float32),)
+                value = offset + taps[0] * window[0]
+                for j in tl.static_range(1, K):
+                    value += taps[j] * window[j]
+                if SILU:
+                    value = value * tl.sigmoid(value)
+                tl.store(
+                    y_row + (t.to(tl.int64) * channels)[:, None] + d[None, :],
+                    value.to(y.dtype.element_ty),
+                    mask=(t < end)[:, None] & channel,
+                )
+                window = window[1:]
+    else:
+        # The programs after the walks write the final states, one sequence each.
+        _write_final(
+            x, initial, slots, cu_seqlens, final, program - programs, length, channels, d, inside,
+            stride_xb, stride_xt, stride_s, stride_d, stride_k, K, KP, HAS_INITIAL, HAS_SLOTS, PACKED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _preactivation_gradient(dy, value, SILU: tl.constexpr):
+    if SILU:
+        gate = tl.sigmoid(value)
+        dy = dy * gate * (1.0 + value * (1.0 - gate))
+    return dy
+
+
+@triton.jit
+def _backward_step(
+    x_t, dy_t, t, position, end, window, pending, dtaps, doffset, taps, offset, own,
+    dfinal, dx, initial, slots, starts, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
+    stride_s, stride_d, stride_k,
+    K: tl.constexpr, SILU: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr, PACKED: tl.constexpr,
+    STORE: tl.constexpr,
+):  # fmt: skip
+    """One position of a backward walk. `own` is false past the walk's end: the next walk counts those weights' gradients."""
+    if PACKED:
+        start = tl.load(starts + t, mask=t < end, other=0)
+        window = _restart(
+            window, (start == t) & (t < end), initial, slots, ids, t, end, d, channel, stride_s, stride_d, stride_k,
+            K, HAS_INITIAL, False,
+        )  # fmt: skip
+    window = window + (x_t.to(tl.float32),)
+    value = offset + taps[0] * window[0]
+    for j in tl.static_range(1, K):
+        value += taps[j] * window[j]
+    g = _preactivation_gradient(dy_t.to(tl.float32), value, SILU)
+
+    counted = tl.where(own, g, 0.0)
+    sums = ()
+    for j in tl.static_range(K):
+        sums = sums + (dtaps[j] + counted * window[j],)
+    doffset += counted
+
+    # dx at t - lag gains weight[k - 1 - lag] * g, unless t - lag lies before the start of t's sequence.
+    grown = ()
+    for j in tl.static_range(K):
+        share = taps[j] * g
+        if PACKED and j < K - 1:
+            share = tl.where((t - start >= K - 1 - j)[:, None], share, 0.0)
+        grown = grown + ((pending[j] + share if j < K - 1 else share),)
+    if STORE:
+        # Position t - (k - 1) is complete: no later position reads it.
+        p = t - (K - 1)
+        result = grown[0]
+        if HAS_DFINAL:
+            row = batch
+            finish = tl.zeros_like(p) + length
+            if PACKED:
+                row = tl.load(ids + p, mask=p < end, other=0).to(tl.int64)
+                finish = tl.load(cu_seqlens + row + 1)
+            index = p - finish + (K - 1)
+            place = ((row * channels)[:, None] + d[None, :]) * (K - 1) + index[:, None]
+            result += tl.load(dfinal + place, mask=((index >= 0) & (p < end))[:, None] & channel, other=0.0).to(
+                tl.float32
+            )
+        tl.store(
+            dx_row + (p.to(tl.int64) * channels)[:, None] + d[None, :],
+            result.to(dx.dtype.element_ty),
+            mask=(p < end)[:, None] & channel,
+        )
+    return window[1:], grown[1:], sums, doffset
+
+
+@triton.jit
+def _write_dinitial(
+    dy, dfinal, x, initial, cu_seqlens, dinitial, sequence, length, channels, d, channel, taps, offset,
+    stride_yb, stride_yt, stride_xb, stride_xt, stride_s, stride_d, stride_k,
+    K: tl.constexpr, BLOCK_D: tl.constexpr, SILU: tl.constexpr, HAS_DFINAL: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one sequence's initial state, from the gradients of its first k - 1 pre-activations."""
+    start = 0
+    finish = length
+    x_row = x
+    dy_row = dy
+    if PACKED:
+        start = tl.load(cu_seqlens + sequence)
+        finish = tl.load(cu_seqlens + sequence + 1)
+    else:
+        x_row += sequence.to(tl.int64) * stride_xb
+        dy_row += sequence.to(tl.int64) * stride_yb
+    window = ()
+    for j in tl.static_range(K - 1):
+        place = sequence.to(tl.int64) * stride_s + d[None, :].to(tl.int64) * stride_d + j * stride_k
+        window = window + (tl.load(initial + place, mask=channel, other=0.0).to(tl.float32),)
+    gradients = ()
+    for i in tl.static_range(K - 1):
+        t = (start + i).to(tl.int64)
+        live = channel & (start + i < finish)
+        x_t = tl.load(x_row + t * stride_xt + d[None, :], mask=live, other=0.0)
+        dy_t = tl.load(dy_row + t * stride_yt + d[None, :], mask=live, other=0.0)
+        window = window + (x_t.to(tl.float32),)
+        value = offset + taps[0] * window[0]
+        for j in tl.static_range(1, K):
+            value += taps[j] * window[j]
+        gradients = gradients + (_preactivation_gradient(dy_t.to(tl.float32), value, SILU),)
+        window = window[1:]
+    for j in tl.static_range(K - 1):
+        place = (sequence.to(tl.int64) * channels + d[None, :]) * (K - 1) + j
+        total = tl.zeros((1, BLOCK_D), tl.float32)
+        for i in tl.static_range(j + 1):
+            total += taps[j - i] * gradients[i]
+        if HAS_DFINAL:
+            # A sequence shorter than k - 1 hands the newer part of its initial state on.
+            moved = place - (finish - start)
+            total += tl.load(dfinal + moved, mask=channel & (j >= finish - start), other=0.0).to(tl.float32)
+        tl.store(dinitial + place, total.to(dinitial.dtype.element_ty), mask=channel)
+
+
+@triton.jit(do_not_specialize=["length", "chunks", "walks", "programs"])
+def _backward_kernel(
+    dy, dfinal, x, weight, bias, initial, starts, ids, cu_seqlens, dx, partials, dinitial,
+    length, channels, chunks, walks, programs,
+    stride_yb, stride_yt, stride_xb, stride_xt, stride_wd, stride_wk, stride_s, stride_d, stride_k,
+    K: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    blocks_d = tl.cdiv(channels, BLOCK_D)
+    program = tl.program_id(0) // blocks_d
+    d = (tl.program_id(0) % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = d < channels
+    channel = inside[None, :]
+    taps, offset = _weights(weight, bias, d, inside, stride_wd, stride_wk, K, HAS_BIAS)
+    if program < programs:
+        walk = program * ROWS + tl.arange(0, ROWS)
+        batch = (walk // chunks).to(tl.int64)
+        first = (walk % chunks) * STEPS
+        end = tl.where(walk < walks, length, 0)
+        x_row = x + (batch * stride_xb)[:, None]
+        dy_row = dy + (batch * stride_yb)[:, None]
+        dx_row = dx + (batch * length * channels)[:, None]
+        window = _window(
+            x_row, initial, initial, starts, ids, first, batch, end, d, (first < end)[:, None] & channel,
+            stride_xt, stride_s, stride_d, stride_k, K, HAS_INITIAL, False, PACKED,
+        )  # fmt: skip
+        zero = tl.zeros((ROWS, BLOCK_D), tl.float32)
+        doffset = zero
+        pending = ()
+        dtaps = (zero,)
+        for j in tl.static_range(K - 1):
+            pending = pending + (zero,)
+            dtaps = dtaps + (zero,)
+
+        # The first k - 1 steps complete positions of the walk before: nothing to store.
+        for i in tl.static_range(K - 1):
+            t = first + i
+            live = (t < end)[:, None] & channel
+            x_t = tl.load(x_row + (t.to(tl.int64) * stride_xt)[:, None] + d[None, :], mask=live, other=0.0)
+            dy_t = tl.load(dy_row + (t.to(tl.int64) * stride_yt)[:, None] + d[None, :], mask=live, other=0.0)
+            window, pending, dtaps, doffset = _backward_step(
+                x_t, dy_t, t, i, end, window, pending, dtaps, doffset, taps, offset, i < STEPS,
+                dfinal, dx, initial, initial, starts, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
+                stride_s, stride_d, stride_k, K, SILU, HAS_INITIAL, HAS_DFINAL, PACKED, False,
+            )  # fmt: skip
+        for i in range(K - 1, K - 1 + STEPS, UNROLL):
+            x_ahead = ()
+            dy_ahead = ()
+            for u in tl.static_range(UNROLL):
+                t = first + i + u
+                live = (t < end)[:, None] & channel
+                x_ahead = x_ahead + (
+                    tl.load(x_row + (t.to(tl.int64) * stride_xt)[:, None] + d[None, :], mask=live, other=0.0),
+                )
+                dy_ahead = dy_ahead + (
+                    tl.load(dy_row + (t.to(tl.int64) * stride_yt)[:, None] + d[None, :], mask=live, other=0.0),
+                )
+            for u in tl.static_range(UNROLL):
+                window, pending, dtaps, doffset = _backward_step(
+                    x_ahead[u], dy_ahead[u], first + i + u, i + u, end, window, pending, dtaps, doffset, taps, offset,
+                    i + u < STEPS,
+                    dfinal, dx, initial, initial, starts, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
+                    stride_s, stride_d, stride_k, K, SILU, HAS_INITIAL, HAS_DFINAL, PACKED, True,
+                )  # fmt: skip
+        place = partials + program.to(tl.int64) * (K + 1) * channels + d
+        for j in tl.static_range(K):
+            tl.store(place + j * channels, tl.sum(dtaps[j], axis=0), mask=inside)
+        tl.store(place + K * channels, tl.sum(doffset, axis=0), mask=inside)
+    elif HAS_INITIAL:
+        # The programs after the walks write dinitial, one sequence each.
+        _write_dinitial(
+            dy, dfinal, x, initial, cu_seqlens, dinitial, program - programs, length, channels, d, channel, taps, offset,
+            stride_yb, stride_yt, stride_xb, stride_xt, stride_s, stride_d, stride_k,
+            K, BLOCK_D, SILU, HAS_DFINAL, PACKED,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count"])
+def _sum_partials_kernel(
+    partials, dweight, dbias, count, channels,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    j = tl.program_id(1)
+    total = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    begin = 0
+    while (
+        begin < count
+    ):  # not range(): Triton 3.6's interpreter cannot turn a kernel argument into its bound (NumPy 2.4)
+        row = begin + tl.arange(0, ROWS)
+        place = (row.to(tl.int64) * (K + 1) + j) * channels
+        total += tl.load(
+            partials + place[:, None] + d[None, :], mask=(row < count)[:, None] & (d < channels)[None, :], other=0.0
+        )
+        begin += ROWS
+    result = tl.sum(total, axis=0)
+    if j < K:
+        tl.store(dweight + d.to(tl.int64) * K + j, result.to(dweight.dtype.element_ty), mask=d < channels)
+    elif HAS_BIAS:
+        tl.store(dbias + d, result.to(dbias.dtype.element_ty), mask=d < channels)
+
+
+@triton.jit(do_not_specialize=["length"])
+def _decode_kernel(
+    state, slots, x, weight, bias, cu_seqlens, y,
+    length, channels,
+    stride_xb, stride_xt, stride_wd, stride_wk, stride_s, stride_d, stride_k,
+    K: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """One program walks a whole (short) sequence, so it alone reads and writes that sequence's state."""
+    blocks_d = tl.cdiv(channels, BLOCK_D)
+    sequence = tl.program_id(0) // blocks_d
+    d = (tl.program_id(0) % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = d < channels
+    channel = inside[None, :]
+    row = _state_row(slots, sequence, HAS_SLOTS)
+    if PACKED:
+        start = tl.load(cu_seqlens + sequence).to(tl.int64)
+        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+        x_row = x + start * stride_xt
+        y_row = y + start * channels
+        steps = (end - start).to(tl.int32)
+    else:
+        x_row = x + sequence.to(tl.int64) * stride_xb
+        y_row = y + sequence.to(tl.int64) * length * channels
+        steps = length
+    taps, offset = _weights(weight, bias, d, inside, stride_wd, stride_wk, K, HAS_BIAS)
+    cell = state + row.to(tl.int64) * stride_s + d[None, :].to(tl.int64) * stride_d
+    window = ()
+    for j in tl.static_range(K - 1):
+        before = tl.load(cell + j * stride_k, mask=channel & (row >= 0), other=0.0)
+        window = window + (before.to(tl.float32),)
+    i = steps * 0
+    while i < steps:
+        ahead = ()
+        for u in tl.static_range(UNROLL):
+            t = (i + u).to(tl.int64)
+            ahead = ahead + (tl.load(x_row + t * stride_xt + d[None, :], mask=channel & (i + u < steps), other=0.0),)
+        for u in tl.static_range(UNROLL):
+            t = (i + u).to(tl.int64)
+            live = i + u < steps
+            grown = window + (ahead[u].to(tl.float32),)
+            value = offset + taps[0] * grown[0]
+            for j in tl.static_range(1, K):
+                value += taps[j] * grown[j]
+            if SILU:
+                value = value * tl.sigmoid(value)
+            tl.store(y_row + t * channels + d[None, :], value.to(y.dtype.element_ty), mask=channel & live)
+            window = ()
+            for j in tl.static_range(K - 1):
+                window = window + (tl.where(live, grown[j + 1], grown[j]),)
+        i += UNROLL
+    for j in tl.static_range(K - 1):
+        tl.store(cell + j * stride_k, window[j].to(state.dtype.element_ty), mask=channel & (row >= 0))
+
+
+@triton.jit
+def _scatter_kernel(
+    final, state, slots, channels, stride_s, stride_d, stride_k,
+    K: tl.constexpr, BLOCK: tl.constexpr, HAS_SLOTS: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0)
+    cell = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = _state_row(slots, sequence, HAS_SLOTS)
+    inside = (cell < channels * (K - 1)) & (row >= 0)
+    value = tl.load(final + sequence.to(tl.int64) * channels * (K - 1) + cell, mask=inside)
+    place = row.to(tl.int64) * stride_s + (cell // (K - 1)).to(tl.int64) * stride_d + (cell % (K - 1)) * stride_k
+    tl.store(state + place, value, mask=inside)
+
+
+# The longest sequence that `_decode_kernel` walks alone; longer ones are cut into walks, at the price of a second launch.
+_DECODE_STEPS = 32
+
+
+def _processors(device: torch.device) -> int:
+    # On the CPU the kernels only ever run in Triton's interpreter, where one small tile is as good as another.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _tile(x: Tensor, channels: int, steps: int, unroll: int) -> Tile:
+    """`channels` per thread, 16 bytes at most; walks as long as leaves about 8 programs for each multiprocessor."""
+    block_d, num_warps = 64, 4
+    rows = 32 * num_warps * min(channels, 16 // x.element_size()) // block_d
+    b, length, d = x.shape
+    wanted = 8 * _processors(x.device)
+    while steps > 8 and (
+        steps >= 2 * length or triton.cdiv(b * triton.cdiv(length, steps), rows) * triton.cdiv(d, block_d) < wanted
+    ):
+        steps //= 2
+    return Tile(block_d, rows, steps, min(unroll, steps), num_warps)
+
+
+def forward_tile(x: Tensor, k: int) -> Tile:
+    """128 registers for bfloat16 and k = 4 (sm_90); long filters take half the channels to stay near that."""
+    return _tile(x, 8 if k <= 4 else 4, 64, 8)
+
+
+def backward_tile(x: Tensor, k: int) -> Tile:
+    """Window, unfinished dx and sums of dweight are 3 k registers a channel: 4 channels make 128 registers, 8 make 249."""
+    return _tile(x, 4 if k <= 4 else 2, 64, 4)
+
+
+def _rows_in_place(x: Tensor) -> tuple[Tensor, int, int]:
+    """x with its channels adjacent, and its batch and time strides (0 where there is one row: PyTorch's is arbitrary)."""
+    if x.stride(2) != 1 and x.shape[2] > 1:
+        x = x.contiguous()
+    return x, x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0
+
+
+def _sequences(cu_seqlens: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
+    if cu_seqlens is None or length == 0:
+        return None, None
+    starts, ids = torch.empty(2, length, dtype=torch.int32, device=cu_seqlens.device)
+    _sequences_kernel[(triton.cdiv(length, 256),)](cu_seqlens, starts, ids, length, cu_seqlens.shape[0] - 1, BLOCK=256)
+    return starts, ids
+
+
+def _on_kernels(x: Tensor, k: int) -> bool:
+    return 2 <= k <= 8 and x.dtype != torch.float64
+
+
+def _convolve(x, weight, bias, activation, state, slots, cu_seqlens, final_dtype) -> tuple[Tensor, Tensor]:
+    b, length, d = x.shape
+    k = weight.shape[1]
+    sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    y = torch.empty((b, length, d), dtype=x.dtype, device=x.device)
+    final = torch.empty((sequences, d, k - 1), dtype=final_dtype, device=x.device)
+    tile = forward_tile(x, k)
+    x, stride_b, stride_t = _rows_in_place(x)
+    starts, ids = _sequences(cu_seqlens, length)
+    chunks = triton.cdiv(length, tile.steps)
+    programs = triton.cdiv(b * chunks, tile.rows)
+    grid = (programs + sequences) * triton.cdiv(d, tile.block_d)
+    if grid:
+        _forward_kernel[(grid,)](
+            x, weight, bias, state, slots, starts, ids, cu_seqlens, y, final,
+            length, d, max(chunks, 1), b * chunks, programs,
+            stride_b, stride_t, *weight.stride(), *((0, 0, 0) if state is None else state.stride()),
+            K=k, ROWS=tile.rows, STEPS=tile.steps, BLOCK_D=tile.block_d, UNROLL=tile.unroll,
+            KP=triton.next_power_of_2(k - 1), SILU=activation == "silu", HAS_BIAS=bias is not None,
+            HAS_INITIAL=state is not None, HAS_SLOTS=slots is not None, PACKED=cu_seqlens is not None,
+            num_warps=tile.num_warps,
+        )  # fmt: skip
+    return y, final
+
+
+def forward(x, weight, bias, activation, initial_state, cu_seqlens):
+    """`mambakit::causal_conv1d`: (y, final_state)."""
+    if not _on_kernels(x, weight.shape[1]):
+        return reference.forward(x, weight, bias, activation, initial_state, cu_seqlens)
+    with torch.cuda.device_of(x):
+        bias = None if bias is None else bias.contiguous()
+        return _convolve(x, weight, bias, activation, initial_state, None, cu_seqlens, x.dtype)
+
+
+def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens):
+    """`mambakit::causal_conv1d_backward`: (dx, dweight, dbias, dinitial_state)."""
+    if not _on_kernels(x, weight.shape[1]):
+        return reference.backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens)
+    b, length, d = x.shape
+    k = weight.shape[1]
+    sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    with torch.cuda.device_of(x):
+        bias = None if bias is None else bias.contiguous()
+        dfinal = None if dfinal is None else dfinal.contiguous()
+        dx = torch.empty((b, length, d), dtype=x.dtype, device=x.device)
+        dweight = torch.empty((d, k), dtype=weight.dtype, device=x.device)
+        dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
+        dinitial = x.new_empty(0)
+        if initial_state is not None:
+            dinitial = torch.empty((sequences, d, k - 1), dtype=initial_state.dtype, device=x.device)
+        tile = backward_tile(x, k)
+        x, stride_xb, stride_xt = _rows_in_place(x)
+        dy, stride_yb, stride_yt = _rows_in_place(dy)
+        starts, ids = _sequences(cu_seqlens, length)
+        chunks = triton.cdiv(length, tile.steps)
+        programs = triton.cdiv(b * chunks, tile.rows)
+        partials = torch.empty((programs, k + 1, d), dtype=torch.float32, device=x.device)
+        grid = (programs + (0 if initial_state is None else sequences)) * triton.cdiv(d, tile.block_d)
+        if grid:
+            _backward_kernel[(grid,)](
+                dy, dfinal, x, weight, bias, initial_state, starts, ids, cu_seqlens, dx, partials, dinitial,
+                length, d, max(chunks, 1), b * chunks, programs,
+                stride_yb, stride_yt, stride_xb, stride_xt, *weight.stride(),
+                *((0, 0, 0) if initial_state is None else initial_state.stride()),
+                K=k, ROWS=tile.rows, STEPS=tile.steps, BLOCK_D=tile.block_d, UNROLL=tile.unroll,
+                SILU=activation == "silu", HAS_BIAS=bias is not None, HAS_INITIAL=initial_state is not None,
+                HAS_DFINAL=dfinal is not None, PACKED=cu_seqlens is not None,
+                num_warps=tile.num_warps,
+            )  # fmt: skip
+        if d:
+            _sum_partials_kernel[(triton.cdiv(d, 32), k + (bias is not None))](
+                partials, dweight, dbias, programs, d, K=k, HAS_BIAS=bias is not None, ROWS=32, BLOCK_D=32
+            )
+    return dx, dweight, dbias, dinitial
+
+
+def forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens):
+    """`mambakit::causal_conv1d_`: y; ``state`` (slots, d, k - 1) is read and written at ``slot_indices``."""
+    if not _on_kernels(x, weight.shape[1]) or state.dtype == torch.float64:
+        return reference.forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens)
+    b, length, d = x.shape
+    k = weight.shape[1]
+    sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    with torch.cuda.device_of(x):
+        bias = None if bias is None else bias.contiguous()
+        slots = None if slot_indices is None else slot_indices.contiguous()
+        # The lengths of packed sequences are known on the device only: judge by their mean.
+        if length > (_DECODE_STEPS if cu_seqlens is None else _DECODE_STEPS + 4 * sequences):
+            # Two walks may read one state, so it is written only after all of them, from a copy.
+            y, final = _convolve(x, weight, bias, activation, state, slots, cu_seqlens, state.dtype)
+            if final.numel():
+                _scatter_kernel[(sequences, triton.cdiv(d * (k - 1), 1024))](
+                    final, state, slots, d, *state.stride(), K=k, BLOCK=1024, HAS_SLOTS=slots is not None
+                )
+            return y
+        y = torch.empty((b, length, d), dtype=x.dtype, device=x.device)
+        x, stride_b, stride_t = _rows_in_place(x)
+        grid = sequences * triton.cdiv(d, 128)
+        if grid:
+            _decode_kernel[(grid,)](
+                state, slots, x, weight, bias, cu_seqlens, y,
+                length, d, stride_b, stride_t, *weight.stride(), *state.stride(),
+                K=k, BLOCK_D=128, UNROLL=1 if length == 1 else 4, SILU=activation == "silu",
+                HAS_BIAS=bias is not None, HAS_SLOTS=slots is not None, PACKED=cu_seqlens is not None,
+                num_warps=1,
+            )  # fmt: skip
+    return y

@@ -1,0 +1,106 @@
+"""The GPU path of linear_cross_entropy against the float64 reference: on a GPU, and in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from mambakit.ops.linear_cross_entropy import gpu, reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = [
+    pytest.param("cpu", id="interpreted", marks=pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter")),
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.cuda, pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU")],
+    ),
+]
+# Loss: float32 sums. Gradients: softmax - onehot and the result are each rounded once to the dtype of hidden (truncated by
+# Triton's interpreter, hence the wider bound there).
+LOSS = 2e-6
+GRADIENT = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3 if INTERPRETED else 3e-3}
+
+CASES = [(1, 40, 50), (7, 16, 33), (20, 24, 64), (13, 8, 4500), (0, 8, 9)]  # tokens, h, v
+LARGE = [(3000, 768, 50277), (1029, 2048, 50280), (40000, 256, 16), (257, 64, 130001)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Uninitialised memory is NaN, so an element that no kernel wrote cannot pass."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def inputs(case, dtype, device, weight_dtype=None):
+    tokens, h, v = case
+    random = torch.Generator().manual_seed(v)
+    hidden = torch.randn(tokens, h, generator=random).to(dtype)
+    weight = torch.randn(v, h, generator=random).mul(2 * h**-0.5).to(dtype).to(weight_dtype or dtype)
+    targets = torch.randint(v, (tokens,), generator=random)
+    targets[2::5] = -100
+    return [t.to(device) for t in (hidden, weight, targets)]
+
+
+def relative(got, expected):
+    assert got.shape == expected.shape
+    return ((got.cpu().double() - expected.cpu()).norm() / expected.norm().cpu().clamp(min=1e-30)).item()
+
+
+def check(hidden, weight, targets):
+    # The reference runs where the inputs are: in float64 a vocabulary of 50,000 takes minutes on a CPU.
+    want = reference.forward(hidden.double(), weight.double(), targets, -100, True, True)
+    loss, dhidden, dweight = gpu.forward(hidden, weight, targets, -100, True, True)
+    assert (loss.dtype, dhidden.dtype, dweight.dtype) == (torch.float32, hidden.dtype, weight.dtype)
+    if hidden.shape[0]:
+        assert relative(loss, want[0]) <= LOSS
+        assert relative(dhidden, want[1]) <= GRADIENT[hidden.dtype]
+    assert relative(dweight, want[2]) <= GRADIENT[hidden.dtype]
+    alone, *empty = gpu.forward(hidden, weight, targets, -100, False, False)
+    assert torch.equal(alone, loss)
+    assert [t.numel() for t in empty] == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("chunk_logits", [gpu.CHUNK_LOGITS, 400])
+@pytest.mark.parametrize("device", DEVICES)
+def test_matches_reference(device, case, dtype, chunk_logits, monkeypatch):
+    monkeypatch.setattr(gpu, "CHUNK_LOGITS", chunk_logits)  # 400: several chunks, the last of them shorter
+    check(*inputs(case, dtype, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_master_weight_keeps_a_float32_gradient(device):
+    check(*inputs(CASES[1], torch.bfloat16, device, weight_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_target_out_of_range_is_nan(device):
+    hidden, weight, targets = inputs(CASES[1], torch.float32, device)
+    targets[3] = weight.shape[0]
+    assert gpu.forward(hidden, weight, targets, -100, False, False)[0].isnan()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_confident_logits_stay_finite(device):
+    hidden, weight, targets = inputs(CASES[2], torch.float32, device)
+    check(hidden * 300, weight, targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_matches_reference_on_large_shapes(device, case, dtype):
+    check(*inputs(case, dtype, device))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own run")
+def test_interpreter():
+    """The interpreter is chosen when Triton is imported, so it needs a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
