@@ -18,6 +18,10 @@ Packed sequences: one small kernel writes, for every position, where its sequenc
 on the device, so the op can be captured in a CUDA graph); walks then reset their window at a start.
 """
 
+# The kernels' tuples of tensors grow by concatenation, the form Triton compiles; types there are Triton's.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment,misc"
+
 from typing import NamedTuple
 
 import torch
@@ -29,7 +33,7 @@ from mambakit.ops.causal_conv1d import reference
 
 
 class Tile(NamedTuple):
-    """The shape of one program: `rows` walks of `steps` positions over `block_d` channels, loads `unroll` steps ahead."""
+    """One program: `rows` walks of `steps` positions over `block_d` channels, loading `unroll` steps ahead."""
 
     block_d: int
     rows: int
@@ -242,13 +246,13 @@ def _preactivation_gradient(dy, value, SILU: tl.constexpr):
 
 @triton.jit
 def _backward_step(
-    x_t, dy_t, t, position, end, window, pending, dtaps, doffset, taps, offset, own,
+    x_t, dy_t, t, end, window, pending, dtaps, doffset, taps, offset, own,
     dfinal, dx, initial, slots, starts, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
     stride_s, stride_d, stride_k,
     K: tl.constexpr, SILU: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr, PACKED: tl.constexpr,
     STORE: tl.constexpr,
 ):  # fmt: skip
-    """One position of a backward walk. `own` is false past the walk's end: the next walk counts those weights' gradients."""
+    """One position of a backward walk. `own` is false past the walk's end, where the next walk counts dweight."""
     if PACKED:
         start = tl.load(starts + t, mask=t < end, other=0)
         window = _restart(
@@ -286,9 +290,8 @@ def _backward_step(
                 finish = tl.load(cu_seqlens + row + 1)
             index = p - finish + (K - 1)
             place = ((row * channels)[:, None] + d[None, :]) * (K - 1) + index[:, None]
-            result += tl.load(dfinal + place, mask=((index >= 0) & (p < end))[:, None] & channel, other=0.0).to(
-                tl.float32
-            )
+            last = ((index >= 0) & (p < end))[:, None] & channel
+            result += tl.load(dfinal + place, mask=last, other=0.0).to(tl.float32)
         tl.store(
             dx_row + (p.to(tl.int64) * channels)[:, None] + d[None, :],
             result.to(dx.dtype.element_ty),
@@ -373,7 +376,7 @@ def _backward_kernel(
         doffset = zero
         pending = ()
         dtaps = (zero,)
-        for j in tl.static_range(K - 1):
+        for _ in tl.static_range(K - 1):
             pending = pending + (zero,)
             dtaps = dtaps + (zero,)
 
@@ -384,7 +387,7 @@ def _backward_kernel(
             x_t = tl.load(x_row + (t.to(tl.int64) * stride_xt)[:, None] + d[None, :], mask=live, other=0.0)
             dy_t = tl.load(dy_row + (t.to(tl.int64) * stride_yt)[:, None] + d[None, :], mask=live, other=0.0)
             window, pending, dtaps, doffset = _backward_step(
-                x_t, dy_t, t, i, end, window, pending, dtaps, doffset, taps, offset, i < STEPS,
+                x_t, dy_t, t, end, window, pending, dtaps, doffset, taps, offset, i < STEPS,
                 dfinal, dx, initial, initial, starts, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
                 stride_s, stride_d, stride_k, K, SILU, HAS_INITIAL, HAS_DFINAL, PACKED, False,
             )  # fmt: skip
@@ -402,7 +405,7 @@ def _backward_kernel(
                 )
             for u in tl.static_range(UNROLL):
                 window, pending, dtaps, doffset = _backward_step(
-                    x_ahead[u], dy_ahead[u], first + i + u, i + u, end, window, pending, dtaps, doffset, taps, offset,
+                    x_ahead[u], dy_ahead[u], first + i + u, end, window, pending, dtaps, doffset, taps, offset,
                     i + u < STEPS,
                     dfinal, dx, initial, initial, starts, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
                     stride_s, stride_d, stride_k, K, SILU, HAS_INITIAL, HAS_DFINAL, PACKED, True,
@@ -414,7 +417,8 @@ def _backward_kernel(
     elif HAS_INITIAL:
         # The programs after the walks write dinitial, one sequence each.
         _write_dinitial(
-            dy, dfinal, x, initial, cu_seqlens, dinitial, program - programs, length, channels, d, channel, taps, offset,
+            dy, dfinal, x, initial, cu_seqlens, dinitial, program - programs, length, channels, d, channel,
+            taps, offset,
             stride_yb, stride_yt, stride_xb, stride_xt, stride_s, stride_d, stride_k,
             K, BLOCK_D, SILU, HAS_DFINAL, PACKED,
         )  # fmt: skip
@@ -514,7 +518,7 @@ def _scatter_kernel(
     tl.store(state + place, value, mask=inside)
 
 
-# The longest sequence that `_decode_kernel` walks alone; longer ones are cut into walks, at the price of a second launch.
+# The longest sequence that one program of `_decode_kernel` walks; longer ones are cut into walks, for a second launch.
 _DECODE_STEPS = 32
 
 
@@ -542,12 +546,12 @@ def forward_tile(x: Tensor, k: int) -> Tile:
 
 
 def backward_tile(x: Tensor, k: int) -> Tile:
-    """Window, unfinished dx and sums of dweight are 3 k registers a channel: 4 channels make 128 registers, 8 make 249."""
+    """Window, unfinished dx and sums of dweight are 3 k registers a channel: 128 in all at 4 channels, 249 at 8."""
     return _tile(x, 4 if k <= 4 else 2, 64, 4)
 
 
 def _rows_in_place(x: Tensor) -> tuple[Tensor, int, int]:
-    """x with its channels adjacent, and its batch and time strides (0 where there is one row: PyTorch's is arbitrary)."""
+    """x with its channels adjacent, and its batch and time strides (0 for a single row: PyTorch's is arbitrary)."""
     if x.stride(2) != 1 and x.shape[2] > 1:
         x = x.contiguous()
     return x, x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0

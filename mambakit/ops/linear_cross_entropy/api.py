@@ -24,8 +24,8 @@ def linear_cross_entropy(
     The (tokens, v) logits are never held whole: memory beyond the gradients is bounded by a fixed number of logits
     (2^27 on a GPU, 768 MiB with bfloat16 inputs), whatever the length. The gradients are formed while a chunk's logits
     are at hand, so the backward pass only scales them. Under autocast ``hidden`` is cast as a linear layer's input
-    would be; the products take the dtype of ``hidden``, while logits, softmax, loss and the sum of the weight's gradient
-    over chunks are float32 (float64 for float64), so a float32 master weight gets a float32 gradient.
+    would be. The products take the dtype of ``hidden``; logits, softmax, loss and the weight's gradient summed over
+    chunks are float32 (float64 for float64), so a float32 master weight gets a float32 gradient.
 
     Args:
         hidden: (tokens, h), any floating dtype.

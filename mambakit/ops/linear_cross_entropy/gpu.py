@@ -1,14 +1,15 @@
 """linear_cross_entropy on a GPU: cuBLAS for the three products of a chunk, one Triton kernel between them.
 
 Forward and backward need three products of 2 tokens v h operations; what is added to them is traffic of the logits. The
-head's product is written in float32 (a bfloat16 logit of 10 is off by up to 0.03, its probability by 3 %), the kernel reads each row twice (maximum and sum together; then the gradient, from L2 for the most part) and writes
+head's product is written in float32 (a bfloat16 logit of 10 is off by up to 0.03, its probability by 3 %), the kernel
+reads each row twice (maximum and sum together; then the gradient, from L2 for the most part) and writes
 softmax - onehot in the inputs' dtype for the other two products. That gradient is not divided by the number of tokens
 here: in float16 it would vanish. dweight is added over chunks in float32 inside cuBLAS (beta = 1), which reads and
 writes it once a chunk, so chunks are as large as memory reasonably allows.
 
 Liger-Kernel's fused linear cross-entropy was the candidate to depend on. It reads the number of targets back to the
-host at every call (no CUDA graphs), keeps logits in the inputs' dtype, is not a torch.library op and has no path without
-Triton; the kernel it would save is the forty lines below.
+host at every call (no CUDA graphs), keeps logits in the inputs' dtype, is not a torch.library op and has no path
+without Triton; the kernel it would save is the forty lines below.
 """
 
 import torch

@@ -18,8 +18,8 @@ DEVICES = [
         marks=[pytest.mark.cuda, pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU")],
     ),
 ]
-# Loss: float32 sums. Gradients: softmax - onehot and the result are each rounded once to the dtype of hidden (truncated by
-# Triton's interpreter, hence the wider bound there).
+# Loss: float32 sums. Gradients: softmax - onehot and the result are each rounded once to the dtype of hidden
+# (truncated by Triton's interpreter, hence the wider bound there).
 LOSS = 2e-6
 GRADIENT = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3 if INTERPRETED else 3e-3}
 

@@ -1,4 +1,4 @@
-"""The Triton RMSNorm against the float64 reference: on a GPU, and in Triton's interpreter where there is none."""
+"""The Triton RMSNorm against the float64 reference: on a GPU, and in Triton's interpreter."""
 
 import os
 import subprocess
@@ -62,7 +62,7 @@ def assert_close(got, expected, dtype, name):
     assert expected.numel() == 0 or error <= TOLERANCE[dtype], f"{name}: relative error {error:.1e}"
 
 
-def backward_inputs(case, device):
+def inputs(case, device):
     shape, x_dtype, residual_dtype, kept_dtype, out_dtype, has_weight, has_dkept, strided = case
     random = torch.Generator().manual_seed(shape[-1])
     width = (*shape[:-1], 2 * shape[-1] + 8) if strided else shape
@@ -73,8 +73,8 @@ def backward_inputs(case, device):
 
 
 def check(case, device):
-    shape, x_dtype, residual_dtype, kept_dtype, out_dtype, has_weight, has_dkept, strided = case
-    x, residual, weight, dy, dkept = backward_inputs(case, device)
+    _, x_dtype, _, kept_dtype, out_dtype, *_ = case
+    x, residual, weight, dy, dkept = inputs(case, device)
     y, kept = gpu.forward(x, weight, residual, 1e-5, kept_dtype, out_dtype)
     want_y, want_kept = reference.forward(*map(exact, (x, weight, residual)), 1e-5, torch.float64, torch.float64)
     assert (y.dtype, kept.dtype) == (out_dtype, kept_dtype)
@@ -104,7 +104,7 @@ def test_matches_reference_on_large_shapes(device, case):
 
 @pytest.mark.parametrize("device", DEVICES[1:])
 def test_same_inputs_same_bits(device):
-    x, residual, weight, dy, dkept = backward_inputs(LARGE[0], device)
+    x, residual, weight, dy, dkept = inputs(LARGE[0], device)
     _, kept = gpu.forward(x, weight, residual, 1e-5, F32, BF16)
     runs = [gpu.backward(dy, dkept, kept, weight, 1e-5, BF16, True) for _ in range(2)]
     for first, second in zip(*runs, strict=True):
