@@ -57,7 +57,12 @@ def selective_scan(
         _checks.dtype("selective_scan", "initial_state", initial_state, _parameter_dtype(u))
         _checks.same_device("selective_scan", u.device, initial_state=initial_state)
     differentiable = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    # An exported program is for inference (its gradient still works: it recomputes the checkpoints).
+    needs_grad = (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_exporting()
+        and any(t is not None and t.requires_grad for t in differentiable)
+    )
     y, final_state, _ = torch.ops.mambakit.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens,
         CHECKPOINT_INTERVAL if needs_grad else 0,

@@ -87,9 +87,15 @@ def _backward(ctx, dy, dfinal, _):
     u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, checkpoints = ctx.saved_tensors
     if dy is None:
         dy = u.new_zeros(u.shape)
+    interval = ctx.interval
+    if interval == 0:
+        interval = CHECKPOINT_INTERVAL
+        _, _, checkpoints = torch.ops.mambakit.selective_scan(
+            u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus, initial_state, cu_seqlens, interval
+        )
     du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = torch.ops.mambakit.selective_scan_backward(
         dy, dfinal, u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus,
-        initial_state, cu_seqlens, checkpoints, ctx.interval,
+        initial_state, cu_seqlens, checkpoints, interval,
     )  # fmt: skip
     present = lambda x, grad: None if x is None else grad  # noqa: E731
     return (
