@@ -1,0 +1,217 @@
+"""generate(): transformers' arguments, made exact for a model whose cache is a state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+import mambakit
+from tests.models.configurations import pair, tokens, worst
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def both():
+    return pair("use_bias")
+
+
+@pytest.fixture
+def model(both):
+    return both[0]
+
+
+OPTIONS = {
+    "greedy": {"do_sample": False},
+    "temperature": {"do_sample": True, "temperature": 0.7},
+    "top_k": {"do_sample": True, "top_k": 5},
+    "top_p": {"do_sample": True, "top_p": 0.6, "top_k": 0},
+    "min_p": {"do_sample": True, "min_p": 0.1},
+    "repetition_penalty": {"do_sample": False, "repetition_penalty": 1.8},
+    "beams": {"num_beams": 4, "do_sample": False, "length_penalty": 0.5},
+    "beam_sample": {"num_beams": 3, "do_sample": True},
+    "several_sequences": {"do_sample": True, "num_return_sequences": 3},
+    "several_beams": {"num_beams": 4, "num_return_sequences": 2, "do_sample": False},
+    "min_new_tokens": {"do_sample": False, "min_new_tokens": 6, "eos_token_id": list(range(1, 31))},
+    "several_eos": {"do_sample": False, "eos_token_id": list(range(1, 31)), "pad_token_id": 0},
+    "max_length": {"do_sample": False, "max_length": 13, "max_new_tokens": None},
+    "no_cache": {"do_sample": False, "use_cache": False},
+    "bad_words": {"do_sample": False, "bad_words_ids": [[3], [4], [5, 6]]},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_tokens_of_transformers(both, name):
+    """Same weights, same seed, same options: the same tokens as transformers' own class."""
+    ours, theirs = both
+    ids = tokens(2, 7)
+    options = {"max_new_tokens": 10, "eos_token_id": None, **OPTIONS[name]}
+    sequences = []
+    for model in (ours, theirs):
+        torch.manual_seed(1)
+        sequences.append(model.generate(ids, **options))
+    assert torch.equal(*sequences)
+
+
+def test_a_batch_equals_its_rows(model):
+    prompts = [tokens(1, n)[0] for n in (3, 8, 5)]
+    alone = [model.generate(p[None], max_new_tokens=9, do_sample=False, eos_token_id=None)[0, len(p) :] for p in prompts]
+    for side in ("left", "right"):
+        ids = torch.zeros(3, 8, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, p in enumerate(prompts):
+            at = slice(8 - len(p), 8) if side == "left" else slice(0, len(p))
+            ids[row, at], mask[row, at] = p, 1
+        for options in ({}, {"prefill_chunk_size": 3}, {"num_beams": 1, "use_cache": False}):
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, eos_token_id=None, **options)
+            assert torch.equal(out[:, :8], ids), "the prompt comes back as it was given"
+            for row in range(3):
+                assert torch.equal(out[row, 8:], alone[row]), (side, row, options)
+
+
+def test_rows_end_on_their_own(model):
+    ids = tokens(4, 6)
+    free = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)[:, 6:]
+    eos = int(free[0, 3])
+    out = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=eos, pad_token_id=0)[:, 6:]
+    for row in range(4):
+        hits = (free[row] == eos).nonzero()
+        end = int(hits[0]) + 1 if len(hits) else out.shape[1]
+        assert torch.equal(out[row, :end], free[row, :end])
+        assert not out[row, end:].any()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 100])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}])
+def test_prompts_read_in_chunks(model, chunk, options):
+    ids = tokens(2, 23)
+    outputs = []
+    for extra in ({}, {"prefill_chunk_size": chunk}):
+        outputs.append(model.generate(ids, max_new_tokens=8, eos_token_id=None, seed=3, **options, **extra))
+    assert torch.equal(*outputs)
+
+
+def test_continuing_from_a_state(model):
+    ids, more = tokens(2, 9), tokens(2, 4)
+    expected = model.generate(torch.cat([ids, more], 1), max_new_tokens=7, do_sample=False, eos_token_id=None)
+
+    def state():
+        with torch.no_grad():
+            return model(ids, use_cache=True).cache_params
+
+    common = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None}
+    new_only = model.generate(more, cache_params=state(), **common)
+    assert torch.equal(new_only, expected[:, 9:])
+    other_name = model.generate(more, past_key_values=state(), attention_mask=torch.ones(2, 13), **common)
+    assert torch.equal(other_name, expected[:, 9:])
+    # more new tokens than the state has seen: only the mask can tell, and without it the call is refused
+    many = tokens(2, 12)
+    with pytest.raises(ValueError, match="seen 9 tokens and input_ids has 12"):
+        model.generate(many, cache_params=state(), **common)
+    out = model.generate(many, cache_params=state(), attention_mask=torch.ones(2, 21), **common)
+    assert torch.equal(out, model.generate(torch.cat([ids, many], 1), **common)[:, 9:])
+
+
+def test_a_second_turn_with_the_whole_conversation(model):
+    ids, reply = tokens(2, 9), tokens(2, 4)
+    common = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None}
+    first = model.generate(ids, return_dict_in_generate=True, **common)
+    assert isinstance(first.past_key_values, mambakit.MambaCache)
+    conversation = torch.cat([first.sequences, reply], 1)
+    second = model.generate(conversation, past_key_values=first.past_key_values, **common)
+    assert torch.equal(second, model.generate(conversation, **common))
+
+
+def test_the_state_is_multiplied_for_several_sequences_and_left_alone(model):
+    ids, more = tokens(2, 9), tokens(2, 3)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).cache_params
+    before = cache.clone()
+    common = {"max_new_tokens": 6, "eos_token_id": None, "seed": 1, "do_sample": True, "num_return_sequences": 3}
+    out = model.generate(more, cache_params=cache, **common)
+    assert torch.equal(out, model.generate(torch.cat([ids, more], 1), **common)[:, 9:])
+    assert torch.equal(cache.ssm_states, before.ssm_states)
+
+
+def test_return_dict_scores_and_hidden_states(both):
+    ids = tokens(2, 5)
+    common = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    a, b = (m.generate(ids, output_scores=True, output_logits=True, output_hidden_states=True, **common) for m in both)
+    assert len(a.scores) == len(a.logits) == len(a.hidden_states) == 4
+    for x, y in zip(a.scores + a.logits, b.scores + b.logits, strict=True):
+        assert worst(x, y) < 1e-5
+    assert worst(a.hidden_states[0][1], b.hidden_states[0][1]) < 1e-5
+
+
+def test_a_seed_is_the_calls_own(model):
+    ids = tokens(1, 5)
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    a = model.generate(ids, max_new_tokens=10, do_sample=True, eos_token_id=None, seed=5)
+    assert torch.equal(torch.rand(3), expected), "the global generator is left as it was"
+    assert torch.equal(a, model.generate(ids, max_new_tokens=10, do_sample=True, eos_token_id=None, seed=5))
+    assert not torch.equal(a, model.generate(ids, max_new_tokens=10, do_sample=True, eos_token_id=None, seed=6))
+
+
+def test_from_embeddings(model):
+    ids = tokens(2, 6)
+    embeds = model.get_input_embeddings()(ids)
+    common = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(inputs_embeds=embeds, **common), model.generate(ids, **common)[:, 6:])
+    with pytest.raises(ValueError, match="pad them on the left"):
+        model.generate(inputs_embeds=embeds, attention_mask=torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]]), **common)
+
+
+def test_streamers_see_every_token(model):
+    class Collector(transformers.generation.streamers.BaseStreamer):
+        def __init__(self):
+            self.pieces, self.ended = [], False
+
+        def put(self, value):
+            self.pieces.append(value.reshape(-1))
+
+        def end(self):
+            self.ended = True
+
+    ids, collector = tokens(1, 6), Collector()
+    out = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, streamer=collector)
+    assert torch.equal(torch.cat(collector.pieces), out[0])
+    assert collector.ended
+
+
+def test_what_cannot_be_done_is_refused(model):
+    ids = tokens(1, 5)
+    with pytest.raises(ValueError, match="cache_implementation='static'"):
+        model.generate(ids, cache_implementation="static")
+    with pytest.raises(ValueError, match="drop use_cache=False"):
+        model.generate(ids, prefill_chunk_size=2, use_cache=False)
+    with pytest.raises(ValueError, match="prefill_chunk_size is -3"):
+        model.generate(ids, prefill_chunk_size=-3)
+    with pytest.raises(ValueError, match="temprature"):
+        model.generate(ids, temprature=0.5)
+    with pytest.raises(ValueError, match="[Aa]ssisted"):
+        model.generate(ids, prompt_lookup_num_tokens=3)
+
+
+def test_memory_of_a_chunked_prompt_does_not_grow(model):
+    """The peak of tensors made by torch while reading 16 times the prompt stays the same."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, torch.Tensor) and t.is_floating_point():
+                    self.size = max(self.size, t.nbytes)
+            return out
+
+    sizes = []
+    for length in (128, 2048):
+        with Largest() as mode:
+            model.generate(tokens(1, length), max_new_tokens=2, prefill_chunk_size=64, do_sample=False, eos_token_id=None)
+        sizes.append(mode.size)
+    assert sizes[0] == sizes[1]
