@@ -59,7 +59,9 @@ def _check(config: MambaConfig | FalconMambaConfig) -> None:
     if config.time_step_init_scheme not in ("random", "constant"):
         raise ValueError(f"time_step_init_scheme is {config.time_step_init_scheme!r}; use 'random' or 'constant'")
     if not 0 < config.time_step_min <= config.time_step_max:
-        raise ValueError(f"time_step_min {config.time_step_min} and time_step_max {config.time_step_max} must satisfy 0 < min <= max")
+        raise ValueError(
+            f"time_step_min {config.time_step_min} and time_step_max {config.time_step_max} must satisfy 0 < min <= max"
+        )
 
 
 def _without_unset_range(fields: dict[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,9 @@ class StatefulGenerationMixin(GenerationMixin):
         cached = 0 if cache is None else _cached_columns(cache, input_ids, mask)
         new = input_ids.shape[1] - cached
         if new < 1:
-            raise ValueError(f"input_ids has {input_ids.shape[1]} tokens, all in the cache already; give at least one more")
+            raise ValueError(
+                f"input_ids has {input_ids.shape[1]} tokens, all in the cache already; give at least one more"
+            )
         if mask is not None:
             order = mask[:, -new:].to(torch.bool).to(torch.int8).argsort(dim=1, stable=True)  # padding to the left
             input_ids = torch.cat([input_ids[:, :cached], input_ids[:, cached:].gather(1, order)], 1)
@@ -63,9 +65,7 @@ class StatefulGenerationMixin(GenerationMixin):
         settings = generation_config or self.generation_config
         if implementation := _setting(kwargs, settings, "cache_implementation", None):
             raise ValueError(f"cache_implementation={implementation!r}: a Mamba state has one form; drop the argument")
-        copies = max(
-            _setting(kwargs, settings, "num_beams", 1), _setting(kwargs, settings, "num_return_sequences", 1)
-        )
+        copies = max(_setting(kwargs, settings, "num_beams", 1), _setting(kwargs, settings, "num_return_sequences", 1))
         use_cache = _setting(kwargs, settings, "use_cache", True)
         if chunk:
             if not use_cache:

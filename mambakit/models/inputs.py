@@ -28,18 +28,26 @@ def packing_of(
     cache: MambaCache | None,
 ) -> Packing | None:
     """The packing of a (b, l) batch, or None where it can run as it is."""
-    b, length = shape
+    b = shape[0]
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, shape)
         if attention_mask is not None or position_ids is not None:
             raise ValueError("cu_seqlens already says where sequences lie; drop attention_mask and position_ids")
         if cache is not None and cache.max_batch_size < cu_seqlens.shape[0] - 1:
-            raise ValueError(f"cu_seqlens has {cu_seqlens.shape[0] - 1} sequences but the cache {cache.max_batch_size} rows")
+            raise ValueError(
+                f"cu_seqlens has {cu_seqlens.shape[0] - 1} sequences but the cache {cache.max_batch_size} rows"
+            )
         return Packing.from_cu_seqlens(cu_seqlens.to(device), shape)
     if cache is not None and cache.max_batch_size != b:
-        raise ValueError(f"the batch has {b} rows but the cache {cache.max_batch_size}; use cache.select(...) or a new cache")
+        raise ValueError(
+            f"the batch has {b} rows but the cache {cache.max_batch_size}; use cache.select(...) or a new cache"
+        )
     seen = 0 if cache is None else cache.get_seq_length()
-    keep = None if attention_mask is None else _new_columns("attention_mask", attention_mask, shape, seen).to(device).bool()
+    keep = (
+        None
+        if attention_mask is None
+        else _new_columns("attention_mask", attention_mask, shape, seen).to(device).bool()
+    )
     starts = None
     if position_ids is not None:
         position_ids = position_ids if position_ids.shape[0] == b else position_ids.expand(b, -1)
@@ -69,7 +77,7 @@ def _check_cu_seqlens(cu: Tensor, shape: tuple[int, int]) -> None:
     if torch.compiler.is_compiling():
         return
     values = cu.tolist()
-    if values[0] != 0 or values[-1] != length or any(a > b for a, b in zip(values, values[1:], strict=False)):
+    if values[0] != 0 or values[-1] != length or values != sorted(values):
         raise ValueError(f"cu_seqlens must rise from 0 to the packed length {length}, got {values}")
 
 

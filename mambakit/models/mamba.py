@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mambakit.models.checkpoints import CheckpointMixin
-from mambakit.models.configuration import MambaConfig
+from mambakit.models.configuration import FalconMambaConfig, MambaConfig
 from mambakit.models.generate import StatefulGenerationMixin
 from mambakit.models.initialization import initialize
 from mambakit.models.inputs import packing_of, require_mamba_cache, shifted_labels
@@ -24,7 +24,7 @@ from mambakit.modules import MambaBlock, MambaCache, RMSNorm
 class MambaPreTrainedModel(CheckpointMixin, PreTrainedModel):
     """What all Mamba models share: the configuration class, initialisation, and which parameters stay float32."""
 
-    config_class = MambaConfig
+    config_class: type[MambaConfig | FalconMambaConfig] = MambaConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
@@ -50,7 +50,7 @@ class MambaModel(MambaPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embeddings = value
 
     def new_cache(self, batch_size: int) -> MambaCache:
@@ -149,7 +149,7 @@ class MambaForCausalLM(StatefulGenerationMixin, MambaPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.backbone.embeddings = value
 
     def forward(
@@ -227,13 +227,13 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.backbone = MambaModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.backbone.embeddings = value
 
     def forward(
@@ -300,7 +300,9 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
         reduction = "mean" if num_items is None else "sum"
         logits = logits.float()
         if problem == "regression":
-            loss = nn.functional.mse_loss(logits.squeeze(-1), labels.float().reshape(logits.squeeze(-1).shape), reduction=reduction)
+            loss = nn.functional.mse_loss(
+                logits.squeeze(-1), labels.float().reshape(logits.squeeze(-1).shape), reduction=reduction
+            )
         elif problem == "multi_label_classification":
             loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction=reduction)
         else:

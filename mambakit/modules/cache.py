@@ -267,7 +267,7 @@ class MambaCache:
         index = torch.as_tensor(indices, dtype=torch.long, device=self.device)
         if index.dim() != 1:
             raise ValueError(f"{name} has shape {tuple(index.shape)}, expected one dimension")
-        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < limit):
+        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < limit):
             raise ValueError(f"{name} {index.tolist()} reach outside the {limit} rows of the cache")
         return index
 

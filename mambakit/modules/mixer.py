@@ -84,39 +84,38 @@ class MambaMixer(nn.Module):
             (b, l, h).
         """
         x, z = self.in_proj(hidden_states).chunk(2, -1)  # (b, l, d) each
-        cu_seqlens = None if packing is None else packing.cu_seqlens
-        in_place = cache_params is not None and not torch.is_grad_enabled() and (packing is None or packing.in_place)
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        conv_state = ssm_state = slots = None
-        if cache_params is not None and in_place:
-            conv_state, ssm_state = cache_params.conv_states[self.layer_idx], cache_params.ssm_states[self.layer_idx]
-            slots = None if packing is None else packing.read.to(torch.int32)
-        elif cache_params is not None:
-            conv_state, ssm_state = cache_params.layer(self.layer_idx, None if packing is None else packing.read)
-
-        if in_place:
-            x, _ = causal_conv1d_(
-                x, weight, bias, self.conv_activation, state=conv_state, slot_indices=slots, cu_seqlens=cu_seqlens
-            )
+        conv = (self.conv1d.weight.squeeze(1), self.conv1d.bias, self.conv_activation)
+        if cache_params is not None and not torch.is_grad_enabled() and (packing is None or packing.in_place):
+            y = self._mix_in_place(x, z, conv, cache_params, packing)
         else:
-            x, conv_state = causal_conv1d(
-                x, weight, bias, self.conv_activation, initial_state=conv_state, cu_seqlens=cu_seqlens
-            )
-        if self.act is not None:
-            x = self.act(x)
-
-        scan_inputs = self._scan_inputs(x, z)
-        if in_place:
-            y, _ = selective_scan_(*scan_inputs, state=ssm_state, slot_indices=slots, cu_seqlens=cu_seqlens)
-        else:
-            y, ssm_state = selective_scan(*scan_inputs, initial_state=ssm_state, cu_seqlens=cu_seqlens)
-            if cache_params is not None:
-                rows = None if packing is None else packing.write
-                cache_params.update(self.layer_idx, conv_state, ssm_state, rows)
+            y = self._mix(x, z, conv, cache_params, packing)
         return self.out_proj(y)
 
+    def _mix(self, x: Tensor, z: Tensor, conv: tuple, cache: MambaCache | None, packing: Packing | None) -> Tensor:
+        """States go in and come out as values, and gradients flow through them."""
+        conv_state = ssm_state = None
+        if cache is not None:
+            conv_state, ssm_state = cache.layer(self.layer_idx, None if packing is None else packing.read)
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+        x, conv_state = causal_conv1d(x, *conv, initial_state=conv_state, cu_seqlens=cu_seqlens)
+        y, ssm_state = selective_scan(*self._scan_inputs(x, z), initial_state=ssm_state, cu_seqlens=cu_seqlens)
+        if cache is not None:
+            cache.update(self.layer_idx, conv_state, ssm_state, None if packing is None else packing.write)
+        return y
+
+    def _mix_in_place(self, x: Tensor, z: Tensor, conv: tuple, cache: MambaCache, packing: Packing | None) -> Tensor:
+        """Inference: the ops read and write the cache's own memory."""
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+        slots = None if packing is None else packing.read.to(torch.int32)
+        conv_state, ssm_state = cache.conv_states[self.layer_idx], cache.ssm_states[self.layer_idx]
+        x, _ = causal_conv1d_(x, *conv, state=conv_state, slot_indices=slots, cu_seqlens=cu_seqlens)
+        y, _ = selective_scan_(*self._scan_inputs(x, z), state=ssm_state, slot_indices=slots, cu_seqlens=cu_seqlens)
+        return y
+
     def _scan_inputs(self, x: Tensor, z: Tensor) -> tuple:
-        """The selection: delta, B and C from the input (algorithm 2, lines 2 to 4)."""
+        """The selection: delta, B and C from the convolution's output (algorithm 2, lines 2 to 4)."""
+        if self.act is not None:
+            x = self.act(x)
         r, n = self.time_step_rank, self.ssm_state_size
         dt, B, C = self.x_proj(x).split([r, n, n], -1)
         if self.mixer_rms_eps is not None:

@@ -39,7 +39,9 @@ class Packing:
         return Packing(cu_seqlens, rows, rows, None, shape, True)
 
     @staticmethod
-    def from_batch(keep: Tensor | None, starts: Tensor | None, continues: bool, shape: tuple[int, int]) -> Packing | None:
+    def from_batch(
+        keep: Tensor | None, starts: Tensor | None, continues: bool, shape: tuple[int, int]
+    ) -> Packing | None:
         """Pack a batch.
 
         Args:
@@ -53,7 +55,7 @@ class Packing:
         keep_all = keep is None or bool(keep.all())
         if keep_all and (starts is None or not bool((starts if continues else starts[:, 1:]).any())):
             return None
-        b, length = shape
+        length = shape[1]
         given = keep if keep is not None else starts
         assert given is not None
         device = given.device

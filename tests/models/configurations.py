@@ -21,11 +21,24 @@ MAMBA = {
     "time_step_rank_7": {"time_step_rank": 7},
     "untied": {"tie_word_embeddings": False},
     "odd_hidden_size": {"hidden_size": 27, "num_hidden_layers": 3},
-    "odd_everything": {"hidden_size": 21, "state_size": 5, "expand": 1, "conv_kernel": 5, "time_step_rank": 1, "use_bias": True},  # fmt: skip
+    "odd_everything": {
+        "hidden_size": 21,
+        "state_size": 5,
+        "expand": 1,
+        "conv_kernel": 5,
+        "time_step_rank": 1,
+        "use_bias": True,
+    },
     "gelu": {"hidden_act": "gelu"},
     "residual_in_model_dtype": {"residual_in_fp32": False},
     "epsilon": {"layer_norm_epsilon": 1e-2},
-    "time_step_init": {"time_step_init_scheme": "constant", "time_step_scale": 2.0, "time_step_min": 0.01, "time_step_max": 0.5, "time_step_floor": 0.02},  # fmt: skip
+    "time_step_init": {
+        "time_step_init_scheme": "constant",
+        "time_step_scale": 2.0,
+        "time_step_min": 0.01,
+        "time_step_max": 0.5,
+        "time_step_floor": 0.02,
+    },
 }
 FALCON = {
     "falcon": {},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -46,9 +47,8 @@ def test_one_token_at_a_time_in_float64_is_the_oracle(model):
     model = model.double()
     ids = tokens(1, 25)
     whole = run(model, ids)
-    cache, parts = model.backbone.new_cache(1), []
-    for t in range(25):
-        parts.append(run(model, ids[:, t : t + 1], cache_params=cache).logits)
+    cache = model.backbone.new_cache(1)
+    parts = [run(model, ids[:, t : t + 1], cache_params=cache).logits for t in range(25)]
     assert whole.logits.dtype == torch.float64
     assert worst(torch.cat(parts, 1), whole.logits) < 1e-12
 
@@ -133,7 +133,7 @@ def test_position_ids_that_restart_separate_documents(model):
     bounds = [[0, 5, 12], [0, 3, 5, 12]]
     losses, count = 0.0, 0
     for row, edges in enumerate(bounds):
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             alone = run(model, ids[row : row + 1, start:end], labels=ids[row : row + 1, start:end], use_cache=True)
             assert worst(out.logits[row, start:end], alone.logits[0]) < TIGHT
             losses, count = losses + alone.loss * (end - start - 1), count + end - start - 1

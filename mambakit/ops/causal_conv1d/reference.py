@@ -50,8 +50,10 @@ def _preactivation(ext: _Extended, weight: Tensor, bias: Tensor | None) -> Tenso
     w = weight.to(ext.values.dtype)
     k = w.shape[1]
     count = max(0, ext.values.shape[1] - (k - 1))
-    total = sum(w[:, j] * ext.values[:, j : j + count] for j in range(k))  # column i is the output at L-position i+k-1
-    total = total[:, ext.tokens - (k - 1)]
+    total = torch.zeros_like(ext.values[:, :count])
+    for j in range(k):
+        total = total + w[:, j] * ext.values[:, j : j + count]
+    total = total[:, ext.tokens - (k - 1)]  # column i is the output at L-position i + k - 1
     return total if bias is None else total + bias.to(total.dtype)
 
 

@@ -138,6 +138,8 @@ def _check(op, u, delta, A, B, C, D, z, delta_bias, cu_seqlens) -> None:
         if vector is not None:
             _checks.shape(op, name, vector, (d,), "(d,)")
             _checks.dtype(op, name, vector, _parameter_dtype(u))
-    _checks.same_device(op, u.device, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, cu_seqlens=cu_seqlens)
+    _checks.same_device(
+        op, u.device, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, cu_seqlens=cu_seqlens
+    )
     if cu_seqlens is not None:
         _checks.cu_seqlens(op, cu_seqlens, b, length)

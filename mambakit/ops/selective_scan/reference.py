@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ class _Row:
             bounds = [(row, 0, self.l) for row in range(self.b)]
         else:
             cu = cu_seqlens.tolist()
-            bounds = [(0, start, end) for start, end in zip(cu, cu[1:], strict=False)]
+            bounds = [(0, start, end) for start, end in pairwise(cu)]
         self.s = len(bounds)
         device = self.A.device
         if initial_state is None:

@@ -15,9 +15,7 @@ from mambakit.ops.selective_scan import reference
 # 64 bytes of state per channel every 128 tokens is half a byte per element, against 2 for one bfloat16 activation.
 CHECKPOINT_INTERVAL = 128
 
-_INPUTS = (
-    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus"
-)
+_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus"
 
 
 def _state_shape(u, A, cu_seqlens):

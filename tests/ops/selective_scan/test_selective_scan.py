@@ -45,7 +45,10 @@ def gradients(function, inputs, weights):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float64_equals_the_oracle(shape):
     inputs = make(*shape)
-    weights = torch.randn(shape[:3], dtype=torch.float64), torch.randn(shape[0], shape[2], shape[3], dtype=torch.float64)
+    weights = (
+        torch.randn(shape[:3], dtype=torch.float64),
+        torch.randn(shape[0], shape[2], shape[3], dtype=torch.float64),
+    )
     y, final, grads = gradients(selective_scan, inputs, weights)
     y0, final0, grads0 = gradients(scan_oracle, inputs, weights)
     assert relative_error(y, y0) < 1e-12
