@@ -615,7 +615,7 @@ def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens)
         dfinal = None if dfinal is None else dfinal.contiguous()
         dx = torch.empty((b, length, d), dtype=x.dtype, device=x.device)
         dweight = torch.empty((d, k), dtype=weight.dtype, device=x.device)
-        dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
+        dbias = weight.new_empty(0) if bias is None else torch.empty(d, dtype=bias.dtype, device=x.device)
         dinitial = x.new_empty(0)
         if initial_state is not None:
             dinitial = torch.empty((sequences, d, k - 1), dtype=initial_state.dtype, device=x.device)

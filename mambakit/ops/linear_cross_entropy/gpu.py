@@ -54,10 +54,12 @@ def _softmax_kernel(
         loss = lse - tl.load(logits + target, mask=known, other=0.0)
         tl.store(losses + row, tl.where(known, loss, float("nan")))
         if NEED_GRADIENT:
-            for begin in range(0, V, BLOCK_V):
-                z = tl.load(logits + begin + i, mask=begin + i < V, other=float("-inf"))
-                g = tl.exp(z - lse) - tl.where(begin + i == target, 1.0, 0.0)
-                tl.store(dlogits + begin + i, g.to(dlogits.dtype.element_ty), mask=begin + i < V)
+            # Backwards: what was read last is what L2 still holds.
+            for block in range(0, V, BLOCK_V):
+                j = (V - 1) // BLOCK_V * BLOCK_V - block + i
+                z = tl.load(logits + j, mask=j < V, other=float("-inf"))
+                g = tl.exp(z - lse) - tl.where(j == target, 1.0, 0.0)
+                tl.store(dlogits + j, g.to(dlogits.dtype.element_ty), mask=j < V)
 
 
 def softmax_block(v: int) -> tuple[int, int]:

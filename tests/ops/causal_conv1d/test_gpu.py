@@ -48,11 +48,15 @@ LARGE = [
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
+def poisoned_memory(monkeypatch):
     """Uninitialised memory is NaN, so an element that no kernel wrote cannot pass."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    empty = torch.empty
+
+    def poisoned(*shape, **options):
+        memory = empty(*shape, **options)
+        return memory.fill_(torch.nan) if memory.is_floating_point() else memory
+
+    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def boundaries(length):
@@ -82,16 +86,13 @@ def inputs(case, dtype, device):
 
 
 def exact(value):
-    """The argument the float64 reference takes, on the CPU."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.cpu().double() if value.is_floating_point() else value.cpu()
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def assert_close(got, expected, dtype, name):
     assert got.shape == expected.shape, name
     assert got.is_contiguous(), name
-    error = (got.cpu().double() - expected).norm() / expected.norm().clamp(min=1e-30)
+    error = (got.double() - expected).norm() / expected.norm().clamp(min=1e-30)
     assert expected.numel() == 0 or error <= TOLERANCE[dtype], f"{name}: relative error {error:.1e}"
 
 
@@ -142,7 +143,7 @@ def test_in_place(device, packed, length, state_dtype, has_slots):
     move = lambda t: None if t is None else t.to(device)  # noqa: E731
     pool = move(pool)
     y = gpu.forward_(pool, move(slots), *map(move, (x, weight, bias)), "silu", move(cu))
-    assert_close(y, expected, torch.bfloat16, "y")
+    assert_close(y.cpu(), expected, torch.bfloat16, "y")
     assert torch.equal(pool.cpu().double(), expected_pool)  # states are copies of inputs: no rounding
     if has_slots:
         assert torch.equal(pool.cpu()[[1, 2, 3, 4]], before[[1, 2, 3, 4]])
