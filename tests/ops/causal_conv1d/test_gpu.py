@@ -135,7 +135,9 @@ def test_in_place(device, packed, length, state_dtype, has_slots):
     weight, bias = torch.randn(d, k), torch.randn(d)
     cu = torch.tensor([0, 0, length - length // 3, length], dtype=torch.int32) if packed else None
     slots = torch.tensor([5, -1, 0], dtype=torch.int32) if has_slots else None
-    pool = torch.randn(2, 6, d, k - 1).to(state_dtype)[1]
+    # With slots, the pool is also a strided view.
+    pool = torch.randn(6, k - 1, d).transpose(1, 2) if has_slots else torch.randn(6, d, k - 1)
+    pool = pool.to(state_dtype)
     before = pool.clone()
     expected_pool = pool.double()
     expected = reference.forward_(expected_pool, slots, x.double(), weight.double(), bias.double(), "silu", cu)
