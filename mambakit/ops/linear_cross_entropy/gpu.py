@@ -72,14 +72,15 @@ def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Non
     """out (+)= a @ b with out in float32, whatever the dtype of a and b."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=float(accumulate), out=out)
-    elif a.is_cuda and torch.version.hip is None:
-        if accumulate:
-            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        else:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        # ROCm, and the CPU under Triton's interpreter, have no product that widens its result.
+    elif not a.is_cuda or torch.version.hip:
+        # The CPU (under Triton's interpreter) and ROCm have no product that widens its result.
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=float(accumulate), out=out)
+    elif not accumulate:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif torch.__version__ >= (2, 10):
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out += torch.mm(a, b, out_dtype=out.dtype)  # before 2.10 addmm wants `out` in the dtype of a
 
 
 def forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
