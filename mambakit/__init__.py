@@ -1,0 +1,68 @@
+"""mambakit: run, train and serve Mamba (selective state space) models.
+
+The public names are resolved when they are first used: importing mambakit imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_HOMES = {
+    "AutoConfig": "mambakit.models.auto",
+    "AutoModel": "mambakit.models.auto",
+    "AutoModelForCausalLM": "mambakit.models.auto",
+    "AutoModelForSequenceClassification": "mambakit.models.auto",
+    "AutoTokenizer": "mambakit.models.auto",
+    "CheckpointError": "mambakit.models.checkpoints",
+    "FalconMambaConfig": "mambakit.models.configuration",
+    "FalconMambaForCausalLM": "mambakit.models.falcon_mamba",
+    "FalconMambaForSequenceClassification": "mambakit.models.falcon_mamba",
+    "FalconMambaModel": "mambakit.models.falcon_mamba",
+    "MambaCache": "mambakit.modules.cache",
+    "MambaConfig": "mambakit.models.configuration",
+    "MambaForCausalLM": "mambakit.models.mamba",
+    "MambaForSequenceClassification": "mambakit.models.mamba",
+    "MambaMixer": "mambakit.modules.mixer",
+    "MambaModel": "mambakit.models.mamba",
+    "pipeline": "mambakit.generation.pipeline",
+    "register": "mambakit.models.registration",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+if TYPE_CHECKING:
+    from mambakit.generation.pipeline import pipeline
+    from mambakit.models.auto import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+    from mambakit.models.checkpoints import CheckpointError
+    from mambakit.models.configuration import FalconMambaConfig, MambaConfig
+    from mambakit.models.falcon_mamba import (
+        FalconMambaForCausalLM,
+        FalconMambaForSequenceClassification,
+        FalconMambaModel,
+    )
+    from mambakit.models.mamba import MambaForCausalLM, MambaForSequenceClassification, MambaModel
+    from mambakit.models.registration import register
+    from mambakit.modules.cache import MambaCache
+    from mambakit.modules.mixer import MambaMixer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'mambakit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOMES))
