@@ -170,7 +170,10 @@ def sweep_conv():
     chosen = conv.forward_tile, conv.backward_tile
     shapes = {s: CONV[s] for s in [(16, 1536, 2048), (1, 4096, 32768), (64, 1536, 512)]}
     for tile, backward_tile in zip(tiles, backward_tiles, strict=True):
-        conv.forward_tile, conv.backward_tile = lambda x, k, t=tile: t, lambda x, k, t=backward_tile: t
+        conv.forward_tile, conv.backward_tile = (
+            lambda x, k, restarts, t=tile: t,
+            lambda x, k, restarts, t=backward_tile: t,
+        )
         name = ",".join(map(str, tile)) + "|" + ",".join(map(str, backward_tile))
         time_conv(shapes, name)
     conv.forward_tile, conv.backward_tile = chosen

@@ -22,6 +22,7 @@ on the device, so the op can be captured in a CUDA graph); walks then reset thei
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment,misc"
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -199,8 +200,11 @@ def _forward_kernel(
         for i in range(0, STEPS, UNROLL):
             # All loads of a group come before its first store: the compiler cannot move a load over a store.
             ahead = ()
+            starts_ahead = ()
             for u in tl.static_range(UNROLL):
                 t = first + i + u
+                if PACKED:
+                    starts_ahead = starts_ahead + (tl.load(starts + t, mask=t < end, other=-1),)
                 ahead = ahead + (
                     tl.load(
                         x_row + (t.to(tl.int64) * stride_xt)[:, None] + d[None, :],
@@ -211,9 +215,8 @@ def _forward_kernel(
             for u in tl.static_range(UNROLL):
                 t = first + i + u
                 if PACKED:
-                    at_start = (tl.load(starts + t, mask=t < end, other=-1) == t) & (t < end)
                     window = _restart(
-                        window, at_start, initial, slots, ids, t, end, d, channel, stride_s, stride_d, stride_k,
+                        window, starts_ahead[u] == t, initial, slots, ids, t, end, d, channel, stride_s, stride_d, stride_k,
                         K, HAS_INITIAL, HAS_SLOTS,
                     )  # fmt: skip
                 window = window + (ahead[u].to(tl.float32),)
@@ -246,17 +249,16 @@ def _preactivation_gradient(dy, value, SILU: tl.constexpr):
 
 @triton.jit
 def _backward_step(
-    x_t, dy_t, t, end, window, pending, dtaps, doffset, taps, offset, own,
-    dfinal, dx, initial, slots, starts, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
+    x_t, dy_t, t, start, end, window, pending, dtaps, doffset, taps, offset, own,
+    dfinal, dx, initial, slots, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
     stride_s, stride_d, stride_k,
     K: tl.constexpr, SILU: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr, PACKED: tl.constexpr,
     STORE: tl.constexpr,
 ):  # fmt: skip
     """One position of a backward walk. `own` is false past the walk's end, where the next walk counts dweight."""
     if PACKED:
-        start = tl.load(starts + t, mask=t < end, other=0)
         window = _restart(
-            window, (start == t) & (t < end), initial, slots, ids, t, end, d, channel, stride_s, stride_d, stride_k,
+            window, start == t, initial, slots, ids, t, end, d, channel, stride_s, stride_d, stride_k,
             K, HAS_INITIAL, False,
         )  # fmt: skip
     window = window + (x_t.to(tl.float32),)
@@ -386,17 +388,20 @@ def _backward_kernel(
             live = (t < end)[:, None] & channel
             x_t = tl.load(x_row + (t.to(tl.int64) * stride_xt)[:, None] + d[None, :], mask=live, other=0.0)
             dy_t = tl.load(dy_row + (t.to(tl.int64) * stride_yt)[:, None] + d[None, :], mask=live, other=0.0)
+            start = tl.load(starts + t, mask=t < end, other=-1) if PACKED else first
             window, pending, dtaps, doffset = _backward_step(
-                x_t, dy_t, t, end, window, pending, dtaps, doffset, taps, offset, i < STEPS,
-                dfinal, dx, initial, initial, starts, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
+                x_t, dy_t, t, start, end, window, pending, dtaps, doffset, taps, offset, i < STEPS,
+                dfinal, dx, initial, initial, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
                 stride_s, stride_d, stride_k, K, SILU, HAS_INITIAL, HAS_DFINAL, PACKED, False,
             )  # fmt: skip
         for i in range(K - 1, K - 1 + STEPS, UNROLL):
             x_ahead = ()
             dy_ahead = ()
+            starts_ahead = ()
             for u in tl.static_range(UNROLL):
                 t = first + i + u
                 live = (t < end)[:, None] & channel
+                starts_ahead = starts_ahead + (tl.load(starts + t, mask=t < end, other=-1) if PACKED else first,)
                 x_ahead = x_ahead + (
                     tl.load(x_row + (t.to(tl.int64) * stride_xt)[:, None] + d[None, :], mask=live, other=0.0),
                 )
@@ -405,9 +410,9 @@ def _backward_kernel(
                 )
             for u in tl.static_range(UNROLL):
                 window, pending, dtaps, doffset = _backward_step(
-                    x_ahead[u], dy_ahead[u], first + i + u, end, window, pending, dtaps, doffset, taps, offset,
+                    x_ahead[u], dy_ahead[u], first + i + u, starts_ahead[u], end, window, pending, dtaps, doffset, taps, offset,
                     i + u < STEPS,
-                    dfinal, dx, initial, initial, starts, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
+                    dfinal, dx, initial, initial, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
                     stride_s, stride_d, stride_k, K, SILU, HAS_INITIAL, HAS_DFINAL, PACKED, True,
                 )  # fmt: skip
         place = partials + program.to(tl.int64) * (K + 1) * channels + d
@@ -522,6 +527,7 @@ def _scatter_kernel(
 _DECODE_STEPS = 32
 
 
+@functools.cache
 def _processors(device: torch.device) -> int:
     # On the CPU the kernels only ever run in Triton's interpreter, where one small tile is as good as another.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -540,14 +546,17 @@ def _tile(x: Tensor, channels: int, steps: int, unroll: int) -> Tile:
     return Tile(block_d, rows, steps, min(unroll, steps), num_warps)
 
 
-def forward_tile(x: Tensor, k: int) -> Tile:
-    """128 registers for bfloat16 and k = 4 (sm_90); long filters take half the channels to stay near that."""
-    return _tile(x, 8 if k <= 4 else 4, 64, 8)
+def forward_tile(x: Tensor, k: int, restarts: bool) -> Tile:
+    """128 registers for bfloat16 and k = 4 (sm_90); long filters take half the channels to stay near that.
+
+    `restarts`: sequences start from given states anywhere in a row. Unrolling that code costs seconds of compilation.
+    """
+    return _tile(x, 8 if k <= 4 else 4, 128, 2 if restarts else 8 if k <= 4 else 4)
 
 
-def backward_tile(x: Tensor, k: int) -> Tile:
+def backward_tile(x: Tensor, k: int, restarts: bool) -> Tile:
     """Window, unfinished dx and sums of dweight are 3 k registers a channel: 128 in all at 4 channels, 249 at 8."""
-    return _tile(x, 4 if k <= 4 else 2, 64, 4)
+    return _tile(x, 4 if k <= 4 else 2, 128, 4 if k <= 4 and not restarts else 2)
 
 
 def _rows_in_place(x: Tensor) -> tuple[Tensor, int, int]:
@@ -575,7 +584,7 @@ def _convolve(x, weight, bias, activation, state, slots, cu_seqlens, final_dtype
     sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
     y = torch.empty((b, length, d), dtype=x.dtype, device=x.device)
     final = torch.empty((sequences, d, k - 1), dtype=final_dtype, device=x.device)
-    tile = forward_tile(x, k)
+    tile = forward_tile(x, k, restarts=cu_seqlens is not None and state is not None)
     x, stride_b, stride_t = _rows_in_place(x)
     starts, ids = _sequences(cu_seqlens, length)
     chunks = triton.cdiv(length, tile.steps)
@@ -619,7 +628,7 @@ def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens)
         dinitial = x.new_empty(0)
         if initial_state is not None:
             dinitial = torch.empty((sequences, d, k - 1), dtype=initial_state.dtype, device=x.device)
-        tile = backward_tile(x, k)
+        tile = backward_tile(x, k, restarts=cu_seqlens is not None and initial_state is not None)
         x, stride_xb, stride_xt = _rows_in_place(x)
         dy, stride_yb, stride_yt = _rows_in_place(dy)
         starts, ids = _sequences(cu_seqlens, length)
@@ -640,7 +649,7 @@ def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens)
             )  # fmt: skip
         if d:
             _sum_partials_kernel[(triton.cdiv(d, 32), k + (bias is not None))](
-                partials, dweight, dbias, programs, d, K=k, HAS_BIAS=bias is not None, ROWS=32, BLOCK_D=32
+                partials, dweight, dbias, programs, d, K=k, HAS_BIAS=bias is not None, ROWS=128, BLOCK_D=32
             )
     return dx, dweight, dbias, dinitial
 

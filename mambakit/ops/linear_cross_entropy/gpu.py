@@ -77,7 +77,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Non
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=float(accumulate), out=out)
     elif not accumulate:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
-    elif torch.__version__ >= (2, 10):
+    elif torch.__version__ >= "2.10":  # compared as versions, not as strings
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out += torch.mm(a, b, out_dtype=out.dtype)  # before 2.10 addmm wants `out` in the dtype of a
