@@ -32,6 +32,9 @@ from torch import Tensor
 
 from mambakit.ops.causal_conv1d import reference
 
+# Arguments whose alignment buys nothing: specialised on it, every kernel would compile again at an odd length.
+_UNALIGNED = ["starts", "ids", "cu_seqlens", "slots"]
+
 
 class Tile(NamedTuple):
     """One program: `rows` walks of `steps` positions over `block_d` channels, loading `unroll` steps ahead."""
@@ -43,7 +46,7 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-@triton.jit(do_not_specialize=["length", "sequences"])
+@triton.jit(do_not_specialize=["length", "sequences"], do_not_specialize_on_alignment=_UNALIGNED)
 def _sequences_kernel(cu_seqlens, starts, ids, length, sequences, BLOCK: tl.constexpr):
     # Upper bound by bisection: the last sequence that starts at or before t. An empty sequence shares its start with
     # the one after it and is never the last.
@@ -171,7 +174,7 @@ def _write_final(
     tl.store(final + place[:, None] + index[None, :], value.to(final.dtype.element_ty), mask=wanted)
 
 
-@triton.jit(do_not_specialize=["length", "chunks", "walks", "programs"])
+@triton.jit(do_not_specialize=["length", "chunks", "walks", "programs"], do_not_specialize_on_alignment=_UNALIGNED)
 def _forward_kernel(
     x, weight, bias, initial, slots, starts, ids, cu_seqlens, y, final,
     length, channels, chunks, walks, programs,
@@ -347,7 +350,7 @@ def _write_dinitial(
         tl.store(dinitial + place, total.to(dinitial.dtype.element_ty), mask=channel)
 
 
-@triton.jit(do_not_specialize=["length", "chunks", "walks", "programs"])
+@triton.jit(do_not_specialize=["length", "chunks", "walks", "programs"], do_not_specialize_on_alignment=_UNALIGNED)
 def _backward_kernel(
     dy, dfinal, x, weight, bias, initial, starts, ids, cu_seqlens, dx, partials, dinitial,
     length, channels, chunks, walks, programs,
@@ -454,7 +457,7 @@ def _sum_partials_kernel(
         tl.store(dbias + d, result.to(dbias.dtype.element_ty), mask=d < channels)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=_UNALIGNED)
 def _decode_kernel(
     state, slots, x, weight, bias, cu_seqlens, y,
     length, channels,
@@ -509,7 +512,7 @@ def _decode_kernel(
         tl.store(cell + j * stride_k, window[j].to(state.dtype.element_ty), mask=channel & (row >= 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
 def _scatter_kernel(
     final, state, slots, channels, stride_s, stride_d, stride_k,
     K: tl.constexpr, BLOCK: tl.constexpr, HAS_SLOTS: tl.constexpr,
