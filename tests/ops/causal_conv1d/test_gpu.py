@@ -7,8 +7,11 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("triton")
-from mambakit.ops.causal_conv1d import gpu, reference
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from mambakit.ops.causal_conv1d import gpu, reference  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [
@@ -187,6 +190,39 @@ def test_capturable_in_a_cuda_graph(device):
     graph.replay()
     for got, want in zip(captured, expected, strict=True):
         assert torch.equal(got, want)
+
+
+def compile_for_hopper(kernel, constants, **types):
+    """What the interpreter cannot tell: that the compiler takes the kernel. Needs no GPU."""
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    values = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=values)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+
+POINTERS = dict.fromkeys(("x", "y", "dy", "dx", "final", "dfinal", "initial", "dinitial", "state"), "*bf16")
+POINTERS |= dict.fromkeys(("weight", "bias", "dweight", "dbias", "partials"), "*fp32")
+POINTERS |= dict.fromkeys(("slots", "starts", "ids", "cu_seqlens"), "*i32")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("states", [False, True])
+def test_kernels_compile(packed, states):
+    flags = {"K": 4, "BLOCK_D": 64, "UNROLL": 2, "SILU": True, "HAS_BIAS": states, "PACKED": packed}
+    absent = {} if packed else {"starts": None, "ids": None, "cu_seqlens": None}
+    absent |= {} if states else {"initial": None, "slots": None, "dfinal": None, "bias": None}
+    walks = {"ROWS": 8, "STEPS": 16, "HAS_INITIAL": states, **flags}
+    for kernel, constants in (
+        (gpu._forward_kernel, {"KP": 4, "HAS_SLOTS": states, **walks}),
+        (gpu._backward_kernel, {"HAS_DFINAL": states, **walks}),
+        (gpu._decode_kernel, {"HAS_SLOTS": states, **flags}),
+        (gpu._sum_partials_kernel, {"K": 4, "HAS_BIAS": states, "ROWS": 32, "BLOCK_D": 32}),
+        (gpu._scatter_kernel, {"K": 4, "BLOCK": 1024, "HAS_SLOTS": states}),
+    ):
+        constants |= {name: value for name, value in absent.items() if name in kernel.arg_names}
+        compile_for_hopper(kernel, constants, **POINTERS)
+    compile_for_hopper(gpu._sequences_kernel, {"BLOCK": 256}, **POINTERS)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own run")

@@ -7,8 +7,11 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("triton")
-from mambakit.ops.linear_cross_entropy import gpu, reference
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from mambakit.ops.linear_cross_entropy import gpu, reference  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [
@@ -100,6 +103,22 @@ def test_confident_logits_stay_finite(device):
 @pytest.mark.parametrize("device", DEVICES[1:])
 def test_matches_reference_on_large_shapes(device, case, dtype):
     check(*inputs(case, dtype, device))
+
+
+def compile_for_hopper(kernel, constants, **types):
+    """What the interpreter cannot tell: that the compiler takes the kernel. Needs no GPU."""
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    values = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=values)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("need_gradient", [False, True])
+def test_kernel_compiles(need_gradient):
+    types = {"logits": "*fp32", "targets": "*i64", "losses": "*fp32", "dlogits": "*bf16"}
+    constants = {"V": 50277, "BLOCK_V": 4096, "NEED_GRADIENT": need_gradient}
+    compile_for_hopper(gpu._softmax_kernel, constants, **types)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own run")

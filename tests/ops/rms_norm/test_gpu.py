@@ -7,8 +7,11 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("triton")
-from mambakit.ops.rms_norm import gpu, reference
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from mambakit.ops.rms_norm import gpu, reference  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [
@@ -113,6 +116,24 @@ def test_same_inputs_same_bits(device):
     runs = [gpu.backward(dy, dkept, kept, weight, 1e-5, BF16, True) for _ in range(2)]
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
+
+
+def compile_for_hopper(kernel, constants, **types):
+    """What the interpreter cannot tell: that the compiler takes the kernel. Needs no GPU."""
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    values = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=values)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+def test_kernels_compile():
+    flags = {"ROWS": 2, "BLOCK_H": 512, "HAS_WEIGHT": True, "HAS_RESIDUAL": True}
+    half = dict.fromkeys(("x", "y", "dy", "dx"), "*bf16") | {"eps": "fp32"}
+    single = dict.fromkeys(("weight", "residual", "kept", "dkept", "dresidual", "partials", "dweight"), "*fp32")
+    compile_for_hopper(gpu._forward_kernel, flags, **half, **single)
+    compile_for_hopper(gpu._backward_kernel, {"HAS_DKEPT": True, **flags}, **half, **single)
+    compile_for_hopper(gpu._sum_partials_kernel, {"ROWS": 32, "BLOCK_H": 32}, **single)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own run")
