@@ -105,6 +105,19 @@ def test_matches_reference_on_large_shapes(device, case, dtype):
     check(*inputs(case, dtype, device))
 
 
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_capturable_in_a_cuda_graph(device, monkeypatch):
+    monkeypatch.setattr(gpu, "CHUNK_LOGITS", 400)
+    arguments = (*inputs(CASES[1], torch.bfloat16, device), -100, True, True)
+    expected = gpu.forward(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gpu.forward(*arguments)
+    graph.replay()
+    for got, want in zip(captured, expected, strict=True):
+        assert torch.equal(got, want)
+
+
 def compile_for_hopper(kernel, constants, **types):
     """What the interpreter cannot tell: that the compiler takes the kernel. Needs no GPU."""
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
