@@ -6,13 +6,14 @@ gone between its releases.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mambakit.models.checkpoints import CheckpointMixin
+from mambakit.models.checkpoints import load_pretrained, save_original
 from mambakit.models.configuration import FalconMambaConfig, MambaConfig
 from mambakit.models.generate import StatefulGenerationMixin
 from mambakit.models.initialization import initialize
@@ -21,7 +22,7 @@ from mambakit.models.outputs import MambaCausalLMOutput, MambaOutput, MambaSeque
 from mambakit.modules import MambaBlock, MambaCache, RMSNorm
 
 
-class MambaPreTrainedModel(CheckpointMixin, PreTrainedModel):
+class MambaPreTrainedModel(PreTrainedModel):
     """What all Mamba models share: the configuration class, initialisation, and which parameters stay float32."""
 
     config_class: type[MambaConfig | FalconMambaConfig] = MambaConfig
@@ -34,6 +35,22 @@ class MambaPreTrainedModel(CheckpointMixin, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         initialize(module, self.config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint: transformers' format or the original state-spaces format, from a folder or a hub id.
+
+        Arguments are transformers' (``dtype``, "auto" for the checkpoint's own; ``device_map``, ``revision``,
+        ``cache_dir``, ``local_files_only``, fields of the configuration, ...).
+
+        Raises:
+            CheckpointError: a file is missing, damaged, holds code, or does not fit the configuration.
+        """
+        return load_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_original(self, folder: str | os.PathLike) -> None:
+        """Save in the original state-spaces format; `save_pretrained` saves in transformers'."""
+        save_original(self, folder)
 
 
 class MambaModel(MambaPreTrainedModel):

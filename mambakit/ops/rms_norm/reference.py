@@ -1,6 +1,6 @@
 """RMSNorm with the residual addition fused, in plain PyTorch (Zhang & Sennrich 2019, arXiv 1910.07467).
 
-    residual_t = x_t + residual_t ;  y_t = weight * residual_t / sqrt(mean(residual_t^2) + eps)
+residual_t = x_t + residual_t ;  y_t = weight * residual_t / sqrt(mean(residual_t^2) + eps)
 """
 
 from __future__ import annotations

@@ -233,9 +233,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, 
 def forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens):
     """`mambakit::selective_scan_`."""
     pool = state if state.is_contiguous() else state.contiguous()
-    y, _ = _launch_forward(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, pool, pool, slot_indices, 0
-    )
+    y, _ = _launch_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, pool, pool, slot_indices, 0)
     if pool is not state:
         state.copy_(pool)
     return y

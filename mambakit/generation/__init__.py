@@ -1,0 +1,1 @@
+"""Built on models: pipelines, streaming text, scoring."""

@@ -1,0 +1,92 @@
+"""AutoConfig, AutoModel*, AutoTokenizer: transformers' interface, for Mamba models only and in either checkpoint format."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from mambakit.models import falcon_mamba, mamba
+from mambakit.models.formats import CheckpointError, is_original, read_config, read_json, resolve
+
+_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
+
+
+class AutoConfig:
+    """The configuration of a checkpoint."""
+
+    @staticmethod
+    def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> Any:
+        hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
+        config, unused = read_config(resolve(name, **hub), **kwargs)
+        if unused:
+            raise TypeError(f"AutoConfig.from_pretrained: {sorted(unused)} are not fields of {type(config).__name__}")
+        config.name_or_path = str(name)
+        return config
+
+
+class _AutoModel:
+    """Picks the class by the configuration's model_type."""
+
+    _classes: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        if config is None:
+            hub = {key: kwargs[key] for key in _HUB if key in kwargs}
+            model_type = read_config(resolve(name, **hub))[0].model_type
+        else:
+            model_type = config.model_type
+        return cls._class_of(model_type).from_pretrained(name, *args, config=config, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return cls._class_of(config.model_type)._from_config(config, **kwargs)
+
+    @classmethod
+    def _class_of(cls, model_type: str) -> Any:
+        if model_type not in cls._classes:
+            raise ValueError(f"model_type is {model_type!r}; mambakit has {' and '.join(cls._classes)}")
+        return cls._classes[model_type]
+
+
+class AutoModel(_AutoModel):
+    """`MambaModel` or `FalconMambaModel`."""
+
+    _classes = {"mamba": mamba.MambaModel, "falcon_mamba": falcon_mamba.FalconMambaModel}
+
+
+class AutoModelForCausalLM(_AutoModel):
+    """`MambaForCausalLM` or `FalconMambaForCausalLM`."""
+
+    _classes = {"mamba": mamba.MambaForCausalLM, "falcon_mamba": falcon_mamba.FalconMambaForCausalLM}
+
+
+class AutoModelForSequenceClassification(_AutoModel):
+    """`MambaForSequenceClassification` or `FalconMambaForSequenceClassification`."""
+
+    _classes = {
+        "mamba": mamba.MambaForSequenceClassification,
+        "falcon_mamba": falcon_mamba.FalconMambaForSequenceClassification,
+    }
+
+
+class AutoTokenizer:
+    """transformers' AutoTokenizer; an original-format checkpoint without one is told where its tokenizer is."""
+
+    @staticmethod
+    def from_pretrained(name: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        import transformers
+
+        if os.path.isdir(name):
+            folder = Path(name)
+            config = folder / "config.json"
+            has_tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+            if not has_tokenizer and config.is_file() and is_original(read_json(config)):
+                raise CheckpointError(
+                    f"{name} holds no tokenizer: models in state-spaces' original format use GPT-NeoX's; load it from "
+                    '"EleutherAI/gpt-neox-20b", or save its files into the folder'
+                )
+            if not has_tokenizer:
+                raise CheckpointError(f"{name} holds no tokenizer (tokenizer.json); give the folder or id that does")
+        return transformers.AutoTokenizer.from_pretrained(name, *args, **kwargs)

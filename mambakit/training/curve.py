@@ -1,0 +1,45 @@
+"""The loss curve: a line of text in any terminal, and a picture where matplotlib is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from rich.console import Console
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: list[float], width: int = 60) -> str:
+    """``values`` in ``width`` bars, the mean of each stretch."""
+    if not values:
+        return ""
+    width = min(width, len(values))
+    cuts = [round(i * len(values) / width) for i in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    low, high = min(means), max(means)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((m - low) * scale)] for m in means)
+
+
+def write_curve(history: list[dict[str, float]], path: Path, console: Console) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print('no picture of the loss curve: install it with pip install "mambakit[train]"')
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot([r["step"] for r in history], [r["loss"] for r in history], label="training", linewidth=0.8)
+    held = [r for r in history if "heldout_loss" in r]
+    if held:
+        axes.plot([r["step"] for r in held], [r["heldout_loss"] for r in held], label="held out", marker=".")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    temporary = path.with_name("tmp-" + path.name)
+    figure.savefig(temporary, dpi=120, bbox_inches="tight")
+    temporary.replace(path)
+    pyplot.close(figure)
