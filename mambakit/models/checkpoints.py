@@ -232,7 +232,15 @@ def describe(name: str | os.PathLike, **hub: Any) -> CheckpointInfo:
     per_layer = config.intermediate_size * (
         4 * config.state_size + _common_dtype(found).itemsize * (config.conv_kernel - 1)
     )
-    fields = ("hidden_size", "num_hidden_layers", "state_size", "expand", "conv_kernel", "time_step_rank", "vocab_size")
+    fields: tuple[str, ...] = (
+        "hidden_size",
+        "num_hidden_layers",
+        "state_size",
+        "expand",
+        "conv_kernel",
+        "time_step_rank",
+        "vocab_size",
+    )
     fields += ("use_bias", "use_conv_bias", "tie_word_embeddings")
     return CheckpointInfo(
         name=str(name), folder=str(folder), format="original" if original else "transformers",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mambakit.models.configuration import FalconMambaConfig, MambaConfig
 
-CONFIGS = {"mamba": MambaConfig, "falcon_mamba": FalconMambaConfig}
+CONFIGS: dict[str, Any] = {"mamba": MambaConfig, "falcon_mamba": FalconMambaConfig}
 _PATTERNS = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
@@ -85,7 +85,7 @@ def is_original(fields: dict[str, Any]) -> bool:
     return "model_type" not in fields and "d_model" in fields
 
 
-def read_config(folder: Path, config_class: type | None = None, **overrides: Any) -> tuple[Any, dict[str, Any]]:
+def read_config(folder: Path, config_class: Any = None, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     """(configuration, the keyword arguments that are not fields of it)."""
     path = folder / "config.json"
     fields = read_json(path)

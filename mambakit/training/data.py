@@ -6,6 +6,7 @@ import gzip
 import lzma
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mambakit.training.tokenizer import END
 
-_OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+_OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
 # Long documents are tokenised in pieces, cut at a line end, so that all cores have work.
 _PIECE_CHARACTERS = 50_000
 

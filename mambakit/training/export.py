@@ -33,7 +33,7 @@ trained by `mambakit train` on {date}.
 | optimiser | AdamW, peak rate {learning_rate}, {schedule}, weight decay {weight_decay}, clip {clip} |
 | time | {minutes:.1f} minutes on {device} |
 | weights | {dtype}; A_log, D and dt_proj.bias float32 |
-| held-out text | {heldout_files}: {heldout_characters:,} characters, no part of it in the training text's files |
+| held-out text | {heldout_files}: {heldout_characters:,} characters |
 | held-out bits per character | {bits} |
 | held-out perplexity per token | {perplexity} |
 

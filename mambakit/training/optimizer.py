@@ -13,7 +13,8 @@ _NEVER_DECAYED = ("A_log", "D", "embeddings.weight", "embedding.weight")
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: matrices, decayed; and A_log, D, biases, norms, convolutions' biases and embeddings, not decayed."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ class TrainingStep:
     """Forward, backward, clip and update on one batch; returns the loss and the gradient's norm as device tensors."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float, autocast: str, respect_documents: bool
+        self, model: Any, optimizer: torch.optim.Optimizer, clip: float, autocast: str, respect_documents: bool
     ):
         self.model, self.optimizer, self.clip = model, optimizer, clip
         self.device = next(model.parameters()).device

@@ -13,7 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK_D = 32
+
+def _block_d(sequences: int, d: int) -> int:
+    """Channels of a program (one warp): fewer where there would not be some twenty warps to each of 132 multiprocessors."""
+    return 32 if sequences * triton.cdiv(d, 32) >= 132 * 20 else 16
 
 
 @triton.jit
@@ -60,21 +63,35 @@ def _forward_kernel(
     h = tl.zeros([BD, BN], tl.float32)
     if HAS_INIT:
         h = tl.load(init_ptr + state, mask & (slot >= 0), 0.0)
+    # The loads of the next token are issued before this one's arithmetic: a lone warp would otherwise wait for memory.
+    more = begin < end
+    u_next = tl.load(u_ptr + row * su_b + begin * su + ds, dmask & more, 0.0)
+    delta_next = tl.load(delta_ptr + row * sdelta_b + begin * sdelta + ds, dmask & more, 0.0)
+    B_next = tl.load(B_ptr + row * sB_b + begin * sB + ns, nmask & more, 0.0)
+    C_next = tl.load(C_ptr + row * sC_b + begin * sC + ns, nmask & more, 0.0)
+    if HAS_Z:
+        z_next = tl.load(z_ptr + row * sz_b + begin * sz + ds, dmask & more, 0.0)
     t = begin
     while t < end:
         if INTERVAL > 0:
             if t % INTERVAL == 0:
                 at = ((row * n_checks + t // INTERVAL) * d + ds[:, None]) * n + ns[None, :]
                 tl.store(check_ptr + at, h, mask)
-        u = tl.load(u_ptr + row * su_b + t * su + ds, dmask, 0.0).to(tl.float32)
-        delta = tl.load(delta_ptr + row * sdelta_b + t * sdelta + ds, dmask, 0.0).to(tl.float32)
-        B = tl.load(B_ptr + row * sB_b + t * sB + ns, nmask, 0.0).to(tl.float32)
-        C = tl.load(C_ptr + row * sC_b + t * sC + ns, nmask, 0.0).to(tl.float32)
+        u = u_next.to(tl.float32)
+        delta = delta_next.to(tl.float32)
+        B = B_next.to(tl.float32)
+        C = C_next.to(tl.float32)
+        more = t + 1 < end
+        u_next = tl.load(u_ptr + row * su_b + (t + 1) * su + ds, dmask & more, 0.0)
+        delta_next = tl.load(delta_ptr + row * sdelta_b + (t + 1) * sdelta + ds, dmask & more, 0.0)
+        B_next = tl.load(B_ptr + row * sB_b + (t + 1) * sB + ns, nmask & more, 0.0)
+        C_next = tl.load(C_ptr + row * sC_b + (t + 1) * sC + ns, nmask & more, 0.0)
         _, step = _step_size(delta, bias, SOFTPLUS)
         h = tl.exp(step[:, None] * A) * h + (step * u)[:, None] * B[None, :]
         y = tl.sum(h * C[None, :], 1) + D * u
         if HAS_Z:
-            z = tl.load(z_ptr + row * sz_b + t * sz + ds, dmask, 0.0).to(tl.float32)
+            z = z_next.to(tl.float32)
+            z_next = tl.load(z_ptr + row * sz_b + (t + 1) * sz + ds, dmask & more, 0.0)
             y = y * z * tl.sigmoid(z)
         tl.store(y_ptr + (row * length + t) * d + ds, y.to(y_ptr.dtype.element_ty), dmask)
         t += 1
@@ -131,30 +148,55 @@ def _backward_kernel(
         else:
             if HAS_INIT:
                 h = tl.load(init_ptr + state, mask, 0.0)
+        u_next = tl.load(u_ptr + row * su_b + low * su + ds, dmask, 0.0)
+        delta_next = tl.load(delta_ptr + row * sdelta_b + low * sdelta + ds, dmask, 0.0)
+        B_next = tl.load(B_ptr + row * sB_b + low * sB + ns, nmask, 0.0)
         t = low
         while t < high:
             tl.store(scratch_ptr + scratch + (t - low) * BD * BN + tile, h)
-            u = tl.load(u_ptr + row * su_b + t * su + ds, dmask, 0.0).to(tl.float32)
-            delta = tl.load(delta_ptr + row * sdelta_b + t * sdelta + ds, dmask, 0.0).to(tl.float32)
-            B = tl.load(B_ptr + row * sB_b + t * sB + ns, nmask, 0.0).to(tl.float32)
+            u = u_next.to(tl.float32)
+            delta = delta_next.to(tl.float32)
+            B = B_next.to(tl.float32)
+            more = t + 1 < high
+            u_next = tl.load(u_ptr + row * su_b + (t + 1) * su + ds, dmask & more, 0.0)
+            delta_next = tl.load(delta_ptr + row * sdelta_b + (t + 1) * sdelta + ds, dmask & more, 0.0)
+            B_next = tl.load(B_ptr + row * sB_b + (t + 1) * sB + ns, nmask & more, 0.0)
             _, step = _step_size(delta, bias, SOFTPLUS)
             h = tl.exp(step[:, None] * A) * h + (step * u)[:, None] * B[None, :]
             t += 1
         tl.debug_barrier()
         t = high - 1
+        u_next = tl.load(u_ptr + row * su_b + t * su + ds, dmask, 0.0)
+        delta_next = tl.load(delta_ptr + row * sdelta_b + t * sdelta + ds, dmask, 0.0)
+        B_next = tl.load(B_ptr + row * sB_b + t * sB + ns, nmask, 0.0)
+        C_next = tl.load(C_ptr + row * sC_b + t * sC + ns, nmask, 0.0)
+        dy_next = tl.load(dy_ptr + row * sdy_b + t * sdy + ds, dmask, 0.0)
+        if HAS_Z:
+            z_next = tl.load(z_ptr + row * sz_b + t * sz + ds, dmask, 0.0)
+        before_next = tl.load(scratch_ptr + scratch + (t - low) * BD * BN + tile)
         while t >= low:
-            u = tl.load(u_ptr + row * su_b + t * su + ds, dmask, 0.0).to(tl.float32)
-            delta = tl.load(delta_ptr + row * sdelta_b + t * sdelta + ds, dmask, 0.0).to(tl.float32)
-            B = tl.load(B_ptr + row * sB_b + t * sB + ns, nmask, 0.0).to(tl.float32)
-            C = tl.load(C_ptr + row * sC_b + t * sC + ns, nmask, 0.0).to(tl.float32)
-            dy = tl.load(dy_ptr + row * sdy_b + t * sdy + ds, dmask, 0.0).to(tl.float32)
-            before = tl.load(scratch_ptr + scratch + (t - low) * BD * BN + tile)
+            u = u_next.to(tl.float32)
+            delta = delta_next.to(tl.float32)
+            B = B_next.to(tl.float32)
+            C = C_next.to(tl.float32)
+            dy = dy_next.to(tl.float32)
+            before = before_next
+            more = t > low
+            u_next = tl.load(u_ptr + row * su_b + (t - 1) * su + ds, dmask & more, 0.0)
+            delta_next = tl.load(delta_ptr + row * sdelta_b + (t - 1) * sdelta + ds, dmask & more, 0.0)
+            B_next = tl.load(B_ptr + row * sB_b + (t - 1) * sB + ns, nmask & more, 0.0)
+            C_next = tl.load(C_ptr + row * sC_b + (t - 1) * sC + ns, nmask & more, 0.0)
+            dy_next = tl.load(dy_ptr + row * sdy_b + (t - 1) * sdy + ds, dmask & more, 0.0)
+            before_next = tl.load(
+                scratch_ptr + scratch + (t - 1 - low) * BD * BN + tile, (ns >= 0)[None, :] & more, 0.0
+            )
             raw, step = _step_size(delta, bias, SOFTPLUS)
             a = tl.exp(step[:, None] * A)
             h = a * before + (step * u)[:, None] * B[None, :]
             out = (row * length + t) * d + ds
             if HAS_Z:
-                z = tl.load(z_ptr + row * sz_b + t * sz + ds, dmask, 0.0).to(tl.float32)
+                z = z_next.to(tl.float32)
+                z_next = tl.load(z_ptr + row * sz_b + (t - 1) * sz + ds, dmask & more, 0.0)
                 sigmoid = tl.sigmoid(z)
                 y = tl.sum(h * C[None, :], 1) + D * u
                 dz = dy * y * sigmoid * (1.0 + z * (1.0 - sigmoid))
@@ -208,13 +250,14 @@ def _launch_forward(
     shape = (b, count, d, n) if interval else (0,)
     checkpoints = torch.empty(shape, dtype=torch.float32, device=u.device)
     u, delta, z, B, C = _channels_adjacent(u, delta, z, B, C)
+    BD = _block_d(sequences, d)
     if sequences and d:
-        _forward_kernel[(sequences, triton.cdiv(d, _BLOCK_D))](
+        _forward_kernel[(sequences, triton.cdiv(d, BD))](
             u, delta, A.contiguous(), B, C, D, z, delta_bias, cu_seqlens, initial, final, slots, y, checkpoints,
             length, d, n, *_strides([u, delta, z, B, C]), count,
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=softplus,
             PACKED=cu_seqlens is not None, HAS_INIT=initial is not None, HAS_SLOTS=slots is not None, INTERVAL=interval,
-            BD=_BLOCK_D, BN=triton.next_power_of_2(n), num_warps=1,
+            BD=BD, BN=triton.next_power_of_2(n), num_warps=1,
         )  # fmt: skip
     return y, checkpoints
 
@@ -246,13 +289,14 @@ def backward(
     b, length, d = u.shape
     n = A.shape[1]
     sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    blocks, BN = triton.cdiv(d, _BLOCK_D), triton.next_power_of_2(n)
+    BD, BN = _block_d(sequences, d), triton.next_power_of_2(n)
+    blocks = triton.cdiv(d, BD)
     f32 = {"dtype": torch.float32, "device": u.device}
     du, ddelta, dz = (torch.empty((b, length, d), dtype=u.dtype, device=u.device) for _ in range(3))
     dA, dinitial = (torch.empty((sequences, d, n), **f32) for _ in range(2))
     dD, dbias = (torch.empty((sequences, d), **f32) for _ in range(2))
     dB, dC = (torch.empty((blocks, b, length, n), **f32) for _ in range(2))
-    scratch = torch.empty(sequences * blocks * interval * _BLOCK_D * BN, **f32)
+    scratch = torch.empty(sequences * blocks * interval * BD * BN, **f32)
     dy, u, delta, z, B, C = _channels_adjacent(dy, u, delta, z, B, C)
     if sequences and d:
         _backward_kernel[(sequences, blocks)](
@@ -262,7 +306,7 @@ def backward(
             length, b * length, d, n, *_strides([dy, u, delta, z, B, C]), checkpoints.shape[1],
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
             PACKED=cu_seqlens is not None, HAS_INIT=initial_state is not None, HAS_DFINAL=dfinal is not None,
-            INTERVAL=interval, BD=_BLOCK_D, BN=BN, num_warps=1,
+            INTERVAL=interval, BD=BD, BN=BN, num_warps=1,
         )  # fmt: skip
     empty = torch.empty(0, **f32)
     return (

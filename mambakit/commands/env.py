@@ -1,0 +1,71 @@
+"""Versions, devices, and which implementation serves each op on each of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from importlib import metadata
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from mambakit.ops.implementations import implementations
+
+    versions, devices, rows = _versions(), _devices(), implementations()
+    if args.json:
+        report = {"versions": versions, "devices": devices, "implementations": [asdict(row) for row in rows]}
+        print(json.dumps(report, indent=2))
+        return 0
+    console = Console()
+    for title, columns, lines in (
+        ("Versions", ("package", "version"), list(versions.items())),
+        ("Devices", ("device", "what it is"), list(devices.items())),
+        ("Ops", ("op", "device", "served by", "remedy"), [(r.op, r.device, r.serves, r.remedy) for r in rows]),
+    ):
+        table = Table(*columns, title=title, title_justify="left")
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+    return 0
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("mambakit", "torch", "transformers", "tokenizers", "safetensors", "triton", "cuda-core", "peft"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _devices() -> dict[str, str]:
+    import torch
+
+    threads = torch.get_num_threads()
+    devices: dict[str, Any] = {"cpu": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"}
+    for index in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}"
+    return devices
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except FileNotFoundError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()

@@ -1,0 +1,75 @@
+"""pipeline(): transformers' pipelines over a Mamba model; the embedded model when none is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mambakit.assets import default_model_path
+from mambakit.models.auto import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+_MODELS = {
+    "text-generation": AutoModelForCausalLM,
+    "text-classification": AutoModelForSequenceClassification,
+    "sentiment-analysis": AutoModelForSequenceClassification,
+}
+
+
+def pipeline(
+    task: str | None = None,
+    model: Any = None,
+    config: Any = None,
+    tokenizer: Any = None,
+    *,
+    device: Any = None,
+    dtype: Any = None,
+    device_map: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """transformers' `pipeline` for Mamba models.
+
+    Args:
+        task: "text-generation" (the default) or "text-classification".
+        model: hub id, folder or model object; the model that ships with mambakit when absent.
+        tokenizer: id, folder or object; the model's own when absent.
+        device, dtype, device_map, revision, token, model_kwargs: as in transformers. ``dtype`` is "auto" when absent, the
+            checkpoint's; on a CPU the embedded model runs in float32.
+
+    Returns:
+        transformers' pipeline object: call it with a prompt, a list of prompts, or chat messages.
+    """
+    import transformers
+
+    task = task or "text-generation"
+    if task not in _MODELS:
+        raise ValueError(f"task is {task!r}; mambakit has {', '.join(_MODELS)}")
+    if model is None:
+        if task != "text-generation":
+            raise ValueError(f"no model ships with mambakit for {task!r}; name one with model=")
+        model = default_model_path()
+        if dtype is None and not _on_gpu(device, device_map):
+            dtype = "float32"  # processors without bfloat16 arithmetic emulate it
+    if not isinstance(model, transformers.PreTrainedModel):
+        options = {"revision": revision, "token": token, "device_map": device_map, "config": config}
+        options = {k: v for k, v in options.items() if v is not None} | (model_kwargs or {})
+        if tokenizer is None:
+            tokenizer = model
+        model = _MODELS[task].from_pretrained(model, dtype=dtype or "auto", **options)
+    if tokenizer is None:
+        tokenizer = model.config.name_or_path
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+        hub = {k: v for k, v in {"revision": revision, "token": token}.items() if v is not None}
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer, **hub)
+    if device is not None:
+        kwargs["device"] = device
+    return transformers.pipeline(task, model=model, tokenizer=tokenizer, **kwargs)
+
+
+def _on_gpu(device: Any, device_map: Any) -> bool:
+    import torch
+
+    if device is None:
+        return device_map not in (None, "cpu") and torch.cuda.is_available()
+    return str(device) not in ("cpu", "-1")
