@@ -39,10 +39,12 @@ _TOKENIZER_FILES = (
 def load_pretrained(cls: Any, name: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any) -> Any:
     """`cls.from_pretrained`: check every tensor's name and shape first, then load. Nothing is left at random values."""
     folder = resolve(name, **{key: kwargs.pop(key) for key in _HUB if key in kwargs})
+    # Taken out first: a configuration would take the argument for its own field.
+    dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
     if config is None:
         config, kwargs = read_config(folder, cls.config_class, **kwargs)
-    if "torch_dtype" in kwargs:
-        kwargs["dtype"] = kwargs.pop("torch_dtype")
+    if dtype is not None:
+        kwargs["dtype"] = dtype
     load = super(_owner(cls), cls).from_pretrained
     if getattr(config, "quantization_config", None) is not None or kwargs.get("state_dict") is not None:
         return load(

@@ -14,11 +14,11 @@ def define(schema: str, reference: Callable, fake: Callable) -> None:
     """Define ``mambakit::<schema>``; ``reference`` serves every device that has no implementation of its own."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, _without_autocast(reference), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, without_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mambakit::{name}", fake, lib=LIBRARY)
 
 
-def _without_autocast(reference: Callable) -> Callable:
+def without_autocast(reference: Callable) -> Callable:
     """A reference chooses its own dtypes: the caller's autocast would round its matrix products to half."""
 
     def call(*args):

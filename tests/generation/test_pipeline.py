@@ -1,0 +1,53 @@
+"""pipeline(): the embedded model by default, a folder, an object; batches; classification."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mambakit
+from tests.models.tiny import save_tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_the_embedded_model_writes_english():
+    pipe = mambakit.pipeline("text-generation")
+    out = pipe("It was a dark and stormy night", max_new_tokens=40, do_sample=False)[0]["generated_text"]
+    assert out.startswith("It was a dark and stormy night")
+    words = out.split()
+    common = {"the", "and", "of", "a", "to", "in", "was", "it", "that", "he", "his", "with"}
+    assert sum(word.strip(".,;").lower() in common for word in words) >= len(words) / 5
+
+
+def test_a_folder_and_objects(tmp_path):
+    save_tiny(tmp_path)
+    by_folder = mambakit.pipeline("text-generation", model=str(tmp_path))
+    options = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
+    expected = by_folder("The cat", **options)
+    model = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = mambakit.AutoTokenizer.from_pretrained(tmp_path)
+    assert mambakit.pipeline(model=model, tokenizer=tokenizer)("The cat", **options) == expected
+    batched = by_folder(["The cat", "by the fire and the"], batch_size=2, **options)
+    assert batched[0] == expected
+    assert batched[1] == by_folder("by the fire and the", **options)
+
+
+def test_dtype(tmp_path):
+    save_tiny(tmp_path)
+    assert mambakit.pipeline(model=str(tmp_path), dtype=torch.bfloat16).model.dtype == torch.bfloat16
+
+
+def test_classification(tmp_path):
+    save_tiny(tmp_path)
+    classifier = mambakit.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    tokenizer = mambakit.AutoTokenizer.from_pretrained(tmp_path)
+    result = mambakit.pipeline("text-classification", model=classifier, tokenizer=tokenizer)("The cat sat")
+    assert 0 < result[0]["score"] <= 1
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="'fill-mask'"):
+        mambakit.pipeline("fill-mask")
+    with pytest.raises(ValueError, match="no model ships"):
+        mambakit.pipeline("text-classification")
