@@ -1,0 +1,186 @@
+"""Check and time the selective scan on one NVIDIA GPU.
+
+    python benchmarks/gpu_ops.py                   # check, then the table
+    python benchmarks/gpu_ops.py --sweep           # and other layouts than the ones gpu.py chooses
+    python benchmarks/gpu_ops.py --json out.json
+
+A scan that is wrong is not timed. `ms` is the median of CUDA-graph replays between CUDA events (no launch gaps), `eager` the
+same calls launched one by one. Data is random, with a trained model's step sizes (0.001 to 0.1) and A = -1 .. -16. An element
+is one (b, l, d). The floor is the special-function unit: forward 20 operations per element (16 exponentials, softplus, the
+gate), 4.0e12 per second measured on an H100, so 200 G elements per second; forward + backward at least twice the
+exponentials and the gates again, 40. `peer` is mamba-ssm at commit e9594ce (CUDA extension, sm_90), RECORDED on the same
+kind of card on 2026-11-23, not measured in this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mambakit.ops.selective_scan import gpu
+from tests.ops.selective_scan import test_gpu
+
+SPECIAL = 4.0e12
+OPERATIONS = {"forward": 20, "both": 40}
+# (b, d, l): mamba-ssm's milliseconds forward, forward + backward
+SHAPES = {
+    (16, 1536, 2048): (0.883, 4.505),
+    (8, 4096, 2048): (1.167, 5.942),
+    (4, 5120, 4096): (1.444, 7.422),
+    (1, 4096, 32768): (3.042, 13.326),
+    (1, 1536, 131072): (4.343, 19.833),
+    (1, 1024, 2048): (0.050, 0.440),
+    (1, 1024, 524288): (11.603, 57.522),
+    (64, 1536, 512): (0.793, 4.018),
+}
+INTERVAL = 128
+RESULTS: list[dict] = []
+
+
+def inputs(b, d, length, n=16, dtype=torch.bfloat16):
+    """(arguments of forward without the interval, dy)."""
+    randn = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype)  # noqa: E731
+    step = torch.exp(torch.empty(d, device="cuda").uniform_(math.log(1e-3), math.log(1e-1)))
+    bias = step + torch.log(-torch.expm1(-step))
+    A = -torch.arange(1, n + 1, device="cuda", dtype=torch.float32).repeat(d, 1)
+    u, z, dy = randn(b, length, d), randn(b, length, d), randn(b, length, d)
+    delta, B, C = randn(b, length, d).mul_(0.5), randn(b, length, n), randn(b, length, n)
+    return (u, delta, A, B, C, torch.ones(d, device="cuda"), z, bias, True, None, None), dy
+
+
+def median(run, repeats):
+    run()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def replayed(run, repeats, inner):
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(inner):
+            run()
+    return median(graph.replay, repeats) / inner
+
+
+def time_shape(shape, variant="", kinds=("forward", "both"), repeats=20, eager=True):
+    arguments, dy = inputs(*shape)
+    elements = shape[0] * shape[1] * shape[2]
+    inner = 20 if elements < 1e7 else 1
+
+    def forward():
+        return gpu.forward(*arguments, 0)
+
+    def both():
+        _, _, checkpoints = gpu.forward(*arguments, INTERVAL)
+        return gpu.backward(dy, None, *arguments, checkpoints, INTERVAL)
+
+    for kind in kinds:
+        run = {"forward": forward, "both": both}[kind]
+        ms = replayed(run, repeats, inner)
+        loose = median(lambda run=run: [run() for _ in range(inner)], repeats) / inner if eager else float("nan")
+        peer = SHAPES[shape][kind == "both"]
+        rate = elements / ms * 1e3
+        share = rate * OPERATIONS[kind] / SPECIAL
+        RESULTS.append({"shape": shape, "kind": kind, "variant": variant, "ms": ms, "eager_ms": loose,
+                        "elements_per_s": rate, "share_of_floor": share, "recorded_peer_ms": peer})  # fmt: skip
+        print(f"{'x'.join(map(str, shape)):<15}{kind:<8}{variant:<30}{ms:8.4f} ms  eager {loose:8.4f}  {rate / 1e9:6.1f} G/s  "
+              f"{share:4.0%} of floor  recorded peer {peer:7.3f}  {peer / ms:5.2f}x", flush=True)  # fmt: skip
+
+
+def check(cases):
+    red = {}
+    worst: dict[str, float] = {}
+    for case in cases:
+        torch.cuda.empty_cache()
+        try:
+            found = test_gpu.errors(case)
+        except Exception as error:  # a check that raises is a red check, whatever it raises
+            red[test_gpu.name_of(case)] = repr(error)[:300]
+            if "CUDA" in repr(error) or "launch" in repr(error):
+                break
+            continue
+        wrong = test_gpu.failures(case, found)
+        if wrong:
+            red[test_gpu.name_of(case)] = {k: f"{v:.1e}" for k, v in wrong.items()}
+        for name, error in found.items():
+            key = f"{str(case[4])[6:]} {name}"
+            worst[key] = max(worst.get(key, 0.0), error)
+    for name, error in sorted(worst.items()):
+        print(f"  {name:<20}{error:.1e}")
+    for name, what in red.items():
+        print(f"  RED {name}: {what}")
+    return not red
+
+
+def sweep():
+    plan = gpu.Plan
+    chosen = gpu.forward_plan, gpu.backward_plan
+    narrow = [(1, 4096, 32768), (1, 1536, 131072), (1, 1024, 2048), (1, 1024, 524288)]
+    wide = [shape for shape in SHAPES if shape not in narrow]
+    for lanes, states, channels, blocks in FORWARD_LAYOUTS:
+        for shape in SHAPES:
+            for chunks in [1] if shape in wide else [1, 2, 3, 5, 9, 17, 33]:
+                layout = plan(lanes, states, channels, 4, blocks, chunks)
+                tiles = shape[0] * -(-shape[1] // layout.block_channels)
+                if tiles * chunks > 1500 and chunks > 1:
+                    continue
+                gpu.forward_plan = lambda *_, layout=layout: layout
+                time_shape(shape, f"{lanes}x{states}x{channels}/{blocks} {chunks} chunks", ("forward",), 5, eager=False)
+    gpu.forward_plan = chosen[0]
+    for lanes, states, channels, blocks, segment, sub in BACKWARD_LAYOUTS:
+        for shape in SHAPES:
+            for chunks in [1] if shape in wide else [1, 4, 8, 16, 32]:
+                layout = plan(lanes, states, channels, 4, blocks, chunks, segment, sub)
+                tiles = shape[0] * -(-shape[1] // layout.block_channels)
+                if tiles * chunks > 1500 and chunks > 1:
+                    continue
+                gpu.backward_plan = lambda *_, layout=layout: layout
+                name = f"{lanes}x{states}x{channels}/{blocks} {segment}/{sub} {chunks} chunks"
+                time_shape(shape, name, ("both",), 4, eager=False)
+    gpu.backward_plan = chosen[1]
+
+
+# lanes, states of each, channels of each thread, blocks per multiprocessor (and segment, sub)
+FORWARD_LAYOUTS = [(4, 4, 2, 4), (4, 4, 2, 5), (4, 4, 1, 6), (8, 2, 1, 6), (8, 2, 2, 5), (16, 1, 1, 6)]
+BACKWARD_LAYOUTS = [(4, 4, 2, 3, 64, 4), (4, 4, 1, 3, 64, 4)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true", help="time other layouts too")
+    parser.add_argument("--quick", action="store_true", help="check every fourth case only")
+    parser.add_argument("--json", help="write every number here")
+    options = parser.parse_args()
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    green = check(test_gpu.CASES[:: 4 if options.quick else 1])
+    if green:
+        for shape in SHAPES:
+            time_shape(shape)
+        if options.sweep:
+            sweep()
+    else:
+        print("selective_scan: WRONG, not timed")
+    if options.json:
+        Path(options.json).write_text(json.dumps({"device": torch.cuda.get_device_name(), "results": RESULTS}, indent=1))
+    raise SystemExit(0 if green else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""CUDA C++ compiled at run time (NVRTC, which torch's CUDA wheels bring) and launched on torch's current stream.
+
+`Module` compiles a source once per device and set of macros and keeps the machine code in the user's cache folder:
+``$MAMBAKIT_CACHE``, else ``$XDG_CACHE_HOME/mambakit``, else ``~/.cache/mambakit``. The file's name is a hash of everything
+that went into it, so an old file is never wrong, only unused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import struct
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+@functools.cache
+def _bindings():
+    """cuda-bindings' driver and nvrtc, with the library behind nvrtc loaded; ImportError or RuntimeError without."""
+    from cuda.bindings import driver, nvrtc
+
+    _check(nvrtc.nvrtcVersion())
+    return driver, nvrtc
+
+
+def available() -> str | None:
+    """Why kernels cannot be compiled here, or None when they can."""
+    if torch.version.hip is not None:
+        return "the device is an AMD GPU"
+    try:
+        _bindings()
+    except ImportError:
+        return "cuda-bindings is not installed (pip install 'mambakit[gpu]')"
+    except RuntimeError as error:
+        return f"NVRTC cannot be loaded ({error})"
+    return None
+
+
+def _check(result):
+    error, *values = result
+    if int(error) != 0:
+        raise RuntimeError(f"{type(error).__name__}: {error.name}")
+    return values[0] if len(values) == 1 else values
+
+
+def _cache_folder() -> Path:
+    if "MAMBAKIT_CACHE" in os.environ:
+        return Path(os.environ["MAMBAKIT_CACHE"]) / "kernels"
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "mambakit" / "kernels"
+
+
+def compile_cubin(source: str, name: str, headers: dict[str, str], arch: str, options: tuple[str, ...]) -> bytes:
+    """The machine code of ``source`` for ``arch`` ("sm_90"), from the cache or compiled into it."""
+    _, nvrtc = _bindings()
+    version = _check(nvrtc.nvrtcVersion())
+    everything = repr((source, sorted(headers.items()), arch, options, tuple(version)))
+    digest = hashlib.sha256(everything.encode()).hexdigest()
+    path = _cache_folder() / f"{Path(name).stem}-{arch}-{digest[:24]}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    cubin = _compile(nvrtc, source, name, headers, (f"--gpu-architecture={arch}", *options))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(cubin)
+        os.replace(file.name, path)  # whole or not at all, also when several processes compile the same kernel
+    except OSError:
+        pass  # a read-only home costs a compilation per process, nothing else
+    return cubin
+
+
+def _compile(nvrtc, source, name, headers, options) -> bytes:
+    texts, names = [h.encode() for h in headers.values()], [h.encode() for h in headers]
+    program = _check(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), len(headers), texts, names))
+    try:
+        flags = [option.encode() for option in options]
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
+        if int(error) != 0:
+            log = bytearray(_check(nvrtc.nvrtcGetProgramLogSize(program)))
+            _check(nvrtc.nvrtcGetProgramLog(program, log))
+            raise RuntimeError(f"{name} does not compile with {' '.join(options)}:\n{log.decode(errors='replace')}")
+        cubin = bytearray(_check(nvrtc.nvrtcGetCUBINSize(program)))
+        _check(nvrtc.nvrtcGetCUBIN(program, cubin))
+        return bytes(cubin)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+class Kernel:
+    """One kernel whose only parameter is a struct of 8-byte fields, passed as Python integers."""
+
+    def __init__(self, function, shared_bytes: int):
+        self.function, self.shared = function, shared_bytes
+        self._launch = _bindings()[0].cuLaunchKernel
+
+    def __call__(self, blocks: int, threads: int, stream: int, *fields: int, blocks_y: int = 1) -> None:
+        # The driver copies the parameters before it returns; a buffer per call keeps threads apart.
+        values = ctypes.create_string_buffer(struct.pack(f"{len(fields)}q", *fields), 8 * len(fields))
+        pointer = ctypes.c_void_p(ctypes.addressof(values))
+        error = self._launch(
+            self.function, blocks, blocks_y, 1, threads, 1, 1, self.shared, stream, ctypes.addressof(pointer), 0
+        )[0]
+        if int(error) != 0:
+            raise RuntimeError(f"kernel launch failed: {error.name}")
+
+
+class Module:
+    """The kernels of one source with one set of macros on one device, by name."""
+
+    def __init__(self, folder: Path, source: str, macros: dict[str, object], device: torch.device):
+        driver, _ = _bindings()
+        files = {path.name: path.read_text() for path in sorted(folder.glob("*.cuh"))}
+        major, minor = torch.cuda.get_device_capability(device)
+        options = ("--std=c++17", "--device-as-default-execution-space", *(f"-D{name}={value}" for name, value in macros.items()))
+        cubin = compile_cubin((folder / source).read_text(), source, files, f"sm_{major}{minor}", options)
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()  # makes the device's context this thread's
+            self._module = _check(driver.cuModuleLoadData(cubin))
+
+    def kernel(self, name: str, shared_bytes: int = 0) -> Kernel:
+        """``shared_bytes`` of dynamic shared memory."""
+        driver, _ = _bindings()
+        function = _check(driver.cuModuleGetFunction(self._module, name.encode()))
+        if shared_bytes > 0:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
+        return Kernel(function, shared_bytes)

@@ -1,0 +1,7 @@
+// The selective scan on NVIDIA GPUs, compiled at run time by gpu.py for one combination of the macros in common.cuh.
+#include "common.cuh"
+#ifdef FORWARD
+#include "forward.cuh"
+#else
+#include "backward.cuh"
+#endif
