@@ -1,0 +1,201 @@
+// The causal depthwise convolution on a CPU: a vector is W neighbouring channels, the filter's window stays in registers.
+#include "parallel.h"
+#include "simd.h"
+
+namespace {
+
+constexpr int64_t kTile = 32;    // tokens of one vector before the next vector: a tile's rows stay in cache and in the TLB
+constexpr int64_t kVectors = 4;  // vectors of channels per item
+
+struct Arguments {
+  const void* x;
+  const float *weight, *bias;  // (d, k), (d,) float32
+  const void* initial;
+  const int32_t *slots, *cu;
+  void *final_state, *y;
+  int64_t b, l, d, k, sequences, silu, state_half, threads;
+  int64_t x_b, x_l;
+};
+
+struct Sequence {
+  int64_t row, start, end, slot;
+};
+
+Sequence sequence_at(const Arguments& a, int64_t i) {
+  Sequence s;
+  s.row = a.cu ? 0 : i;
+  s.start = a.cu ? a.cu[i] : 0;
+  s.end = a.cu ? a.cu[i + 1] : a.l;
+  s.slot = a.slots ? a.slots[i] : i;
+  return s;
+}
+
+// Tap j of `lanes` channels' filters.
+V taps(const float* weight, int64_t k, int64_t j, int64_t lanes) {
+  V w = splat(0.0f);
+  for (int64_t lane = 0; lane < lanes; ++lane) w[lane] = weight[lane * k + j];
+  return w;
+}
+
+// Column i of the states (lanes, k - 1).
+template <class S>
+V state_column(const S* state, int64_t k, int64_t i, int64_t lanes) {
+  V x = splat(0.0f);
+  for (int64_t lane = 0; lane < lanes; ++lane) x[lane] = to_float(state[lane * (k - 1) + i]);
+  return x;
+}
+template <class S>
+void store_column(S* state, int64_t k, int64_t i, int64_t lanes, V x) {
+  for (int64_t lane = 0; lane < lanes; ++lane) from_float(state + lane * (k - 1) + i, x[lane]);
+}
+
+template <class T, class S, int K>
+void convolve(const Arguments& a, const Sequence& s, int64_t channel) {
+  const int64_t end = min64(a.d, channel + kVectors * W);
+  V windows[kVectors][K];  // the K - 1 inputs before the next token, then room for that token
+  for (int64_t c = channel, v = 0; c < end; c += W, ++v)
+    for (int i = 0; i < K - 1; ++i) {
+      const S* initial = a.initial && s.slot >= 0 ? static_cast<const S*>(a.initial) + (s.slot * a.d + c) * (K - 1) : nullptr;
+      windows[v][i] = initial ? state_column(initial, K, i, min64(W, end - c)) : splat(0.0f);
+    }
+  for (int64_t t0 = s.start; t0 < s.end; t0 += kTile) {
+    const int64_t t1 = min64(s.end, t0 + kTile);
+    for (int64_t c = channel, v = 0; c < end; c += W, ++v) {
+      const int64_t lanes = min64(W, end - c);
+      V w[K], window[K];
+      for (int j = 0; j < K; ++j) w[j] = taps(a.weight + c * K, K, j, lanes);
+      for (int i = 0; i < K - 1; ++i) window[i] = windows[v][i];
+      const V bias = a.bias ? load(a.bias + c, lanes) : splat(0.0f);
+      for (int64_t t = t0; t < t1; ++t) {
+        window[K - 1] = load(static_cast<const T*>(a.x) + s.row * a.x_b + t * a.x_l + c, lanes);
+        V y = bias;
+        for (int j = 0; j < K; ++j) y += w[j] * window[j];
+        for (int i = 0; i < K - 1; ++i) window[i] = window[i + 1];
+        store(static_cast<T*>(a.y) + (s.row * a.l + t) * a.d + c, a.silu ? silu(y) : y, lanes);
+      }
+      for (int i = 0; i < K - 1; ++i) windows[v][i] = window[i];
+    }
+  }
+  if (s.slot < 0) return;
+  for (int64_t c = channel, v = 0; c < end; c += W, ++v)
+    for (int i = 0; i < K - 1; ++i)
+      store_column(static_cast<S*>(a.final_state) + (s.slot * a.d + c) * (K - 1), K, i, min64(W, end - c), windows[v][i]);
+}
+
+template <class T, class S, int K>
+int run(const Arguments& a) {
+  const int64_t blocks = ceil_div(a.d, kVectors * W);
+  return for_each(a.sequences * blocks, a.threads, 0, [&](int64_t item, float*) {
+    convolve<T, S, K>(a, sequence_at(a, item / blocks), item % blocks * kVectors * W);
+  });
+}
+
+struct Gradients {
+  const void *dy, *dfinal;  // dfinal has x's dtype
+  void* dx;
+  float *dweight, *dbias;
+  void* dinitial;  // the dtype of `initial`
+  float *dweight_rows, *dbias_rows;  // (b, d, k), (b, d)
+  int64_t dy_b, dy_l;
+};
+
+template <class T, class S, int K>
+void differentiate_sequence(const Arguments& a, const Gradients& o, const Sequence& s, int64_t c, V* dw, V& dbias) {
+  const int64_t lanes = min64(W, a.d - c), state = (s.slot * a.d + c) * (K - 1);
+  V w[K], window[K], dx[K];  // dx[j]: the gradient so far of the input at t - K + 1 + j
+  for (int j = 0; j < K; ++j) {
+    w[j] = taps(a.weight + c * K, K, j, lanes);
+    dx[j] = splat(0.0f);
+    window[j] = a.initial && j < K - 1 ? state_column(static_cast<const S*>(a.initial) + state, K, j, lanes) : splat(0.0f);
+  }
+  const V bias = a.bias ? load(a.bias + c, lanes) : splat(0.0f);
+  // The input `before` tokens into the sequence (negative: in the initial state) has all of its gradient.
+  auto emit = [&](int64_t before, V gradient) {
+    if (before >= 0)
+      store(static_cast<T*>(o.dx) + (s.row * a.l + s.start + before) * a.d + c, gradient, lanes);
+    else if (o.dinitial)
+      store_column(static_cast<S*>(o.dinitial) + state, K, before + K - 1, lanes, gradient);
+  };
+  const int64_t tokens = s.end - s.start;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t at = s.start + t;
+    window[K - 1] = load(static_cast<const T*>(a.x) + s.row * a.x_b + at * a.x_l + c, lanes);
+    V g = load(static_cast<const T*>(o.dy) + s.row * o.dy_b + at * o.dy_l + c, lanes);
+    if (a.silu) {
+      V y = bias;
+      for (int j = 0; j < K; ++j) y += w[j] * window[j];
+      V open = sigmoid(y);
+      g *= open * (1.0f + y * (1.0f - open));
+    }
+    dbias += g;
+    for (int j = 0; j < K; ++j) {
+      dw[j] += g * window[j];
+      dx[j] += g * w[j];
+    }
+    emit(t - K + 1, dx[0]);
+    for (int j = 0; j < K - 1; ++j) {
+      window[j] = window[j + 1];
+      dx[j] = dx[j + 1];
+    }
+    dx[K - 1] = splat(0.0f);
+  }
+  // What is left are the last K - 1 inputs: they are the final state, too.
+  for (int i = 0; i < K - 1; ++i) {
+    if (o.dfinal) dx[i] += state_column(static_cast<const T*>(o.dfinal) + state, K, i, lanes);
+    emit(tokens - K + 1 + i, dx[i]);
+  }
+}
+
+void sum_rows(float* target, const float* rows, int64_t count, int64_t size) {
+  for (int64_t i = 0; i < size; i += W) {
+    V total = splat(0.0f);
+    for (int64_t row = 0; row < count; ++row) total += load(rows + row * size + i, size - i);
+    store(target + i, total, size - i);
+  }
+}
+
+template <class T, class S, int K>
+int differentiate(const Arguments& a, const Gradients& o) {
+  const int64_t blocks = ceil_div(a.d, W);
+  const int failed = for_each(a.b * blocks, a.threads, 0, [&](int64_t item, float*) {
+    const int64_t row = item / blocks, c = item % blocks * W, lanes = min64(W, a.d - c);
+    V dw[K], dbias = splat(0.0f);
+    for (int j = 0; j < K; ++j) dw[j] = splat(0.0f);
+    const int64_t first = a.cu ? 0 : row, last = a.cu ? a.sequences : row + 1;
+    for (int64_t i = first; i < last; ++i) differentiate_sequence<T, S, K>(a, o, sequence_at(a, i), c, dw, dbias);
+    for (int j = 0; j < K; ++j)
+      for (int64_t lane = 0; lane < lanes; ++lane) o.dweight_rows[(row * a.d + c + lane) * K + j] = dw[j][lane];
+    store(o.dbias_rows + row * a.d + c, dbias, lanes);
+  });
+  if (failed) return failed;
+  sum_rows(o.dweight, o.dweight_rows, a.b, a.d * K);
+  if (o.dbias) sum_rows(o.dbias, o.dbias_rows, a.b, a.d);
+  return 0;
+}
+
+template <class T, class S>
+int with_width(const Arguments& a, const Gradients* o) {
+  switch (a.k) {
+    case 2: return o ? differentiate<T, S, 2>(a, *o) : run<T, S, 2>(a);
+    case 3: return o ? differentiate<T, S, 3>(a, *o) : run<T, S, 3>(a);
+    case 4: return o ? differentiate<T, S, 4>(a, *o) : run<T, S, 4>(a);
+    case 5: return o ? differentiate<T, S, 5>(a, *o) : run<T, S, 5>(a);
+    case 6: return o ? differentiate<T, S, 6>(a, *o) : run<T, S, 6>(a);
+    case 7: return o ? differentiate<T, S, 7>(a, *o) : run<T, S, 7>(a);
+    case 8: return o ? differentiate<T, S, 8>(a, *o) : run<T, S, 8>(a);
+  }
+  return 2;  // not a width of these kernels
+}
+
+int with_types(const Arguments& a, const Gradients* o, int64_t half) {
+  if (half) return a.state_half ? with_width<bfloat16, bfloat16>(a, o) : with_width<bfloat16, float>(a, o);
+  return a.state_half ? with_width<float, bfloat16>(a, o) : with_width<float, float>(a, o);
+}
+
+}  // namespace
+
+MAMBAKIT_EXPORT(causal_conv1d)(const Arguments* a, int64_t half) { return with_types(*a, nullptr, half); }
+
+MAMBAKIT_EXPORT(causal_conv1d_backward)(const Arguments* a, const Gradients* o, int64_t half) {
+  return with_types(*a, o, half);
+}

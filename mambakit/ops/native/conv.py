@@ -1,0 +1,123 @@
+"""The Python side of causal_conv1d's kernels: outputs, strides and pointers."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from mambakit.ops.native import library
+from mambakit.ops.native.structures import (
+    address,
+    as_float32,
+    channels_adjacent,
+    check,
+    is_half,
+    row_strides,
+    structure,
+)
+
+_Arguments = structure(
+    "_Arguments",
+    "x weight bias initial slots cu final_state y",
+    "b l d k sequences silu state_half threads x_b x_l",
+)
+_Gradients = structure("_Gradients", "dy dfinal dx dweight dbias dinitial dweight_rows dbias_rows", "dy_b dy_l")
+
+
+def _serves(weight: Tensor, *tensors: Tensor | None) -> bool:
+    """float64 and filters that are not 2 to 8 wide are the reference's."""
+    if not 2 <= weight.shape[1] <= 8:
+        return False
+    return all(t is None or t.dtype != torch.float64 for t in (weight, *tensors))
+
+
+def serves(x, weight, bias, activation, initial_state, cu_seqlens) -> bool:
+    return _serves(weight, x, bias, initial_state)
+
+
+def serves_backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens) -> bool:
+    return _serves(weight, dy, dfinal, x, bias, initial_state)
+
+
+def serves_in_place(state, slot_indices, x, weight, bias, activation, cu_seqlens) -> bool:
+    return _serves(weight, state, x, bias)
+
+
+def _without_float16(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
+class _Call:
+    """The inputs of one call as the kernels take them; float16 becomes float32."""
+
+    def __init__(self, x, weight, bias, activation, initial, cu_seqlens):
+        self.dtype = x.dtype
+        self.x = channels_adjacent(_without_float16(x))
+        self.weight, self.bias = as_float32(weight), as_float32(bias)
+        self.initial = None if initial is None else _without_float16(initial).contiguous()
+        self.cu = None if cu_seqlens is None else cu_seqlens.contiguous()
+        self.silu = activation == "silu"
+        self.b, self.l, self.d = x.shape
+        self.k = weight.shape[1]
+        self.sequences = self.b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.half = ctypes.c_int64(is_half(self.x))
+
+    def arguments(self, initial, slots, final_state, y):
+        state = final_state if initial is None else initial
+        return _Arguments(
+            address(self.x), address(self.weight), address(self.bias), address(initial), address(slots),
+            address(self.cu), address(final_state), address(y), self.b, self.l, self.d, self.k, self.sequences,
+            self.silu, state is not None and is_half(state), library.threads(), *row_strides(self.x),
+        )  # fmt: skip
+
+    def run(self, arguments) -> None:
+        check(library.kernel("causal_conv1d")(ctypes.byref(arguments), self.half))
+
+
+def forward(x, weight, bias, activation, initial_state, cu_seqlens):
+    """`mambakit::causal_conv1d`."""
+    # The kernel reads and writes states of one dtype; the final state is x's.
+    initial = None if initial_state is None else initial_state.to(x.dtype)
+    call = _Call(x, weight, bias, activation, initial, cu_seqlens)
+    y = torch.empty(call.x.shape, dtype=call.x.dtype)
+    final = torch.empty((call.sequences, call.d, call.k - 1), dtype=call.x.dtype)
+    call.run(call.arguments(call.initial, None, final, y))
+    return y.to(call.dtype), final.to(call.dtype)
+
+
+def forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens):
+    """`mambakit::causal_conv1d_`."""
+    call = _Call(x, weight, bias, activation, state, cu_seqlens)
+    pool = call.initial
+    slots = None if slot_indices is None else slot_indices.contiguous()
+    y = torch.empty(call.x.shape, dtype=call.x.dtype)
+    call.run(call.arguments(pool, slots, pool, y))
+    if pool is not state:
+        state.copy_(pool)
+    return y.to(call.dtype)
+
+
+def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens):
+    """`mambakit::causal_conv1d_backward`."""
+    call = _Call(x, weight, bias, activation, initial_state, cu_seqlens)
+    b, d, k = call.b, call.d, call.k
+    dy = channels_adjacent(dy.to(call.x.dtype))
+    dfinal = None if dfinal is None else dfinal.to(call.x.dtype).contiguous()
+    dx = torch.empty(call.x.shape, dtype=call.x.dtype)
+    dweight, dweight_rows = torch.empty(d, k), torch.empty(b, d, k)
+    dbias, dbias_rows = None if bias is None else torch.empty(d), torch.empty(b, d)
+    dinitial = None if call.initial is None else torch.empty(call.initial.shape, dtype=call.initial.dtype)
+    gradients = _Gradients(
+        address(dy), address(dfinal), address(dx), address(dweight), address(dbias), address(dinitial),
+        address(dweight_rows), address(dbias_rows), *row_strides(dy),
+    )  # fmt: skip
+    arguments = call.arguments(call.initial, None, None, None)
+    check(library.kernel("causal_conv1d_backward")(ctypes.byref(arguments), ctypes.byref(gradients), call.half))
+    return (
+        dx.to(call.dtype),
+        dweight.to(weight.dtype),
+        weight.new_empty(0) if dbias is None else dbias.to(bias.dtype),
+        x.new_empty(0) if dinitial is None else dinitial.to(initial_state.dtype),
+    )

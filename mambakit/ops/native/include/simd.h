@@ -1,0 +1,216 @@
+// Vectors of float for one instruction set, and the elementary functions the kernels need.
+//
+// A kernel file is compiled once per instruction set. Everything here is in an unnamed namespace: an inline function with
+// external linkage would be merged across those objects by the linker, and AVX-512 code would run on any processor.
+// For the same reason kernels use no standard library templates.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define MAMBAKIT_WIDTH 16
+#elif defined(__AVX2__)
+#define MAMBAKIT_WIDTH 8
+#else
+#define MAMBAKIT_WIDTH 4
+#endif
+
+#define MAMBAKIT_JOIN_(name, isa) name##_##isa
+#define MAMBAKIT_JOIN(name, isa) MAMBAKIT_JOIN_(name, isa)
+// The exported name of a kernel: one symbol per instruction set.
+#define MAMBAKIT_EXPORT(name) extern "C" __attribute__((visibility("default"))) int MAMBAKIT_JOIN(name, MAMBAKIT_ISA)
+
+namespace {
+
+constexpr int W = MAMBAKIT_WIDTH;
+typedef float V __attribute__((vector_size(W * 4)));
+typedef int32_t I __attribute__((vector_size(W * 4)));
+typedef uint32_t U __attribute__((vector_size(W * 4)));
+typedef uint16_t H __attribute__((vector_size(W * 2)));
+typedef float UnalignedV __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint16_t UnalignedH __attribute__((vector_size(W * 2), aligned(2), may_alias));
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline V splat(float x) { return x - V{}; }
+inline V as_float(U x) { return (V)x; }
+
+// -- memory ------------------------------------------------------------------------------------------------------------
+
+inline V load(const float* p) { return *reinterpret_cast<const UnalignedV*>(p); }
+inline void store(float* p, V x) { *reinterpret_cast<UnalignedV*>(p) = x; }
+inline V widen(H x) { return as_float(__builtin_convertvector(x, U) << 16); }
+inline V load(const bfloat16* p) { return widen(*reinterpret_cast<const UnalignedH*>(p)); }
+
+// Round to nearest even; a NaN stays one.
+inline H narrow(V x) {
+  U bits = (U)x;
+  U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  U quiet = (bits >> 16) | 0x40u;
+  return __builtin_convertvector(x == x ? rounded : quiet, H);
+}
+inline void store(bfloat16* p, V x) { *reinterpret_cast<UnalignedH*>(p) = narrow(x); }
+
+// The first `count` lanes; the others read as 0 and are not written.
+template <class T>
+inline V load(const T* p, int64_t count) {
+  if (count >= W) return load(p);
+  T lanes[W];
+  memset(lanes, 0, sizeof lanes);
+  memcpy(lanes, p, sizeof(T) * count);
+  return load(lanes);
+}
+template <class T>
+inline void store(T* p, V x, int64_t count) {
+  if (count >= W) return store(p, x);
+  T lanes[W];
+  store(lanes, x);
+  memcpy(p, lanes, sizeof(T) * count);
+}
+inline V first_lanes(V x, int64_t count) {
+  for (int64_t i = count; i < W; ++i) x[i] = 0.0f;
+  return x;
+}
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat16 x) {
+  uint32_t bits = (uint32_t)x.bits << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+inline void from_float(float* p, float x) { *p = x; }
+inline void from_float(bfloat16* p, float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  p->bits = x == x ? (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : (uint16_t)((bits >> 16) | 0x40u);
+}
+
+// -- elementary functions ----------------------------------------------------------------------------------------------
+
+// Adding this rounds a float below 2^22 to the nearest integer, which is then in the low bits.
+constexpr float kRound = 12582912.0f;
+
+// p * 2^n for an integer-valued n in [-127, 128]: 0 at -127, infinity at 128.
+inline V scale_by_power(V p, V n) {
+#if defined(__AVX512F__)
+  return (V)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  I exponent = ((I)(n + kRound) - (int32_t)0x4b400000 + 127) << 23;
+  return p * (V)exponent;
+#endif
+}
+inline V nearest(V x) {
+#if defined(__AVX512F__)
+  return (V)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  return (x + kRound) - kRound;
+#endif
+}
+
+// 2^x. 2^0 is exactly 1 and the error near 0 is proportional to |x|: decays close to 1 compound over a row. At most 2 ulp;
+// results below 2^-126 may be 0, those above 2^127.5 may be infinite; NaN propagates.
+inline V exp2(V x) {
+  x = x < -127.0f ? splat(-127.0f) : x;  // comparisons with NaN are false: it passes
+  x = x > 128.0f ? splat(128.0f) : x;
+  V n = nearest(x);
+  V r = x - n;
+  V q = r * 1.5353596508904872e-4f + 1.3398852870095195e-3f;  // (2^r - 1) / r on [-1/2, 1/2]
+  q = q * r + 9.618436402608574e-3f;
+  q = q * r + 5.550332543371924e-2f;
+  q = q * r + 2.4022647922954535e-1f;
+  q = q * r + 6.931472028029229e-1f;
+  return scale_by_power(q * r + 1.0f, n);
+}
+constexpr float kLog2e = 1.44269504088896340736f;
+
+// e^x to 2 ulp for any x: the reduction is in two parts (the high one has few bits, so its product with n is exact).
+inline V exp(V x) {
+  x = x < -88.02f ? splat(-88.02f) : x;
+  x = x > 88.8f ? splat(88.8f) : x;
+  V n = nearest(x * kLog2e);
+  V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  V q = r * 1.3843950178940056e-3f + 8.374143680791682e-3f;  // (e^r - 1) / r
+  q = q * r + 4.166799657204545e-2f;
+  q = q * r + 1.6666431487262137e-1f;
+  q = q * r + 4.9999994233817396e-1f;
+  q = q * r + 1.0000000320739837f;
+  return scale_by_power(q * r + 1.0f, n);
+}
+
+// log(1 + e) for e in [0, 1], relative error below 3e-7: log1p(e) = 2 atanh(e / (2 + e)).
+inline V log1p_unit(V e) {
+  V s = e / (e + 2.0f);
+  V s2 = s * s;
+  V p = s2 * 1.2206525068580285e-1f + 1.0696627820486528e-1f;  // atanh(s) / s in s^2
+  p = p * s2 + 1.4310360810803757e-1f;
+  p = p * s2 + 1.99993454611468e-1f;
+  p = p * s2 + 3.3333339653584304e-1f;
+  p = p * s2 + 1.0f;
+  return (s + s) * p;
+}
+inline V abs(V x) { return as_float((U)x & 0x7fffffffu); }
+
+// log(1 + e^x) without overflow and without losing very negative x, where it is e^x.
+inline V softplus(V x) {
+  V positive = x > 0.0f ? x : splat(0.0f);
+  return positive + log1p_unit(exp(-abs(x)));
+}
+inline V sigmoid(V x) { return 1.0f / (exp(-x) + 1.0f); }
+inline V silu(V x) { return x / (exp(-x) + 1.0f); }
+
+// -- sums over lanes ---------------------------------------------------------------------------------------------------
+
+#if defined(__clang__)
+#define MAMBAKIT_PICK(a, b, f)                                                                             \
+  __builtin_shufflevector(a, b, f(0), f(1), f(2), f(3) MAMBAKIT_PICK_REST(f))
+#if MAMBAKIT_WIDTH == 16
+#define MAMBAKIT_PICK_REST(f) , f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
+#elif MAMBAKIT_WIDTH == 8
+#define MAMBAKIT_PICK_REST(f) , f(4), f(5), f(6), f(7)
+#else
+#define MAMBAKIT_PICK_REST(f)
+#endif
+#endif
+
+// Lane i of the result keeps a's lane where bit S of i is clear, else b's; to it is added its neighbour i ^ S.
+template <int S>
+inline V fold(V a, V b) {
+#if defined(__clang__)
+#define MAMBAKIT_KEEP(i) ((i) + (((i) & S) ? W : 0))
+#define MAMBAKIT_SWAP(i) (((i) ^ S) + (((i) & S) ? W : 0))
+  return MAMBAKIT_PICK(a, b, MAMBAKIT_KEEP) + MAMBAKIT_PICK(a, b, MAMBAKIT_SWAP);
+#else
+  I keep, swap;
+  for (int i = 0; i < W; ++i) {
+    keep[i] = i + ((i & S) ? W : 0);
+    swap[i] = (i ^ S) + ((i & S) ? W : 0);
+  }
+  return __builtin_shuffle(a, b, keep) + __builtin_shuffle(a, b, swap);
+#endif
+}
+
+// The W sums of W vectors, one per lane.
+inline V sums(const V* v) {
+  V a[W / 2];
+  for (int i = 0; i < W / 2; ++i) a[i] = fold<1>(v[2 * i], v[2 * i + 1]);
+  for (int i = 0; i < W / 4; ++i) a[i] = fold<2>(a[2 * i], a[2 * i + 1]);
+#if MAMBAKIT_WIDTH >= 8
+  for (int i = 0; i < W / 8; ++i) a[i] = fold<4>(a[2 * i], a[2 * i + 1]);
+#endif
+#if MAMBAKIT_WIDTH >= 16
+  a[0] = fold<8>(a[0], a[1]);
+#endif
+  return a[0];
+}
+inline float sum(V x) {
+  for (int s = W / 2; s > 0; s /= 2)
+    for (int i = 0; i < s; ++i) x[i] += x[i + s];
+  return x[0];
+}
+
+}  // namespace

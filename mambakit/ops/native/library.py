@@ -1,0 +1,152 @@
+"""Find and load the native library; the kernel of a name for the instruction set in use."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+# Best first. A kernel's symbol is its name and the instruction set: selective_scan_avx512.
+INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
+_NAMES = ("libmambakit_native.so", "libmambakit_native.dylib")
+_REMEDY = (
+    "mambakit's native CPU kernels are not installed, so the reference implementations run; they are slower. "
+    "Install a C++ compiler (GCC or Clang) and reinstall: pip install --force-reinstall --no-deps mambakit"
+)
+
+
+class _State:
+    isa: str | None = None
+    forked = False  # an OpenMP team does not survive fork(): a forked child runs its kernels on one thread
+
+
+def _path() -> Path | None:
+    """Beside this file in a wheel; an editable install keeps compiled files in site-packages."""
+    here = Path(__file__).parent
+    for name in _NAMES:
+        if (here / name).is_file():
+            return here / name
+    try:
+        files = importlib.metadata.files("mambakit") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(f.locate())) for f in files if f.name in _NAMES), None)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    path = _path()
+    if path is None:
+        return None
+    library = ctypes.CDLL(str(path))
+    library.mambakit_supports.argtypes = [ctypes.c_char_p]
+    library.mambakit_use_team.argtypes = [ctypes.c_void_p]
+    team = _torch_team()
+    if team is not None:
+        library.mambakit_use_team(team)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_after_fork)
+    return library
+
+
+def _torch_team() -> ctypes.c_void_p | None:
+    """GOMP_parallel of the OpenMP runtime that torch runs on.
+
+    With it the kernels run on torch's own threads. A second pool would compete with them for the same cores: an idle
+    OpenMP thread spins for milliseconds.
+    """
+    folder = Path(torch.__file__).parent / "lib"
+    for name in (
+        None,
+        *sorted(str(p) for pattern in ("libgomp*", "libomp*", "libiomp*") for p in folder.glob(pattern)),
+    ):
+        team = _team_of(name)
+        if team is not None:
+            return team
+    return None
+
+
+def _team_of(runtime: str | None) -> ctypes.c_void_p | None:
+    """GOMP_parallel in one shared library, or (None) in what the process has loaded for all to see."""
+    try:
+        return ctypes.cast(ctypes.CDLL(runtime).GOMP_parallel, ctypes.c_void_p)
+    except (OSError, AttributeError):
+        return None
+
+
+def _after_fork() -> None:
+    _State.forked = True
+
+
+def supported() -> list[str]:
+    """Instruction sets that the library was built for and this processor runs, best first."""
+    library = _library()
+    if library is None:
+        return []
+    return [i for i in INSTRUCTION_SETS if _symbol("rms_norm", i) and library.mambakit_supports(i.encode())]
+
+
+def _symbol(name: str, isa: str) -> Callable | None:
+    return getattr(_library(), f"{name}_{isa}", None)
+
+
+def use_isa(isa: str | None = None) -> None:
+    """Run the kernels compiled for ``isa``; None for the best that this processor supports.
+
+    Raises:
+        ValueError: the library has no such kernels, or the processor does not run them.
+    """
+    choices = supported()
+    if isa is not None and isa not in choices:
+        raise ValueError(f"instruction set {isa!r} is not available here; choose one of {choices}")
+    _State.isa = isa
+    kernel.cache_clear()
+
+
+def current_isa() -> str | None:
+    choices = supported()
+    return _State.isa or (choices[0] if choices else None)
+
+
+@functools.cache
+def kernel(name: str) -> Callable:
+    """The C function ``name`` for the instruction set in use. It takes pointers to structures and int64, returns 0."""
+    isa = current_isa()
+    assert isa is not None, "kernels are asked for only where the library is"
+    function = _symbol(name, isa)
+    assert function is not None, f"{name} was not built for {isa}"
+    function.restype = ctypes.c_int  # type: ignore[attr-defined]
+    return function
+
+
+def is_available() -> bool:
+    return _library() is not None
+
+
+@functools.cache
+def warn_missing() -> None:
+    """Say once that the reference runs."""
+    warnings.warn(_REMEDY, RuntimeWarning, stacklevel=4)
+
+
+def threads() -> int:
+    return 1 if _State.forked else torch.get_num_threads()
+
+
+def describe() -> dict[str, object]:
+    """What serves the ops on a CPU: ``isa``, ``path``, ``threads``, ``team`` ("torch's OpenMP" or "own threads")."""
+    if not is_available():
+        return {"isa": None, "path": None, "threads": torch.get_num_threads(), "team": None, "remedy": _REMEDY}
+    return {
+        "isa": current_isa(),
+        "supported": supported(),
+        "path": str(_path()),
+        "threads": threads(),
+        "team": "own threads" if _torch_team() is None else "torch's OpenMP",
+    }
