@@ -1,0 +1,201 @@
+"""Training: configuration, data, optimiser, schedule, and a whole run that learns and resumes exactly."""
+
+from __future__ import annotations
+
+import json
+import lzma
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+import mambakit
+from mambakit.training.config import TrainConfig, load_config
+from mambakit.training.curve import sparkline
+from mambakit.training.data import TokenRows, encode, read_documents
+from mambakit.training.loop import train
+from mambakit.training.optimizer import parameter_groups, schedule_factor
+from mambakit.training.step import TrainingStep, _positions
+from mambakit.training.tokenizer import train_tokenizer
+from tests.models.configurations import pair, worst
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife.\n"
+QUIET = Console(quiet=True)
+
+
+def test_config(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('learning_rate = 1\ntrain_files = ["a"]\n')
+    config = load_config(path, ["steps=7", "resume=true", "out=runs/x", "heldout_files=['b','c']"])
+    assert (config.learning_rate, config.steps, config.resume, config.out) == (1.0, 7, True, "runs/x")
+    assert config.heldout_files == ["b", "c"]
+    for override, message in (
+        ("stps=3", "did you mean 'steps'"),
+        ("steps=many", "steps is 'many', expected a int"),
+        ("steps", "not of the form key=value"),
+        ("schedule=linear", "choose one of cosine, wsd"),
+        ("warmup=1.5", "fraction of the run"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_config(path, [override])
+    path.write_text("= 1")
+    with pytest.raises(ValueError, match="not valid TOML"):
+        load_config(path, [])
+
+
+@pytest.mark.parametrize("name", ["tiny", "embedded"])
+def test_the_shipped_configs_load(name, request):
+    load_config(request.config.rootpath / "configs" / f"{name}.toml", [])
+
+
+def test_documents_are_read_and_encoded(tmp_path):
+    (tmp_path / "a.txt").write_text("one two<|endoftext|>\nthree", encoding="utf-8")
+    with lzma.open(tmp_path / "b.txt.xz", "wt", encoding="utf-8") as file:
+        file.write("four — naïve")
+    documents = read_documents([str(tmp_path / "a.txt"), str(tmp_path / "b.txt.xz")], "<|endoftext|>\n")
+    assert documents == ["one two", "three", "four — naïve"]
+    tokenizer = train_tokenizer(documents * 50, 270)
+    for document, ids in zip(documents, encode(tokenizer, documents), strict=True):
+        assert ids[-1] == tokenizer.token_to_id("<|endoftext|>") == 0
+        assert tokenizer.decode(ids[:-1].tolist()) == document
+    long = TEXT * 2000
+    assert tokenizer.decode(encode(tokenizer, [long])[0][:-1].tolist()) == long
+    with pytest.raises(ValueError, match="there is no text file"):
+        read_documents(["nowhere.txt"], "")
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ValueError, match="cannot be read as UTF-8"):
+        read_documents([str(tmp_path / "bad.txt")], "")
+
+
+def test_rows_cover_an_epoch_once_and_depend_on_the_step_alone():
+    documents = [np.arange(i * 100, i * 100 + n, dtype=np.int32) for i, n in enumerate((37, 80, 5, 90))]
+    make = lambda seed: TokenRows(documents, 10, 4, seed, torch.device("cpu"))  # noqa: E731
+    rows = make(0)
+    first = [rows.batch(step)[0] for step in range(rows.steps_per_epoch)]
+    everything = torch.cat(first)
+    assert everything.shape[1] == 11
+    starts = everything[:, 0].tolist()
+    assert len(set(starts)) == len(starts), "no row twice in an epoch"
+    again = make(0)
+    later = again.batch(rows.steps_per_epoch + 1)  # asked for out of order, and in another epoch
+    assert torch.equal(later[0], rows.batch(rows.steps_per_epoch + 1)[0])
+    assert torch.equal(make(0).batch(2)[0], first[2])
+    assert not torch.equal(make(1).batch(0)[0], first[0])
+    tokens, begins = rows.batch(0)
+    at = begins.nonzero()
+    assert set(tokens[at[:, 0], at[:, 1]].tolist()) <= {0, 100, 200, 300}
+    with pytest.raises(ValueError, match="fewer than the batch of 64"):
+        TokenRows(documents, 10, 64, 0, torch.device("cpu"))
+
+
+def test_what_is_decayed():
+    model = pair("use_bias")[0]
+    decayed, free = parameter_groups(model, 0.1)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.1
+    assert free["weight_decay"] == 0.0
+    for parameter in decayed["params"]:
+        assert names[id(parameter)].endswith(("_proj.weight", "conv1d.weight"))
+    spared = {names[id(p)].rsplit(".", 1)[-1] for p in free["params"]}
+    assert spared == {"A_log", "D", "bias", "weight"}
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+def test_schedules():
+    values = [schedule_factor(p, "cosine", 0.1, 0.01) for p in (0.0, 0.05, 0.1, 0.55, 1.0)]
+    assert values == pytest.approx([0, 0.5, 1, 0.505, 0.01])
+    values = [schedule_factor(p, "wsd", 0.0, 0.0) for p in (0.0, 0.5, 0.8, 0.9, 1.0)]
+    assert values == pytest.approx([1, 1, 1, 0.5, 0])
+
+
+def test_documents_of_a_row_do_not_meet():
+    model = pair("plain")[0]
+    rows = torch.randint(1, 61, (2, 13))
+    begins = torch.zeros(2, 13, dtype=torch.bool)
+    begins[0, 5] = begins[1, 0] = begins[1, 12] = True
+    assert _positions(begins)[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6, 7]
+    step = TrainingStep(model, torch.optim.SGD(model.parameters()), 1.0, "float32", True)
+    parts = [rows[:1, :5], rows[:1, 5:], rows[1:, :12]]
+    total = sum(model(p, labels=p).loss * (p.shape[1] - 1) for p in parts)
+    assert worst(step.loss(rows, begins), total / sum(p.shape[1] - 1 for p in parts)) < 1e-5
+
+
+def small_config(tmp_path, **fields) -> TrainConfig:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 150, encoding="utf-8")
+    values = {
+        "train_files": [str(path)], "heldout_files": [str(path)], "vocab_size": 300, "sequence_length": 32,
+        "hidden_size": 32, "num_hidden_layers": 2, "batch_size": 4, "steps": 40, "learning_rate": 1e-2, "log_every": 5,
+        "eval_every": 20, "checkpoint_every": 10, "out": str(tmp_path / "run"), "autocast": "float32",
+    }  # fmt: skip
+    return TrainConfig(**{**values, **fields})
+
+
+def losses(folder) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_exports(tmp_path):
+    summary = train(small_config(tmp_path), QUIET)
+    out = tmp_path / "run"
+    curve = losses(out)
+    assert curve[0] > 5.0
+    assert curve[-1] < 0.6 * curve[0]
+    assert summary["heldout_bits_per_character"] < 2.0  # a text of one sentence
+    model = mambakit.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert model.backbone.layers[0].mixer.A_log.dtype == torch.float32
+    tokenizer = mambakit.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    card = (out / "README.md").read_text()
+    assert f"{summary['heldout_bits_per_character']:.3f}" in card
+    assert (out / "loss.png").is_file() or "matplotlib" not in str(mambakit)
+    assert not list(out.glob("*tmp*"))
+
+
+def test_an_interrupted_run_continues_exactly(tmp_path):
+    whole = small_config(tmp_path, out=str(tmp_path / "whole"))
+    train(whole, QUIET)
+    cut = small_config(tmp_path, out=str(tmp_path / "cut"))
+
+    class Stop(Exception):
+        pass
+
+    from mambakit.training import loop
+
+    original, calls = loop.save_checkpoint, []
+
+    def stop_after_second(*args):
+        original(*args)
+        calls.append(args)
+        if len(calls) == 2:
+            raise Stop
+
+    loop.save_checkpoint = stop_after_second
+    try:
+        with pytest.raises(Stop):
+            train(cut, QUIET)
+    finally:
+        loop.save_checkpoint = original
+    cut.resume = True
+    train(cut, QUIET)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert a == b
+    cut.out = str(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="tokenizer.json|no checkpoint"):
+        train(cut, QUIET)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="at step"):
+        train(small_config(tmp_path, learning_rate=1e30, clip=1e30, warmup=0.0), QUIET)
+
+
+def test_sparkline():
+    assert sparkline([3.0, 2.0, 1.0], 3)[0] == "█"
+    assert sparkline([], 5) == ""
+    assert len(sparkline(list(range(1000)), 40)) == 40
