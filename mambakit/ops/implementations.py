@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mambakit.ops import native
+
 OPS = ("selective_scan", "causal_conv1d", "rms_norm", "linear_cross_entropy")
 
 
@@ -21,7 +23,15 @@ class Implementation:
 
 def implementations() -> list[Implementation]:
     """One row for each op on the CPU, and on each kind of GPU that is here."""
-    rows = [Implementation(op, "cpu", "reference (PyTorch)") for op in OPS]
+    cpu = native.describe()
+    rows = []
+    for op in OPS:
+        if op == "linear_cross_entropy":  # matrix products, which are PyTorch's
+            rows.append(Implementation(op, "cpu", "PyTorch, in chunks"))
+        elif cpu["isa"] is None:
+            rows.append(Implementation(op, "cpu", "reference (PyTorch)", str(cpu["remedy"])))
+        else:
+            rows.append(Implementation(op, "cpu", f"C++ ({cpu['isa']}, {cpu['threads']} threads)"))
     if torch.cuda.is_available():
         if importlib.util.find_spec("triton") is None:
             remedy = "triton is not installed: pip install triton (it comes with PyTorch's own CUDA builds)"
