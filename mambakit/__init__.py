@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+_SUBPACKAGES = ("ops",)
 # Public name -> the module that defines it.
 _HOMES = {
     "AutoConfig": "mambakit.models.auto",
@@ -32,9 +33,10 @@ _HOMES = {
     "register": "mambakit.models.registration",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [*_HOMES, *_SUBPACKAGES, "__version__"]
 
 if TYPE_CHECKING:
+    from mambakit import ops
     from mambakit.generation.pipeline import pipeline
     from mambakit.models.auto import (
         AutoConfig,
@@ -61,8 +63,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_HOMES[name]), name)
         globals()[name] = value
         return value
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"mambakit.{name}")
     raise AttributeError(f"module 'mambakit' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(_HOMES))
+    return sorted(set(globals()) | set(_HOMES) | set(_SUBPACKAGES))

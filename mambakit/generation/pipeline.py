@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+import transformers
 
 from mambakit.assets import default_model_path
 from mambakit.models.auto import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -22,6 +25,7 @@ def pipeline(
     *,
     device: Any = None,
     dtype: Any = None,
+    torch_dtype: Any = None,
     device_map: Any = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -35,23 +39,22 @@ def pipeline(
         model: hub id, folder or model object; the model that ships with mambakit when absent.
         tokenizer: id, folder or object; the model's own when absent.
         device, dtype, device_map, revision, token, model_kwargs: as in transformers. ``dtype`` is "auto" when absent, the
-            checkpoint's; on a CPU the embedded model runs in float32.
+            checkpoint's; on a CPU the embedded model runs in float32. ``torch_dtype`` is its older name.
 
     Returns:
         transformers' pipeline object: call it with a prompt, a list of prompts, or chat messages.
     """
-    import transformers
-
     task = task or "text-generation"
     if task not in _MODELS:
         raise ValueError(f"task is {task!r}; mambakit has {', '.join(_MODELS)}")
+    dtype = torch_dtype if dtype is None else dtype
     if model is None:
         if task != "text-generation":
             raise ValueError(f"no model ships with mambakit for {task!r}; name one with model=")
         model = default_model_path()
         if dtype is None and not _on_gpu(device, device_map):
             dtype = "float32"  # processors without bfloat16 arithmetic emulate it
-    if not isinstance(model, transformers.PreTrainedModel):
+    if isinstance(model, (str, os.PathLike)):
         options = {"revision": revision, "token": token, "device_map": device_map, "config": config}
         options = {k: v for k, v in options.items() if v is not None} | (model_kwargs or {})
         if tokenizer is None:
@@ -59,12 +62,21 @@ def pipeline(
         model = _MODELS[task].from_pretrained(model, dtype=dtype or "auto", **options)
     if tokenizer is None:
         tokenizer = model.config.name_or_path
-    if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+    if isinstance(tokenizer, (str, os.PathLike)):
         hub = {k: v for k, v in {"revision": revision, "token": token}.items() if v is not None}
         tokenizer = AutoTokenizer.from_pretrained(tokenizer, **hub)
     if device is not None:
         kwargs["device"] = device
+    if _MODELS[task] is AutoModelForSequenceClassification:
+        kwargs.setdefault("pipeline_class", _TextClassification)
     return transformers.pipeline(task, model=model, tokenizer=tokenizer, **kwargs)
+
+
+class _TextClassification(transformers.TextClassificationPipeline):
+    """transformers' pipeline, which would log that it does not know Mamba's classifier (transformers has none)."""
+
+    def check_model_type(self, supported_models: Any) -> None:
+        pass
 
 
 def _on_gpu(device: Any, device_map: Any) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from mambakit.models import falcon_mamba, mamba
-from mambakit.models.formats import CheckpointError, is_original, read_config, read_json, resolve
+from mambakit.models.formats import is_original, read_config
+from mambakit.models.storage import HUB_ARGUMENTS, CheckpointError, read_json, resolve, small_files
 
-_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt",
+)  # fmt: skip
 
 
 class AutoConfig:
@@ -17,7 +19,7 @@ class AutoConfig:
 
     @staticmethod
     def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> Any:
-        hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
+        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         config, unused = read_config(resolve(name, **hub), **kwargs)
         if unused:
             raise TypeError(f"AutoConfig.from_pretrained: {sorted(unused)} are not fields of {type(config).__name__}")
@@ -33,8 +35,11 @@ class _AutoModel:
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         if config is None:
-            hub = {key: kwargs[key] for key in _HUB if key in kwargs}
+            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             model_type = read_config(resolve(name, **hub))[0].model_type
+        elif isinstance(config, (str, os.PathLike)):
+            config = AutoConfig.from_pretrained(config)
+            model_type = config.model_type
         else:
             model_type = config.model_type
         return cls._class_of(model_type).from_pretrained(name, *args, config=config, **kwargs)
@@ -78,15 +83,13 @@ class AutoTokenizer:
     def from_pretrained(name: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         import transformers
 
-        if os.path.isdir(name):
-            folder = Path(name)
+        folder = small_files(name, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
+        if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
             config = folder / "config.json"
-            has_tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-            if not has_tokenizer and config.is_file() and is_original(read_json(config)):
+            if config.is_file() and is_original(read_json(config)):
                 raise CheckpointError(
                     f"{name} holds no tokenizer: models in state-spaces' original format use GPT-NeoX's; load it from "
                     '"EleutherAI/gpt-neox-20b", or save its files into the folder'
                 )
-            if not has_tokenizer:
-                raise CheckpointError(f"{name} holds no tokenizer (tokenizer.json); give the folder or id that does")
+            raise CheckpointError(f"{name} holds no tokenizer (tokenizer.json); give the folder or id that does")
         return transformers.AutoTokenizer.from_pretrained(name, *args, **kwargs)

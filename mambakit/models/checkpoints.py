@@ -11,24 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from mambakit.models.formats import (
+from mambakit.models.formats import is_original, read_config, to_original_fields
+from mambakit.models.storage import (
+    HUB_ARGUMENTS,
     CheckpointError,
     StoredTensor,
-    is_original,
-    read_config,
     read_headers,
     read_json,
+    read_tensor,
     read_tensors,
     resolve,
-    to_original_fields,
     weight_files,
 )
 
 __all__ = ["CheckpointError", "CheckpointInfo", "convert", "describe", "load_pretrained", "save_original"]
 
-_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 _HEADS = ("lm_head.", "score.")
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -38,11 +37,13 @@ _TOKENIZER_FILES = (
 
 def load_pretrained(cls: Any, name: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any) -> Any:
     """`cls.from_pretrained`: check every tensor's name and shape first, then load. Nothing is left at random values."""
-    folder = resolve(name, **{key: kwargs.pop(key) for key in _HUB if key in kwargs})
+    folder = resolve(name, **{key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs})
     # Taken out first: a configuration would take the argument for its own field.
     dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
     if config is None:
         config, kwargs = read_config(folder, cls.config_class, **kwargs)
+    elif isinstance(config, (str, os.PathLike)):
+        config, _ = read_config(resolve(config), cls.config_class)
     if dtype is not None:
         kwargs["dtype"] = dtype
     load = super(_owner(cls), cls).from_pretrained
@@ -52,16 +53,22 @@ def load_pretrained(cls: Any, name: str | os.PathLike, *args: Any, config: Any =
         )  # names and shapes are the quantiser's, or the caller's
     files = weight_files(folder)
     found = read_headers(files)
-    mapping = _check(cls, config, found, folder)
+    mapping = _check(cls, config, found, folder, kwargs.get("ignore_mismatched_sizes", False))
+    if kwargs.get("dtype") in (
+        None,
+        "auto",
+    ):  # transformers would take the first tensor's, which may be A_log's float32
+        declared = getattr(config, "dtype", None)
+        kwargs["dtype"] = declared if isinstance(declared, torch.dtype) else _common_dtype(found)
     if files[0].suffix == ".safetensors" and all(stored == wanted for stored, wanted in mapping.items()):
         result = load(str(folder), *args, config=config, **kwargs)
     else:
         tensors = read_tensors(files)
         state = {wanted: tensors[stored] for stored, wanted in mapping.items()}
-        if kwargs.get("dtype") in (None, "auto"):
-            kwargs["dtype"] = getattr(config, "dtype", None) or _common_dtype(found)
         result = load(None, *args, config=config, state_dict=state, **kwargs)
     model = result[0] if isinstance(result, tuple) else result
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = model.name_or_path = str(name)
     return result
 
@@ -79,8 +86,13 @@ def _common_dtype(found: dict[str, StoredTensor]) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype])
 
 
-def _check(cls: Any, config: Any, found: dict[str, StoredTensor], folder: Path) -> dict[str, str]:
-    """Stored name -> name in ``cls``, for every tensor to load; raises where the two do not fit."""
+def _check(
+    cls: Any, config: Any, found: dict[str, StoredTensor], folder: Path, any_shape: bool = False
+) -> dict[str, str]:
+    """Stored name -> name in ``cls``, for every tensor to load; raises where the two do not fit.
+
+    ``any_shape`` is transformers' ``ignore_mismatched_sizes``: the caller asked for new values where shapes differ.
+    """
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in cls(config).state_dict().items()}
     mapping, unexpected = {}, []
@@ -96,11 +108,22 @@ def _check(cls: Any, config: Any, found: dict[str, StoredTensor], folder: Path) 
             f"{found[name].file}: tensor {name} (and {len(unexpected) - 1} more) is not part of {cls.__name__}; config.json "
             f"in {folder} is of another model, or the file is"
         )
+    sources: dict[str, str] = {}
     for stored, wanted in mapping.items():
-        if found[stored].shape != expected[wanted]:
+        if sources.setdefault(wanted, stored) != stored:
+            raise CheckpointError(
+                f"{found[stored].file}: {sources[wanted]} and {stored} are two names of one tensor; remove one of them"
+            )
+        if not found[stored].dtype.is_floating_point:
+            raise CheckpointError(
+                f"{found[stored].file}: tensor {stored} is {found[stored].dtype}, not floating point; quantised weights "
+                "need a quantization_config in config.json"
+            )
+        if found[stored].shape != expected[wanted] and not any_shape:
+            head = " (ignore_mismatched_sizes=True draws the head anew)" if wanted.startswith("score.") else ""
             raise CheckpointError(
                 f"{found[stored].file}: tensor {stored} has shape {found[stored].shape}, config.json asks for "
-                f"{expected[wanted]}; correct config.json or fetch the matching weights"
+                f"{expected[wanted]}; correct config.json or fetch the matching weights{head}"
             )
     tied = config.tie_word_embeddings
     missing = [
@@ -133,8 +156,7 @@ def _check_tied_head(config: Any, found: dict[str, StoredTensor], mapping: dict[
     head = found.get("lm_head.weight")
     if not config.tie_word_embeddings or head is None or embeddings is None:
         return
-    both = read_tensors(list({head.file, found[embeddings].file}))
-    if not torch.equal(both["lm_head.weight"], both[embeddings]):
+    if not torch.equal(read_tensor(head.file, "lm_head.weight"), read_tensor(found[embeddings].file, embeddings)):
         raise CheckpointError(
             f"{head.file}: lm_head.weight differs from {embeddings}, but config.json says they are tied; set "
             "tie_word_embeddings to false to keep both, or remove lm_head.weight"
@@ -146,6 +168,9 @@ def _check_tied_head(config: Any, found: dict[str, StoredTensor], mapping: dict[
 
 def save_original(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     """Write a causal language model in state-spaces' format: config.json and pytorch_model.bin.
+
+    That format has no field for the ids of special tokens (they are 0). Where the model's differ, generation_config.json
+    is written beside it: `from_pretrained` reads it, state-spaces' own loader passes over it.
 
     Raises:
         CheckpointError: the model has something that the format cannot say.
@@ -160,6 +185,9 @@ def save_original(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "config.json", lambda path: path.write_text(json.dumps(fields, indent=2), encoding="utf-8"))
     _write(folder / "pytorch_model.bin", lambda path: torch.save(state, path))
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and {generation.bos_token_id, generation.eos_token_id, generation.pad_token_id} != {0}:
+        generation.save_pretrained(folder)
 
 
 def _write(path: Path, write: Any) -> None:
@@ -185,6 +213,9 @@ def convert(
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; name a new folder")
     folder = resolve(source)
+    heads = [name for name in read_headers(weight_files(folder)) if name.startswith("score.")]
+    if heads:
+        raise CheckpointError(f"{folder} holds a classifier ({heads[0]}), which convert would lose; load and save it")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
     if format == "original":
         save_original(model, target)
