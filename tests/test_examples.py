@@ -1,0 +1,37 @@
+"""The examples run, and say what they promise."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "promise"),
+    [
+        ("01_generate.py", (), "It was a dark and stormy night"),
+        ("02_state.py", (), "from the file: the same"),
+        ("03_long_prompt.py", ("--tokens", "2000"), "a prompt of 2,000 tokens"),
+        ("04_score.py", (), "bits per character"),
+    ],
+)
+def test_example(name, arguments, promise):
+    assert promise in run(name, *arguments)
+
+
+def test_examples_are_short():
+    for path in (ROOT / "examples").glob("*.py"):
+        assert len(path.read_text().splitlines()) < 80, path.name
