@@ -36,7 +36,9 @@ def model(tmp_path_factory) -> str:
 
 def modules_of(*arguments: str) -> set[str]:
     code = "import sys, mambakit.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit: pass\nprint('MODULES', *sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     return {m.split(".")[0] for m in done.stdout.rsplit("MODULES", 1)[1].split()}
 
 

@@ -62,13 +62,25 @@ def test_filters_are_transformers(both, ids):
     list(stream)
     row = torch.cat([ids, torch.tensor(stream.tokens)])[None]
     out = model.generate(
-        ids[None], max_new_tokens=12, do_sample=True, return_dict_in_generate=True, output_scores=True, seed=0, **options
+        ids[None],
+        max_new_tokens=12,
+        do_sample=True,
+        return_dict_in_generate=True,
+        output_scores=True,
+        seed=0,
+        **options,
     )
     assert torch.isfinite(out.scores[0][0, stream.tokens[0]])
     for step in range(12):  # every token is one that the filters keep, given the tokens before it
         prefix = row[:, : len(ids) + step]
         kept = model.generate(
-            prefix, max_new_tokens=1, do_sample=True, return_dict_in_generate=True, output_scores=True, seed=0, **options
+            prefix,
+            max_new_tokens=1,
+            do_sample=True,
+            return_dict_in_generate=True,
+            output_scores=True,
+            seed=0,
+            **options,
         ).scores[0]
         assert torch.isfinite(kept[0, stream.tokens[step]])
 

@@ -161,7 +161,7 @@ def test_an_interrupted_run_continues_exactly(tmp_path):
     train(whole, QUIET)
     cut = small_config(tmp_path, out=str(tmp_path / "cut"))
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     from mambakit.training import loop
@@ -172,11 +172,11 @@ def test_an_interrupted_run_continues_exactly(tmp_path):
         original(*args)
         calls.append(args)
         if len(calls) == 2:
-            raise Stop
+            raise StopError
 
     loop.save_checkpoint = stop_after_second
     try:
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             train(cut, QUIET)
     finally:
         loop.save_checkpoint = original
