@@ -33,6 +33,20 @@ def test_a_folder_and_objects(tmp_path):
     assert batched[1] == by_folder("by the fire and the", **options)
 
 
+def test_stop_strings(tmp_path):
+    save_tiny(tmp_path, eos_token_id=303)
+    pipe = mambakit.pipeline(model=str(tmp_path))
+    ids = pipe.tokenizer("The cat", return_tensors="pt").input_ids
+    options = {"max_new_tokens": 20, "do_sample": False}
+    free = pipe.tokenizer.decode(pipe.model.generate(ids, **options)[0, ids.shape[1] :])
+    stop = free[8:11]
+    out = pipe.model.generate(ids, stop_strings=[stop], tokenizer=pipe.tokenizer, **options)
+    stopped = pipe.tokenizer.decode(out[0, ids.shape[1] :])
+    assert stopped.startswith(free[: free.index(stop)])
+    assert stop in stopped
+    assert len(stopped) < len(free)
+
+
 def test_dtype(tmp_path):
     save_tiny(tmp_path)
     assert mambakit.pipeline(model=str(tmp_path), dtype=torch.bfloat16).model.dtype == torch.bfloat16

@@ -112,6 +112,33 @@ def test_a_linear_replacement_that_adds_its_own_bias_is_not_biased_twice():
     assert worst(model(ids).logits, expected) < 1e-5
 
 
+def test_transformers_trainer(tmp_path):
+    """Trainer and accelerate, unchanged: padding, accumulation with num_items_in_batch, checkpointing of activations."""
+    pytest.importorskip("accelerate")
+    import transformers
+
+    model = pair("plain")[0].train()
+    rows = [tokens(1, n)[0] for n in (9, 5, 7, 9)] * 4
+
+    def collate(batch):
+        width = max(len(row) for row in batch)
+        ids = torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in batch])
+        mask = torch.stack([(torch.arange(width) < len(row)).long() for row in batch])
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids}
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, gradient_checkpointing=True, save_steps=6,
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    again = mambakit.MambaForCausalLM.from_pretrained(tmp_path / "checkpoint-12")
+    assert torch.equal(again.backbone.norm_f.weight, model.backbone.norm_f.weight)
+
+
 def test_compile_fullgraph():
     model = pair("plain")[0]
     ids = tokens(2, 13)
