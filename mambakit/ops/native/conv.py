@@ -18,8 +18,8 @@ from mambakit.ops.native.structures import (
     structure,
 )
 
-_Arguments = structure(
-    "_Arguments",
+Arguments = structure(
+    "Arguments",
     "x weight bias initial slots cu final_state y",
     "b l d k sequences silu state_half threads x_b x_l",
 )
@@ -66,7 +66,7 @@ class _Call:
 
     def arguments(self, initial, slots, final_state, y):
         state = final_state if initial is None else initial
-        return _Arguments(
+        return Arguments(
             address(self.x), address(self.weight), address(self.bias), address(initial), address(slots),
             address(self.cu), address(final_state), address(y), self.b, self.l, self.d, self.k, self.sequences,
             self.silu, state is not None and is_half(state), library.threads(), *row_strides(self.x),

@@ -125,6 +125,19 @@ def kernel(name: str) -> Callable:
     return function
 
 
+def kernel_address(name: str) -> int:
+    address = ctypes.cast(kernel(name), ctypes.c_void_p).value  # type: ignore[arg-type]
+    assert address is not None
+    return address
+
+
+def runner() -> Callable:
+    """The C function that runs an array of kernel calls."""
+    library = _library()
+    assert library is not None, "programs are made only where the library is"
+    return library.mambakit_run
+
+
 def is_available() -> bool:
     return _library() is not None
 

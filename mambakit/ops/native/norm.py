@@ -11,8 +11,8 @@ from torch import Tensor
 from mambakit.ops.native import library
 from mambakit.ops.native.structures import address, as_float32, check, is_half, structure
 
-_Arguments = structure(
-    "_Arguments",
+Arguments = structure(
+    "Arguments",
     "x weight residual y residual_out",
     "rows h x_half residual_half y_half out_half threads x_stride residual_stride",
     doubles="eps",
@@ -70,12 +70,12 @@ def forward(x, weight, residual, eps, residual_dtype, out_dtype):
         rows, stride = _rows(total.half())
         kept, kept_stride = None, 0
     residual_out = torch.empty(x.shape, dtype=_kernel_dtype(residual_dtype))
-    arguments = _Arguments(
+    arguments = Arguments(
         address(rows), address(weight), address(kept), address(y), address(residual_out), count, h, is_half(rows),
         kept is not None and is_half(kept), is_half(y), is_half(residual_out), library.threads(), stride, kept_stride,
         eps,
     )  # fmt: skip
-    check(library.kernel("rms_norm")(ctypes.byref(arguments)))
+    check(library.kernel("rms_norm")(ctypes.byref(arguments), ctypes.c_int64(0)))
     return y.to(out_dtype), residual_out.to(residual_dtype)
 
 

@@ -74,6 +74,18 @@ EXPORT float* mambakit_scratch(MambakitWork* work, int64_t count) {
 
 EXPORT void mambakit_release(float* scratch) { free(scratch); }
 
+// A program: kernel calls whose arguments stay in place, run one after the other. Returns the first code that is not 0.
+struct MambakitCall {
+  int (*kernel)(const void* arguments, int64_t variant);
+  const void* arguments;
+  int64_t variant;
+};
+EXPORT int mambakit_run(const MambakitCall* calls, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (int code = calls[i].kernel(calls[i].arguments, calls[i].variant)) return code;
+  return 0;
+}
+
 // Whether this processor and operating system run what was compiled as `isa`.
 EXPORT int mambakit_supports(const char* isa) {
 #if defined(__x86_64__) || defined(__i386__)

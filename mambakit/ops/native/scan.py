@@ -18,8 +18,8 @@ from mambakit.ops.native.structures import (
     structure,
 )
 
-_Arguments = structure(
-    "_Arguments",
+Arguments = structure(
+    "Arguments",
     "u delta A B C D z bias initial slots cu final_state checkpoints y",
     "b l d n sequences interval softplus threads u_b u_l delta_b delta_l z_b z_l B_b B_l C_b C_l",
 )
@@ -62,7 +62,7 @@ class _Call:
         return tensor.to(self.dtype)
 
     def arguments(self, initial, slots, final_state, checkpoints, y, interval):
-        return _Arguments(
+        return Arguments(
             address(self.u), address(self.delta), address(self.A), address(self.B), address(self.C), address(self.D),
             address(self.z), address(self.bias), address(initial), address(slots), address(self.cu),
             address(final_state), address(checkpoints), address(y),

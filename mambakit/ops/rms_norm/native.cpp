@@ -84,7 +84,8 @@ void differentiate_row(const Gradients& a, int64_t row, float* dweight) {
 
 }  // namespace
 
-MAMBAKIT_EXPORT(rms_norm)(const Arguments* a) {
+// The second argument gives every forward kernel one signature.
+MAMBAKIT_EXPORT(rms_norm)(const Arguments* a, int64_t) {
   return for_each(ceil_div(a->rows, kRows), a->threads, ceil_div(a->h, W) * W, [&](int64_t item, float* buffer) {
     for (int64_t row = item * kRows; row < min64(a->rows, (item + 1) * kRows); ++row) normalise(*a, row, buffer);
   });

@@ -1,0 +1,114 @@
+"""The public linear op with packed weights: formats, packing, and `linear(x, weight, bias)`.
+
+Formats of a weight (out, in), named by their precision:
+
+    "float32", "bfloat16"   the numbers themselves, (out, in)
+    "int8"   int8 (out, in), and one float32 scale per `group` neighbours of a row: w = q * scale, q in [-127, 127]
+    "int4"   int32 (out, ceil(in / 128) * 16), and one float32 scale per `group`: w = q * scale, q in [-8, 7]. A block of 128
+             columns is 16 words of 8 nibbles; nibble s of word i (bits 4s to 4s+3, two's complement) is column 16 s + i
+             of the block, so that a register of words gives 16 neighbouring columns with one shift. Columns past `in`
+             are 0.
+    scales   float32 (out, ceil(in / group)); for int4 the groups of the last, padded block are all there
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambakit.ops.linear import reference
+
+FORMATS = ("float32", "bfloat16", "int8", "int4")
+GROUP = 64  # numbers per scale: half a bit of scale per weight
+BLOCK, WORDS = 128, 16
+# Beyond this many rows of x the product is bound by arithmetic, and torch's matrix product is faster.
+MOST_ROWS = 16
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight (out, in) in one of `FORMATS`; see the module's docstring for ``data`` and ``scales``."""
+
+    format: str
+    data: Tensor
+    scales: Tensor | None
+    in_features: int
+    group: int = GROUP
+
+    @property
+    def out_features(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def dequantized(self) -> Tensor:
+        """The weight (out, in) in float32."""
+        return reference.dequantize(self)
+
+
+def pack(weight: Tensor, format: str, group: int = GROUP) -> PackedWeight:
+    """Pack a weight (out, in) of any floating dtype.
+
+    Args:
+        format: one of `FORMATS`.
+        group: numbers of a row that share a scale: 32, 64 or 128.
+
+    Raises:
+        ValueError: an unknown format or group, or a weight that is not a finite matrix.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"pack: weight has shape {tuple(weight.shape)}, expected (out, in)")
+    if format not in FORMATS:
+        raise ValueError(f"pack: format {format!r} is not known; choose one of {FORMATS}")
+    if group not in (32, 64, 128):
+        raise ValueError(f"pack: group is {group}; choose 32, 64 or 128")
+    columns = weight.shape[1]
+    weight = weight.detach()
+    if format in ("float32", "bfloat16"):
+        return PackedWeight(format, weight.to(getattr(torch, format)).contiguous(), None, columns, group)
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"pack: the weight has numbers that are not finite, which {format} cannot hold")
+    multiple = group if format == "int8" else BLOCK
+    padded = F.pad(weight.float(), (0, -columns % multiple)).unflatten(1, (-1, group))  # (out, groups, group)
+    if format == "int8":
+        scales = padded.abs().amax(-1) / 127
+        q = torch.round(padded / _divisor(scales)).flatten(1)[:, :columns].to(torch.int8)
+        return PackedWeight(format, q.contiguous(), scales, columns, group)
+    # The number furthest from 0 becomes -8 exactly: the 16 levels are not symmetric, and this uses all of them.
+    extreme = padded.gather(-1, padded.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    scales = extreme / -8
+    q = torch.round(padded / _divisor(scales)).clamp(-8, 7).flatten(1).to(torch.int32)
+    nibbles = (q & 15).unflatten(1, (-1, 8, WORDS))  # (out, blocks, s, word)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int64)[:, None]
+    words = (nibbles.long() << shifts).sum(2)  # (out, blocks, word), as unsigned 32-bit numbers
+    data = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).flatten(1)
+    return PackedWeight(format, data.contiguous(), scales.contiguous(), columns, group)
+
+
+def _divisor(scales: Tensor) -> Tensor:
+    return torch.where(scales == 0, 1.0, scales)[..., None]
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` for x (..., in), in x's dtype; products and sums are float32.
+
+    On a CPU, up to `MOST_ROWS` rows run on the native kernels at the speed of reading the weight; more rows, other
+    devices and float64 widen the weight and use torch's product. Not differentiable in the weight.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(f"linear: x has shape {tuple(x.shape)}, but the weight takes {weight.in_features} features")
+    from mambakit.ops.native import library, matvec
+
+    rows = x.numel() // max(1, x.shape[-1])
+    native = rows <= MOST_ROWS and x.device.type == "cpu" and x.dtype != torch.float64
+    if native and not x.requires_grad and library.is_available():
+        return matvec.linear(x, weight, bias)
+    return reference.linear(x, weight, bias)

@@ -1,0 +1,33 @@
+"""The linear op in plain PyTorch: widen the weight, then multiply."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mambakit.ops.linear.api import PackedWeight
+
+
+def dequantize(weight: PackedWeight) -> Tensor:
+    """The weight (out, in) in float32."""
+    if weight.scales is None:
+        return weight.data.float()
+    if weight.format == "int4":
+        words = weight.data.unflatten(1, (-1, 1, 16))  # (out, blocks, 1, word)
+        shifts = torch.arange(28, -4, -4, dtype=torch.int32, device=words.device)[:, None]
+        q = ((words << shifts) >> 28).flatten(1)  # (out, blocks, s, word): the sign comes with the shift to the right
+    else:
+        q = weight.data
+    scales = weight.scales.repeat_interleave(weight.group, 1)
+    return q[:, : weight.in_features].float() * scales[:, : weight.in_features]
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias``; float32 arithmetic (float64 for float64), rounded to x's dtype."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with torch.autocast(x.device.type, enabled=False):
+        y = x.to(dtype) @ dequantize(weight).to(dtype).T
+    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
