@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.generation.step import token_step
 from mambakit.modules import MambaCache
 
 
@@ -112,6 +113,7 @@ class Stream:
         choose = self.sampling.chooser(device)
         ends = _end_tokens(model)
         logits = self._read(ids)
+        step = token_step(model, cache)
         decoder = _TextDecoder(self.tokenizer)
         held = ""  # text that may turn out to be the start of a stop string
         while len(self.tokens) < self.max_new_tokens:
@@ -135,7 +137,7 @@ class Stream:
                 held = held[ready:]
             if len(self.tokens) < self.max_new_tokens:
                 ids = torch.cat([ids, token[None]], 1) if self.sampling.repetition_penalty != 1 else ids
-                logits = model(token[None], cache_params=cache).logits[:, -1]
+                logits = step(token)
         else:
             self.finish_reason = "length"
         rest = held + decoder.flush()

@@ -1,0 +1,53 @@
+"""token_step: the model's own logits and states, whichever way they are computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mambakit.generation import step as module
+from mambakit.generation.step import token_step
+from tests.models.configurations import NAMES, pair, tokens, worst
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+NATIVE = {"plain", "use_bias", "no_conv_bias", "conv_kernel_3", "conv_kernel_2_bias", "state_size_8", "state_size_64"}
+NATIVE |= {"expand_3", "time_step_rank_7", "untied", "odd_hidden_size", "odd_everything", "epsilon", "time_step_init"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_the_models_numbers(name):
+    model = pair(name)[0]
+    ids = tokens(3, 12)
+    cache = model(ids[:, :6], use_cache=True).cache_params
+    whole = model(ids, use_cache=True)
+    if module.native.describe()["isa"] is not None:
+        assert module._native_serves(model, cache) == (name in NATIVE)
+    step = token_step(model, cache)
+    for t in range(6, 12):
+        assert worst(step(ids[:, t]), whole.logits[:, t]) < 1e-5
+    assert worst(cache.ssm_states, whole.cache_params.ssm_states) < 1e-5
+    assert worst(cache.conv_states, whole.cache_params.conv_states) < 1e-5
+    assert cache.get_seq_length() == 12
+
+
+@torch.no_grad()
+def test_bfloat16_weights_and_a_row_alone():
+    model = pair("plain")[0].bfloat16()
+    ids = tokens(4, 5)
+    logits = []
+    for rows in (ids, ids[2:3]):
+        cache = model.backbone.new_cache(rows.shape[0])
+        step = token_step(model, cache)
+        logits.append([step(rows[:, t]) for t in range(5)][-1])
+    exact = model.double()(ids).logits[:, -1]
+    assert worst(logits[0], exact) < 2e-2
+    if module.native.describe()["isa"] is not None:
+        assert torch.equal(logits[0][2], logits[1][0]), "a row does not depend on its neighbours"
+
+
+def test_adapters_are_not_passed_by():
+    peft = pytest.importorskip("peft")
+    model = pair("plain")[0]
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["x_proj"]), model.backbone.layers)
+    assert not module._native_serves(model, model.backbone.new_cache(1))
