@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a model on your own text",
     "info": "what a checkpoint is, from its headers alone",
     "convert": "rewrite a checkpoint in another format",
+    "quantize": "rewrite a checkpoint with int8 or int4 weights",
     "env": "versions, devices, and what serves each op",
 }
 

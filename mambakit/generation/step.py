@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from mambakit.modules import MambaCache
 from mambakit.modules.mixer import TimeStepProjection
+from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops import native
 from mambakit.ops.linear import pack
-from mambakit.ops.linear.api import MOST_ROWS
+from mambakit.ops.linear.api import MOST_ROWS, PackedWeight
 from mambakit.ops.native.decode import DecodeStep, LayerWeights
+
+_LINEAR = (nn.Linear, QuantizedLinear)
 
 
 def token_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:
@@ -42,20 +45,23 @@ def _native_serves(model: Any, cache: MambaCache) -> bool:
         return False
     if not 2 <= config.conv_kernel <= 8 or not config.residual_in_fp32:
         return False
-    if type(model.lm_head) is not nn.Linear or type(model.backbone.embeddings) is not nn.Embedding:
+    if type(model.lm_head) not in _LINEAR or type(model.backbone.embeddings) is not nn.Embedding:
         return False
     for block in model.backbone.layers:
         m = block.mixer
         if m.act is not None or m.mixer_rms_eps is not None or type(m.dt_proj) is not TimeStepProjection:
             return False
-        if any(type(linear) is not nn.Linear for linear in (m.in_proj, m.x_proj, m.out_proj)):
+        if any(type(linear) not in _LINEAR for linear in (m.in_proj, m.x_proj, m.out_proj)):
             return False
     return True
 
 
 def _native_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:
     format = str(model.dtype).removeprefix("torch.")
-    packed = lambda linear: pack(linear.weight, format)  # noqa: E731, the weights themselves: nothing is copied
+
+    def packed(linear: Any) -> PackedWeight:  # the weights themselves: nothing is copied
+        return linear.packed if isinstance(linear, QuantizedLinear) else pack(linear.weight, format)
+
     layers = []
     for block in model.backbone.layers:
         m = block.mixer

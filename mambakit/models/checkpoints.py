@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from mambakit.models.formats import is_original, read_config, to_original_fields
+from mambakit.models.quantization import is_quantized, load_quantized
 from mambakit.models.storage import (
     HUB_ARGUMENTS,
     CheckpointError,
@@ -46,6 +47,8 @@ def load_pretrained(cls: Any, name: str | os.PathLike, *args: Any, config: Any =
         config, _ = read_config(resolve(config), cls.config_class)
     if dtype is not None:
         kwargs["dtype"] = dtype
+    if is_quantized(config):
+        return load_quantized(cls, config, folder, str(name), dtype)
     load = super(_owner(cls), cls).from_pretrained
     if getattr(config, "quantization_config", None) is not None or kwargs.get("state_dict") is not None:
         return load(
@@ -186,7 +189,11 @@ def save_original(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     _write(folder / "config.json", lambda path: path.write_text(json.dumps(fields, indent=2), encoding="utf-8"))
     _write(folder / "pytorch_model.bin", lambda path: torch.save(state, path))
     generation = getattr(model, "generation_config", None)
-    if generation is not None and {generation.bos_token_id, generation.eos_token_id, generation.pad_token_id} != {0}:
+    if generation is not None and (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) != (
+        0,
+        0,
+        0,
+    ):
         generation.save_pretrained(folder)
 
 
@@ -221,10 +228,15 @@ def convert(
         save_original(model, target)
     else:
         model.save_pretrained(target)
-    for name in _TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
+    copy_tokenizer(folder, target)
     return target
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files between two folders."""
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 @dataclass(frozen=True)

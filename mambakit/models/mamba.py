@@ -19,6 +19,7 @@ from mambakit.models.generate import StatefulGenerationMixin
 from mambakit.models.initialization import initialize
 from mambakit.models.inputs import packing_of, require_mamba_cache, shifted_labels
 from mambakit.models.outputs import MambaCausalLMOutput, MambaOutput, MambaSequenceClassifierOutput
+from mambakit.models.quantization import quantize
 from mambakit.modules import MambaBlock, MambaCache, RMSNorm
 
 
@@ -40,13 +41,20 @@ class MambaPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint: transformers' format or the original state-spaces format, from a folder or a hub id.
 
-        Arguments are transformers' (``dtype``, "auto" for the checkpoint's own; ``device_map``, ``revision``,
+        ``quantization`` ("int8" or "int4") quantises the weights once they are loaded; a checkpoint saved after `quantize`
+        needs no argument. The other arguments are transformers' (``dtype``, "auto" for the checkpoint's own; ``device_map``, ``revision``,
         ``cache_dir``, ``local_files_only``, fields of the configuration, ...).
 
         Raises:
             CheckpointError: a file is missing, damaged, holds code, or does not fit the configuration.
         """
-        return load_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
+        quantization = kwargs.pop("quantization", None)
+        model = load_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
+        return model if quantization is None else model.quantize(quantization)
+
+    def quantize(self, format: str, group: int = 64) -> MambaPreTrainedModel:
+        """Quantise the weights in place, for inference; see `mambakit.models.quantization`."""
+        return quantize(self, format, group)
 
     def save_original(self, folder: str | os.PathLike) -> None:
         """Save in the original state-spaces format; `save_pretrained` saves in transformers'."""

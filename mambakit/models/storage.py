@@ -182,16 +182,16 @@ def read_bin(file: Path) -> dict[str, Tensor]:
     zipped = start[: len(_ZIP)] == _ZIP
     if not zipped and start != _LEGACY:
         raise CheckpointError(f"{file} was not written by torch.save, or its start is damaged; fetch it again")
-    if zipped and not zipfile.is_zipfile(file):
-        raise CheckpointError(f"{file} is truncated or damaged (its end is missing); fetch it again")
     try:
+        if zipped and not zipfile.is_zipfile(file):
+            raise EOFError("its end is missing")
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file} holds pickled code, or is damaged, and was not opened further; get the weights as safetensors, or from "
             "a source you trust"
         ) from error
-    except (RuntimeError, EOFError, ValueError, struct.error) as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"{file} is truncated or damaged ({error}); fetch it again") from error
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise CheckpointError(f"{file} is not a state dict of tensors; save model.state_dict() alone")
@@ -201,4 +201,9 @@ def read_bin(file: Path) -> dict[str, Tensor]:
 _ZIP = b"PK\x03\x04"
 # torch.save before 1.6: a pickle that begins with protocol 2 and this magic number.
 _LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+# What torch's restricted unpickler raises over files cut short or with bytes overwritten.
+_DAMAGE = (
+    RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
+    zipfile.BadZipFile,
+)  # fmt: skip
 _POINTER = b"version https://git-lfs"

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from mambakit.modules.cache import MambaCache
 from mambakit.modules.packing import Packing
+from mambakit.modules.precision import keep_float32
 from mambakit.ops import causal_conv1d, causal_conv1d_, rms_norm, selective_scan, selective_scan_
-
-_HALF = (torch.bfloat16, torch.float16)
 
 
 class TimeStepProjection(nn.Linear):
@@ -26,7 +25,7 @@ class TimeStepProjection(nn.Linear):
         return F.linear(input, self.weight)
 
     def _apply(self, fn: Callable, recurse: bool = True):
-        return super()._apply(lambda t: _keep_float32(fn, t) if t.dim() == 1 else fn(t), recurse)
+        return super()._apply(lambda t: keep_float32(fn, t) if t.dim() == 1 else fn(t), recurse)
 
 
 class MambaMixer(nn.Module):
@@ -142,18 +141,7 @@ class MambaMixer(nn.Module):
         if recurse:
             for child in self.children():
                 child._apply(fn)
-        return super()._apply(lambda t: _keep_float32(fn, t), recurse=False)  # A_log and D
+        return super()._apply(lambda t: keep_float32(fn, t), recurse=False)  # A_log and D
 
     def extra_repr(self) -> str:
         return f"h={self.hidden_size}, d={self.intermediate_size}, n={self.ssm_state_size}, layer={self.layer_idx}"
-
-
-def _keep_float32(fn: Callable, t: Tensor) -> Tensor:
-    """Apply ``fn`` (a cast, a move) without its cast of float32 to a half dtype.
-
-    A_log, D and the time step's bias steer the recurrence's decays: their rounding would compound over time.
-    """
-    out = fn(t)
-    if t.dtype == torch.float32 and out.dtype in _HALF:
-        return torch.empty_like(t, device="meta") if out.device.type == "meta" else t.to(out.device)
-    return out

@@ -1,0 +1,33 @@
+"""Write a checkpoint with int8 or int4 weights: a half or a quarter of bfloat16's bytes, and of what a step reads."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="hub id or folder")
+    parser.add_argument("target", help="a new folder")
+    parser.add_argument("--to", choices=("int8", "int4"), default="int8", help="default: int8")
+    parser.add_argument("--group", type=int, choices=(32, 64, 128), default=64, help="weights to a scale (default 64)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    import transformers
+
+    from mambakit.models.auto import AutoModelForCausalLM
+    from mambakit.models.checkpoints import copy_tokenizer
+    from mambakit.models.storage import resolve
+
+    transformers.utils.logging.disable_progress_bar()
+    target = Path(args.target)
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty; name a new folder")
+    folder = resolve(args.source)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").quantize(args.to, args.group)
+    model.save_pretrained(target)
+    copy_tokenizer(folder, target)
+    print(f"{target}: {sum(f.stat().st_size for f in target.glob('*.safetensors')) / 2**20:.1f} MiB of weights")
+    return 0

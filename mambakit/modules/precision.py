@@ -1,0 +1,22 @@
+"""What stays float32 when a model is cast to a half dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def keep_float32(fn: Callable, t: Tensor) -> Tensor:
+    """Apply ``fn`` (a cast, a move) without its cast of float32 to a half dtype.
+
+    A_log, D and the time step's bias steer the recurrence's decays: their rounding would compound over time. The scales of
+    quantised weights multiply a whole group of them.
+    """
+    out = fn(t)
+    if t.dtype == torch.float32 and out.dtype in _HALF:
+        return torch.empty_like(t, device="meta") if out.device.type == "meta" else t.to(out.device)
+    return out

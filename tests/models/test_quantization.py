@@ -1,0 +1,86 @@
+"""Weight-only quantisation: close to the model it came from, smaller, saved and loaded, refused where it cannot be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mambakit
+from mambakit.generation.score import score_text
+from mambakit.generation.step import token_step
+from mambakit.modules.quantized_linear import QuantizedLinear
+from tests.models.configurations import pair, tokens, worst
+from tests.models.tiny import save_tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+TEXT = (
+    "The old man took his hat from the chair and went slowly to the door. He stood there for a moment, as though he had "
+    "forgotten something, and then he turned and looked at her. 'I shall not come again,' he said."
+)
+
+
+@pytest.mark.parametrize("name", ["plain", "use_bias", "untied", "odd_everything", "falcon"])
+@pytest.mark.parametrize(("format", "limit"), [("int8", 2e-2), ("int4", 0.4)])
+@torch.no_grad()
+def test_close_to_the_model(name, format, limit):
+    model = pair(name)[0]
+    ids = tokens(2, 24)
+    exact = model(ids).logits
+    model.quantize(format)
+    logits = model(ids).logits
+    assert 0 < (logits - exact).norm() / exact.norm() < limit
+    cache = model(ids[:, :20], use_cache=True).cache_params  # more rows than the native product takes, then fewer
+    step = token_step(model, cache)
+    for t in range(20, 24):
+        assert worst(step(ids[:, t]), logits[:, t]) < 1e-4
+
+
+@pytest.mark.parametrize(("format", "limit"), [("int8", 0.01), ("int4", 0.12)])
+def test_the_embedded_models_bits_per_character(format, limit):
+    from mambakit.assets import default_model_path
+
+    model = mambakit.AutoModelForCausalLM.from_pretrained(default_model_path(), dtype="float32").eval()
+    tokenizer = mambakit.AutoTokenizer.from_pretrained(default_model_path())
+    before = score_text(model, tokenizer, TEXT).bits_per_character
+    after = score_text(model.quantize(format), tokenizer, TEXT).bits_per_character
+    assert abs(after - before) < limit
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["plain", "use_bias", "falcon"])
+@torch.no_grad()
+def test_saved_and_loaded(name, format, tmp_path):
+    model = pair(name)[0].quantize(format, 32)
+    model.save_pretrained(tmp_path)
+    loaded = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = tokens(2, 9)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    half = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16")
+    layer = half.backbone.layers[0].mixer.in_proj
+    assert isinstance(layer, QuantizedLinear)
+    assert layer.scales.dtype == half.backbone.layers[0].mixer.A_log.dtype == torch.float32
+    assert half.backbone.embeddings.weight.dtype == torch.bfloat16
+
+
+def test_on_loading(tmp_path):
+    model = save_tiny(tmp_path)
+    loaded = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path, quantization="int8")
+    assert isinstance(loaded.lm_head, QuantizedLinear)
+    ids = tokens(1, 5)
+    assert torch.equal(loaded(ids).logits, model.quantize("int8")(ids).logits)
+    stored = sum(b.nbytes for b in loaded.backbone.layers[0].mixer.in_proj.buffers())
+    assert stored < 0.35 * 2 * 48 * 24 * 4
+
+
+def test_what_is_refused(tmp_path):
+    model = pair("plain")[0]
+    with pytest.raises(ValueError, match="'int3'; choose one of int8, int4"):
+        model.quantize("int3")
+    with pytest.raises(ValueError, match="group is 48"):
+        model.quantize("int8", 48)
+    model.quantize("int8")
+    with pytest.raises(ValueError, match="in_proj is a QuantizedLinear"):
+        model.quantize("int8")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(mambakit.CheckpointError, match="quantise the original checkpoint again"):
+        mambakit.MambaModel.from_pretrained(tmp_path)
