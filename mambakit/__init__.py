@@ -26,7 +26,7 @@ _HOMES = {
     "MambaCache": "mambakit.modules.cache",
     "MambaConfig": "mambakit.models.configuration",
     "MambaForCausalLM": "mambakit.models.mamba",
-    "MambaForSequenceClassification": "mambakit.models.mamba",
+    "MambaForSequenceClassification": "mambakit.models.classification",
     "MambaMixer": "mambakit.modules.mixer",
     "MambaModel": "mambakit.models.mamba",
     "pipeline": "mambakit.generation.pipeline",
@@ -46,13 +46,14 @@ if TYPE_CHECKING:
         AutoTokenizer,
     )
     from mambakit.models.checkpoints import CheckpointError
+    from mambakit.models.classification import MambaForSequenceClassification
     from mambakit.models.configuration import FalconMambaConfig, MambaConfig
     from mambakit.models.falcon_mamba import (
         FalconMambaForCausalLM,
         FalconMambaForSequenceClassification,
         FalconMambaModel,
     )
-    from mambakit.models.mamba import MambaForCausalLM, MambaForSequenceClassification, MambaModel
+    from mambakit.models.mamba import MambaForCausalLM, MambaModel
     from mambakit.models.registration import register
     from mambakit.modules.cache import MambaCache
     from mambakit.modules.mixer import MambaMixer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from mambakit.models import falcon_mamba, mamba
+from mambakit.models import classification, falcon_mamba, mamba
 from mambakit.models.formats import is_original, read_config
 from mambakit.models.storage import HUB_ARGUMENTS, CheckpointError, read_json, resolve, small_files
 
@@ -71,7 +71,7 @@ class AutoModelForSequenceClassification(_AutoModel):
     """`MambaForSequenceClassification` or `FalconMambaForSequenceClassification`."""
 
     _classes = {
-        "mamba": mamba.MambaForSequenceClassification,
+        "mamba": classification.MambaForSequenceClassification,
         "falcon_mamba": falcon_mamba.FalconMambaForSequenceClassification,
     }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from mambakit.models.classification import MambaForSequenceClassification
 from mambakit.models.configuration import FalconMambaConfig
-from mambakit.models.mamba import MambaForCausalLM, MambaForSequenceClassification, MambaModel
+from mambakit.models.mamba import MambaForCausalLM, MambaModel
 
 
 class FalconMambaModel(MambaModel):

@@ -13,11 +13,14 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from mambakit.models.inputs import require_mamba_cache
+from mambakit.models.pretrained import MambaPreTrainedModel
 from mambakit.modules import MambaCache
 
 
-class StatefulGenerationMixin(GenerationMixin):
-    """`generate` with transformers' arguments and return values."""
+class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
+    """A model with a ``backbone`` and `generate`, with transformers' arguments and return values. Abstract."""
+
+    backbone: Any
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_config=None, *args, seed: int | None = None, **kwargs):

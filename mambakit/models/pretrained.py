@@ -1,0 +1,56 @@
+"""What all Mamba models share: loading, saving, initialisation, and which parameters stay float32.
+
+Only PreTrainedModel, GenerationMixin and ModelOutput are taken from transformers: what else lies there has come and gone
+between its releases.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from mambakit.models.checkpoints import load_pretrained, save_original
+from mambakit.models.configuration import FalconMambaConfig, MambaConfig
+from mambakit.models.initialization import initialize
+from mambakit.models.quantization import quantize
+
+
+class MambaPreTrainedModel(PreTrainedModel):
+    """What all Mamba models share: the configuration class, initialisation, and which parameters stay float32."""
+
+    config_class: type[MambaConfig | FalconMambaConfig] = MambaConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
+    _no_split_modules = ["MambaBlock"]
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = ["A_log", "mixer.D", "dt_proj.bias"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialize(module, self.config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint: transformers' format or the original state-spaces format, from a folder or a hub id.
+
+        ``quantization`` ("int8" or "int4") quantises the weights once they are loaded; a checkpoint saved after `quantize`
+        needs no argument. The other arguments are transformers' (``dtype``, "auto" for the checkpoint's own; ``device_map``, ``revision``,
+        ``cache_dir``, ``local_files_only``, fields of the configuration, ...).
+
+        Raises:
+            CheckpointError: a file is missing, damaged, holds code, or does not fit the configuration.
+        """
+        quantization = kwargs.pop("quantization", None)
+        model = load_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
+        return model if quantization is None else model.quantize(quantization)
+
+    def quantize(self, format: str, group: int = 64) -> MambaPreTrainedModel:
+        """Quantise the weights in place, for inference; see `mambakit.models.quantization`."""
+        return quantize(self, format, group)
+
+    def save_original(self, folder: str | os.PathLike) -> None:
+        """Save in the original state-spaces format; `save_pretrained` saves in transformers'."""
+        save_original(self, folder)
