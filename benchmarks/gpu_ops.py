@@ -79,7 +79,7 @@ def replayed(run, repeats, inner):
     return median(graph.replay, repeats) / inner
 
 
-def time_shape(shape, variant="", kinds=("forward", "both"), repeats=20, eager=True):
+def time_shape(shape, interval, variant="", kinds=("forward", "both"), repeats=20, eager=True):
     arguments, dy = inputs(*shape)
     elements = shape[0] * shape[1] * shape[2]
     inner = 20 if elements < 1e7 else 1
@@ -88,8 +88,8 @@ def time_shape(shape, variant="", kinds=("forward", "both"), repeats=20, eager=T
         return gpu.forward(*arguments, 0)
 
     def both():
-        _, _, checkpoints = gpu.forward(*arguments, INTERVAL)
-        return gpu.backward(dy, None, *arguments, checkpoints, INTERVAL)
+        _, _, checkpoints = gpu.forward(*arguments, interval)
+        return gpu.backward(dy, None, *arguments, checkpoints, interval)
 
     for kind in kinds:
         run = {"forward": forward, "both": both}[kind]
@@ -129,56 +129,71 @@ def check(cases):
     return not red
 
 
-def sweep():
-    plan = gpu.Plan
+def sweep(interval):
+    """Other layouts than the chosen ones, and other numbers of chunks where a row is cut."""
     chosen = gpu.forward_plan, gpu.backward_plan
-    narrow = [(1, 4096, 32768), (1, 1536, 131072), (1, 1024, 2048), (1, 1024, 524288)]
-    wide = [shape for shape in SHAPES if shape not in narrow]
-    for lanes, states, channels, blocks in FORWARD_LAYOUTS:
+    for layout in FORWARD_LAYOUTS:
         for shape in SHAPES:
-            for chunks in [1] if shape in wide else [1, 2, 3, 5, 9, 17, 33]:
-                layout = plan(lanes, states, channels, 4, blocks, chunks)
-                tiles = shape[0] * -(-shape[1] // layout.block_channels)
-                if tiles * chunks > 1500 and chunks > 1:
-                    continue
-                gpu.forward_plan = lambda *_, layout=layout: layout
-                time_shape(shape, f"{lanes}x{states}x{channels}/{blocks} {chunks} chunks", ("forward",), 5, eager=False)
+            tiles = shape[0] * -(-shape[1] // layout.block_channels)
+            for chunks in [1] if tiles > 200 else [132 * waves // tiles + 1 for waves in (2, 3, 4, 6)]:
+                plan = layout._replace(chunks=chunks)
+                gpu.forward_plan = lambda *_, plan=plan: plan
+                time_shape(shape, interval, describe(plan), ("forward",), 5, eager=False)
     gpu.forward_plan = chosen[0]
-    for lanes, states, channels, blocks, segment, sub in BACKWARD_LAYOUTS:
-        for shape in SHAPES:
-            for chunks in [1] if shape in wide else [1, 4, 8, 16, 32]:
-                layout = plan(lanes, states, channels, 4, blocks, chunks, segment, sub)
-                tiles = shape[0] * -(-shape[1] // layout.block_channels)
-                if tiles * chunks > 1500 and chunks > 1:
-                    continue
-                gpu.backward_plan = lambda *_, layout=layout: layout
-                name = f"{lanes}x{states}x{channels}/{blocks} {segment}/{sub} {chunks} chunks"
-                time_shape(shape, name, ("both",), 4, eager=False)
+    for layout in BACKWARD_LAYOUTS:
+        for shape in SWEEP_BACKWARD:
+            tiles = shape[0] * -(-shape[1] // layout.block_channels)
+            for chunks in [1] if tiles > 200 else [132 * waves // tiles for waves in (2, 3, 6, 9)]:
+                plan = layout._replace(chunks=chunks)
+                gpu.backward_plan = lambda *_, plan=plan: plan
+                time_shape(shape, interval, describe(plan), ("both",), 4, eager=False)
     gpu.backward_plan = chosen[1]
 
 
-# lanes, states of each, channels of each thread, blocks per multiprocessor (and segment, sub)
-FORWARD_LAYOUTS = [(4, 4, 2, 4), (4, 4, 2, 5), (4, 4, 1, 6), (8, 2, 1, 6), (8, 2, 2, 5), (16, 1, 1, 6)]
-BACKWARD_LAYOUTS = [(4, 4, 2, 3, 64, 4), (4, 4, 1, 3, 64, 4)]
+def describe(plan):
+    return "{}x{}x{} {}w /{} {}c {}/{}/{} p{}".format(*plan)
+
+
+FORWARD_LAYOUTS = [
+    gpu.Plan(4, 4, 2, 4, 3, 1),
+    gpu.Plan(4, 4, 2, 4, 4, 1),
+    gpu.Plan(4, 4, 2, 4, 5, 1),
+    gpu.Plan(4, 4, 2, 4, 3, 1, polynomials=1),
+    gpu.Plan(4, 4, 2, 4, 4, 1, polynomials=1),
+    gpu.Plan(4, 4, 2, 4, 4, 1, polynomials=2),
+    gpu.Plan(4, 4, 1, 4, 6, 1),
+    gpu.Plan(4, 4, 4, 4, 2, 1),
+]
+BACKWARD_LAYOUTS = [
+    gpu.Plan(4, 4, 2, 4, 3, 1, 64, 4),
+    gpu.Plan(4, 4, 2, 4, 3, 1, 32, 4, save=4),
+    gpu.Plan(4, 4, 2, 4, 2, 1, 64, 4, save=4),
+    gpu.Plan(4, 4, 2, 4, 2, 1, 64, 8),
+    gpu.Plan(4, 4, 1, 4, 4, 1, 32, 4, save=4),
+]
+SWEEP_BACKWARD = [(16, 1536, 2048), (8, 4096, 2048), (1, 4096, 32768), (1, 1024, 2048)]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="time other layouts too")
     parser.add_argument("--quick", action="store_true", help="check every fourth case only")
+    parser.add_argument("--interval", type=int, default=INTERVAL, help="tokens between checkpoints")
     parser.add_argument("--json", help="write every number here")
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     green = check(test_gpu.CASES[:: 4 if options.quick else 1])
     if green:
         for shape in SHAPES:
-            time_shape(shape)
+            time_shape(shape, options.interval)
         if options.sweep:
-            sweep()
+            sweep(options.interval)
     else:
         print("selective_scan: WRONG, not timed")
     if options.json:
-        Path(options.json).write_text(json.dumps({"device": torch.cuda.get_device_name(), "results": RESULTS}, indent=1))
+        Path(options.json).write_text(
+            json.dumps({"device": torch.cuda.get_device_name(), "results": RESULTS}, indent=1)
+        )
     raise SystemExit(0 if green else 1)
 
 

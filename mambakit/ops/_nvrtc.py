@@ -116,7 +116,11 @@ class Module:
         driver, _ = _bindings()
         files = {path.name: path.read_text() for path in sorted(folder.glob("*.cuh"))}
         major, minor = torch.cuda.get_device_capability(device)
-        options = ("--std=c++17", "--device-as-default-execution-space", *(f"-D{name}={value}" for name, value in macros.items()))
+        options = (
+            "--std=c++17",
+            "--device-as-default-execution-space",
+            *(f"-D{name}={value}" for name, value in macros.items()),
+        )
         cubin = compile_cubin((folder / source).read_text(), source, files, f"sm_{major}{minor}", options)
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # makes the device's context this thread's

@@ -5,7 +5,7 @@
 //     d delta_t = sum_n g_t a_t h_{t-1} A + gB_t u_t;  dA += g_t a_t h_{t-1} delta_t;  g_{t-1} = g_t a_t
 //
 // States are recomputed. A block takes its chunk in segments, last first: it walks forward through one from the checkpoint
-// before it and keeps the state at every tile in shared memory, then goes back tile by tile: the states and decays of SUB
+// before it and keeps the state at every SAVE-th token in shared memory, then goes back tile by tile: the states and decays of SUB
 // tokens at a time in registers, then those tokens in reverse. dB and dC are summed over the block's channels (shuffles,
 // then shared memory) and written as one partial per block of channels; `finish` adds the partials in a fixed order.
 //
@@ -19,10 +19,10 @@ struct BackwardParams {
     T *du, *ddelta, *dz;
     float *dinitial, *local, *sums, *partial, *dA, *dD, *dbias;
     i64 dy_b, u_b, delta_b, z_b, B_b, C_b, dy_t, u_t, delta_t, z_t, B_t, C_t;
-    i64 l, d, n, tiles, chunk_length, chunks, rows, interval, softplus, whole, whole_n;
+    i64 l, d, n, tiles, chunk_length, chunks, rows, interval;
 };
 
-// The pointers of this lane's elements, at token t0 of the chunk, and their values in flight.
+// This lane's elements of one tensor: the next tile to load, and the values of the last one loaded.
 struct Stream {
     const T* at[VECS];
     Raw<VEC> next[VECS];
@@ -32,11 +32,18 @@ struct Stream {
         for (int v = 0; v < VECS; v++) at[v] = base + (t + mine.token[v]) * stride + mine.column[v];
     }
 
-    // The elements of the tile `tokens` after the one that `set` named, of which `left` tokens exist.
-    DEVICE void fetch(i64 tokens, i64 stride, int left, const Elements& mine, bool whole) {
+    // Load a tile of which `left` tokens exist, and step to the tile `move` elements on.
+    DEVICE void fetch(int left, i64 move, const Elements& mine) {
 #pragma unroll
-        for (int v = 0; v < VECS; v++)
-            next[v].load(at[v] + tokens * stride, mine.token[v] < left ? mine.count[v] : 0, whole);
+        for (int v = 0; v < VECS; v++) {
+            next[v].load(at[v], mine.token[v] < left ? mine.count[v] : 0);
+            at[v] += move;
+        }
+    }
+
+    DEVICE void skip(i64 move) {
+#pragma unroll
+        for (int v = 0; v < VECS; v++) at[v] += move;
     }
 };
 
@@ -85,9 +92,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_arrive(cons
     Elements mine;
     mine.set(lane, warp_channel, d);
     Stream dy, delta, z;
-    dy.set(p.dy + row * p.dy_b + warp_channel, t0, p.dy_t, mine);
-    delta.set(p.delta + row * p.delta_b + warp_channel, t0, p.delta_t, mine);
-    if (HAS_Z) z.set(p.z + row * p.z_b + warp_channel, t0, p.z_t, mine);
+    int t = t0 + (t1 - t0 - 1) / TILE * TILE;
+    dy.set(p.dy + row * p.dy_b + warp_channel, t, p.dy_t, mine);
+    delta.set(p.delta + row * p.delta_b + warp_channel, t, p.delta_t, mine);
+    if (HAS_Z) z.set(p.z + row * p.z_b + warp_channel, t, p.z_t, mine);
     float bias[VECS][VEC];
 #pragma unroll
     for (int v = 0; v < VECS; v++)
@@ -95,23 +103,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_arrive(cons
         for (int i = 0; i < VEC; i++) bias[v][i] = p.bias && i < mine.count[v] ? p.bias[warp_channel + mine.column[v] + i] : 0.f;
     auto fetch = [&](int t) {
         int left = t < t0 ? 0 : t1 - t;
-        dy.fetch(t - t0, p.dy_t, left, mine, p.whole);
-        delta.fetch(t - t0, p.delta_t, left, mine, p.whole);
-        if (HAS_Z) z.fetch(t - t0, p.z_t, left, mine, p.whole);
+        dy.fetch(left, -TILE * p.dy_t, mine);
+        delta.fetch(left, -TILE * p.delta_t, mine);
+        if (HAS_Z) z.fetch(left, -TILE * p.z_t, mine);
     };
     const T* C = p.C + row * p.C_b;
     Rows<ARRIVE_ROWS, 1> rows;
 
     int tb = t0 + (t1 - t0 - 1) / ARRIVE_ROWS * ARRIVE_ROWS;
-    int t = t0 + (t1 - t0 - 1) / TILE * TILE;
     fetch(t);
     int next_ids = Starts::fetch(p.ids, t, l, lane);
-    rows.fetch(C, C, p.C_t, p.C_t, tb, t1, n, p.whole_n);
+    rows.fetch(C, C, p.C_t, p.C_t, tb, t1, n);
     int buffer = 0;
     for (; tb >= t0; tb -= ARRIVE_ROWS, buffer ^= 1) {
         rows.put(shared.rows[buffer]);
         __syncthreads();
-        rows.fetch(C, C, p.C_t, p.C_t, tb - ARRIVE_ROWS, tb - ARRIVE_ROWS < t0 ? 0 : t1, n, p.whole_n);
+        rows.fetch(C, C, p.C_t, p.C_t, tb - ARRIVE_ROWS, tb - ARRIVE_ROWS < t0 ? 0 : t1, n);
         for (; t >= tb; t -= TILE) {
 #pragma unroll
             for (int v = 0; v < VECS; v++) {
@@ -119,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_arrive(cons
 #pragma unroll
                 for (int i = 0; i < VEC; i++) {
                     float x = delta.next[v].get(i) + bias[v][i];
-                    if (p.softplus) x = softplus(x);
+                    if (SOFTPLUS) x = softplus(x);
                     if (t + mine.token[v] >= t1) x = 0.f;
                     float out = dy.next[v].get(i);
                     if (HAS_Z) {
@@ -160,14 +167,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_arrive(cons
             if (place.first + k < d) p.sums[((i64)row * p.chunks + chunk) * d + place.first + k] = sum[k];
 }
 
-constexpr int SEGMENT_TILES = SEGMENT / TILE;
-
 struct BackwardShared {
     float rows[SEGMENT * 2 * NP];
-    float saved[SEGMENT_TILES][K * NS][THREADS];
+    float saved[SEGMENT / SAVE][K * NS][THREADS];  // the states at every SAVE-th token
     float partial[2][WARPS][TILE][2 * NP];
-    float2 steps[WARPS][TILE][WARP_CHANNELS];  // delta, delta * u
-    float dy[WARPS][TILE][WARP_CHANNELS];      // gradient of the output before the gate
+    float2 steps[2][WARPS][TILE][WARP_CHANNELS];  // delta, delta * u
+    float dy[2][WARPS][TILE][WARP_CHANNELS];      // gradient of the output before the gate
     float sums[WARPS][3][TILE][WARP_CHANNELS];  // over states: C . h, g . B, (g a h) . A
 };
 
@@ -232,10 +237,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
     Elements mine;
     mine.set(lane, warp_channel, d);
     Stream dy, u, delta, z;
-    dy.set(p.dy + row * p.dy_b + warp_channel, t0, p.dy_t, mine);
-    u.set(p.u + row * p.u_b + warp_channel, t0, p.u_t, mine);
-    delta.set(p.delta + row * p.delta_b + warp_channel, t0, p.delta_t, mine);
-    if (HAS_Z) z.set(p.z + row * p.z_b + warp_channel, t0, p.z_t, mine);
     float D[VECS][VEC], bias[VECS][VEC], dD[VEC], dbias[VEC];
 #pragma unroll
     for (int v = 0; v < VECS; v++)
@@ -247,35 +248,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
             dD[i] = dbias[i] = 0.f;
         }
     const T *B = p.B + row * p.B_b, *C = p.C + row * p.C_b;
-    const bool softplus_on = p.softplus;
 
-    auto step_size = [&](int v, int i, bool exists) {
-        float x = delta.next[v].get(i) + bias[v][i];
-        if (softplus_on) x = softplus(x);
-        return exists ? x : 0.f;
-    };
-    // (delta, delta u) of tile t, from the values in flight, to shared memory.
-    auto put_steps = [&](int t) {
+    // (delta, delta u) of tile t, from the values in flight, to shared memory; in reverse, its output gradients too.
+    auto put_steps = [&](int t, int to) {
 #pragma unroll
         for (int v = 0; v < VECS; v++) {
             float2 steps[VEC];
 #pragma unroll
             for (int i = 0; i < VEC; i++) {
-                float x = step_size(v, i, t + mine.token[v] < t1);
+                float x = delta.next[v].get(i) + bias[v][i];
+                if (SOFTPLUS) x = softplus(x);
+                if (t + mine.token[v] >= t1) x = 0.f;
                 steps[i] = make_float2(x, x * u.next[v].get(i));
             }
-            if (mine.token[v] < TILE)
-                write_shared<2 * VEC>((float*)&shared.steps[warp][mine.token[v]][mine.column[v]], (float*)steps);
+            if (TILE * ROW_VECS % 32 == 0 || mine.token[v] < TILE)
+                write_shared<2 * VEC>((float*)&shared.steps[to][warp][mine.token[v]][mine.column[v]], (float*)steps);
+        }
+    };
+    auto put_gradients = [&](int to) {
+#pragma unroll
+        for (int v = 0; v < VECS; v++) {
+            float out[VEC];
+#pragma unroll
+            for (int i = 0; i < VEC; i++) {
+                out[i] = dy.next[v].get(i);
+                if (HAS_Z) {
+                    float gate = z.next[v].get(i);
+                    out[i] *= gate * sigmoid(gate);
+                }
+            }
+            if (TILE * ROW_VECS % 32 == 0 || mine.token[v] < TILE)
+                write_shared<VEC>(&shared.dy[to][warp][mine.token[v]][mine.column[v]], out);
         }
     };
     // Four tokens forward from token j of a tile.
-    auto forward = [&](int j0, const float* rows, const Starts& starts, auto keep) {
+    auto forward = [&](int j0, int now, const float* rows, const Starts& starts, auto keep) {
 #pragma unroll
         for (int jj = 0; jj < SUB; jj++) {
             const int j = j0 + jj;
             if (PACKED && starts.starts(j) && starts.of(j) >= 0) load_initial(starts.of(j));
             float step[2 * K], Bs[NS];
-            read_shared<2 * K>(step, (const float*)&shared.steps[warp][j][group * K]);
+            read_shared<2 * K>(step, (const float*)&shared.steps[now][warp][j][group * K]);
             read_shared<NS>(Bs, rows + j * 2 * NP + part * NS);
 #pragma unroll
             for (int k = 0; k < K; k++)
@@ -288,15 +301,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
         }
     };
     auto forget = [](int, int, int, float, float) {};
+    auto save = [&](int at) {
+#pragma unroll
+        for (int i = 0; i < K * NS; i++) shared.saved[at][i][threadIdx.x] = h[i / NS][i % NS];
+    };
 
-    int buffer = 0;
+    int now = 0;
     for (int ts = t0 + (t1 - t0 - 1) / segment * segment; ts >= t0; ts -= segment) {
         const int te = min(t1, ts + segment);
         int base = ts / interval * interval;
         place.load(h, p.checkpoints + (check_row + base / interval) * d * n);
         const int last_tile = ts + (te - ts - 1) / TILE * TILE;
-        u.fetch(base - t0, p.u_t, t1 - base, mine, p.whole);
-        delta.fetch(base - t0, p.delta_t, t1 - base, mine, p.whole);
+        u.set(p.u + row * p.u_b + warp_channel, base, p.u_t, mine);
+        delta.set(p.delta + row * p.delta_b + warp_channel, base, p.delta_t, mine);
+        u.fetch(t1 - base, TILE * p.u_t, mine);
+        delta.fetch(t1 - base, TILE * p.delta_t, mine);
         int next_ids = Starts::fetch(p.ids, base, l, lane);
         for (; base <= ts; base += segment) {
             __syncthreads();  // the last readers of the rows
@@ -304,67 +323,84 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                 int t = base + item / (2 * QUADS), rest = item % (2 * QUADS), s = rest % QUADS * 4;
                 const T* from = rest < QUADS ? B + t * p.B_t : C + t * p.C_t;
                 Raw<4> raw;
-                raw.load(from + s, t < t1 ? min(4, n - s) : 0, p.whole_n);
+                raw.load(from + s, t < t1 ? min(4, n - s) : 0);
                 *(float4*)(shared.rows + item * 4) = make_float4(raw.get(0), raw.get(1), raw.get(2), raw.get(3));
             }
             __syncthreads();
-            for (int t = base; t < min(base + segment, last_tile); t += TILE) {
-                put_steps(t);
+            const float* rows = shared.rows;
+#pragma unroll 1
+            for (int t = base; t < min(base + segment, last_tile); t += TILE, rows += TILE * 2 * NP, now ^= 1) {
+                put_steps(t, now);
                 Starts starts;
-                if (PACKED) starts.set(next_ids, lane);
-                u.fetch(t + TILE - t0, p.u_t, t1 - t - TILE, mine, p.whole);
-                delta.fetch(t + TILE - t0, p.delta_t, t1 - t - TILE, mine, p.whole);
-                next_ids = Starts::fetch(p.ids, t + TILE, l, lane);
-                if (base == ts)
+                if (PACKED) {
+                    starts.set(next_ids, lane);
+                    next_ids = Starts::fetch(p.ids, t + TILE, l, lane);
+                }
+                u.fetch(t1 - t - TILE, TILE * p.u_t, mine);
+                delta.fetch(t1 - t - TILE, TILE * p.delta_t, mine);
+                __syncwarp();  // the tile before last has been read: its readers were here, or at its barrier, since
 #pragma unroll
-                    for (int i = 0; i < K * NS; i++) shared.saved[(t - ts) / TILE][i][threadIdx.x] = h[i / NS][i % NS];
-                __syncwarp();
-                for (int j = 0; j < TILE; j += SUB) forward(j, shared.rows + (t - base) * 2 * NP, starts, forget);
-                __syncwarp();
+                for (int j = 0; j < TILE; j += SUB) {
+                    if (j % SAVE == 0 && base == ts) save((t - ts + j) / SAVE);
+                    forward(j, now, rows, starts, forget);
+                }
             }
         }
+        dy.set(p.dy + row * p.dy_b + warp_channel, last_tile, p.dy_t, mine);
+        if (HAS_Z) z.set(p.z + row * p.z_b + warp_channel, last_tile, p.z_t, mine);
+        dy.fetch(t1 - last_tile, -TILE * p.dy_t, mine);
+        if (HAS_Z) z.fetch(t1 - last_tile, -TILE * p.z_t, mine);
+        u.skip(-2 * TILE * p.u_t);
+        delta.skip(-2 * TILE * p.delta_t);
+        put_steps(last_tile, now);
+        put_gradients(now);
+        i64 to[VECS];
 #pragma unroll
-        for (int i = 0; i < K * NS; i++) shared.saved[(last_tile - ts) / TILE][i][threadIdx.x] = h[i / NS][i % NS];
-        dy.fetch(last_tile - t0, p.dy_t, t1 - last_tile, mine, p.whole);
-        if (HAS_Z) z.fetch(last_tile - t0, p.z_t, t1 - last_tile, mine, p.whole);
+        for (int v = 0; v < VECS; v++)
+            to[v] = ((i64)row * l + last_tile + mine.token[v]) * d + warp_channel + mine.column[v];
+        float* partial_to = p.partial + ((i64)tile * p.rows + (i64)row * l + last_tile) * 2 * NP;
+        __syncwarp();
+        {
+            Starts starts;
+            if (PACKED && SAVE < TILE) starts.set(next_ids, lane);
+#pragma unroll
+            for (int j = 0; j < TILE; j += SAVE) {
+                save((last_tile - ts + j) / SAVE);
+                if (j + SAVE < TILE)
+#pragma unroll
+                    for (int jj = 0; jj < SAVE; jj += SUB)
+                        forward(j + jj, now, shared.rows + (last_tile - ts) * 2 * NP, starts, forget);
+            }
+        }
 
-        for (int t = last_tile; t >= ts; t -= TILE, buffer ^= 1) {
-            put_steps(t);
+        // A tile's step sizes are computed while the tile after it in time is worked on, so the order of loads and values
+        // is: `next` holds the tile before t, u_now and its like hold tile t.
+#pragma unroll 1
+        for (int t = last_tile; t >= ts; t -= TILE, now ^= 1, partial_to -= TILE * 2 * NP) {
             Raw<VEC> u_now[VECS], delta_now[VECS], z_now[VECS], dy_now[VECS];
 #pragma unroll
             for (int v = 0; v < VECS; v++) {
                 u_now[v] = u.next[v], delta_now[v] = delta.next[v], dy_now[v] = dy.next[v];
                 if (HAS_Z) z_now[v] = z.next[v];
-                float out[VEC];
-#pragma unroll
-                for (int i = 0; i < VEC; i++) {
-                    out[i] = dy_now[v].get(i);
-                    if (HAS_Z) {
-                        float gate = z_now[v].get(i);
-                        out[i] *= gate * sigmoid(gate);
-                    }
-                }
-                if (mine.token[v] < TILE) write_shared<VEC>(&shared.dy[warp][mine.token[v]][mine.column[v]], out);
             }
             Starts starts;
             if (PACKED) starts.set(next_ids, lane);
             if (t > ts) {
-                u.fetch(t - TILE - t0, p.u_t, TILE, mine, p.whole);
-                delta.fetch(t - TILE - t0, p.delta_t, TILE, mine, p.whole);
-                dy.fetch(t - TILE - t0, p.dy_t, TILE, mine, p.whole);
-                if (HAS_Z) z.fetch(t - TILE - t0, p.z_t, TILE, mine, p.whole);
+                u.fetch(TILE, -TILE * p.u_t, mine);
+                delta.fetch(TILE, -TILE * p.delta_t, mine);
+                dy.fetch(TILE, -TILE * p.dy_t, mine);
+                if (HAS_Z) z.fetch(TILE, -TILE * p.z_t, mine);
                 next_ids = Starts::fetch(p.ids, t - TILE, l, lane);
             }
-            __syncwarp();
             const float* rows = shared.rows + (t - ts) * 2 * NP;
 #pragma unroll 1
             for (int j0 = TILE - SUB; j0 >= 0; j0 -= SUB) {
 #pragma unroll
-                for (int i = 0; i < K * NS; i++) h[i / NS][i % NS] = shared.saved[(t - ts) / TILE][i][threadIdx.x];
+                for (int i = 0; i < K * NS; i++) h[i / NS][i % NS] = shared.saved[(t - ts + j0) / SAVE][i][threadIdx.x];
 #pragma unroll 1
-                for (int j = 0; j < j0; j += SUB) forward(j, rows, starts, forget);
+                for (int j = j0 / SAVE * SAVE; j < j0; j += SUB) forward(j, now, rows, starts, forget);
                 float before[SUB][K][NS], decay[SUB][K][NS];  // h_{t-1} (after a start) and exp(delta A)
-                forward(j0, rows, starts, [&](int jj, int k, int i, float state, float a) {
+                forward(j0, now, rows, starts, [&](int jj, int k, int i, float state, float a) {
                     before[jj][k][i] = state;
                     decay[jj][k][i] = a;
                 });
@@ -374,13 +410,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                     const int j = j0 + jj;
                     if (PACKED && starts.ends(j) && t + j < t1) load_dfinal(starts.of(j));
                     float step[2 * K], out[K], Bs[NS], Cs[NS];
-                    read_shared<2 * K>(step, (const float*)&shared.steps[warp][j][group * K]);
-                    read_shared<K>(out, &shared.dy[warp][j][group * K]);
+                    read_shared<2 * K>(step, (const float*)&shared.steps[now][warp][j][group * K]);
+                    read_shared<K>(out, &shared.dy[now][warp][j][group * K]);
                     read_shared<NS>(Bs, rows + j * 2 * NP + part * NS);
                     read_shared<NS>(Cs, rows + j * 2 * NP + NP + part * NS);
                     float over_channels[2 * NS];
-#pragma unroll
-                    for (int i = 0; i < 2 * NS; i++) over_channels[i] = 0.f;
 #pragma unroll
                     for (int k = 0; k < K; k++) {
                         float y = 0.f, gB = 0.f, gA = 0.f;
@@ -390,13 +424,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                             if (PACKED) state = fmaf(decay[jj][k][i], before[jj][k][i], step[2 * k + 1] * Bs[i]);
                             else state = jj + 1 < SUB ? before[jj + 1 < SUB ? jj + 1 : jj][k][i] : h[k][i];
                             g[k][i] = fmaf(out[k], Cs[i], g[k][i]);
-                            over_channels[i] = fmaf(step[2 * k + 1], g[k][i], over_channels[i]);
-                            over_channels[NS + i] = fmaf(out[k], state, over_channels[NS + i]);
-                            y = fmaf(Cs[i], state, y);
-                            gB = fmaf(g[k][i], Bs[i], gB);
+                            if (k == 0) {
+                                over_channels[i] = step[2 * k + 1] * g[k][i];
+                                over_channels[NS + i] = out[k] * state;
+                            } else {
+                                over_channels[i] = fmaf(step[2 * k + 1], g[k][i], over_channels[i]);
+                                over_channels[NS + i] = fmaf(out[k], state, over_channels[NS + i]);
+                            }
+                            y = i == 0 ? Cs[i] * state : fmaf(Cs[i], state, y);
+                            gB = i == 0 ? g[k][i] * Bs[i] : fmaf(g[k][i], Bs[i], gB);
                             g[k][i] *= decay[jj][k][i];
                             float gah = g[k][i] * before[jj][k][i];
-                            gA = fmaf(gah, A[k][i], gA);
+                            gA = i == 0 ? gah * A[k][i] : fmaf(gah, A[k][i], gA);
                             dA[k][i] = fmaf(gah, step[2 * k], dA[k][i]);
                         }
                         over_states[0][jj * K + k] = y;
@@ -414,7 +453,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                     if (group % SAME == 0)
 #pragma unroll
                         for (int i = 0; i < KEPT; i++)
-                            shared.partial[buffer][warp][j][(at + i) / NS * NP + part * NS + (at + i) % NS] = over_channels[i];
+                            shared.partial[now][warp][j][(at + i) / NS * NP + part * NS + (at + i) % NS] = over_channels[i];
                 }
                 constexpr int KEPT = SUB * K > LANES ? SUB * K / LANES : 1;
                 constexpr int SAME = LANES > SUB * K ? LANES / (SUB * K) : 1;
@@ -430,45 +469,55 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                                 &shared.sums[warp][q][j0 + (at + i) / K][group * K + (at + i) % K], over_states[q] + i);
                 }
             }
+            put_steps(t - TILE, now ^ 1);
+            put_gradients(now ^ 1);
             __syncthreads();
+            // This buffer of partial sums is written again after the next tile's barrier, which every reader reaches later.
+            constexpr int RUN = NP >= 16 ? 2 : 1;  // neighbouring sums of a thread
+            const int sums = min(TILE, t1 - t) * 2 * NP;
+#pragma unroll
+            for (int first = 0; first < TILE * 2 * NP; first += THREADS * RUN) {
+                int i = first + threadIdx.x * RUN;
+                if (i >= sums) continue;
+                float total[RUN], add[RUN];
+                read_shared<RUN>(total, &shared.partial[now][0][0][0] + i);
+#pragma unroll
+                for (int w = 1; w < WARPS; w++) {
+                    read_shared<RUN>(add, &shared.partial[now][w][0][0] + i);
+#pragma unroll
+                    for (int r = 0; r < RUN; r++) total[r] += add[r];
+                }
+                write_shared<RUN>(partial_to + i, total);
+            }
 #pragma unroll
             for (int v = 0; v < VECS; v++) {
-                if (mine.token[v] >= TILE) continue;
+                if (TILE * ROW_VECS % 32 != 0 && mine.token[v] >= TILE) continue;
                 const int j = mine.token[v], column = mine.column[v];
+                const bool exists = t + j < t1;
                 float y[VEC], gB[VEC], gA[VEC], step[2 * VEC], out[VEC], du[VEC], ddelta[VEC], dz[VEC];
                 read_shared<VEC>(y, &shared.sums[warp][0][j][column]);
                 read_shared<VEC>(gB, &shared.sums[warp][1][j][column]);
                 read_shared<VEC>(gA, &shared.sums[warp][2][j][column]);
-                read_shared<2 * VEC>(step, (const float*)&shared.steps[warp][j][column]);
-                read_shared<VEC>(out, &shared.dy[warp][j][column]);
-                const int count = t + j < t1 ? mine.count[v] : 0;
+                read_shared<2 * VEC>(step, (const float*)&shared.steps[now][warp][j][column]);
+                read_shared<VEC>(out, &shared.dy[now][warp][j][column]);
+                const int count = exists ? mine.count[v] : 0;
 #pragma unroll
                 for (int i = 0; i < VEC; i++) {
                     float u_i = u_now[v].get(i);
                     du[i] = fmaf(gB[i], step[2 * i], D[v][i] * out[i]);
                     ddelta[i] = fmaf(gA[i], LN2, gB[i] * u_i);
-                    if (softplus_on) ddelta[i] *= sigmoid(delta_now[v].get(i) + bias[v][i]);
+                    if (SOFTPLUS) ddelta[i] *= sigmoid(delta_now[v].get(i) + bias[v][i]);
                     if (HAS_Z) {
                         float gate = z_now[v].get(i), s = sigmoid(gate);
                         dz[i] = dy_now[v].get(i) * fmaf(D[v][i], u_i, y[i]) * s * fmaf(gate, 1.f - s, 1.f);
                     }
-                    if (i < count) {
-                        dD[i] = fmaf(out[i], u_i, dD[i]);
-                        dbias[i] += ddelta[i];
-                    }
+                    dD[i] = fmaf(out[i], u_i, dD[i]);  // zero past the end: dy is
+                    if (exists) dbias[i] += ddelta[i];
                 }
-                i64 to = ((i64)row * l + t + j) * d + warp_channel + column;
-                store<VEC>(p.du + to, du, count, p.whole);
-                store<VEC>(p.ddelta + to, ddelta, count, p.whole);
-                if (HAS_Z) store<VEC>(p.dz + to, dz, count, p.whole);
-            }
-            // The buffer is written again after the next tile's barrier, which every reader of this one reaches later.
-            float* to = p.partial + ((i64)tile * p.rows + (i64)row * l + t) * 2 * NP;
-            for (int i = threadIdx.x; i < min(TILE, t1 - t) * 2 * NP; i += THREADS) {
-                float total = 0.f;
-#pragma unroll
-                for (int w = 0; w < WARPS; w++) total += (&shared.partial[buffer][w][0][0])[i];
-                to[i] = total;
+                store<VEC>(p.du + to[v], du, count);
+                store<VEC>(p.ddelta + to[v], ddelta, count);
+                if (HAS_Z) store<VEC>(p.dz + to[v], dz, count);
+                to[v] -= (i64)TILE * d;
             }
             __syncwarp();
         }
@@ -515,7 +564,7 @@ extern "C" __global__ void __launch_bounds__(256) selective_scan_finish(const __
         i64 row = item / (2 * QUADS);
         int rest = (int)(item % (2 * QUADS)), s = rest % QUADS * 4;
         float out[4] = {total.x, total.y, total.z, total.w};
-        store<4>((rest < QUADS ? p.dB : p.dC) + row * p.n + s, out, min(4, (int)p.n - s), p.n % 4 == 0);
+        store<4>((rest < QUADS ? p.dB : p.dC) + row * p.n + s, out, min(4, (int)p.n - s));
         return;
     }
     item -= padded;

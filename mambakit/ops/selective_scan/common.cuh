@@ -4,7 +4,11 @@
 //   LANES    neighbouring lanes that share a channel (a power of two)
 //   NS       states of a channel in each of those lanes; LANES * NS >= n, the rest is padding with A = B = C = 0
 //   K        channels of each thread
-//   WARPS    warps of a block; HAS_Z, PACKED: 0 or 1
+//   WARPS    warps of a block
+//   HAS_Z, SOFTPLUS, PACKED: 0 or 1
+//   WHOLE    1 when every four neighbours of a row of u, delta, z, B, C and the gradients can be read at once: their strides,
+//            d and n are multiples of 4 and their addresses of four elements
+//   POLYNOMIALS  how many of every 8 exponentials the multiply-add pipe computes instead of the special-function unit
 //
 // A group of LANES lanes serves K channels, a warp 32 / LANES groups, and every thread walks time with NS states of K
 // channels in registers. Time goes by in tiles of 8 tokens: the warp first computes each (token, channel)'s step size
@@ -31,6 +35,22 @@ constexpr u32 ALL = 0xffffffffu;
 
 DEVICE float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float rcp(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+// exp2(delta * a) for a product that is not positive or at most 127, without the special-function unit. Round to nearest and a
+// polynomial that is 1 at 0: its relative error is 2e-7 and shrinks with the argument, so that decays near 1 are right.
+DEVICE float exp2_polynomial(float delta, float a) {
+    const float shift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
+    float x = fmaxf(delta * a, -126.f);
+    float t = x + shift;
+    float r = x - (t - shift);
+    float y = 1.3333558e-3f;
+    y = fmaf(y, r, 9.6181291e-3f);
+    y = fmaf(y, r, 5.5504109e-2f);
+    y = fmaf(y, r, 2.4022651e-1f);
+    y = fmaf(y, r, 6.9314718e-1f);
+    y = fmaf(y, r, 1.f);
+    return __int_as_float(__float_as_int(y) + (__float_as_int(t) << 23));
+}
+
 DEVICE float sigmoid(float x) { return rcp(1.f + ex2(-LOG2E * x)); }
 
 // max(x, 0) + log1p(exp(-|x|)), where log1p(e) = 2 atanh(e / (2 + e)): no cancellation for small e, which lg2 would have.
@@ -86,12 +106,16 @@ template <int N> struct Raw {
 #endif
     }
 
-    // `count` of the N elements exist. `whole` says that rows are aligned for one access and N divides their width.
-    DEVICE void load(const T* p, int count, bool whole) {
+    // `count` of the N elements exist: with WHOLE, all of them or none.
+    DEVICE void clear() {
 #pragma unroll
         for (int i = 0; i < WORDS; i++) w[i] = 0;
+    }
+
+    DEVICE void load(const T* p, int count) {
+        clear();
         if (count <= 0) return;
-        if (whole) {
+        if constexpr (WHOLE) {
             if constexpr (N * sizeof(T) == 16) {
                 uint4 x = __ldg((const uint4*)p);
                 w[0] = x.x; w[1] = x.y; w[2] = x.z; w[WORDS - 1] = x.w;
@@ -103,25 +127,58 @@ template <int N> struct Raw {
             } else {
                 w[0] = __ldg((const unsigned short*)p);
             }
-            return;
-        }
+        } else {
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-            if (i < count) {
+            for (int i = 0; i < N; i++) {
+                if (i < count) {
 #if DTYPE == 0
-                w[i] = __ldg((const u32*)p + i);
+                    w[i] = __ldg((const u32*)p + i);
 #else
-                w[i / 2] |= (u32)__ldg((const unsigned short*)p + i) << (i & 1 ? 16 : 0);
+                    w[i / 2] |= (u32)__ldg((const unsigned short*)p + i) << (i & 1 ? 16 : 0);
 #endif
+                }
             }
         }
     }
 };
 
-template <int N> DEVICE void store(T* p, const float* v, int count, bool whole) {
+// The same through shared memory, for loads that are asked for long before they are used: registers that wait for a load
+// cannot be handed on from one tile to the next without waiting. Each lane reads back what it asked for itself.
+template <int N> DEVICE void load_early(u32* shared, const T* p, int count) {
+    constexpr int BYTES = N * sizeof(T);
+    if constexpr (WHOLE && BYTES >= 4) {
+        u32 to = (u32)__cvta_generic_to_shared(shared);
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(p), "n"(BYTES), "r"(count > 0 ? BYTES : 0));
+    } else {
+        Raw<N> raw;
+        raw.load(p, count);
+#pragma unroll
+        for (int i = 0; i < Raw<N>::WORDS; i++) shared[i] = raw.w[i];
+    }
+}
+
+DEVICE void end_of_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int LATER> DEVICE void wait_for_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory"); }
+
+template <int N> DEVICE Raw<N> read_early(const u32* shared) {
+    Raw<N> raw;
+    if constexpr (Raw<N>::WORDS == 4) {
+        uint4 x = *(const uint4*)shared;
+        raw.w[0] = x.x, raw.w[1] = x.y, raw.w[2] = x.z, raw.w[3] = x.w;
+    } else if constexpr (Raw<N>::WORDS == 2) {
+        uint2 x = *(const uint2*)shared;
+        raw.w[0] = x.x, raw.w[1] = x.y;
+    } else {
+        raw.w[0] = *shared;
+    }
+    return raw;
+}
+
+template <int N> DEVICE void store(T* p, const float* v, int count) {
     if (count <= 0) return;
 #if DTYPE == 0
-    if (whole) {
+    if constexpr (WHOLE) {
         if constexpr (N == 4) { *(float4*)p = make_float4(v[0], v[1], v[N > 2 ? 2 : 0], v[N - 1]); return; }
         if constexpr (N == 2) { *(float2*)p = make_float2(v[0], v[N - 1]); return; }
     }
@@ -129,7 +186,7 @@ template <int N> DEVICE void store(T* p, const float* v, int count, bool whole) 
     for (int i = 0; i < N; i++)
         if (i < count) p[i] = v[i];
 #else
-    if (whole) {
+    if constexpr (WHOLE) {
         if constexpr (N == 4) {
             *(uint2*)p = make_uint2(to_half_pair(v[0], v[1]), to_half_pair(v[N > 2 ? 2 : 0], v[N - 1]));
             return;
@@ -254,7 +311,7 @@ template <int TOKENS, int PARTS> struct Rows {
     static constexpr int FLOATS = TOKENS * PARTS * NP;
     Raw<4> raw[ITEMS];
 
-    DEVICE void fetch(const T* first, const T* second, i64 stride1, i64 stride2, int t, int end, int n, bool whole) {
+    DEVICE void fetch(const T* first, const T* second, i64 stride1, i64 stride2, int t, int end, int n) {
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             int item = threadIdx.x + i * THREADS;
@@ -263,7 +320,7 @@ template <int TOKENS, int PARTS> struct Rows {
             bool other = rest >= QUADS;
             const T* p = (other ? second + (i64)(t + token) * stride2 : first + (i64)(t + token) * stride1) + s;
             bool there = token < TOKENS && t + token < end;
-            raw[i].load(p, there ? min(4, n - s) : 0, whole);
+            raw[i].load(p, there ? min(4, n - s) : 0);
         }
     }
 

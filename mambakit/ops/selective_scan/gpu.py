@@ -34,6 +34,8 @@ class Plan(NamedTuple):
     chunks: int
     segment: int = 0  # backward: tokens whose states are kept at once
     sub: int = 0  # backward: tokens whose states and decays are in registers
+    save: int = 8  # backward: a state is kept at every so many tokens of the segment
+    polynomials: int = 0  # of every 8 exponentials, on the multiply-add pipe
 
     @property
     def block_channels(self) -> int:
@@ -54,19 +56,19 @@ def _lanes(n: int) -> tuple[int, int]:
 def forward_plan(b: int, length: int, d: int, n: int, multiprocessors: int) -> Plan:
     """Few lanes per channel share B and C between more channels; more lanes, then chunks, fill the card when b * d is small."""
     lanes, states = _lanes(n)
-    channels = 2 if lanes < 32 else 1
+    channels = 2 if 1 < lanes < 32 else 1
     plan = Plan(lanes, states, channels, 4, 4 if lanes <= 8 and lanes > 1 else 3, 1)
     blocks = b * -(-d // plan.block_channels)
     if blocks >= 1.5 * multiprocessors or length <= 256:
         return plan
-    chunks = min(4 * multiprocessors // blocks, length // 64)
+    chunks = min(4 * multiprocessors // blocks + 1, length // 64)  # each launch walks one chunk fewer
     return plan._replace(chunks=max(chunks, 1))
 
 
 @functools.lru_cache(1024)
 def backward_plan(b: int, length: int, d: int, n: int, multiprocessors: int) -> Plan:
     lanes, states = _lanes(n)
-    channels = 2 if lanes < 32 else 1
+    channels = 2 if 1 < lanes < 32 else 1
     small = lanes * states <= 32 and lanes > 1
     plan = Plan(lanes, states, channels, 4, 3 if small else 2, 1, 64 if lanes * states <= 32 else 32, 4)
     blocks = b * -(-d // plan.block_channels)
@@ -81,20 +83,31 @@ def _properties(device: torch.device):
     return torch.cuda.get_device_properties(device)
 
 
-def _module(kind: str, plan: Plan, dtype: torch.dtype, gated: bool, packed: bool, device: torch.device):
+def _module(
+    kind: str,
+    plan: Plan,
+    dtype: torch.dtype,
+    gated: bool,
+    softplus: bool,
+    packed: bool,
+    whole: bool,
+    device: torch.device,
+):
     macros = {
         "DTYPE": _DTYPES[dtype], "LANES": plan.lanes, "NS": plan.states, "K": plan.channels, "WARPS": plan.warps,
-        "HAS_Z": int(gated), "PACKED": int(packed), "MIN_BLOCKS": plan.min_blocks,
+        "HAS_Z": int(gated), "SOFTPLUS": int(softplus), "PACKED": int(packed), "WHOLE": int(whole),
+        "MIN_BLOCKS": plan.min_blocks, "POLYNOMIALS": plan.polynomials,
     }  # fmt: skip
-    more = {"FORWARD": 1} if kind == "forward" else {"SEGMENT": plan.segment, "SUB": plan.sub}
+    more = {"FORWARD": 1} if kind == "forward" else {"SEGMENT": plan.segment, "SUB": plan.sub, "SAVE": plan.save}
     return _nvrtc.Module(_FOLDER, "kernel.cu", {**macros, **more}, device)
 
 
 @functools.cache
-def _kernels(kind: str, plan: Plan, dtype: torch.dtype, gated: bool, packed: bool, device: torch.device):
-    module = _module(kind, plan, dtype, gated, packed, device)
+def _kernels(kind: str, plan: Plan, *call):
+    module = _module(kind, plan, *call)
     if kind == "forward":
-        return module.kernel("selective_scan_forward"), module.kernel("selective_scan_sequences")
+        shared = _forward_shared_bytes(plan, call[0], call[1])
+        return module.kernel("selective_scan_forward", shared), module.kernel("selective_scan_sequences")
     return (
         module.kernel("selective_scan_backward", _backward_shared_bytes(plan)),
         module.kernel("selective_scan_arrive"),
@@ -103,14 +116,26 @@ def _kernels(kind: str, plan: Plan, dtype: torch.dtype, gated: bool, packed: boo
     )
 
 
+def _forward_shared_bytes(plan: Plan, dtype: torch.dtype, gated: bool) -> int:
+    """sizeof(ForwardShared)."""
+    padded, tile = plan.lanes * plan.states, 8
+    width = plan.block_channels // plan.warps
+    vector = 4 if width >= 16 else 2 if width >= 8 else 1
+    vectors = -(-tile * width // vector // 32)
+    words = -(-vector * dtype.itemsize // 4)
+    inputs = 8 * (2 + gated) * plan.warps * vectors * 32 * words
+    rows = 2 * (32 if padded <= 32 else 8) * 2 * padded
+    return 4 * (inputs + rows + 2 * (2 + 1) * tile * plan.block_channels)
+
+
 def _backward_shared_bytes(plan: Plan) -> int:
     """sizeof(BackwardShared)."""
     padded, tile = plan.lanes * plan.states, 8
     rows = plan.segment * 2 * padded
-    saved = plan.segment // tile * plan.channels * plan.states * plan.warps * 32
+    saved = plan.segment // plan.save * plan.channels * plan.states * plan.warps * 32
     partial = 2 * plan.warps * tile * 2 * padded
     elements = tile * plan.block_channels
-    return 4 * (rows + saved + partial + (2 + 1 + 3) * elements)
+    return 4 * (rows + saved + partial + (2 * (2 + 1) + 3) * elements)
 
 
 @functools.cache
@@ -119,7 +144,9 @@ def _fallback():
     reason = _nvrtc.available()
     if reason is None:
         return None
-    warnings.warn(f"mambakit: the selective scan runs on its slower Triton kernels: {reason}", UserWarning, stacklevel=4)
+    warnings.warn(
+        f"mambakit: the selective scan runs on its slower Triton kernels: {reason}", UserWarning, stacklevel=4
+    )
     from mambakit.ops.selective_scan import portable_gpu
 
     return portable_gpu
@@ -166,14 +193,14 @@ def _dense(t: Tensor | None) -> Tensor | None:
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def _whole(*tensors: Tensor | None) -> int:
+def _whole(*tensors: Tensor | None) -> bool:
     """Whether every four neighbours along the last dimension can be read at once."""
     for t in tensors:
         if t is not None:
             mask = 4 * t.element_size() - 1
             if t.data_ptr() & mask or (t.shape[-1] | t.stride(0) | t.stride(1)) & 3:
-                return 0
-    return 1
+                return False
+    return True
 
 
 def _steps(tensors) -> list[int]:
@@ -206,7 +233,9 @@ def _launch_forward(u, delta, A, B, C, D, z, delta_bias, softplus, cu_seqlens, i
     plan = forward_plan(b, length, d, n, _properties(device).multi_processor_count)
     # Several chunks of a packed row would read starting states that another chunk may have overwritten.
     chunks = 1 if packed and initial is final else plan.chunks
-    walk, find_sequences = _kernels("forward", plan._replace(chunks=1), u.dtype, z is not None, packed, device)
+    walk, find_sequences = _kernels(
+        "forward", plan._replace(chunks=1), u.dtype, z is not None, softplus, packed, _whole(u, delta, z, B, C), device
+    )
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     chunk_length = _chunk_length(length, chunks, interval)
     chunks = -(-length // chunk_length)
@@ -226,13 +255,12 @@ def _launch_forward(u, delta, A, B, C, D, z, delta_bias, softplus, cu_seqlens, i
         _address(local), _address(sums), *_steps((u, delta, z, B, C)),
         length, d, n, tiles, chunk_length, chunks,
     )  # fmt: skip
-    last = (interval, int(softplus), _whole(u, delta, z), _whole(B, C))
     threads = 32 * plan.warps
     if chunks == 1:
-        walk(b * tiles, threads, stream, *fields, 0, *last)
+        walk(b * tiles, threads, stream, *fields, 0, interval)
     else:
-        walk(b * tiles * (chunks - 1), threads, stream, *fields, 1, *last)
-        walk(b * tiles * (chunks - 1), threads, stream, *fields, 2, *last)
+        walk(b * tiles * (chunks - 1), threads, stream, *fields, 1, interval)
+        walk(b * tiles * (chunks - 1), threads, stream, *fields, 2, interval)
     return y, checkpoints
 
 
@@ -261,9 +289,7 @@ def forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_sof
         return other.forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens)
     pool = _dense(state)
     assert pool is not None
-    y, _ = _launch_forward(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, pool, pool, slot_indices, 0
-    )
+    y, _ = _launch_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, pool, pool, slot_indices, 0)
     if pool is not state:
         state.copy_(pool)
     return y
@@ -288,8 +314,10 @@ def backward(
     packed = cu_seqlens is not None
     sequences = cu_seqlens.shape[0] - 1 if packed else b
     plan = backward_plan(b, length, d, n, _properties(device).multi_processor_count)
-    kernels = _kernels("backward", plan._replace(chunks=1), u.dtype, z is not None, packed, device)
-    walk, arrive, finish, find_sequences = kernels
+    walk, arrive, finish, find_sequences = _kernels(
+        "backward", plan._replace(chunks=1), u.dtype, z is not None, delta_softplus, packed,
+        _whole(dy, u, delta, z, B, C), device,
+    )  # fmt: skip
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     chunk_length = _chunk_length(length, plan.chunks, interval)
     chunks = -(-length // chunk_length)
@@ -319,8 +347,7 @@ def backward(
     fields = (
         *map(_address, (*inputs, A, D, delta_bias, initial, dfinal, checkpoints, ids, cu_seqlens, du, ddelta, dz, to)),
         *map(_address, (local, sums, partial, dA_parts, dD_parts, dbias_parts)),
-        *_steps(inputs), length, d, n, tiles, chunk_length, chunks, b * length, interval, int(delta_softplus),
-        _whole(dy, u, delta, z), _whole(B, C),
+        *_steps(inputs), length, d, n, tiles, chunk_length, chunks, b * length, interval,
     )  # fmt: skip
     threads = 32 * plan.warps
     if chunks > 1:
