@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mambakit.ops import native
+from mambakit.ops import _nvrtc, native
 
 OPS = ("selective_scan", "causal_conv1d", "rms_norm", "linear_cross_entropy")
 
@@ -33,9 +33,18 @@ def implementations() -> list[Implementation]:
         else:
             rows.append(Implementation(op, "cpu", f"C++ ({cpu['isa']}, {cpu['threads']} threads)"))
     if torch.cuda.is_available():
-        if importlib.util.find_spec("triton") is None:
-            remedy = "triton is not installed: pip install triton (it comes with PyTorch's own CUDA builds)"
-            rows += [Implementation(op, "cuda", "none", remedy) for op in OPS]
-        else:
-            rows += [Implementation(op, "cuda", "Triton") for op in OPS]
+        rows += [_on_gpu(op) for op in OPS]
     return rows
+
+
+def _on_gpu(op: str) -> Implementation:
+    if op == "selective_scan":
+        why_not = _nvrtc.available()
+        if why_not is None:
+            return Implementation(op, "cuda", "CUDA C++ (compiled by NVRTC at the first call)")
+        remedy = f"CUDA C++ is several times faster, but {why_not}"
+    else:
+        remedy = ""
+    if importlib.util.find_spec("triton") is None:
+        return Implementation(op, "cuda", "none", "triton is not installed (it comes with PyTorch's CUDA builds)")
+    return Implementation(op, "cuda", "Triton", remedy)
