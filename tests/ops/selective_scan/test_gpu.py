@@ -137,9 +137,10 @@ def errors(case, implementation=gpu, device="cuda", interval=128):
 
 def failures(case, found):
     limit = LIMITS[case[4]]
-    # Results in float32 whatever the inputs are. dA sums over all tokens, and a state that decays slowly has collected the
-    # errors (2 ulp) of a thousand exponentials: 1.2e-5 was seen at 2050 tokens.
-    kept = {"final": 1e-5, "dA": 1e-5 if case[1] < 2000 else 3e-5, "dD": 1e-5, "dbias": 1e-5, "dinitial": 1e-5}
+    # Results in float32 whatever the inputs are. The bound for half inputs is 3e-3; these stay near float32's, except dA of
+    # long rows, where 1.2e-5 was seen (2050 tokens, bfloat16). Float32 inputs keep 1e-5 at every length.
+    long_half = case[4] != F32 and case[1] >= 2000
+    kept = {"final": 1e-5, "dA": 3e-5 if long_half else 1e-5, "dD": 1e-5, "dbias": 1e-5, "dinitial": 1e-5}
     return {name: error for name, error in found.items() if not error < kept.get(name, limit)}
 
 
