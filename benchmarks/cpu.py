@@ -54,7 +54,7 @@ def decode_step(model: MambaForCausalLM, format: str, batch: int = 1) -> DecodeS
                 D=m.D,
                 out_proj=packed(m.out_proj),
                 out_proj_bias=m.out_proj.bias,
-            )  # fmt: skip
+            )
         )
     cache = model.backbone.new_cache(batch)
     config = model.config
