@@ -156,20 +156,12 @@ def describe(plan):
 
 FORWARD_LAYOUTS = [
     gpu.Plan(4, 4, 2, 4, 3, 1),
-    gpu.Plan(4, 4, 2, 4, 4, 1),
     gpu.Plan(4, 4, 2, 4, 5, 1),
-    gpu.Plan(4, 4, 2, 4, 3, 1, polynomials=1),
-    gpu.Plan(4, 4, 2, 4, 4, 1, polynomials=1),
-    gpu.Plan(4, 4, 2, 4, 4, 1, polynomials=2),
-    gpu.Plan(4, 4, 1, 4, 6, 1),
-    gpu.Plan(4, 4, 4, 4, 2, 1),
+    gpu.Plan(4, 4, 4, 4, 3, 1),
 ]
 BACKWARD_LAYOUTS = [
     gpu.Plan(4, 4, 2, 4, 3, 1, 64, 4),
-    gpu.Plan(4, 4, 2, 4, 3, 1, 32, 4, save=4),
     gpu.Plan(4, 4, 2, 4, 2, 1, 64, 4, save=4),
-    gpu.Plan(4, 4, 2, 4, 2, 1, 64, 8),
-    gpu.Plan(4, 4, 1, 4, 4, 1, 32, 4, save=4),
 ]
 SWEEP_BACKWARD = [(16, 1536, 2048), (8, 4096, 2048), (1, 4096, 32768), (1, 1024, 2048)]
 

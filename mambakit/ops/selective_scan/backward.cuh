@@ -58,7 +58,7 @@ constexpr int ARRIVE_ROWS = NP <= 32 ? 32 : 8;
 
 struct ArriveShared {
     float rows[2][ARRIVE_ROWS * NP];
-    float2 steps[WARPS][TILE][WARP_CHANNELS];  // delta, gradient of the output before the gate
+    float2 steps[WARPS][TILE][STEPS_ROW];  // delta, gradient of the output before the gate
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_arrive(const __grid_constant__ BackwardParams p) {
@@ -171,7 +171,7 @@ struct BackwardShared {
     float rows[SEGMENT * 2 * NP];
     float saved[SEGMENT / SAVE][K * NS][THREADS];  // the states at every SAVE-th token
     float partial[2][WARPS][TILE][2 * NP];
-    float2 steps[2][WARPS][TILE][WARP_CHANNELS];  // delta, delta * u
+    float2 steps[2][WARPS][TILE][STEPS_ROW];  // delta, delta * u
     float dy[2][WARPS][TILE][WARP_CHANNELS];      // gradient of the output before the gate
     float sums[WARPS][3][TILE][WARP_CHANNELS];  // over states: C . h, g . B, (g a h) . A
 };

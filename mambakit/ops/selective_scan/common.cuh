@@ -29,6 +29,8 @@ constexpr int VEC = WARP_CHANNELS >= 16 ? 4 : WARP_CHANNELS >= 8 ? 2 : 1;  // ne
 constexpr int ROW_VECS = WARP_CHANNELS / VEC;
 constexpr int VECS = (TILE * ROW_VECS + 31) / 32;  // of a lane, in one tile
 constexpr int QUADS = NP / 4;
+// A row of (step, step * input) pairs and 16 bytes, so that the rows that lanes write together lie in different banks.
+constexpr int STEPS_ROW = WARP_CHANNELS + 2;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 constexpr u32 ALL = 0xffffffffu;

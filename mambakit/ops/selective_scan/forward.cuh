@@ -17,12 +17,12 @@ struct ForwardParams {
 
 constexpr int ROWS = NP <= 32 ? 32 : 8;  // tokens of B and C in shared memory, twice
 
-constexpr int SLOTS = 8, AHEAD = 4;  // tiles of inputs in shared memory, and how many tiles early they are loaded
+constexpr int SLOTS = 4, AHEAD = 2;  // tiles of inputs in shared memory, and how many tiles early they are loaded
 
 struct ForwardShared {
     u32 inputs[SLOTS][2 + HAS_Z][WARPS][VECS][32 * Raw<VEC>::WORDS];
     float rows[2][ROWS * 2 * NP];
-    float2 steps[2][WARPS][TILE][WARP_CHANNELS];  // delta, delta * u
+    float2 steps[2][WARPS][TILE][STEPS_ROW];  // delta, delta * u
     float y[2][WARPS][TILE][WARP_CHANNELS];
 };
 

@@ -54,28 +54,43 @@ def _lanes(n: int) -> tuple[int, int]:
 
 @functools.lru_cache(1024)
 def forward_plan(b: int, length: int, d: int, n: int, multiprocessors: int) -> Plan:
-    """Few lanes per channel share B and C between more channels; more lanes, then chunks, fill the card when b * d is small."""
+    """One chunk per row when that fills the card; then as few blocks per multiprocessor as hold it, with more registers each."""
     lanes, states = _lanes(n)
-    channels = 2 if 1 < lanes < 32 else 1
-    plan = Plan(lanes, states, channels, 4, 4 if lanes <= 8 and lanes > 1 else 3, 1)
+    plan = Plan(lanes, states, 2 if 1 < lanes < 32 else 1, 4, 3, 1)
     blocks = b * -(-d // plan.block_channels)
+    share = -(-blocks // multiprocessors)
+    if lanes in (2, 4, 8):
+        plan = plan._replace(min_blocks=min(max(share, 3), 5))
     if blocks >= 1.5 * multiprocessors or length <= 256:
         return plan
     chunks = min(4 * multiprocessors // blocks + 1, length // 64)  # each launch walks one chunk fewer
-    return plan._replace(chunks=max(chunks, 1))
+    return plan._replace(chunks=max(chunks, 1), min_blocks=4 if lanes in (2, 4, 8) else 3)
+
+
+# What a round of 1, 2 or 3 blocks per multiprocessor takes, relative to 2 (measured, n = 16).
+_ROUND = {0: 0.0, 1: 0.72, 2: 1.0, 3: 1.42}
 
 
 @functools.lru_cache(1024)
 def backward_plan(b: int, length: int, d: int, n: int, multiprocessors: int) -> Plan:
+    """Three blocks per multiprocessor do a little more; two keep twice the states, so that none is computed a third time."""
     lanes, states = _lanes(n)
-    channels = 2 if 1 < lanes < 32 else 1
-    small = lanes * states <= 32 and lanes > 1
-    plan = Plan(lanes, states, channels, 4, 3 if small else 2, 1, 64 if lanes * states <= 32 else 32, 4)
-    blocks = b * -(-d // plan.block_channels)
-    if blocks >= 1.5 * multiprocessors or length <= 256:
-        return plan
-    chunks = min(3 * multiprocessors // blocks, length // 128)
-    return plan._replace(chunks=max(chunks, 1))
+    segment = 64 if lanes * states <= 32 else 32
+    plan = Plan(lanes, states, 2 if 1 < lanes < 32 else 1, 4, 2, 1, segment, 4)
+    tiles = b * -(-d // plan.block_channels)
+    chunks = 1
+    if tiles < 1.5 * multiprocessors and length > 256:
+        chunks = max(min(6 * multiprocessors // tiles, length // 128), 1)
+    if lanes not in (2, 4, 8):
+        return plan._replace(chunks=chunks)
+
+    def rounds(share):
+        full, rest = divmod(tiles * chunks, share * multiprocessors)
+        return full * _ROUND[share] + _ROUND[-(-rest // multiprocessors)]
+
+    if lanes == 4 and rounds(2) <= rounds(3):
+        return plan._replace(chunks=chunks, save=4)
+    return plan._replace(chunks=chunks, min_blocks=3)
 
 
 @functools.cache
@@ -123,9 +138,10 @@ def _forward_shared_bytes(plan: Plan, dtype: torch.dtype, gated: bool) -> int:
     vector = 4 if width >= 16 else 2 if width >= 8 else 1
     vectors = -(-tile * width // vector // 32)
     words = -(-vector * dtype.itemsize // 4)
-    inputs = 8 * (2 + gated) * plan.warps * vectors * 32 * words
+    inputs = 4 * (2 + gated) * plan.warps * vectors * 32 * words
     rows = 2 * (32 if padded <= 32 else 8) * 2 * padded
-    return 4 * (inputs + rows + 2 * (2 + 1) * tile * plan.block_channels)
+    padding = 2 * 2 * 2 * tile * plan.warps
+    return 4 * (inputs + rows + 2 * (2 + 1) * tile * plan.block_channels + padding)
 
 
 def _backward_shared_bytes(plan: Plan) -> int:
@@ -135,7 +151,8 @@ def _backward_shared_bytes(plan: Plan) -> int:
     saved = plan.segment // plan.save * plan.channels * plan.states * plan.warps * 32
     partial = 2 * plan.warps * tile * 2 * padded
     elements = tile * plan.block_channels
-    return 4 * (rows + saved + partial + (2 * (2 + 1) + 3) * elements)
+    padding = 2 * 2 * 2 * tile * plan.warps
+    return 4 * (rows + saved + partial + (2 * (2 + 1) + 3) * elements + padding)
 
 
 @functools.cache

@@ -223,7 +223,7 @@ def test_decays_near_one_over_a_long_row():
     _, final, _ = gpu.forward(u, delta, A, B, C, None, None, None, False, None, None, 0)
     total = 1e-7 * torch.arange(length - 1, -1, -1, dtype=torch.float64)
     expected = (1e-7 * torch.exp(-total)).sum()
-    assert abs(final.double().cpu() / expected - 1).max() < 1e-2
+    assert abs(final.double().cpu() / expected - 1).max() < 1e-3  # 3.3e-5 was measured, a loop has 6.5e-3
 
 
 def test_empty_inputs():
