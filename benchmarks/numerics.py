@@ -24,7 +24,9 @@ from mambakit.ops.implementations import implementations
 
 def loop(u, delta, A, B, C, dtype):
     """y, h token by token in ``dtype``; numpy, since a million torch calls take minutes."""
-    u, delta, A, B, C = (t[0].numpy().astype(dtype) if t.dim() == 3 else t.numpy().astype(dtype) for t in (u, delta, A, B, C))
+    u, delta, A, B, C = (
+        t[0].numpy().astype(dtype) if t.dim() == 3 else t.numpy().astype(dtype) for t in (u, delta, A, B, C)
+    )
     h = np.zeros(A.shape, dtype)
     y = np.empty(u.shape, dtype)
     for t in range(u.shape[0]):

@@ -25,8 +25,8 @@ AUTO = """
 import torch
 {imports}
 tokenizer = AutoTokenizer.from_pretrained("state-spaces/mamba-130m-hf")
-model = AutoModelForCausalLM.from_pretrained("state-spaces/mamba-130m-hf", dtype="auto")
-input_ids = tokenizer("Plants create energy through a process known as", return_tensors="pt")
+model = AutoModelForCausalLM.from_pretrained("state-spaces/mamba-130m-hf", dtype="auto", device_map="auto")
+input_ids = tokenizer("Plants create energy through a process known as", return_tensors="pt").to(model.device)
 output = model.generate(**input_ids, max_length=50)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 assert output.shape[1] <= 50

@@ -12,8 +12,9 @@ import torch
 from mambakit.ops._library import LIBRARY, define, implement_on_cuda
 from mambakit.ops.selective_scan import reference
 
-# 64 bytes of state per channel every 128 tokens is half a byte per element, against 2 for one bfloat16 activation.
-CHECKPOINT_INTERVAL = 128
+# 64 bytes of state per channel every 64 tokens is 1 byte per element, against 2 for one bfloat16 activation; the CUDA
+# gradient was faster with it than with 128 (docs/kernels.md).
+CHECKPOINT_INTERVAL = 64
 
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus"
 

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The native tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree; needs GCC and CMake.
+#     PYTHON=python tests/ops/native/sanitize.sh
+set -euo pipefail
+root=$(cd "$(dirname "$0")/../../.." && pwd)
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+cp -r "$root/CMakeLists.txt" "$root/pyproject.toml" "$root/mambakit" "$root/tests" "$copy"
+rm -f "$copy"/mambakit/ops/native/libmambakit_native.*
+cmake -S "$copy" -B "$copy/build" -DMAMBAKIT_SANITIZE=ON -DCMAKE_CXX_COMPILER=g++ >/dev/null
+cmake --build "$copy/build" --parallel >/dev/null
+cmake --install "$copy/build" --prefix "$copy" >/dev/null
+cd "$copy"
+# Python itself is not instrumented: the sanitizer is preloaded, and its leaks are not ours.
+LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  "${PYTHON:-python}" -m pytest -q -p no:cacheprovider tests/ops/native tests/ops/linear --deselect tests/ops/native/test_library.py::test_a_forked_child_computes "$@"
