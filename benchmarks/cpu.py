@@ -7,6 +7,7 @@ Random weights; the contenders have the same ones. Every round times each conten
 speed drifts is unkind to all alike; a figure is the median over rounds. Shares are of the read bandwidth (a sum over 256
 MB on all threads) and of the matrix products alone in torch, both measured in the same rounds.
 Decode times the kernels of a step (`DecodeStep`), from a token's embedding to its logits; nobody samples.
+llama.cpp runs without weight repacking (see `Llama`).
 """
 
 from __future__ import annotations
@@ -142,7 +143,9 @@ class Llama:
         self.c = c
         parameters = c.llama_model_default_params()
         parameters.n_gpu_layers = 0
-        parameters.use_extra_bufts = False  # its AMX path crashes on quantised weights in some virtual machines
+        # With repacked weights 0.3.36 crashed on a Q8_0 prompt (Xeon with AMX, virtual machine; cause not established). Off for
+        # every format: its quantised figures may be below what it reaches where repacking works.
+        parameters.use_extra_bufts = False
         self.model = c.llama_model_load_from_file(str(path).encode(), parameters)
         if not self.model:
             raise RuntimeError(f"llama.cpp could not load {path}")
