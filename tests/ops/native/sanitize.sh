@@ -11,6 +11,9 @@ cmake -S "$copy" -B "$copy/build" -DMAMBAKIT_SANITIZE=ON -DCMAKE_CXX_COMPILER=g+
 cmake --build "$copy/build" --parallel >/dev/null
 cmake --install "$copy/build" --prefix "$copy" >/dev/null
 cd "$copy"
+# An installed mambakit, an editable one above all, would be imported in the place of this copy.
+"${PYTHON:-python}" -c "import mambakit, os, sys; sys.exit(not os.path.samefile(os.path.dirname(mambakit.__file__), 'mambakit'))" ||
+  { echo "another mambakit is installed for ${PYTHON:-python}; uninstall it first"; exit 1; }
 # Python itself is not instrumented: the sanitizer is preloaded, and its leaks are not ours.
 LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   "${PYTHON:-python}" -m pytest -q -p no:cacheprovider tests/ops/native tests/ops/linear --deselect tests/ops/native/test_library.py::test_a_forked_child_computes "$@"
