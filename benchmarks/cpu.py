@@ -7,14 +7,17 @@ Random weights; the contenders have the same ones. Every round times each conten
 speed drifts is unkind to all alike; a figure is the median over rounds. Shares are of the read bandwidth (a sum over 256
 MB on all threads) and of the matrix products alone in torch, both measured in the same rounds.
 Decode times the kernels of a step (`DecodeStep`), from a token's embedding to its logits; nobody samples.
-llama.cpp runs without weight repacking (see `Llama`).
+llama.cpp runs with its defaults (weights repacked), except for a format that crashes with them, which the output then says.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from mambakit import MambaConfig, MambaForCausalLM
+from mambakit.models.step import token_step
 from mambakit.ops import native
 from mambakit.ops.linear import pack
 from mambakit.ops.linear.api import FORMATS
@@ -137,15 +141,13 @@ def write_gguf(model: MambaForCausalLM, path: Path, format: str) -> None:
 class Llama:
     """One llama.cpp context, driven through the low-level interface: no sampling, no tokenizer."""
 
-    def __init__(self, path: Path, threads: int, length: int):
+    def __init__(self, path: Path, threads: int, length: int, repack: bool = True):
         import llama_cpp as c
 
         self.c = c
         parameters = c.llama_model_default_params()
         parameters.n_gpu_layers = 0
-        # With repacked weights 0.3.36 crashed on a Q8_0 prompt (Xeon with AMX, virtual machine; cause not established). Off for
-        # every format: its quantised figures may be below what it reaches where repacking works.
-        parameters.use_extra_bufts = False
+        parameters.use_extra_bufts = repack
         self.model = c.llama_model_load_from_file(str(path).encode(), parameters)
         if not self.model:
             raise RuntimeError(f"llama.cpp could not load {path}")
@@ -179,8 +181,67 @@ def llamas(model: MambaForCausalLM, threads: int, length: int) -> dict[str, Llam
         for format, name in LLAMA_FORMATS.items():
             path = Path(folder) / f"{name}.gguf"
             write_gguf(model, path, name)
-            result[format] = Llama(path, threads, length)
+            # With its weights repacked, its default, 0.3.36 crashed on a Q8_0 prompt on one processor (a Xeon with AMX).
+            repack = survives(path, threads, length)
+            if not repack:
+                print(f"llama.cpp {name} crashes with repacked weights here: it runs without (use_extra_bufts=False)")
+            result[format] = Llama(path, threads, length, repack)
         return result
+
+
+def survives(path: Path, threads: int, length: int) -> bool:
+    """Whether llama.cpp reads a prompt and a token of this file with its defaults, tried in a process of its own."""
+    code = f"from cpu import Llama; from pathlib import Path; m = Llama(Path({str(path)!r}), {threads}, {length}); "
+    code += f"m.feed([1] * {length}); m.feed([1])"
+    return subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True).returncode == 0
+
+
+def generate_times(model: MambaForCausalLM, ids: torch.Tensor, rounds: int) -> tuple[float, float]:
+    """Seconds a token of the bare step and of generate(), in turn; what generate() does once is taken out."""
+    model.generation_config.eos_token_id = None
+    step = token_step(model, model.backbone.new_cache(1))
+    token = torch.zeros(1, dtype=torch.int64)
+
+    def clock(call: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+
+    bare, whole = [], []
+    with torch.no_grad():
+        for i in range(rounds + 1):
+            one = clock(lambda: [step(token) for _ in range(2 * STEPS)]) / (2 * STEPS)
+            short = clock(lambda: model.generate(ids, max_new_tokens=4, do_sample=False))
+            long = clock(lambda: model.generate(ids, max_new_tokens=4 + 2 * STEPS, do_sample=False))
+            if i > 0:
+                bare.append(one)
+                whole.append((long - short) / (2 * STEPS))
+    return statistics.median(bare), statistics.median(whole)
+
+
+def their_training_step(threads: int, length: int, patience: float) -> float | None:
+    """Seconds of transformers' first training step, in a process of its own; None when it takes longer than ``patience``."""
+    code = f"""
+import time, torch
+from transformers import MambaConfig, MambaForCausalLM
+torch.set_num_threads({threads})
+model = MambaForCausalLM(MambaConfig(hidden_size=768, num_hidden_layers=24, vocab_size=50280)).train()
+ids = torch.randint(0, 50280, (1, {length}))
+print("ready", flush=True)
+begin = time.perf_counter()
+model(ids, labels=ids).loss.backward()
+print(time.perf_counter() - begin)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "ready", "transformers' model could not be made"
+    try:
+        return float(process.communicate(timeout=patience)[0])
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return None
 
 
 def median_times(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -201,6 +262,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--skip-training", action="store_true")
+    parser.add_argument("--patience", type=float, default=120, help="seconds to wait for transformers' training step")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -264,18 +326,41 @@ def main() -> None:
             line += f"   {decode_times['transformers'] / seconds:.2f}x transformers float32"
         print(line)
 
+    print("\ngenerate(), batch 1, greedy: ms a token beside the bare step's")
+    results["generate"] = {}
+    for format in FORMATS:
+        model = ours if format == "float32" else copy.deepcopy(ours)
+        if format == "bfloat16":
+            model.bfloat16()
+        elif format != "float32":
+            model.quantize(format)
+        bare, whole = generate_times(model, ids[:, :8], options.rounds)
+        results["generate"][f"{format}, generate / step"] = whole / bare
+        print(f"  {format:<22}{whole * 1e3:8.2f}   step {bare * 1e3:.2f}   {whole / bare:.3f}x")
+        del model
+
     if not options.skip_training:
 
-        def train(model) -> Callable[[], object]:
+        def step(model) -> float:
             model.train()
-            return lambda: (model.zero_grad(), model(ids, labels=ids).loss.backward())
+            begin = time.perf_counter()
+            model.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            return time.perf_counter() - begin
 
-        times = median_times({"mambakit": train(ours), "transformers": train(theirs)}, 1)
-        results["training"] = {name: options.length / seconds for name, seconds in times.items()}
-        ratio = times["transformers"] / times["mambakit"]
-        print(
-            f"\ntraining step 1 x {options.length}: mambakit {results['training']['mambakit']:.0f} tokens/s, {ratio:.2f}x"
-        )
+        step(ours)
+        mine = statistics.median(step(ours) for _ in range(3))
+        print(f"\ntraining step 1 x {options.length}: mambakit {mine:.2f} s", flush=True)
+        result = results["training"] = {"mambakit s": mine}
+        peer = their_training_step(options.threads, options.length, options.patience)
+        if peer is None:
+            result["ratio, at least"] = options.patience / mine
+            print(
+                f"  transformers: not done after {options.patience:.0f} s, so at least {options.patience / mine:.0f}x"
+            )
+        else:
+            result |= {"transformers s": peer, "ratio": peer / mine}
+            print(f"  transformers {peer:.1f} s (its first): mambakit is {peer / mine:.1f}x")
     if options.json:
         options.json.write_text(json.dumps({"native": native.describe(), **results}, indent=2, default=str))
 

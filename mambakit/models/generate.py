@@ -6,15 +6,24 @@ What is done here and not there: prompts padded on any side, a state that alread
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from mambakit.models.inputs import require_mamba_cache
 from mambakit.models.pretrained import MambaPreTrainedModel
+from mambakit.models.step import GeneratingSteps, graphs_serve, greedy_tokens
 from mambakit.modules import MambaCache
+
+# Tokens of all rows that a prefill reads at once: enough to keep the device busy, and a bound on its memory.
+_TOKENS_AT_ONCE = {"cuda": 2**16, "cpu": 2**10}
+# Of the `generate` call under way in this thread of work.
+_steps: ContextVar[GeneratingSteps | None] = ContextVar("steps", default=None)
 
 
 class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
@@ -33,7 +42,8 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
                 tokens after it; or everything from the first token on, where the cache came from `generate` and the
                 attention mask is no longer than ``inputs``. It is brought up to date in place, unless rows are
                 multiplied (beams, several return sequences).
-            prefill_chunk_size: read the prompt this many tokens at a time; memory does not grow with its length.
+            prefill_chunk_size: read the prompt this many tokens at a time; memory does not grow with its length. Without it
+                prompts of more than 65,536 tokens in all (1,024 on a CPU) are read in chunks of about so many.
             seed: seeds this call's sampling alone; the global generator is left as it was.
         """
         if seed is not None:
@@ -70,6 +80,10 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation={implementation!r}: a Mamba state has one form; drop the argument")
         copies = max(_setting(kwargs, settings, "num_beams", 1), _setting(kwargs, settings, "num_return_sequences", 1))
         use_cache = _setting(kwargs, settings, "use_cache", True)
+        limit = _TOKENS_AT_ONCE.get(self.device.type, 2**14)
+        whole = bool(_setting(kwargs, settings, "output_hidden_states", False))  # asks for the whole prompt's
+        if not chunk and use_cache and not whole and input_ids.shape[0] * new > limit:
+            chunk = max(64, limit // input_ids.shape[0])
         if chunk:
             if not use_cache:
                 raise ValueError("prefill_chunk_size keeps the prompt in a cache; drop use_cache=False")
@@ -82,7 +96,13 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
                 cache.batch_repeat_interleave(copies)
             kwargs["cache_params"] = cache
             kwargs["cached_columns"] = cached
-        result = super().generate(input_ids, generation_config, *args, attention_mask=mask, **kwargs)
+        steps = GeneratingSteps(self)
+        before = _steps.set(steps)
+        try:
+            result = super().generate(input_ids, generation_config, *args, attention_mask=mask, **kwargs)
+        finally:
+            _steps.reset(before)
+            steps.close()
 
         sequences = result if isinstance(result, Tensor) else result.sequences
         if given is not input_ids:
@@ -91,6 +111,53 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         if not isinstance(result, Tensor) and (final := getattr(result, "past_key_values", None)) is not None:
             final.remember_tail(sequences)
         return result
+
+    def next_logits(self, input_ids: Tensor | None, cache: MambaCache | None) -> Tensor | None:
+        """(b, v) logits of one more token per row by the fast step of the `generate` under way; None where there is none."""
+        if torch.compiler.is_compiling():  # a trace is of the forward
+            return None
+        steps = _steps.get()
+        if steps is None or steps.model is not self or input_ids is None or cache is None or input_ids.shape[1] != 1:
+            return None
+        return steps.logits(input_ids[:, 0], cache)
+
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **kwargs,
+    ):
+        """transformers' token loop; where tokens are the most probable ones and nothing looks at them in between, a GPU
+        runs on its own: no word to the host until a row may have ended."""
+        wanted = ("do_sample", "output_scores", "output_logits", "output_hidden_states", "output_attentions")
+        looked_at = (
+            synced_gpus or streamer is not None or len(logits_processor) > 0 or not kwargs.get("use_cache", True)
+        )
+        looked_at = looked_at or any(getattr(generation_config, name, None) for name in wanted)
+        looked_at = looked_at or any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in stopping_criteria)
+        if looked_at or not graphs_serve(self):
+            return super()._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **kwargs
+            )
+        output = self(
+            **self.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs), return_dict=True
+        )
+        cache, first = output.cache_params, output.logits[:, -1].argmax(-1)
+        del output
+        ends = [c.eos_token_id.to(first.device) for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
+        most = min(c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)) - input_ids.shape[1]
+        tokens = greedy_tokens(self, cache, first, most, torch.cat(ends) if ends else None)
+        if ends:  # what follows a row's first end is padding
+            is_end = torch.isin(tokens, torch.cat(ends))
+            tokens = tokens.masked_fill(is_end.cumsum(1) > is_end.long(), int(generation_config._pad_token_tensor))
+        sequences = torch.cat([input_ids, tokens], 1)
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
 
     def _prefill_in_chunks(self, ids: Tensor, mask: Tensor | None, cache: MambaCache, cached: int, chunk: int) -> int:
         """Read all of the prompt but its last token; returns how many columns the cache then holds of ``ids``."""

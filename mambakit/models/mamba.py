@@ -158,6 +158,12 @@ class MambaForCausalLM(GenerativeMambaModel):
             `MambaCausalLMOutput` with ``logits`` (b, l, v) in float32.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
+        others = (attention_mask, inputs_embeds, labels, position_ids, cu_seqlens, past_key_values)
+        if all(t is None for t in others) and not (output_hidden_states or output_attentions):
+            logits = self.next_logits(input_ids, cache_params)
+            if logits is not None:
+                result = MambaCausalLMOutput(logits=logits[:, None], cache_params=cache_params)
+                return result if return_dict else result.to_tuple()
         output = self.backbone(
             input_ids,
             inputs_embeds=inputs_embeds,

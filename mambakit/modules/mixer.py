@@ -56,6 +56,8 @@ class MambaMixer(nn.Module):
         # FalconMamba normalises dt, B and C without weights; plain Mamba has no such field.
         self.mixer_rms_eps: float | None = getattr(config, "mixer_rms_eps", None)
         self._set_activation(config.hidden_act)
+        # Context parallelism puts ops of the same contract in their place, which pass the state between processes.
+        self.causal_conv1d, self.selective_scan = causal_conv1d, selective_scan
 
     def _set_activation(self, name: str) -> None:
         """SiLU runs inside the convolution; any other activation of transformers' table follows it."""
@@ -96,8 +98,8 @@ class MambaMixer(nn.Module):
         if cache is not None:
             conv_state, ssm_state = cache.layer(self.layer_idx, None if packing is None else packing.read)
         cu_seqlens = None if packing is None else packing.cu_seqlens
-        x, conv_state = causal_conv1d(x, *conv, initial_state=conv_state, cu_seqlens=cu_seqlens)
-        y, ssm_state = selective_scan(*self._scan_inputs(x, z), initial_state=ssm_state, cu_seqlens=cu_seqlens)
+        x, conv_state = self.causal_conv1d(x, *conv, initial_state=conv_state, cu_seqlens=cu_seqlens)
+        y, ssm_state = self.selective_scan(*self._scan_inputs(x, z), initial_state=ssm_state, cu_seqlens=cu_seqlens)
         if cache is not None:
             cache.update(self.layer_idx, conv_state, ssm_state, None if packing is None else packing.write)
         return y

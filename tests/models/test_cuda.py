@@ -56,6 +56,53 @@ def test_generation_padding_and_chunks(name):
         assert torch.equal(out.cpu(), expected)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("name", ["plain", "falcon", "gelu"])
+def test_a_graph_generates_what_the_forward_does(name, rows, monkeypatch):
+    from mambakit.models import generate, step
+
+    model = pair(name)[0].cuda()
+    ids = tokens(rows, 7).cuda()
+    options = {"max_new_tokens": 40, "return_dict_in_generate": True, "pad_token_id": 0}
+    plain = {"do_sample": False, "eos_token_id": None}
+    made = []
+    monkeypatch.setattr(step.GraphStep, "__call__", lambda self, f=step.GraphStep.__call__: made.append(1) or f(self))
+    free = model.generate(ids, **options, **plain)
+    end = free.sequences[0, 20].item()  # the first row ends here at the latest
+    asked = [
+        plain,
+        {"do_sample": False, "eos_token_id": end},
+        {"do_sample": True, "seed": 3, "top_k": 5, "eos_token_id": end},
+    ]
+    fast = [model.generate(ids, **options, **extra) for extra in asked]
+    assert made, "graphs ran"
+    monkeypatch.setattr(generate, "graphs_serve", lambda *_: False)
+    monkeypatch.setattr(step, "graphs_serve", lambda *_: False)
+    made.clear()
+    for extra, result in zip(asked, fast, strict=True):
+        expected = model.generate(ids, **options, **extra)
+        assert torch.equal(result.sequences, expected.sequences), extra
+        if extra is plain or rows == 1:  # a row that ended early is fed padding by one and not by the other
+            assert worst(result.past_key_values.ssm_states, expected.past_key_values.ssm_states) < 1e-4
+            assert worst(result.past_key_values.conv_states, expected.past_key_values.conv_states) < 1e-4
+        assert result.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+    assert not made
+
+
+def test_a_graph_follows_its_model(monkeypatch):
+    """In place the weights may change; parameters that lie elsewhere are captured anew."""
+    model = pair("plain")[0].cuda()
+    ids = tokens(2, 7).cuda()
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    model.generate(ids, **options)
+    with torch.no_grad():
+        model.backbone.layers[0].mixer.A_log.add_(0.5)
+        model.backbone.layers[0].mixer.out_proj.weight.mul_(2)
+    assert torch.equal(model.generate(ids, **options).cpu(), model.cpu().generate(ids.cpu(), **options))
+    model.cuda()
+    assert torch.equal(model.generate(ids, **options).cpu(), model.cpu().generate(ids.cpu(), **options))
+
+
 def test_packed_equals_separate_in_bfloat16():
     model = pair("plain")[0].cuda().bfloat16()
     docs = [tokens(1, n).cuda() for n in (5, 1, 200, 33)]

@@ -219,3 +219,22 @@ def test_memory_of_a_chunked_prompt_does_not_grow(model):
             )
         sizes.append(mode.size)
     assert sizes[0] == sizes[1]
+
+
+def test_a_long_prompt_is_read_in_chunks_unasked(monkeypatch):
+    from mambakit.models import generate
+
+    model = pair("plain")[0]
+    ids = tokens(2, 150)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    whole = model.generate(ids, **options)
+    lengths = []
+    forward = model.backbone.forward
+    monkeypatch.setattr(model.backbone, "forward", lambda ids, **k: lengths.append(ids.shape[1]) or forward(ids, **k))
+    monkeypatch.setitem(generate._TOKENS_AT_ONCE, "cpu", 128)
+    assert torch.equal(model.generate(ids, **options), whole)
+    assert max(lengths) == 64, "no less than 64 tokens of a row at a time"
+    lengths.clear()
+    out = model.generate(ids, **options, return_dict_in_generate=True, output_hidden_states=True)
+    assert max(lengths) == 150
+    assert out.hidden_states[0][0].shape[1] == 150, "hidden states are asked for: those of the whole prompt"

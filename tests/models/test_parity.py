@@ -78,8 +78,9 @@ def test_num_items_in_batch_inputs_embeds_and_logits_to_keep():
     embeds = ours.get_input_embeddings()(ids)
     assert torch.equal(ours(inputs_embeds=embeds).logits, ours(ids).logits)
     full = ours(ids).logits
-    assert torch.equal(ours(ids, logits_to_keep=3).logits, full[:, -3:])
-    assert torch.equal(ours(ids, logits_to_keep=torch.tensor([0, 4])).logits, full[:, [0, 4]])
+    # To rounding: a product of fewer rows may sum in another order on some processors.
+    assert worst(ours(ids, logits_to_keep=3).logits, full[:, -3:]) < 1e-6
+    assert worst(ours(ids, logits_to_keep=torch.tensor([0, 4])).logits, full[:, [0, 4]]) < 1e-6
 
 
 def test_tuples_have_transformers_order():

@@ -7,7 +7,7 @@ import torch
 
 import mambakit
 from mambakit.generation.score import score_text
-from mambakit.generation.step import token_step
+from mambakit.models.step import token_step
 from mambakit.modules.quantized_linear import QuantizedLinear
 from tests.models.configurations import pair, tokens, worst
 from tests.models.tiny import save_tiny

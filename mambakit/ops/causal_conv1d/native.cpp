@@ -30,23 +30,28 @@ Sequence sequence_at(const Arguments& a, int64_t i) {
   return s;
 }
 
-// Tap j of `lanes` channels' filters.
-V taps(const float* weight, int64_t k, int64_t j, int64_t lanes) {
-  V w = splat(0.0f);
-  for (int64_t lane = 0; lane < lanes; ++lane) w[lane] = weight[lane * k + j];
-  return w;
+// `N` numbers of each of `lanes` channels, side by side in memory, as N vectors of channels. By way of memory: inserting
+// into a lane of a register costs several instructions.
+template <int N, class S>
+void columns_in(V* columns, const S* source, int64_t lanes) {
+  alignas(64) float numbers[N][W];
+  if (lanes < W) memset(numbers, 0, sizeof numbers);
+  auto copy = [&](int64_t count) {
+    for (int64_t lane = 0; lane < count; ++lane)
+      for (int i = 0; i < N; ++i) numbers[i][lane] = to_float(source[lane * N + i]);
+  };
+  lanes >= W ? copy(W) : copy(lanes);
+  for (int i = 0; i < N; ++i) columns[i] = load(numbers[i]);
 }
-
-// Column i of the states (lanes, k - 1).
-template <class S>
-V state_column(const S* state, int64_t k, int64_t i, int64_t lanes) {
-  V x = splat(0.0f);
-  for (int64_t lane = 0; lane < lanes; ++lane) x[lane] = to_float(state[lane * (k - 1) + i]);
-  return x;
-}
-template <class S>
-void store_column(S* state, int64_t k, int64_t i, int64_t lanes, V x) {
-  for (int64_t lane = 0; lane < lanes; ++lane) from_float(state + lane * (k - 1) + i, x[lane]);
+template <int N, class S>
+void columns_out(S* target, const V* columns, int64_t lanes) {
+  alignas(64) float numbers[N][W];
+  for (int i = 0; i < N; ++i) store(numbers[i], columns[i]);
+  auto copy = [&](int64_t count) {
+    for (int64_t lane = 0; lane < count; ++lane)
+      for (int i = 0; i < N; ++i) from_float(target + lane * N + i, numbers[i][lane]);
+  };
+  lanes >= W ? copy(W) : copy(lanes);
 }
 
 template <class T, class S, int K>
@@ -54,16 +59,16 @@ void convolve(const Arguments& a, const Sequence& s, int64_t channel) {
   const int64_t end = min64(a.d, channel + kVectors * W);
   V windows[kVectors][K];  // the K - 1 inputs before the next token, then room for that token
   for (int64_t c = channel, v = 0; c < end; c += W, ++v)
-    for (int i = 0; i < K - 1; ++i) {
-      const S* initial = a.initial && s.slot >= 0 ? static_cast<const S*>(a.initial) + (s.slot * a.d + c) * (K - 1) : nullptr;
-      windows[v][i] = initial ? state_column(initial, K, i, min64(W, end - c)) : splat(0.0f);
-    }
+    if (a.initial && s.slot >= 0)
+      columns_in<K - 1>(windows[v], static_cast<const S*>(a.initial) + (s.slot * a.d + c) * (K - 1), min64(W, end - c));
+    else
+      for (int i = 0; i < K - 1; ++i) windows[v][i] = splat(0.0f);
   for (int64_t t0 = s.start; t0 < s.end; t0 += kTile) {
     const int64_t t1 = min64(s.end, t0 + kTile);
     for (int64_t c = channel, v = 0; c < end; c += W, ++v) {
       const int64_t lanes = min64(W, end - c);
       V w[K], window[K];
-      for (int j = 0; j < K; ++j) w[j] = taps(a.weight + c * K, K, j, lanes);
+      columns_in<K>(w, a.weight + c * K, lanes);
       for (int i = 0; i < K - 1; ++i) window[i] = windows[v][i];
       const V bias = a.bias ? load(a.bias + c, lanes) : splat(0.0f);
       for (int64_t t = t0; t < t1; ++t) {
@@ -78,8 +83,7 @@ void convolve(const Arguments& a, const Sequence& s, int64_t channel) {
   }
   if (s.slot < 0) return;
   for (int64_t c = channel, v = 0; c < end; c += W, ++v)
-    for (int i = 0; i < K - 1; ++i)
-      store_column(static_cast<S*>(a.final_state) + (s.slot * a.d + c) * (K - 1), K, i, min64(W, end - c), windows[v][i]);
+    columns_out<K - 1>(static_cast<S*>(a.final_state) + (s.slot * a.d + c) * (K - 1), windows[v], min64(W, end - c));
 }
 
 template <class T, class S, int K>
@@ -102,19 +106,17 @@ struct Gradients {
 template <class T, class S, int K>
 void differentiate_sequence(const Arguments& a, const Gradients& o, const Sequence& s, int64_t c, V* dw, V& dbias) {
   const int64_t lanes = min64(W, a.d - c), state = (s.slot * a.d + c) * (K - 1);
-  V w[K], window[K], dx[K];  // dx[j]: the gradient so far of the input at t - K + 1 + j
-  for (int j = 0; j < K; ++j) {
-    w[j] = taps(a.weight + c * K, K, j, lanes);
-    dx[j] = splat(0.0f);
-    window[j] = a.initial && j < K - 1 ? state_column(static_cast<const S*>(a.initial) + state, K, j, lanes) : splat(0.0f);
-  }
+  V w[K], window[K], dx[K], dinitial[K];  // dx[j]: the gradient so far of the input at t - K + 1 + j
+  for (int j = 0; j < K; ++j) window[j] = dx[j] = dinitial[j] = splat(0.0f);
+  columns_in<K>(w, a.weight + c * K, lanes);
+  if (a.initial) columns_in<K - 1>(window, static_cast<const S*>(a.initial) + state, lanes);
   const V bias = a.bias ? load(a.bias + c, lanes) : splat(0.0f);
   // The input `before` tokens into the sequence (negative: in the initial state) has all of its gradient.
   auto emit = [&](int64_t before, V gradient) {
     if (before >= 0)
       store(static_cast<T*>(o.dx) + (s.row * a.l + s.start + before) * a.d + c, gradient, lanes);
-    else if (o.dinitial)
-      store_column(static_cast<S*>(o.dinitial) + state, K, before + K - 1, lanes, gradient);
+    else
+      dinitial[before + K - 1] = gradient;
   };
   const int64_t tokens = s.end - s.start;
   for (int64_t t = 0; t < tokens; ++t) {
@@ -140,10 +142,10 @@ void differentiate_sequence(const Arguments& a, const Gradients& o, const Sequen
     dx[K - 1] = splat(0.0f);
   }
   // What is left are the last K - 1 inputs: they are the final state, too.
-  for (int i = 0; i < K - 1; ++i) {
-    if (o.dfinal) dx[i] += state_column(static_cast<const T*>(o.dfinal) + state, K, i, lanes);
-    emit(tokens - K + 1 + i, dx[i]);
-  }
+  V dfinal[K];
+  if (o.dfinal) columns_in<K - 1>(dfinal, static_cast<const T*>(o.dfinal) + state, lanes);
+  for (int i = 0; i < K - 1; ++i) emit(tokens - K + 1 + i, o.dfinal ? dx[i] + dfinal[i] : dx[i]);
+  if (o.dinitial) columns_out<K - 1>(static_cast<S*>(o.dinitial) + state, dinitial, lanes);
 }
 
 void sum_rows(float* target, const float* rows, int64_t count, int64_t size) {

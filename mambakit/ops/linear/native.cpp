@@ -8,11 +8,11 @@
 
 namespace {
 
-constexpr int kRows = 4;              // rows of W at a time: independent sums that hide the latency of an addition
-constexpr int kAhead = 4;             // rows of W between a prefetch and its use
+constexpr int kSums = 4;              // independent sums per row of W: they hide the latency of an addition
+constexpr int64_t kAhead = 512;      // bytes between a prefetch and its use
 constexpr int64_t kBlock = 128;       // int4: columns of a block, 16 words of 8 nibbles; see api.py
 constexpr int64_t kWords = 16;
-constexpr int64_t kItemBytes = 1 << 16;  // of W per work item
+constexpr int64_t kItemBytes = 128 << 10;  // of W per work item; a thread reads item after item
 
 struct Arguments {
   const float* x;
@@ -41,136 +41,160 @@ inline V load(const int8_t* p, int64_t count) {
   return load(lanes);
 }
 
-// Nibble s of each word, as a signed number.
-inline V nibbles(I words, int s) {
+// Nibbles s (low) and s + 4 (high) of each word, as signed numbers.
+inline void nibbles(I words, int s, V& low, V& high) {
 #if defined(__AVX512F__)
-  const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
-  return (V)_mm512_permutexvar_ps((__m512i)((U)words >> (4 * s)), values);  // reads the low four bits of each index
+  // One lookup for both: each half of a word picks, by its low four bits, a bfloat16.
+  const __m512i values = _mm512_set_epi16(
+      -16512, -16384, -16320, -16256, -16224, -16192, -16160, -16128, 16608, 16576, 16544, 16512, 16448, 16384, 16256, 0,
+      -16512, -16384, -16320, -16256, -16224, -16192, -16160, -16128, 16608, 16576, 16544, 16512, 16448, 16384, 16256, 0);
+  const U pairs = (U)_mm512_permutexvar_epi16((__m512i)((U)words >> (4 * s)), values);
+  low = (V)(pairs << 16);
+  high = (V)(pairs & 0xffff0000u);
 #else
-  return __builtin_convertvector((I)((U)words << (28 - 4 * s)) >> 28, V);
+  low = __builtin_convertvector((I)((U)words << (28 - 4 * s)) >> 28, V);
+  high = __builtin_convertvector((I)((U)words << (12 - 4 * s)) >> 28, V);
 #endif
 }
 
-// sums[r][b] += columns [begin, end) of R rows of W (a row apart: `stride`) times B rows of x.
-template <class T, int R, int B>
-inline void multiply(const T* w, int64_t stride, const float* x, int64_t x_stride, int64_t begin, int64_t end,
-                     V (&sums)[R][B]) {
-  const int64_t whole = begin + (end - begin) / W * W;
-  for (int64_t i = begin; i < whole; i += W) {
-    V values[B];
-    for (int b = 0; b < B; ++b) values[b] = load(x + b * x_stride + i);
-    for (int r = 0; r < R; ++r) {
-      // The rows that come next: they are too short for the processor's own prefetcher to settle on.
-      __builtin_prefetch(w + (r + kAhead) * stride + i);
-      V weights = load(w + r * stride + i);
-      for (int b = 0; b < B; ++b) sums[r][b] += weights * values[b];
-    }
-  }
-  if (whole == end) return;
-  for (int r = 0; r < R; ++r) {
-    V weights = load(w + r * stride + whole, end - whole);
-    for (int b = 0; b < B; ++b) sums[r][b] += weights * load(x + b * x_stride + whole, end - whole);
-  }
+template <class T>
+inline void prefetch(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
 }
 
-// How many rows of W go with B rows of x: sums (twice, where there are groups) and operands must fit the registers.
-constexpr int rows_with(int b, bool groups) {
-  return b == 1 ? kRows : (W == 16 && !groups) || b == 2 ? 2 * (W == 16) + 2 : W == 16 ? 2 : 1;
-}
-
+// A dot product of each kind adds columns in one order, whatever the number of rows of x.
 struct Plain {
-  static constexpr bool kGroups = false;
-  template <class T, int R, int B>
-  static void dot(const Arguments& a, const float* x, int64_t row, V (&sums)[R][B]) {
-    multiply<T, R, B>(static_cast<const T*>(a.weight) + row * a.in, a.in, x, a.x_stride, 0, a.in, sums);
+  template <class T, int B>
+  static inline void dot(const Arguments& a, const float* x, int64_t row, V (&total)[B]) {
+    const T* w = static_cast<const T*>(a.weight) + row * a.in;
+    V sums[kSums][B] = {};
+    int64_t i = 0;
+    for (; i + kSums * W <= a.in; i += kSums * W)
+      for (int u = 0; u < kSums; ++u) {
+        if (u * W * sizeof(T) % 64 == 0) prefetch(w + i + u * W);
+        V weights = load(w + i + u * W);
+        for (int b = 0; b < B; ++b)
+          sums[u][b] = multiply_add(weights, load(x + b * a.x_stride + i + u * W), sums[u][b]);
+      }
+    for (; i < a.in; i += W) {
+      V weights = load(w + i, a.in - i);
+      for (int b = 0; b < B; ++b)
+        sums[0][b] = multiply_add(weights, load(x + b * a.x_stride + i, a.in - i), sums[0][b]);
+    }
+    for (int b = 0; b < B; ++b) total[b] = (sums[0][b] + sums[1][b]) + (sums[2][b] + sums[3][b]);
   }
 };
 
 struct Grouped {
-  static constexpr bool kGroups = true;
-  template <class T, int R, int B>
-  static void dot(const Arguments& a, const float* x, int64_t row, V (&sums)[R][B]) {
+  // PerGroup: vectors in a group.
+  template <int PerGroup, int B>
+  static inline void row_dot(const Arguments& a, const float* x, int64_t row, V (&total)[B]) {
+    constexpr int64_t kGroup = PerGroup * W;
     const int8_t* w = static_cast<const int8_t*>(a.weight) + row * a.in;
-    const int64_t groups = ceil_div(a.in, a.group);
-    for (int64_t g = 0; g < groups; ++g) {
-      V part[R][B] = {};
-      multiply<int8_t, R, B>(w, a.in, x, a.x_stride, g * a.group, min64(a.in, (g + 1) * a.group), part);
-      for (int r = 0; r < R; ++r)
-        for (int b = 0; b < B; ++b) sums[r][b] += part[r][b] * a.scales[(row + r) * groups + g];
+    const int64_t groups = ceil_div(a.in, kGroup), full = a.in / kGroup;
+    const float* scales = a.scales + row * groups;
+    for (int64_t g = 0; g < full; ++g) {
+      V part[B] = {};
+      prefetch(w + g * kGroup);
+#pragma GCC unroll 16
+      for (int i = 0; i < PerGroup; ++i) {
+        V weights = load(w + g * kGroup + i * W);
+        for (int b = 0; b < B; ++b) part[b] = multiply_add(weights, load(x + b * a.x_stride + g * kGroup + i * W), part[b]);
+      }
+      for (int b = 0; b < B; ++b) total[b] = multiply_add(part[b], splat(scales[g]), total[b]);
     }
+    if (full == groups) return;
+    V part[B] = {};
+    for (int64_t i = full * kGroup; i < a.in; i += W) {
+      V weights = load(w + i, a.in - i);
+      for (int b = 0; b < B; ++b) part[b] = multiply_add(weights, load(x + b * a.x_stride + i, a.in - i), part[b]);
+    }
+    for (int b = 0; b < B; ++b) total[b] = multiply_add(part[b], splat(scales[full]), total[b]);
+  }
+  template <class T, int B>
+  static inline void dot(const Arguments& a, const float* x, int64_t row, V (&total)[B]) {
+    if (a.group == 64) return row_dot<64 / W>(a, x, row, total);
+    if (a.group == 32) return row_dot<32 / W>(a, x, row, total);
+    return row_dot<128 / W>(a, x, row, total);
   }
 };
 
 struct Nibbles {
-  static constexpr bool kGroups = true;
-  template <class T, int R, int B>
-  static void dot(const Arguments& a, const float* x, int64_t row, V (&sums)[R][B]) {
-    const int64_t blocks = ceil_div(a.in, kBlock), groups = blocks * (kBlock / a.group);
-    const int per_group = static_cast<int>(a.group / kWords);  // nibbles of a word in one group
-    const int32_t* w = static_cast<const int32_t*>(a.weight) + row * blocks * kWords;
-    for (int64_t block = 0; block < blocks; ++block)
-      for (int64_t lane = 0; lane < kWords; lane += W) {
-        I words[R];
-        for (int r = 0; r < R; ++r) {
-          const int32_t* block_words = w + (r * blocks + block) * kWords + lane;
-          __builtin_prefetch(block_words + kAhead * blocks * kWords);
-          memcpy(&words[r], block_words, sizeof(I));
-        }
-        for (int first = 0; first < 8; first += per_group) {
-          V part[R][B] = {};
-          for (int s = first; s < first + per_group; ++s) {
-            const int64_t i = block * kBlock + s * kWords + lane;
-            V values[B];
-            if (i + W <= a.in)
-              for (int b = 0; b < B; ++b) values[b] = load(x + b * a.x_stride + i);
-            else
-              for (int b = 0; b < B; ++b)
-                values[b] = i < a.in ? load(x + b * a.x_stride + i, a.in - i) : splat(0.0f);
-            for (int r = 0; r < R; ++r) {
-              V weights = nibbles(words[r], s);
-              for (int b = 0; b < B; ++b) part[r][b] += weights * values[b];
-            }
-          }
-          const int64_t g = block * (kBlock / a.group) + first / per_group;
-          for (int r = 0; r < R; ++r)
-            for (int b = 0; b < B; ++b) sums[r][b] += part[r][b] * a.scales[(row + r) * groups + g];
+  // PerGroup: nibbles of a word in one group.
+  template <int PerGroup, bool Whole, int B>
+  static inline void block_dot(const Arguments& a, const float* x, const int32_t* block, const float* scales,
+                               int64_t column, V (&total)[B]) {
+    auto values = [&](int b, int64_t i) {
+      const float* numbers = x + b * a.x_stride + i;
+      return Whole ? load(numbers) : i < a.in ? load(numbers, a.in - i) : splat(0.0f);
+    };
+    for (int64_t lane = 0; lane < kWords; lane += W) {
+      I words;
+      memcpy(&words, block + lane, sizeof(I));
+      V parts[8 / PerGroup][B] = {};
+#pragma GCC unroll 4
+      for (int s = 0; s < 4; ++s) {
+        const int64_t i = column + s * kWords + lane;
+        V low, high;
+        nibbles(words, s, low, high);
+        for (int b = 0; b < B; ++b) {
+          V& first = parts[s / PerGroup][b];
+          first = multiply_add(low, values(b, i), first);
+          V& second = parts[(s + 4) / PerGroup][b];
+          second = multiply_add(high, values(b, i + 4 * kWords), second);
         }
       }
+      for (int g = 0; g < 8 / PerGroup; ++g)
+        for (int b = 0; b < B; ++b) total[b] = multiply_add(parts[g][b], splat(scales[g]), total[b]);
+    }
+  }
+  template <int PerGroup, int B>
+  static inline void row_dot(const Arguments& a, const float* x, int64_t row, V (&total)[B]) {
+    constexpr int64_t kGroups = 8 / PerGroup;  // of a block
+    const int64_t blocks = ceil_div(a.in, kBlock), full = a.in / kBlock;
+    const int32_t* w = static_cast<const int32_t*>(a.weight) + row * blocks * kWords;
+    const float* scales = a.scales + row * blocks * kGroups;
+    for (int64_t i = 0; i < full; ++i) {
+      prefetch(w + i * kWords);
+      block_dot<PerGroup, true>(a, x, w + i * kWords, scales + i * kGroups, i * kBlock, total);
+    }
+    if (full < blocks)
+      block_dot<PerGroup, false>(a, x, w + full * kWords, scales + full * kGroups, full * kBlock, total);
+  }
+  template <class T, int B>
+  static inline void dot(const Arguments& a, const float* x, int64_t row, V (&total)[B]) {
+    if (a.group == 64) return row_dot<4>(a, x, row, total);
+    if (a.group == 32) return row_dot<2>(a, x, row, total);
+    return row_dot<8>(a, x, row, total);
   }
 };
 
-template <class Kind, class T, int R, int B>
-void rows_times(const Arguments& a, int64_t row, int64_t b0) {
-  V sums[R][B] = {};
-  Kind::template dot<T, R, B>(a, a.x + b0 * a.x_stride, row, sums);
-  for (int b = 0; b < B; ++b)
-    for (int r = 0; r < R; ++r)
-      a.y[(b0 + b) * a.y_stride + row + r] = sum(sums[r][b]) + (a.bias ? a.bias[row + r] : 0.0f);
-}
-
-// Rows [row, end) of W, at most kRows, times B rows of x.
 template <class Kind, class T, int B>
-void some_of_x(const Arguments& a, int64_t row, int64_t end, int64_t b0) {
-  constexpr int R = rows_with(B, Kind::kGroups);
-  for (; row + R <= end; row += R) rows_times<Kind, T, R, B>(a, row, b0);
-  for (; row < end; ++row) rows_times<Kind, T, 1, B>(a, row, b0);
+inline void row_times(const Arguments& a, int64_t row, int64_t b0) {
+  V total[B] = {};
+  Kind::template dot<T>(a, a.x + b0 * a.x_stride, row, total);
+  const float bias = a.bias ? a.bias[row] : 0.0f;
+  for (int b = 0; b < B; ++b) a.y[(b0 + b) * a.y_stride + row] = sum(total[b]) + bias;
 }
 
+// Rows [row, end) of W times all of x. Sums, operands and the weight must fit the registers.
 template <class Kind, class T>
-void all_of_x(const Arguments& a, int64_t row, int64_t end) {
-  int64_t b = 0;
-  for (; b + 4 <= a.b; b += 4) some_of_x<Kind, T, 4>(a, row, end, b);
-  for (; b + 2 <= a.b; b += 2) some_of_x<Kind, T, 2>(a, row, end, b);
-  if (b < a.b) some_of_x<Kind, T, 1>(a, row, end, b);
+void multiply(const Arguments& a, int64_t row, int64_t end) {
+  for (; row < end; ++row) {
+    int64_t b = 0;
+    if (W == 16)
+      for (; b + 4 <= a.b; b += 4) row_times<Kind, T, 4>(a, row, b);
+    for (; b + 2 <= a.b; b += 2) row_times<Kind, T, 2>(a, row, b);
+    if (b < a.b) row_times<Kind, T, 1>(a, row, b);
+  }
 }
 
 template <class Kind, class T>
 int run(const Arguments& a, int64_t row_bytes) {
-  const int64_t most = ceil_div(kItemBytes, row_bytes > 0 ? row_bytes : 1), fair = ceil_div(a.out, 4 * a.threads);
-  const int64_t rows = ceil_div(min64(most, fair), kRows) * kRows;
+  const int64_t most = ceil_div(kItemBytes, row_bytes > 0 ? row_bytes : 1);
+  const int64_t rows = min64(most, ceil_div(a.out, 4 * a.threads));
   return for_each(ceil_div(a.out, rows), a.threads, 0, [&](int64_t item, float*) {
-    const int64_t end = min64(a.out, (item + 1) * rows);
-    for (int64_t row = item * rows; row < end; row += kRows) all_of_x<Kind, T>(a, row, min64(end, row + kRows));
+    multiply<Kind, T>(a, item * rows, min64(a.out, (item + 1) * rows));
   });
 }
 

@@ -113,12 +113,12 @@ class DecodeStep:
         self._linear(normed, head, None, self.logits)
         self._calls = (_Call * len(program.calls))(*program.calls)
         self._run = library.runner()
-        self._count = ctypes.c_int64(len(program.calls))
+        self._count, self._team = ctypes.c_int64(len(program.calls)), ctypes.c_int64(self._threads)
 
     def __call__(self, x: Tensor) -> Tensor:
         self._x.copy_(x)
         self._residual.zero_()
-        check(self._run(self._calls, self._count))
+        check(self._run(self._calls, self._count, self._team))
         return self.logits
 
     def _norm(self, weight: Tensor, eps: float, y: Tensor) -> None:
@@ -138,11 +138,9 @@ class DecodeStep:
     def _conv(self, xz: Tensor, w: LayerWeights, state: Tensor, u: Tensor) -> None:
         weight, bias = self._program.hold(as_float32(w.conv)), self._program.hold(as_float32(w.conv_bias))
         b, d = u.shape
-        # A few thousand multiplications: one thread is done before a second has started.
-        threads = self._threads if b * d > 2**15 else 1
         arguments = conv.Arguments(
             address(xz), address(weight), address(bias), address(state), None, None, address(state), address(u),
-            b, 1, d, w.conv.shape[1], b, 1, is_half(state), threads, xz.stride(0), 0,
+            b, 1, d, w.conv.shape[1], b, 1, is_half(state), self._threads, xz.stride(0), 0,
         )  # fmt: skip
         self._program.add("causal_conv1d", arguments, 0)
 

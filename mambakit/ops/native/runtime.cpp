@@ -3,18 +3,26 @@
 #include <string.h>
 
 #include <atomic>
+#include <new>
 #include <thread>
 
 #include "parallel.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+// What the threads of one loop share. Items are dealt out in as many runs as there are threads, up to kRuns: a thread works
+// through its own run (the same channels in every loop of a step: they stay in its cache, and weights are read in one long
+// stretch), then takes what is left of the others'. `done` counts finished items: a loop is over when they all are, whichever
+// threads took part, so a thread that the system has put to sleep between two items holds nobody up.
+constexpr int64_t kRuns = 16;
+struct alignas(64) Counter {
+  std::atomic<int64_t> value{0};
+};
+
 struct MambakitWork {
-  std::atomic<int64_t> next{0};
-  std::atomic<int> failed{0};
-  int64_t items;
-  void (*worker)(void*, MambakitWork*);
-  void* context;
+  Counter* counters;  // of the runs, then `done`
+  std::atomic<int>* failed;
+  int64_t items, runs, run, left;  // the run it takes from now, and how many it has not been through
 };
 
 namespace {
@@ -23,19 +31,70 @@ namespace {
 typedef void (*Team)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 Team team = nullptr;
 
-void run(void* data) {
-  MambakitWork* work = static_cast<MambakitWork*>(data);
-  work->worker(work->context, work);
-}
-
 constexpr int kMaxThreads = 256;
 
-void run_on_own_threads(MambakitWork* work, int64_t threads) {
+void run_on_threads(void (*body)(void*), void* data, int64_t threads) {
+  if (threads <= 1) return body(data);
+  if (team) return team(body, data, static_cast<unsigned>(threads), 0);
   std::thread others[kMaxThreads];
   if (threads > kMaxThreads) threads = kMaxThreads;
-  for (int64_t i = 1; i < threads; ++i) others[i] = std::thread(run, work);
-  run(work);
+  for (int64_t i = 1; i < threads; ++i) others[i] = std::thread(body, data);
+  body(data);
   for (int64_t i = 1; i < threads; ++i) others[i].join();
+}
+
+// A kernel call on its own: its loop starts the threads.
+struct Single {
+  Counter counters[kRuns + 1];
+  std::atomic<int> failed{0};
+  std::atomic<int64_t> joined{0};
+  int64_t items, runs;
+  void (*worker)(void*, MambakitWork*);
+  void* context;
+};
+void run_single(void* data) {
+  Single* single = static_cast<Single*>(data);
+  MambakitWork work{single->counters, &single->failed, single->items, single->runs,
+                    single->joined.fetch_add(1) % single->runs, single->runs};
+  single->worker(single->context, &work);
+}
+
+// A program: every thread walks all of its calls, and meets the others at the end of each loop.
+struct MambakitCall {
+  int (*kernel)(const void* arguments, int64_t variant);
+  const void* arguments;
+  int64_t variant;
+};
+struct Program {
+  const MambakitCall* calls;
+  int64_t count, runs;
+  Counter* counters;  // runs + 1 per call: a kernel in a program has one loop at most
+  std::atomic<int> failed{0};
+  std::atomic<int64_t> joined{0};
+};
+thread_local Program* program = nullptr;
+thread_local int64_t position, own_run;
+
+// Until every item is done, or somebody had no memory to do one.
+void wait_for(const std::atomic<int64_t>& done, int64_t items, const std::atomic<int>& failed) {
+  for (int spins = 0; done.load(std::memory_order_acquire) < items && !failed.load(); ++spins) {
+    if (spins >= 1 << 12) std::this_thread::yield();  // more threads than processors: let the one with the item run
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+  }
+}
+
+void run_program(void* data) {
+  program = static_cast<Program*>(data);
+  own_run = program->joined.fetch_add(1) % program->runs;
+  for (position = 0; position < program->count; ++position) {
+    const MambakitCall& call = program->calls[position];
+    if (call.kernel(call.arguments, call.variant)) break;
+  }
+  program = nullptr;
 }
 
 }  // namespace
@@ -44,29 +103,43 @@ EXPORT void mambakit_use_team(void* gomp_parallel) { team = reinterpret_cast<Tea
 
 EXPORT int mambakit_parallel(int64_t items, int64_t threads, void (*worker)(void*, MambakitWork*), void* context) {
   if (items <= 0) return 0;
-  MambakitWork work;
-  work.items = items;
-  work.worker = worker;
-  work.context = context;
-  if (threads > items) threads = items;
-  if (threads <= 1)
-    run(&work);
-  else if (team)
-    team(run, &work, static_cast<unsigned>(threads), 0);
-  else
-    run_on_own_threads(&work, threads);
-  return work.failed.load();
+  if (program) {
+    Counter* counters = program->counters + position * (program->runs + 1);
+    MambakitWork work{counters, &program->failed, items, program->runs, own_run, program->runs};
+    const std::atomic<int64_t>& done = counters[program->runs].value;
+    if (done.load(std::memory_order_acquire) < items) worker(context, &work);
+    wait_for(done, items, program->failed);
+    return program->failed.load();
+  }
+  Single single;
+  single.items = items;
+  single.worker = worker;
+  single.context = context;
+  threads = threads < items ? threads : items;
+  single.runs = threads < 1 ? 1 : threads < kRuns ? threads : kRuns;
+  run_on_threads(run_single, &single, threads);
+  return single.failed.load();
 }
 
 EXPORT int64_t mambakit_next(MambakitWork* work) {
-  int64_t item = work->next.fetch_add(1, std::memory_order_relaxed);
-  return item < work->items ? item : -1;
+  for (; work->left > 0; --work->left, work->run = (work->run + 1) % work->runs) {
+    const int64_t begin = work->run * work->items / work->runs, end = (work->run + 1) * work->items / work->runs;
+    std::atomic<int64_t>& taken = work->counters[work->run].value;
+    if (taken.load(std::memory_order_relaxed) >= end - begin) continue;
+    const int64_t item = begin + taken.fetch_add(1, std::memory_order_relaxed);
+    if (item < end) return item;
+  }
+  return -1;
+}
+
+EXPORT void mambakit_done(MambakitWork* work, int64_t items) {
+  work->counters[work->runs].value.fetch_add(items, std::memory_order_release);
 }
 
 EXPORT float* mambakit_scratch(MambakitWork* work, int64_t count) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 64, static_cast<size_t>(count) * sizeof(float)) != 0) {
-    work->failed.store(1);
+    work->failed->store(1);
     return nullptr;
   }
   return static_cast<float*>(memory);
@@ -74,16 +147,18 @@ EXPORT float* mambakit_scratch(MambakitWork* work, int64_t count) {
 
 EXPORT void mambakit_release(float* scratch) { free(scratch); }
 
-// A program: kernel calls whose arguments stay in place, run one after the other. Returns the first code that is not 0.
-struct MambakitCall {
-  int (*kernel)(const void* arguments, int64_t variant);
-  const void* arguments;
-  int64_t variant;
-};
-EXPORT int mambakit_run(const MambakitCall* calls, int64_t count) {
-  for (int64_t i = 0; i < count; ++i)
-    if (int code = calls[i].kernel(calls[i].arguments, calls[i].variant)) return code;
-  return 0;
+// Runs kernel calls whose arguments stay in place, one after the other, with the threads started once. Each kernel has at
+// most one loop. Returns 0, or 1 when memory ran out.
+EXPORT int mambakit_run(const MambakitCall* calls, int64_t count, int64_t threads) {
+  Program all;
+  all.calls = calls;
+  all.count = count;
+  all.runs = threads < 1 ? 1 : threads < kRuns ? threads : kRuns;
+  all.counters = new (std::nothrow) Counter[static_cast<size_t>(count * (all.runs + 1))];
+  if (!all.counters) return 1;
+  run_on_threads(run_program, &all, threads);
+  delete[] all.counters;
+  return all.failed.load();
 }
 
 // Whether this processor and operating system run what was compiled as `isa`.

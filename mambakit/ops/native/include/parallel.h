@@ -10,6 +10,8 @@ extern "C" {
 int mambakit_parallel(int64_t items, int64_t threads, void (*worker)(void*, MambakitWork*), void* context);
 // The next item for this thread, or -1 when none is left.
 int64_t mambakit_next(MambakitWork* work);
+// So many more items are finished: what they wrote may be read by others.
+void mambakit_done(MambakitWork* work, int64_t items);
 // `count` floats on a 64-byte boundary, freed by the caller with mambakit_release; null, and the call fails, without memory.
 float* mambakit_scratch(MambakitWork* work, int64_t count);
 void mambakit_release(float* scratch);
@@ -30,7 +32,9 @@ int for_each(int64_t items, int64_t threads, int64_t scratch_floats, const Body&
         const Context& c = *static_cast<const Context*>(opaque);
         float* scratch = nullptr;
         if (c.scratch_floats && !(scratch = mambakit_scratch(work, c.scratch_floats))) return;
-        for (int64_t item; (item = mambakit_next(work)) >= 0;) (*c.body)(item, scratch);
+        int64_t count = 0;
+        for (int64_t item; (item = mambakit_next(work)) >= 0; ++count) (*c.body)(item, scratch);
+        if (count) mambakit_done(work, count);
         mambakit_release(scratch);
       },
       &context);

@@ -41,6 +41,17 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline V splat(float x) { return x - V{}; }
 inline V as_float(U x) { return (V)x; }
 
+// a b + c with the same bits wherever it is written: what the compiler contracts on its own differs from place to place.
+inline V multiply_add(V a, V b, V c) {
+#if defined(__AVX512F__)
+  return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 // -- memory ------------------------------------------------------------------------------------------------------------
 
 inline V load(const float* p) { return *reinterpret_cast<const UnalignedV*>(p); }
@@ -226,9 +237,13 @@ inline V sums(const V* v) {
   return a[0];
 }
 inline float sum(V x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   for (int s = W / 2; s > 0; s /= 2)
     for (int i = 0; i < s; ++i) x[i] += x[i + s];
   return x[0];
+#endif
 }
 
 }  // namespace

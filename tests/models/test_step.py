@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mambakit.generation import step as module
-from mambakit.generation.step import token_step
+from mambakit.models import step as module
+from mambakit.models.step import token_step
 from tests.models.configurations import NAMES, pair, tokens, worst
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -22,7 +22,7 @@ def test_the_models_numbers(name):
     cache = model(ids[:, :6], use_cache=True).cache_params
     whole = model(ids, use_cache=True)
     if module.native.describe()["isa"] is not None:
-        assert module._native_serves(model, cache) == (name in NATIVE)
+        assert module.native_serves(model, cache) == (name in NATIVE)
     step = token_step(model, cache)
     for t in range(6, 12):
         assert worst(step(ids[:, t]), whole.logits[:, t]) < 1e-5
@@ -50,4 +50,31 @@ def test_adapters_are_not_passed_by():
     peft = pytest.importorskip("peft")
     model = pair("plain")[0]
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["x_proj"]), model.backbone.layers)
-    assert not module._native_serves(model, model.backbone.new_cache(1))
+    assert not module.native_serves(model, model.backbone.new_cache(1))
+
+
+@torch.no_grad()
+def test_listeners_are_not_passed_by():
+    model = pair("plain")[0]
+    handle = model.backbone.layers[0].mixer.register_forward_hook(lambda *_: None)
+    assert not module.native_serves(model, model.backbone.new_cache(1))
+    handle.remove()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_generate_takes_the_native_step(rows, monkeypatch):
+    if module.native.describe()["isa"] is None:
+        pytest.skip("no native library")
+    model = pair("plain")[0]
+    ids = tokens(rows, 5)
+    made = []
+    monkeypatch.setattr(module, "_native_step", lambda *a, make=module._native_step: made.append(1) or make(*a))
+    options = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    fast = model.generate(ids, **options)
+    assert made == [1], "one step is made for the whole call"
+    monkeypatch.setattr(module, "native_serves", lambda *_: False)
+    plain = model.generate(ids, **options)
+    assert torch.equal(fast.sequences, plain.sequences)
+    assert worst(torch.stack(fast.logits), torch.stack(plain.logits)) < 1e-5
+    assert worst(fast.past_key_values.ssm_states, plain.past_key_values.ssm_states) < 1e-5
+    assert fast.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
