@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mambakit.ops.selective_scan import gpu
+from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
 from tests.ops.selective_scan import test_gpu
 
 SPECIAL = 4.0e12
@@ -41,7 +42,7 @@ SHAPES = {
     (1, 1024, 524288): (11.603, 57.522),
     (64, 1536, 512): (0.793, 4.018),
 }
-INTERVAL = 128
+INTERVAL = CHECKPOINT_INTERVAL
 RESULTS: list[dict] = []
 
 
@@ -138,30 +139,37 @@ def sweep(interval):
             for chunks in [1] if tiles > 200 else [132 * waves // tiles + 1 for waves in (2, 3, 4, 6)]:
                 plan = layout._replace(chunks=chunks)
                 gpu.forward_plan = lambda *_, plan=plan: plan
+                gpu._forward_call.cache_clear()
                 time_shape(shape, interval, describe(plan), ("forward",), 5, eager=False)
     gpu.forward_plan = chosen[0]
+    gpu._forward_call.cache_clear()
     for layout in BACKWARD_LAYOUTS:
         for shape in SWEEP_BACKWARD:
             tiles = shape[0] * -(-shape[1] // layout.block_channels)
             for chunks in [1] if tiles > 200 else [132 * waves // tiles for waves in (2, 3, 6, 9)]:
                 plan = layout._replace(chunks=chunks)
                 gpu.backward_plan = lambda *_, plan=plan: plan
+                gpu._backward_call.cache_clear()
                 time_shape(shape, interval, describe(plan), ("both",), 4, eager=False)
     gpu.backward_plan = chosen[1]
+    gpu._backward_call.cache_clear()
 
 
 def describe(plan):
-    return "{}x{}x{} {}w /{} {}c {}/{}/{} p{}".format(*plan)
+    return "{}x{}x{} {}w /{} {}c r{} {}/{}/{}".format(*plan)
 
 
 FORWARD_LAYOUTS = [
-    gpu.Plan(4, 4, 2, 4, 3, 1),
-    gpu.Plan(4, 4, 2, 4, 5, 1),
-    gpu.Plan(4, 4, 4, 4, 3, 1),
+    gpu.Plan(1, 16, 1, 4, 3, 1),
+    gpu.Plan(1, 16, 1, 4, 4, 1, round=16),
+    gpu.Plan(2, 8, 1, 4, 3, 1),
+    gpu.Plan(2, 8, 1, 4, 4, 1),
+    gpu.Plan(4, 4, 2, 4, 4, 1, round=16),
 ]
 BACKWARD_LAYOUTS = [
-    gpu.Plan(4, 4, 2, 4, 3, 1, 64, 4),
-    gpu.Plan(4, 4, 2, 4, 2, 1, 64, 4, save=4),
+    gpu.Plan(4, 4, 2, 4, 3, 1, segment=64, sub=4),
+    gpu.Plan(4, 4, 2, 4, 2, 1, segment=64, sub=4, save=4),
+    gpu.Plan(4, 4, 2, 4, 3, 1, segment=32, sub=4, save=4),  # worth it with --interval 32 alone
 ]
 SWEEP_BACKWARD = [(16, 1536, 2048), (8, 4096, 2048), (1, 4096, 32768), (1, 1024, 2048)]
 

@@ -136,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_arrive(cons
                     steps[i] = make_float2(x, out);
                 }
                 if (mine.token[v] < TILE)
-                    write_shared<2 * VEC>((float*)&shared.steps[warp][mine.token[v]][mine.column[v]], (float*)steps);
+                    write_floats<2 * VEC>((float*)&shared.steps[warp][mine.token[v]][mine.column[v]], (float*)steps);
             }
             Starts starts;
             if (PACKED) starts.set(next_ids, lane);
@@ -147,8 +147,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_arrive(cons
             for (int j = TILE - 1; j >= 0; j--) {
                 if (PACKED && starts.ends(j) && t + j < t1) load_dfinal(starts.of(j));
                 float step[2 * K], Cs[NS];
-                read_shared<2 * K>(step, (const float*)&shared.steps[warp][j][group * K]);
-                read_shared<NS>(Cs, shared.rows[buffer] + (t - tb + j) * NP + part * NS);
+                read_floats<2 * K>(step, (const float*)&shared.steps[warp][j][group * K]);
+                read_floats<NS>(Cs, shared.rows[buffer] + (t - tb + j) * NP + part * NS);
 #pragma unroll
                 for (int k = 0; k < K; k++) {
                     sum[k] += step[2 * k];
@@ -262,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                 steps[i] = make_float2(x, x * u.next[v].get(i));
             }
             if (TILE * ROW_VECS % 32 == 0 || mine.token[v] < TILE)
-                write_shared<2 * VEC>((float*)&shared.steps[to][warp][mine.token[v]][mine.column[v]], (float*)steps);
+                write_floats<2 * VEC>((float*)&shared.steps[to][warp][mine.token[v]][mine.column[v]], (float*)steps);
         }
     };
     auto put_gradients = [&](int to) {
@@ -278,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                 }
             }
             if (TILE * ROW_VECS % 32 == 0 || mine.token[v] < TILE)
-                write_shared<VEC>(&shared.dy[to][warp][mine.token[v]][mine.column[v]], out);
+                write_floats<VEC>(&shared.dy[to][warp][mine.token[v]][mine.column[v]], out);
         }
     };
     // Four tokens forward from token j of a tile.
@@ -288,8 +288,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
             const int j = j0 + jj;
             if (PACKED && starts.starts(j) && starts.of(j) >= 0) load_initial(starts.of(j));
             float step[2 * K], Bs[NS];
-            read_shared<2 * K>(step, (const float*)&shared.steps[now][warp][j][group * K]);
-            read_shared<NS>(Bs, rows + j * 2 * NP + part * NS);
+            read_floats<2 * K>(step, (const float*)&shared.steps[now][warp][j][group * K]);
+            read_floats<NS>(Bs, rows + j * 2 * NP + part * NS);
 #pragma unroll
             for (int k = 0; k < K; k++)
 #pragma unroll
@@ -410,10 +410,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                     const int j = j0 + jj;
                     if (PACKED && starts.ends(j) && t + j < t1) load_dfinal(starts.of(j));
                     float step[2 * K], out[K], Bs[NS], Cs[NS];
-                    read_shared<2 * K>(step, (const float*)&shared.steps[now][warp][j][group * K]);
-                    read_shared<K>(out, &shared.dy[now][warp][j][group * K]);
-                    read_shared<NS>(Bs, rows + j * 2 * NP + part * NS);
-                    read_shared<NS>(Cs, rows + j * 2 * NP + NP + part * NS);
+                    read_floats<2 * K>(step, (const float*)&shared.steps[now][warp][j][group * K]);
+                    read_floats<K>(out, &shared.dy[now][warp][j][group * K]);
+                    read_floats<NS>(Bs, rows + j * 2 * NP + part * NS);
+                    read_floats<NS>(Cs, rows + j * 2 * NP + NP + part * NS);
                     float over_channels[2 * NS];
 #pragma unroll
                     for (int k = 0; k < K; k++) {
@@ -465,7 +465,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                     if (part % SAME == 0)
 #pragma unroll
                         for (int i = 0; i < KEPT; i += RUN)
-                            write_shared<RUN>(
+                            write_floats<RUN>(
                                 &shared.sums[warp][q][j0 + (at + i) / K][group * K + (at + i) % K], over_states[q] + i);
                 }
             }
@@ -480,14 +480,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                 int i = first + threadIdx.x * RUN;
                 if (i >= sums) continue;
                 float total[RUN], add[RUN];
-                read_shared<RUN>(total, &shared.partial[now][0][0][0] + i);
+                read_floats<RUN>(total, &shared.partial[now][0][0][0] + i);
 #pragma unroll
                 for (int w = 1; w < WARPS; w++) {
-                    read_shared<RUN>(add, &shared.partial[now][w][0][0] + i);
+                    read_floats<RUN>(add, &shared.partial[now][w][0][0] + i);
 #pragma unroll
                     for (int r = 0; r < RUN; r++) total[r] += add[r];
                 }
-                write_shared<RUN>(partial_to + i, total);
+                write_floats<RUN>(partial_to + i, total);
             }
 #pragma unroll
             for (int v = 0; v < VECS; v++) {
@@ -495,11 +495,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                 const int j = mine.token[v], column = mine.column[v];
                 const bool exists = t + j < t1;
                 float y[VEC], gB[VEC], gA[VEC], step[2 * VEC], out[VEC], du[VEC], ddelta[VEC], dz[VEC];
-                read_shared<VEC>(y, &shared.sums[warp][0][j][column]);
-                read_shared<VEC>(gB, &shared.sums[warp][1][j][column]);
-                read_shared<VEC>(gA, &shared.sums[warp][2][j][column]);
-                read_shared<2 * VEC>(step, (const float*)&shared.steps[now][warp][j][column]);
-                read_shared<VEC>(out, &shared.dy[now][warp][j][column]);
+                read_floats<VEC>(y, &shared.sums[warp][0][j][column]);
+                read_floats<VEC>(gB, &shared.sums[warp][1][j][column]);
+                read_floats<VEC>(gA, &shared.sums[warp][2][j][column]);
+                read_floats<2 * VEC>(step, (const float*)&shared.steps[now][warp][j][column]);
+                read_floats<VEC>(out, &shared.dy[now][warp][j][column]);
                 const int count = exists ? mine.count[v] : 0;
 #pragma unroll
                 for (int i = 0; i < VEC; i++) {

@@ -2,13 +2,12 @@
 //
 //   DTYPE    0 float32, 1 bfloat16, 2 float16: u, delta, z, B, C, y and their gradients
 //   LANES    neighbouring lanes that share a channel (a power of two)
-//   NS       states of a channel in each of those lanes; LANES * NS >= n, the rest is padding with A = B = C = 0
+//   NS       states of a channel in each of those lanes, a multiple of 4; LANES * NS >= n, the rest is padding with A = B = C = 0
 //   K        channels of each thread
 //   WARPS    warps of a block
 //   HAS_Z, SOFTPLUS, PACKED: 0 or 1
 //   WHOLE    1 when every four neighbours of a row of u, delta, z, B, C and the gradients can be read at once: their strides,
 //            d and n are multiples of 4 and their addresses of four elements
-//   POLYNOMIALS  how many of every 8 exponentials the multiply-add pipe computes instead of the special-function unit
 //
 // A group of LANES lanes serves K channels, a warp 32 / LANES groups, and every thread walks time with NS states of K
 // channels in registers. Time goes by in tiles of 8 tokens: the warp first computes each (token, channel)'s step size
@@ -37,35 +36,36 @@ constexpr u32 ALL = 0xffffffffu;
 
 DEVICE float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float rcp(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-// exp2(delta * a) for a product that is not positive or at most 127, without the special-function unit. Round to nearest and a
-// polynomial that is 1 at 0: its relative error is 2e-7 and shrinks with the argument, so that decays near 1 are right.
-DEVICE float exp2_polynomial(float delta, float a) {
-    const float shift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
-    float x = fmaxf(delta * a, -126.f);
-    float t = x + shift;
-    float r = x - (t - shift);
-    float y = 1.3333558e-3f;
-    y = fmaf(y, r, 9.6181291e-3f);
-    y = fmaf(y, r, 5.5504109e-2f);
-    y = fmaf(y, r, 2.4022651e-1f);
-    y = fmaf(y, r, 6.9314718e-1f);
-    y = fmaf(y, r, 1.f);
-    return __int_as_float(__float_as_int(y) + (__float_as_int(t) << 23));
-}
-
 DEVICE float sigmoid(float x) { return rcp(1.f + ex2(-LOG2E * x)); }
 
-// max(x, 0) + log1p(exp(-|x|)), where log1p(e) = 2 atanh(e / (2 + e)): no cancellation for small e, which lg2 would have.
-// The polynomial is 2 atanh(s) / s in s^2 on [0, 1/9], relative error 4e-9.
+// The sigmoids of N values. Two neighbours share a reciprocal, 1 / a = b / (a b): the special-function unit is what binds. The
+// exponent's bound keeps the product finite; it is passed at x < -41, where the sigmoid is 1e-18.
+template <int N> DEVICE void sigmoids(float* x) {
+    if constexpr (N == 1) {
+        x[0] = sigmoid(x[0]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i += 2) {
+            float a = 1.f + ex2(fminf(-LOG2E * x[i], 60.f)), b = 1.f + ex2(fminf(-LOG2E * x[i + 1], 60.f)), r = rcp(a * b);
+            x[i] = b * r, x[i + 1] = a * r;
+        }
+    }
+}
+
+// max(x, 0) + log1p(exp(-|x|)), and log1p(e) = e p(e) with the best polynomial on [0, 1], relative error 3e-8: no cancellation
+// for small e, which lg2 would have.
 DEVICE float softplus(float x) {
     float e = ex2(-LOG2E * fabsf(x));
-    float s = e * rcp(2.f + e), q = s * s;
-    float p = 0.2817465662956238f;
-    p = fmaf(p, q, 0.2796141803264618f);
-    p = fmaf(p, q, 0.40024852752685547f);
-    p = fmaf(p, q, 0.6666631698608398f);
-    p = fmaf(p, q, 2.f);
-    return fmaf(p, s, fmaxf(x, 0.f));
+    float p = 0.005232693627f;
+    p = fmaf(p, e, -0.0295052398f);
+    p = fmaf(p, e, 0.07822596282f);
+    p = fmaf(p, e, -0.1366324723f);
+    p = fmaf(p, e, 0.1910600811f);
+    p = fmaf(p, e, -0.2484298199f);
+    p = fmaf(p, e, 0.3331909776f);
+    p = fmaf(p, e, -0.4999949336f);
+    p = fmaf(p, e, 0.9999999404f);
+    return fmaf(p, e, fmaxf(x, 0.f));
 }
 
 #if DTYPE == 0
@@ -146,7 +146,7 @@ template <int N> struct Raw {
 
 // The same through shared memory, for loads that are asked for long before they are used: registers that wait for a load
 // cannot be handed on from one tile to the next without waiting. Each lane reads back what it asked for itself.
-template <int N> DEVICE void load_early(u32* shared, const T* p, int count) {
+template <int N> DEVICE void load_early(T* shared, const T* p, int count) {
     constexpr int BYTES = N * sizeof(T);
     if constexpr (WHOLE && BYTES >= 4) {
         u32 to = (u32)__cvta_generic_to_shared(shared);
@@ -154,8 +154,12 @@ template <int N> DEVICE void load_early(u32* shared, const T* p, int count) {
     } else {
         Raw<N> raw;
         raw.load(p, count);
+        if constexpr (BYTES >= 4) {
 #pragma unroll
-        for (int i = 0; i < Raw<N>::WORDS; i++) shared[i] = raw.w[i];
+            for (int i = 0; i < Raw<N>::WORDS; i++) ((u32*)shared)[i] = raw.w[i];
+        } else {
+            *shared = (T)raw.w[0];
+        }
     }
 }
 
@@ -163,16 +167,18 @@ DEVICE void end_of_group() { asm volatile("cp.async.commit_group;" ::: "memory")
 
 template <int LATER> DEVICE void wait_for_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory"); }
 
-template <int N> DEVICE Raw<N> read_early(const u32* shared) {
+template <int N> DEVICE Raw<N> read_early(const T* shared) {
     Raw<N> raw;
-    if constexpr (Raw<N>::WORDS == 4) {
+    if constexpr (N * sizeof(T) < 4) {
+        raw.w[0] = *(const unsigned short*)shared;
+    } else if constexpr (Raw<N>::WORDS == 4) {
         uint4 x = *(const uint4*)shared;
         raw.w[0] = x.x, raw.w[1] = x.y, raw.w[2] = x.z, raw.w[3] = x.w;
     } else if constexpr (Raw<N>::WORDS == 2) {
         uint2 x = *(const uint2*)shared;
         raw.w[0] = x.x, raw.w[1] = x.y;
     } else {
-        raw.w[0] = *shared;
+        raw.w[0] = *(const u32*)shared;
     }
     return raw;
 }
@@ -223,7 +229,7 @@ template <int M, int HIGH, int LOW> DEVICE void sum_lanes(float* v, int lane) {
     }
 }
 
-template <int N> DEVICE void read_shared(float* out, const float* p) {
+template <int N> DEVICE void read_floats(float* out, const float* p) {
     if constexpr (N % 4 == 0) {
 #pragma unroll
         for (int i = 0; i < N; i += 4) {
@@ -238,7 +244,7 @@ template <int N> DEVICE void read_shared(float* out, const float* p) {
     }
 }
 
-template <int N> DEVICE void write_shared(float* p, const float* v) {
+template <int N> DEVICE void write_floats(float* p, const float* v) {
     if constexpr (N % 4 == 0) {
 #pragma unroll
         for (int i = 0; i < N; i += 4) *(float4*)(p + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
@@ -258,9 +264,12 @@ struct StatePlace {
 #pragma unroll
         for (int k = 0; k < K; k++) {
             const float* p = row + (i64)(first + k) * n + s0;
-            if (NS == 4 && n == NP) {
-                float4 x = first + k < d ? *(const float4*)p : make_float4(0.f, 0.f, 0.f, 0.f);
-                h[k][0] = x.x, h[k][NS > 1 ? 1 : 0] = x.y, h[k][NS > 2 ? 2 : 0] = x.z, h[k][NS - 1] = x.w;
+            if (n == NP) {
+#pragma unroll
+                for (int i = 0; i < NS; i += 4) {
+                    float4 x = first + k < d ? *(const float4*)(p + i) : make_float4(0.f, 0.f, 0.f, 0.f);
+                    h[k][i] = x.x, h[k][i + 1] = x.y, h[k][i + 2] = x.z, h[k][i + 3] = x.w;
+                }
             } else {
 #pragma unroll
                 for (int i = 0; i < NS; i++) h[k][i] = first + k < d && s0 + i < n ? p[i] : 0.f;
@@ -273,8 +282,10 @@ struct StatePlace {
         for (int k = 0; k < K; k++) {
             if (first + k >= d) break;
             float* p = row + (i64)(first + k) * n + s0;
-            if (NS == 4 && n == NP) {
-                *(float4*)p = make_float4(h[k][0], h[k][NS > 1 ? 1 : 0], h[k][NS > 2 ? 2 : 0], h[k][NS - 1]);
+            if (n == NP) {
+#pragma unroll
+                for (int i = 0; i < NS; i += 4)
+                    *(float4*)(p + i) = make_float4(h[k][i], h[k][i + 1], h[k][i + 2], h[k][i + 3]);
             } else {
 #pragma unroll
                 for (int i = 0; i < NS; i++)

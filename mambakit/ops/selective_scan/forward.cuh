@@ -15,15 +15,17 @@ struct ForwardParams {
     i64 l, d, n, tiles, chunk_length, chunks, pass, interval;
 };
 
-constexpr int ROWS = NP <= 32 ? 32 : 8;  // tokens of B and C in shared memory, twice
-
-constexpr int SLOTS = 4, AHEAD = 2;  // tiles of inputs in shared memory, and how many tiles early they are loaded
+// A row is walked in rounds of ROUND tokens (a macro, 8 to 32), whose inputs are in shared memory, twice: while one round is
+// walked, the next one's are loaded.
+constexpr int STEP = 32 / ROW_VECS;               // tokens of one vector for every lane
+constexpr int LOADS = (ROUND + STEP - 1) / STEP;  // vectors of a lane in one round, of one tensor
+constexpr int INPUT = WARPS * ROUND * WARP_CHANNELS;
 
 struct ForwardShared {
-    u32 inputs[SLOTS][2 + HAS_Z][WARPS][VECS][32 * Raw<VEC>::WORDS];
-    float rows[2][ROWS * 2 * NP];
-    float2 steps[2][WARPS][TILE][STEPS_ROW];  // delta, delta * u
-    float y[2][WARPS][TILE][WARP_CHANNELS];
+    T inputs[2][2 + HAS_Z][WARPS][ROUND][WARP_CHANNELS];
+    float rows[2][ROUND * 2 * NP];
+    float2 steps[WARPS][ROUND][STEPS_ROW];  // delta, delta * u
+    float y[WARPS][TILE][WARP_CHANNELS];
 };
 
 template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& shared, int row, int chunk, int tile) {
@@ -33,6 +35,7 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
     const int t0 = chunk * (int)p.chunk_length, t1 = min(l, t0 + (int)p.chunk_length);
     const int warp_channel = tile * BLOCK_CHANNELS + warp * WARP_CHANNELS;
     const StatePlace place{warp_channel + group * K, d, n, part * NS};
+    const StatePlace padded{place.first, d, NP, part * NS};  // in p.local
 
     float A[K][NS], h[K][NS], sum[K];
     place.load(A, p.A);
@@ -63,125 +66,143 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
         if (!PACKED) load_initial(row);
     } else if (FULL) {
         int c = PACKED ? __ldg(p.cu + __ldg(p.ids + t0 - 1)) / (int)p.chunk_length : 0;
-        place.load(h, p.local + ((i64)row * p.chunks + c) * d * n);
+        padded.load(h, p.local + ((i64)row * p.chunks + c) * d * NP);
+        // Channels that do not exist read another one's, so that without a branch the loads of several chunks are waited for
+        // together.
+#pragma unroll 4
         for (c++; c < chunk; c++) {
-            float add[K][NS];
-            place.load(add, p.local + ((i64)row * p.chunks + c) * d * n);
+            const i64 at = ((i64)row * p.chunks + c) * d;
 #pragma unroll
             for (int k = 0; k < K; k++) {
-                float delta = place.first + k < d ? p.sums[((i64)row * p.chunks + c) * d + place.first + k] : 0.f;
+                const i64 channel = at + min(place.first + k, d - 1);
+                const float delta = p.sums[channel];
+                float add[NS];
+                read_floats<NS>(add, p.local + channel * NP + place.s0);
 #pragma unroll
-                for (int i = 0; i < NS; i++) h[k][i] = fmaf(ex2(delta * A[k][i]), h[k][i], add[k][i]);
+                for (int i = 0; i < NS; i++) h[k][i] = fmaf(ex2(delta * A[k][i]), h[k][i], add[i]);
             }
         }
     }
 
+    // What this lane loads and makes step sizes of: VEC channels of every STEP-th token.
+    const int token = lane / ROW_VECS, column = lane % ROW_VECS * VEC, count = min(VEC, d - warp_channel - column);
+    const i64 at = t0 + token;
+    const T* u_at = p.u + row * p.u_b + at * p.u_t + warp_channel + column;
+    const T* delta_at = p.delta + row * p.delta_b + at * p.delta_t + warp_channel + column;
+    const T* z_at = HAS_Z && FULL ? p.z + row * p.z_b + at * p.z_t + warp_channel + column : nullptr;
+    float bias[VEC];
+#pragma unroll
+    for (int i = 0; i < VEC; i++) bias[i] = p.bias && i < count ? p.bias[warp_channel + column + i] : 0.f;
+    auto fetch = [&](int to, int t) {
+#pragma unroll
+        for (int v = 0; v < LOADS; v++) {
+            if (STEP > ROUND && token >= ROUND) break;
+            int exist = t + v * STEP < t1 - token ? count : 0;
+            T* shared_at = &shared.inputs[to][0][warp][token + v * STEP][column];
+            load_early<VEC>(shared_at, u_at + v * STEP * p.u_t, exist);
+            load_early<VEC>(shared_at + INPUT, delta_at + v * STEP * p.delta_t, exist);
+            if (HAS_Z && FULL) load_early<VEC>(shared_at + 2 * INPUT, z_at + v * STEP * p.z_t, exist);
+        }
+        u_at += ROUND * p.u_t;
+        delta_at += ROUND * p.delta_t;
+        if (HAS_Z && FULL) z_at += ROUND * p.z_t;
+        end_of_group();
+    };
+    auto put_steps = [&](int from, int left) {
+#pragma unroll
+        for (int v = 0; v < LOADS; v++) {
+            if (STEP > ROUND && token >= ROUND) break;
+            const T* shared_at = &shared.inputs[from][0][warp][token + v * STEP][column];
+            Raw<VEC> u = read_early<VEC>(shared_at), delta = read_early<VEC>(shared_at + INPUT);
+            float2 steps[VEC];
+#pragma unroll
+            for (int e = 0; e < VEC; e++) {
+                float x = delta.get(e) + bias[e];
+                if (SOFTPLUS) x = softplus(x);
+                steps[e] = make_float2(x, x * u.get(e));
+            }
+            write_floats<2 * VEC>((float*)&shared.steps[warp][token + v * STEP][column], (float*)steps);
+        }
+        if (left < ROUND)  // the states pass through tokens past the end
+#pragma unroll
+            for (int v = 0; v < LOADS; v++) {
+                if (STEP > ROUND && token >= ROUND) break;
+                if (token + v * STEP >= left)
+#pragma unroll
+                    for (int e = 0; e < VEC; e++) shared.steps[warp][token + v * STEP][column + e] = make_float2(0.f, 0.f);
+            }
+    };
+
+    // What this lane gates and stores of a tile.
     Elements mine;
     mine.set(lane, warp_channel, d);
-    const T *u_at[VECS], *delta_at[VECS], *z_at[VECS];
+    float D[VECS][VEC];
     T* y_at[VECS];
-    float D[VECS][VEC], bias[VECS][VEC];
 #pragma unroll
     for (int v = 0; v < VECS; v++) {
         int c = warp_channel + mine.column[v];
-        i64 t = t0 + mine.token[v];
-        u_at[v] = p.u + row * p.u_b + t * p.u_t + c;
-        delta_at[v] = p.delta + row * p.delta_b + t * p.delta_t + c;
-        if (HAS_Z && FULL) z_at[v] = p.z + row * p.z_b + t * p.z_t + c;
-        if (FULL) y_at[v] = p.y + ((i64)row * l + t - TILE) * d + c;
+        y_at[v] = FULL ? p.y + ((i64)row * l + t0 + mine.token[v]) * d + c : nullptr;
 #pragma unroll
-        for (int i = 0; i < VEC; i++) {
-            D[v][i] = FULL && p.D && i < mine.count[v] ? p.D[c + i] : 0.f;
-            bias[v][i] = p.bias && i < mine.count[v] ? p.bias[c + i] : 0.f;
-        }
+        for (int i = 0; i < VEC; i++) D[v][i] = FULL && p.D && i < mine.count[v] ? p.D[c + i] : 0.f;
     }
-    // Several tiles are in flight, so that none of their chains of operations is waited for: while tile i is scanned, the
-    // step sizes of tile i + 1 are computed, the inputs of tile i + AHEAD are loaded, and the outputs of tile i - 1 are gated
-    // and stored. The code's order of shared memory's loads and stores lets the compiler mix them.
-    float2 steps[VECS][VEC];
-    auto place_in = [&](int i, int tensor, int v) { return &shared.inputs[i % SLOTS][tensor][warp][v][lane * Raw<VEC>::WORDS]; };
-    auto fetch = [&](int i) {
-        const int left = t1 - t0 - i * TILE;
+    // Outputs are sum * factor + addend; these two do not wait for the scan.
+    float factor[VECS][VEC], addend[VECS][VEC];
+    auto prepare_outputs = [&](const T* inputs) {
 #pragma unroll
         for (int v = 0; v < VECS; v++) {
-            int count = mine.token[v] < left ? mine.count[v] : 0;
-            load_early<VEC>(place_in(i, 0, v), u_at[v], count);
-            load_early<VEC>(place_in(i, 1, v), delta_at[v], count);
-            u_at[v] += TILE * p.u_t;
-            delta_at[v] += TILE * p.delta_t;
-            if (HAS_Z && FULL) {
-                load_early<VEC>(place_in(i, 2, v), z_at[v], count);
-                z_at[v] += TILE * p.z_t;
+            const T* shared_at = inputs + mine.token[v] % TILE * WARP_CHANNELS + mine.column[v];
+            Raw<VEC> u = read_early<VEC>(shared_at), z;
+            if (HAS_Z) {
+                z = read_early<VEC>(shared_at + 2 * INPUT);
+#pragma unroll
+                for (int e = 0; e < VEC; e++) factor[v][e] = z.get(e);
+                sigmoids<VEC>(factor[v]);
             }
-        }
-        end_of_group();
-    };
-    auto compute_steps = [&](int i) {
-        const int left = t1 - t0 - i * TILE;
-#pragma unroll
-        for (int v = 0; v < VECS; v++) {
-            Raw<VEC> u = read_early<VEC>(place_in(i, 0, v)), delta = read_early<VEC>(place_in(i, 1, v));
 #pragma unroll
             for (int e = 0; e < VEC; e++) {
-                float x = delta.get(e) + bias[v][e];
-                if (SOFTPLUS) x = softplus(x);
-                if (mine.token[v] >= left) x = 0.f;
-                steps[v][e] = make_float2(x, x * u.get(e));
+                factor[v][e] = HAS_Z ? factor[v][e] * z.get(e) : 1.f;
+                addend[v][e] = D[v][e] * u.get(e) * factor[v][e];
             }
         }
     };
-    auto put_steps = [&](int to) {
-#pragma unroll
-        for (int v = 0; v < VECS; v++)
-            if (TILE * ROW_VECS % 32 == 0 || mine.token[v] < TILE)
-                write_shared<2 * VEC>((float*)&shared.steps[to][warp][mine.token[v]][mine.column[v]], (float*)steps[v]);
-    };
-    auto put_outputs = [&](int i) {
-        const int left = i < 0 ? 0 : t1 - t0 - i * TILE;
+    auto store_outputs = [&](int t) {
 #pragma unroll
         for (int v = 0; v < VECS; v++) {
-            Raw<VEC> u = read_early<VEC>(place_in(i & SLOTS - 1, 0, v)), z;
-            if (HAS_Z) z = read_early<VEC>(place_in(i & SLOTS - 1, 2, v));
-            float out[VEC];
-            read_shared<VEC>(out, &shared.y[i & 1][warp][mine.token[v] % TILE][mine.column[v]]);
+            float y[VEC];
+            read_floats<VEC>(y, &shared.y[warp][mine.token[v] % TILE][mine.column[v]]);
 #pragma unroll
-            for (int e = 0; e < VEC; e++) {
-                out[e] = fmaf(D[v][e], u.get(e), out[e]);
-                if (HAS_Z) {
-                    float gate = z.get(e);
-                    out[e] *= gate * sigmoid(gate);
-                }
-            }
-            store<VEC>(y_at[v], out, mine.token[v] < left ? mine.count[v] : 0);
+            for (int e = 0; e < VEC; e++) y[e] = fmaf(y[e], factor[v][e], addend[v][e]);
+            store<VEC>(y_at[v], y, t < t1 - mine.token[v] ? mine.count[v] : 0);
             y_at[v] += (i64)TILE * d;
         }
     };
-    Rows<ROWS, FULL ? 2 : 1> rows;
+
+    Rows<ROUND, FULL ? 2 : 1> rows;
     constexpr int TOKEN = (FULL ? 2 : 1) * NP;
     const T *B = p.B + row * p.B_b, *C = p.C + row * p.C_b;
 
     Starts starts;
     int next_ids = Starts::fetch(p.ids, t0, l, lane);
     rows.fetch(B, C, p.B_t, p.C_t, t0, t1, n);
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++) fetch(i);
-    wait_for_groups<AHEAD - 1>();
-    compute_steps(0);
-    put_steps(0);
-    int buffer = 0, index = 0;
+    fetch(0, t0);
+    int buffer = 0;
     int check = FULL && p.interval ? t0 : t1;  // where the next checkpoint is
     float* check_at = p.checkpoints;
     if (check < t1) check_at += ((i64)row * ((l + p.interval - 1) / p.interval) + t0 / (int)p.interval) * d * n;
-    for (int tb = t0; tb < t1; tb += ROWS, buffer ^= 1) {
+    for (int tb = t0; tb < t1; tb += ROUND, buffer ^= 1) {
         rows.put(shared.rows[buffer]);
-        __syncthreads();  // the buffer's readers of two rounds ago are past the last round's barrier
-        rows.fetch(B, C, p.B_t, p.C_t, tb + ROWS, t1, n);
+        wait_for_groups<0>();
+        __syncwarp();  // the last round's steps have been read
+        put_steps(buffer, t1 - tb);
+        __syncthreads();  // the other buffer's readers are past their round too
+        rows.fetch(B, C, p.B_t, p.C_t, tb + ROUND, t1, n);
+        fetch(buffer ^ 1, tb + ROUND);
         const float* row_at = shared.rows[buffer] + part * NS;
-        const int stop = min(tb + ROWS, t1);
+        const float2* step_at = &shared.steps[warp][0][group * K];
+        const T* inputs = &shared.inputs[buffer][0][warp][0][0];
+        const int stop = min(tb + ROUND, t1);
 #pragma unroll 1
-        for (int t = tb; t < stop; t += TILE, index++, row_at += TILE * TOKEN) {
-            const int now = index & 1;
-            fetch(index + AHEAD);
+        for (int t = tb; t < stop; t += TILE) {
             if (PACKED) {
                 starts.set(next_ids, lane);
                 next_ids = Starts::fetch(p.ids, t + TILE, l, lane);
@@ -192,10 +213,7 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
                 check += (int)p.interval;
                 check_at += (i64)d * n;
             }
-            wait_for_groups<AHEAD - 1>();
-            __syncwarp();  // this tile's steps are there, and the last tile's outputs
-            compute_steps(index + 1);
-            if (FULL) put_outputs(index - 1);
+            if (FULL) prepare_outputs(inputs);
             constexpr int BATCH = 4;  // tokens whose outputs are summed over lanes together
 #pragma unroll
             for (int j0 = 0; j0 < TILE; j0 += BATCH) {
@@ -205,17 +223,15 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
                     const int j = j0 + jj;
                     if (PACKED && starts.starts(j) && t + j < t1) load_initial(starts.of(j));
                     float step[2 * K], Bs[NS], Cs[NS];
-                    read_shared<2 * K>(step, (const float*)&shared.steps[now][warp][j][group * K]);
-                    read_shared<NS>(Bs, row_at + j * TOKEN);
-                    if (FULL) read_shared<NS>(Cs, row_at + j * TOKEN + NP);
+                    read_floats<2 * K>(step, (const float*)(step_at + j * STEPS_ROW));
+                    read_floats<NS>(Bs, row_at + j * TOKEN);
+                    if (FULL) read_floats<NS>(Cs, row_at + j * TOKEN + NP);
 #pragma unroll
                     for (int k = 0; k < K; k++) {
                         float total = 0.f;
 #pragma unroll
                         for (int i = 0; i < NS; i++) {
-                            float a = (k * NS + i) % 8 < POLYNOMIALS ? exp2_polynomial(step[2 * k], A[k][i])
-                                                                     : ex2(step[2 * k] * A[k][i]);
-                            h[k][i] = fmaf(a, h[k][i], step[2 * k + 1] * Bs[i]);
+                            h[k][i] = fmaf(ex2(step[2 * k] * A[k][i]), h[k][i], step[2 * k + 1] * Bs[i]);
                             if (FULL) total = fmaf(Cs[i], h[k][i], total);
                         }
                         y[jj * K + k] = total;
@@ -232,23 +248,26 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
                         constexpr int RUN = KEPT < K ? KEPT : K;  // neighbouring channels among them
 #pragma unroll
                         for (int i = 0; i < KEPT; i += RUN)
-                            write_shared<RUN>(&shared.y[now][warp][j0 + (at + i) / K][group * K + (at + i) % K], y + i);
+                            write_floats<RUN>(&shared.y[warp][j0 + (at + i) / K][group * K + (at + i) % K], y + i);
                     }
                 }
             }
-            put_steps(now ^ 1);
+            if (FULL) {
+                __syncwarp();
+                store_outputs(t);
+                __syncwarp();
+            }
+            row_at += TILE * TOKEN;
+            step_at += TILE * STEPS_ROW;
+            inputs += TILE * WARP_CHANNELS;
         }
     }
     if (FULL) {
-        __syncwarp();
-        put_outputs(index - 1);
-    }
-    if (FULL) {
         if (!PACKED && t1 == l) store_final(row);
-        if (p.pass == 1) place.store(p.local + (i64)row * p.chunks * d * n, h);
+        if (p.pass == 1) padded.store(p.local + (i64)row * p.chunks * d * NP, h);
         return;
     }
-    place.store(p.local + ((i64)row * p.chunks + chunk) * d * n, h);
+    padded.store(p.local + ((i64)row * p.chunks + chunk) * d * NP, h);
     if (part == 0)
 #pragma unroll
         for (int k = 0; k < K; k++)

@@ -32,10 +32,10 @@ class Plan(NamedTuple):
     warps: int
     min_blocks: int  # per multiprocessor that the registers must leave room for
     chunks: int
+    round: int = 32  # forward: tokens whose inputs are in shared memory at once, of 2 bytes each (half as many of 4)
     segment: int = 0  # backward: tokens whose states are kept at once
     sub: int = 0  # backward: tokens whose states and decays are in registers
     save: int = 8  # backward: a state is kept at every so many tokens of the segment
-    polynomials: int = 0  # of every 8 exponentials, on the multiply-add pipe
 
     @property
     def block_channels(self) -> int:
@@ -52,19 +52,47 @@ def _lanes(n: int) -> tuple[int, int]:
     return lanes, 4
 
 
+# Layouts for 9 to 16 states, and the nanoseconds that a token of a block takes: alone on a multiprocessor (estimated from the
+# compiled loop), and per block that shares it (measured on an H100). A thread with all 16 states exchanges nothing; with 8,
+# the smaller blocks fill some shapes more evenly.
+_LAYOUTS = (
+    (Plan(2, 8, 1, 4, 4, 1), 86.0, 57.0),
+    (Plan(1, 16, 1, 4, 4, 1, round=16), 160.0, 108.0),
+)
+_LAUNCH = 5000.0  # nanoseconds
+
+
 @functools.lru_cache(1024)
 def forward_plan(b: int, length: int, d: int, n: int, multiprocessors: int) -> Plan:
-    """One chunk per row when that fills the card; then as few blocks per multiprocessor as hold it, with more registers each."""
+    """The layout and the number of chunks that take the least time: rows are cut when whole ones leave the card idle."""
+    if 8 < n <= 16:
+        return min(
+            (_timed(b, length, d, multiprocessors, cut, *layout) for layout in _LAYOUTS for cut in (False, True)),
+            key=lambda timed: timed[0],
+        )[1]
     lanes, states = _lanes(n)
-    plan = Plan(lanes, states, 2 if 1 < lanes < 32 else 1, 4, 3, 1)
+    plan = Plan(lanes, states, 2 if 1 < lanes < 32 else 1, 4, 4 if lanes in (2, 4, 8) else 3, 1)
     blocks = b * -(-d // plan.block_channels)
-    share = -(-blocks // multiprocessors)
-    if lanes in (2, 4, 8):
-        plan = plan._replace(min_blocks=min(max(share, 3), 5))
     if blocks >= 1.5 * multiprocessors or length <= 256:
         return plan
-    chunks = min(4 * multiprocessors // blocks + 1, length // 64)  # each launch walks one chunk fewer
-    return plan._replace(chunks=max(chunks, 1), min_blocks=4 if lanes in (2, 4, 8) else 3)
+    return plan._replace(chunks=_chunks(length, blocks, multiprocessors))
+
+
+def _chunks(length: int, blocks: int, multiprocessors: int) -> int:
+    """Chunks of a row for four blocks per multiprocessor; each of the two launches walks one chunk fewer."""
+    return max(min(4 * multiprocessors // blocks + 1, length // 64), 1)
+
+
+def _timed(b, length, d, multiprocessors, cut, plan, alone, each) -> tuple[float, Plan]:
+    """(predicted nanoseconds, plan)"""
+    blocks = b * -(-d // plan.block_channels)
+    chunks = _chunks(length, blocks, multiprocessors) if cut and length > 256 else 1
+    share = -(-blocks * max(chunks - 1, 1) // multiprocessors)
+    launches = 1 if chunks == 1 else 2
+    if plan.lanes == 1 and share == 2:
+        plan = plan._replace(min_blocks=3, round=32)  # there is room for it; 5 % faster
+    time = launches * (_LAUNCH + max(alone, each * share) * length / chunks)
+    return time, plan._replace(chunks=chunks)
 
 
 # What a round of 1, 2 or 3 blocks per multiprocessor takes, relative to 2 (measured, n = 16).
@@ -76,7 +104,7 @@ def backward_plan(b: int, length: int, d: int, n: int, multiprocessors: int) -> 
     """Three blocks per multiprocessor do a little more; two keep twice the states, so that none is computed a third time."""
     lanes, states = _lanes(n)
     segment = 64 if lanes * states <= 32 else 32
-    plan = Plan(lanes, states, 2 if 1 < lanes < 32 else 1, 4, 2, 1, segment, 4)
+    plan = Plan(lanes, states, 2 if 1 < lanes < 32 else 1, 4, 2, 1, segment=segment, sub=4)
     tiles = b * -(-d // plan.block_channels)
     chunks = 1
     if tiles < 1.5 * multiprocessors and length > 256:
@@ -94,54 +122,37 @@ def backward_plan(b: int, length: int, d: int, n: int, multiprocessors: int) -> 
 
 
 @functools.cache
-def _properties(device: torch.device):
-    return torch.cuda.get_device_properties(device)
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
 def _module(
-    kind: str,
-    plan: Plan,
-    dtype: torch.dtype,
-    gated: bool,
-    softplus: bool,
-    packed: bool,
-    whole: bool,
-    device: torch.device,
+    kind: str, plan: Plan, dtype: torch.dtype, gated: bool, softplus: bool, packed: bool, whole: bool, device: int
 ):
     macros = {
         "DTYPE": _DTYPES[dtype], "LANES": plan.lanes, "NS": plan.states, "K": plan.channels, "WARPS": plan.warps,
         "HAS_Z": int(gated), "SOFTPLUS": int(softplus), "PACKED": int(packed), "WHOLE": int(whole),
-        "MIN_BLOCKS": plan.min_blocks, "POLYNOMIALS": plan.polynomials,
+        "MIN_BLOCKS": plan.min_blocks,
     }  # fmt: skip
-    more = {"FORWARD": 1} if kind == "forward" else {"SEGMENT": plan.segment, "SUB": plan.sub, "SAVE": plan.save}
-    return _nvrtc.Module(_FOLDER, "kernel.cu", {**macros, **more}, device)
-
-
-@functools.cache
-def _kernels(kind: str, plan: Plan, *call):
-    module = _module(kind, plan, *call)
     if kind == "forward":
-        shared = _forward_shared_bytes(plan, call[0], call[1])
-        return module.kernel("selective_scan_forward", shared), module.kernel("selective_scan_sequences")
-    return (
-        module.kernel("selective_scan_backward", _backward_shared_bytes(plan)),
-        module.kernel("selective_scan_arrive"),
-        module.kernel("selective_scan_finish"),
-        module.kernel("selective_scan_sequences"),
-    )
+        macros |= {"FORWARD": 1, "ROUND": _round(plan, dtype)}
+    else:
+        macros |= {"SEGMENT": plan.segment, "SUB": plan.sub, "SAVE": plan.save}
+    return _nvrtc.Module(_FOLDER, "kernel.cu", macros, device)
+
+
+def _round(plan: Plan, dtype: torch.dtype) -> int:
+    return 8 if plan.lanes * plan.states > 32 else max(8, plan.round * 2 // dtype.itemsize)
 
 
 def _forward_shared_bytes(plan: Plan, dtype: torch.dtype, gated: bool) -> int:
     """sizeof(ForwardShared)."""
-    padded, tile = plan.lanes * plan.states, 8
-    width = plan.block_channels // plan.warps
-    vector = 4 if width >= 16 else 2 if width >= 8 else 1
-    vectors = -(-tile * width // vector // 32)
-    words = -(-vector * dtype.itemsize // 4)
-    inputs = 4 * (2 + gated) * plan.warps * vectors * 32 * words
-    rows = 2 * (32 if padded <= 32 else 8) * 2 * padded
-    padding = 2 * 2 * 2 * tile * plan.warps
-    return 4 * (inputs + rows + 2 * (2 + 1) * tile * plan.block_channels + padding)
+    tokens, tile = _round(plan, dtype), 8
+    inputs = 2 * (2 + gated) * tokens * plan.block_channels * dtype.itemsize
+    rows = 2 * tokens * 2 * plan.lanes * plan.states
+    steps = 2 * tokens * (plan.block_channels + 2 * plan.warps)
+    return inputs + 4 * (rows + steps + tile * plan.block_channels)
 
 
 def _backward_shared_bytes(plan: Plan) -> int:
@@ -198,11 +209,6 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _adjacent(t: Tensor | None) -> Tensor | None:
-    """The kernels step through rows and time by stride; only the last dimension must be adjacent."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
-
-
 def _dense(t: Tensor | None) -> Tensor | None:
     """Contiguous, and placed where 16 bytes can be read at once."""
     if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0):
@@ -210,18 +216,43 @@ def _dense(t: Tensor | None) -> Tensor | None:
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def _whole(*tensors: Tensor | None) -> bool:
-    """Whether every four neighbours along the last dimension can be read at once."""
-    for t in tensors:
+class _Operands(NamedTuple):
+    """What the kernels need to know of u, delta, z, B, C and the like: they step through rows and time by stride."""
+
+    tensors: list[Tensor | None]  # kept until the launch: copies of those whose last dimension was not adjacent
+    addresses: list[int]
+    steps: list[int]  # elements between rows, then between tokens, of each
+    whole: bool  # every four neighbours along the last dimension can be read at once
+
+
+def _operands(d: int, n: int, itemsize: int, *given: Tensor | None) -> _Operands:
+    tensors: list[Tensor | None] = []
+    addresses, rows, tokens, odd = [], [], [], d | n
+    for t in given:
+        address = row = token = 0
         if t is not None:
-            mask = 4 * t.element_size() - 1
-            if t.data_ptr() & mask or (t.shape[-1] | t.stride(0) | t.stride(1)) & 3:
-                return False
-    return True
+            row, token, element = t.stride()
+            if element != 1:
+                t = t.contiguous()
+                row, token, _ = t.stride()
+            address = t.data_ptr()
+            odd |= row | token | address // itemsize
+        tensors.append(t)
+        addresses.append(address)
+        rows.append(row)
+        tokens.append(token)
+    return _Operands(tensors, addresses, rows + tokens, not odd & 3)
 
 
-def _steps(tensors) -> list[int]:
-    return [0 if t is None else t.stride(0) for t in tensors] + [0 if t is None else t.stride(1) for t in tensors]
+def _scratch(device: torch.device, *sizes: int) -> tuple[Tensor, list[int]]:
+    """Memory for float32 arrays of these sizes, and where each begins, 16 bytes aligned."""
+    starts, total = [], 0
+    for size in sizes:
+        starts.append(total)
+        total += -(-size // 4) * 16
+    memory = torch.empty(total, dtype=torch.uint8, device=device)
+    address = memory.data_ptr()
+    return memory, [address + start for start in starts]
 
 
 def _chunk_length(length: int, chunks: int, interval: int) -> int:
@@ -240,44 +271,69 @@ def _sequence_ids(kernel, stream, cu_seqlens, length, from_state, to_state, stat
     return ids
 
 
+class _ForwardCall(NamedTuple):
+    """What a forward call of given shapes launches."""
+
+    walk: _nvrtc.Kernel
+    find_sequences: _nvrtc.Kernel
+    blocks: int  # of one launch
+    threads: int
+    tiles: int
+    chunk_length: int
+    chunks: int
+    padded: int  # states of a channel with padding
+
+
+# One look-up per call instead of the plan, the macros and the arithmetic: host time is what small calls wait for.
+@functools.lru_cache(4096)
+def _forward_call(b, length, d, n, dtype, gated, softplus, packed, whole, device, interval, one_chunk) -> _ForwardCall:
+    plan = forward_plan(b, length, d, n, _multiprocessors(device))
+    chunk_length = _chunk_length(length, 1 if one_chunk else plan.chunks, interval)
+    chunks = -(-length // chunk_length)
+    tiles = -(-d // plan.block_channels)
+    module = _module("forward", plan._replace(chunks=1), dtype, gated, softplus, packed, whole, device)
+    return _ForwardCall(
+        module.kernel("selective_scan_forward", _forward_shared_bytes(plan, dtype, gated)),
+        module.kernel("selective_scan_sequences"),
+        b * tiles * max(chunks - 1, 1), 32 * plan.warps, tiles, chunk_length, chunks, plan.lanes * plan.states,
+    )  # fmt: skip
+
+
 def _launch_forward(u, delta, A, B, C, D, z, delta_bias, softplus, cu_seqlens, initial, final, slots, interval):
     device = u.device
     b, length, d = u.shape
     n = A.shape[1]
-    u, delta, z, B, C = map(_adjacent, (u, delta, z, B, C))
-    A, D, delta_bias, slots = map(_dense, (A, D, delta_bias, slots))
+    inputs = _operands(d, n, u.itemsize, u, delta, z, B, C)
+    A, D, delta_bias, slots = _dense(A), _dense(D), _dense(delta_bias), _dense(slots)
     packed = cu_seqlens is not None
-    plan = forward_plan(b, length, d, n, _properties(device).multi_processor_count)
     # Several chunks of a packed row would read starting states that another chunk may have overwritten.
-    chunks = 1 if packed and initial is final else plan.chunks
-    walk, find_sequences = _kernels(
-        "forward", plan._replace(chunks=1), u.dtype, z is not None, softplus, packed, _whole(u, delta, z, B, C), device
-    )
+    one_chunk = packed and initial is final
+    call = _forward_call(
+        b, length, d, n, u.dtype, z is not None, softplus, packed, inputs.whole, device.index, interval, one_chunk,
+    )  # fmt: skip
+    chunks = call.chunks
     stream = torch._C._cuda_getCurrentRawStream(device.index)
-    chunk_length = _chunk_length(length, chunks, interval)
-    chunks = -(-length // chunk_length)
     y = torch.empty((b, length, d), dtype=u.dtype, device=device)
-    float32 = {"dtype": torch.float32, "device": device}
-    checkpoints = torch.empty((b, -(-length // interval), d, n) if interval else (0,), **float32)
-    local = torch.empty(b * chunks * d * n, **float32) if chunks > 1 else None
-    sums = torch.empty(b * chunks * d, **float32) if chunks > 1 else None
+    checkpoints = final.new_empty((b, -(-length // interval), d, n) if interval else (0,))
+    scratch, local, sums = None, 0, 0
+    if chunks > 1:
+        scratch, (local, sums) = _scratch(device, b * chunks * d * call.padded, b * chunks * d)
     ids = None
     if packed:
         cu_seqlens = cu_seqlens.contiguous()
         copied = None if initial is final else final
-        ids = _sequence_ids(find_sequences, stream, cu_seqlens, length, initial, copied, d * n, device)
-    tiles = -(-d // plan.block_channels)
+        ids = _sequence_ids(call.find_sequences, stream, cu_seqlens, length, initial, copied, d * n, device)
     fields = (
-        *map(_address, (u, delta, z, B, C, A, D, delta_bias, initial, slots, ids, cu_seqlens, y, final, checkpoints)),
-        _address(local), _address(sums), *_steps((u, delta, z, B, C)),
-        length, d, n, tiles, chunk_length, chunks,
+        *inputs.addresses, A.data_ptr(), _address(D), _address(delta_bias), _address(initial), _address(slots),
+        _address(ids), _address(cu_seqlens), y.data_ptr(), final.data_ptr(), checkpoints.data_ptr(), local, sums,
+        *inputs.steps, length, d, n, call.tiles, call.chunk_length, chunks,
     )  # fmt: skip
-    threads = 32 * plan.warps
     if chunks == 1:
-        walk(b * tiles, threads, stream, *fields, 0, interval)
+        call.walk(call.blocks, call.threads, stream, *fields, 0, interval)
     else:
-        walk(b * tiles * (chunks - 1), threads, stream, *fields, 1, interval)
-        walk(b * tiles * (chunks - 1), threads, stream, *fields, 2, interval)
+        call.walk(call.blocks, call.threads, stream, *fields, 1, interval)
+        call.walk(call.blocks, call.threads, stream, *fields, 2, interval)
+    del scratch  # kept until here: the launches read and write it
     return y, checkpoints
 
 
@@ -312,6 +368,34 @@ def forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_sof
     return y
 
 
+class _BackwardCall(NamedTuple):
+    """What a backward call of given shapes launches."""
+
+    walk: _nvrtc.Kernel
+    arrive: _nvrtc.Kernel
+    finish: _nvrtc.Kernel
+    find_sequences: _nvrtc.Kernel
+    threads: int
+    tiles: int
+    chunk_length: int
+    chunks: int
+    padded: int  # states of a channel with padding
+
+
+@functools.lru_cache(4096)
+def _backward_call(b, length, d, n, dtype, gated, softplus, packed, whole, device, interval) -> _BackwardCall:
+    plan = backward_plan(b, length, d, n, _multiprocessors(device))
+    chunk_length = _chunk_length(length, plan.chunks, interval)
+    module = _module("backward", plan._replace(chunks=1), dtype, gated, softplus, packed, whole, device)
+    return _BackwardCall(
+        module.kernel("selective_scan_backward", _backward_shared_bytes(plan)),
+        module.kernel("selective_scan_arrive"),
+        module.kernel("selective_scan_finish"),
+        module.kernel("selective_scan_sequences"),
+        32 * plan.warps, -(-d // plan.block_channels), chunk_length, -(-length // chunk_length), plan.lanes * plan.states,
+    )  # fmt: skip
+
+
 @_on_its_device
 def backward(
     dy, dfinal, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval
@@ -326,20 +410,15 @@ def backward(
     device = u.device
     b, length, d = u.shape
     n = A.shape[1]
-    dy, u, delta, z, B, C = map(_adjacent, (dy, u, delta, z, B, C))
+    inputs = _operands(d, n, u.itemsize, dy, u, delta, z, B, C)
     A, D, delta_bias, initial, dfinal = map(_dense, (A, D, delta_bias, initial_state, dfinal))
     packed = cu_seqlens is not None
     sequences = cu_seqlens.shape[0] - 1 if packed else b
-    plan = backward_plan(b, length, d, n, _properties(device).multi_processor_count)
-    walk, arrive, finish, find_sequences = _kernels(
-        "backward", plan._replace(chunks=1), u.dtype, z is not None, delta_softplus, packed,
-        _whole(dy, u, delta, z, B, C), device,
+    call = _backward_call(
+        b, length, d, n, u.dtype, z is not None, delta_softplus, packed, inputs.whole, device.index, interval,
     )  # fmt: skip
+    chunks, tiles, padded = call.chunks, call.tiles, call.padded
     stream = torch._C._cuda_getCurrentRawStream(device.index)
-    chunk_length = _chunk_length(length, plan.chunks, interval)
-    chunks = -(-length // chunk_length)
-    tiles = -(-d // plan.block_channels)
-    padded = plan.lanes * plan.states
 
     float32 = {"dtype": torch.float32, "device": device}
     du, ddelta = (torch.empty((b, length, d), dtype=u.dtype, device=device) for _ in range(2))
@@ -348,33 +427,30 @@ def backward(
     dinitial = torch.empty((sequences, d, n) if initial is not None else (0,), **float32)
     dA = torch.empty((d, n), **float32)
     dD, dbias = (torch.empty(d, **float32) for _ in range(2))
-    partial = torch.empty(tiles * b * length * 2 * padded, **float32)
-    # One row and one chunk: a single part, which is the sum.
-    parts = b * chunks
-    dA_parts = torch.empty(parts * d * n, **float32)
-    dD_parts, dbias_parts = (torch.empty(parts * d, **float32) for _ in range(2))
-    local = torch.empty(b * chunks * d * n, **float32) if chunks > 1 else None
-    sums = torch.empty(b * chunks * d, **float32) if chunks > 1 else None
+    parts = b * chunks  # of the sums over rows and time
+    between = parts if chunks > 1 else 0  # what chunks hand to each other
+    scratch, (partial, dA_parts, dD_parts, dbias_parts, local, sums) = _scratch(
+        device, tiles * b * length * 2 * padded, parts * d * n, parts * d, parts * d, between * d * n, between * d
+    )
     ids = None
     to = dinitial if initial is not None else None
     if packed:
         cu_seqlens = cu_seqlens.contiguous()
-        ids = _sequence_ids(find_sequences, stream, cu_seqlens, length, dfinal, to, d * n, device)
-    inputs = (dy, u, delta, z, B, C)
+        ids = _sequence_ids(call.find_sequences, stream, cu_seqlens, length, dfinal, to, d * n, device)
     fields = (
-        *map(_address, (*inputs, A, D, delta_bias, initial, dfinal, checkpoints, ids, cu_seqlens, du, ddelta, dz, to)),
-        *map(_address, (local, sums, partial, dA_parts, dD_parts, dbias_parts)),
-        *_steps(inputs), length, d, n, tiles, chunk_length, chunks, b * length, interval,
+        *inputs.addresses, *map(_address, (A, D, delta_bias, initial, dfinal, checkpoints, ids, cu_seqlens)),
+        *map(_address, (du, ddelta, dz, to)), local, sums, partial, dA_parts, dD_parts, dbias_parts,
+        *inputs.steps, length, d, n, tiles, call.chunk_length, chunks, b * length, interval,
     )  # fmt: skip
-    threads = 32 * plan.warps
     if chunks > 1:
-        arrive(b * tiles * (chunks - 1), threads, stream, *fields)
-    walk(b * tiles * chunks, threads, stream, *fields)
+        call.arrive(b * tiles * (chunks - 1), call.threads, stream, *fields)
+    call.walk(b * tiles * chunks, call.threads, stream, *fields)
     blocks = -(-b * length * padded // 2 // 256) + -(-(d * n + 2 * d) // 256)
-    finish(
-        blocks, 256, stream, *map(_address, (partial, dA_parts, dD_parts, dbias_parts, dB, dC, dA, dD, dbias)),
+    call.finish(
+        blocks, 256, stream, partial, dA_parts, dD_parts, dbias_parts, *map(_address, (dB, dC, dA, dD, dbias)),
         b * length, tiles, n, d, parts,
     )  # fmt: skip
+    del scratch  # kept until here: the launches read and write it
     empty = torch.empty(0, **float32)
     return (
         du, ddelta, dA, dB, dC, empty if D is None else dD, dz, empty if delta_bias is None else dbias, dinitial,

@@ -1,0 +1,181 @@
+// CUDA C++ on one CPU thread: each thread of a block is a fiber that runs to the next barrier or shuffle. Enough of the language
+// to run the scan's kernels, whose inline assembly cuda_on_cpu.py replaces. Asynchronous copies land when they are waited for, warps
+// and lanes run far apart, and shared memory starts as NaN, so that a missing barrier shows.
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) __attribute__((aligned(n)))
+using std::max;
+using std::min;
+
+struct uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct Index { unsigned x, y, z; };
+static Index threadIdx, blockIdx, gridDim;
+inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
+inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
+inline void aligned(const void* p, size_t bytes) {
+    if ((uintptr_t)p % bytes) {
+        fprintf(stderr, "an access of %zu bytes is not aligned\n", bytes);
+        abort();
+    }
+}
+template <typename V> inline V __ldg(const V* p) { aligned(p, sizeof(V)); return *p; }
+template <typename V> inline V __ldcs(const V* p) { return *p; }
+
+enum State { READY, WARP, BLOCK, DONE };
+struct Copy { void* to; const void* from; int bytes, all; };
+struct Fiber {
+    State state;
+    jmp_buf at;
+    ucontext_t start;
+    unsigned parity;
+    std::vector<Copy> group;
+    std::vector<std::vector<Copy>> groups;
+};
+static std::vector<Fiber> fibers;
+static jmp_buf scheduler;
+static unsigned current;
+static unsigned values[32][2][32];  // warp, parity, lane
+static char* shared_memory;
+static std::function<void()> body;
+
+static void pause_fiber(State state) {
+    Fiber& f = fibers[current];
+    f.state = state;
+    if (!_setjmp(f.at)) _longjmp(scheduler, 1);
+}
+inline void __syncthreads() { pause_fiber(BLOCK); }
+inline void __syncwarp() { pause_fiber(WARP); }
+inline unsigned exchange(unsigned value, unsigned from) {
+    Fiber& f = fibers[current];
+    unsigned warp = current / 32, p = f.parity++ & 1;
+    values[warp][p][current % 32] = value;
+    pause_fiber(WARP);
+    return values[warp][p][from & 31];
+}
+template <typename V> V shuffle(V v, unsigned from) {
+    unsigned bits;
+    memcpy(&bits, &v, 4);
+    bits = exchange(bits, from);
+    memcpy(&v, &bits, 4);
+    return v;
+}
+template <typename V> V __shfl_xor_sync(unsigned, V v, int mask) { return shuffle(v, (current % 32) ^ mask); }
+template <typename V> V __shfl_sync(unsigned, V v, int lane) { return shuffle(v, lane); }
+template <typename V> V __shfl_up_sync(unsigned, V v, int by) { return shuffle(v, (int)(current % 32) < by ? current % 32 : current % 32 - by); }
+inline unsigned __ballot_sync(unsigned, bool vote) {
+    Fiber& f = fibers[current];
+    unsigned p = f.parity & 1, warp = current / 32, mask = 0;
+    exchange(vote, 0);
+    for (int i = 0; i < 32; i++) mask |= (values[warp][p][i] & 1) << i;
+    return mask;
+}
+inline unsigned to_bfloat16(float x) {
+    unsigned bits = __float_as_uint(x);
+    return x != x ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+}
+inline void async_copy(void* to, const void* from, int bytes, int all) {
+    aligned(to, all);
+    if (bytes > 0) aligned(from, all);
+    fibers[current].group.push_back({to, from, bytes, all});
+}
+inline void async_commit() { Fiber& f = fibers[current]; f.groups.push_back(f.group); f.group.clear(); }
+inline void async_wait(int later) {
+    auto& g = fibers[current].groups;
+    while ((int)g.size() > later) {
+        for (auto& c : g.front()) {
+            memset(c.to, 0, c.all);
+            memcpy(c.to, c.from, c.bytes);
+        }
+        g.erase(g.begin());
+    }
+}
+
+static void enter() {
+    body();
+    fibers[current].state = DONE;
+    _longjmp(scheduler, 1);
+}
+
+static void run_grid(unsigned blocks, unsigned blocks_y, unsigned threads, size_t shared, std::function<void()> kernel) {
+    static std::vector<char*> stacks;
+    const size_t STACK = 256 << 10;
+    while (stacks.size() < threads) stacks.push_back((char*)malloc(STACK));
+    shared_memory = (char*)aligned_alloc(128, (shared + 255) / 128 * 128);
+    body = kernel;
+    gridDim = {blocks, blocks_y, 1};
+    for (unsigned by = 0; by < blocks_y; by++)
+        for (unsigned b = 0; b < blocks; b++) {
+            memset(shared_memory, 0xff, shared + 64);  // NaN
+            blockIdx = {b, by, 0};
+            fibers.assign(threads, Fiber());
+            static ucontext_t back;
+            for (unsigned i = 0; i < threads; i++) {
+                fibers[i].state = READY;
+                getcontext(&fibers[i].start);
+                fibers[i].start.uc_stack.ss_sp = stacks[i];
+                fibers[i].start.uc_stack.ss_size = STACK;
+                fibers[i].start.uc_link = &back;
+                makecontext(&fibers[i].start, enter, 0);
+            }
+            std::vector<bool> started(threads, false);
+            unsigned done = 0;
+            // Each warp runs as far ahead as barriers let it, first to last and then last to first; its lanes likewise.
+            for (bool forwards = true; done < threads; forwards = !forwards) {
+                bool moved = false;
+                for (unsigned k = 0; k < threads / 32; k++) {
+                    const unsigned warp = (forwards ? k : threads / 32 - 1 - k) * 32;
+                    for (bool ready = true, upwards = forwards; ready; upwards = !upwards) {
+                        ready = false;
+                        for (unsigned lane = 0; lane < 32; lane++) {
+                            const unsigned i = warp + (upwards ? lane : 31 - lane);
+                            if (fibers[i].state != READY) continue;
+                            ready = moved = true;
+                            current = i;
+                            threadIdx = {i, 0, 0};
+                            if (!_setjmp(scheduler)) {
+                                if (started[i]) _longjmp(fibers[i].at, 1);
+                                started[i] = true;
+                                setcontext(&fibers[i].start);
+                            }
+                            done += fibers[current].state == DONE;
+                        }
+                        bool met = true;
+                        for (unsigned i = warp; i < warp + 32; i++) met &= fibers[i].state == WARP;
+                        if (met)
+                            for (unsigned i = warp; i < warp + 32; i++) fibers[i].state = READY;
+                    }
+                }
+                bool met = true;
+                for (auto& f : fibers) met &= f.state == BLOCK;
+                if (met)
+                    for (auto& f : fibers) f.state = READY;
+                if (!moved && done < threads) {
+                    fprintf(stderr, "deadlock: a barrier that not every thread reaches\n");
+                    abort();
+                }
+            }
+        }
+    free(shared_memory);
+}

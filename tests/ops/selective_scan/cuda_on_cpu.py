@@ -1,0 +1,125 @@
+"""Runs the CUDA C++ scan on CPU tensors: g++ compiles the kernels against `cuda_on_cpu.h` instead of NVRTC for a GPU.
+
+What this covers is the kernels' logic (indices, barriers, chunks, tails) and all of `gpu.py` but the launch itself; not the
+compiler's code, the approximate instructions, or anything about speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from mambakit.ops.selective_scan import gpu
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++")
+
+# The inline assembly of common.cuh, and what it computes.
+REPLACEMENTS = {
+    'float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;': (
+        "float y = exp2f(x); return y < 1.17549435e-38f ? 0.f : y;"
+    ),
+    'float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;': "return 1.f / x;",
+    'asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));': "_Float16 half; memcpy(&half, &bits, 2); y = half;",
+    'asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));': (
+        "w = to_bfloat16(low) | to_bfloat16(high) << 16;"
+    ),
+    'asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));': (
+        "_Float16 pair[2] = {(_Float16)low, (_Float16)high}; memcpy(&w, pair, 4);"
+    ),
+    'asm volatile("cp.async.commit_group;" ::: "memory");': "async_commit();",
+    'asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");': "async_wait(LATER);",
+    "extern __shared__ __align__(16) char memory[];": "char* memory = shared_memory;",
+}
+COPY = re.compile(r"u32 to = \(u32\)__cvta_generic_to_shared\(shared\);\s*asm volatile\(\"cp\.async.*?\);\n", re.DOTALL)
+
+PARAMETERS = {
+    "forward": "ForwardParams",
+    "backward": "BackwardParams",
+    "arrive": "BackwardParams",
+    "finish": "FinishParams",
+    "sequences": "SequencesParams",
+}
+
+
+def _source(name: str) -> str:
+    text = (gpu._FOLDER / name).read_text()
+    for assembly, plain in REPLACEMENTS.items():
+        text = text.replace(assembly, plain)
+    text = COPY.sub("async_copy(shared, p, count > 0 ? BYTES : 0, BYTES);\n", text)
+    assert "asm" not in re.sub("//.*", "", text), f"{name} has inline assembly that cuda_on_cpu.py does not know"
+    return text
+
+
+class Module:
+    """`_nvrtc.Module` on the CPU; ``folder`` keeps the compiled libraries."""
+
+    def __init__(self, folder: Path, macros: dict[str, int]):
+        kind, kernels = (
+            ("forward", ["forward", "sequences"])
+            if "FORWARD" in macros
+            else ("backward", ["backward", "arrive", "finish", "sequences"])
+        )
+        self.kernels = kernels
+        entries = "".join(
+            f"if (which == {i}) {{ auto p = *(const {PARAMETERS[name]}*)fields;"
+            f" run_grid(blocks, blocks_y, threads, shared, [=]() {{ selective_scan_{name}(p); }}); }}\n"
+            for i, name in enumerate(kernels)
+        )
+        text = (
+            f'#include "cuda_on_cpu.h"\n{_source("common.cuh")}{_source(f"{kind}.cuh")}'
+            'extern "C" void run(int which, unsigned blocks, unsigned blocks_y, unsigned threads, size_t shared,'
+            f" const void* fields) {{\n{entries}}}\n"
+            f'extern "C" size_t shared_bytes() {{ return sizeof({kind.title()}Shared); }}\n'
+        )
+        flags = [f"-D{name}={value}" for name, value in macros.items()]
+        path = folder / f"{hashlib.sha256(repr((text, flags)).encode()).hexdigest()[:16]}.so"
+        if not path.exists():
+            assert COMPILER is not None
+            # No optimisation: quick to compile, and locals survive longjmp. The cases are small.
+            command = [
+                COMPILER,
+                "-std=c++17",
+                "-O0",
+                "-w",
+                "-shared",
+                "-fPIC",
+                "-fno-strict-aliasing",
+                f"-I{HERE}",
+                *flags,
+            ]
+            subprocess.run([*command, "-x", "c++", "-", "-o", str(path)], input=text, text=True, check=True)
+        self.library = ctypes.CDLL(str(path))
+        self.library.run.argtypes = [ctypes.c_int, *[ctypes.c_uint] * 3, ctypes.c_size_t, ctypes.c_void_p]
+        self.library.shared_bytes.restype = ctypes.c_size_t
+
+    def kernel(self, name: str, shared_bytes: int = 0):
+        which = self.kernels.index(name.removeprefix("selective_scan_"))
+        if which == 0:
+            assert shared_bytes == self.library.shared_bytes(), f"gpu.py asks for {shared_bytes} bytes of shared memory"
+
+        def launch(blocks: int, threads: int, stream: int, *fields: int, blocks_y: int = 1) -> None:
+            self.library.run(which, blocks, blocks_y, threads, shared_bytes, (ctypes.c_int64 * len(fields))(*fields))
+
+        return launch
+
+
+def install(monkeypatch, folder: Path, multiprocessors: int = 132) -> None:
+    """Until the test ends, gpu.py runs its kernels on CPU tensors, planned for so many multiprocessors."""
+    monkeypatch.setattr(gpu._nvrtc, "Module", lambda _folder, _source, macros, _device: Module(folder, macros))
+    monkeypatch.setattr(gpu, "_fallback", lambda: None)
+    monkeypatch.setattr(gpu, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+
+
+def forget() -> None:
+    """Drop what gpu.py keeps between calls."""
+    for kept in (gpu._module, gpu._forward_call, gpu._backward_call):
+        kept.cache_clear()

@@ -1,0 +1,61 @@
+"""The CUDA C++ kernels' logic without a GPU: compiled for the CPU (`cuda_on_cpu.py`), against the float64 reference.
+
+The full list of shapes is `test_gpu.CASES`, which the GPU runs; here are the ones that differ most, few because each compiles.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mambakit.ops.selective_scan import gpu, reference
+from tests.ops.oracles import relative_error
+from tests.ops.selective_scan import cuda_on_cpu, test_gpu
+
+pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="needs g++")
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture
+def on_cpu(monkeypatch, tmp_path_factory):
+    cuda_on_cpu.forget()
+    cuda_on_cpu.install(monkeypatch, tmp_path_factory.getbasetemp())
+    yield
+    cuda_on_cpu.forget()
+
+
+CASES = [
+    (1, 75, 40, 16, F32, [0, 3, 40, 1, 0, 0, 31], True, False),
+    (1, 300, 24, 16, BF16, None, True, True),  # several chunks
+    (2, 33, 9, 3, F32, None, False, True),  # no whole vector
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=test_gpu.name_of)
+def test_against_the_float64_reference(on_cpu, case):
+    assert not test_gpu.failures(case, test_gpu.errors(case, device="cpu", interval=32))
+
+
+@pytest.mark.parametrize("layout", range(len(gpu._LAYOUTS)))
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_every_layout_whole_and_cut(on_cpu, monkeypatch, layout, multiprocessors):
+    chosen = gpu._LAYOUTS[layout]
+    plan = gpu._timed(1, 300, 40, multiprocessors, multiprocessors > 1, *chosen)[1]
+    assert (plan.chunks > 1) == (multiprocessors > 1)
+    monkeypatch.setattr(gpu, "forward_plan", lambda *_: plan)
+    case = (1, 300, 40, 16, F32, None, True, False)
+    arguments, _, _ = test_gpu.make(case, "cpu")
+    expected = reference.forward(*map(test_gpu.exact, arguments), 64)
+    for ours, theirs in zip(gpu.forward(*arguments, 64), expected, strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+
+
+def test_in_place_with_slots(on_cpu):
+    (u, delta, A, B, C, D, z, bias, *_), _, _ = test_gpu.make((3, 5, 40, 16, F32, None, True, False), "cpu")
+    slots = torch.tensor([4, -1, 0], dtype=torch.int32)
+    ours = torch.randn(5, 40, 16)
+    theirs = ours.clone()
+    y = gpu.forward_(ours, slots, u, delta, A, B, C, D, z, bias, True, None)
+    want = reference.forward_(theirs, slots, u, delta, A, B, C, D, z, bias, True, None)
+    assert relative_error(y, want) < 1e-5
+    assert relative_error(ours, theirs) < 1e-5
