@@ -28,6 +28,9 @@ def run(name: str, *arguments: str) -> str:
         ("02_state.py", (), "from the file: the same"),
         ("03_long_prompt.py", ("--tokens", "2000"), "a prompt of 2,000 tokens"),
         ("04_score.py", (), "bits per character"),
+        ("05_prefix_cache.py", (), "second:  727 of 728 tokens known"),
+        ("06_speculative.py", (), "a draft model: the same text"),
+        ("07_constrained.py", (), "a JSON text: {"),
     ],
 )
 def test_example(name, arguments, promise):

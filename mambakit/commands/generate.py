@@ -27,47 +27,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
-    parser.add_argument("--num-return-sequences", type=int, default=1, metavar="N", help="N texts for every prompt")
+    parser.add_argument(
+        "--num-return-sequences", type=int, default=1, metavar="N", help="N texts for every prompt, which is read once"
+    )
     parser.add_argument(
         "--prefill-chunk-size", type=int, default=2048, metavar="N", help="prompt tokens read at a time"
     )
-    parser.add_argument("--load-state", metavar="FILE", help="continue from a saved state; prompts are what comes next")
-    parser.add_argument("--save-state", metavar="FILE", help="save the state after the text")
     parser.add_argument("--json", action="store_true", help="one JSON object for each text, nothing streamed")
+    parser.add_argument(
+        "--logprobs", type=int, metavar="K", help="log-probabilities of the tokens and of K others (with --json)"
+    )
+    parser.add_argument(
+        "--echo", action="store_true", help="the prompt's tokens, too, in text and logprobs (with --json)"
+    )
+
+    state = parser.add_argument_group("state")
+    state.add_argument(
+        "--load-state", metavar="FILE", help="continue from a saved state; prompts, if any, are what comes next"
+    )
+    state.add_argument("--save-state", metavar="FILE", help="save the state after the text")
+    state.add_argument("--prefix-cache", metavar="FOLDER", help="keep states of prompts here, and find them again")
+    state.add_argument(
+        "--prefix-cache-mb",
+        type=int,
+        default=4096,
+        metavar="MB",
+        help="size of the folder for one model (default 4096)",
+    )
+
+    form = parser.add_argument_group("form of the text (one of them; a file's name, or the thing itself)")
+    form.add_argument("--json-schema", metavar="SCHEMA", help="a JSON text that this schema describes")
+    form.add_argument("--regex", metavar="REGEX", help="a text that this regular expression matches")
+    form.add_argument("--grammar", metavar="GRAMMAR", help="a sentence of this Lark grammar")
+
+    speed = parser.add_argument_group("speculation: tokens are guessed, and verified several at a time")
+    speed.add_argument("--draft-model", metavar="MODEL", help="guess with this smaller model of the same vocabulary")
+    speed.add_argument("--prompt-lookup", action="store_true", help="guess what followed the same tokens before")
+    speed.add_argument("--draft-tokens", type=int, default=4, metavar="N", help="guesses at a time (default 4)")
 
 
 def run(args: argparse.Namespace) -> int:
+    _check(args)
     prompts = _prompts(args)
-    if args.num_return_sequences < 1:
-        raise ValueError(f"--num-return-sequences is {args.num_return_sequences}; it must be 1 or more")
     if args.save_state and (len(prompts) > 1 or args.num_return_sequences > 1):
         raise ValueError("--save-state keeps the state of one text; give one prompt and one return sequence")
 
-    from mambakit.generation.stream import Sampling
-    from mambakit.modules import MambaCache
+    from mambakit.generation.state import State
 
     model, tokenizer = load(args)
-    state = None
+    loaded = None
     if args.load_state:
         if not Path(args.load_state).is_file():
             raise ValueError(f"there is no state file {args.load_state}; make one with --save-state")
-        state = MambaCache.load(args.load_state, model.config, model.device)
-        if state.max_batch_size != 1:
-            raise ValueError(f"{args.load_state} holds {state.max_batch_size} rows; select one and save it alone")
-    for number, (prompt, copy) in enumerate((p, c) for p in prompts for c in range(args.num_return_sequences)):
-        sampling = Sampling(
-            0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
-            None if args.seed is None else args.seed + copy,
-        )  # fmt: skip
+        loaded = State.load(args.load_state, model)
+        if loaded.rows != 1:
+            raise ValueError(f"{args.load_state} holds {loaded.rows} rows; select one and save it alone")
+    writer = _Writer(args, model, tokenizer, loaded)
+    for number, prompt in enumerate(prompts):
         if number and not args.json:
             print("\n---")
-        _one(args, model, tokenizer, prompt, sampling, None if state is None else state.clone())
+        writer.write(prompt)
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.num_return_sequences < 1:
+        raise ValueError(f"--num-return-sequences is {args.num_return_sequences}; it must be 1 or more")
+    if (args.logprobs is not None or args.echo) and not args.json:
+        raise ValueError("--logprobs and --echo are parts of a JSON object; add --json")
+    if args.load_state and args.echo:
+        raise ValueError(
+            "--echo gives the prompt back, which a saved state does not hold; drop one of --echo and --load-state"
+        )
+    if args.load_state and args.prefix_cache:
+        raise ValueError(
+            "--prefix-cache finds a prompt by all of its tokens, which a saved state does not hold; drop one"
+        )
+    if args.draft_model and args.prompt_lookup:
+        raise ValueError("--draft-model and --prompt-lookup are two ways to guess; give one")
+    if args.prefix_cache_mb < 1:
+        raise ValueError(f"--prefix-cache-mb is {args.prefix_cache_mb}; it must be 1 or more")
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
     prompts = []
-    for prompt in args.prompts or ([] if args.file else ["-"]):
+    nothing = [""] if args.load_state else ["-"]
+    for prompt in args.prompts or ([] if args.file else nothing):
         if prompt == "-":
             if sys.stdin.isatty():
                 print("reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
@@ -81,63 +126,189 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _one(args: argparse.Namespace, model: Any, tokenizer: Any, prompt: str, sampling: Any, state: Any) -> None:
-    import torch
-    from rich.console import Console
+def _text_or_file(value: str | None) -> str | None:
+    if value is None or "\n" in value or len(value) > 255 or not Path(value).is_file():
+        return value
+    return Path(value).read_text(encoding="utf-8")
 
-    from mambakit.generation.stream import Stream
 
-    console = Console(stderr=True)
-    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0].long()
-    if not len(ids):
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+class _Writer:
+    """Reads a prompt once, and writes as many texts after it as were asked for."""
+
+    def __init__(self, args: argparse.Namespace, model: Any, tokenizer: Any, loaded: Any):
+        from rich.console import Console
+
+        self.args, self.model, self.tokenizer, self.loaded = args, model, tokenizer, loaded
+        self.console = Console(stderr=True)
+        self.constraint = self._constraint()
+        self.drafter = self._drafter()
+        self.prefix_cache = self._prefix_cache()
+
+    def _constraint(self) -> Any:
+        names = ("json_schema", "regex", "grammar")
+        given = {name: _text_or_file(getattr(self.args, name)) for name in names}
+        if all(value is None for value in given.values()):
+            return None
+        from mambakit.generation.constrain import Constraint
+
+        try:
+            return Constraint(self.model, self.tokenizer, **given)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
+
+    def _drafter(self) -> Any:
+        if not (self.args.draft_model or self.args.prompt_lookup):
+            return None
+        from mambakit.generation.drafters import DraftModel, PromptLookup
+
+        if self.args.prompt_lookup:
+            return PromptLookup()
+        small = argparse.Namespace(model=self.args.draft_model, device=self.args.device, dtype=self.args.dtype)
+        return DraftModel(load(small)[0])
+
+    def _prefix_cache(self) -> Any:
+        if not self.args.prefix_cache:
+            return None
+        from mambakit.generation.prefix_cache import PrefixCache
+
+        return PrefixCache(self.model, folder=self.args.prefix_cache, disk_bytes=self.args.prefix_cache_mb << 20)
+
+    def write(self, prompt: str) -> None:
+        args = self.args
+        began = time.perf_counter()
+        ids = self._ids(prompt)
+        saved = 0 if self.prefix_cache is None else self.prefix_cache.statistics.tokens_saved
+        state = self._read(ids)
+        cached = None if self.prefix_cache is None else self.prefix_cache.statistics.tokens_saved - saved
+        for copy in range(args.num_return_sequences):
+            if copy and not args.json:
+                print("\n---")
+            if not args.json:
+                print(prompt, end="", flush=True)
+            stream = self._stream(state, ids, copy)
+            for piece in stream:
+                if not args.json:
+                    print(piece, end="", flush=True)
+            seconds = time.perf_counter() - began
+            if self.prefix_cache is not None:  # what follows this text later need not read it either
+                read = [*ids.tolist(), *stream.tokens][: stream.cache.get_seq_length()]
+                self.prefix_cache.store(read, stream.cache)
+            if args.save_state:
+                _after(stream, state).save(args.save_state, self.model)
+            rate = len(stream.tokens) / seconds if seconds else 0.0
+            if args.json:
+                result = {
+                    "prompt": prompt, "text": (prompt if args.echo else "") + stream.text, "tokens": stream.tokens,
+                    "finish_reason": stream.finish_reason, "prompt_tokens": len(ids), "seconds": round(seconds, 4),
+                    "tokens_per_second": round(rate, 2),
+                }  # fmt: skip
+                if cached is not None:
+                    result["cached_tokens"] = cached
+                if self.drafter is not None:
+                    result |= {"guessed_tokens": stream.proposed, "accepted_tokens": stream.accepted}
+                if args.logprobs is not None:
+                    result["logprobs"] = self._logprobs(prompt, ids, state, stream.tokens)
+                print(json.dumps(result, ensure_ascii=False), flush=True)
+            else:
+                print(flush=True)
+                if self.console.is_terminal:
+                    line = f"{len(ids)} tokens read, {len(stream.tokens)} written, {rate:.1f} a second in all"
+                    if self.drafter is not None:
+                        line += f", {stream.accepted} of {stream.proposed} guesses right"
+                    self.console.print(f"[dim]{line}[/dim]")
+            began = time.perf_counter()
+
+    def _ids(self, prompt: str) -> Any:
+        import torch
+
+        ids = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0].long()
+        if len(ids) or self.loaded is not None:
+            return ids
+        start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         if start is None:
             raise ValueError("the prompt is empty and the tokenizer has no bos token to start from; give a prompt")
-        ids = torch.tensor([start])
-    status = (
-        console.status("reading the prompt") if console.is_terminal and len(ids) > args.prefill_chunk_size else None
-    )
+        return torch.tensor([start])
 
-    def progress(done: int) -> None:
-        if status is not None:
-            status.update(f"reading the prompt: {done:,} of {len(ids):,} tokens")
+    def _read(self, ids: Any) -> Any:
+        """The state after the prompt, with its last token unread."""
+        from contextlib import nullcontext
 
-    stream = Stream(
-        model, tokenizer, ids, sampling, args.max_new_tokens, tuple(args.stop), state, args.prefill_chunk_size, progress
-    )
-    began = time.perf_counter()
-    if status is not None:
-        status.start()
-    if not args.json:
-        print(prompt, end="", flush=True)
-    for piece in stream:
-        if status is not None:
-            status.stop()
-        if not args.json:
-            print(piece, end="", flush=True)
-    seconds = time.perf_counter() - began
-    if args.save_state:
-        _save(model, stream, args.save_state)
-    rate = len(stream.tokens) / seconds if seconds else 0.0
-    if args.json:
-        result = {
-            "prompt": prompt, "text": stream.text, "tokens": stream.tokens, "finish_reason": stream.finish_reason,
-            "prompt_tokens": len(ids), "seconds": round(seconds, 4), "tokens_per_second": round(rate, 2),
-        }  # fmt: skip
-        print(json.dumps(result, ensure_ascii=False), flush=True)
-        return
-    print(flush=True)
-    if console.is_terminal:
-        console.print(f"[dim]{len(ids)} tokens read, {len(stream.tokens)} written, {rate:.1f} a second in all[/dim]")
+        from mambakit.generation.state import State
+
+        chunk = self.args.prefill_chunk_size
+        status = self.console.status("reading the prompt") if self.console.is_terminal and len(ids) > chunk else None
+
+        def progress(done: int) -> None:
+            if status is not None:
+                status.update(f"reading the prompt: {done:,} of {len(ids):,} tokens")
+
+        with status or nullcontext():
+            if self.loaded is not None:
+                if not len(ids):
+                    return self.loaded
+                return self.loaded.extend(self.model, ids, chunk_size=chunk, progress=progress)
+            if self.prefix_cache is not None:
+                return self.prefix_cache.read(ids, progress=progress)
+            return State.read(self.model, ids, chunk_size=chunk, progress=progress)
+
+    def _stream(self, state: Any, ids: Any, copy: int) -> Any:
+        """The text number ``copy`` after the prompt: a fork of its state."""
+        from mambakit.generation.speculative import SpeculativeStream
+        from mambakit.generation.stream import Sampling, Stream
+
+        args = self.args
+        sampling = Sampling(
+            0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
+            None if args.seed is None else args.seed + copy,
+        )  # fmt: skip
+        if self.constraint is not None:
+            sampling = self.constraint.sampling(sampling)
+        options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "stop": tuple(args.stop), **state.prompt()}
+        context = ids[:-1]  # what a repetition penalty counts, too; the state's last token comes with its prompt
+        if self.drafter is not None:
+            guesses = {"drafter": self.drafter, "draft_tokens": args.draft_tokens, "context": context}
+            return SpeculativeStream(self.model, self.tokenizer, sampling=sampling, **guesses, **options)
+        if args.repetition_penalty != 1 and len(context):
+            sampling = _after_context(sampling, context)
+        return Stream(self.model, self.tokenizer, sampling=sampling, **options)
+
+    def _logprobs(self, prompt: str, ids: Any, state: Any, tokens: list[int]) -> dict[str, list]:
+        import torch
+
+        from mambakit.generation.logprobs import as_logprobs, echo, token_log_probs
+
+        if self.args.echo:
+            return echo(
+                self.model,
+                self.tokenizer,
+                torch.cat([ids, torch.tensor(tokens, dtype=torch.long)]),
+                top=self.args.logprobs,
+            )
+        if not tokens:
+            return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        scored = token_log_probs(self.model, torch.tensor(tokens), top=self.args.logprobs, state=state)
+        return as_logprobs(self.tokenizer, scored)
 
 
-def _save(model: Any, stream: Any, path: str) -> None:
-    """The state after the whole text: the last token was chosen but not yet read."""
+def _after_context(sampling: Any, context: Any) -> Any:
+    """The same sampling, for a stream that is given only the last of the tokens read: its filters see the others, too."""
     import torch
 
-    seen, total = stream.cache.get_seq_length(), len(stream.prompt_ids) + len(stream.tokens)
-    unread = stream.tokens[len(stream.tokens) - (total - seen) :] if total > seen else []
-    if unread and stream.finish_reason == "length":
-        with torch.no_grad():
-            model(torch.tensor([unread], device=model.device), cache_params=stream.cache)
-    stream.cache.save(path)
+    class AfterContext(type(sampling)):  # type: ignore[misc]
+        def chooser(self, device: Any) -> Any:
+            choose, before = super().chooser(device), context.to(device)[None]
+            return lambda ids, logits: choose(torch.cat([before, ids], 1), logits)
+
+    return AfterContext(**vars(sampling))
+
+
+def _after(stream: Any, before: Any) -> Any:
+    """The state after a whole text. A text cut off by its length goes on from its last token, which is not read yet."""
+    import torch
+
+    from mambakit.generation.state import State
+
+    if not stream.tokens:
+        return before
+    last = stream.tokens[-1:] if stream.finish_reason == "length" else []
+    return State(stream.cache, torch.tensor([last], dtype=torch.long).reshape(1, len(last)))

@@ -1,9 +1,9 @@
-"""The likelihood of text of any length, read as a stream: memory does not grow with it."""
+"""How likely a model finds text: a stream of any length, or many continuations of one prefix."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambakit.generation.state import State
 from mambakit.modules import MambaCache
 
 # Logits are formed for this many tokens at a time: with a vocabulary of 50,280 that is 51 MB of float32.
 _LOGIT_ROWS = 256
+# Continuations are read this many tokens, and this many bytes of copies of the state, at a time.
+_PACKED_TOKENS, _PACKED_BYTES = 4096, 1 << 30
 # Text is tokenised in pieces of about this many characters, cut at a line end, where tokens of common vocabularies end.
 _PIECE_CHARACTERS = 20_000
 
@@ -105,10 +108,7 @@ def score_text(
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be 1 or more")
-    first = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
-    if first is None:
-        raise ValueError("the tokenizer has neither an eos nor a bos token to start a document with; set one")
-    scorer, score = TokenScorer(model, first), Score()
+    scorer, score = TokenScorer(model, _first_token(tokenizer)), Score()
     pending = torch.empty(0, dtype=torch.long)
 
     def take(ids: Tensor) -> None:
@@ -145,3 +145,149 @@ def _pieces(parts: Iterable[str]) -> Iterator[str]:
             buffer = buffer[cut:]
     if buffer:
         yield buffer
+
+
+# -- many continuations of one prefix ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ContinuationScore:
+    """ln p of each token of a continuation, given the prefix and the tokens before it."""
+
+    log_probs: Tensor
+    """(l,) float32, on the CPU."""
+    greedy: bool
+    """Whether every token is the likeliest: greedy decoding would write exactly this."""
+
+    @property
+    def log_prob(self) -> float:
+        """ln p of the whole continuation."""
+        return float(self.log_probs.double().sum())
+
+    @property
+    def log_prob_per_token(self) -> float:
+        return self.log_prob / max(1, len(self.log_probs))
+
+
+@torch.no_grad()
+def score_continuations(
+    model: Any,
+    prefix: Tensor | State,
+    continuations: Sequence[Tensor],
+    *,
+    chunk_size: int = 2048,
+    progress: Callable[[int], None] | None = None,
+) -> list[ContinuationScore]:
+    """Score many continuations of one prefix, which is read once.
+
+    The state after the prefix is forked for every continuation, and continuations of any lengths are read packed, without
+    padding. A continuation's last token is not read: nothing comes after it.
+
+    Args:
+        model: a causal language model in eval mode.
+        prefix: (l,) int64 with l >= 1, or the `State` of one row after it.
+        continuations: (l_i,) int64 each, any lengths; an empty one is certain (ln p = 0).
+        chunk_size: tokens of the prefix per forward.
+        progress: called with the number of continuations scored.
+
+    Raises:
+        ValueError: an empty prefix, a state of several rows or without an unread token, a continuation that is not (l,).
+    """
+    for tokens in continuations:
+        if tokens.dim() != 1:
+            raise ValueError(f"a continuation has shape {tuple(tokens.shape)}, expected (l,)")
+    state = prefix if isinstance(prefix, State) else State.read(model, prefix, chunk_size=chunk_size)
+    after = state.prompt()
+    cache: MambaCache = after["cache"]
+    first = _logits(model, after["prompt_ids"][None], cache)[0]  # (v,), the next token's
+    first_log_probs, likeliest = first.log_softmax(-1), first.argmax()
+
+    results: list[ContinuationScore] = []
+    most = max(1, _PACKED_BYTES // cache.nbytes)
+    for group in _groups([tokens.to(model.device, torch.long) for tokens in continuations], most):
+        rows = [tokens[:-1] for tokens in group]  # read; each of these predicts the token after it
+        targets = torch.cat([tokens[1:] for tokens in group])
+        log_probs, greedy = torch.empty(0, device=model.device), torch.empty(0, dtype=torch.bool, device=model.device)
+        if len(targets):
+            ends = torch.tensor([0, *map(len, rows)], device=model.device).cumsum(0).to(torch.int32)
+            forks = cache.select([0] * len(group))
+            hidden = model.backbone(torch.cat(rows)[None], cache_params=forks, cu_seqlens=ends).last_hidden_state[0]
+            log_probs, greedy = _log_probs(model, hidden, targets)
+        at = 0
+        for tokens in group:
+            later = slice(at, at + max(0, len(tokens) - 1))
+            at = later.stop
+            own = torch.cat([first_log_probs[tokens[:1]], log_probs[later]])
+            surely = bool((tokens[:1] == likeliest).all() & greedy[later].all())
+            results.append(ContinuationScore(own.cpu(), surely))
+        if progress is not None:
+            progress(len(results))
+    return results
+
+
+def score_choices(model: Any, tokenizer: Any, prefix: str, choices: Sequence[str]) -> list[ContinuationScore]:
+    """`score_continuations` of texts: multiple choice, variants of a sequence, rankings.
+
+    Prefix and choice are tokenised together, and the choice's tokens are those after the prefix's own: where a tokenizer
+    would join the two, white space at the end of the prefix counts as the start of the choice. An empty prefix is the
+    end-of-text token.
+
+    Raises:
+        ValueError: a choice that adds no token to the prefix; an empty prefix and a tokenizer without eos and bos tokens.
+    """
+    requests: dict[
+        tuple[int, ...], list[tuple[int, Tensor]]
+    ] = {}  # what is read first -> (number of the choice, its tokens)
+    for number, choice in enumerate(choices):
+        whole = _encode(tokenizer, prefix + choice)
+        split = len(_encode(tokenizer, prefix.rstrip()))
+        if len(whole) <= split:
+            raise ValueError(f"choice {number} ({choice!r}) adds no token to the prefix; give a longer one")
+        before = whole[:split] if split else [_first_token(tokenizer)]
+        requests.setdefault(tuple(before), []).append((number, torch.tensor(whole[split:])))
+    scores: dict[int, ContinuationScore] = {}
+    # One group, unless the tokenizer splits the prefix differently before some of the choices.
+    for read, members in requests.items():
+        results = score_continuations(model, torch.tensor(read), [tokens for _, tokens in members])
+        scores.update(zip((number for number, _ in members), results, strict=True))
+    return [scores[number] for number in range(len(choices))]
+
+
+def _groups(continuations: list[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """The same continuations, in order, in groups of at most ``most`` that fit into one forward."""
+    group: list[Tensor] = []
+    size = 0
+    for tokens in continuations:
+        if group and (size + len(tokens) > _PACKED_TOKENS or len(group) == most):
+            yield group
+            group, size = [], 0
+        group.append(tokens)
+        size += len(tokens)
+    if group:
+        yield group
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def _first_token(tokenizer: Any) -> int:
+    first = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    if first is None:
+        raise ValueError("the tokenizer has neither an eos nor a bos token to start a document with; set one")
+    return first
+
+
+def _logits(model: Any, ids: Tensor, cache: MambaCache) -> Tensor:
+    """(b, v) after the last of ``ids`` (b, l)."""
+    return model(ids, cache_params=cache, logits_to_keep=1).logits[:, -1]
+
+
+def _log_probs(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(l,) ln p of each target given hidden (l, h), and whether it is the likeliest."""
+    log_probs, greedy = [], []
+    for rows, wanted in zip(hidden.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True):
+        logits = model.lm_head(rows).float()
+        log_probs.append(-F.cross_entropy(logits, wanted, reduction="none"))
+        greedy.append(logits.argmax(-1) == wanted)
+    return torch.cat(log_probs), torch.cat(greedy)

@@ -1,0 +1,287 @@
+"""Constrained output: a JSON schema, a regular expression or a grammar, kept by masking the logits of every step.
+
+llguidance computes which tokens may come next; this file puts its masks where tokens are chosen: `ConstraintProcessor` for
+``model.generate``, `ConstrainedSampling` for a stream, `mask_logits_` for any other loop over a batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from mambakit.generation.stream import Sampling
+
+# Between the tokens of a JSON text exactly what Python's json.dumps writes: a small model left to choose white space can
+# go on choosing it. A schema's own "x-guidance" overrides these.
+_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Constraint:
+    """A grammar compiled for one tokenizer: every text that ends does so as a whole sentence of the grammar.
+
+    A text that reaches its limit of tokens first is cut off inside the sentence; its finish reason, "length", says so.
+
+    Args:
+        model, tokenizer: a causal language model and its (fast) tokenizer. The model's end-of-text tokens end a sentence.
+        json_schema: a JSON schema, as a dictionary or as text.
+        regex: a regular expression (Rust's syntax: no look-around, no back-references) that the whole text matches.
+        grammar: a context-free grammar in llguidance's variant of Lark's syntax; its rule ``start`` is the whole text.
+
+    Raises:
+        ValueError: not exactly one of the three, one that does not compile, or a model without an end-of-text token.
+        ImportError: llguidance is not installed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        json_schema: str | dict[str, Any] | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+    ):
+        given = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
+        chosen = [name for name, value in given.items() if value is not None]
+        if len(chosen) != 1:
+            raise ValueError(
+                f"give exactly one of json_schema, regex and grammar; got {' and '.join(chosen) or 'none'}"
+            )
+        guidance = _llguidance()
+        end = model.generation_config.eos_token_id
+        ends: list[int] = [] if end is None else list(end) if isinstance(end, (list, tuple)) else [end]
+        self.end_tokens = [token for token in ends if token < len(tokenizer)]
+        if not self.end_tokens:
+            raise ValueError(
+                f"a constrained text ends with an end-of-text token, and the model has none that its tokenizer knows ({end}); "
+                "set model.generation_config.eos_token_id"
+            )
+        self.vocab_size: int = model.config.vocab_size
+        self._tokens = _token_table(tokenizer, self.vocab_size, tuple(self.end_tokens))
+        compiler = guidance.LLMatcher
+        try:
+            if json_schema is not None:
+                schema = json.loads(json_schema) if isinstance(json_schema, str) else json_schema
+                self._grammar = compiler.grammar_from_json_schema(json.dumps(schema), defaults=_JSON)
+            elif regex is not None:
+                self._grammar = compiler.grammar_from_regex(regex)
+            else:
+                self._grammar = compiler.grammar_from_lark(grammar)
+            failed, messages = compiler.validate_grammar_with_warnings(self._grammar, self._tokens)
+        except ValueError as error:
+            failed, messages = True, [str(error)]
+        if failed:
+            raise ValueError(f"the {chosen[0]} cannot be used: {' '.join(' '.join(messages).split())}")
+        self._matcher = compiler(self._tokens, self._grammar, log_level=0)
+
+    def matcher(self) -> Matcher:
+        """A new text's place in the grammar, at its beginning."""
+        return Matcher(self, self._matcher.deep_copy(), 0)
+
+    def processor(self) -> ConstraintProcessor:
+        """For ``model.generate(..., logits_processor=[constraint.processor()])``: any batch, beams and return sequences."""
+        return ConstraintProcessor(self)
+
+    def sampling(self, sampling: Sampling | None = None) -> ConstrainedSampling:
+        """For ``Stream(..., sampling=constraint.sampling(Sampling(...)))``; every text made with it keeps the constraint."""
+        return ConstrainedSampling(**vars(sampling or Sampling()), constraint=self)
+
+
+class Matcher:
+    """How far one text has come in the grammar."""
+
+    def __init__(self, constraint: Constraint, matcher: Any, length: int, ended: bool = False):
+        self.constraint, self._matcher = constraint, matcher
+        self.length = length
+        """Tokens accepted, the end-of-text token among them and padding not."""
+        self.ended = ended
+        """Whether the end-of-text token has been accepted."""
+
+    def accept(self, token: int) -> None:
+        """Take up the text's next token; after the end-of-text token any token is padding.
+
+        Raises:
+            ValueError: the grammar does not allow it here.
+        """
+        if self.ended:
+            return
+        if not self.allows(token):
+            raise ValueError(f"token {token} is not allowed by the constraint at position {self.length} of the text")
+        if token in self.constraint.end_tokens:
+            self.ended = True
+        else:
+            self._matcher.consume_token(token)
+        self.length += 1
+
+    def allows(self, token: int) -> bool:
+        """Whether ``token`` may come next; after the end, the end-of-text tokens alone."""
+        if token in self.constraint.end_tokens:
+            return self.ended or self.complete
+        return not self.ended and self._matcher.validate_tokens([token]) == 1
+
+    def rollback(self, tokens: int) -> None:
+        """Take back the last ``tokens`` accepted tokens."""
+        if not 0 <= tokens <= self.length:
+            raise ValueError(f"rollback of {tokens} tokens; {self.length} have been accepted")
+        if tokens:
+            self.length -= tokens
+            tokens -= self.ended  # the grammar never saw the end-of-text token
+            self.ended = False
+            if tokens:
+                assert self._matcher.rollback(tokens), self._matcher.get_error()
+
+    def copy(self) -> Matcher:
+        return Matcher(self.constraint, self._matcher.deep_copy(), self.length, self.ended)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the text so far is a whole sentence, which may or may not go on."""
+        return self._matcher.is_accepting()
+
+
+def mask_logits_(logits: Tensor, matchers: Sequence[Matcher]) -> Tensor:
+    """Set to -inf, in place, what may not come next: row i of ``logits`` (b, v) by ``matchers[i]``; returns ``logits``.
+
+    A text that has ended is left its end-of-text tokens alone. The masks are computed on the processor, all rows at once.
+
+    Raises:
+        ValueError: numbers of rows or of tokens that do not fit.
+    """
+    if logits.dim() != 2 or logits.shape[0] != len(matchers):
+        raise ValueError(
+            f"logits have shape {tuple(logits.shape)}, but there are {len(matchers)} matchers; give (b, v)"
+        )
+    b, v = logits.shape
+    if not b:
+        return logits
+    if any(v != m.constraint.vocab_size for m in matchers):
+        sizes = sorted({m.constraint.vocab_size for m in matchers})
+        raise ValueError(f"logits are of {v} tokens, but the constraint was compiled for {sizes}")
+    words = -(-v // 32)
+    bits = torch.zeros(b, words, dtype=torch.int32, pin_memory=logits.is_cuda)
+    going = [(m._matcher, i) for i, m in enumerate(matchers) if not m.ended]
+    if len(going) == 1:
+        going[0][0].unsafe_compute_mask_ptr(bits[going[0][1]].data_ptr(), words * 4)
+    elif going:
+        _executor().unsafe_compute_mask_ptr(going, bits.data_ptr(), words * 4, b)
+    for i, m in enumerate(matchers):
+        for end in m.constraint.end_tokens if m.ended else ():
+            bits[i, end // 32] |= -(1 << 31) if end % 32 == 31 else 1 << end % 32
+    errors = [m._matcher.get_error() for m in matchers if m._matcher.is_error()]
+    if errors:
+        raise ValueError(f"the constraint became too complex to follow: {' '.join(errors[0].split())[:300]}")
+    bits = bits.to(logits.device, non_blocking=True)
+    allowed = (bits[:, :, None] >> torch.arange(32, device=bits.device, dtype=torch.int32)) & 1  # (b, words, 32)
+    return logits.masked_fill_(allowed.flatten(1)[:, :v] == 0, -float("inf"))
+
+
+class ConstraintProcessor(LogitsProcessor):
+    """The constraint as a logits processor: it masks before temperature and filters, so these choose among what is left.
+
+    It follows rows by their tokens, so beams may be reordered and tokens taken back; when the prompt changes it begins anew.
+    """
+
+    def __init__(self, constraint: Constraint):
+        self.constraint = constraint
+        self._prompts: Tensor | None = None
+        self._rows: list[tuple[list[int], Matcher]] = []  # the tokens each row has accepted, and where that led
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(b, l) all tokens so far, (b, v) the scores of the next -> the same scores, -inf where the grammar forbids."""
+        known = self._prompts
+        if known is None or input_ids.shape[0] != len(known) or not torch.equal(input_ids[:, : known.shape[1]], known):
+            self._prompts = known = input_ids.clone()
+            self._rows = [([], self.constraint.matcher()) for _ in range(len(input_ids))]
+        texts = input_ids[:, known.shape[1] :].tolist()
+        sources = [self._nearest(i, text) for i, text in enumerate(texts)]
+        self._rows = [
+            _follow(self._rows[source] if sources.count(source) == 1 else self._copy(source), text)
+            for source, text in zip(sources, texts, strict=True)
+        ]
+        return mask_logits_(scores.clone(), [matcher for _, matcher in self._rows])
+
+    def _nearest(self, row: int, text: list[int]) -> int:
+        """The row whose tokens ``text`` goes on from: its own, unless beams were reordered."""
+        if self._rows[row][0] == text[:-1]:
+            return row
+        return max(range(len(self._rows)), key=lambda i: (_shared(self._rows[i][0], text), i == row))
+
+    def _copy(self, row: int) -> tuple[list[int], Matcher]:
+        tokens, matcher = self._rows[row]
+        return list(tokens), matcher.copy()
+
+
+def _shared(a: list[int], b: list[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _follow(row: tuple[list[int], Matcher], text: list[int]) -> tuple[list[int], Matcher]:
+    """The row brought to ``text``: tokens that are not its own taken back, the others accepted."""
+    tokens, matcher = row
+    kept = len(tokens) if tokens == text[: len(tokens)] else _shared(tokens, text)
+    matcher.rollback(max(0, matcher.length - kept))
+    for token in text[kept:]:
+        matcher.accept(token)
+    return text, matcher
+
+
+@dataclass
+class ConstrainedSampling(Sampling):
+    """`Sampling` among the tokens that a constraint allows. One object serves many texts, each from the beginning."""
+
+    constraint: Constraint | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.constraint is None:
+            raise ValueError("ConstrainedSampling needs a constraint; make it with constraint.sampling(...)")
+
+    def chooser(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+        assert self.constraint is not None
+        choose, matcher = super().chooser(device), self.constraint.matcher()
+
+        def choose_allowed(ids: Tensor, logits: Tensor) -> Tensor:
+            token = choose(ids, mask_logits_(logits.clone(), [matcher]))
+            matcher.accept(int(token))
+            return token
+
+        return choose_allowed
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ModuleNotFoundError as error:
+        raise ImportError("constrained output needs llguidance: pip install 'mambakit[constrain]'") from error
+    return llguidance
+
+
+@functools.cache
+def _executor() -> Any:
+    return _llguidance().LLExecutor()
+
+
+_tables: weakref.WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Any]] = weakref.WeakKeyDictionary()
+
+
+def _token_table(tokenizer: Any, vocab_size: int, ends: tuple[int, ...]) -> Any:
+    """llguidance's view of a tokenizer; a second to make for a large vocabulary, so it is made once."""
+    from llguidance.hf import from_tokenizer
+
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer is a {type(tokenizer).__name__}; constraints need a fast one (a tokenizer.json)"
+        )
+    tables = _tables.setdefault(tokenizer, {})
+    if (vocab_size, ends) not in tables:
+        tables[vocab_size, ends] = from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(ends))
+    return tables[vocab_size, ends]

@@ -1,0 +1,150 @@
+"""Where guesses of the next tokens come from: the text itself, or a smaller model. `speculative` verifies them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mambakit.generation.stream import Sampling
+from mambakit.models.step import token_step
+from mambakit.modules import MambaCache
+
+# Places that prompt lookup compares, from the latest back.
+_CANDIDATES = 64
+
+_Scores = Callable[[list[int], Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Guesses of the next tokens."""
+
+    tokens: list[int]
+    probabilities: Tensor | None = None
+    """(t, v) float32, the distributions they were drawn from; None where they are certain (a rule, or greedy)."""
+
+
+class Drafter(Protocol):
+    """Guesses what comes next. One drafter serves one text at a time."""
+
+    def begin(self, ids: Tensor, sampling: Sampling, scores: _Scores | None, generator: torch.Generator) -> None:
+        """A new text: its prompt (l,), how its tokens are chosen, and where random numbers come from."""
+
+    def propose(self, text: list[int], most: int) -> Draft:
+        """At most ``most`` guesses of what follows ``text``, all tokens so far (the last one is not read by the model yet)."""
+
+
+class PromptLookup:
+    """Guesses that what followed these last tokens before follows them again; costs nothing, and needs no draft model.
+
+    Good where text repeats itself: code, lists, quotations, summaries of the prompt.
+
+    Args:
+        longest, shortest: lengths of the run of last tokens that is looked for; longer ones first, the latest place wins.
+    """
+
+    def __init__(self, longest: int = 4, shortest: int = 2):
+        if not 1 <= shortest <= longest:
+            raise ValueError(f"shortest is {shortest} and longest {longest}; they must be 1 <= shortest <= longest")
+        self.longest, self.shortest = longest, shortest
+
+    def begin(self, ids: Tensor, sampling: Sampling, scores: _Scores | None, generator: torch.Generator) -> None:
+        # Where the latest run of `shortest` tokens like this ends, and for each place where the one before it ends:
+        # eight bytes for each token of the text, and an entry for each different run.
+        self._latest: dict[tuple[int, ...], int] = {}
+        self._earlier = array("q", [-1])
+
+    def propose(self, text: list[int], most: int) -> Draft:
+        n = self.shortest
+        for end in range(len(self._earlier), len(text)):  # a run at the very end has nothing after it yet
+            run = tuple(text[max(0, end - n) : end])
+            self._earlier.append(self._latest.get(run, -1))
+            self._latest[run] = end
+        place, longest = -1, 0
+        at = self._latest.get(tuple(text[-n:]), -1)
+        for _ in range(_CANDIDATES):
+            if at < 0 or longest == self.longest:
+                break
+            same = n
+            while same < min(self.longest, at) and text[at - same - 1] == text[len(text) - same - 1]:
+                same += 1
+            if same > longest:
+                place, longest = at, same
+            at = self._earlier[at]
+        return Draft(text[place : place + most] if place >= 0 else [])
+
+
+class DraftModel:
+    """Guesses with a smaller model of the same vocabulary, which chooses as the large one is to choose.
+
+    Its own state is rolled back by copies, one for each guess: those of a small model cost less than reading it again.
+
+    Args:
+        model: a causal language model in eval mode.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    @torch.no_grad()
+    def begin(self, ids: Tensor, sampling: Sampling, scores: _Scores | None, generator: torch.Generator) -> None:
+        self._scores, self._greedy, self._generator = scores, sampling.temperature == 0, generator
+        self._cache: MambaCache = self.model.backbone.new_cache(1)
+        ids = ids.to(self.model.device)
+        for part in ids[:-1].split(2048):
+            if len(part):
+                self.model.backbone(part[None], cache_params=self._cache)
+        self._step = token_step(self.model, self._cache)
+        self._read: list[int] = ids[:-1].tolist()
+        # snapshots[i]: the state after the first _base + i tokens of _read
+        self._base, self._snapshots = len(self._read), [self._cache.clone()]
+
+    @torch.no_grad()
+    def propose(self, text: list[int], most: int) -> Draft:
+        known = _agreement(self._read, text, self._base)
+        if known < len(self._read):
+            self._return_to(known)
+        self._base, self._snapshots = known, []
+        self._keep()
+        for token in text[known:-1]:
+            self._advance(token)
+        tokens: list[int] = []
+        rows: list[Tensor] = []
+        while len(tokens) < most:
+            logits = self._advance((text + tokens)[-1])
+            scores = logits if self._scores is None else self._scores(text + tokens, logits)
+            if self._greedy:
+                tokens.append(int(scores.argmax()))
+            else:
+                rows.append(scores.softmax(-1))
+                tokens.append(int(torch.multinomial(rows[-1], 1, generator=self._generator)))
+        return Draft(tokens, torch.cat(rows) if rows else None)
+
+    def _advance(self, token: int) -> Tensor:
+        logits = self._step(torch.tensor([token], device=self.model.device))
+        self._read.append(token)
+        self._keep()
+        return logits
+
+    def _keep(self) -> None:
+        self._snapshots.append(self._cache.clone())
+
+    def _return_to(self, tokens: int) -> None:
+        """The cache as it was after so many tokens; in place, for the step holds on to its memory."""
+        snapshot = self._snapshots[tokens - self._base]
+        self._cache.conv_states.copy_(snapshot.conv_states)
+        self._cache.ssm_states.copy_(snapshot.ssm_states)
+        del self._read[tokens:]
+
+
+def _agreement(read: list[int], text: list[int], start: int) -> int:
+    """How many of ``read`` are the beginning of all but the last of ``text``, known to be so up to ``start``."""
+    n = start
+    while n < min(len(read), len(text) - 1) and read[n] == text[n]:
+        n += 1
+    return n

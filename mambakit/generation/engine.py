@@ -1,0 +1,209 @@
+"""Many texts at once: prompts of any lengths, rows that end on their own and are filled again.
+
+A pool of state rows decodes together, one token a row and step, by the model's fastest step. A finished row is free at once
+for the next request. A text does not depend on its neighbours: every request has its own random numbers, and each prompt is read
+on its own in chunks that start at its own beginning; on a CPU, where a row's step has the same bits in any batch, tokens are the
+same whatever else is there. On a GPU the step always runs on all ``rows``, so that its products are cut the same way.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambakit.generation.stream import Sampling, _end_tokens
+from mambakit.models.step import GraphStep, graphs_serve, native_serves, token_step
+from mambakit.modules import MambaCache
+from mambakit.ops.linear.api import MOST_ROWS
+
+
+@dataclass(eq=False)
+class Request:
+    """One text to write, and what became of it.
+
+    Args:
+        prompt_ids: (l,) int64, l >= 1: the tokens to read first (only the new ones, where a ``state`` continues).
+        sampling: how tokens are chosen; its seed makes the text repeatable.
+        max_new_tokens: when to stop at the latest.
+        state: a `MambaCache` of one row to continue from; it is copied, never changed.
+
+    Attributes:
+        tokens: what was written, without the end-of-text token.
+        finish_reason: "" while it runs; then "stop", "length" or "cancelled".
+        final_state: a `MambaCache` of one row that has read the prompt and all of ``tokens`` but the last; all of them
+            after "stop". Only where ``keep_state`` is set.
+    """
+
+    prompt_ids: Tensor
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0))
+    max_new_tokens: int = 256
+    state: MambaCache | None = None
+    keep_state: bool = False
+
+    tokens: list[int] = field(default_factory=list, init=False)
+    finish_reason: str = field(default="", init=False)
+    final_state: MambaCache | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.prompt_ids.dim() != 1 or not len(self.prompt_ids):
+            raise ValueError(f"prompt_ids has shape {tuple(self.prompt_ids.shape)}, expected (l,) with l >= 1")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more")
+        if self.state is not None and self.state.max_batch_size != 1:
+            raise ValueError(f"the state has {self.state.max_batch_size} rows; a request continues one: select a row")
+
+    def cancel(self) -> None:
+        """Stop before the next token."""
+        self.finish_reason = self.finish_reason or "cancelled"
+
+
+@dataclass
+class _Row:
+    request: Request
+    choose: Callable[[Tensor, Tensor], Tensor]
+    read: Tensor  # (1, l) the prompt and all tokens so far, for filters that look at them
+
+
+class Engine:
+    """Writes the texts of any number of requests, ``rows`` at a time.
+
+    Args:
+        model: a causal language model in eval mode.
+        rows: how many texts are written together.
+        chunk_size: tokens of a prompt per forward; memory does not grow with the prompt.
+
+    Raises:
+        ValueError: fewer than one row or one token a chunk.
+    """
+
+    def __init__(self, model: Any, rows: int = 8, chunk_size: int = 512):
+        for name, value in (("rows", rows), ("chunk_size", chunk_size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or more")
+        self.model, self.rows, self.chunk_size = model, rows, chunk_size
+        self.waiting: deque[Request] = deque()
+        self._ends = _end_tokens(model)
+        self._active: list[_Row | None] = []
+        self._step: Callable[[Tensor], Tensor] | None = None
+        self._pool = model.backbone.new_cache(0)
+        # Where bits do not depend on the number of rows, the pool is no larger than it must be.
+        self._elastic = native_serves(model, model.backbone.new_cache(1)) and rows <= MOST_ROWS
+
+    def submit(self, request: Request) -> Request:
+        """Queue a request; it starts as soon as a row is free."""
+        self.waiting.append(request)
+        return request
+
+    def run(self) -> Iterator[tuple[Request, int]]:
+        """(request, token) as they are chosen, until nothing is left; requests may be submitted meanwhile."""
+        while self.waiting or any(self._active):
+            yield from self.step()
+
+    def write(self, requests: Iterable[Request]) -> list[Request]:
+        """Submit all of them and wait until they are done."""
+        requests = [self.submit(request) for request in requests]
+        for _ in self.run():
+            pass
+        return requests
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[Request, int]]:
+        """Fill free rows, which gives each its first token; then one token more for every row that writes."""
+        self._drop_cancelled()
+        chosen = self._admit()
+        going = [(i, row) for i, row in enumerate(self._active) if row is not None]
+        if going:
+            tokens = torch.zeros(len(self._active), dtype=torch.int64)
+            for i, row in going:
+                tokens[i] = row.request.tokens[-1]
+            assert self._step is not None
+            logits = self._step(tokens.to(self.model.device))
+            chosen += [
+                (row.request, token) for i, row, token in self._choose(going, logits) if self._take(i, row, token)
+            ]
+        return chosen
+
+    def _admit(self) -> list[tuple[Request, int]]:
+        chosen = []
+        while self.waiting and sum(row is not None for row in self._active) < self.rows:
+            request = self.waiting.popleft()
+            if request.finish_reason:
+                continue
+            ids = request.prompt_ids.to(self.model.device)[None]
+            cache = self.model.backbone.new_cache(1) if request.state is None else request.state.clone()
+            for part in ids.split(self.chunk_size, 1):
+                logits = self.model(part, cache_params=cache, logits_to_keep=1).logits[:, -1]
+            index = self._free_row()
+            self._pool.copy_(cache, [0], [index])
+            row = self._active[index] = _Row(request, request.sampling.chooser(ids.device), ids)
+            token = int(row.choose(row.read, logits))
+            if self._take(index, row, token):
+                chosen.append((request, token))
+        return chosen
+
+    def _choose(self, going: list[tuple[int, _Row]], logits: Tensor) -> Iterator[tuple[int, _Row, int]]:
+        """Each row's token; where all want the likeliest, in one go."""
+        plain = Sampling(temperature=0)
+        if all(row.request.sampling == plain for _, row in going):
+            best = logits.argmax(-1).tolist()
+            yield from ((i, row, best[i]) for i, row in going)
+            return
+        for i, row in going:
+            yield i, row, int(row.choose(row.read, logits[i : i + 1]))
+
+    def _take(self, index: int, row: _Row, token: int) -> bool:
+        """Note a row's token; False where it is the end of the text."""
+        request = row.request
+        if token in self._ends:
+            self._finish(index, "stop")
+            return False
+        request.tokens.append(token)
+        if request.sampling != Sampling(temperature=0):
+            row.read = torch.cat([row.read, torch.tensor([[token]], device=row.read.device)], 1)
+        if len(request.tokens) == request.max_new_tokens:
+            self._finish(index, "length")
+        return True
+
+    def _finish(self, index: int, reason: str) -> None:
+        row = self._active[index]
+        assert row is not None
+        row.request.finish_reason = row.request.finish_reason or reason
+        if row.request.keep_state:
+            row.request.final_state = self._pool.select([index])
+        self._active[index] = None
+
+    def _drop_cancelled(self) -> None:
+        for i, row in enumerate(self._active):
+            if row is not None and row.request.finish_reason:
+                self._finish(i, "cancelled")
+
+    def _free_row(self) -> int:
+        if None not in self._active:
+            self._resize(1 if not self._active else min(self.rows, 2 * len(self._active)))
+        return self._active.index(None)
+
+    def _resize(self, size: int) -> None:
+        """A pool of ``size`` rows (all of them, where it is not elastic) that holds the rows of this one."""
+        size = size if self._elastic else self.rows
+        old, self._pool = self._pool, self.model.backbone.new_cache(size)
+        if self.model.device.type == "cuda" and graphs_serve(self.model):
+            graph = GraphStep(self.model, size, choose=False)
+            self._pool = graph.cache
+            self._pool.reset(list(range(size)))
+
+            def step(tokens: Tensor) -> Tensor:
+                graph.tokens.copy_(tokens)
+                return graph()
+
+            self._step = step
+        else:
+            self._step = token_step(self.model, self._pool)
+        rows = list(range(len(self._active)))
+        if rows:
+            self._pool.copy_(old, rows, rows)
+        self._active += [None] * (size - len(self._active))

@@ -1,0 +1,142 @@
+"""The log-probability of every token of a prompt, and the likeliest tokens in its place; `echo` for an API's answers."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambakit.generation.state import State
+from mambakit.generation.stream import _TextDecoder
+
+# Logits are formed for this many tokens at a time: with a vocabulary of 50,280 that is 51 MB of float32.
+_LOGIT_ROWS = 256
+
+
+@dataclass(frozen=True)
+class TokenLogProbs:
+    """ln p of every token of a sequence (l,), given those before it."""
+
+    ids: Tensor
+    """(l,) int64."""
+    log_probs: Tensor
+    """(l,) float32; NaN for a first token that nothing precedes."""
+    top_ids: Tensor
+    """(l, top) int64, the likeliest tokens at each place, best first."""
+    top_log_probs: Tensor
+    """(l, top) float32; NaN at a first token that nothing precedes."""
+
+
+@torch.no_grad()
+def token_log_probs(
+    model: Any,
+    ids: Tensor,
+    *,
+    top: int = 0,
+    before: int | None = None,
+    state: State | None = None,
+    chunk_size: int = 1024,
+    progress: Callable[[int], None] | None = None,
+) -> TokenLogProbs:
+    """Prompt log-probabilities, at constant memory.
+
+    Args:
+        ids: (l,) int64, of any length.
+        top: how many alternatives to give at each place.
+        before: a token that stands before the first one (end-of-text), so that it is scored, too.
+        state: what was read before instead; it stays as it is.
+        chunk_size: tokens per forward.
+        progress: called with the number of tokens done.
+
+    Raises:
+        ValueError: both ``before`` and ``state``; no tokens; ``top`` outside 0 to the vocabulary's size; chunk_size below 1.
+    """
+    vocabulary = model.config.vocab_size
+    if ids.dim() != 1 or not len(ids):
+        raise ValueError(f"ids have shape {tuple(ids.shape)}, expected (l,) with l >= 1")
+    if not 0 <= top <= vocabulary:
+        raise ValueError(f"top is {top}; it must be between 0 and the vocabulary's {vocabulary}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be 1 or more")
+    if before is not None and state is not None:
+        raise ValueError("before and state both say what comes first; give one")
+    ids = ids.to(model.device, torch.long)
+    after = {"prompt_ids": ids[:0], "cache": model.backbone.new_cache(1)} if state is None else state.prompt()
+    lead = after["prompt_ids"] if before is None else ids.new_tensor([before])
+    inputs, targets = torch.cat([lead, ids])[:-1], ids[1 - len(lead) :]
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    if not len(lead):
+        nothing = torch.full((1, top), math.nan)
+        parts.append((torch.full((1,), math.nan), torch.full((1, top), -1), nothing))
+    done = 0
+    for part, wanted in zip(inputs.split(chunk_size), targets.split(chunk_size), strict=True):
+        if not len(part):
+            break  # a single token with nothing before it
+        hidden = model.backbone(part[None], cache_params=after["cache"]).last_hidden_state[0]
+        for rows, these in zip(hidden.split(_LOGIT_ROWS), wanted.split(_LOGIT_ROWS), strict=True):
+            log_probs = model.lm_head(rows).float().log_softmax(-1)
+            best = log_probs.topk(top)
+            parts.append((log_probs.gather(1, these[:, None])[:, 0].cpu(), best.indices.cpu(), best.values.cpu()))
+        done += len(part)
+        if progress is not None:
+            progress(done)
+    log_probs, top_ids, top_log_probs = (torch.cat(column) for column in zip(*parts, strict=True))
+    return TokenLogProbs(ids.cpu(), log_probs, top_ids, top_log_probs)
+
+
+def echo(model: Any, tokenizer: Any, ids: Tensor, *, top: int = 0, chunk_size: int = 1024) -> dict[str, list]:
+    """A text given back with its tokens' log-probabilities: the ``logprobs`` of the completions API with ``echo``.
+
+    Args:
+        ids: (l,) int64, a prompt, with or without what was written after it.
+        top: alternatives at each place.
+
+    Returns:
+        Lists of l: ``tokens`` (text), ``token_logprobs`` (None for the first, which nothing precedes), ``top_logprobs``
+        ({text: ln p} or None) and ``text_offset`` (characters before the token). A character that takes several tokens
+        is spelled ``bytes:\\xe6`` in its parts, as that API does. No number is infinite: -9999.0 stands for it.
+    """
+    return as_logprobs(tokenizer, token_log_probs(model, ids, top=top, chunk_size=chunk_size))
+
+
+def as_logprobs(tokenizer: Any, scored: TokenLogProbs, offset: int = 0) -> dict[str, list]:
+    """The ``logprobs`` object of the completions API; ``offset`` characters stand before the first token."""
+    decoder, offsets = _TextDecoder(tokenizer), []
+    for token in scored.ids.tolist():
+        offsets.append(offset)
+        offset += len(decoder.push(token))
+    text = functools.partial(_token_text, tokenizer)
+    finite = functools.partial(max, -9999.0)
+    unknown = scored.log_probs.isnan().tolist()
+    top = zip(unknown, scored.top_ids.tolist(), scored.top_log_probs.tolist(), strict=True)
+    return {
+        "tokens": [text(token) for token in scored.ids.tolist()],
+        "token_logprobs": [None if u else finite(x) for u, x in zip(unknown, scored.log_probs.tolist(), strict=True)],
+        "top_logprobs": [
+            None if u else {text(t): finite(x) for t, x in zip(ids, values, strict=True)} for u, ids, values in top
+        ],
+        "text_offset": offsets,
+    }
+
+
+def _token_text(tokenizer: Any, token: int) -> str:
+    text = tokenizer.decode([token])
+    if "\ufffd" not in text:
+        return text
+    spelled = tokenizer.convert_ids_to_tokens(token)  # byte-level vocabularies spell each byte as a letter of its own
+    if not all(letter in _byte_letters() for letter in spelled):
+        return text
+    return "bytes:" + "".join(f"\\x{_byte_letters()[letter]:02x}" for letter in spelled)
+
+
+@functools.cache
+def _byte_letters() -> dict[str, int]:
+    """Letter -> byte, as GPT-2's tokenizer spells bytes: printable ones as themselves, the others from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

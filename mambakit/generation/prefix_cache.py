@@ -1,0 +1,310 @@
+"""States of prompts that were read before, found again by what the tokens are.
+
+A key is the SHA-256 of the model and of all tokens up to a position, so a hit at position p means that exactly these p tokens
+were read by exactly this model, whoever read them: an earlier call, another conversation, another process through the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+import warnings
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import RLock
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mambakit.generation.state import State, fill_cache, fingerprint, write_tensors
+from mambakit.modules import MambaCache
+
+_FORMAT = "mambakit.PrefixCache/1"
+# Snapshots of one prompt, besides the one at its end: a prompt of a million tokens does not push out everything else.
+_SNAPSHOTS = 16
+# A temporary file this old (seconds) belongs to a process that was killed while it wrote.
+_ABANDONED = 3600
+_TENSORS = ("conv_states", "ssm_states")
+
+
+class _Key(NamedTuple):
+    model: str
+    position: int  # how many tokens have been read
+    digest: str  # of the model and of those tokens
+
+
+@dataclass
+class Statistics:
+    """What a prefix cache has saved since it was made."""
+
+    lookups: int = 0
+    hits: int = 0
+    disk_hits: int = 0
+    """Hits whose state came from the folder."""
+    tokens_asked: int = 0
+    tokens_saved: int = 0
+    """Prompt tokens that were not read, because their state was found."""
+    evictions: int = 0
+
+
+class PrefixCache:
+    """The longest known beginning of a prompt, at the price of copying a state.
+
+    Snapshots are taken at multiples of ``chunk_size`` (of a power of two times it, in long prompts: at most 16 of one prompt)
+    and at the prompt's last token but one, so that both the same prompt again and prompts that begin alike are found.
+    What is used last is kept: beyond a budget, the states that have not been used for longest go.
+
+    It is safe to use from several threads, and the folder from several processes at once. The folder holds only tensors and
+    hashes, no text.
+
+    Args:
+        model: a causal language model in eval mode; states of another model, of other weights or of another dtype are never
+            found. Weights that change later are noticed.
+        memory_bytes: budget of the states held in memory; 0 keeps none there.
+        folder: keep them in files, too; None for memory alone. Made when it does not exist.
+        disk_bytes: budget of this model's files.
+        chunk_size: prompt tokens per forward, and the distance of snapshots.
+        device: where states are held; "cpu" by default, where they cost no GPU memory and a hit copies a few megabytes.
+
+    Raises:
+        ValueError: a negative budget, or a chunk_size below 1.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        memory_bytes: int = 1 << 30,
+        folder: str | os.PathLike | None = None,
+        disk_bytes: int = 4 << 30,
+        chunk_size: int = 512,
+        device: torch.device | str = "cpu",
+    ):
+        for name, value in (("memory_bytes", memory_bytes), ("disk_bytes", disk_bytes)):
+            if value < 0:
+                raise ValueError(f"{name} is {value}; it must be 0 or more")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size is {chunk_size}; it must be 1 or more")
+        self.model, self.memory_bytes, self.disk_bytes, self.chunk_size = model, memory_bytes, disk_bytes, chunk_size
+        self.device = torch.device(device)
+        self.statistics = Statistics()
+        self._root = None if folder is None else Path(folder)
+        self._entries: OrderedDict[_Key, dict[str, Tensor]] = OrderedDict()  # least recently used first
+        self._held = 0
+        self._lock = RLock()
+
+    # -- using it --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def read(self, ids: Tensor | Sequence[int], *, progress: Callable[[int], None] | None = None) -> State:
+        """The state after a prompt (l,): what is known is copied, the rest is read, and kept for next time.
+
+        ``progress`` is called with the number of tokens done, those that were found among them. The result is the state that
+        `State.read` gives, with the bits of reading the prompt in chunks from where it was found.
+
+        Raises:
+            ValueError: an empty prompt.
+        """
+        tokens = _tokens(ids)
+        device = self.model.device
+        keys = self._keys(tokens)
+        position, cache = self._find(tokens, keys)
+        end = len(tokens) - 1  # the last token stays unread
+        for stop in self._stops(position, end):
+            part = torch.tensor([tokens[position:stop]], device=device)
+            self.model.backbone(part, cache_params=cache)
+            position = stop
+            if stop == end or stop % self._stride(end) == 0:
+                self._keep(keys(stop), cache, 0)
+            if progress is not None:
+                progress(position)
+        return State(cache, torch.tensor([tokens[end:]], device=device))
+
+    def lookup(self, ids: Tensor | Sequence[int]) -> tuple[int, MambaCache]:
+        """(p, a cache of one row that has read the first p tokens), for the largest known p below l; p may be 0."""
+        tokens = _tokens(ids)
+        return self._find(tokens, self._keys(tokens))
+
+    def store(self, ids: Tensor | Sequence[int], cache: MambaCache, row: int = 0) -> None:
+        """Keep row ``row`` of a cache that has read exactly ``ids`` (l,): after a text was written, say."""
+        tokens = _tokens(ids)
+        if not 0 <= row < cache.max_batch_size:
+            raise ValueError(f"row is {row}, but the cache has {cache.max_batch_size} rows")
+        self._keep(self._keys(tokens)(len(tokens)), cache, row)
+
+    def clear(self) -> None:
+        """Forget every state in memory and delete this model's files."""
+        with self._lock:
+            self._entries.clear()
+            self._held = 0
+        for file in self._files(self._model_name()):
+            file.unlink(missing_ok=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        return self._held
+
+    def __len__(self) -> int:
+        """States held in memory."""
+        return len(self._entries)
+
+    # -- keys ------------------------------------------------------------------------------------------------------
+
+    def _model_name(self) -> str:
+        return f"{fingerprint(self.model)[:32]}-{str(self.model.dtype).removeprefix('torch.')}"
+
+    def _keys(self, tokens: list[int]) -> Callable[[int], _Key]:
+        """position -> key of the first ``position`` tokens; while positions rise, each token is hashed once."""
+        model = self._model_name()
+        digest, done = hashlib.sha256(model.encode()), 0
+
+        def key(position: int) -> _Key:
+            nonlocal digest, done
+            if position < done:
+                digest, done = hashlib.sha256(model.encode()), 0
+            digest.update(array("q", tokens[done:position]).tobytes())
+            done = position
+            return _Key(model, position, digest.hexdigest())
+
+        return key
+
+    def _stride(self, length: int) -> int:
+        stride = self.chunk_size
+        while length // stride > _SNAPSHOTS:
+            stride *= 2
+        return stride
+
+    def _stops(self, position: int, end: int) -> Iterator[int]:
+        """Where to end each forward: at multiples of the chunk size, wherever reading begins, and at the end."""
+        while position < end:
+            position = min(end, (position // self.chunk_size + 1) * self.chunk_size)
+            yield position
+
+    # -- finding and keeping ---------------------------------------------------------------------------------------
+
+    def _find(self, tokens: list[int], keys: Callable[[int], _Key]) -> tuple[int, MambaCache]:
+        model = self._model_name()
+        with self._lock:
+            files = {_key_of(file) for file in self._files(model)}
+            known = {k.position for k in (*self._entries, *files) if k.model == model and k.position < len(tokens)}
+            candidates = [keys(position) for position in sorted(known)]
+            self.statistics.lookups += 1
+            self.statistics.tokens_asked += len(tokens)
+            for key in reversed(candidates):
+                tensors = self._entries.get(key)
+                if tensors is not None:
+                    self._entries.move_to_end(key)
+                elif key in files:
+                    tensors = self._from_disk(key)
+                    self.statistics.disk_hits += tensors is not None
+                if tensors is None:
+                    continue
+                if self._root is not None:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.utime(self._path(key))  # a use, for all processes to see
+                self.statistics.hits += 1
+                self.statistics.tokens_saved += key.position
+                return key.position, fill_cache(self.model, tensors, key.position)
+        return 0, self.model.backbone.new_cache(1)
+
+    def _keep(self, key: _Key, cache: MambaCache, row: int) -> None:
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                return
+            states = {"conv_states": cache.conv_states, "ssm_states": cache.ssm_states}
+            # A copy always: the cache goes on to be written to.
+            tensors = {n: t[:, row : row + 1].detach().to(self.device, copy=True) for n, t in states.items()}
+            self._hold(key, tensors)
+            if self._root is not None:
+                self._to_disk(key, tensors)
+
+    def _hold(self, key: _Key, tensors: dict[str, Tensor]) -> None:
+        size = sum(t.nbytes for t in tensors.values())
+        if size > self.memory_bytes:
+            return
+        self._entries[key] = tensors
+        self._held += size
+        while self._held > self.memory_bytes:
+            _, oldest = self._entries.popitem(last=False)
+            self._held -= sum(t.nbytes for t in oldest.values())
+            self.statistics.evictions += 1
+
+    # -- files: <folder>/<model>/<position>-<digest>.safetensors ------------------------------------------------------
+
+    def _path(self, key: _Key) -> Path:
+        assert self._root is not None, "asked only where there is a folder"
+        return self._root / key.model / f"{key.position}-{key.digest}.safetensors"
+
+    def _files(self, model: str) -> list[Path]:
+        if self._root is None or not (self._root / model).is_dir():
+            return []
+        return [file for file in (self._root / model).iterdir() if file.suffix == ".safetensors"]
+
+    def _to_disk(self, key: _Key, tensors: dict[str, Tensor]) -> None:
+        path = self._path(key)
+        if path.exists() or sum(t.nbytes for t in tensors.values()) > self.disk_bytes:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contents = {name: t.cpu().contiguous() for name, t in tensors.items()}
+        write_tensors(path, contents, {"format": _FORMAT, "key": "-".join(map(str, key))})
+        self._trim(path)
+
+    def _trim(self, newest: Path) -> None:
+        """Delete the files used longest ago, until the rest fits. Another process may be doing the same."""
+        found = []
+        for file in newest.parent.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                status = file.stat()
+                if file.suffix == ".safetensors":
+                    found.append((file == newest, status.st_mtime_ns, status.st_size, file))
+                elif time.time() - status.st_mtime > _ABANDONED:
+                    file.unlink(missing_ok=True)
+        total = sum(size for _, _, size, _ in found)
+        for _, _, size, file in sorted(found):
+            if total <= self.disk_bytes:
+                break
+            file.unlink(missing_ok=True)
+            total -= size
+            self.statistics.evictions += 1
+
+    def _from_disk(self, key: _Key) -> dict[str, Tensor] | None:
+        from safetensors import SafetensorError, safe_open
+
+        path = self._path(key)
+        try:
+            with safe_open(path, "pt", device="cpu") as file:
+                if (file.metadata() or {}).get("key") != "-".join(map(str, key)):
+                    raise SafetensorError("it holds the state of other tokens")
+                tensors = {name: file.get_tensor(name).to(self.device, copy=True) for name in _TENSORS}
+        except FileNotFoundError:  # deleted by another process since the folder was listed
+            return None
+        except SafetensorError as error:
+            warnings.warn(f"{path} is not usable ({error}); it is deleted, and the prompt read again", stacklevel=2)
+            path.unlink(missing_ok=True)
+            return None
+        self._hold(key, tensors)
+        return tensors
+
+
+def _key_of(file: Path) -> _Key:
+    position, _, digest = file.stem.partition("-")
+    return _Key(file.parent.name, int(position), digest)
+
+
+def _tokens(ids: Tensor | Sequence[int]) -> list[int]:
+    if isinstance(ids, Tensor):
+        if ids.dim() != 1:
+            raise ValueError(f"ids have shape {tuple(ids.shape)}, expected (l,); a prefix is of one text")
+        ids = ids.tolist()
+    tokens = [int(t) for t in ids]
+    if not tokens:
+        raise ValueError("there are no tokens to look up; give at least one")
+    return tokens

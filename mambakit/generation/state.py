@@ -1,0 +1,287 @@
+"""A text's state, held in the hand: read a prompt once, then snapshot, fork, extend, save and resume it.
+
+A Mamba model keeps of any number of tokens two small tensors per layer. So a fork is a copy of those, whatever was read, and a
+file of a few megabytes resumes a text of any length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambakit.modules import MambaCache
+
+_FORMAT = "mambakit.State/1"
+# What a model computes besides its weights and their shapes.
+_COMPUTATION = ("model_type", "hidden_act", "layer_norm_epsilon", "residual_in_fp32", "mixer_rms_eps")
+
+
+class State:
+    """What a model knows after b texts: the recurrent state, and the last token of each, which is chosen but not yet read.
+
+    The last token stays unread because reading it gives what every continuation needs first, the next token's logits. A
+    state never changes in the hand: `inputs` and `prompt` give out copies, `extend` and `fork` make new ones.
+
+    Args:
+        cache: the state, b rows.
+        pending: (b, 1) int64, the last tokens; or (b, 0) where everything has been read, and new tokens must come first.
+    """
+
+    def __init__(self, cache: MambaCache, pending: Tensor):
+        if pending.dim() != 2 or pending.shape[0] != cache.max_batch_size or pending.shape[1] > 1:
+            raise ValueError(
+                f"pending has shape {tuple(pending.shape)}; it must be {(cache.max_batch_size, 1)}, one unread token for each "
+                f"row of the cache, or {(cache.max_batch_size, 0)}"
+            )
+        self.cache, self.pending = cache, pending.to(cache.device, torch.long)
+
+    # -- making one ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @torch.no_grad()
+    def read(
+        cls,
+        model: Any,
+        prompts: Tensor | Sequence[Tensor],
+        *,
+        chunk_size: int = 2048,
+        progress: Callable[[int], None] | None = None,
+    ) -> State:
+        """Read prompts, each once.
+
+        Args:
+            model: a causal language model in eval mode.
+            prompts: (l,) int64, (b, l) int64, or b tensors (l_i,) of any lengths, which are packed: no work on padding.
+            chunk_size: tokens per forward; memory does not grow with the prompts.
+            progress: called with the number of tokens read.
+
+        Raises:
+            ValueError: an empty prompt, or a chunk_size below 1.
+        """
+        rows = _rows(prompts, model.device)
+        empty = cls(model.backbone.new_cache(len(rows)), rows[0].new_empty(len(rows), 0))
+        return empty._read(model, rows, chunk_size, progress)
+
+    @torch.no_grad()
+    def extend(
+        self,
+        model: Any,
+        tokens: Tensor | Sequence[Tensor],
+        *,
+        chunk_size: int = 2048,
+        progress: Callable[[int], None] | None = None,
+    ) -> State:
+        """The state after ``tokens``, too, shaped as the prompts of `read`; this one stays as it is."""
+        rows = _rows(tokens, model.device)
+        if len(rows) != self.rows:
+            raise ValueError(
+                f"tokens are of {len(rows)} texts, but the state holds {self.rows}; fork or select it first"
+            )
+        rows = [torch.cat([last, row]) for last, row in zip(self.pending, rows, strict=True)]
+        return State(self.cache.clone(), self.pending[:, :0])._read(model, rows, chunk_size, progress)
+
+    def _read(self, model: Any, rows: list[Tensor], chunk_size: int, progress: Callable[[int], None] | None) -> State:
+        """Bring this state's cache to the last token but one of ``rows``."""
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size is {chunk_size}; it must be 1 or more")
+        unread = [row[:-1] for row in rows]
+        done, total = 0, sum(map(len, unread))
+        while done < total:
+            left = sum(1 for row in unread if len(row))
+            share = max(1, chunk_size // left)
+            parts, unread = [row[:share] for row in unread], [row[share:] for row in unread]
+            ends = torch.tensor([0, *map(len, parts)], device=self.cache.device).cumsum(0).to(torch.int32)
+            packed = None if len(parts) == 1 else ends  # a single row needs no packing
+            model.backbone(torch.cat(parts)[None], cache_params=self.cache, cu_seqlens=packed)
+            done += sum(map(len, parts))
+            if progress is not None:
+                progress(done)
+        return State(self.cache, torch.stack([row[-1:] for row in rows]))
+
+    @classmethod
+    def stack(cls, states: Sequence[State]) -> State:
+        """The rows of several states of one model as one state: texts that were read apart continue as a batch."""
+        if not states:
+            raise ValueError("there are no states to stack; give at least one")
+        if len({state.pending.shape[1] for state in states}) > 1:
+            raise ValueError("some of the states have an unread token and some have none; extend those that have none")
+        first, at = states[0].cache, 0
+        cache = MambaCache(first.config, sum(s.rows for s in states), first.device, first.dtype)
+        for state in states:
+            cache.copy_(state.cache, list(range(state.rows)), list(range(at, at + state.rows)))
+            at += state.rows
+        return cls(cache, torch.cat([s.pending.to(first.device) for s in states]))
+
+    # -- what it holds ---------------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> int:
+        return self.cache.max_batch_size
+
+    def __repr__(self) -> str:
+        return (
+            f"State({self.rows} rows, {self.cache.nbytes / 2**20:.2f} MiB, {self.pending.shape[1]} unread tokens each)"
+        )
+
+    def snapshot(self) -> State:
+        """A copy that shares nothing with this one."""
+        return State(self.cache.clone(), self.pending.clone())
+
+    def select(self, rows: Tensor | list[int]) -> State:
+        """A new state of these rows, in this order, any of them several times."""
+        chosen = self.cache.select(rows)
+        return State(chosen, self.pending[torch.as_tensor(rows, device=self.cache.device)])
+
+    def fork(self, n: int) -> State:
+        """Every row n times, next to each other: n continuations of what was read once."""
+        if n < 1:
+            raise ValueError(f"fork into {n}; it must be 1 or more")
+        return self.select(torch.arange(self.rows).repeat_interleave(n))
+
+    # -- going on from it ------------------------------------------------------------------------------------------
+
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of ``model.generate(**state.inputs(), ...)``, with a copy of the state.
+
+        The sequences that come back begin with the unread token.
+        """
+        self._require_pending()
+        return {"input_ids": self.pending.clone(), "cache_params": self.cache.clone()}
+
+    def prompt(self) -> dict[str, Any]:
+        """Arguments of ``Stream(model, tokenizer, **state.prompt(), ...)``, with a copy of the state; of one row."""
+        self._require_pending()
+        if self.rows != 1:
+            raise ValueError(f"a stream continues one text, but the state holds {self.rows}; select one")
+        return {"prompt_ids": self.pending[0].clone(), "cache": self.cache.clone()}
+
+    def _require_pending(self) -> None:
+        if not self.pending.shape[1]:
+            raise ValueError("every token of this state has been read; extend() it with the tokens that come next")
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike, model: Any) -> None:
+        """Write the state to a safetensors file, bound to ``model``'s configuration and weights."""
+        metadata = {
+            "format": _FORMAT,
+            "fingerprint": fingerprint(model),
+            "seen_tokens": str(self.cache.get_seq_length()),
+        }
+        write_tensors(path, self.tensors(), metadata)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors a file holds, on the CPU."""
+        tensors = {"conv_states": self.cache.conv_states, "ssm_states": self.cache.ssm_states, "pending": self.pending}
+        return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model: Any) -> State:
+        """Read a state written by `save`, onto the model's device; a file of `MambaCache.save` too (nothing unread).
+
+        Raises:
+            ValueError: the file is not a saved state, is damaged, or belongs to another model.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt", device="cpu") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    cache = MambaCache.load(path, model.config, model.device)  # or says why it is none
+                    return cls(cache, torch.empty(cache.max_batch_size, 0, dtype=torch.long))
+                if metadata["fingerprint"] != fingerprint(model):
+                    raise ValueError(
+                        f"{path} was saved by a model of other weights or another configuration; load it with that model"
+                    )
+                tensors = {name: file.get_tensor(name) for name in ("conv_states", "ssm_states", "pending")}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or not a safetensors file ({error}); save the state again") from error
+        return cls(fill_cache(model, tensors, int(metadata["seen_tokens"])), tensors["pending"])
+
+
+def fill_cache(model: Any, tensors: dict[str, Tensor], seen_tokens: int) -> MambaCache:
+    """A cache on the model's device with these ``conv_states`` and ``ssm_states``."""
+    conv, ssm = tensors["conv_states"], tensors["ssm_states"]
+    cache: MambaCache = model.backbone.new_cache(conv.shape[1])
+    if conv.shape != cache.conv_states.shape or ssm.shape != cache.ssm_states.shape:
+        raise ValueError(f"states {tuple(conv.shape)} and {tuple(ssm.shape)} do not fit {cache!r}")
+    cache.conv_states.copy_(conv)
+    cache.ssm_states.copy_(ssm)
+    cache.advance(seen_tokens)
+    return cache
+
+
+def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file under a name of this process's own, then rename it: a reader sees all of it or nothing."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # a rename that survives a power cut must not name an empty file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _rows(prompts: Tensor | Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    if isinstance(prompts, Tensor):
+        if prompts.dim() not in (1, 2):
+            raise ValueError(f"the tokens have shape {tuple(prompts.shape)}, expected (l,) or (b, l)")
+        prompts = [prompts] if prompts.dim() == 1 else list(prompts)
+    rows = [row.to(device, torch.long) for row in prompts]
+    if not rows or any(row.dim() != 1 or not len(row) for row in rows):
+        shapes = [tuple(row.shape) for row in rows]
+        raise ValueError(
+            f"the tokens of the texts have shapes {shapes}; give at least one text, and a token in each, (l,)"
+        )
+    return rows
+
+
+# -- which model ---------------------------------------------------------------------------------------------------
+
+_known: weakref.WeakKeyDictionary[Any, tuple[tuple[str, list], str]] = weakref.WeakKeyDictionary()
+
+
+def fingerprint(model: Any) -> str:
+    """64 hexadecimal digits that name a model: SHA-256 of every weight's name, shape and values, and of the settings of
+    its configuration that change what they compute.
+
+    Equal for equal values, whatever their floating dtype and device: a checkpoint loaded in bfloat16 and the same one
+    widened to float32 are one model. Computed once, and again after the weights have changed (about a second for each
+    gigabyte and processor core).
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    config = json.dumps({field: getattr(model.config, field, None) for field in _COMPUTATION}, sort_keys=True)
+    # What torch counts: a tensor replaced, or written in place.
+    versions = [(name, t.data_ptr(), 0 if t.is_inference() else t._version) for name, t in tensors.items()]
+    known = _known.get(model)
+    if known is None or known[0] != (config, versions):
+        total = hashlib.sha256(config.encode())
+        names = sorted(tensors)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter's lock
+            for name, digest in zip(names, pool.map(_digest, (tensors[name] for name in names)), strict=True):
+                total.update(f"{name}:".encode() + digest)
+        known = _known[model] = ((config, versions), total.hexdigest())
+    return known[1]
+
+
+def _digest(tensor: Tensor) -> bytes:
+    tensor = tensor.detach()
+    if tensor.is_floating_point() and tensor.dtype != torch.float64:
+        tensor = tensor.float()
+    digest = hashlib.sha256(f"{tuple(tensor.shape)}:".encode())
+    digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()

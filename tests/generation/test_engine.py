@@ -1,0 +1,127 @@
+"""The engine: each text as if it were alone, rows that end and are filled again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mambakit.generation.engine import Engine, Request
+from mambakit.generation.stream import Sampling
+from mambakit.models import step as steps
+from tests.models.configurations import pair, tokens, worst
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(params=["native", "forward"])
+def model(request, monkeypatch):
+    model = pair("plain")[0]
+    model.generation_config.eos_token_id = None
+    if request.param == "forward":
+        monkeypatch.setattr("mambakit.generation.engine.native_serves", lambda *_: False)
+        monkeypatch.setattr(steps, "native_serves", lambda *_: False)
+    elif steps.native.describe()["isa"] is None:
+        pytest.skip("no native library")
+    return model
+
+
+def prompts(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [tokens(1, 3 + 5 * i % 17)[0].random_(1, 61, generator=generator) for i in range(count)]
+
+
+def alone(model, prompt, count, **options):
+    out = model.generate(prompt[None], max_new_tokens=count, do_sample=False, eos_token_id=None, **options)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_greedy_texts_are_those_of_generate(model, rows):
+    lengths = [7, 1, 12, 3, 9, 2, 5]
+    requests = [Request(p, max_new_tokens=n) for p, n in zip(prompts(7), lengths, strict=True)]
+    engine = Engine(model, rows, chunk_size=4)
+    seen: dict[int, list[int]] = {id(r): [] for r in requests}
+    for request in requests:
+        engine.submit(request)
+    for request, token in engine.run():
+        seen[id(request)].append(token)
+    for request, prompt, count in zip(requests, prompts(7), lengths, strict=True):
+        assert request.tokens == seen[id(request)] == alone(model, prompt, count)
+        assert request.finish_reason == "length"
+
+
+def test_seeded_samples_do_not_depend_on_the_neighbours(model):
+    def request(i, prompt):
+        return Request(prompt, Sampling(temperature=0.9, top_k=20, repetition_penalty=1.2, seed=i), max_new_tokens=10)
+
+    together = Engine(model, 5).write(request(i, p) for i, p in enumerate(prompts(9)))
+    for i, prompt in enumerate(prompts(9)):
+        (single,) = Engine(model, 5 if not steps.native_serves(model, model.backbone.new_cache(1)) else 1).write(
+            [request(i, prompt)]
+        )
+        assert single.tokens == together[i].tokens
+    assert len({tuple(r.tokens) for r in together}) > 5
+
+
+def test_an_end_frees_its_row(model):
+    prompt = prompts(1)[0]
+    written = alone(model, prompt, 12)
+    end = written[5]
+    model.generation_config.eos_token_id = end
+    first, second = Engine(model, 1).write(
+        [Request(prompt, max_new_tokens=12), Request(prompts(2)[1], max_new_tokens=4)]
+    )
+    assert first.finish_reason == "stop"
+    assert first.tokens == written[: written.index(end)]
+    assert second.finish_reason in ("length", "stop")
+
+
+def test_states_go_in_and_come_out(model):
+    prompt = tokens(1, 20)[0]
+    (first,) = Engine(model, 2).write([Request(prompt[:12], max_new_tokens=5, keep_state=True)])
+    read = torch.cat([prompt[:12], torch.tensor(first.tokens[:-1])])
+    expected = model(read[None], use_cache=True).cache_params
+    assert worst(first.final_state.ssm_states, expected.ssm_states) < 1e-5
+    before = first.final_state.ssm_states.clone()
+    more = Request(torch.tensor(first.tokens[-1:]), max_new_tokens=6, state=first.final_state)
+    Engine(model, 2).write([more])
+    assert first.tokens + more.tokens == alone(model, prompt[:12], 11)
+    assert torch.equal(first.final_state.ssm_states, before), "a state that was given stays"
+
+
+def test_cancelled_and_submitted_meanwhile(model):
+    engine = Engine(model, 2)
+    long, waiting = (engine.submit(Request(p, max_new_tokens=50)) for p in prompts(2))
+    waiting.cancel()
+    late = None
+    for count, (_request, _) in enumerate(engine.run()):
+        if count == 3:
+            long.cancel()
+            late = engine.submit(Request(prompts(3)[2], max_new_tokens=3))
+    assert long.finish_reason == waiting.finish_reason == "cancelled"
+    assert len(long.tokens) == 4
+    assert waiting.tokens == []
+    assert late is not None
+    assert late.tokens == alone(model, prompts(3)[2], 3)
+
+
+def test_what_makes_no_sense():
+    model = pair("plain")[0]
+    with pytest.raises(ValueError, match="rows is 0"):
+        Engine(model, 0)
+    with pytest.raises(ValueError, match=r"expected \(l,\)"):
+        Request(torch.zeros(1, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        Request(torch.zeros(2, dtype=torch.int64), max_new_tokens=0)
+    with pytest.raises(ValueError, match="select a row"):
+        Request(torch.zeros(2, dtype=torch.int64), state=model.backbone.new_cache(2))
+
+
+@pytest.mark.cuda
+def test_on_a_gpu():
+    model = pair("plain")[0].cuda()
+    model.generation_config.eos_token_id = None
+    requests = Engine(model, 3).write(Request(p, max_new_tokens=8) for p in prompts(7))
+    model.cpu()
+    for request, prompt in zip(requests, prompts(7), strict=True):
+        assert request.tokens == alone(model, prompt, 8)
