@@ -1,4 +1,4 @@
-"""`mambakit train CONFIG key=value ...`: from text files to a model folder."""
+"""`mambakit train CONFIG key=value ...`: from files of text, DNA or sound to a model folder; fine-tuning too."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import transformers
     from rich.console import Console
 
     from mambakit.training.config import load_config
@@ -23,10 +24,11 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     if not config.train_files:
-        raise ValueError("train_files is empty; name text files: 'train_files=[\"my_text.txt\"]'")
+        raise ValueError("train_files is empty; name files: 'train_files=[\"my_text.txt\"]'")
+    transformers.utils.logging.disable_progress_bar()  # the run has its own
     try:
         train(config, Console(stderr=True))
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"stopped; continue with resume=true (checkpoint in {config.out}/checkpoint)")
+        Console(stderr=True).print(f"stopped; continue with resume=true (the latest in {config.out}/checkpoints)")
         return 130
     return 0

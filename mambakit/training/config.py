@@ -14,20 +14,46 @@ from typing import Any, get_type_hints
 class TrainConfig:
     # -- data ----------------------------------------------------------------------------------------------------------
     train_files: list[str] = dataclasses.field(default_factory=list)
-    """Text files to learn from: .txt, or the same compressed as .xz or .gz."""
+    """Files to learn from: paths, folders or patterns (`data/*.parquet`), each plain or compressed (.gz, .xz)."""
     heldout_files: list[str] = dataclasses.field(default_factory=list)
-    """Text files to evaluate on, never learned from."""
+    """Files to evaluate on, never learned from."""
+    validation_fraction: float = 0.0
+    """Without heldout_files: the fraction of train_files' documents held out. A document's own text decides, so that the
+    copies of a document fall on one side, whatever the order of the files."""
+    format: str = "auto"
+    """"text", "jsonl", "parquet", "fasta" or "wav"; "auto" goes by the file's name (.txt, .jsonl, .parquet, .fa, .wav)."""
+    text_field: str = "text"
+    """JSONL's key or Parquet's column that holds a document."""
     separator: str = "<|endoftext|>\n"
-    """What stands between documents in a file. Each document ends with the end-of-text token instead."""
+    """What stands between documents in a text file. Each document ends with the end-of-text token instead."""
     tokenizer: str = ""
-    """Folder of an existing tokenizer. Empty: train a byte-level BPE on train_files."""
+    """A folder, tokenizer.json or hub id; "bytes"; "nucleotides" (A, C, G, T, N). Empty: `init_from`'s own, else a new
+    byte-level BPE of train_files' text, nucleotides for FASTA, bytes for WAV."""
     vocab_size: int = 4096
     """Vocabulary of the tokenizer to train."""
+    ambiguous: str = "mask"
+    """FASTA: letters that are not A, C, G or T are read as N. "mask": N is read but never predicted. "predict": it is a
+    letter like the others. "split": a run of N ends the document."""
+    reverse_complement: bool = False
+    """FASTA: read each stretch of a row from either strand with probability 1/2, anew in every epoch (a whole document
+    with `stateful`)."""
+    sample_rate: int = 0
+    """WAV: refuse files of another rate (Hz). 0: whatever rate the first file has."""
+    token_cache: str = ""
+    """Folder of the tokenised files, reused while files and tokenizer are the same. Empty: `tokens` in the run's folder."""
     sequence_length: int = 512
     """Tokens in a row of a batch."""
+    initial_length: int = 0
+    """Length warm-up: rows start this long and double up to sequence_length over `length_warmup`; a batch holds the
+    same tokens throughout, cut into more rows. 0: none."""
+    length_warmup: float = 0.25
+    """Fraction of the run that length warm-up takes."""
     respect_documents: bool = False
     """Keep state from passing between the documents of a row, exactly. Off, a row is cut anywhere from the joined
     documents: for book-length documents few rows see a boundary, and each boundary is marked by the end-of-text token."""
+    stateful: bool = False
+    """Truncated backpropagation: row i of a batch goes on where row i of the previous batch ended, and the state is
+    carried. Gradients stop at the row's start. Documents are then learned from in whole, however long."""
 
     # -- model (transformers' names) -----------------------------------------------------------------------------------
     hidden_size: int = 320
@@ -38,10 +64,20 @@ class TrainConfig:
     tie_word_embeddings: bool = True
     init_from: str = ""
     """Checkpoint (id or folder) to start from instead of new weights; the model fields above are then the checkpoint's."""
+    lora_rank: int = 0
+    """Fine-tune `init_from` through low-rank adapters of this rank, merged at the end; nothing else learns. 0: all of it."""
+    lora_alpha: float = 0.0
+    """Scale of the adapters: alpha / rank times their product. 0: twice the rank."""
+    lora_targets: list[str] = dataclasses.field(default_factory=lambda: ["in_proj", "x_proj", "dt_proj", "out_proj"])
+    """Linear layers that get an adapter."""
 
     # -- optimisation --------------------------------------------------------------------------------------------------
     batch_size: int = 64
-    """Rows in a batch."""
+    """Rows in a batch: of one optimiser step."""
+    accumulate: int = 1
+    """Parts the batch is computed in, one after the other, to fit memory; the gradient is the whole batch's."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more work."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
     final_learning_rate: float = 0.01
@@ -56,6 +92,11 @@ class TrainConfig:
     beta2: float = 0.95
     clip: float = 1.0
     """Largest norm of the gradient."""
+    spike_factor: float = 0.0
+    """Skip the update of a step whose gradient norm is above this many times its running mean. 0: skip only what is not
+    finite. Skipped updates are reported."""
+    max_skipped: int = 10
+    """Stop the run after this many skipped updates in a row."""
     steps: int = 0
     """Optimiser steps. 0: as many as `epochs` take."""
     epochs: float = 1.0
@@ -64,7 +105,12 @@ class TrainConfig:
     autocast: str = "bfloat16"
     """Dtype of matrix products on CUDA ("bfloat16", "float16" is not offered: it needs loss scaling) or "float32"."""
     cuda_graph: bool = True
-    """On CUDA, capture the whole step once and replay it: a small model is otherwise bound by launches."""
+    """On CUDA, capture the whole step once and replay it: a small model is otherwise bound by launches. One process only."""
+    parallel: str = "none"
+    """How the processes that torchrun started share the work: "ddp", each holds the model and takes a part of the batch;
+    "fsdp", each holds a shard of the model too (FSDP2); "none", one process."""
+    context_parallel: int = 1
+    """Processes that one row is spread over, with "ddp" or "fsdp": rows longer than one device's memory."""
     seed: int = 0
 
     # -- run -----------------------------------------------------------------------------------------------------------
@@ -75,8 +121,14 @@ class TrainConfig:
     """Steps between evaluations on a sample of the held-out text; the whole of it is scored at the end."""
     checkpoint_every: int = 1000
     """Steps between checkpoints to resume from. 0: none."""
+    keep_checkpoints: int = 2
+    """How many of the latest checkpoints stay."""
     resume: bool = False
-    """Continue from the run's checkpoint."""
+    """Continue from the run's latest checkpoint."""
+    export_only: bool = False
+    """With resume: train no further, write the model of the latest checkpoint."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, to `tensorboard` in the run's folder."""
     export_dtype: str = "bfloat16"
     """Dtype of the saved weights; A_log, D and dt_proj.bias stay float32."""
     max_shard_size: str = "5GB"
@@ -84,13 +136,19 @@ class TrainConfig:
     """Prompt of the sample in the model card."""
 
     def __post_init__(self) -> None:
-        for name in ("sequence_length", "batch_size", "log_every", "vocab_size"):
+        for name in (
+            "sequence_length", "batch_size", "log_every", "vocab_size", "accumulate", "max_skipped", "keep_checkpoints",
+            "context_parallel",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         for name, choices in (
             ("schedule", ("cosine", "wsd")),
             ("autocast", ("bfloat16", "float32")),
             ("export_dtype", ("bfloat16", "float16", "float32")),
+            ("format", ("auto", "text", "jsonl", "parquet", "fasta", "wav")),
+            ("ambiguous", ("mask", "predict", "split")),
+            ("parallel", ("none", "ddp", "fsdp")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
@@ -98,6 +156,55 @@ class TrainConfig:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is {self.warmup}; it is a fraction of the run, from 0 up to but not 1")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction is {self.validation_fraction}; it must be from 0 up to but not 1")
+        if self.validation_fraction and self.heldout_files:
+            raise ValueError("validation_fraction holds out documents of train_files; drop it, or heldout_files")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be cut into accumulate={self.accumulate} equal parts"
+            )
+        if self.spike_factor and self.spike_factor <= 1:
+            raise ValueError(f"spike_factor is {self.spike_factor}; it must be above 1, or 0 for none")
+        self._check_lengths()
+        if self.context_parallel > 1 and self.parallel == "none":
+            raise ValueError(
+                f'context_parallel is {self.context_parallel} but parallel is "none"; set it to ddp or fsdp'
+            )
+        if self.context_parallel > 1 and self.stateful:
+            raise ValueError(
+                "stateful carries the state of whole rows, which context_parallel spreads; drop one of them"
+            )
+        if self.export_only and not self.resume:
+            raise ValueError("export_only writes the model of a run's latest checkpoint; add resume=true")
+        if self.lora_rank and not self.init_from:
+            raise ValueError(f"lora_rank is {self.lora_rank} but init_from is empty; adapters need a checkpoint")
+        if self.stateful and self.activation_checkpointing:
+            raise ValueError(
+                "stateful and activation_checkpointing exclude each other: a layer computed again would move the state "
+                "twice; raise accumulate to save memory"
+            )
+
+    def _check_lengths(self) -> None:
+        if not self.initial_length:
+            return
+        if self.stateful:
+            raise ValueError("initial_length cuts rows, which stateful must not; drop one of them")
+        ratio, rest = divmod(self.sequence_length, max(1, self.initial_length))
+        if self.initial_length < 0 or rest or ratio & (ratio - 1):
+            raise ValueError(
+                f"initial_length {self.initial_length} does not double to sequence_length {self.sequence_length}; use "
+                "sequence_length / 2, / 4, ..."
+            )
+        if not 0 < self.length_warmup <= 1:
+            raise ValueError(f"length_warmup is {self.length_warmup}; it is a fraction of the run, above 0 up to 1")
+
+    def row_length(self, progress: float) -> int:
+        """Tokens in a row, ``progress`` (0 to 1) through the run: sequence_length, or less during length warm-up."""
+        if not self.initial_length or progress >= self.length_warmup:
+            return self.sequence_length
+        doublings = (self.sequence_length // self.initial_length).bit_length() - 1
+        return self.initial_length << int(doublings * progress / self.length_warmup)
 
 
 def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:

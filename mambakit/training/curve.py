@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -23,7 +24,7 @@ def sparkline(values: list[float], width: int = 60) -> str:
     return "".join(_BARS[round((m - low) * scale)] for m in means)
 
 
-def write_curve(history: list[dict[str, float]], path: Path, console: Console) -> None:
+def write_curve(history: list[dict[str, Any]], path: Path, console: Console) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         console.print('no picture of the loss curve: install it with pip install "mambakit[train]"')
         return
@@ -33,7 +34,8 @@ def write_curve(history: list[dict[str, float]], path: Path, console: Console) -
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.plot([r["step"] for r in history], [r["loss"] for r in history], label="training", linewidth=0.8)
+    seen = [r for r in history if r["loss"] is not None]
+    axes.plot([r["step"] for r in seen], [r["loss"] for r in seen], label="training", linewidth=0.8)
     held = [r for r in history if "heldout_loss" in r]
     if held:
         axes.plot([r["step"] for r in held], [r["heldout_loss"] for r in held], label="held out", marker=".")

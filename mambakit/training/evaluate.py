@@ -1,21 +1,91 @@
-"""Held-out loss during a run, on a fixed sample; `mambakit.generation.score` scores whole texts."""
+"""Held-out loss during a run, on a fixed sample, and of whole documents at its end."""
 
 from __future__ import annotations
 
-import numpy as np
-import torch
+from collections.abc import Iterator
+from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mambakit.generation.score import Score, TokenScorer
+from mambakit.training.data import TokenStore
+from mambakit.training.data.rows import sample_rows
 from mambakit.training.step import TrainingStep
+from mambakit.training.tokenizer import Vocabulary
+
+# Logits are formed for this many tokens at a time.
+_LOGIT_ROWS = 256
 
 
 @torch.no_grad()
-def sample_loss(step: TrainingStep, documents: list[np.ndarray], length: int, rows: int = 64) -> float:
+def sample_loss(step: TrainingStep, store: TokenStore, length: int, rows: int = 64) -> float:
     """Mean loss in nats per token over ``rows`` evenly spaced rows of the joined documents, each from a zero state."""
-    tokens = np.concatenate(documents)
-    length = min(length, len(tokens) - 1)
-    starts = np.linspace(0, len(tokens) - length - 1, num=min(rows, max(1, (len(tokens) - 1) // length))).astype(int)
-    batch = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts])).long().to(step.device)
+    batch = sample_rows(store, length, rows).to(step.device)
     step.model.eval()
     losses = [step.loss(part, torch.zeros_like(part, dtype=torch.bool)) * part.shape[0] for part in batch.split(32)]
     step.model.train()
     return float(torch.stack(losses).sum() / batch.shape[0])
+
+
+@torch.no_grad()
+def score_documents(model: Any, store: TokenStore, vocabulary: Vocabulary, masked: bool, chunk_size: int) -> Score:
+    """Score every document from its start to its end, the state carried; the end token is not counted.
+
+    Args:
+        masked: leave out tokens that are N (nucleotides).
+        chunk_size: tokens of a forward pass; memory is proportional to it. Documents that fit are packed into one.
+    """
+    score = Score(characters=int(store.characters.sum()), bytes=int(store.bytes.sum()))
+    unknown = vocabulary.unknown if masked else None
+    for ids, log_probs in _scored(model, store, vocabulary.end, chunk_size):
+        kept = log_probs.double()
+        if unknown is not None:
+            left_out = ids == unknown
+            kept = kept[~left_out]
+            score.characters -= int(left_out.sum())
+            score.bytes -= int(left_out.sum())
+        score.nats -= float(kept.sum())
+        score.tokens += len(kept)
+    return score
+
+
+def _scored(model: Any, store: TokenStore, end: int, chunk_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids (l,) int64, ln p of each (l,) float32) of every document, a chunk or several short documents at a time."""
+    short: list[Tensor] = []
+    size = 0
+    for document in range(len(store)):
+        body = int(store.lengths[document]) - 1
+        if body > chunk_size:
+            scorer = TokenScorer(model, end)
+            for start in range(0, body, chunk_size):
+                ids = _ids(store, document, start, min(body, start + chunk_size))
+                yield ids, scorer(ids)
+        elif body:
+            if size + body > chunk_size:
+                yield _packed(model, short, end)
+                short, size = [], 0
+            short.append(_ids(store, document, 0, body))
+            size += body
+    if short:
+        yield _packed(model, short, end)
+
+
+def _packed(model: Any, documents: list[Tensor], end: int) -> tuple[Tensor, Tensor]:
+    """Documents side by side in one row, each from a zero state, the end token before it."""
+    ids = torch.cat(documents)
+    inputs = torch.cat([torch.cat([torch.tensor([end]), document[:-1]]) for document in documents])
+    cuts = torch.tensor([0, *(len(document) for document in documents)]).cumsum(0).to(torch.int32)
+    device = model.device
+    hidden = model.backbone(inputs[None].to(device), use_cache=False, cu_seqlens=cuts.to(device)).last_hidden_state[0]
+    targets = ids.to(device)
+    parts = [
+        -functional.cross_entropy(model.lm_head(rows).float(), wanted, reduction="none")
+        for rows, wanted in zip(hidden.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True)
+    ]
+    return ids, torch.cat(parts).cpu()
+
+
+def _ids(store: TokenStore, document: int, start: int, stop: int) -> Tensor:
+    return torch.from_numpy(store.read(document, start, stop).astype("int64"))

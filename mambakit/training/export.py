@@ -4,52 +4,48 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from mambakit.generation.score import Score, score_text
+from mambakit.generation.score import Score
 from mambakit.training.config import TrainConfig
+from mambakit.training.evaluate import score_documents
+from mambakit.training.prepare import Prepared
+from mambakit.training.tokenizer import Vocabulary
 
 _CARD = """---
-language: en
 library_name: mambakit
 pipeline_tag: text-generation
 tags: [mamba]
 ---
 # {name}
 
-A Mamba language model of {parameters:,} parameters ({layers} layers, width {width}, state {state}, vocabulary {vocabulary}),
+A Mamba model of {parameters:,} parameters ({layers} layers, width {width}, state {state}, vocabulary {vocabulary}),
 trained by `mambakit train` on {date}.
 
 | | |
 |---|---|
-| training text | {train_files}: {train_characters:,} characters |
-| tokenizer | byte-level BPE, {vocabulary} tokens |
-| steps | {steps:,} of {batch_size} x {sequence_length} tokens: {tokens:,} tokens, {passes:.1f} passes over the text |
+| started from | {start} |
+| trained on | {train_files}: {train_size:,} {unit}s in {documents:,} documents |
+| tokens | {tokenizer} |
+| steps | {steps:,} of {batch_size} x {sequence_length} tokens: {tokens:,} tokens, {passes:.1f} passes |
 | optimiser | AdamW, peak rate {learning_rate}, {schedule}, weight decay {weight_decay}, clip {clip} |
 | time | {minutes:.1f} minutes on {device} |
 | weights | {dtype}; A_log, D and dt_proj.bias float32 |
-| held-out text | {heldout_files}: {heldout_characters:,} characters |
-| held-out bits per character | {bits} |
+| held out | {heldout_files} |
+| held-out bits per {unit} | {bits} |
 | held-out perplexity per token | {perplexity} |
 
-The held-out score is of the weights as saved, computed in {score_dtype}; each document is read from its start, with the
-state carried to its end (`mambakit score`).
-
-## A sample
-
-Prompt in bold; temperature 0.8, top-p 0.95, seed 0, not chosen among several.
-
-> **{prompt}**{sample}
-
+The held-out score is of the weights as saved, computed in float32; each document is read from its start, with the
+state carried to its end.
+{sample}
 ## Limits
 
-It is small and has read only the text named above: it writes in that text's manner, holds no facts worth trusting, repeats
-the views of its time and authors, and is not tuned to follow instructions.
+It is small and has read only what is named above: it holds no facts worth trusting, repeats the views of its sources, and is
+not tuned to follow instructions.
 
 ## Recipe
 
@@ -58,69 +54,105 @@ the views of its time and authors, and is not tuned to follow instructions.
 ```
 """
 
+_SAMPLE = """
+## A sample
+
+Prompt in bold; temperature 0.8, top-p 0.95, seed 0, not chosen among several.
+
+> **{prompt}**{text}
+"""
+
 
 @torch.no_grad()
 def export(
-    model: Any, tokenizer: Any, config: TrainConfig, out: Path, console: Console, *,
-    heldout: list[str], steps: int, tokens: int, seconds: float, train_characters: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Save the model in ``export_dtype``, score the held-out documents with what was saved, write README.md (the card)."""
-    from transformers import AutoTokenizer
+    model: Any, data: Prepared, config: TrainConfig, out: Path, console: Console, *, steps: int, seconds: float
+) -> dict[str, Any]:
+    """Save the model in ``export_dtype``, score the held-out documents with what was saved, write README.md (the card).
 
+    Returns the summary, which is also in summary.json; the score's key is ``heldout_bits_per_`` and the vocabulary's unit.
+    """
+    vocabulary = data.vocabulary
     device = next(model.parameters()).device
     model = model.eval().to(getattr(torch, config.export_dtype))
     model.generation_config.pad_token_id = model.config.pad_token_id
     model.save_pretrained(out, max_shard_size=config.max_shard_size)
     # Score what was saved: the rounded weights, with float32 arithmetic.
     model = model.float()
-    fast = AutoTokenizer.from_pretrained(out)
     total = Score()
-    for document in heldout:
-        total = total + score_text(model, fast, document, chunk_size=8192 if device.type == "cuda" else 1024)
-    prompt = fast(config.sample_prompt, return_tensors="pt").input_ids.to(device)
-    sample = model.generate(prompt, max_new_tokens=160, do_sample=True, temperature=0.8, top_p=0.95, top_k=0, seed=0)
-    text = fast.decode(sample[0, prompt.shape[1] :], skip_special_tokens=True)
+    if data.heldout is not None:
+        chunk_size = 8192 if device.type == "cuda" else 1024
+        total = score_documents(model, data.heldout, vocabulary, config.ambiguous == "mask", chunk_size)
+    measured = data.heldout is not None
     summary = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": steps,
-        "tokens": tokens,
+        "tokens": steps * config.batch_size * config.sequence_length,
         "seconds": round(seconds, 1),
-        "heldout_bits_per_character": round(total.bits_per_character, 4) if heldout else None,
-        "heldout_perplexity": round(total.perplexity, 3) if heldout else None,
-        "heldout_characters": total.characters,
-        "sample": config.sample_prompt + text,
+        f"heldout_bits_per_{vocabulary.unit}": round(total.bits_per_character, 4) if measured else None,
+        "heldout_perplexity": round(total.perplexity, 3) if measured else None,
+        f"heldout_{vocabulary.unit}s": total.characters,
+        "sample": _sample(model, config, out, device) if vocabulary.kind == "text" else None,
     }
-    (out / "README.md").write_text(_card(model, config, summary, text, train_characters, device), encoding="utf-8")
+    (out / "README.md").write_text(_card(model, config, summary, data, device), encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    console.print(f"held out: {summary['heldout_bits_per_character']} bits per character; model in {out}")
+    bits = summary[f"heldout_bits_per_{vocabulary.unit}"]
+    console.print(f"held out: {bits} bits per {vocabulary.unit}; model in {out}" if measured else f"model in {out}")
     return summary
 
 
-def _card(
-    model: Any, config: TrainConfig, summary: dict, text: str, train_characters: int, device: torch.device
-) -> str:
+def _sample(model: Any, config: TrainConfig, out: Path, device: torch.device) -> str:
+    from transformers import AutoTokenizer
+
+    fast = AutoTokenizer.from_pretrained(out)
+    prompt = fast(config.sample_prompt, return_tensors="pt").input_ids.to(device)
+    sample = model.generate(prompt, max_new_tokens=160, do_sample=True, temperature=0.8, top_p=0.95, top_k=0, seed=0)
+    return config.sample_prompt + fast.decode(sample[0, prompt.shape[1] :], skip_special_tokens=True)
+
+
+def _card(model: Any, config: TrainConfig, summary: dict[str, Any], data: Prepared, device: torch.device) -> str:
     names = lambda files: ", ".join(f"`{Path(f).name}`" for f in files) or "none"  # noqa: E731
-    fields = model.config
-    recipe = {k: v for k, v in vars(config).items() if k not in ("train_files", "heldout_files", "out", "resume")}
-    bits = summary["heldout_bits_per_character"]
+    fields, vocabulary = model.config, data.vocabulary
+    recipe = {
+        k: v
+        for k, v in vars(config).items()
+        if k not in ("train_files", "heldout_files", "token_cache", "out", "resume")
+    }
+    bits = summary[f"heldout_bits_per_{vocabulary.unit}"]
+    heldout = names(config.heldout_files)
+    if data.heldout is not None:
+        where = f"{config.validation_fraction:.1%} of the documents" if config.validation_fraction else heldout
+        heldout = f"{where}: {summary[f'heldout_{vocabulary.unit}s']:,} {vocabulary.unit}s"
+    sample = ""
+    if summary["sample"] is not None:
+        text = summary["sample"].removeprefix(config.sample_prompt).replace("\n", "\n> ")
+        sample = _SAMPLE.format(prompt=config.sample_prompt, text=text)
     return _CARD.format(
         name=Path(config.out).name, parameters=summary["parameters"], layers=fields.num_hidden_layers,
         width=fields.hidden_size, state=fields.state_size, vocabulary=fields.vocab_size,
-        date=datetime.date.today().isoformat(), train_files=names(config.train_files), train_characters=train_characters,
-        steps=summary["steps"], batch_size=config.batch_size, sequence_length=config.sequence_length,
-        tokens=summary["tokens"], passes=summary["tokens"] * _characters_per_token(summary) / max(1, train_characters),
-        learning_rate=config.learning_rate, schedule=config.schedule, weight_decay=config.weight_decay, clip=config.clip,
-        minutes=summary["seconds"] / 60, dtype=config.export_dtype, heldout_files=names(config.heldout_files),
-        device=torch.cuda.get_device_name() if device.type == "cuda" else "a CPU", score_dtype="float32",
-        heldout_characters=summary["heldout_characters"], bits="not measured" if bits is None else f"{bits:.3f}",
-        perplexity=summary["heldout_perplexity"] or "not measured", prompt=config.sample_prompt,
-        sample=text.replace("\n", "\n> "), recipe=json.dumps(recipe, indent=2),
+        date=datetime.date.today().isoformat(), start=_start(config), train_files=names(config.train_files),
+        train_size=int(data.train.characters.sum()), unit=vocabulary.unit, documents=len(data.train),
+        tokenizer=_tokens(vocabulary), steps=summary["steps"], batch_size=config.batch_size,
+        sequence_length=config.sequence_length, tokens=summary["tokens"],
+        passes=summary["tokens"] / max(1, data.train.tokens), learning_rate=config.learning_rate,
+        schedule=config.schedule, weight_decay=config.weight_decay, clip=config.clip, minutes=summary["seconds"] / 60,
+        dtype=config.export_dtype, heldout_files=heldout,
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "a CPU",
+        bits="not measured" if bits is None else f"{bits:.3f}",
+        perplexity=summary["heldout_perplexity"] or "not measured", sample=sample, recipe=json.dumps(recipe, indent=2),
     )  # fmt: skip
 
 
-def _characters_per_token(summary: dict) -> float:
-    """From the held-out text's own figures: bits per character against nats per token."""
-    bits = summary["heldout_bits_per_character"]
-    if not bits:
-        return 0.0
-    return math.log(summary["heldout_perplexity"]) / math.log(2) / bits
+def _start(config: TrainConfig) -> str:
+    if not config.init_from:
+        return "new weights"
+    if config.lora_rank:
+        return f"`{config.init_from}`, through adapters of rank {config.lora_rank} on {', '.join(config.lora_targets)}, merged"
+    return f"`{config.init_from}`"
+
+
+def _tokens(vocabulary: Vocabulary) -> str:
+    if vocabulary.kind == "bytes":
+        return "bytes"
+    if vocabulary.kind == "nucleotides":
+        return "nucleotides: A, C, G, T and N"
+    return f"{vocabulary.size} tokens of text"

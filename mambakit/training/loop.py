@@ -2,113 +2,150 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mambakit.models.auto import AutoModelForCausalLM
-from mambakit.models.configuration import MambaConfig
-from mambakit.models.mamba import MambaForCausalLM
-from mambakit.training.checkpoint import load_checkpoint, save_checkpoint
+from mambakit.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from mambakit.training.config import TrainConfig
 from mambakit.training.curve import sparkline, write_curve
-from mambakit.training.data import TokenRows, encode, read_documents
+from mambakit.training.data import ShuffledRows, StatefulRows, TokenStore
+from mambakit.training.data.rows import cut_rows
+from mambakit.training.distributed import Processes, processes
 from mambakit.training.evaluate import sample_loss
 from mambakit.training.export import export
-from mambakit.training.optimizer import make_optimizer, schedule_factor, set_learning_rate
-from mambakit.training.step import CapturedStep, TrainingStep
-from mambakit.training.tokenizer import END, load_tokenizer, save_tokenizer, train_tokenizer
+from mambakit.training.lora import merge_adapters, save_adapters
+from mambakit.training.model import make_model
+from mambakit.training.optimizer import make_optimizer, rates_to_device, schedule_factor, set_learning_rate
+from mambakit.training.prepare import Prepared, prepare
+from mambakit.training.step import CapturedStep, Objective, TrainingStep
+from mambakit.training.telemetry import Telemetry, record_environment
+from mambakit.training.throughput import flops_per_token, peak_flops
 
 
 def train(config: TrainConfig, console: Console) -> dict[str, Any]:
-    """Run a training from start (or checkpoint) to exported model; returns the summary that the model card holds."""
+    """Run a training from start (or checkpoint) to exported model; returns the summary that the model card holds.
+
+    With ``config.parallel``, torchrun starts several of these, which share ``config.out``.
+    """
+    with processes(config.parallel, config.context_parallel) as team:
+        team.require_even(config.batch_size // config.accumulate, "batch_size / accumulate")
+        return _train(config, console if team.first else Console(quiet=True), team)
+
+
+def _train(config: TrainConfig, console: Console, team: Processes) -> dict[str, Any]:
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json.tmp").write_text(json.dumps(dataclasses.asdict(config), indent=2))
-    (out / "config.json.tmp").replace(out / "train_config.json")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.resume and not (out / "train_config.json").is_file():
+        raise ValueError(f"resume=true, but no run was ever started in {out}; start without resume, or correct out")
+    if team.first:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json.tmp").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+        (out / "config.json.tmp").replace(out / "train_config.json")
+        record_environment(out, team.device)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high" if config.autocast == "bfloat16" else "highest")
 
-    with console.status("reading text"):
-        documents = read_documents(config.train_files, config.separator)
-        heldout = read_documents(config.heldout_files, config.separator) if config.heldout_files else []
-    with console.status("tokenising"):
-        if config.tokenizer:
-            tokenizer = load_tokenizer(config.tokenizer)
-        elif config.resume:
-            tokenizer = load_tokenizer(out)
-        else:
-            tokenizer = train_tokenizer(documents, config.vocab_size)
-        save_tokenizer(tokenizer, out)
-        train_tokens, heldout_tokens = encode(tokenizer, documents), encode(tokenizer, heldout)
-    rows = TokenRows(train_tokens, config.sequence_length, config.batch_size, config.seed, device)
-    model = _make_model(config, tokenizer).to(device).train()
-    parameters = sum(p.numel() for p in model.parameters())
-    characters = sum(map(len, documents))
-    console.print(
-        f"{parameters:,} parameters on {device}; {rows.tokens_per_epoch:,} tokens of {characters:,} characters "
-        f"({characters / rows.tokens_per_epoch:.2f} each); {rows.steps_per_epoch} steps an epoch"
-    )
-    run = _Run(config, model, rows, heldout_tokens, out, console)
+    # The first process writes the vocabulary and the tokens; the others read them.
+    data = prepare(config, out, console) if team.first else None
+    team.barrier()
+    data = data or prepare(config, out, console, written=True)
+    model = make_model(config, data.vocabulary).to(team.device)
+    run = _Run(config, model, data, out, console, team)
+    _announce(run, data)
     run.go()
-    return export(
-        run.model, tokenizer, config, out, console,
-        heldout=heldout, steps=run.step, tokens=run.step * config.batch_size * config.sequence_length,
-        seconds=run.seconds, train_characters=characters,
-    )  # fmt: skip
+    summary = None
+    whole = team.whole(model)
+    if whole is not None:
+        if config.lora_rank:
+            save_adapters(whole, out / "adapter")
+            merge_adapters(whole)
+        summary = export(whole, data, config, out, console, steps=run.step, seconds=run.seconds)
+    return team.share(summary)
 
 
-def _make_model(config: TrainConfig, tokenizer) -> MambaForCausalLM:
-    vocabulary = tokenizer.get_vocab_size()
-    if config.init_from:
-        model = AutoModelForCausalLM.from_pretrained(config.init_from, dtype=torch.float32)
-        if model.config.vocab_size < vocabulary:
-            raise ValueError(
-                f"the tokenizer has {vocabulary} tokens but {config.init_from} only {model.config.vocab_size}; "
-                "set `tokenizer` to the checkpoint's own"
-            )
-        return model
-    end = tokenizer.token_to_id(END)
-    return MambaForCausalLM(
-        MambaConfig(
-            vocab_size=-(-vocabulary // 8) * 8,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            state_size=config.state_size,
-            expand=config.expand,
-            conv_kernel=config.conv_kernel,
-            tie_word_embeddings=config.tie_word_embeddings,
-            bos_token_id=end,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
+def _announce(run: _Run, data: Prepared) -> None:
+    every = sum(p.numel() for p in run.model.parameters())
+    learning = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    characters = int(data.train.characters.sum())
+    only = "" if learning == every else f" ({learning:,} of them learn)"
+    if run.team.world > 1:
+        spread = f", a row over {run.team.context_size}" if run.team.context_size > 1 else ""
+        run.console.print(f"{run.team.world} processes, {run.team.mode}{spread}; the step runs without a CUDA graph")
+    run.console.print(
+        f"{every:,} parameters{only} on {run.plain.device}; {data.train.tokens:,} tokens of {characters:,} "
+        f"{data.vocabulary.unit}s in {len(data.train):,} documents; {run.rows.steps_per_epoch:,.1f} steps an epoch"
     )
 
 
 class _Run:
     """The loop's own state: where it is, what it has seen, and when to do what."""
 
-    def __init__(self, config: TrainConfig, model, rows: TokenRows, heldout: list, out: Path, console: Console):
-        self.config, self.model, self.rows, self.heldout = config, model, rows, heldout
-        self.out, self.console = out, console
-        self.steps = config.steps or max(1, round(config.epochs * rows.steps_per_epoch))
+    def __init__(
+        self, config: TrainConfig, model: Any, data: Prepared, out: Path, console: Console, team: Processes
+    ):  # fmt: skip
+        self.config, self.model, self.out, self.console, self.team = config, model, out, console, team
+        self.heldout: TokenStore | None = data.heldout
+        self.fingerprint = data.train.fingerprint
+        device = next(model.parameters()).device
+        self.rows = (StatefulRows if config.stateful else ShuffledRows)(
+            data.train, config.sequence_length, config.batch_size, config.seed, device,
+            data.vocabulary.complement if config.reverse_complement else None, data.vocabulary.end,
+        )  # fmt: skip
+        self.steps = config.steps or max(1, round(config.epochs * self.rows.steps_per_epoch))
+        objective = team.parallelize(Objective(model), model)
         self.optimizer = make_optimizer(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
-        self.plain = TrainingStep(model, self.optimizer, config.clip, config.autocast, config.respect_documents)
-        captured = config.cuda_graph and self.plain.device.type == "cuda"
+        self.plain = TrainingStep(
+            model, self.optimizer, config.clip, config.autocast, config.respect_documents,
+            accumulate=config.accumulate, spike_factor=config.spike_factor,
+            ignored_token=data.vocabulary.unknown if config.ambiguous == "mask" else None,
+            carry_rows=config.batch_size if config.stateful else 0, processes=team, objective=objective,
+        )  # fmt: skip
+        captured = config.cuda_graph and device.type == "cuda" and team.world == 1
         self.stepper = CapturedStep(self.plain) if captured else self.plain
         self.step, self.seconds = 0, 0.0
-        self.history: list[dict[str, float]] = []
+        self.losses: list[torch.Tensor] = []
+        self.skipped = 0
+        self.peak = peak_flops(device, config.autocast)
+        self.flops = flops_per_token(model)
         if config.resume:
-            self.step, self.seconds = load_checkpoint(out / "checkpoint", model, self.optimizer)
-            console.print(f"continuing from step {self.step}")
+            self._restore()
+        self.telemetry = Telemetry(out, console, config.tensorboard, self.step) if team.first else None
+
+    def _restore(self) -> None:
+        found = checkpoints(self.out / "checkpoints")
+        if not found:
+            self.console.print("the run had not come to its first checkpoint: it starts from the beginning")
+            return
+        self.step, extra = load_checkpoint(found[-1], self.model, self.optimizer, self.team)
+        if extra["data"] != self.fingerprint:
+            raise ValueError(
+                f"the documents differ from those that the run in {self.out} was started with, so that it cannot go on; "
+                "give the same files, tokenizer and separator, or start a new run with init_from"
+            )
+        rates_to_device(self.optimizer, self.plain.device)
+        self.seconds, self.skipped = extra["seconds"], extra["skipped"]
+        self.losses = [loss.to(self.plain.device) for loss in extra["losses"]]
+        self.plain.load_state_dict(extra["stepper"])
+        self.console.print(f"continuing from step {self.step}")
+
+    def _save(self) -> None:
+        if int(self.plain.guard.in_a_row):
+            self.console.print(f"step {self.step}: no checkpoint, since the latest update was skipped")
+            return
+        extra = {
+            "data": self.fingerprint,
+            "seconds": self.seconds, "skipped": self.skipped, "losses": self.losses, "stepper": self.plain.state_dict(),
+        }  # fmt: skip
+        save_checkpoint(
+            self.out / "checkpoints", self.model, self.optimizer, self.step, extra, self.config.keep_checkpoints,
+            self.team,
+        )  # fmt: skip
 
     def progress(self) -> float:
         """How much of the run is over: by steps, or by time where there is a budget."""
@@ -117,65 +154,86 @@ class _Run:
         return min(1.0, self.step / self.steps)
 
     def over(self) -> bool:
+        if self.config.export_only:
+            return True
         return self.progress() >= 1 if self.config.max_minutes else self.step >= self.steps
 
     def go(self) -> None:
         config = self.config
         began = time.monotonic() - self.seconds
-        last_time, last_step = time.monotonic(), self.step
-        losses: list[torch.Tensor] = []
-        columns = (
-            SpinnerColumn(),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with (
-            open(self.out / "metrics.jsonl", "a" if config.resume else "w", encoding="utf-8") as metrics,
-            Progress(*columns, console=self.console, transient=True) as bar,
-        ):
-            task = bar.add_task("training", total=1.0)
+        self._last = time.monotonic(), self.step
+        saved = self.step
+        with self.telemetry or contextlib.nullcontext():
             while not self.over():
-                factor = schedule_factor(self.progress(), config.schedule, config.warmup, config.final_learning_rate)
+                progress = self.progress()
+                factor = schedule_factor(progress, config.schedule, config.warmup, config.final_learning_rate)
                 rate = config.learning_rate * factor
                 set_learning_rate(self.optimizer, rate)
-                loss, norm = self.stepper.run(*self.rows.batch(self.step))
-                losses.append(loss)
+                rows = cut_rows(*self.rows.batch(self.step), config.row_length(progress))
+                if self.rows.restarts(self.step):
+                    self.plain.forget()
+                loss, norm = self.stepper.run(*rows)
+                self.losses.append(loss)
                 self.step += 1
                 if self.step % config.log_every == 0 or self.step == self.steps:
-                    mean = torch.stack(losses).mean().item()  # the one host sync in log_every steps
-                    losses.clear()
-                    now = time.monotonic()
-                    self.seconds = now - began
-                    per_second = (
-                        (self.step - last_step) * config.batch_size * config.sequence_length / (now - last_time)
-                    )
-                    last_time, last_step = now, self.step
-                    record = {
-                        "step": self.step, "loss": mean, "learning_rate": rate, "gradient_norm": float(norm),
-                        "tokens_per_second": per_second, "seconds": self.seconds,
-                    }  # fmt: skip
-                    if not math.isfinite(mean):
-                        raise FloatingPointError(
-                            f"the loss is {mean} at step {self.step} (learning rate {rate:.2e}, gradient norm "
-                            f"{float(norm):.2e}); the last checkpoint is in {self.out / 'checkpoint'}; "
-                            "lower learning_rate or clip"
-                        )
-                    if self.heldout and self.step % config.eval_every < config.log_every:
-                        record["heldout_loss"] = sample_loss(self.plain, self.heldout, config.sequence_length)
-                        self.console.print(f"step {self.step}: loss {mean:.4f}, held out {record['heldout_loss']:.4f}")
-                    metrics.write(json.dumps(record) + "\n")
-                    metrics.flush()
-                    self.history.append(record)
-                    text = f"step {self.step} loss {mean:.3f} lr {rate:.1e} {per_second:,.0f} tokens/s"
-                    bar.update(task, completed=self.progress(), description=text)
+                    self._log(rate, norm, began)
                 if config.checkpoint_every and self.step % config.checkpoint_every == 0:
-                    save_checkpoint(self.out / "checkpoint", self.model, self.optimizer, self.step, self.seconds)
-        self.seconds = time.monotonic() - began
-        if config.checkpoint_every:
-            save_checkpoint(self.out / "checkpoint", self.model, self.optimizer, self.step, self.seconds)
+                    self._save()
+                    saved = self.step
+        self.seconds = self.team.agree(time.monotonic() - began)
+        if config.checkpoint_every and saved != self.step:
+            self._save()
+        if self.telemetry is None:
+            return
+        history = self.telemetry.history
         self.console.print(
-            f"loss {sparkline([r['loss'] for r in self.history])} {self.step} steps, {self.seconds:.0f} s"
+            f"loss {sparkline([r['loss'] for r in history if r['loss'] is not None])} {self.step} steps, "
+            f"{self.seconds:.0f} s"
         )
-        write_curve(self.history, self.out / "loss.png", self.console)
+        write_curve(history, self.out / "loss.png", self.console)
+
+    def _log(self, rate: float, norm: torch.Tensor, began: float) -> None:
+        losses = torch.stack(self.losses)  # one wait for the device in log_every steps
+        self.losses.clear()
+        finite = losses[torch.isfinite(losses)]
+        mean = float(finite.mean()) if len(finite) else None
+        self._report_skipped(rate)
+        now = time.monotonic()
+        self.seconds = self.team.agree(now - began)
+        tokens = (self.step - self._last[1]) * self.config.batch_size * self.config.sequence_length
+        per_second = tokens / (now - self._last[0])
+        self._last = now, self.step
+        record = {
+            "step": self.step, "loss": mean, "learning_rate": rate,
+            "gradient_norm": float(norm) if torch.isfinite(norm) else None,
+            "tokens_per_second": per_second, "seconds": self.seconds,
+        }  # fmt: skip
+        if self.peak is not None:
+            record["mfu"] = per_second * self.flops / (self.peak * self.team.world)
+        if self.skipped:
+            record["skipped"] = self.skipped
+        if self.heldout is not None and self.step % self.config.eval_every < self.config.log_every:
+            record["heldout_loss"] = sample_loss(self.plain, self.heldout, self.config.sequence_length)
+            shown = "not finite" if mean is None else f"{mean:.4f}"
+            self.console.print(f"step {self.step}: loss {shown}, held out {record['heldout_loss']:.4f}")
+        if self.telemetry is not None:
+            self.telemetry.write(record, self.progress())
+
+    def _report_skipped(self, rate: float) -> None:
+        """Say which updates were not made, and stop where none is made any more."""
+        guard = self.plain.guard
+        skipped, in_a_row = int(guard.skipped), int(guard.in_a_row)
+        if skipped == self.skipped:
+            return
+        what = f"gradient norm up to {float(guard.worst):.2e} against a mean of {float(guard.mean):.2e}"
+        self.console.print(
+            f"step {self.step}: {skipped - self.skipped} of the last updates skipped ({what}); parameters and optimiser "
+            "are as they were before them"
+        )
+        self.skipped = skipped
+        guard.worst.zero_()
+        if in_a_row >= self.config.max_skipped:
+            raise FloatingPointError(
+                f"{in_a_row} updates in a row were skipped at step {self.step} (learning rate {rate:.2e}, {what}); the last "
+                f"checkpoint is in {self.out / 'checkpoints'}; lower learning_rate or clip"
+            )

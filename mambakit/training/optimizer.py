@@ -34,6 +34,16 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=1e-8, fused=True, capturable=on_cuda)
 
 
+def rates_to_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Put the learning rates of a loaded optimiser back where a captured step reads them.
+
+    A rate on the CPU would be read when the step is captured, and stay what it was then.
+    """
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"] = group["lr"].to(device)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):

@@ -8,53 +8,193 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mambakit.modules import MambaCache
 from mambakit.ops import linear_cross_entropy
+from mambakit.training.distributed import Processes, full, stretch_of_packed
+from mambakit.training.guard import UpdateGuard
+
+_IGNORE = -100
+
+
+class Objective(nn.Module):
+    """The loss of a causal language model as a module of its own: DDP and FSDP act on a module's forward."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor, num_items: Tensor, **inputs: Any) -> Tensor:
+        """Summed loss of tokens against targets, (b, l) int64 both, over ``num_items``; ``inputs`` are the backbone's."""
+        hidden = self.model.backbone(tokens, use_cache=False, **inputs).last_hidden_state
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), self.model.get_output_embeddings().weight, targets.flatten().contiguous(),
+            num_items=num_items,
+        )  # fmt: skip
 
 
 class TrainingStep:
-    """Forward, backward, clip and update on one batch; returns the loss and the gradient's norm as device tensors."""
+    """Forward, backward, clip and update on one batch; returns the loss and the gradient's norm as device tensors.
+
+    Args:
+        model: a causal language model, its parameters float32.
+        optimizer: a fused one, so that an update can be skipped without asking the device first.
+        clip: largest norm of the gradient.
+        autocast: "bfloat16" (on CUDA) or "float32": dtype of matrix products.
+        respect_documents: let no state pass between the documents of a row.
+        accumulate: equal parts that a batch is computed in; the gradient is that of the whole.
+        ignored_token: a token that is read but never predicted.
+        carry_rows: rows of a batch where every row goes on from the state its predecessor ended with; 0: none does.
+        spike_factor: see `UpdateGuard`.
+        processes: those that share the batch; this one alone when absent.
+        objective: what `Processes.parallelize` made of the model's `Objective`, where there are several.
+    """
 
     def __init__(
-        self, model: Any, optimizer: torch.optim.Optimizer, clip: float, autocast: str, respect_documents: bool
-    ):
+        self, model: Any, optimizer: torch.optim.Optimizer, clip: float, autocast: str, respect_documents: bool, *,
+        accumulate: int = 1, ignored_token: int | None = None, carry_rows: int = 0, spike_factor: float = 0.0,
+        processes: Processes | None = None, objective: nn.Module | None = None,
+    ):  # fmt: skip
         self.model, self.optimizer, self.clip = model, optimizer, clip
         self.device = next(model.parameters()).device
         self.half = autocast == "bfloat16" and self.device.type == "cuda"
         self.respect_documents = respect_documents
+        self.accumulate, self.ignored_token = accumulate, ignored_token
+        self.guard = UpdateGuard(self.device, spike_factor)
+        optimizer.found_inf = self.guard.skip  # type: ignore[attr-defined]  # the fused step's own way to skip
+        self.processes = processes or Processes("none", self.device)
+        self.objective = objective or Objective(model)
+        self._settled = self.processes.mode != "ddp"
+        self._rehearsing = False
+        parts = accumulate if carry_rows else 0
+        rows = carry_rows // self.processes.data_size
+        self.carried: list[MambaCache] = [model.backbone.new_cache(rows // parts) for _ in range(parts)]
 
     def autocast(self) -> contextlib.AbstractContextManager:
         # Without the cache of cast weights: it would keep a captured graph's tensors alive between replays.
         return torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if self.half else contextlib.nullcontext()
 
-    def loss(self, rows: Tensor, begins: Tensor) -> Tensor:
-        """Mean next-token loss of rows (b, l + 1); a document's first token is not predicted across its boundary."""
-        tokens, targets = rows[:, :-1], rows[:, 1:]
-        position_ids = None
+    def targets(self, rows: Tensor, begins: Tensor) -> Tensor:
+        """(b, l) int64: what each of a row's first l tokens is to predict, -100 where nothing."""
+        targets = rows[:, 1:]
         if self.respect_documents:
-            targets = targets.masked_fill(begins[:, 1:], -100)
-            position_ids = _positions(begins[:, :-1])
+            targets = targets.masked_fill(begins[:, 1:], _IGNORE)
+        if self.ignored_token is not None:
+            targets = targets.masked_fill(targets == self.ignored_token, _IGNORE)
+        return targets
+
+    def loss(self, rows: Tensor, begins: Tensor) -> Tensor:
+        """Mean next-token loss of rows (b, l + 1), () float32, each from a zero state; without a gradient.
+
+        A document's first token is not predicted across its boundary where documents are respected.
+        """
+        return self.processes.mean(self._share(rows, begins, self._count(rows, begins), None).detach())
+
+    def _count(self, rows: Tensor, begins: Tensor) -> Tensor:
+        return (self.targets(rows, begins) != _IGNORE).sum().clamp(min=1)
+
+    def _share(self, rows: Tensor, begins: Tensor, count: Tensor, cache: MambaCache | None) -> Tensor:
+        """This process's share of a batch's loss, scaled so that the mean over processes is the batch's.
+
+        ``cache`` is the state before this process's rows, and is brought up to date.
+        """
+        team = self.processes
+        targets = team.rows(self.targets(rows, begins), _IGNORE)
+        tokens, begins = team.rows(rows[:, :-1]), team.rows(begins[:, :-1])
+        inputs: dict[str, Any] = {}
+        if team.context_size > 1:
+            if self.respect_documents:  # rows, too, are sequences of one packed row, cut without regard to them
+                begins = begins.clone()
+                begins[:, 0] = True
+                tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
+            part = team.stretch(tokens.shape[1])
+            tokens, targets = tokens[:, part], targets[:, part]
+            if self.respect_documents:
+                inputs["cu_seqlens"] = stretch_of_packed(begins.flatten().nonzero().squeeze(1), part)
+        elif self.respect_documents:
+            inputs["position_ids"] = _positions(begins, cache is not None)
+        if cache is not None:
+            inputs["cache_params"] = cache
         with self.autocast():
-            hidden = self.model.backbone(tokens, use_cache=False, position_ids=position_ids).last_hidden_state
-            return linear_cross_entropy(
-                hidden.flatten(0, 1), self.model.get_output_embeddings().weight, targets.flatten().contiguous()
-            )
+            return self.objective(tokens, targets, count / team.world, **inputs)
 
     def run(self, rows: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
-        loss = self.loss(rows, begins)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        """One update from rows (b, l + 1) int64 and (b, l + 1) bool, true where a document begins."""
+        self._settle(rows, begins)
+        count = self._count(rows, begins)
+        total = torch.zeros((), device=self.device)
+        for part, (tokens, starts) in enumerate(
+            zip(rows.chunk(self.accumulate), begins.chunk(self.accumulate), strict=True)
+        ):
+            cache = self.carried[part].detach() if self.carried else None
+            with self.processes.accumulating(self.objective, last=part == self.accumulate - 1):
+                loss = self._share(tokens, starts, count, cache)
+                loss.backward()
+            total = total + loss.detach()
+            if cache is not None:
+                self._carry(part, cache)
+        norm = full(nn.utils.clip_grad_norm_(self.model.parameters(), self.clip))
+        self.guard.check(norm)
+        if self._rehearsing:
+            self.guard.skip.fill_(1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), norm
+        return self.processes.mean(total), norm
+
+    def rehearse(self, rows: Tensor, begins: Tensor) -> None:
+        """A step that changes nothing: kernels are compiled for these shapes, and the optimiser's memory is made."""
+        guard = {name: value.clone() for name, value in self.guard.state_dict().items()}
+        carried = [cache.clone() for cache in self.carried]
+        self._rehearsing = True
+        self.run(rows, begins)
+        self._rehearsing = False
+        self.guard.load_state_dict(guard)
+        for part, cache in enumerate(carried):
+            self._carry(part, cache)
+
+    def _settle(self, rows: Tensor, begins: Tensor) -> None:
+        """A gradient for nothing, once: after its first backward pass DDP groups gradients anew, and with the groups the
+        order of its sums changes. A run that goes on from a checkpoint would differ in the last bits of its first step."""
+        if not self._settled:
+            rows, begins = rows.chunk(self.accumulate)[0], begins.chunk(self.accumulate)[0]
+            self._share(rows, begins, self._count(rows, begins), None).backward()
+            self.optimizer.zero_grad(set_to_none=True)
+            self._settled = True
+
+    def _carry(self, part: int, cache: MambaCache) -> None:
+        """Keep the state after a row for the next one. In place, after the backward pass: a CUDA graph's memory is fixed."""
+        kept = self.carried[part]
+        kept.advance(cache.get_seq_length() - kept.get_seq_length())
+        kept.conv_states.copy_(cache.conv_states.detach())
+        kept.ssm_states.copy_(cache.ssm_states.detach())
+
+    def forget(self) -> None:
+        """Every row of the next batch starts from a zero state."""
+        for cache in self.carried:
+            cache.conv_states.zero_()
+            cache.ssm_states.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an exact continuation needs besides parameters and optimiser."""
+        rows = self.processes.gather_rows
+        carried = [(rows(c.conv_states, 1), rows(c.ssm_states, 1), c.get_seq_length()) for c in self.carried]
+        return {"guard": self.guard.state_dict(), "carried": carried}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.guard.load_state_dict(state["guard"])
+        for cache, (conv, ssm, seen) in zip(self.carried, state["carried"], strict=True):
+            cache.conv_states.copy_(self.processes.rows(conv.transpose(0, 1)).transpose(0, 1))
+            cache.ssm_states.copy_(self.processes.rows(ssm.transpose(0, 1)).transpose(0, 1))
+            cache.advance(seen - cache.get_seq_length())
 
 
 class CapturedStep:
-    """A `TrainingStep` as one CUDA graph over fixed input memory.
+    """A `TrainingStep` as CUDA graphs over fixed input memory, one for each shape of batch.
 
-    The first calls run eagerly (kernels are compiled, the optimiser's state is made), the next one is captured.
+    A shape's first call rehearses the step, captures it and replays it. No step runs in any other way: a run that goes on
+    from a checkpoint repeats the arithmetic of one that was never stopped.
     """
 
-    _EAGER_CALLS = 3
+    _REHEARSALS = 3
 
     def __init__(self, step: TrainingStep):
         if step.respect_documents:
@@ -62,30 +202,41 @@ class CapturedStep:
                 "respect_documents packs rows of changing shapes, which a CUDA graph cannot hold; set cuda_graph=false"
             )
         self.step = step
-        self.calls = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graphs: dict[torch.Size, _Graph] = {}
         self.stream = torch.cuda.Stream()
 
     def run(self, rows: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
-        if self.graph is None:
-            if self.calls < self._EAGER_CALLS:
-                self.calls += 1
-                self.stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(self.stream):
-                    result = self.step.run(rows, begins)
-                torch.cuda.current_stream().wait_stream(self.stream)
-                return result
-            self.rows, self.begins = rows.clone(), begins.clone()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.result = self.step.run(self.rows, self.begins)
+        graph = self.graphs.get(rows.shape)
+        if graph is None:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                for _ in range(self._REHEARSALS):
+                    self.step.rehearse(rows, begins)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            graph = self.graphs[rows.shape] = _Graph(self.step, rows, begins, self.stream)
+        return graph.replay(rows)
+
+
+class _Graph:
+    """One captured step. Capturing records the work without doing it."""
+
+    def __init__(self, step: TrainingStep, rows: Tensor, begins: Tensor, stream: torch.cuda.Stream):
+        self.rows, self.begins = rows.clone(), begins.clone()  # begins is read by no captured work
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.result = step.run(self.rows, self.begins)
+
+    def replay(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         self.rows.copy_(rows)
         self.graph.replay()
         return self.result[0].clone(), self.result[1].clone()
 
 
-def _positions(begins: Tensor) -> Tensor:
-    """Positions (b, l) that restart at 0 where a document begins."""
+def _positions(begins: Tensor, continues: bool = False) -> Tensor:
+    """Positions (b, l) that restart at 0 where a document begins.
+
+    With ``continues`` a row that begins inside a document goes on from a state: its first position is not 0.
+    """
     index = torch.arange(begins.shape[1], device=begins.device).expand(begins.shape)
-    start = torch.where(begins, index, 0).cummax(1).values
+    start = torch.where(begins, index, -1 if continues else 0).cummax(1).values
     return index - start

@@ -1,0 +1,252 @@
+"""Training on several NVIDIA GPUs of one machine, against one of them.
+
+    python benchmarks/multi_gpu.py --gpus 2 --json multi_gpu.json --markdown multi_gpu.md
+    python benchmarks/multi_gpu.py --one-gpu            # what one GPU can say: the one-GPU rows, and a process's own share
+
+1. training: tokens per second of the 1.4b shape with DDP and FSDP2, 4 rows of 2048 tokens a GPU, against one GPU running the
+   same step (as a CUDA graph, and eagerly; the faster counts).
+2. context: one sequence over all GPUs, activations checkpointed: time and peak memory of forward and backward, and the
+   distance of the loss and of every gradient from one GPU's. `rounding` is the distance of one GPU's own bfloat16 gradients
+   from its float32 ones, on the shortest case: what two correct runs may differ by.
+
+`--one-gpu` times half a sequence as one of two processes would compute it, exchange of states left out: `bound` is the speed-up
+that is left if communication cost nothing.
+
+float32 parameters, bfloat16 autocast, random weights and tokens. Every measurement is a process (torchrun starts as many as it
+takes), so that memory is its own. NCCL's NVLink multicast stays off (NCCL_NVLS_ENABLE=0).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+SHAPES = {"1.4b": (2048, 48), "130m": (768, 24), "130m, 12 layers": (768, 12)}
+ROWS, LENGTH = 4, 2048
+SEQUENCES = [("130m", 262_144), ("130m, 12 layers", 1_048_576)]
+
+
+def make_model(shape: str):
+    import mambakit
+
+    width, layers = SHAPES[shape]
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return mambakit.MambaForCausalLM(mambakit.MambaConfig(hidden_size=width, num_hidden_layers=layers)).train()
+
+
+def timed(run, warm: int, count: int) -> float:
+    """Median seconds of ``run()``."""
+    times = []
+    for i in range(warm + count):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        if i >= warm:
+            times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def training(mode: str, captured: bool) -> dict:
+    """Whole steps: forward, backward, clip, AdamW."""
+    from mambakit.training.distributed import processes
+    from mambakit.training.optimizer import make_optimizer
+    from mambakit.training.step import CapturedStep, Objective, TrainingStep
+
+    with processes(mode) as team:
+        model = make_model("1.4b")
+        objective = team.parallelize(Objective(model), model)
+        optimizer = make_optimizer(model, 1e-4, (0.9, 0.95), 0.1)
+        step = TrainingStep(model, optimizer, 1.0, "bfloat16", False, processes=team, objective=objective)
+        runner = CapturedStep(step) if captured else step
+        rows = torch.randint(0, model.config.vocab_size, (ROWS * team.world, LENGTH + 1), device=team.device)
+        begins = torch.zeros_like(rows, dtype=torch.bool)
+        torch.cuda.reset_peak_memory_stats()
+        seconds = timed(lambda: runner.run(rows, begins), 5, 10)
+        return {
+            "seconds": seconds, "tokens_per_second": rows.shape[0] * LENGTH / seconds,
+            "gib": torch.cuda.max_memory_allocated() / 2**30, "first": team.first,
+        }  # fmt: skip
+
+
+def context(shape: str, length: int, mode: str, autocast: bool, gradients: str, share: int) -> dict:
+    """Forward and backward of one sequence; ``share`` > 1 takes that part of it, as one process of as many would."""
+    from mambakit.training.distributed import context_parallel, processes
+    from mambakit.training.step import Objective
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    with processes(mode, world if mode != "none" else 1) as team:
+        model = make_model(shape)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(0, model.config.vocab_size, (1, length + 1), generator=generator).to(team.device)
+        if share > 1:  # a group of one: what a process computes for the exchange, without the exchange
+            tokens = tokens[:, : length // share + 1]
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+            context_parallel(model, torch.distributed.group.WORLD)
+        objective = team.parallelize(Objective(model), model)
+        part = team.stretch(tokens.shape[1] - 1)
+        inputs, targets = tokens[:, :-1][:, part], tokens[:, 1:][:, part]
+        count = torch.tensor((tokens.shape[1] - 1) / team.world, device=team.device)
+        found = {}
+
+        def run() -> None:
+            model.zero_grad(set_to_none=True)
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast, cache_enabled=False):
+                loss = objective(inputs, targets, count)
+            loss.backward()
+            found["loss"] = loss.detach()
+
+        torch.cuda.reset_peak_memory_stats()
+        result = {"seconds": timed(run, 2, 3), "gib": torch.cuda.max_memory_allocated() / 2**30, "first": team.first}
+        result["loss"] = float(team.mean(found["loss"]))
+        if team.first and gradients:
+            result |= compare({n: p.grad.cpu() for n, p in model.named_parameters()}, Path(gradients))
+        return result
+
+
+def compare(gradients: dict[str, torch.Tensor], path: Path) -> dict:
+    """Keep the gradients where there are none yet; else their distance from those kept, relative, the worst tensor's too."""
+    if not path.is_file():
+        torch.save(gradients, path)
+        return {}
+    kept = torch.load(path, weights_only=True)
+    errors = {n: float((g - kept[n]).norm() / kept[n].norm()) for n, g in gradients.items()}
+    worst = max(errors, key=errors.get)
+    whole = sum(float((g - kept[n]).norm()) ** 2 for n, g in gradients.items()) ** 0.5
+    norm = sum(float(g.norm()) ** 2 for g in kept.values()) ** 0.5
+    return {"gradient_error": whole / norm, "worst_error": errors[worst], "worst": worst}
+
+
+def measure(gpus: int, name: str, *arguments: object) -> dict:
+    """Run one measurement on ``gpus`` GPUs; what its first process found, or why there is nothing."""
+    worker = [str(Path(__file__)), "--worker", name, json.dumps(arguments)]
+    command = [sys.executable, *worker]
+    if gpus > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", *worker]
+    environment = {**os.environ, "NCCL_NVLS_ENABLE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    if "OutOfMemoryError" in done.stderr:
+        return {"error": "out of memory"}
+    sys.exit(f"{name} {arguments} on {gpus} GPUs failed:\n{done.stderr[-4000:]}")
+
+
+def training_rows(gpus: int) -> list[dict]:
+    rows = [{"how": "one GPU, eager", "gpus": 1, **measure(1, "training", "none", False)}]
+    rows.append({"how": "one GPU, CUDA graph", "gpus": 1, **measure(1, "training", "none", True)})
+    if gpus > 1:
+        rows += [{"how": mode, "gpus": gpus, **measure(gpus, "training", mode, False)} for mode in ("ddp", "fsdp")]
+    best = max(row.get("tokens_per_second", 0.0) for row in rows[:2])
+    for row in rows:
+        if "tokens_per_second" in row:
+            row["speedup"] = row["tokens_per_second"] / best
+    return rows
+
+
+def context_rows(gpus: int, sequences: list) -> list[dict]:
+    rows = []
+    for index, (shape, length) in enumerate(sequences):
+        with tempfile.TemporaryDirectory() as folder:
+            kept = str(Path(folder) / "gradients.pt")
+            case = {"model": shape, "length": length}
+            one = {"how": "one GPU", "gpus": 1, **case, **measure(1, "context", shape, length, "none", True, kept, 1)}
+            rows.append(one)
+            if index == 0:
+                single = measure(1, "context", shape, length, "none", False, kept, 1)
+                rows.append({"how": "one GPU, float32 (rounding)", "gpus": 1, **case, **single})
+            if gpus > 1:
+                spread = measure(gpus, "context", shape, length, "ddp", True, kept, 1)
+            else:
+                spread = measure(1, "context", shape, length, "none", True, "", 2)
+            row = {"how": f"{gpus} GPUs" if gpus > 1 else "half, no exchange (bound)", "gpus": gpus, **case, **spread}
+            if "seconds" in row and "seconds" in one:
+                row["speedup"] = one["seconds"] / row["seconds"]
+                row["memory_ratio"] = row["gib"] / one["gib"]
+            rows.append(row)
+    return rows
+
+
+def table(rows: list[dict], columns: list[str]) -> str:
+    def cell(value: object) -> str:
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cell(row.get(c)) for c in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--one-gpu", action="store_true", help="only what one GPU can say")
+    parser.add_argument("--only", choices=["training", "context"])
+    parser.add_argument("--shortest", action="store_true", help="only the shortest sequence")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        torch.set_float32_matmul_precision("high")
+        name, values = arguments.worker
+        result = {"training": training, "context": context}[name](*json.loads(values))
+        if result.pop("first"):
+            print("RESULT " + json.dumps(result), flush=True)
+        return
+    gpus = 1 if arguments.one_gpu else arguments.gpus
+    there = torch.cuda.device_count()
+    if there < gpus:
+        sys.exit(
+            f"this machine has {there} NVIDIA GPUs, {gpus} are asked for; run it where there are as many, lower --gpus, or see "
+            "what one GPU can say with --one-gpu"
+        )
+    if gpus == 1 and not arguments.one_gpu:
+        sys.exit("--gpus is 1; --one-gpu is that run")
+    machine = {
+        "device": torch.cuda.get_device_name(),
+        "gpus": gpus,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+    report: dict = {"machine": machine}
+    text = [f"{gpus} x {machine['device']}, torch {torch.__version__}"]
+    print(text[0], flush=True)
+    if arguments.only != "context":
+        report["training"] = training_rows(gpus)
+        text.append(
+            table(report["training"], ["how", "gpus", "tokens_per_second", "speedup", "seconds", "gib", "error"])
+        )
+        print(text[-1], flush=True)
+    if arguments.only != "training":
+        report["context"] = context_rows(gpus, SEQUENCES[: 1 if arguments.shortest else None])
+        columns = ["model", "length", "how", "seconds", "speedup", "gib", "memory_ratio", "loss", "gradient_error"]
+        text.append(table(report["context"], [*columns, "worst_error", "worst", "error"]))
+        print(text[-1], flush=True)
+    for path, content in (
+        (arguments.json, json.dumps(report, indent=2)),
+        (arguments.markdown, "\n\n".join(text) + "\n"),
+    ):
+        if path is not None:
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_text(content)
+            temporary.replace(path)
+
+
+if __name__ == "__main__":
+    main()

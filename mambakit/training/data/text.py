@@ -1,0 +1,91 @@
+"""Documents of text: plain files, JSON lines, Parquet columns."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from mambakit.training.data.files import Piece, open_text
+
+# Long documents pass in pieces, cut at a line end: bounded memory, and work for all cores.
+PIECE_CHARACTERS = 50_000
+_READ_CHARACTERS = 1 << 20
+
+
+def read_text(path: Path, separator: str) -> Iterator[Piece]:
+    """The documents of a UTF-8 text file, split at ``separator`` (none: the file is one); blank ones are dropped."""
+    rest, begun = "", False
+    with open_text(path) as file:
+        while chunk := file.read(_READ_CHARACTERS):
+            *whole, rest = (rest + chunk).split(separator) if separator else [rest + chunk]
+            for document in whole:
+                if begun or document.strip():
+                    yield from _document(document)
+                begun = False
+            # Cut no further than where a separator might begin.
+            while len(rest) - len(separator) > PIECE_CHARACTERS:
+                piece = _first_piece(rest)
+                if begun or piece.strip():
+                    yield Piece(piece, False)
+                    begun = True
+                rest = rest[len(piece) :]
+    if begun or rest.strip():
+        yield from _document(rest)
+
+
+def read_jsonl(path: Path, field: str) -> Iterator[Piece]:
+    """A document for every line: the string under ``field`` of the line's object."""
+    with open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
+            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+                raise ValueError(f"{path}, line {number}: no text under {field!r} (it has: {keys}); set text_field")
+            if record[field].strip():
+                yield from _document(record[field])
+
+
+def read_parquet(path: Path, field: str) -> Iterator[Piece]:
+    """A document for every row: the column ``field``, of strings or bytes; missing values are dropped."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(f'{path}: Parquet files are read with pyarrow; pip install "mambakit[train]"')
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a Parquet file, or damaged ({error})") from error
+    with file:
+        columns = file.schema_arrow
+        if field not in columns.names:
+            raise ValueError(f"{path} has no column {field!r} (it has: {', '.join(columns.names)}); set text_field")
+        kind = columns.field(field).type
+        if str(kind) not in ("string", "large_string", "binary", "large_binary"):
+            raise ValueError(f"{path}: column {field!r} holds {kind}, not strings; set text_field to the one that does")
+        for batch in file.iter_batches(batch_size=64, columns=[field]):
+            for value in batch.column(0):
+                document = value.as_py()
+                if document is not None and document.strip():
+                    yield from _document(document) if isinstance(document, str) else (Piece(document, True),)
+
+
+def _document(text: str) -> Iterator[Piece]:
+    while len(text) > PIECE_CHARACTERS:
+        piece = _first_piece(text)
+        yield Piece(piece, False)
+        text = text[len(piece) :]
+    yield Piece(text, True)
+
+
+def _first_piece(text: str) -> str:
+    """The beginning of a text, up to a line end where there is one; the newline goes with what follows it."""
+    line_end = text.rfind("\n", 1, PIECE_CHARACTERS)
+    return text[: line_end if line_end > 0 else PIECE_CHARACTERS]

@@ -1,0 +1,191 @@
+"""Context parallelism: one sequence spans processes, each holding a stretch of it, exact in the loss and every gradient.
+
+A layer looks back in two places. The convolution needs its predecessor's last k - 1 inputs, (b, k - 1, d). The scan needs
+the state at the stretch's start: every process reduces its stretch to the pair (decay, state) of `segment.py`, all pairs,
+(b, d, n) each, are gathered, and every process folds those before it. No process waits for another's scan: forward is one
+scan and one small exchange, and backward the same in the other direction. What is exchanged does not grow with the length.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mambakit import ops
+from mambakit.models.mamba import MambaModel
+from mambakit.modules import MambaMixer
+from mambakit.training.distributed.segment import segment_gradient, segment_map
+
+
+def context_parallel(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Make ``model`` read one sequence spread over the processes of ``group``, in their order, each a stretch of it.
+
+    Afterwards every process of the group calls the model together, in the same order, on its own stretch: ``input_ids``
+    (b, l / processes), or the packed row (1, total / processes) with the ``cu_seqlens`` of `stretch_of_packed`. Stretches may
+    differ in length. Losses and gradients are each process's share: their sums over the group are those of one process.
+    Labels are shifted before the sequence is cut, since a stretch's last token predicts the next one's first.
+
+    Raises (in the model's forward):
+        ValueError: attention_mask, position_ids or a cache, or a stretch shorter than the convolution's window.
+    """
+    for module in model.modules():
+        if isinstance(module, MambaMixer):
+            module.causal_conv1d = functools.partial(causal_conv1d, group=group)
+            module.selective_scan = functools.partial(selective_scan, group=group)
+        elif isinstance(module, MambaModel):
+            module.register_forward_pre_hook(_refuse, with_kwargs=True)
+
+
+def _refuse(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    for name in ("attention_mask", "position_ids", "cache_params", "past_key_values"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"a context-parallel model takes no {name}; pack documents and give cu_seqlens instead")
+    if kwargs.get("use_cache"):
+        raise ValueError("a context-parallel model keeps no cache: its state is spread over processes; use_cache=False")
+    return args, {**kwargs, "use_cache": False}  # eval mode would make one
+
+
+def stretch(length: int, group_rank: int, group_size: int) -> slice:
+    """The tokens of ``length`` that a process of the group holds: as even as possible, the first ones one longer."""
+    each, rest = divmod(length, group_size)
+    begin = group_rank * each + min(group_rank, rest)
+    return slice(begin, begin + each + (group_rank < rest))
+
+
+def stretch_of_packed(starts: Tensor, part: slice) -> Tensor:
+    """The cu_seqlens of a process's stretch of a packed row.
+
+    Args:
+        starts: (s,) integer, rising: where sequences start in the whole row.
+        part: the process's tokens, `stretch` of the whole.
+
+    Returns:
+        (m + 1,) int32. By convention the first sequence goes on from the previous process and the last one goes on in the
+        next: where a sequence starts just at the stretch's start, an empty one precedes it.
+    """
+    inside = starts[(starts >= part.start) & (starts < part.stop) & (starts > 0)] - part.start
+    edges = inside.new_tensor([0, part.stop - part.start])
+    return torch.cat([edges[:1], inside, edges[1:]]).to(torch.int32)
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = "silu", *,
+    group: dist.ProcessGroup, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`mambakit.ops.causal_conv1d` of a sequence spread over ``group``; ``x`` (b, l, d) is this process's stretch.
+
+    With ``cu_seqlens`` the first sequence goes on from the previous process. ``initial_state`` must be None: it is the
+    previous process's last inputs.
+    """
+    _no_state("causal_conv1d", initial_state)
+    length, reach = x.shape[1], weight.shape[1] - 1
+    if length < reach:
+        raise ValueError(
+            f"a process holds {length} tokens, fewer than the {reach} that the convolution looks back; use fewer processes "
+            "for a sequence, or longer sequences"
+        )
+    tail = x[:, length - reach :]  # (b, k - 1, d)
+    if cu_seqlens is not None:
+        tail = tail * (torch.arange(length - reach, length, device=x.device) >= cu_seqlens[-2])[:, None]
+    state = _FromPrevious.apply(tail, group).transpose(1, 2)  # (b, d, k - 1)
+    return ops.causal_conv1d(
+        x, weight, bias, activation, initial_state=_for_first(state, cu_seqlens), cu_seqlens=cu_seqlens
+    )
+
+
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, *,
+    group: dist.ProcessGroup, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`mambakit.ops.selective_scan` of a sequence spread over ``group``; the inputs are this process's stretch.
+
+    With ``cu_seqlens`` the first sequence goes on from the previous process, and the last one in the next.
+    ``initial_state`` must be None. The final state (of this stretch) is a value: no gradient flows through it.
+    """
+    _no_state("selective_scan", initial_state)
+    with torch.no_grad():
+        start = None if cu_seqlens is None else cu_seqlens[-2]
+        decay, state = segment_map(u, delta, A, B, delta_bias, delta_softplus, start)
+        if cu_seqlens is not None and cu_seqlens.shape[0] > 2:
+            decay = torch.zeros_like(decay)  # a sequence begins inside: nothing passes through
+        decays, states = _gather(torch.stack([decay, state]), group).unbind(1)  # (processes, b, d, n) each
+        entering = torch.zeros_like(state)
+        for before in range(dist.get_rank(group)):
+            entering = states[before] + decays[before] * entering
+    y, final = ops.selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus,
+        initial_state=_for_first(entering, cu_seqlens), cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    y = _ToPrevious.apply(y, final, decays, delta, A, C, z, delta_bias, delta_softplus, cu_seqlens, group)
+    return y, final.detach()
+
+
+class _FromPrevious(torch.autograd.Function):
+    """The previous process's tensor, zeros at the first; backward, the next process's gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        rank = dist.get_rank(group)
+        gathered = _gather(x, group)
+        return gathered[rank - 1] if rank else torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        after = dist.get_rank(ctx.group) + 1
+        gathered = _gather(grad, ctx.group)
+        return gathered[after] if after < gathered.shape[0] else torch.zeros_like(grad), None
+
+
+class _ToPrevious(torch.autograd.Function):
+    """``y`` as it is. Backward, it finds the gradient that the processes after this one have in its final state.
+
+    That state is a function of this stretch alone but for what entered it, and what entered is the previous processes'
+    final states, which get their gradient here in the same way: so the state that the scan is given is a constant to it.
+    """
+
+    @staticmethod
+    def forward(ctx, y, final, decays, delta, A, C, z, delta_bias, delta_softplus, cu_seqlens, group):
+        ctx.save_for_backward(final, decays, delta, A, C, z, delta_bias, cu_seqlens)
+        ctx.delta_softplus, ctx.group = delta_softplus, group
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        final, decays, delta, A, C, z, delta_bias, cu_seqlens = ctx.saved_tensors
+        end = None if cu_seqlens is None else cu_seqlens[1]
+        gradient = segment_gradient(dy, delta, A, C, z, delta_bias, ctx.delta_softplus, end)
+        gradients = _gather(gradient, ctx.group)  # (processes, b, d, n)
+        arriving = torch.zeros_like(gradient)
+        for after in range(gradients.shape[0] - 1, dist.get_rank(ctx.group), -1):
+            arriving = gradients[after] + decays[after] * arriving
+        if cu_seqlens is not None:  # of the last sequence only
+            arriving = torch.cat([torch.zeros_like(final[:-1]), arriving])
+        return dy, arriving, *(None,) * 9
+
+
+def _for_first(state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """A state for every row; when packed, (1, ...) -> (s, ...): the first sequence's, and zeros."""
+    if cu_seqlens is None:
+        return state
+    return torch.cat([state, state.new_zeros(cu_seqlens.shape[0] - 2, *state.shape[1:])])
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(...) of every process -> (processes, ...)."""
+    x = x.contiguous()
+    gathered = x.new_empty(dist.get_world_size(group), *x.shape)
+    dist.all_gather(list(gathered.unbind(0)), x, group=group)
+    return gathered
+
+
+def _no_state(op: str, initial_state: Tensor | None) -> None:
+    if initial_state is not None:
+        raise ValueError(
+            f"{op} over processes takes no initial_state: it comes from the previous process; drop the cache"
+        )

@@ -1,0 +1,115 @@
+"""What one process's tokens do to a state that crosses them, without a second scan.
+
+The recurrence is linear in the state, so a segment of tokens 1..T maps the state that enters it to the one that leaves it
+by two (b, d, n) tensors, and the gradient the other way by the same decay:
+
+    h_T = decay h_0 + state        decay = exp(A S_T),  state    = sum_t exp(A (S_T - S_t)) delta_t B_t u_t
+    g_0 = decay g_T + gradient                          gradient = sum_t exp(A S_t) C_t dy_t
+
+with S_t = delta_1 + ... + delta_t (arXiv 2312.00752, equation 2, unrolled). Both sums run away from the end they belong to,
+where the exponentials only shrink, and stop where all of them are below 2^-64 in float32, which keeps 24 bits, and exactly 0 in
+float64: so a segment much longer than the model's memory costs a fraction of a scan.
+
+This is the plain PyTorch form; on a GPU, `segment_gpu.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements of (b, t, d, n) held at once: 64 MiB of float32.
+_CHUNK_ELEMENTS = 2**24
+
+
+def _vanishing_exponent(dtype: torch.dtype) -> float:
+    """Below this, exp is out of sight of a sum in ``dtype``: 0 in float64, 2^-64 in float32."""
+    return -746.0 if dtype == torch.float64 else -44.36
+
+
+def segment_map(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None, delta_softplus: bool,
+    start: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``(decay, state)``, both (b, d, n): what the segment does to the state that enters it.
+
+    Args:
+        u, delta (b, l, d), A (d, n), B (b, l, n), delta_bias (d,): as in `mambakit.ops.selective_scan`.
+        start: () integer; only tokens from here on count (where the last of several packed sequences begins).
+
+    Returns:
+        float32 (float64 for float64). ``decay`` is of the tokens that count.
+    """
+    if u.is_cuda and u.dtype != torch.float64:
+        import mambakit.training.distributed.segment_gpu as gpu
+
+        return gpu.segment_map(u, delta, A, B, delta_bias, delta_softplus, start)
+    dtype = A.dtype
+    b, length, d = u.shape
+    state = A.new_zeros(b, d, A.shape[1])
+    after = A.new_zeros(b, d)  # the sum of delta over the chunks to the right
+    for stop in range(length, 0, -_chunk(b, A)):
+        part = slice(max(0, stop - _chunk(b, A)), stop)
+        step = _steps(delta[:, part], delta_bias, delta_softplus, dtype)
+        if start is not None:
+            step = step * (torch.arange(part.start, stop, device=u.device) >= start)[:, None]
+        within = step.flip(1).cumsum(1).flip(1)  # (b, t, d), this token to the chunk's end
+        later = after[:, None] + F.pad(within[:, 1:], (0, 0, 0, 1))
+        state += _weighted(later, A, step * u[:, part].to(dtype), B[:, part].to(dtype))
+        after = after + within[:, 0]
+        if _vanished(after, A):
+            return torch.zeros_like(state), state
+    return torch.exp(after[..., None] * A), state
+
+
+def segment_gradient(
+    dy: Tensor, delta: Tensor, A: Tensor, C: Tensor, z: Tensor | None, delta_bias: Tensor | None,
+    delta_softplus: bool, end: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """(b, d, n): the gradient that the outputs' gradient ``dy`` (b, l, d) has in the state that enters the segment.
+
+    ``z`` is the gate, as in `mambakit.ops.selective_scan`; only tokens before ``end`` (), where the first of several packed
+    sequences ends, count.
+    """
+    if dy.is_cuda and dy.dtype != torch.float64:
+        import mambakit.training.distributed.segment_gpu as gpu
+
+        return gpu.segment_gradient(dy, delta, A, C, z, delta_bias, delta_softplus, end)
+    dtype = A.dtype
+    b, length, d = dy.shape
+    gradient = A.new_zeros(b, d, A.shape[1])
+    before = A.new_zeros(b, d)
+    for begin in range(0, length, _chunk(b, A)):
+        part = slice(begin, min(length, begin + _chunk(b, A)))
+        step = _steps(delta[:, part], delta_bias, delta_softplus, dtype)
+        weight = dy[:, part].to(dtype)
+        if z is not None:
+            weight = weight * F.silu(z[:, part].to(dtype))
+        if end is not None:
+            weight = weight * (torch.arange(begin, part.stop, device=dy.device) < end)[:, None]
+        until = before[:, None] + step.cumsum(1)
+        gradient += _weighted(until, A, weight, C[:, part].to(dtype))
+        before = until[:, -1]
+        if _vanished(before, A):
+            break
+    return gradient
+
+
+def _chunk(b: int, A: Tensor) -> int:
+    return max(1, _CHUNK_ELEMENTS // max(1, b * A.numel()))
+
+
+def _steps(delta: Tensor, bias: Tensor | None, softplus: bool, dtype: torch.dtype) -> Tensor:
+    raw = delta.to(dtype) if bias is None else delta.to(dtype) + bias
+    return F.softplus(raw) if softplus else raw
+
+
+def _weighted(sums: Tensor, A: Tensor, weight: Tensor, value: Tensor) -> Tensor:
+    """sum_t exp(A sums_t) weight_t value_t: (b, t, d), (d, n), (b, t, d), (b, t, n) -> (b, d, n)."""
+    return (torch.exp(sums[..., None] * A) * weight[..., None] * value[:, :, None]).sum(1)
+
+
+def _vanished(sums: Tensor, A: Tensor) -> bool:
+    """Whether exp(A sums) is out of sight everywhere, and with it everything farther away."""
+    return sums.numel() > 0 and float((sums * A.amax(1)).max()) < _vanishing_exponent(A.dtype)

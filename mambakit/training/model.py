@@ -1,0 +1,59 @@
+"""The model a run trains: new, or a checkpoint's, whole or through adapters."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from mambakit.models.auto import AutoModelForCausalLM
+from mambakit.models.configuration import MambaConfig
+from mambakit.models.mamba import MambaForCausalLM
+from mambakit.training.config import TrainConfig
+from mambakit.training.lora import add_adapters
+from mambakit.training.tokenizer import Vocabulary
+
+
+def make_model(config: TrainConfig, vocabulary: Vocabulary) -> Any:
+    """The model in training mode, its parameters float32, on the CPU."""
+    model = _load(config, vocabulary) if config.init_from else _new(config, vocabulary)
+    if config.lora_rank:
+        add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
+    if config.activation_checkpointing:
+        # What gradient_checkpointing_enable sets, under the one name that all releases of transformers share.
+        model.backbone.gradient_checkpointing = True
+        model.backbone._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    return model.train()
+
+
+def _load(config: TrainConfig, vocabulary: Vocabulary) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(config.init_from, dtype=torch.float32)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{config.init_from} is quantised, and quantised weights do not learn; start from the original"
+        )
+    if model.config.vocab_size < vocabulary.size:
+        raise ValueError(
+            f"the tokenizer has {vocabulary.size} tokens but {config.init_from} only {model.config.vocab_size}; "
+            "leave `tokenizer` empty to take the checkpoint's own"
+        )
+    return model
+
+
+def _new(config: TrainConfig, vocabulary: Vocabulary) -> MambaForCausalLM:
+    return MambaForCausalLM(
+        MambaConfig(
+            vocab_size=-(-vocabulary.size // 8) * 8,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            state_size=config.state_size,
+            expand=config.expand,
+            conv_kernel=config.conv_kernel,
+            tie_word_embeddings=config.tie_word_embeddings,
+            bos_token_id=vocabulary.end,
+            eos_token_id=vocabulary.end,
+            pad_token_id=vocabulary.end,
+        )
+    )

@@ -1,0 +1,70 @@
+"""From a configuration's files to a vocabulary and tokenised documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from mambakit.training.config import TrainConfig
+from mambakit.training.data import FileOptions, TokenStore, expand, read_pieces, tokenize_files
+from mambakit.training.data.files import format_of
+from mambakit.training.data.store import with_rate
+from mambakit.training.tokenizer import Vocabulary, make_vocabulary, train_tokenizer
+
+
+class Prepared(NamedTuple):
+    vocabulary: Vocabulary
+    train: TokenStore
+    heldout: TokenStore | None
+
+
+def prepare(config: TrainConfig, out: Path, console: Console, written: bool = False) -> Prepared:
+    """Choose or train the vocabulary (saved in ``out``) and tokenise the files; with ``written`` another process has."""
+    options = FileOptions(config.format, config.text_field, config.separator, config.ambiguous, config.sample_rate)
+    options = with_rate(expand(config.train_files), options)  # held-out sounds must have it too
+    with console.status("reading") as status:
+        vocabulary = _vocabulary(config, options, out, config.resume or written)
+        if config.reverse_complement and vocabulary.kind != "nucleotides":
+            raise ValueError(
+                f'reverse_complement reads DNA, but the tokens are {vocabulary.kind}; tokenizer="nucleotides"'
+            )
+        if not written:
+            vocabulary.save(out)
+        cache = Path(config.token_cache) if config.token_cache else out / "tokens"
+
+        def progress(name: str, tokens: int) -> None:
+            status.update(f"tokenising {name}: {tokens:,} tokens")
+
+        train = tokenize_files(config.train_files, options, vocabulary, cache, progress)
+        heldout = None
+        if config.heldout_files:
+            heldout = tokenize_files(config.heldout_files, options, vocabulary, cache, progress)
+        elif config.validation_fraction:
+            train, heldout = train.split(config.validation_fraction, config.seed)
+    return Prepared(vocabulary, train, heldout)
+
+
+def _vocabulary(config: TrainConfig, options: FileOptions, out: Path, saved: bool) -> Vocabulary:
+    if config.tokenizer or config.init_from:
+        return make_vocabulary(config.tokenizer or config.init_from)
+    files = expand(config.train_files)
+    formats = {format_of(path, options) for path in files}
+    for kind, name in (("fasta", "nucleotides"), ("wav", "bytes")):
+        if formats == {kind}:
+            return make_vocabulary(name)
+        if kind in formats:
+            raise ValueError(f"train_files mix {' and '.join(sorted(formats))}; name the tokenizer that reads them all")
+    if saved and (out / "tokenizer.json").is_file():
+        return make_vocabulary(str(out))
+    return Vocabulary(train_tokenizer(_texts(files, options), config.vocab_size))
+
+
+def _texts(files: list[Path], options: FileOptions) -> Iterator[str]:
+    for path in files:
+        for piece in read_pieces(path, options):
+            if not isinstance(piece.data, str):
+                raise ValueError(f'{path} holds binary documents, which a BPE cannot read; set tokenizer="bytes"')
+            yield piece.data

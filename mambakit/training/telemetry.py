@@ -1,0 +1,116 @@
+"""What a run leaves behind while it goes: a progress bar, metrics.jsonl, TensorBoard's files, a record of its surroundings."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_PACKAGES = ("mambakit", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "peft", "pyarrow")
+
+
+class Telemetry:
+    """The records of a run. Use as a context manager around the loop.
+
+    Args:
+        out: the run's folder.
+        console: where the bar is drawn.
+        tensorboard: also write TensorBoard's files.
+        step: the step that the run starts from; records after it, of a run that was cut off, are dropped.
+
+    Attributes:
+        history: every record of the run, those before a resumption included.
+    """
+
+    def __init__(self, out: Path, console: Console, tensorboard: bool, step: int):
+        if tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError('tensorboard=true needs TensorBoard: pip install "mambakit[train]"')
+        self.path = out / "metrics.jsonl"
+        self.history = _records_until(self.path, step) if step else []
+        _replace(self.path, "".join(json.dumps(record) + "\n" for record in self.history))
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+        self._bar = Progress(
+            SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn(),
+            console=console, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task("training", total=1.0)
+
+    def __enter__(self) -> Telemetry:
+        self._file = open(self.path, "a", encoding="utf-8")
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def write(self, record: dict[str, Any], progress: float) -> None:
+        """Keep a record, and show it; ``progress`` (0 to 1) is how much of the run is over."""
+        self.history.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    self._writer.add_scalar(name, value, record["step"])
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
+        mfu = f", {record['mfu']:.1%} MFU" if "mfu" in record else ""
+        text = f"step {record['step']}, loss {loss}, {record['tokens_per_second']:,.0f} tokens/s{mfu}"
+        self._bar.update(self._task, completed=progress, description=text)
+
+
+def record_environment(out: Path, device: torch.device) -> None:
+    """Write environment.json: versions, device, and how the run was called."""
+    versions: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    record = {
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cuda": torch.version.cuda,
+        "versions": versions,
+    }
+    _replace(out / "environment.json", json.dumps(record, indent=2))
+
+
+def _records_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The records up to ``step``. The last line may be cut short: the process may have died while it wrote."""
+    records = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if record["step"] <= step:
+                records.append(record)
+    return records
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
