@@ -1,0 +1,1 @@
+"""What the architecture promises, shown with our own runs: see experiments/README.md."""

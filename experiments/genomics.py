@@ -1,0 +1,267 @@
+"""Genomics: trained on one bacterium, read on another, by length of context.
+
+    python -m experiments.genomics --data DATA --out runs/experiments --budget-seconds 150
+
+Trained on Klebsiella pneumoniae MGH 78578 (``dna/klebsiella_mgh78578.fna.xz``), either strand with probability 1/2, rows longer
+in stages at a constant number of tokens a step. Evaluated on E. coli 536 (``dna/ecoli_536.fna.gz``), another genus of the
+family: per-nucleotide perplexity of the same nucleotides cut into rows of 2^10 to 2^17, each read from an empty state.
+The Transformer++ of equal size trains on equally many tokens, rows up to ``transformer_length``, its longest context.
+The Markov model counts both strands of the training genome; its order and smoothing are chosen on a held-back part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import lzma
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from experiments.contenders import (
+    MAMBA,
+    TRANSFORMER,
+    Contender,
+    head_weight,
+    hidden_states,
+    make_contender,
+    next_token_loss,
+)
+from experiments.harness import (
+    Budget,
+    Results,
+    Step,
+    device_of,
+    half_precision,
+    parameter_count,
+    require_file,
+    say,
+    train,
+)
+from experiments.markov import MarkovModel
+from experiments.settings import Settings, option, parse
+from mambakit.training.optimizer import make_optimizer, schedule_factor
+
+LETTERS = "ACGT"  # tokens 0 to 3; the complement of token t is 3 - t
+START = 4
+_VOCABULARY = 8
+_TRAIN, _HELDOUT = "dna/klebsiella_mgh78578.fna.xz", "dna/ecoli_536.fna.gz"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Genomics(Settings):
+    models: tuple[str, ...] = option((MAMBA, TRANSFORMER), "contenders")
+    hidden_size: int = option(128, "width of both")
+    mamba_layers: int = option(12, "Mamba layers; the Transformer++ has half as many blocks")
+    head_size: int = option(32, "of the Transformer++'s attention")
+    lengths: tuple[int, ...] = option((1024, 4096, 16384, 131072), "row lengths of the stages")
+    shares: tuple[float, ...] = option((0.5, 0.2, 0.15, 0.15), "of the steps, for each stage")
+    transformer_length: int = option(8192, "longest row and context of the Transformer++")
+    batch_tokens: int = option(2**16, "tokens of a batch; one row where rows are longer")
+    learning_rate: float = option(8e-3, "Mamba's peak (the paper's)")
+    transformer_learning_rate: float = option(2e-3, "the Transformer++'s peak (the paper's)")
+    weight_decay: float = option(0.1, "on matrices")
+    steps: int = option(0, "of a run, equal for both; 0: as many as the budget holds, by measured speed")
+    largest_steps: int = option(6000, "bound on the steps chosen by the budget")
+    contexts: tuple[int, ...] = option(tuple(2**k for k in range(10, 18)), "contexts of the evaluation")
+    evaluation_tokens: int = option(2**22, "nucleotides of the held-out genome to score; each context divides it")
+    validation_tokens: int = option(200_000, "last nucleotides of the training genome, for the Markov model's choices")
+    markov_order: int = option(11, "longest order")
+    markov_weights: tuple[float, ...] = option((1.0, 4.0, 16.0, 64.0), "smoothing weights to choose from")
+
+    def __post_init__(self) -> None:
+        if not self.steps and not self.budget_seconds:
+            raise ValueError("steps is 0 and there is no budget to choose them by; give --steps or --budget-seconds")
+        if len(self.shares) != len(self.lengths) or abs(sum(self.shares) - 1) > 1e-6:
+            raise ValueError(f"shares {self.shares} must be one for each of lengths {self.lengths}, and add up to 1")
+        for context in self.contexts:
+            if self.evaluation_tokens % context:
+                raise ValueError(f"context {context} does not divide evaluation_tokens {self.evaluation_tokens}")
+
+
+def read_fasta(path: Path) -> Tensor:
+    """Every record's letters, joined, as tokens (length,) int64.
+
+    Raises:
+        ValueError: a letter other than A, C, G, T.
+    """
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(require_file(path, "a genome"), "rt", encoding="ascii") as file:  # type: ignore[operator]
+        text = "".join(line.strip() for line in file if not line.startswith(">")).upper()
+    table = np.full(256, 255, np.uint8)
+    table[list(LETTERS.encode())] = range(4)
+    tokens = table[np.frombuffer(text.encode("ascii"), np.uint8)]
+    if (tokens == 255).any():
+        wrong = text[int((tokens == 255).argmax())]
+        raise ValueError(f"{path} has the letter {wrong!r}; these experiments read A, C, G, T alone")
+    return torch.from_numpy(tokens.astype(np.int64))
+
+
+def draw_rows(genome: Tensor, rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (rows, length): windows of either strand; the inputs are the targets behind a START."""
+    starts = torch.randint(0, genome.numel() - length + 1, (rows, 1), device=genome.device)
+    windows = genome[starts + torch.arange(length, device=genome.device)]
+    other_strand = torch.rand(rows, 1, device=genome.device) < 0.5
+    targets = torch.where(other_strand, 3 - windows.flip(1), windows)
+    return after_start(targets), targets
+
+
+def after_start(targets: Tensor) -> Tensor:
+    return torch.cat([torch.full_like(targets[:, :1], START), targets[:, :-1]], 1)
+
+
+@torch.no_grad()
+def nats_by_position(model: Contender, genome: Tensor, context: int, tokens: int, at_once: int = 2**19) -> Tensor:
+    """Mean loss (context,) float64 at each position of rows of ``context`` over the genome's first ``tokens``."""
+    model.eval()
+    targets = genome[:tokens].view(-1, context)
+    total = torch.zeros(context, dtype=torch.float64, device=genome.device)
+    for part in targets.split(max(1, at_once // context)):
+        with half_precision(genome.device):
+            logits = hidden_states(model, after_start(part)) @ head_weight(model).T
+        losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), part.flatten(), reduction="none")
+        total += losses.view_as(part).double().sum(0)
+    model.train()
+    return total / targets.shape[0]
+
+
+class Run:
+    """One contender with one seed."""
+
+    def __init__(self, kind: str, seed: int, genome: Tensor, settings: Genomics):
+        self.kind, self.seed, self.genome, self.settings = kind, seed, genome, settings
+        self.longest = min(max(settings.lengths), settings.transformer_length) if kind == TRANSFORMER else 2**62
+        torch.manual_seed(seed)
+        self.model = make_contender(
+            kind, _VOCABULARY, settings.hidden_size, settings.mamba_layers, settings.head_size,
+            settings.transformer_length,
+        ).to(genome.device)  # fmt: skip
+        self.rate = settings.learning_rate if kind == MAMBA else settings.transformer_learning_rate
+        self.optimizer = make_optimizer(self.model, self.rate, (0.9, 0.95), settings.weight_decay)
+        torch.manual_seed(seed)
+
+    def step_at(self, length: int) -> Step:
+        rows = max(1, self.settings.batch_tokens // length)
+
+        def draw() -> tuple[Tensor, ...]:
+            return (next_token_loss(self.model, *draw_rows(self.genome, rows, length)),)
+
+        return Step(self.model, self.optimizer, draw, capture=not self.settings.eager)
+
+    def go(self, steps: int, seconds: float) -> dict:
+        """Train ``steps`` steps through the stages, within ``seconds`` (0: no limit)."""
+        settings, budget = self.settings, Budget(seconds)
+        curve: list[dict] = []
+        tokens = before = 0
+        ended = "steps"
+        for index, length in enumerate(settings.lengths):
+            until = round(steps * sum(settings.shares[: index + 1]))
+            if until <= before:
+                continue
+            length = min(length, self.longest)
+            per_step = max(1, settings.batch_tokens // length) * length
+
+            def check(
+                taken: int, means: list[float], start=before, seen=tokens, per_step=per_step, length=length
+            ) -> bool:
+                curve.append(
+                    {
+                        "step": start + taken, "length": length, "tokens": seen + taken * per_step,
+                        "seconds": budget.elapsed(), "loss": means[0],
+                    }
+                )  # fmt: skip
+                return False
+
+            def schedule(progress: float, start=before, until=until) -> float:
+                done = (start + progress * (until - start)) / steps
+                return self.rate * schedule_factor(done, "cosine", 0.1, 0.01)
+
+            taken, ended = train(
+                self.step_at(length), until - before, schedule, max(1, steps // 40), check, lambda: budget.left() < 0
+            )
+            before, tokens = before + taken, tokens + taken * per_step
+            if ended == "budget":
+                break
+        return {
+            "model": self.kind, "seed": self.seed, "parameters": parameter_count(self.model),
+            "learning_rate": self.rate, "steps": before, "planned_steps": steps, "tokens": tokens,
+            "seconds": budget.elapsed(), "ended": ended, "curve": curve,
+        }  # fmt: skip
+
+    def evaluate(self, heldout: Tensor) -> dict:
+        """Perplexity at each context, and by position (powers of two) in the longest."""
+        contexts = [c for c in self.settings.contexts if c <= self.longest]
+        perplexities = []
+        for context in contexts:
+            nats = nats_by_position(self.model, heldout, context, self.settings.evaluation_tokens)
+            perplexities.append({"context": context, "perplexity": math.exp(nats.mean())})
+        by_position = [
+            {"from": low, "to": min(2 * low, contexts[-1]), "perplexity": math.exp(nats[low : 2 * low].mean())}
+            for low in (2**k for k in range(contexts[-1].bit_length() - 1))
+        ]
+        return {"perplexities": perplexities, "by_position": by_position}
+
+
+def markov_baseline(genome: Tensor, heldout: Tensor, settings: Genomics) -> dict:
+    """Perplexity of every order on the held-out genome; order and weight chosen on the training genome's end."""
+    kept = genome[: -settings.validation_tokens]
+    validation = genome[-settings.validation_tokens :]
+    strands = [kept, (3 - kept).flip(0)]
+    trials = []
+    for weight in settings.markov_weights:
+        bits = MarkovModel(strands, len(LETTERS), settings.markov_order, weight).bits_per_symbol(validation)
+        order = min(range(len(bits)), key=bits.__getitem__)
+        trials.append({"weight": weight, "order": order, "validation_perplexity": 2 ** bits[order]})
+    best = min(trials, key=lambda trial: trial["validation_perplexity"])
+    whole = MarkovModel([genome, (3 - genome).flip(0)], len(LETTERS), settings.markov_order, best["weight"])
+    bits = whole.bits_per_symbol(heldout[: settings.evaluation_tokens])
+    return {
+        "trials": trials, "order": best["order"], "weight": best["weight"],
+        "perplexity": 2 ** bits[int(best["order"])], "perplexity_of_order": [2**b for b in bits],
+    }  # fmt: skip
+
+
+def choose_steps(genome: Tensor, settings: Genomics, budget: Budget) -> int:
+    """As many steps as fit, from the speed at the first and the last stage."""
+    if settings.steps:
+        return settings.steps
+    seconds = 0.0
+    last = settings.shares[-1]
+    for kind in settings.models:
+        for length, share in ((settings.lengths[0], 1 - last), (settings.lengths[-1], last)):
+            run = Run(kind, 0, genome, settings)
+            seconds += share * run.step_at(min(length, run.longest)).seconds_per_step(10)
+    # 20 % for evaluations, and for capturing a graph for each stage of each run.
+    return max(1, min(int(0.8 * budget.left() / (seconds * len(settings.seeds))), settings.largest_steps))
+
+
+def main(arguments: list[str] | None = None) -> Results:
+    settings = parse(Genomics, arguments, __doc__ or "")
+    device = device_of(settings)
+    results = Results("genomics", settings)
+    genome, heldout = (read_fasta(Path(settings.data, name)).to(device) for name in (_TRAIN, _HELDOUT))
+    if heldout.numel() < settings.evaluation_tokens or genome.numel() < max(settings.lengths):
+        raise ValueError(
+            f"the genomes have {genome.numel()} and {heldout.numel()} nucleotides, fewer than lengths or evaluation_tokens "
+            f"({max(settings.lengths)}, {settings.evaluation_tokens}); lower those"
+        )
+    results.note(markov=markov_baseline(genome, heldout, settings))
+    say(f"genomics, Markov: {results.record['markov']['perplexity']:.4f}, {results.budget.elapsed():.0f} s")
+    steps = choose_steps(genome, settings, results.budget)
+    results.note(planned_steps=steps)
+    say(f"genomics: {steps} steps a run, {results.budget.elapsed():.0f} s")
+    for seed, kind, _ in results.shares((seed, kind) for seed in settings.seeds for kind in settings.models):
+        # Equal steps for all: a run may take all that is left, so that only the last ones can be cut short.
+        run = Run(kind, seed, genome, settings)
+        record = run.go(steps, 0.9 * results.budget.left() if settings.budget_seconds else 0.0)
+        record.update(run.evaluate(heldout))
+        results.add(record, record["ended"] == "budget")
+        say(f"genomics, {kind}, seed {seed}: {record['perplexities']}")
+    return results.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Induction heads: answer what followed a trigger, however long ago (arXiv 2312.00752, table 11 and appendix E.1).
+
+    python -m experiments.induction_heads --out runs/experiments --budget-seconds 90
+
+A row is random tokens. The trigger stands once at a place drawn uniformly from the whole row, and again at the end; the
+answer is the token that followed it. Trained at one length, evaluated at every power of two up to 2^20, in chunks with the
+state carried in a `MambaCache`, so in memory that does not grow with the length. As in the paper: Adam without decay, constant
+rate. Unlike there (204,800 steps of 8 rows, rate 1e-3), time steps start small: from the usual start every token writes a
+little into the state, which is invisible at 256, drowns the answer at 2^20, and takes very long to unlearn.
+The steps taken never depend on the longer lengths' accuracy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from experiments.contenders import make_mamba
+from experiments.harness import Budget, Results, Step, device_of, parameter_count, say, train
+from experiments.settings import Settings, option, parse
+from mambakit import MambaForCausalLM
+from mambakit.training.optimizer import make_optimizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InductionHeads(Settings):
+    length: int = option(256, "positions of a training row")
+    vocabulary: int = option(16, "ordinary tokens; the trigger is one more")
+    hidden_size: int = option(64, "width")
+    layers: int = option(2, "Mamba layers")
+    time_step_min: float = option(1e-7, "smallest initial Delta (the paper's default is 1e-3)")
+    time_step_max: float = option(1e-5, "largest initial Delta (the paper's default is 0.1)")
+    batch_size: int = option(32, "rows in a batch")
+    learning_rate: float = option(3e-3, "constant after 100 steps of warm-up")
+    steps: int = option(200_000, "at most, in a run; the time given decides below that, and what was taken is recorded")
+    check_every: int = option(500, "steps between looks at the accuracy")
+    first_power: int = option(6, "evaluate from 2 to this power")
+    last_power: int = option(20, "evaluate up to 2 to this power")
+    evaluation_rows: int = option(512, "rows of an evaluation, at most")
+    evaluation_tokens: int = option(2**25, "tokens of an evaluation, at most; there are fewer rows where they are long")
+    chunk_tokens: int = option(2**19, "tokens read at once in an evaluation, over all its rows")
+
+
+def draw_rows(rows: int, length: int, vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens (rows, length) and answers (rows,); the trigger is token ``vocabulary``."""
+    tokens = torch.randint(0, vocabulary, (rows, length), device=device)
+    place = torch.randint(0, length - 2, (rows, 1), device=device)
+    tokens.scatter_(1, place, vocabulary)
+    tokens[:, -1] = vocabulary
+    return tokens, tokens.gather(1, place + 1).squeeze(1)
+
+
+@torch.no_grad()
+def accuracy_at(model: MambaForCausalLM, length: int, settings: InductionHeads, seed: int) -> tuple[float, int]:
+    """Accuracy at ``length`` and the number of rows it was measured on, read in chunks from a carried state."""
+    device = next(model.parameters()).device
+    torch.manual_seed(1_000_003 + 1009 * seed + length)
+    rows = max(1, min(settings.evaluation_rows, settings.evaluation_tokens // length))
+    right = 0
+    group = max(1, min(rows, settings.evaluation_tokens // (4 * length)))  # bounds the memory of the tokens themselves
+    for start in range(0, rows, group):
+        tokens, answers = draw_rows(min(group, rows - start), length, settings.vocabulary, device)
+        cache = model.backbone.new_cache(tokens.shape[0])
+        for chunk in tokens.split(max(1, settings.chunk_tokens // tokens.shape[0]), dim=1):
+            logits = model(chunk, cache_params=cache, logits_to_keep=1).logits
+        right += int((logits[:, -1].argmax(-1) == answers).sum())
+    return right / rows, rows
+
+
+def run_one(seed: int, settings: InductionHeads, seconds: float) -> dict:
+    """Train in float32 until the steps or 3/4 of the time are over, then evaluate; only a missing evaluation is a cut."""
+    device = device_of(settings)
+    torch.manual_seed(seed)
+    model = make_mamba(
+        settings.vocabulary + 1, settings.hidden_size, settings.layers,
+        time_steps=(settings.time_step_min, settings.time_step_max),
+    ).to(device)  # fmt: skip
+    optimizer = make_optimizer(model, settings.learning_rate, (0.9, 0.999), 0.0)
+    budget = Budget(seconds)
+    curve: list[dict] = []
+
+    def draw() -> tuple[Tensor, ...]:
+        tokens, answers = draw_rows(settings.batch_size, settings.length, settings.vocabulary, device)
+        logits = model(tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return F.cross_entropy(logits, answers), (logits.argmax(-1) == answers).float().mean()
+
+    def check(taken: int, means: list[float]) -> bool:
+        curve.append({"step": taken, "loss": means[0], "accuracy": means[1]})
+        return False
+
+    step = Step(model, optimizer, draw, capture=not settings.eager)
+    taken, ended = train(
+        step, settings.steps, lambda progress: settings.learning_rate * min(1.0, (progress * settings.steps + 1) / 100),
+        settings.check_every, check, lambda: budget.elapsed() > 0.75 * budget.seconds,
+    )  # fmt: skip
+    trained = budget.elapsed()
+    say(f"  seed {seed}: {taken} steps in {trained:.0f} s, {curve[-1]}")
+    model.eval()
+    accuracies = []
+    cut = False
+    for power in range(settings.first_power, settings.last_power + 1):
+        if budget.left() < 0:
+            cut = True
+            break
+        accuracy, rows = accuracy_at(model, 2**power, settings, seed)
+        accuracies.append({"power": power, "length": 2**power, "accuracy": accuracy, "rows": rows})
+        say(f"  seed {seed}: 2^{power}: {accuracy:.4f} of {rows} rows, {budget.elapsed():.0f} s")
+    return {
+        "model": "mamba", "seed": seed, "parameters": parameter_count(model), "steps": taken, "seconds": trained,
+        "ended": ended, "cut_short": cut, "trained_at": settings.length, "accuracies": accuracies, "curve": curve,
+    }  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> Results:
+    settings = parse(InductionHeads, arguments, __doc__ or "")
+    results = Results("induction_heads", settings)
+    for seed, seconds in results.shares((seed,) for seed in settings.seeds):
+        run = run_one(seed, settings, seconds)
+        results.add(run, run["cut_short"])
+    return results.finish()
+
+
+if __name__ == "__main__":
+    main()
