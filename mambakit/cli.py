@@ -11,7 +11,8 @@ import sys
 COMMANDS = {
     "generate": "write text that continues a prompt",
     "score": "log-likelihood, perplexity and bits per character of text files",
-    "train": "train a model on your own text",
+    "train": "train or fine-tune a model on your own text, DNA or sound",
+    "evaluate": "BLiMP, LAMBADA, bits per byte, and the lm-evaluation-harness",
     "info": "what a checkpoint is, from its headers alone",
     "convert": "rewrite a checkpoint in another format",
     "quantize": "rewrite a checkpoint with int8 or int4 weights",

@@ -45,7 +45,7 @@ def modules_of(*arguments: str) -> set[str]:
 def test_help_is_light():
     assert not {"torch", "transformers", "numpy"} & modules_of("--help")
     text = good("--help")
-    for command in ("generate", "score", "train", "info", "convert", "env"):
+    for command in ("generate", "score", "evaluate", "train", "info", "convert", "quantize", "env"):
         assert command in text
         assert "usage:" in good(command, "--help")
     assert good("--version").startswith("mambakit ")
