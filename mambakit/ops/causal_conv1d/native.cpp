@@ -72,7 +72,9 @@ void convolve(const Arguments& a, const Sequence& s, int64_t channel) {
       for (int i = 0; i < K - 1; ++i) window[i] = windows[v][i];
       const V bias = a.bias ? load(a.bias + c, lanes) : splat(0.0f);
       for (int64_t t = t0; t < t1; ++t) {
-        window[K - 1] = load(static_cast<const T*>(a.x) + s.row * a.x_b + t * a.x_l + c, lanes);
+        const T* x = static_cast<const T*>(a.x) + s.row * a.x_b + t * a.x_l + c;
+        __builtin_prefetch(x + min64(kTile, s.end - 1 - t) * a.x_l);  // rows are pages apart: no processor foresees them
+        window[K - 1] = load(x, lanes);
         V y = bias;
         for (int j = 0; j < K; ++j) y += w[j] * window[j];
         for (int i = 0; i < K - 1; ++i) window[i] = window[i + 1];

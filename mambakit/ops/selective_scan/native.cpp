@@ -56,27 +56,34 @@ void transpose_out(float* target, const float* vectors, int64_t lanes, int64_t n
     for (int64_t i = 0; i < n; ++i) target[j * n + i] = vectors[i * W + j];
 }
 
+// kVectors vectors of numbers from here on will be read.
+template <class T>
+void prefetch_vectors(const T* p) {
+  for (uint64_t i = 0; i < kVectors * W * sizeof(T); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + i);
+}
+
 float* checkpoint_at(const Arguments& a, int64_t row, int64_t token, int64_t channel) {
   const int64_t count = ceil_div(a.l, a.interval);
   return a.checkpoints + ((row * count + token / a.interval) * a.d + channel) * a.n;
 }
 
-// K states of one vector of channels over the tokens of a tile.
+// K states of one vector of channels over the tokens of a tile; `steps`, `inputs` and `y` hold kVectors vectors a token.
 template <int K>
 void advance(float* h, const float* A, const float* B, const float* C, const float* steps, const float* inputs, float* y,
              int64_t tokens, int64_t n) {
+  constexpr int64_t kStride = kVectors * W;
   V state[K], rate[K];
   for (int k = 0; k < K; ++k) {
     state[k] = load(h + k * W);
     rate[k] = load(A + k * W);
   }
   for (int64_t t = 0; t < tokens; ++t) {
-    V step = load(steps + t * W), input = load(inputs + t * W), out = load(y + t * W);
+    V step = load(steps + t * kStride), input = load(inputs + t * kStride), out = load(y + t * kStride);
     for (int k = 0; k < K; ++k) {
       state[k] = exp2(step * rate[k]) * state[k] + input * B[t * n + k];
       out += state[k] * C[t * n + k];
     }
-    store(y + t * W, out);
+    store(y + t * kStride, out);
   }
   for (int k = 0; k < K; ++k) store(h + k * W, state[k]);
 }
@@ -85,12 +92,15 @@ template <class T>
 void scan_channels(const Arguments& a, const Sequence& s, int64_t channel, float* scratch) {
   const int64_t n = a.n, vectors = min64(kVectors, ceil_div(a.d - channel, W));
   float *A = scratch, *h = A + kVectors * n * W, *B = h + kVectors * n * W, *C = B + kTile * n;
-  float *steps = C + kTile * n, *inputs = steps + kTile * W, *y = inputs + kTile * W;
+  float *steps = C + kTile * n, *inputs = steps + kTile * kVectors * W, *y = inputs + kTile * kVectors * W;
+  float *D = y + kTile * kVectors * W, *bias = D + kVectors * W;
   for (int64_t v = 0; v < vectors; ++v) {
     const int64_t c = channel + v * W, lanes = min64(W, a.d - c);
     transpose_in(A + v * n * W, a.A + c * n, lanes, n, kLog2e);
     const float* initial = a.initial && s.slot >= 0 ? a.initial + (s.slot * a.d + c) * n : nullptr;
     transpose_in(h + v * n * W, initial, lanes, n, 1.0f);
+    store(D + v * W, a.D ? load(a.D + c, lanes) : splat(0.0f));
+    store(bias + v * W, a.bias ? load(a.bias + c, lanes) : splat(0.0f));
   }
   for (int64_t t0 = s.start; t0 < s.end;) {
     const int64_t t1 = min64(s.end, (t0 / kTile + 1) * kTile), tokens = t1 - t0;
@@ -101,33 +111,47 @@ void scan_channels(const Arguments& a, const Sequence& s, int64_t channel, float
         store(B + t * n + i, load(b_row + t * a.B_l + i, n - i), n - i);
         store(C + t * n + i, load(c_row + t * a.C_l + i, n - i), n - i);
       }
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t c = channel + v * W, lanes = min64(W, a.d - c);
-      const T* u = static_cast<const T*>(a.u) + s.row * a.u_b + t0 * a.u_l + c;
-      const T* delta = static_cast<const T*>(a.delta) + s.row * a.delta_b + t0 * a.delta_l + c;
-      const V bias = a.bias ? load(a.bias + c, lanes) : splat(0.0f);
-      const V D = a.D ? load(a.D + c, lanes) : splat(0.0f);
-      // An interval is a multiple of the tile, so a checkpoint is only ever at a tile's start.
-      const bool at_checkpoint = a.interval && t0 % a.interval == 0 && (t0 > s.start || t0 == 0);
-      if (at_checkpoint) transpose_out(checkpoint_at(a, s.row, t0, c), h + v * n * W, lanes, n);
-      for (int64_t t = 0; t < tokens; ++t) {
-        V x = load(u + t * a.u_l, lanes), step = step_size(load(delta + t * a.delta_l, lanes) + bias, a.softplus);
-        store(steps + t * W, step);
-        store(inputs + t * W, step * x);
-        store(y + t * W, D * x);
+    // An interval is a multiple of the tile, so a checkpoint is only ever at a tile's start.
+    if (a.interval && t0 % a.interval == 0 && (t0 > s.start || t0 == 0))
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t c = channel + v * W;
+        transpose_out(checkpoint_at(a, s.row, t0, c), h + v * n * W, min64(W, a.d - c), n);
       }
-      float *hv = h + v * n * W, *Av = A + v * n * W;
-      int64_t i = 0;
-      for (; i + 4 <= n; i += 4) advance<4>(hv + i * W, Av + i * W, B + i, C + i, steps, inputs, y, tokens, n);
-      for (; i < n; ++i) advance<1>(hv + i * W, Av + i * W, B + i, C + i, steps, inputs, y, tokens, n);
-      const T* z = a.z ? static_cast<const T*>(a.z) + s.row * a.z_b + t0 * a.z_l + c : nullptr;
-      T* out = static_cast<T*>(a.y) + (s.row * a.l + t0) * a.d + c;
-      for (int64_t t = 0; t < tokens; ++t) {
-        V value = load(y + t * W);
-        if (z) value *= silu(load(z + t * a.z_l, lanes));
-        store(out + t * a.d, value, lanes);
+    // Token by token over all of the item's channels: whole cache lines, once. Rows are pages apart, which no processor
+    // foresees, so the next tile is asked for while this one is read.
+    const T* u = static_cast<const T*>(a.u) + s.row * a.u_b + t0 * a.u_l + channel;
+    const T* delta = static_cast<const T*>(a.delta) + s.row * a.delta_b + t0 * a.delta_l + channel;
+    const T* z = a.z ? static_cast<const T*>(a.z) + s.row * a.z_b + t0 * a.z_l + channel : nullptr;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t ahead = min64(t + kTile, s.end - 1 - t0);
+      prefetch_vectors(u + ahead * a.u_l);
+      prefetch_vectors(delta + ahead * a.delta_l);
+      if (z) prefetch_vectors(z + t * a.z_l);  // of this tile, used after its states
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t c = channel + v * W, lanes = min64(W, a.d - c), at = (t * kVectors + v) * W;
+        V x = load(u + t * a.u_l + v * W, lanes), raw = load(delta + t * a.delta_l + v * W, lanes);
+        V step = step_size(raw + load(bias + v * W), a.softplus);
+        store(steps + at, step);
+        store(inputs + at, step * x);
+        store(y + at, load(D + v * W) * x);
       }
     }
+    for (int64_t v = 0; v < vectors; ++v) {
+      float *hv = h + v * n * W, *Av = A + v * n * W;
+      int64_t i = 0;
+      for (; i + 4 <= n; i += 4)
+        advance<4>(hv + i * W, Av + i * W, B + i, C + i, steps + v * W, inputs + v * W, y + v * W, tokens, n);
+      for (; i < n; ++i)
+        advance<1>(hv + i * W, Av + i * W, B + i, C + i, steps + v * W, inputs + v * W, y + v * W, tokens, n);
+    }
+    T* out = static_cast<T*>(a.y) + (s.row * a.l + t0) * a.d + channel;
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t lanes = min64(W, a.d - channel - v * W);
+        V value = load(y + (t * kVectors + v) * W);
+        if (z) value *= silu(load(z + t * a.z_l + v * W, lanes));
+        store(out + t * a.d + v * W, value, lanes);
+      }
     t0 = t1;
   }
   for (int64_t v = 0; v < vectors; ++v) {
@@ -188,7 +212,7 @@ void scan_states(const Arguments& a, const Sequence& s, int64_t channel, float* 
 template <class T>
 int run(const Arguments& a) {
   const int64_t padded = ceil_div(a.n, W) * W, blocks = ceil_div(a.d, kVectors * W);
-  const int64_t scratch = 2 * kVectors * padded * W + 2 * kTile * padded + 3 * kTile * W;
+  const int64_t scratch = 2 * kVectors * padded * W + 2 * kTile * padded + (3 * kTile + 2) * kVectors * W;
   return for_each(a.sequences * blocks, a.threads, scratch, [&](int64_t item, float* memory) {
     const Sequence s = sequence_at(a, item / blocks);
     const int64_t channel = item % blocks * kVectors * W, tokens = s.end - s.start;

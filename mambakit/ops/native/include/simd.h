@@ -124,51 +124,59 @@ inline void from_float(bfloat16* p, float x) {
 // Adding this rounds a float below 2^22 to the nearest integer, which is then in the low bits.
 constexpr float kRound = 12582912.0f;
 
-// p * 2^n for an integer-valued n in [-127, 128]: 0 at -127, infinity at 128.
-inline V scale_by_power(V p, V n) {
+// x held to [low, high]; a NaN passes (the instructions give their second operand where one is a NaN).
+inline V clamp(V x, float low, float high) {
 #if defined(__AVX512F__)
-  return (V)_mm512_scalef_ps((__m512)p, (__m512)n);
+  return (V)_mm512_min_ps((__m512)splat(high), _mm512_max_ps((__m512)splat(low), (__m512)x));
+#elif defined(__AVX2__)
+  return (V)_mm256_min_ps((__m256)splat(high), _mm256_max_ps((__m256)splat(low), (__m256)x));
 #else
-  I exponent = ((I)(n + kRound) - (int32_t)0x4b400000 + 127) << 23;
-  return p * (V)exponent;
+  x = x < low ? splat(low) : x;  // comparisons with NaN are false
+  return x > high ? splat(high) : x;
 #endif
 }
-inline V nearest(V x) {
+
+// The integer n nearest to a float, and p * 2^n for n in [-127, 128]: 0 at -127, infinity at 128.
 #if defined(__AVX512F__)
-  return (V)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+struct Power {
+  V n;
+  explicit Power(V x) : n((V)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)) {}
+  V times(V p) const { return (V)_mm512_scalef_ps((__m512)p, (__m512)n); }
+};
 #else
-  return (x + kRound) - kRound;
+struct Power {
+  V shifted, n;  // n + 127 is in the low bits of `shifted`: moved up, they are the exponent of 2^n
+  explicit Power(V x) : shifted(x + (kRound + 127.0f)), n(shifted - (kRound + 127.0f)) {}
+  V times(V p) const { return p * (V)((I)shifted << 23); }
+};
 #endif
-}
 
 // 2^x. 2^0 is exactly 1 and the error near 0 is proportional to |x|: decays close to 1 compound over a row. At most 2 ulp;
 // results below 2^-126 may be 0, those above 2^127.5 may be infinite; NaN propagates.
 inline V exp2(V x) {
-  x = x < -127.0f ? splat(-127.0f) : x;  // comparisons with NaN are false: it passes
-  x = x > 128.0f ? splat(128.0f) : x;
-  V n = nearest(x);
-  V r = x - n;
+  x = clamp(x, -127.0f, 128.0f);
+  const Power power(x);
+  V r = x - power.n;
   V q = r * 1.5353596508904872e-4f + 1.3398852870095195e-3f;  // (2^r - 1) / r on [-1/2, 1/2]
   q = q * r + 9.618436402608574e-3f;
   q = q * r + 5.550332543371924e-2f;
   q = q * r + 2.4022647922954535e-1f;
   q = q * r + 6.931472028029229e-1f;
-  return scale_by_power(q * r + 1.0f, n);
+  return power.times(q * r + 1.0f);
 }
 constexpr float kLog2e = 1.44269504088896340736f;
 
 // e^x to 2 ulp for any x: the reduction is in two parts (the high one has few bits, so its product with n is exact).
 inline V exp(V x) {
-  x = x < -88.02f ? splat(-88.02f) : x;
-  x = x > 88.8f ? splat(88.8f) : x;
-  V n = nearest(x * kLog2e);
-  V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  x = clamp(x, -88.02f, 88.8f);
+  const Power power(x * kLog2e);
+  V r = (x - power.n * 0.693359375f) - power.n * -2.12194440e-4f;
   V q = r * 1.3843950178940056e-3f + 8.374143680791682e-3f;  // (e^r - 1) / r
   q = q * r + 4.166799657204545e-2f;
   q = q * r + 1.6666431487262137e-1f;
   q = q * r + 4.9999994233817396e-1f;
   q = q * r + 1.0000000320739837f;
-  return scale_by_power(q * r + 1.0f, n);
+  return power.times(q * r + 1.0f);
 }
 
 // log(1 + e) for e in [0, 1], relative error below 3e-7: log1p(e) = 2 atanh(e / (2 + e)).
