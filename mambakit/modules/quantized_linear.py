@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mambakit.modules.precision import keep_float32
 from mambakit.ops.linear import linear, pack
-from mambakit.ops.linear.api import BLOCK, GROUP, WORDS, PackedWeight
+from mambakit.ops.linear.api import GROUP, PackedWeight, blank
 
 
 class QuantizedLinear(nn.Module):
@@ -24,15 +24,9 @@ class QuantizedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, format: str, group: int = GROUP, bias: bool = False):
         super().__init__()
         self.in_features, self.out_features, self.format, self.group = in_features, out_features, format, group
-        blocks = -(-in_features // BLOCK)
-        if format == "int8":
-            data = torch.zeros(out_features, in_features, dtype=torch.int8)
-            scales = torch.zeros(out_features, -(-in_features // group))
-        else:
-            data = torch.zeros(out_features, blocks * WORDS, dtype=torch.int32)
-            scales = torch.zeros(out_features, blocks * BLOCK // group)
-        self.register_buffer("data", data)
-        self.register_buffer("scales", scales)
+        packed = blank(format, out_features, in_features, group)
+        self.register_buffer("data", packed.data)
+        self.register_buffer("scales", packed.scales)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     @classmethod

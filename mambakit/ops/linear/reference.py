@@ -16,8 +16,8 @@ def dequantize(weight: PackedWeight) -> Tensor:
     if weight.scales is None:
         return weight.data.float()
     if weight.format == "int4":
-        words = weight.data.unflatten(1, (-1, 1, 16))  # (out, blocks, 1, word)
-        shifts = torch.arange(28, -4, -4, dtype=torch.int32, device=words.device)[:, None]
+        words = weight.data.to(torch.int32).unflatten(1, (-1, 1, 16))  # (out, blocks, 1, word)
+        shifts = torch.arange(28, 12, -4, dtype=torch.int32, device=words.device)[:, None]
         q = ((words << shifts) >> 28).flatten(1)  # (out, blocks, s, word): the sign comes with the shift to the right
     else:
         q = weight.data

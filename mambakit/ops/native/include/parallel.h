@@ -19,13 +19,15 @@ void mambakit_release(float* scratch);
 
 namespace {
 
-// body(item, scratch) for every item, with `scratch_floats` of private memory per thread.
-template <class Body>
-int for_each(int64_t items, int64_t threads, int64_t scratch_floats, const Body& body) {
+// body(item, scratch) for every item, with `scratch_floats` of private memory per thread; prepare(scratch) before a
+// thread's first item.
+template <class Prepare, class Body>
+int for_each(int64_t items, int64_t threads, int64_t scratch_floats, const Prepare& prepare, const Body& body) {
   struct Context {
+    const Prepare* prepare;
     const Body* body;
     int64_t scratch_floats;
-  } context{&body, scratch_floats};
+  } context{&prepare, &body, scratch_floats};
   return mambakit_parallel(
       items, threads,
       [](void* opaque, MambakitWork* work) {
@@ -33,11 +35,18 @@ int for_each(int64_t items, int64_t threads, int64_t scratch_floats, const Body&
         float* scratch = nullptr;
         if (c.scratch_floats && !(scratch = mambakit_scratch(work, c.scratch_floats))) return;
         int64_t count = 0;
-        for (int64_t item; (item = mambakit_next(work)) >= 0; ++count) (*c.body)(item, scratch);
+        for (int64_t item; (item = mambakit_next(work)) >= 0; ++count) {
+          if (count == 0) (*c.prepare)(scratch);
+          (*c.body)(item, scratch);
+        }
         if (count) mambakit_done(work, count);
         mambakit_release(scratch);
       },
       &context);
+}
+template <class Body>
+int for_each(int64_t items, int64_t threads, int64_t scratch_floats, const Body& body) {
+  return for_each(items, threads, scratch_floats, [](float*) {}, body);
 }
 
 }  // namespace

@@ -15,6 +15,9 @@
 #include <immintrin.h>
 #define MAMBAKIT_WIDTH 8
 #else
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 #define MAMBAKIT_WIDTH 4
 #endif
 
