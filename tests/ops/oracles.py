@@ -57,3 +57,11 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     scale = expected.norm().item()
     error = (actual - expected).norm().item()
     return error if scale == 0 else error / scale
+
+
+def in_16_bits(x: Tensor, group: int) -> Tensor:
+    """x (..., in) as the CPU's int8 and int4 products take it: integers up to 32767 times a scale per group; float64."""
+    columns = x.shape[-1]
+    padded = F.pad(x.double(), (0, -columns % group)).unflatten(-1, (-1, group))
+    scales = padded.abs().amax(-1, keepdim=True) / 32767
+    return (torch.round(padded / scales.where(scales > 0, 1)) * scales).flatten(-2)[..., :columns]

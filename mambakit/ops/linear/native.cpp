@@ -49,28 +49,36 @@ inline void dot(const Arguments& a, const float* x, int64_t row, V (&total)[B]) 
   for (int b = 0; b < B; ++b) total[b] = (sums[0][b] + sums[1][b]) + (sums[2][b] + sums[3][b]);
 }
 
+// W rows of W (fewer at the end) times B rows of x: their sums over lanes are taken together.
 template <class T, int B>
-inline void row_times(const Arguments& a, int64_t row, int64_t b0) {
-  V total[B] = {};
-  dot<T>(a, a.x + b0 * a.x_stride, row, total);
-  const float bias = a.bias ? a.bias[row] : 0.0f;
-  for (int b = 0; b < B; ++b) a.y[(b0 + b) * a.y_stride + row] = sum(total[b]) + bias;
+inline void rows_times(const Arguments& a, int64_t row, int64_t count, int64_t b0) {
+  V totals[B][W];
+  for (int64_t i = 0; i < W; ++i) {
+    V total[B] = {};
+    if (i < count) dot<T>(a, a.x + b0 * a.x_stride, row + i, total);
+    for (int b = 0; b < B; ++b) totals[b][i] = total[b];
+  }
+  const V bias = a.bias ? load(a.bias + row, count) : splat(0.0f);
+  for (int b = 0; b < B; ++b) store(a.y + (b0 + b) * a.y_stride + row, sums(totals[b]) + bias, count);
 }
 
 // Rows [row, end) of W times all of x. Sums, operands and the weight must fit the registers.
 template <class T>
 void multiply(const Arguments& a, int64_t row, int64_t end) {
-  for (; row < end; ++row) {
+  for (; row < end; row += W) {
+    const int64_t count = min64(W, end - row);
     int64_t b = 0;
     if (W == 16)
-      for (; b + 4 <= a.b; b += 4) row_times<T, 4>(a, row, b);
-    for (; b + 2 <= a.b; b += 2) row_times<T, 2>(a, row, b);
-    if (b < a.b) row_times<T, 1>(a, row, b);
+      for (; b + 4 <= a.b; b += 4) rows_times<T, 4>(a, row, count, b);
+    for (; b + 2 <= a.b; b += 2) rows_times<T, 2>(a, row, count, b);
+    if (b < a.b) rows_times<T, 1>(a, row, count, b);
   }
 }
 
+// A multiple of W.
 int64_t rows_per_item(const Arguments& a, int64_t row_bytes) {
-  return min64(ceil_div(kItemBytes, row_bytes > 0 ? row_bytes : 1), ceil_div(a.out, 4 * a.threads));
+  const int64_t rows = min64(ceil_div(kItemBytes, row_bytes > 0 ? row_bytes : 1), ceil_div(a.out, 4 * a.threads));
+  return ceil_div(rows, W) * W;
 }
 
 template <class T>
@@ -119,11 +127,17 @@ inline V8 multiply_add(V8 a, float b, V8 c) {
 #endif
 }
 inline float sum_lanes(V8 x) {
+#if defined(__AVX2__)
+  const __m128 fours = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  const __m128 twos = _mm_add_ps(fours, _mm_movehl_ps(fours, fours));
+  return _mm_cvtss_f32(_mm_add_ss(twos, _mm_movehdup_ps(twos)));
+#else
   float lanes[8];
   memcpy(lanes, &x, sizeof lanes);
   for (int s = 4; s > 0; s /= 2)
     for (int i = 0; i < s; ++i) lanes[i] += lanes[i + s];
   return lanes[0];
+#endif
 }
 
 // x in 16 bits: numbers (b, columns), 0 past `in`, and scales (b, columns / group).

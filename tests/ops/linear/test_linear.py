@@ -8,7 +8,7 @@ import torch
 from mambakit.ops import native
 from mambakit.ops.linear import linear, pack, reference
 from mambakit.ops.linear.api import FORMATS
-from tests.ops.oracles import relative_error
+from tests.ops.oracles import in_16_bits, relative_error
 
 # float32 and bfloat16 weights: cancellation in sums of 1000. int8 and int4: the kernels round x to 16 bits per group.
 BOUNDS = {"float32": 1e-5, "bfloat16": 1e-5, "int8": 4e-5, "int4": 4e-5}
@@ -72,9 +72,7 @@ def test_integer_products_are_those_of_x_in_16_bits(format, group, columns):
     """Not a bit more is lost than rounding x says: the sums are exact within a group."""
     packed = pack(torch.randn(9, columns), format, group)
     x = torch.randn(5, columns) * torch.logspace(-20, 20, columns)  # every group has a scale of its own
-    padded = torch.nn.functional.pad(x, (0, -columns % group)).unflatten(1, (-1, group))
-    scales = padded.abs().amax(-1, keepdim=True) / 32767
-    rounded = (torch.round(padded / scales.where(scales > 0, 1)).double() * scales.double()).flatten(1)[:, :columns]
+    rounded = in_16_bits(x, group)
     want = rounded @ packed.dequantized().double().T
     # Against the size of what is summed. A tie may round either way where float32 and this test divide differently: 2^-16.
     size = rounded.abs() @ packed.dequantized().double().abs().T

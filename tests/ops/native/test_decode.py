@@ -51,6 +51,8 @@ def expected_step(layers, final_norm, head, conv_states, ssm_states, x):
 def test_tokens_in_a_row(isa, format):
     layers, final_norm, head = make_layers(format), torch.rand(H), pack(torch.randn(VOCABULARY, H), format)
     b = 3
+    # The products of int8 and int4 weights round x to 16 bits: 2e-5 each, thirteen of them.
+    bound = 2e-4 if format in ("int8", "int4") else 1e-5
     conv, ssm = torch.randn(LAYERS, b, D, K - 1), torch.randn(LAYERS, b, D, N)
     expected_conv, expected_ssm = list(conv.double()), list(ssm.double())
     step = DecodeStep(layers, final_norm, head, 1e-5, conv, ssm)
@@ -58,9 +60,9 @@ def test_tokens_in_a_row(isa, format):
         x = torch.randn(b, H)
         logits = step(x)
         want = expected_step(layers, final_norm, head, expected_conv, expected_ssm, x.double())
-        assert relative_error(logits, want) < 1e-5
-    assert relative_error(ssm, torch.stack(expected_ssm)) < 1e-5
-    assert relative_error(conv, torch.stack(expected_conv)) < 1e-5
+        assert relative_error(logits, want) < bound
+    assert relative_error(ssm, torch.stack(expected_ssm)) < bound
+    assert relative_error(conv, torch.stack(expected_conv)) < bound
 
 
 def test_a_row_alone_is_the_row_of_a_batch(isa):
