@@ -31,16 +31,20 @@ from mambakit.models.step import token_step
 from mambakit.ops import native
 from mambakit.ops.linear import pack
 from mambakit.ops.linear.api import FORMATS
+from mambakit.ops.linear.lossless import DTYPES
 from mambakit.ops.native.decode import DecodeStep, LayerWeights
 
 LLAMA_FORMATS = {"float32": "F32", "bfloat16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
+# Ours -> llama.cpp's of the same precision. The lossless ones hold the same numbers in 28 and 12 bits.
+RIVALS = LLAMA_FORMATS | {"lossless32": "F32", "lossless16": "F16"}
 STEPS = 16  # tokens per timing of decode
 
 
 def decode_step(model: MambaForCausalLM, format: str, batch: int = 1) -> DecodeStep:
     def packed(linear):
-        return pack(linear.weight, format)
+        return pack(linear.weight.to(DTYPES.get(format, torch.float32)), format)
 
+    narrow = {"float32": "float32", "lossless32": "float32"}.get(format, "bfloat16")  # (d, 48) is too narrow for groups
     layers = []
     for block in model.backbone.layers:
         m = block.mixer
@@ -52,8 +56,7 @@ def decode_step(model: MambaForCausalLM, format: str, batch: int = 1) -> DecodeS
                 conv=m.conv1d.weight.squeeze(1),
                 conv_bias=m.conv1d.bias,
                 x_proj=packed(m.x_proj),
-                # (d, 48): too narrow for groups of 64
-                dt_proj=pack(m.dt_proj.weight, format if format in ("float32", "bfloat16") else "bfloat16"),
+                dt_proj=pack(m.dt_proj.weight, narrow),
                 dt_bias=m.dt_proj.bias,
                 A=-torch.exp(m.A_log),
                 D=m.D,
@@ -321,8 +324,8 @@ def main() -> None:
         if format in steps:
             share = results["decode"][f"{name}, share of bandwidth"] = step_bytes(steps[format]) * rate / bandwidth
             line += f"   {share:4.0%} of the bandwidth"
-            rival = decode_times.get(f"llama.cpp {LLAMA_FORMATS[format]}")
-            line += "" if rival is None else f"   {rival / seconds:.2f}x llama.cpp {LLAMA_FORMATS[format]}"
+            rival = decode_times.get(f"llama.cpp {RIVALS[format]}")
+            line += "" if rival is None else f"   {rival / seconds:.2f}x llama.cpp {RIVALS[format]}"
             line += f"   {decode_times['transformers'] / seconds:.2f}x transformers float32"
         print(line)
 
@@ -330,10 +333,10 @@ def main() -> None:
     results["generate"] = {}
     for format in FORMATS:
         model = ours if format == "float32" else copy.deepcopy(ours)
-        if format == "bfloat16":
+        if format in ("bfloat16", "lossless16"):
             model.bfloat16()
-        elif format != "float32":
-            model.quantize(format)
+        if format.startswith(("int", "lossless")):
+            model.quantize(format.rstrip("1236") if format.startswith("lossless") else format)
         bare, whole = generate_times(model, ids[:, :8], options.rounds)
         results["generate"][f"{format}, generate / step"] = whole / bare
         print(f"  {format:<22}{whole * 1e3:8.2f}   step {bare * 1e3:.2f}   {whole / bare:.3f}x")

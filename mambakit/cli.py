@@ -15,7 +15,7 @@ COMMANDS = {
     "evaluate": "BLiMP, LAMBADA, bits per byte, and the lm-evaluation-harness",
     "info": "what a checkpoint is, from its headers alone",
     "convert": "rewrite a checkpoint in another format",
-    "quantize": "rewrite a checkpoint with int8 or int4 weights",
+    "quantize": "rewrite a checkpoint with int8, int4 or losslessly packed weights",
     "env": "versions, devices, and what serves each op",
 }
 

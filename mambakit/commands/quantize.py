@@ -1,4 +1,4 @@
-"""Write a checkpoint with int8 or int4 weights: a half or a quarter of bfloat16's bytes, and of what a step reads."""
+"""Write a checkpoint with packed weights: int8 or int4 (a half or a quarter of bfloat16's bytes), or lossless (three quarters)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="hub id or folder")
     parser.add_argument("target", help="a new folder")
-    parser.add_argument("--to", choices=("int8", "int4"), default="int8", help="default: int8")
-    parser.add_argument("--group", type=int, choices=(32, 64, 128), default=64, help="weights to a scale (default 64)")
+    parser.add_argument("--to", choices=("int8", "int4", "lossless"), default="int8", help="default: int8")
+    parser.add_argument(
+        "--group", type=int, choices=(32, 64, 128), default=64, help="weights to a scale (default 64; not for lossless)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

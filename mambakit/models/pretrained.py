@@ -36,7 +36,7 @@ class MambaPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint: transformers' format or the original state-spaces format, from a folder or a hub id.
 
-        ``quantization`` ("int8" or "int4") quantises the weights once they are loaded; a checkpoint saved after `quantize`
+        ``quantization`` ("int8", "int4" or "lossless") packs the weights once they are loaded; a checkpoint saved after `quantize`
         needs no argument. The other arguments are transformers' (``dtype``, "auto" for the checkpoint's own; ``device_map``, ``revision``,
         ``cache_dir``, ``local_files_only``, fields of the configuration, ...).
 
@@ -48,7 +48,7 @@ class MambaPreTrainedModel(PreTrainedModel):
         return model if quantization is None else model.quantize(quantization)
 
     def quantize(self, format: str, group: int = 64) -> MambaPreTrainedModel:
-        """Quantise the weights in place, for inference; see `mambakit.models.quantization`."""
+        """Pack the weights in place, for inference: "int8", "int4" or "lossless"; see `mambakit.models.quantization`."""
         return quantize(self, format, group)
 
     def save_original(self, folder: str | os.PathLike) -> None:

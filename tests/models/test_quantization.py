@@ -46,7 +46,44 @@ def test_the_embedded_models_bits_per_character(format, limit):
     assert abs(after - before) < limit
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["plain", "use_bias", "untied", "odd_everything", "falcon"])
+@torch.no_grad()
+def test_lossless_packing_keeps_every_weight(name, dtype):
+    model = pair(name)[0].to(dtype)
+    weights = {n: m.weight.clone() for n, m in model.named_modules() if n.endswith(("_proj", "lm_head"))}
+    ids = tokens(2, 24)
+    exact = model(ids).logits
+    model.quantize("lossless")
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert len(packed) == 3 * model.config.num_hidden_layers + 1
+    for n, module in packed.items():
+        assert torch.equal(module.packed.dequantized().to(dtype), weights[n])
+    assert worst(model(ids).logits, exact) < (
+        1e-5 if dtype == torch.float32 else 5e-2
+    )  # products round in other places
+    generated = model.generate(ids[:1, :5], max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert generated.shape == (1, 11)
+
+
+def test_lossless_lists_are_checked(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = pair("plain")[0]
+    with torch.no_grad():
+        model.backbone.layers[0].mixer.in_proj.weight[2, 3] = 1e-20  # a weight for the list
+    model.quantize("lossless").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = "backbone.layers.0.mixer.in_proj.columns"
+    assert 3 in tensors[name].tolist()
+    tensors[name] += 1000
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(mambakit.CheckpointError, match="list of single weights is damaged"):
+        mambakit.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "lossless"])
 @pytest.mark.parametrize("name", ["plain", "use_bias", "falcon"])
 @torch.no_grad()
 def test_saved_and_loaded(name, format, tmp_path):
@@ -58,7 +95,8 @@ def test_saved_and_loaded(name, format, tmp_path):
     half = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16")
     layer = half.backbone.layers[0].mixer.in_proj
     assert isinstance(layer, QuantizedLinear)
-    assert layer.scales.dtype == half.backbone.layers[0].mixer.A_log.dtype == torch.float32
+    kept = layer.values if format == "lossless" else layer.scales
+    assert kept.dtype == half.backbone.layers[0].mixer.A_log.dtype == torch.float32
     assert half.backbone.embeddings.weight.dtype == torch.bfloat16
 
 
@@ -74,10 +112,12 @@ def test_on_loading(tmp_path):
 
 def test_what_is_refused(tmp_path):
     model = pair("plain")[0]
-    with pytest.raises(ValueError, match="'int3'; choose one of int8, int4"):
+    with pytest.raises(ValueError, match="'int3'; choose one of int8, int4, lossless"):
         model.quantize("int3")
     with pytest.raises(ValueError, match="group is 48"):
         model.quantize("int8", 48)
+    with pytest.raises(ValueError, match="these weights are torch.float16"):
+        pair("plain")[0].half().quantize("lossless")
     model.quantize("int8")
     with pytest.raises(ValueError, match="in_proj is a QuantizedLinear"):
         model.quantize("int8")

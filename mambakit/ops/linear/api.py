@@ -9,6 +9,7 @@ Formats of a weight (out, in), named by their precision:
              so that a register of words gives 16 neighbouring columns with one shift. Rows are padded with zeros to
              whole blocks and whole groups.
     scales   float32 (out, ceil(in / group)); for int4 those of the padding too
+    "lossless32", "lossless16"   float32 in 28 bits and bfloat16 in 12, the same numbers to the last bit; see lossless.py
 
 On a CPU the kernels round x to 16 bits where the weight is int8 or int4, one scale for every group: integers are multiplied
 and summed exactly, groups are summed in float32. That is an error of at most 2^-16 of a group's largest number in each number
@@ -23,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambakit.ops.linear import reference
+from mambakit.ops.linear import lossless, reference
 
-FORMATS = ("float32", "bfloat16", "int8", "int4")
+FORMATS = ("float32", "bfloat16", "int8", "int4", "lossless32", "lossless16")
 GROUP = 64  # numbers per scale: half a bit of scale per weight
 BLOCK, WORDS = 64, 16
 # Beyond this many rows of x the product is bound by arithmetic, and torch's matrix product is faster.
@@ -41,6 +42,7 @@ class PackedWeight:
     scales: Tensor | None
     in_features: int
     group: int = GROUP
+    exceptions: tuple[Tensor, Tensor, Tensor] | None = None  # of the lossless formats: starts, columns, values
 
     @property
     def out_features(self) -> int:
@@ -48,7 +50,16 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is to store, by name."""
+        tensors = {"data": self.data}
+        if self.scales is not None:
+            tensors["scales"] = self.scales
+        if self.exceptions is not None:
+            tensors |= zip(("starts", "columns", "values"), self.exceptions, strict=True)
+        return tensors
 
     def dequantized(self) -> Tensor:
         """The weight (out, in) in float32."""
@@ -60,10 +71,11 @@ def pack(weight: Tensor, format: str, group: int = GROUP) -> PackedWeight:
 
     Args:
         format: one of `FORMATS`.
-        group: numbers of a row that share a scale: 32, 64 or 128.
+        group: numbers of a row that share a scale: 32, 64 or 128. Of int8 and int4 alone.
 
     Raises:
-        ValueError: an unknown format or group, or a weight that is not a finite matrix.
+        ValueError: an unknown format or group, a weight that is not a matrix, one that is not finite (int8, int4), or one of
+            another dtype than the format's (lossless32, lossless16).
     """
     if weight.dim() != 2:
         raise ValueError(f"pack: weight has shape {tuple(weight.shape)}, expected (out, in)")
@@ -75,6 +87,13 @@ def pack(weight: Tensor, format: str, group: int = GROUP) -> PackedWeight:
     weight = weight.detach()
     if format in ("float32", "bfloat16"):
         return PackedWeight(format, weight.to(getattr(torch, format)).contiguous(), None, columns, group)
+    if format in lossless.DTYPES:
+        if weight.dtype != lossless.DTYPES[format]:
+            raise ValueError(
+                f"pack: {format} holds {lossless.DTYPES[format]} and the weight is {weight.dtype}; cast it first"
+            )
+        data, exceptions = lossless.pack(weight, format)
+        return PackedWeight(format, data, None, columns, group, exceptions)
     if not torch.isfinite(weight).all():
         raise ValueError(f"pack: the weight has numbers that are not finite, which {format} cannot hold")
     multiple = group if format == "int8" else max(BLOCK, group)
@@ -99,14 +118,21 @@ def _divisor(scales: Tensor) -> Tensor:
 
 
 def blank(format: str, out_features: int, in_features: int, group: int = GROUP) -> PackedWeight:
-    """An int8 or int4 weight of zeros, for a checkpoint to fill."""
-    if format == "int8":
-        data, columns = torch.zeros(out_features, in_features, dtype=torch.int8), in_features
+    """A weight of zeros in a format that is not torch's own, for a checkpoint to fill."""
+    scales = exceptions = None
+    if format in lossless.DTYPES:
+        data = torch.zeros(out_features, lossless.row_bytes(format, in_features), dtype=torch.uint8)
+        starts = torch.zeros(out_features + 1, dtype=torch.int32)
+        exceptions = (starts, torch.zeros(0, dtype=torch.int32), torch.zeros(0))
+    elif format == "int8":
+        data = torch.zeros(out_features, in_features, dtype=torch.int8)
+        scales = torch.zeros(out_features, -(-in_features // group))
     else:
         step = max(BLOCK, group)
         columns = -(-in_features // step) * step
         data = torch.zeros(out_features, columns // BLOCK * WORDS, dtype=torch.int16)
-    return PackedWeight(format, data, torch.zeros(out_features, -(-columns // group)), in_features, group)
+        scales = torch.zeros(out_features, columns // group)
+    return PackedWeight(format, data, scales, in_features, group, exceptions)
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -123,7 +149,8 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     from mambakit.ops.native import library, matvec
 
     rows = x.numel() // max(1, x.shape[-1])
-    native = rows <= MOST_ROWS and x.device.type == "cpu" and x.dtype != torch.float64
-    if native and not x.requires_grad and library.is_available():
-        return matvec.linear(x, weight, bias)
+    if x.device.type == "cpu" and x.dtype != torch.float64 and library.is_available():
+        if rows <= MOST_ROWS and not x.requires_grad:
+            return matvec.linear(x, weight, bias)
+        return reference.linear(x, weight, bias, matvec.widen(weight))
     return reference.linear(x, weight, bias)

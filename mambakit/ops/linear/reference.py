@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mambakit.ops.linear import lossless
+
 if TYPE_CHECKING:
     from mambakit.ops.linear.api import PackedWeight
 
 
 def dequantize(weight: PackedWeight) -> Tensor:
     """The weight (out, in) in float32."""
+    if weight.exceptions is not None:
+        return lossless.unpack(weight.data, weight.exceptions, weight.format, weight.in_features)
     if weight.scales is None:
         return weight.data.float()
     if weight.format == "int4":
@@ -25,9 +29,12 @@ def dequantize(weight: PackedWeight) -> Tensor:
     return q[:, : weight.in_features].float() * scales[:, : weight.in_features]
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias``; float32 arithmetic (float64 for float64), rounded to x's dtype."""
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, widened: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``; float32 arithmetic (float64 for float64), rounded to x's dtype.
+
+    ``widened`` is the weight (out, in) in float32 where the caller has it.
+    """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
-        y = x.to(dtype) @ dequantize(weight).to(dtype).T
+        y = x.to(dtype) @ (dequantize(weight) if widened is None else widened).to(dtype).T
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)

@@ -8,11 +8,17 @@ import torch
 from mambakit.ops import native
 from mambakit.ops.linear import linear, pack, reference
 from mambakit.ops.linear.api import FORMATS
+from mambakit.ops.native import matvec
 from tests.ops.oracles import in_16_bits, relative_error
 
+DTYPES = {"bfloat16": torch.bfloat16, "lossless16": torch.bfloat16}
 # float32 and bfloat16 weights: cancellation in sums of 1000. int8 and int4: the kernels round x to 16 bits per group.
-BOUNDS = {"float32": 1e-5, "bfloat16": 1e-5, "int8": 4e-5, "int4": 4e-5}
+BOUNDS = dict.fromkeys(FORMATS, 1e-5) | {"int8": 4e-5, "int4": 4e-5}
 ISAS = native.describe().get("supported") or [None]
+
+
+def weight_of(rows, columns, format):
+    return torch.randn(rows, columns).to(DTYPES.get(format, torch.float32))
 
 
 @pytest.fixture(params=ISAS, autouse=True)
@@ -25,7 +31,7 @@ def isa(request):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 48), (5, 128), (33, 200), (130, 768), (3, 1000)])
 def test_products_against_float64(format, shape):
-    weight, bias = torch.randn(shape), torch.randn(shape[0])
+    weight, bias = weight_of(*shape, format), torch.randn(shape[0])
     packed = pack(weight, format)
     for b in (1, 2, 3, 7, 16):
         x = torch.randn(b, shape[1])
@@ -58,7 +64,7 @@ def test_int4_levels_survive():
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_row_alone_is_the_row_of_a_batch(format):
-    packed = pack(torch.randn(101, 300), format)
+    packed = pack(weight_of(101, 300, format), format)
     x = torch.randn(13, 300)
     y = linear(x, packed)
     for row in range(13):
@@ -82,7 +88,7 @@ def test_integer_products_are_those_of_x_in_16_bits(format, group, columns):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("fault", [float("nan"), float("inf"), -float("inf")])
 def test_a_fault_in_x_shows(format, fault):
-    packed = pack(torch.randn(6, 200), format)
+    packed = pack(weight_of(6, 200, format), format)
     x = torch.randn(3, 200)
     x[1, 70] = fault
     y = linear(x, packed)
@@ -92,17 +98,61 @@ def test_a_fault_in_x_shows(format, fault):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_zeros_and_tiny_numbers(format):
-    packed = pack(torch.randn(6, 200), format)
+    packed = pack(weight_of(6, 200, format), format)
     assert not linear(torch.zeros(2, 200), packed).any()
     x = torch.randn(2, 200) * 1e-30
     assert relative_error(linear(x, packed), x.double() @ packed.dequantized().double().T) < BOUNDS[format]
 
 
-def test_many_rows_use_the_reference():
-    packed = pack(torch.randn(8, 64), "int8")
-    x = torch.randn(3, 11, 64)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("columns", [1, 64, 100, 300])
+def test_many_rows_use_the_reference(format, columns):
+    packed = pack(weight_of(21, columns, format), format, 32)
+    x = torch.randn(3, 11, columns)
+    assert torch.equal(matvec.widen(packed), packed.dequantized())
     assert torch.equal(linear(x, packed), reference.linear(x, packed, None))
+
+
+def test_shapes():
+    packed = pack(torch.randn(8, 64), "int8")
     assert linear(torch.randn(2, 3, 64), packed).shape == (2, 3, 8)
+
+
+def unusual(dtype):
+    """Rows of every kind: normal, of wide range, zeros of both signs, tiny, huge, subnormal, not finite, one weight alone."""
+    weight = torch.randn(9, 130)
+    weight[1] *= torch.logspace(-30, 30, 130)
+    weight[2] = 0
+    weight[2, ::3] = -0.0
+    weight[3] *= 1e-39
+    weight[4] *= 1e37
+    weight[5, 7], weight[5, 8], weight[5, 9] = float("inf"), -float("inf"), float("nan")
+    weight[6] = 0
+    weight[6, 129] = 3.25
+    weight[7, :64] *= 2.0**-14
+    weight[8, 5] = 1e-20
+    return weight.to(dtype)
+
+
+@pytest.mark.parametrize("format", ["lossless32", "lossless16"])
+def test_lossless_is(format):
+    dtype, integer = (torch.float32, torch.int32) if format == "lossless32" else (torch.bfloat16, torch.int16)
+    weight = unusual(dtype)
+    packed = pack(weight, format)
+    for again in (packed.dequantized(), matvec.widen(packed), reference.dequantize(packed)):
+        assert torch.equal(again.to(dtype).view(integer), weight.view(integer))  # the bits: NaN and -0 too
+    x = torch.randn(4, 130)
+    rows = [0, 1, 2, 3, 6, 7, 8]
+    want = x.double() @ weight.double()[rows].T
+    size = x.double().abs() @ weight.double()[rows].abs().T
+    assert ((linear(x, packed)[:, rows] - want).abs() <= 1e-6 * size + 1e-44).all()
+
+
+def test_lossless_is_small():
+    for format, bits in (("lossless32", 28), ("lossless16", 12)):
+        packed = pack(weight_of(512, 768, format), format)
+        assert packed.nbytes * 8 / (512 * 768) < 1.02 * bits
+        assert len(packed.exceptions[1]) < 512 * 768 / 2000
 
 
 def test_what_cannot_be_packed():
@@ -112,5 +162,7 @@ def test_what_cannot_be_packed():
         pack(torch.randn(2, 2), "int8", 48)
     with pytest.raises(ValueError, match="not finite"):
         pack(torch.full((2, 2), float("nan")), "int4")
+    with pytest.raises(ValueError, match="holds torch.bfloat16 and the weight is torch.float32; cast it first"):
+        pack(torch.randn(2, 2), "lossless16")
     with pytest.raises(ValueError, match="takes 64 features"):
         linear(torch.randn(2, 3), pack(torch.randn(8, 64), "int8"))

@@ -16,8 +16,10 @@ H, D, N, R, K, VOCABULARY, LAYERS = 40, 80, 16, 5, 4, 99, 3
 
 
 def make_layers(format="float32"):
+    dtype = torch.bfloat16 if format == "lossless16" else torch.float32
+
     def matrix(rows, columns):
-        return pack(torch.randn(rows, columns) / columns**0.5, format)
+        return pack((torch.randn(rows, columns) / columns**0.5).to(dtype), format)
 
     return [
         LayerWeights(
@@ -54,7 +56,9 @@ def expected_step(layers, final_norm, head, conv_states, ssm_states, x):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_tokens_in_a_row(isa, format):
-    layers, final_norm, head = make_layers(format), torch.rand(H), pack(torch.randn(VOCABULARY, H), format)
+    layers, final_norm = make_layers(format), torch.rand(H)
+    dtype = torch.bfloat16 if format == "lossless16" else torch.float32
+    head = pack(torch.randn(VOCABULARY, H, dtype=dtype), format)
     b = 3
     # Rounding to 16 bits: a number that differs by 1e-7 may go the other way, by 2^-16 of its group's largest.
     bound = 2e-4 if format in ("int8", "int4") else 1e-5
