@@ -131,15 +131,16 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         streamer=None,
         **kwargs,
     ):
-        """transformers' token loop; where tokens are the most probable ones and nothing looks at them in between, a GPU
-        runs on its own: no word to the host until a row may have ended."""
+        """transformers' token loop, or where tokens are the most probable ones and nothing looks at them in between, a loop of
+        nothing but steps; a GPU then says no word to the host until a row may have ended."""
         wanted = ("do_sample", "output_scores", "output_logits", "output_hidden_states", "output_attentions")
         looked_at = (
             synced_gpus or streamer is not None or len(logits_processor) > 0 or not kwargs.get("use_cache", True)
         )
         looked_at = looked_at or any(getattr(generation_config, name, None) for name in wanted)
         looked_at = looked_at or any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in stopping_criteria)
-        if looked_at or not graphs_serve(self):
+        looked_at = looked_at or bool(self._forward_hooks or self._forward_pre_hooks)
+        if looked_at or not (graphs_serve(self) or self.device.type == "cpu"):
             return super()._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **kwargs
             )
@@ -150,10 +151,8 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         del output
         ends = [c.eos_token_id.to(first.device) for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
         most = min(c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)) - input_ids.shape[1]
-        tokens = greedy_tokens(self, cache, first, most, torch.cat(ends) if ends else None)
-        if ends:  # what follows a row's first end is padding
-            is_end = torch.isin(tokens, torch.cat(ends))
-            tokens = tokens.masked_fill(is_end.cumsum(1) > is_end.long(), int(generation_config._pad_token_tensor))
+        padding = int(generation_config._pad_token_tensor) if ends else 0  # what follows a row's first end
+        tokens = greedy_tokens(self, cache, first, most, torch.cat(ends) if ends else None, padding)
         sequences = torch.cat([input_ids, tokens], 1)
         if not generation_config.return_dict_in_generate:
             return sequences

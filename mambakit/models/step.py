@@ -306,11 +306,41 @@ def graphs_serve(model: Any) -> bool:
 _UNSEEN = 16
 
 
-def greedy_tokens(model: Any, cache: MambaCache, first: Tensor, most: int, ends: Tensor | None) -> Tensor:
+def greedy_tokens(
+    model: Any, cache: MambaCache, first: Tensor, most: int, ends: Tensor | None, padding: int = 0
+) -> Tensor:
     """(b, m) most probable tokens, m <= ``most``: (b,) ``first`` and those after it, until every row has had one of ``ends``.
 
-    The cache, which holds what comes before ``first``, is left holding all tokens but the last.
+    What follows a row's end is ``padding``. The cache, which holds what comes before ``first``, is left holding all tokens
+    but the last.
     """
+    if model.device.type != "cuda":
+        return _greedy_by_steps(token_step(model, cache), first, most, ends, padding)
+    tokens = _greedy_on_gpu(model, cache, first, most, ends)
+    if ends is None:
+        return tokens
+    is_end = torch.isin(tokens, ends)
+    return tokens.masked_fill(is_end.cumsum(1) > is_end.long(), padding)
+
+
+def _greedy_by_steps(
+    step: Callable[[Tensor], Tensor], first: Tensor, most: int, ends: Tensor | None, padding: int
+) -> Tensor:
+    tokens, token = [first], first
+    ended = torch.zeros_like(first, dtype=torch.bool)
+    for _ in range(most - 1):
+        if ends is not None:
+            ended = ended | torch.isin(token, ends)
+            if bool(ended.all()):
+                break
+        token = step(token).argmax(-1)
+        if ends is not None:
+            token = token.masked_fill(ended, padding)
+        tokens.append(token)
+    return torch.stack(tokens, 1)
+
+
+def _greedy_on_gpu(model: Any, cache: MambaCache, first: Tensor, most: int, ends: Tensor | None) -> Tensor:
     graph = graph_step(model, first.shape[0])
     graph.load(cache)
     graph.tokens.copy_(first)
