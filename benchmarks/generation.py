@@ -1,0 +1,377 @@
+"""Generation beside a Transformer of the same size: tokens/s by batch, time by length, memory, the step's share of the bandwidth.
+
+    python benchmarks/generation.py --json out.json --plots docs/images      # 130m, 1.4b and 2.8b on one NVIDIA GPU, bfloat16
+    python benchmarks/generation.py --shapes 130m --parts step generate      # less
+    python benchmarks/generation.py --device cpu --shapes tiny --lengths 7 9 # a look at the script itself, on a CPU
+
+Random weights and tokens, greedy. The Transformer is transformers' Llama of as many parameters, run by `generate` with its
+default cache (flash attention through SDPA) and, with --compiled, a static cache and torch.compile. Parts:
+
+    step       one token for each row, embedding to chosen token: median of steps, and the share of the bandwidth that reading
+               weights and states once would take (measured in the run: a copy, counted both ways)
+    generate   prompt and new tokens, prompt included in the time; second call; peak memory
+    length     reading a prompt of 2^i tokens, one row
+    long       a prompt of 2,048 and of --long-prompt tokens: peak memory, and the step after it
+    draft      speculative decoding of the largest shape with the smallest as its draft model, each guess right with the
+               probability --acceptance, against plain steps
+
+Nothing is timed before a small model's steps agree with its forward on this device. One GPU: CUDA events around whole calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import mambakit
+from mambakit.generation.drafters import Draft, DraftModel
+from mambakit.generation.speculative import SpeculativeStream
+from mambakit.generation.stream import Sampling, Stream
+from mambakit.models.step import graph_step, token_step
+
+VOCABULARY = 50280
+# Mamba's width and layers; Llama's width, layers, heads and inner width.
+SHAPES = {
+    "tiny": ((64, 2), (64, 2, 4, 176)),
+    "130m": ((768, 24), (768, 12, 12, 2048)),
+    "1.4b": ((2048, 48), (2048, 24, 16, 5504)),
+    "2.8b": ((2560, 64), (2560, 32, 20, 6912)),
+}
+Options = argparse.Namespace
+
+
+def mamba(shape: str, device: str):
+    width, layers = SHAPES[shape][0]
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = mambakit.MambaForCausalLM(mambakit.MambaConfig(hidden_size=width, num_hidden_layers=layers))
+    return ready(model, device)
+
+
+def llama(shape: str, device: str, longest: int):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width, layers, heads, inner = SHAPES[shape][1]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=inner, max_position_embeddings=longest, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    return ready(model, device)
+
+
+def ready(model, device: str):
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.to(torch.bfloat16 if device == "cuda" else torch.float32).eval()
+
+
+class Clock:
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        """Seconds of one call."""
+        if not self.cuda:
+            begin = time.perf_counter()
+            run()
+            return time.perf_counter() - begin
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def median(self, run: Callable[[], object], rounds: int) -> float:
+        run()
+        return statistics.median(self(run) for _ in range(rounds))
+
+    def peak(self, run: Callable[[], object]) -> tuple[float, float | None]:
+        """(seconds, GiB at most while it ran)."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        seconds = self(run)
+        return seconds, torch.cuda.max_memory_allocated() / 2**30 if self.cuda else None
+
+
+def released() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def fits(run: Callable[[], object]) -> object:
+    """The result, or None where memory ran out."""
+    try:
+        return run()
+    except torch.cuda.OutOfMemoryError:
+        return None
+    finally:
+        released()
+
+
+def check(device: str) -> None:
+    model = mamba("tiny", device)
+    ids = torch.randint(0, VOCABULARY, (3, 40), device=device)
+    with torch.no_grad():
+        out = model.generate(ids, max_new_tokens=12, do_sample=False)
+        logits = model(out[:, :-1]).logits[:, 39:]
+    gap = logits.max(-1).values - logits.gather(-1, out[:, 40:, None])[..., 0]
+    assert gap.max() < (0.05 if device == "cuda" else 1e-3), (
+        f"tokens are {gap.max():.3f} from the best: nothing is timed"
+    )
+
+
+def bandwidth(clock: Clock, device: str) -> float:
+    """Bytes a second of a copy, reading and writing counted."""
+    source = torch.ones(2**28 if device == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / clock.median(lambda: target.copy_(source), 10)
+
+
+def step_seconds(model, rows: int, clock: Clock, rounds: int) -> float:
+    if model.device.type == "cuda":
+        return clock.median(graph_step(model, rows), rounds)
+    step = token_step(model, model.backbone.new_cache(rows))
+    token = torch.zeros(rows, dtype=torch.int64)
+    return clock.median(lambda: step(token), rounds)
+
+
+def measure_steps(options: Options, clock: Clock, record: dict) -> None:
+    speed = record["bandwidth"]
+    print(
+        f"\nstep: bandwidth {speed / 1e9:,.0f} GB/s\n{'shape':6} {'batch':>5} {'ms':>8} {'tokens/s':>10} {'share':>6}"
+    )
+    for shape in options.shapes:
+        model = mamba(shape, options.device)
+        for rows in options.batches:
+            seconds = fits(lambda m=model, b=rows: step_seconds(m, b, clock, options.rounds))
+            if seconds is None:
+                print(f"{shape:6} {rows:>5} out of memory")
+                continue
+            cache = model.backbone.new_cache(rows)
+            # Tied embeddings are the head. States are read and written.
+            touched = sum(p.nbytes for p in model.parameters())
+            touched += 2 * (cache.conv_states.nbytes + cache.ssm_states.nbytes)
+            share = touched / speed / seconds
+            print(f"{shape:6} {rows:>5} {seconds * 1e3:8.3f} {rows / seconds:10,.0f} {share:6.0%}", flush=True)
+            record["step"].append({"shape": shape, "batch": rows, "seconds": seconds, "share": share})
+        del model
+        released()
+
+
+def measure_generate(options: Options, clock: Clock, record: dict) -> None:
+    print(
+        f"\ngenerate: {options.prompt} + {options.new} tokens\n{'shape':6} {'batch':>5} {'who':>22} {'tokens/s':>10} {'GiB':>6}"
+    )
+    longest = options.prompt + options.new
+    for shape in options.shapes:
+        for who in ("mambakit", "Llama", *(["Llama, compiled"] if options.compiled else [])):
+            model = mamba(shape, options.device) if who == "mambakit" else llama(shape, options.device, longest)
+            extra = {"cache_implementation": "static"} if who.endswith("compiled") else {}
+            for rows in options.batches:
+                ids = torch.randint(0, VOCABULARY, (rows, options.prompt), device=options.device)
+                mask = torch.ones_like(ids)
+
+                def run(m=model, i=ids, a=mask, e=extra):
+                    return m.generate(i, attention_mask=a, max_new_tokens=options.new, do_sample=False, **e)
+
+                measured = fits(lambda r=run: (r(), clock.peak(r))[1])
+                rate = memory = None
+                if measured is not None:
+                    rate, memory = rows * options.new / measured[0], measured[1]
+                text = "out of memory" if rate is None else f"{rate:10,.0f} {memory or 0:6.1f}"
+                print(f"{shape:6} {rows:>5} {who:>22} {text}", flush=True)
+                record["generate"].append(
+                    {"shape": shape, "batch": rows, "who": who, "tokens_per_second": rate, "gib": memory}
+                )
+            del model
+            released()
+
+
+def measure_lengths(options: Options, clock: Clock, record: dict) -> None:
+    print(f"\nlength: one prompt\n{'shape':6} {'tokens':>8} {'who':>10} {'ms':>10}")
+    shape = min(options.shapes, key=list(SHAPES).index)
+    first, last = options.lengths
+    for who in ("mambakit", "Llama"):
+        model = mamba(shape, options.device) if who == "mambakit" else llama(shape, options.device, 2**last)
+        for power in range(first, last + 1):
+            ids = torch.randint(0, VOCABULARY, (1, 2**power), device=options.device)
+
+            def run(m=model, i=ids):
+                with torch.no_grad():
+                    return m(i, use_cache=True, logits_to_keep=1)
+
+            seconds = fits(lambda r=run: clock.median(r, 3))
+            text = "out of memory" if seconds is None else f"{seconds * 1e3:10.2f}"
+            print(f"{shape:6} {2**power:>8} {who:>10} {text}", flush=True)
+            record["length"].append({"shape": shape, "tokens": 2**power, "who": who, "seconds": seconds})
+        del model
+        released()
+
+
+def measure_long(options: Options, clock: Clock, record: dict) -> None:
+    shape = options.shapes[-1] if "1.4b" not in options.shapes else "1.4b"
+    model = mamba(shape, options.device)
+    print(
+        f"\nlong: {shape}, one prompt and 16 new tokens\n{'tokens':>9} {'seconds':>8} {'GiB':>6} {'ms a step after':>16}"
+    )
+    for tokens in (2048, options.long_prompt):
+        ids = torch.randint(0, VOCABULARY, (1, tokens), device=options.device)
+        model.generate(ids[:, :4096], max_new_tokens=16, do_sample=False)  # kernels are compiled, the graph captured
+        seconds, memory = clock.peak(lambda i=ids: model.generate(i, max_new_tokens=16, do_sample=False))
+        step = step_seconds(model, 1, clock, options.rounds)
+        print(f"{tokens:>9,} {seconds:8.2f} {memory or 0:6.2f} {step * 1e3:16.3f}", flush=True)
+        record["long"].append({"shape": shape, "tokens": tokens, "seconds": seconds, "gib": memory, "step": step})
+    released()
+
+
+class Letters:
+    """Stands for a tokenizer: random weights have no text."""
+
+    def decode(self, ids, **_) -> str:
+        return "".join(chr(97 + int(i) % 26) for i in ids)
+
+
+class ForcedDraft(DraftModel):
+    """The work of a draft model, with guesses that are right with a given probability."""
+
+    def __init__(self, model, truth: list[int], acceptance: float):
+        super().__init__(model)
+        self._truth, self._acceptance = truth, acceptance
+        self._chance = torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def propose(self, text: list[int], most: int) -> Draft:
+        drafted = super().propose(text, 0)  # its state to where the text is
+        tokens: list[int] = drafted.tokens
+        while len(tokens) < most:
+            self._advance((text + tokens)[-1])
+            right = self._truth[(len(text) + len(tokens)) % len(self._truth)]
+            good = torch.rand((), generator=self._chance) < self._acceptance
+            tokens.append(right if good else (right + 1) % VOCABULARY)
+        return Draft(tokens)
+
+
+def measure_draft(options: Options, clock: Clock, record: dict) -> None:
+    order = sorted(options.shapes, key=list(SHAPES).index)
+    target = "1.4b" if "1.4b" in order else order[-1]
+    model, small = mamba(target, options.device), mamba(order[0], options.device)
+    ids = torch.randint(0, VOCABULARY, (64,), device=options.device)
+    plain = Stream(model, Letters(), ids, Sampling(temperature=0), max_new_tokens=options.new)
+    list(plain)
+    truth = ids.tolist() + plain.tokens
+    print(f"\ndraft: {target} by {order[0]}, a guess is right with probability {options.acceptance}")
+
+    def speculative() -> SpeculativeStream:
+        drafter = ForcedDraft(small, truth, options.acceptance)
+        stream = SpeculativeStream(
+            model, Letters(), ids, Sampling(temperature=0), max_new_tokens=options.new, drafter=drafter,
+            draft_tokens=options.draft_tokens,
+        )  # fmt: skip
+        list(stream)
+        return stream
+
+    step = step_seconds(model, 1, clock, options.rounds)
+    stream = speculative()
+    # Of two texts of different length, so that what happens once (reading the prompt, a capture) is not counted.
+    times = {}
+    for new in (options.new // 4, options.new):
+        options.new, before = new, options.new
+        times[new] = statistics.median(clock(speculative) for _ in range(3))
+        options.new = before
+    short, whole = sorted(times)
+    seconds = (times[whole] - times[short]) / (whole - short)
+    print(f"  {step * 1e3:.3f} ms a plain step, {seconds * 1e3:.3f} ms a token: {step / seconds:.2f}x")
+    print(f"  {stream.accepted} of {stream.proposed} guesses kept in {stream.rounds} rounds", flush=True)
+    record["draft"].append(
+        {"target": target, "draft": order[0], "step": step, "token": seconds, "kept": stream.accepted / stream.proposed}
+    )
+
+
+def plot(record: dict, folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, x, y, label in (
+        ("generate", "batch", "tokens_per_second", "new tokens a second, prompt included"),
+        ("length", "tokens", "seconds", "seconds to read a prompt"),
+    ):
+        rows = [r for r in record[name] if r[y] is not None]
+        if not rows:
+            continue
+        figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+        for key in dict.fromkeys((r["shape"], r["who"]) for r in rows):
+            line = [r for r in rows if (r["shape"], r["who"]) == key]
+            axes.plot([r[x] for r in line], [r[y] for r in line], marker="o", label=f"{key[1]}, {key[0]}")
+        axes.set(xscale="log", yscale="log", xlabel=x, ylabel=label, title=record["device"])
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(folder / f"{name}.png", dpi=130)
+        pyplot.close(figure)
+        print(folder / f"{name}.png")
+
+
+PARTS = {
+    "step": measure_steps, "generate": measure_generate, "length": measure_lengths, "long": measure_long,
+    "draft": measure_draft,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["130m", "1.4b", "2.8b"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64, 128])
+    parser.add_argument("--prompt", type=int, default=2048)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--lengths", nargs=2, type=int, default=[10, 17], metavar=("FIRST", "LAST"), help="powers of 2")
+    parser.add_argument("--long-prompt", type=int, default=1_000_000)
+    parser.add_argument("--acceptance", type=float, default=0.7)
+    parser.add_argument("--draft-tokens", type=int, default=4)
+    parser.add_argument(
+        "--compiled", action="store_true", help="the Transformer with a static cache and torch.compile, too"
+    )
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plots", type=Path, help="a folder for generate.png and length.png")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no NVIDIA GPU here; --device cpu --shapes tiny tries the script without one")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}")
+    check(options.device)
+    clock = Clock(options.device)
+    record: dict = {"device": name, "bandwidth": bandwidth(clock, options.device), **{part: [] for part in PARTS}}
+    released()
+    for part in options.parts:
+        PARTS[part](options, clock, record)
+        if options.json:  # after each part: a run that is cut off leaves what it has
+            options.json.write_text(json.dumps(record, indent=2))
+    if options.plots:
+        plot(record, options.plots)
+
+
+if __name__ == "__main__":
+    main()
