@@ -81,6 +81,7 @@ int run_lossless(const Arguments& a) {
   return for_each(ceil_div(a.out, rows), a.threads, 0, [&](int64_t item, float*) {
     for (int64_t row = item * rows; row < min64(a.out, (item + 1) * rows); ++row) {
       int64_t b = 0;
+      for (; b + 4 <= a.b; b += 4) lossless_dot<Wide, 4>(a, row, b);
       for (; b + 2 <= a.b; b += 2) lossless_dot<Wide, 2>(a, row, b);
       if (b < a.b) lossless_dot<Wide, 1>(a, row, b);
     }
