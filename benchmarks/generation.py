@@ -37,7 +37,8 @@ import mambakit
 from mambakit.generation.drafters import Draft, DraftModel
 from mambakit.generation.speculative import SpeculativeStream
 from mambakit.generation.stream import Sampling, Stream
-from mambakit.models.step import graph_step, token_step
+from mambakit.models.graph_step import graph_step
+from mambakit.models.step import token_step
 
 VOCABULARY = 50280
 # Mamba's width and layers; Llama's width, layers, heads and inner width.

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mambakit.generation.stream import Sampling, _end_tokens
-from mambakit.models.step import GraphStep, graphs_serve, native_serves, token_step
+from mambakit.models.graph_step import GraphStep, graphs_serve
+from mambakit.models.step import native_serves, token_step
 from mambakit.modules import MambaCache
 from mambakit.ops.linear.api import MOST_ROWS
 

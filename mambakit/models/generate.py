@@ -15,9 +15,10 @@ from transformers import GenerationMixin
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from mambakit.models.graph_step import graphs_serve
 from mambakit.models.inputs import require_mamba_cache
 from mambakit.models.pretrained import MambaPreTrainedModel
-from mambakit.models.step import GeneratingSteps, graphs_serve, greedy_tokens
+from mambakit.models.token_loop import GeneratingSteps, greedy_tokens
 from mambakit.modules import MambaCache
 
 # Tokens of all rows that a prefill reads at once: enough to keep the device busy, and a bound on its memory.

@@ -59,14 +59,16 @@ def test_generation_padding_and_chunks(name):
 @pytest.mark.parametrize("rows", [1, 3, 9])
 @pytest.mark.parametrize("name", ["plain", "falcon", "gelu"])
 def test_a_graph_generates_what_the_forward_does(name, rows, monkeypatch):
-    from mambakit.models import generate, step
+    from mambakit.models import generate, graph_step, token_loop
 
     model = pair(name)[0].cuda()
     ids = tokens(rows, 7).cuda()
     options = {"max_new_tokens": 40, "return_dict_in_generate": True, "pad_token_id": 0}
     plain = {"do_sample": False, "eos_token_id": None}
     made = []
-    monkeypatch.setattr(step.GraphStep, "__call__", lambda self, f=step.GraphStep.__call__: made.append(1) or f(self))
+    monkeypatch.setattr(
+        graph_step.GraphStep, "__call__", lambda self, f=graph_step.GraphStep.__call__: made.append(1) or f(self)
+    )
     free = model.generate(ids, **options, **plain)
     end = free.sequences[0, 20].item()  # the first row ends here at the latest
     asked = [
@@ -77,7 +79,7 @@ def test_a_graph_generates_what_the_forward_does(name, rows, monkeypatch):
     fast = [model.generate(ids, **options, **extra) for extra in asked]
     assert made, "graphs ran"
     monkeypatch.setattr(generate, "graphs_serve", lambda *_: False)
-    monkeypatch.setattr(step, "graphs_serve", lambda *_: False)
+    monkeypatch.setattr(token_loop, "graphs_serve", lambda *_: False)
     made.clear()
     for extra, result in zip(asked, fast, strict=True):
         expected = model.generate(ids, **options, **extra)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mambakit.models import step as module
+from mambakit.models import token_loop
 from mambakit.models.step import token_step
 from tests.models.configurations import NAMES, pair, tokens, worst
 
@@ -68,13 +69,39 @@ def test_generate_takes_the_native_step(rows, monkeypatch):
     model = pair("plain")[0]
     ids = tokens(rows, 5)
     made = []
-    monkeypatch.setattr(module, "_native_step", lambda *a, make=module._native_step: made.append(1) or make(*a))
+    monkeypatch.setattr(token_loop, "native_step", lambda *a, make=module.native_step: made.append(1) or make(*a))
     options = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     fast = model.generate(ids, **options)
     assert made == [1], "one step is made for the whole call"
-    monkeypatch.setattr(module, "native_serves", lambda *_: False)
+    monkeypatch.setattr(token_loop, "native_serves", lambda *_: False)
     plain = model.generate(ids, **options)
     assert torch.equal(fast.sequences, plain.sequences)
     assert worst(torch.stack(fast.logits), torch.stack(plain.logits)) < 1e-5
     assert worst(fast.past_key_values.ssm_states, plain.past_key_values.ssm_states) < 1e-5
     assert fast.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+
+
+@pytest.mark.parametrize("name", ["plain", "falcon"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_loop_of_steps_alone_is_transformers_loop(name, rows, monkeypatch):
+    """Tokens, padding after a row's end, the point where all have ended, and the state that is left."""
+    model = pair(name)[0]
+    ids = tokens(rows, 5)
+    free = model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+    taken = []
+    loop = token_loop._greedy_by_steps
+    monkeypatch.setattr(token_loop, "_greedy_by_steps", lambda *a: taken.append(1) or loop(*a))
+    for ends in (None, [int(free[0, 7])], [int(t) for t in free[:, 9]]):
+        options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": ends, "pad_token_id": 1}
+        options["return_dict_in_generate"] = True
+        ours = model.generate(ids, **options)
+        theirs = model.generate(ids, logits_processor=[lambda _, scores: scores], **options)  # somebody looks
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert worst(ours.past_key_values.ssm_states, theirs.past_key_values.ssm_states) < 1e-5
+        assert ours.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length()
+    assert len(taken) == 3
+    seen = []
+    handle = model.register_forward_hook(lambda *_: seen.append(1))
+    model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    handle.remove()
+    assert len(seen) == 4, "who listens to the model hears every token"

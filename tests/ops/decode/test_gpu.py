@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 from mambakit import MambaConfig, MambaForCausalLM
-from mambakit.models.step import gpu_layers
+from mambakit.models.graph_step import gpu_layers
 from mambakit.ops.decode import gpu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
