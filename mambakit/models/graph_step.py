@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mambakit.models.step import has_hooks
 from mambakit.modules import MambaBlock, MambaCache, MambaMixer
 from mambakit.modules.mixer import TimeStepProjection
+from mambakit.modules.quantized_linear import QuantizedLinear
 
 
 def graphs_serve(model: Any) -> bool:
@@ -23,16 +24,20 @@ def graphs_serve(model: Any) -> bool:
     )  # fmt: skip
 
 
+def gpu_weight(linear: Any) -> Any:
+    return linear.packed if isinstance(linear, QuantizedLinear) else linear.weight
+
+
 def gpu_layers(model: Any) -> list[Any]:
-    """The layers' weights as `mambakit.ops.decode.gpu` reads them: the parameters themselves."""
+    """The layers' weights as `mambakit.ops.decode.gpu` reads them: the parameters and buffers themselves."""
     from mambakit.ops.decode.gpu import LayerWeights as GpuLayerWeights
 
     return [
         GpuLayerWeights(
-            norm=block.norm.weight, in_proj=m.in_proj.weight, in_proj_bias=m.in_proj.bias,
-            conv=m.conv1d.weight.squeeze(1), conv_bias=m.conv1d.bias, x_proj=m.x_proj.weight,
+            norm=block.norm.weight, in_proj=gpu_weight(m.in_proj), in_proj_bias=m.in_proj.bias,
+            conv=m.conv1d.weight.squeeze(1), conv_bias=m.conv1d.bias, x_proj=gpu_weight(m.x_proj),
             dt_proj=m.dt_proj.weight, dt_bias=m.dt_proj.bias, A_log=m.A_log, D=m.D,
-            out_proj=m.out_proj.weight, out_proj_bias=m.out_proj.bias,
+            out_proj=gpu_weight(m.out_proj), out_proj_bias=m.out_proj.bias,
         )
         for block in model.backbone.layers for m in [block.mixer]
     ]  # fmt: skip
@@ -41,8 +46,8 @@ def gpu_layers(model: Any) -> list[Any]:
 class GraphStep:
     """One token for each of ``rows`` texts, as one CUDA graph over a state of its own.
 
-    A plain model in one floating dtype runs the kernels of `mambakit.ops.decode`; any other (quantised, FalconMamba, with
-    adapters) is captured as its own forward. Captured when made; `load` and `store` move states in and out.
+    A plain model in one floating dtype runs the kernels of `mambakit.ops.decode`, and so does one in int8 or int4 up to 4 rows;
+    any other (FalconMamba, with adapters) is captured as its own forward. Captured when made; `load` and `store` move states in and out.
 
     Attributes:
         tokens: (rows,) int64, what the next step reads. With ``choose`` (the default) it is also what the step leaves: the
@@ -59,7 +64,7 @@ class GraphStep:
 
             backbone = model.backbone
             run = GpuDecodeStep(
-                gpu_layers(model), backbone.embeddings.weight, backbone.norm_f.weight, model.lm_head.weight,
+                gpu_layers(model), backbone.embeddings.weight, backbone.norm_f.weight, gpu_weight(model.lm_head),
                 model.config.layer_norm_epsilon, self.cache.conv_states, self.cache.ssm_states, capacity,
             )  # fmt: skip
             self.tokens, self.history, self.position = run.tokens, run.history, run.position
@@ -113,27 +118,34 @@ def _fused_serves(model: Any, cache: MambaCache) -> bool:
         from mambakit.ops.decode import gpu
     except ImportError:  # no Triton
         return False
-    config = model.config
-    dtype = model.lm_head.weight.dtype if type(model.lm_head) is nn.Linear else None
-    if (
-        dtype not in (torch.float32, torch.bfloat16, torch.float16)
-        or cache.max_batch_size > gpu.MOST_ROWS
-        or has_hooks(model)
-    ):
+    config, backbone = model.config, model.backbone
+    if cache.max_batch_size > gpu.MOST_ROWS or has_hooks(model):
         return False
     if config.conv_kernel < 2 or not config.residual_in_fp32 or config.num_hidden_layers == 0:
         return False
-    if type(model.backbone.embeddings) is not nn.Embedding or config.state_size > 256:
+    if type(backbone.embeddings) is not nn.Embedding or config.state_size > 256:
         return False
-    for block in model.backbone.layers:
+    dtype = backbone.embeddings.weight.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or backbone.norm_f.weight.dtype != dtype:
+        return False
+    kinds = {_kind(model.lm_head)}
+    for block in backbone.layers:
         m = block.mixer
         if type(block) is not MambaBlock or type(m) is not MambaMixer or type(m.dt_proj) is not TimeStepProjection:
             return False
-        if m.act is not None or m.mixer_rms_eps is not None:
+        if m.act is not None or m.mixer_rms_eps is not None or m.dt_proj.weight.dtype != dtype:
             return False
-        if any(type(p) is not nn.Linear or p.weight.dtype != dtype for p in (m.in_proj, m.x_proj, m.out_proj)):
-            return False
-    return True
+        kinds |= {_kind(linear) for linear in (m.in_proj, m.x_proj, m.out_proj)}
+    if kinds == {dtype}:
+        return True
+    packed = {("int8", 32), ("int8", 64), ("int8", 128), ("int4", 32), ("int4", 64), ("int4", 128)}
+    return len(kinds) == 1 and kinds <= packed and cache.max_batch_size <= gpu.FEW
+
+
+def _kind(linear: nn.Module) -> Any:
+    if type(linear) is QuantizedLinear:
+        return linear.format, linear.group
+    return linear.weight.dtype if type(linear) is nn.Linear else type(linear)
 
 
 # Graphs of each model, by number of rows; they go with the model. Few: each holds states for its rows.

@@ -7,7 +7,8 @@ stream; `_head` leaves each block's best token for `_choose`, which picks one an
 rounded to the weights' dtype where the model's forward rounds them; sums and the residual stream are float32.
 
 Up to `FEW` rows a product is a sum over columns for each row, so a row's bits do not depend on the others as long as the
-number of rows the step was made for is the same; more rows use the tensor cores.
+number of rows the step was made for is the same; more rows use the tensor cores. int8 and int4 weights are widened in registers
+as they are read, up to `FEW` rows.
 """
 
 from __future__ import annotations
@@ -20,25 +21,30 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mambakit.ops.linear.api import PackedWeight
+
 FEW = 4  # rows up to which products are sums on the ordinary cores
 MOST_ROWS = 256
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The tensors of one layer, read where they are at every step. Linear weights share one dtype; biases may be None."""
+    """The tensors of one layer, read where they are at every step. Biases may be None.
+
+    The large weights are of one kind: tensors of dt_proj's dtype, or int8, or int4.
+    """
 
     norm: Tensor  # (h,)
-    in_proj: Tensor  # (2d, h)
+    in_proj: Tensor | PackedWeight  # (2d, h)
     in_proj_bias: Tensor | None
     conv: Tensor  # (d, k)
     conv_bias: Tensor | None
-    x_proj: Tensor  # (r + 2n, d)
+    x_proj: Tensor | PackedWeight  # (r + 2n, d)
     dt_proj: Tensor  # (d, r)
     dt_bias: Tensor  # (d,)
     A_log: Tensor  # (d, n)
     D: Tensor  # (d,)
-    out_proj: Tensor  # (h, d)
+    out_proj: Tensor | PackedWeight  # (h, d)
     out_proj_bias: Tensor | None
 
 
@@ -89,10 +95,65 @@ def _products(
 
 
 @triton.jit
+def _integer_products(
+    x, x_stride, norm, weight, scales, n, n_mask, rows,
+    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    NORMED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """(BN, BB) products of rows n of an int8 or int4 weight and rows of x, and (BB,) sums of x^2. Layouts: `mambakit.ops.linear.api`.
+
+    An integer becomes a float without a conversion: as the low bits of 2^23, which is then subtracted.
+    """
+    UNIT: tl.constexpr = 32 if BITS == 8 else 64  # columns that lie together; all of an int8 unit has one scale
+    WORDS: tl.constexpr = 32 if BITS == 8 else 16  # what holds them
+    PARTS: tl.constexpr = 1 if BITS == 8 else 4  # columns of a word
+    UNITS: tl.constexpr = BK // UNIT
+    STEP: tl.constexpr = UNIT if GROUP < UNIT else GROUP
+    PADDED: tl.constexpr = K if BITS == 8 else (K + STEP - 1) // STEP * STEP
+    ROW: tl.constexpr = K if BITS == 8 else PADDED // 4
+    GROUPS: tl.constexpr = (PADDED + GROUP - 1) // GROUP
+    b = tl.arange(0, BB)
+    word = tl.arange(0, WORDS)
+    total = tl.zeros((BN, BB, UNITS, WORDS), tl.float32)
+    squares = tl.zeros((BB, UNITS, WORDS), tl.float32)
+    for k0 in tl.range(0, K, BK, num_stages=STAGES):
+        unit = k0 // UNIT + tl.arange(0, UNITS)
+        place = unit[:, None] * WORDS + word[None, :]  # (UNITS, WORDS), of a row's words
+        words = tl.load(
+            weight + n[:, None, None].to(tl.int64) * ROW + place[None, :, :],
+            mask=n_mask[:, None, None] & (place < ROW)[None, :, :], other=0,
+        ).to(tl.int32)  # fmt: skip
+        scale = tl.zeros((BN, UNITS), tl.float32)
+        for part in tl.static_range(PARTS):
+            first = unit * UNIT + part * 16
+            if part == 0 or (part * 16) % GROUP == 0:
+                scale = tl.load(
+                    scales + n[:, None].to(tl.int64) * GROUPS + (first // GROUP)[None, :],
+                    mask=n_mask[:, None] & (first < K)[None, :], other=0.0,
+                )  # fmt: skip
+            k = first[:, None] + word[None, :]
+            values = tl.load(
+                x + b[:, None, None] * x_stride + k[None, :, :],
+                mask=(b < rows)[:, None, None] & (k < K)[None, :, :], other=0.0,
+            ).to(tl.float32)  # fmt: skip
+            if NORMED:
+                squares += values * values
+                values *= tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)[None, :, :]
+            if BITS == 8:
+                numbers = ((words & 255) ^ 128 | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+            else:
+                numbers = (((words >> (4 * part)) & 15) ^ 8 | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+            numbers *= scale[:, :, None]
+            total += numbers[:, None, :, :] * values[None, :, :, :]
+    return tl.sum(tl.sum(total, axis=3), axis=2), tl.sum(tl.sum(squares, axis=2), axis=1)
+
+
+@triton.jit
 def _in_proj(
-    residual, norm, weight, bias, conv_state, conv, conv_bias, u, z, eps, rows,
-    H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_CONV_BIAS: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
+    residual, norm, weight, scales, bias, conv_state, conv, conv_bias, u, z, eps, rows,
+    H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BB: tl.constexpr,
+    BK: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CONV_BIAS: tl.constexpr, DOT: tl.constexpr,
+    STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     if CHAINED:
         gdc_launch_dependents()
@@ -100,9 +161,14 @@ def _in_proj(
     b = tl.arange(0, BB)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     n_mask = n < 2 * D
-    xz, squares = _products(
-        residual, H, norm, weight, n, n_mask, 0, rows, H, H, BB, BK, BN, True, DOT, STAGES
-    )  # fmt: skip
+    if BITS:
+        xz, squares = _integer_products(
+            residual, H, norm, weight, scales, n, n_mask, rows, H, BITS, GROUP, BB, BK, BN, True, STAGES
+        )  # fmt: skip
+    else:
+        xz, squares = _products(
+            residual, H, norm, weight, n, n_mask, 0, rows, H, H, BB, BK, BN, True, DOT, STAGES
+        )  # fmt: skip
     xz *= tl.rsqrt(squares / H + eps)[None, :]
     if HAS_BIAS:
         xz += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
@@ -129,9 +195,9 @@ def _in_proj(
 
 @triton.jit
 def _x_proj(
-    u, weight, parts, rows,
-    R: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    DOT: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
+    u, weight, scales, parts, rows,
+    R: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BB: tl.constexpr,
+    BK: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """parts (splits, rows, R): each split of the columns leaves its share, and the reader adds them in order."""
     if CHAINED:
@@ -140,9 +206,14 @@ def _x_proj(
     b = tl.arange(0, BB)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     split = tl.program_id(1)
-    total, _ = _products(
-        u, D, u, weight, n, n < R, split * COLUMNS, rows, D, COLUMNS, BB, BK, BN, False, DOT, STAGES
-    )  # fmt: skip
+    if BITS:
+        total, _ = _integer_products(
+            u, D, u, weight, scales, n, n < R, rows, D, BITS, GROUP, BB, BK, BN, False, STAGES
+        )  # fmt: skip
+    else:
+        total, _ = _products(
+            u, D, u, weight, n, n < R, split * COLUMNS, rows, D, COLUMNS, BB, BK, BN, False, DOT, STAGES
+        )  # fmt: skip
     tl.store(parts + (split * rows + b[None, :]) * R + n[:, None], total, mask=(n < R)[:, None] & (b < rows)[None, :])
 
 
@@ -194,9 +265,9 @@ def _scan(
 
 @triton.jit
 def _out_proj(
-    y, weight, bias, residual, rows,
-    H: tl.constexpr, D: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DOT: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
+    y, weight, scales, bias, residual, rows,
+    H: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, HAS_BIAS: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     if CHAINED:
         gdc_launch_dependents()
@@ -204,7 +275,12 @@ def _out_proj(
     b = tl.arange(0, BB)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     n_mask = n < H
-    total, _ = _products(y, D, y, weight, n, n_mask, 0, rows, D, D, BB, BK, BN, False, DOT, STAGES)
+    if BITS:
+        total, _ = _integer_products(
+            y, D, y, weight, scales, n, n_mask, rows, D, BITS, GROUP, BB, BK, BN, False, STAGES
+        )  # fmt: skip
+    else:
+        total, _ = _products(y, D, y, weight, n, n_mask, 0, rows, D, D, BB, BK, BN, False, DOT, STAGES)
     if HAS_BIAS:
         total += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
     place = residual + b[None, :] * H + n[:, None]
@@ -215,9 +291,9 @@ def _out_proj(
 
 @triton.jit
 def _head(
-    residual, norm, weight, logits, best, best_token, eps, rows,
-    H: tl.constexpr, V: tl.constexpr, BLOCKS: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    DOT: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
+    residual, norm, weight, scales, logits, best, best_token, eps, rows,
+    H: tl.constexpr, V: tl.constexpr, BLOCKS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BB: tl.constexpr,
+    BK: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """logits (rows, V) float32; best, best_token (rows, BLOCKS): the largest logit of each block, and the first to reach it."""
     if CHAINED:
@@ -226,8 +302,13 @@ def _head(
     b = tl.arange(0, BB)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     n_mask = n < V
-    total, squares = _products(residual, H, norm, weight, n, n_mask, 0, rows, H, H, BB, BK, BN, True, DOT, STAGES)
-    total = (total * tl.rsqrt(squares / H + eps)[None, :]).to(weight.dtype.element_ty).to(tl.float32)
+    if BITS:
+        total, squares = _integer_products(
+            residual, H, norm, weight, scales, n, n_mask, rows, H, BITS, GROUP, BB, BK, BN, True, STAGES
+        )  # fmt: skip
+    else:
+        total, squares = _products(residual, H, norm, weight, n, n_mask, 0, rows, H, H, BB, BK, BN, True, DOT, STAGES)
+    total = (total * tl.rsqrt(squares / H + eps)[None, :]).to(norm.dtype.element_ty).to(tl.float32)
     row = b[None, :].to(tl.int64)
     tl.store(logits + row * V + n[:, None], total, mask=n_mask[:, None] & (b < rows)[None, :])
     candidates = tl.where(n_mask[:, None], total, float("-inf"))
@@ -301,6 +382,26 @@ def _tiles(rows: int, h: int, d: int) -> dict[str, Tile]:
     }
 
 
+def _kind(weight: Tensor | PackedWeight) -> tuple[int, int] | None:
+    """(bits, group) of a packed weight; None of a tensor."""
+    if isinstance(weight, Tensor):
+        return None
+    if weight.format not in ("int8", "int4"):
+        raise ValueError(f"DecodeStep: {weight.format} weights; on a GPU they are tensors, int8 or int4")
+    return int(weight.format.removeprefix("int")), weight.group
+
+
+def _shape(weight: Tensor | PackedWeight) -> tuple[int, int]:
+    return (
+        (weight.shape[0], weight.shape[1]) if isinstance(weight, Tensor) else (weight.out_features, weight.in_features)
+    )
+
+
+def _tensors(weight: Tensor | PackedWeight) -> tuple[Tensor, Tensor | None]:
+    """What a kernel reads, and its scales."""
+    return (weight, None) if isinstance(weight, Tensor) else (weight.data, weight.scales)
+
+
 class DecodeStep:
     """``step()`` reads ``tokens`` (rows,) and leaves ``logits`` (rows, v) float32; states are updated in place.
 
@@ -311,7 +412,7 @@ class DecodeStep:
         layers: of every layer, in order.
         embeddings: (v, h).
         final_norm: (h,).
-        head: (v, h), in the dtype of the layers' linear weights.
+        head: (v, h), of the same kind as the layers' large weights.
         eps: of every norm.
         conv_states, ssm_states: (layers, rows, d, k - 1) and (layers, rows, d, n) float32, contiguous.
         capacity: of ``history``.
@@ -320,7 +421,7 @@ class DecodeStep:
             an H100 it made steps 4 to 9 % longer, so it is off.
 
     Raises:
-        ValueError: states that cannot be updated in place, or too many rows.
+        ValueError: states that cannot be updated in place, too many rows, or large weights of different kinds.
     """
 
     def __init__(
@@ -328,7 +429,7 @@ class DecodeStep:
         layers: list[LayerWeights],
         embeddings: Tensor,
         final_norm: Tensor,
-        head: Tensor,
+        head: Tensor | PackedWeight,
         eps: float,
         conv_states: Tensor,
         ssm_states: Tensor,
@@ -341,11 +442,18 @@ class DecodeStep:
             raise ValueError(f"DecodeStep: {rows} rows; it serves 1 to {MOST_ROWS}, split larger batches")
         if not (conv_states.is_contiguous() and ssm_states.is_contiguous()) or ssm_states.dtype != torch.float32:
             raise ValueError("DecodeStep: states must be contiguous, and ssm_states float32, to be updated in place")
+        kinds = {_kind(w) for layer in layers for w in (layer.in_proj, layer.x_proj, layer.out_proj)} | {_kind(head)}
+        if len(kinds) != 1:
+            raise ValueError(
+                f"DecodeStep: the large weights are of different kinds {sorted(map(str, kinds))}; pack all or none"
+            )
+        (self._kind,) = kinds
+        if self._kind and rows > FEW:
+            raise ValueError(f"DecodeStep: {rows} rows with packed weights; it serves 1 to {FEW} of them")
         self.layers, self.embeddings, self.final_norm, self.head, self.eps = layers, embeddings, final_norm, head, eps
         self.conv_states, self.ssm_states, self.rows = conv_states, ssm_states, rows
-        device, dtype = head.device, head.dtype
-        v, h = head.shape
-        d, r = layers[0].x_proj.shape[1], layers[0].x_proj.shape[0]
+        device, dtype = embeddings.device, layers[0].dt_proj.dtype
+        (v, h), (r, d) = _shape(head), _shape(layers[0].x_proj)
         self.tiles = _tiles(rows, h, d) | (tiles or {})
         self._dot = rows > FEW
         self._bb = max(16, triton.next_power_of_2(rows)) if self._dot else triton.next_power_of_2(rows)
@@ -377,9 +485,9 @@ class DecodeStep:
         for i, w in enumerate(self.layers):
             self._layer(w, self.conv_states[i], self.ssm_states[i], chained)
         tile = self.tiles["head"]
-        v = self.head.shape[0]
+        v = self.logits.shape[1]
         _head[(self._blocks,)](
-            self._residual, self.final_norm, self.head, self.logits, self._best, self._best_token, self.eps, rows,
+            self._residual, self.final_norm, *_tensors(self.head), self.logits, self._best, self._best_token, self.eps, rows,
             h, v, self._blocks, **self._cut(tile), **chained,
         )  # fmt: skip
         if choose:
@@ -391,22 +499,23 @@ class DecodeStep:
 
     def _cut(self, tile: Tile) -> dict[str, int | bool]:
         return {
-            "BB": self._bb, "BK": tile.BK, "BN": tile.BN, "DOT": self._dot, "STAGES": tile.stages,
+            "BB": self._bb, "BK": max(64, tile.BK) if self._kind else tile.BK, "BN": tile.BN, "DOT": self._dot,
+            "STAGES": tile.stages, "BITS": self._kind[0] if self._kind else 0, "GROUP": self._kind[1] if self._kind else 0,
             "num_warps": tile.warps,
         }  # fmt: skip
 
     def _layer(self, w: LayerWeights, conv_state: Tensor, state: Tensor, chained: dict) -> None:
-        rows, h, d = self.rows, self.final_norm.shape[0], w.x_proj.shape[1]
-        width, n, rank, r = w.conv.shape[1], state.shape[2], w.dt_proj.shape[1], w.x_proj.shape[0]
+        rows, h, (r, d) = self.rows, self.final_norm.shape[0], _shape(w.x_proj)
+        width, n, rank = w.conv.shape[1], state.shape[2], w.dt_proj.shape[1]
         tile = self.tiles["in_proj"]
         _in_proj[(triton.cdiv(2 * d, tile.BN),)](
-            self._residual, w.norm, w.in_proj, w.in_proj_bias, conv_state, w.conv, w.conv_bias, self._u, self._z,
+            self._residual, w.norm, *_tensors(w.in_proj), w.in_proj_bias, conv_state, w.conv, w.conv_bias, self._u, self._z,
             self.eps, rows, h, d, width, HAS_BIAS=w.in_proj_bias is not None, HAS_CONV_BIAS=w.conv_bias is not None,
             **self._cut(tile), **chained,
         )  # fmt: skip
         tile = self.tiles["x_proj"]
         _x_proj[(triton.cdiv(r, tile.BN), self._splits)](
-            self._u, w.x_proj, self._parts, rows, r, d, self._columns, **self._cut(tile), **chained
+            self._u, *_tensors(w.x_proj), self._parts, rows, r, d, self._columns, **self._cut(tile), **chained
         )
         block_rows = 1 if rows <= FEW else 4
         channels = 16
@@ -417,6 +526,6 @@ class DecodeStep:
         )  # fmt: skip
         tile = self.tiles["out_proj"]
         _out_proj[(triton.cdiv(h, tile.BN),)](
-            self._y, w.out_proj, w.out_proj_bias, self._residual, rows, h, d,
+            self._y, *_tensors(w.out_proj), w.out_proj_bias, self._residual, rows, h, d,
             HAS_BIAS=w.out_proj_bias is not None, **self._cut(tile), **chained,
         )  # fmt: skip

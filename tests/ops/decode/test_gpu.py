@@ -1,5 +1,6 @@
 """The Triton decode step against the model's forward: on a GPU, and in Triton's interpreter."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -8,8 +9,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from mambakit import MambaConfig, MambaForCausalLM
-from mambakit.models.graph_step import gpu_layers
+from mambakit.models.graph_step import gpu_layers, gpu_weight
+from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops.decode import gpu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -37,7 +43,7 @@ def made(shape: dict, dtype: torch.dtype, device: str) -> MambaForCausalLM:
 
 def step_of(model, cache, **options) -> gpu.DecodeStep:
     return gpu.DecodeStep(
-        gpu_layers(model), model.backbone.embeddings.weight, model.backbone.norm_f.weight, model.lm_head.weight,
+        gpu_layers(model), model.backbone.embeddings.weight, model.backbone.norm_f.weight, gpu_weight(model.lm_head),
         model.config.layer_norm_epsilon, cache.conv_states, cache.ssm_states, **options,
     )  # fmt: skip
 
@@ -66,6 +72,34 @@ def test_the_models_logits_and_states(device, shape, rows, tiles):
     assert torch.equal(step.history, torch.stack(chosen, 1))
     assert (cache.ssm_states - whole.cache_params.ssm_states).abs().max() < 1e-5
     assert (cache.conv_states - whole.cache_params.conv_states).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("shape", [{}, {"hidden_size": 100, "use_bias": True}], ids=["plain", "odd"])
+@pytest.mark.parametrize("rows", [1, 3])
+@torch.no_grad()
+def test_packed_weights(device, format, group, shape, rows):
+    if INTERPRETED and ((rows == 1) != (group == 64) or bool(shape) != (rows == 1)):
+        pytest.skip("too slow in the interpreter")
+    model = made({"num_hidden_layers": 1} | shape, torch.float32, device).quantize(format, group)
+    widened = copy.deepcopy(model)  # a CPU's own products of packed weights round x
+    for name, linear in model.named_modules():
+        if isinstance(linear, QuantizedLinear):
+            plain = torch.nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device)
+            plain.weight.copy_(linear.packed.dequantized())
+            if linear.bias is not None:
+                plain.bias.copy_(linear.bias)
+            widened.set_submodule(name, plain)
+    ids = torch.randint(0, 97, (rows, 5), device=device)
+    cache = widened(ids[:, :3], use_cache=True).cache_params
+    step = step_of(model, cache, tiles={name: gpu.Tile(16, 128, 4, 2) for name in SMALL} if rows == 3 else None)
+    whole = widened(ids, use_cache=True)
+    for t in range(3, 5):
+        step.tokens.copy_(ids[:, t])
+        assert (step() - whole.logits[:, t]).abs().max() < 1e-5
+    assert (cache.ssm_states - whole.cache_params.ssm_states).abs().max() < 1e-5
 
 
 @pytest.mark.cuda
@@ -102,6 +136,46 @@ def test_what_it_cannot_serve():
     cache._ssm = cache._ssm.transpose(0, 1).contiguous().transpose(0, 1)
     with pytest.raises(ValueError, match="contiguous"):
         step_of(model, cache)
+    packed = made({}, torch.float32, "cpu").quantize("int8")
+    with pytest.raises(ValueError, match="5 rows with packed weights; it serves 1 to 4"):
+        step_of(packed, packed.backbone.new_cache(5))
+    packed.lm_head = model.lm_head
+    with pytest.raises(ValueError, match="of different kinds"):
+        step_of(packed, packed.backbone.new_cache(1))
+    lossless = made({}, torch.float32, "cpu").quantize("lossless")
+    with pytest.raises(ValueError, match="lossless32 weights; on a GPU they are tensors, int8 or int4"):
+        step_of(lossless, lossless.backbone.new_cache(1))
+
+
+def compiled_for_hopper(kernel, constants: dict, types: dict) -> bytes:
+    """What the interpreter cannot tell: that the compiler takes the kernel. Needs no GPU."""
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    values = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=values)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["cubin"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_products_compile(bits, rows):
+    """At the 1.4b shape, tied to the tiles of few rows."""
+    types = dict.fromkeys(("residual", "scales", "logits", "best", "parts", "conv_state"), "*fp32")
+    types |= dict.fromkeys(("norm", "bias", "conv", "conv_bias", "u", "z", "y"), "*bf16")
+    types |= {"weight": {0: "*bf16", 8: "*i8", 4: "*i16"}[bits], "best_token": "*i32", "eps": "fp32"}
+    h, d, r, v = 2048, 4096, 160, 50280
+    common = {"BITS": bits, "GROUP": 64 if bits else 0, "BB": rows, "DOT": False, "CHAINED": False}
+    common |= {} if bits else {"scales": None}
+    tiles = gpu._tiles(rows, h, d)
+    for kernel, name, constants in (
+        (gpu._in_proj, "in_proj", {"H": h, "D": d, "WIDTH": 4, "HAS_BIAS": False, "bias": None, "HAS_CONV_BIAS": True}),
+        (gpu._x_proj, "x_proj", {"R": r, "D": d, "COLUMNS": d}),
+        (gpu._out_proj, "out_proj", {"H": h, "D": d, "HAS_BIAS": False, "bias": None}),
+        (gpu._head, "head", {"H": h, "V": v, "BLOCKS": 3143}),
+    ):
+        tile = tiles[name]
+        constants |= common | {"BK": tile.BK, "BN": tile.BN, "STAGES": tile.stages}
+        assert compiled_for_hopper(kernel, constants, types)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the one that starts it")
