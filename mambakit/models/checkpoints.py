@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from mambakit.models.formats import is_original, read_config, to_original_fields
-from mambakit.models.quantization import is_quantized, load_quantized
+from mambakit.models.quantization import is_quantized, load_quantized, packed_weights
 from mambakit.models.storage import (
     HUB_ARGUMENTS,
     CheckpointError,
@@ -268,12 +268,16 @@ def describe(name: str | os.PathLike, **hub: Any) -> CheckpointInfo:
     original = is_original(read_json(folder / "config.json"))
     files = weight_files(folder)
     found = read_headers(files)
-    tied_copy = config.tie_word_embeddings and "lm_head.weight" in found
+    tied_copy = config.tie_word_embeddings and not found.keys().isdisjoint({"lm_head.weight", "lm_head.data"})
     dtypes: dict[str, int] = {}
     for stored, tensor in found.items():
-        if not (tied_copy and stored == "lm_head.weight"):
-            key = str(tensor.dtype).removeprefix("torch.")
-            dtypes[key] = dtypes.get(key, 0) + torch.Size(tensor.shape).numel()
+        if tied_copy and stored in ("lm_head.weight", "lm_head.data"):
+            continue
+        key, count = packed_weights(stored, tensor.shape, config) or (
+            str(tensor.dtype).removeprefix("torch."), torch.Size(tensor.shape).numel()
+        )  # fmt: skip
+        if count:
+            dtypes[key] = dtypes.get(key, 0) + count
     per_layer = config.intermediate_size * (
         4 * config.state_size + _common_dtype(found).itemsize * (config.conv_kernel - 1)
     )

@@ -23,6 +23,7 @@ from mambakit.ops.linear import lossless
 METHOD = "mambakit"
 FORMATS = ("int8", "int4", "lossless")
 _LAYERS = ("in_proj", "x_proj", "out_proj")
+_BESIDE = ("scales", "starts", "columns", "values")  # stored beside a packed weight's `data`
 
 
 def quantize(model: Any, format: str, group: int = 64) -> Any:
@@ -72,6 +73,16 @@ def _targets(model: Any) -> list[tuple[Any, str]]:
 def is_quantized(config: Any) -> bool:
     settings = getattr(config, "quantization_config", None)
     return isinstance(settings, dict) and settings.get("quant_method") == METHOD
+
+
+def packed_weights(name: str, shape: tuple[int, ...], config: Any) -> tuple[str, int] | None:
+    """(format, how many weights) of a stored tensor that is part of a packed weight, none if they count elsewhere; or None."""
+    layer, _, part = name.rpartition(".")
+    kind = layer.rpartition(".")[2]
+    if not is_quantized(config) or kind not in (*_LAYERS, "lm_head") or part not in ("data", *_BESIDE):
+        return None
+    columns = config.intermediate_size if kind in ("x_proj", "out_proj") else config.hidden_size
+    return config.quantization_config["format"], 0 if part in _BESIDE else shape[0] * columns
 
 
 def load_quantized(cls: Any, config: Any, folder: Path, name: str, dtype: Any) -> Any:

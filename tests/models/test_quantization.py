@@ -7,6 +7,7 @@ import torch
 
 import mambakit
 from mambakit.generation.score import score_text
+from mambakit.models.checkpoints import describe
 from mambakit.models.step import token_step
 from mambakit.modules.quantized_linear import QuantizedLinear
 from tests.models.configurations import pair, tokens, worst
@@ -90,6 +91,13 @@ def test_saved_and_loaded(name, format, tmp_path):
     model = pair(name)[0].quantize(format, 32)
     model.save_pretrained(tmp_path)
     loaded = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path)
+    plain = pair(name)[0]
+    described = describe(tmp_path)
+    assert described.parameters == sum(p.numel() for p in plain.parameters())  # of the model, not of the bytes
+    packed = sum(m.weight.numel() for n, m in plain.named_modules() if n.endswith(("in_proj", "x_proj", "out_proj")))
+    assert (
+        described.dtypes["lossless32" if format == "lossless" else format] == packed
+    )  # the head is a copy of the embeddings
     ids = tokens(2, 9)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     half = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16")
