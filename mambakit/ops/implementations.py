@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from mambakit.ops import _nvrtc, native
+from mambakit.ops.linear.api import MOST_ROWS
 
-OPS = ("selective_scan", "causal_conv1d", "rms_norm", "linear_cross_entropy")
+OPS = ("selective_scan", "causal_conv1d", "rms_norm", "linear_cross_entropy", "linear", "decode")
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,26 @@ def implementations() -> list[Implementation]:
     """One row for each op on the CPU, and on each kind of GPU that is here."""
     cpu = native.describe()
     rows = []
+    up_to = {
+        "linear": f", up to {MOST_ROWS} rows of packed weights",
+        "decode": f", a step in one call, up to {MOST_ROWS} rows",
+    }
     for op in OPS:
         if op == "linear_cross_entropy":  # matrix products, which are PyTorch's
             rows.append(Implementation(op, "cpu", "PyTorch, in chunks"))
         elif cpu["isa"] is None:
             rows.append(Implementation(op, "cpu", "reference (PyTorch)", str(cpu["remedy"])))
         else:
-            rows.append(Implementation(op, "cpu", f"C++ ({cpu['isa']}, {cpu['threads']} threads)"))
+            served = f"C++ ({cpu['isa']}, {cpu['threads']} threads)" + up_to.get(op, "")
+            rows.append(Implementation(op, "cpu", served))
     if torch.cuda.is_available():
         rows += [_on_gpu(op) for op in OPS]
     return rows
 
 
 def _on_gpu(op: str) -> Implementation:
+    if op == "linear":
+        return Implementation(op, "cuda", "PyTorch; packed weights are widened first")
     if op == "selective_scan":
         why_not = _nvrtc.available()
         if why_not is None:
@@ -47,4 +55,4 @@ def _on_gpu(op: str) -> Implementation:
         remedy = ""
     if importlib.util.find_spec("triton") is None:
         return Implementation(op, "cuda", "none", "triton is not installed (it comes with PyTorch's CUDA builds)")
-    return Implementation(op, "cuda", "Triton", remedy)
+    return Implementation(op, "cuda", "Triton, a step as a CUDA graph" if op == "decode" else "Triton", remedy)
