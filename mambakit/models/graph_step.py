@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import weakref
 from collections import OrderedDict
 from typing import Any
@@ -114,10 +115,10 @@ class GraphStep:
 
 
 def _fused_serves(model: Any, cache: MambaCache) -> bool:
-    try:
-        from mambakit.ops.decode import gpu
-    except ImportError:  # no Triton
+    if importlib.util.find_spec("triton") is None:  # `mambakit env` says so
         return False
+    from mambakit.ops.decode import gpu
+
     config, backbone = model.config, model.backbone
     if cache.max_batch_size > gpu.MOST_ROWS or has_hooks(model):
         return False
