@@ -154,24 +154,34 @@ def step_seconds(model, rows: int, clock: Clock, rounds: int) -> float:
 def measure_steps(options: Options, clock: Clock, record: dict) -> None:
     speed = record["bandwidth"]
     print(
-        f"\nstep: bandwidth {speed / 1e9:,.0f} GB/s\n{'shape':6} {'batch':>5} {'ms':>8} {'tokens/s':>10} {'share':>6}"
+        f"\nstep: bandwidth {speed / 1e9:,.0f} GB/s\n{'shape':6} {'format':>6} {'batch':>5} {'ms':>8} {'tokens/s':>10} {'share':>6}"
     )
     for shape in options.shapes:
-        model = mamba(shape, options.device)
-        for rows in options.batches:
-            seconds = fits(lambda m=model, b=rows: step_seconds(m, b, clock, options.rounds))
-            if seconds is None:
-                print(f"{shape:6} {rows:>5} out of memory")
-                continue
-            cache = model.backbone.new_cache(rows)
-            # Tied embeddings are the head. States are read and written.
-            touched = sum(p.nbytes for p in model.parameters())
-            touched += 2 * (cache.conv_states.nbytes + cache.ssm_states.nbytes)
-            share = touched / speed / seconds
-            print(f"{shape:6} {rows:>5} {seconds * 1e3:8.3f} {rows / seconds:10,.0f} {share:6.0%}", flush=True)
-            record["step"].append({"shape": shape, "batch": rows, "seconds": seconds, "share": share})
-        del model
-        released()
+        for format in options.formats:
+            model = mamba(shape, options.device)
+            if format != "plain":
+                model.quantize(format)
+            # Tied embeddings are the head; packed, there is a head of its own. States are read and written.
+            weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+            if format != "plain":
+                weights -= model.backbone.embeddings.weight.nbytes
+            for rows in options.batches:
+                seconds = fits(lambda m=model, b=rows: step_seconds(m, b, clock, options.rounds))
+                if seconds is None:
+                    print(f"{shape:6} {format:>6} {rows:>5} out of memory")
+                    continue
+                cache = model.backbone.new_cache(rows)
+                touched = weights + 2 * (cache.conv_states.nbytes + cache.ssm_states.nbytes)
+                share = touched / speed / seconds
+                print(
+                    f"{shape:6} {format:>6} {rows:>5} {seconds * 1e3:8.3f} {rows / seconds:10,.0f} {share:6.0%}",
+                    flush=True,
+                )
+                record["step"].append(
+                    {"shape": shape, "format": format, "batch": rows, "seconds": seconds, "share": share}
+                )
+            del model
+            released()
 
 
 def measure_generate(options: Options, clock: Clock, record: dict) -> None:
@@ -342,6 +352,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["130m", "1.4b", "2.8b"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64, 128])
+    parser.add_argument(
+        "--formats", nargs="+", choices=("plain", "int8", "int4"), default=["plain"], help="of the weights, in steps"
+    )
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--lengths", nargs=2, type=int, default=[10, 17], metavar=("FIRST", "LAST"), help="powers of 2")

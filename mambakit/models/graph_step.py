@@ -14,6 +14,8 @@ from mambakit.models.step import has_hooks
 from mambakit.modules import MambaBlock, MambaCache, MambaMixer
 from mambakit.modules.mixer import TimeStepProjection
 from mambakit.modules.quantized_linear import QuantizedLinear
+from mambakit.ops.decode import persistent
+from mambakit.ops.decode.weights import LayerWeights
 
 
 def graphs_serve(model: Any) -> bool:
@@ -30,11 +32,9 @@ def gpu_weight(linear: Any) -> Any:
 
 
 def gpu_layers(model: Any) -> list[Any]:
-    """The layers' weights as `mambakit.ops.decode.gpu` reads them: the parameters and buffers themselves."""
-    from mambakit.ops.decode.gpu import LayerWeights as GpuLayerWeights
-
+    """The layers' weights as the steps of `mambakit.ops.decode` read them: the parameters and buffers themselves."""
     return [
-        GpuLayerWeights(
+        LayerWeights(
             norm=block.norm.weight, in_proj=gpu_weight(m.in_proj), in_proj_bias=m.in_proj.bias,
             conv=m.conv1d.weight.squeeze(1), conv_bias=m.conv1d.bias, x_proj=gpu_weight(m.x_proj),
             dt_proj=m.dt_proj.weight, dt_bias=m.dt_proj.bias, A_log=m.A_log, D=m.D,
@@ -47,8 +47,8 @@ def gpu_layers(model: Any) -> list[Any]:
 class GraphStep:
     """One token for each of ``rows`` texts, as one CUDA graph over a state of its own.
 
-    A plain model in one floating dtype runs the kernels of `mambakit.ops.decode`, and so does one in int8 or int4 up to 4 rows;
-    any other (FalconMamba, with adapters) is captured as its own forward. Captured when made; `load` and `store` move states in and out.
+    A plain model in one floating dtype, int8 or int4 runs the kernels of `mambakit.ops.decode`: one that stays on the card up
+    to 8 rows, else Triton's (int8, int4: up to 4 rows). Any other (FalconMamba, with adapters) is captured as its own forward. Captured when made; `load` and `store` move states in and out.
 
     Attributes:
         tokens: (rows,) int64, what the next step reads. With ``choose`` (the default) it is also what the step leaves: the
@@ -60,14 +60,9 @@ class GraphStep:
         self.model, self.rows, self.capacity = model, rows, capacity
         self.cache = model.backbone.new_cache(rows)
         device = model.device
-        if _fused_serves(model, self.cache):
-            from mambakit.ops.decode.gpu import DecodeStep as GpuDecodeStep
-
-            backbone = model.backbone
-            run = GpuDecodeStep(
-                gpu_layers(model), backbone.embeddings.weight, backbone.norm_f.weight, gpu_weight(model.lm_head),
-                model.config.layer_norm_epsilon, self.cache.conv_states, self.cache.ssm_states, capacity,
-            )  # fmt: skip
+        run = _fused(model, self.cache, capacity)
+        if run is not None:
+            self._run = run  # the graph reads and writes its buffers: they must live as long
             self.tokens, self.history, self.position = run.tokens, run.history, run.position
             self.logits = run.logits
 
@@ -114,13 +109,35 @@ class GraphStep:
         return self.logits
 
 
-def _fused_serves(model: Any, cache: MambaCache) -> bool:
+def _fused(model: Any, cache: MambaCache, capacity: int) -> Any:
+    """The step's own kernels over this cache: one that stays on the card, or Triton's; None where the forward must do."""
+    if not _plain(model, cache):
+        return None
+    backbone, config = model.backbone, model.config
+    layers, norm, head = gpu_layers(model), backbone.norm_f.weight, gpu_weight(model.lm_head)
+    operands = (
+        layers,
+        backbone.embeddings.weight,
+        norm,
+        head,
+        config.layer_norm_epsilon,
+        cache.conv_states,
+        cache.ssm_states,
+    )
+    if persistent.why_not(layers, norm, head, cache.max_batch_size, cache.conv_states.dtype) is None:
+        return persistent.PersistentStep(*operands, capacity)
     if importlib.util.find_spec("triton") is None:  # `mambakit env` says so
-        return False
+        return None
     from mambakit.ops.decode import gpu
 
+    most = gpu.FEW if isinstance(model.lm_head, QuantizedLinear) else gpu.MOST_ROWS
+    return gpu.DecodeStep(*operands, capacity) if cache.max_batch_size <= most else None
+
+
+def _plain(model: Any, cache: MambaCache) -> bool:
+    """Whether the model is made of what the kernels know, all in one dtype or packed alike."""
     config, backbone = model.config, model.backbone
-    if cache.max_batch_size > gpu.MOST_ROWS or has_hooks(model):
+    if has_hooks(model) or cache.ssm_states.dtype != torch.float32:
         return False
     if config.conv_kernel < 2 or not config.residual_in_fp32 or config.num_hidden_layers == 0:
         return False
@@ -137,10 +154,8 @@ def _fused_serves(model: Any, cache: MambaCache) -> bool:
         if m.act is not None or m.mixer_rms_eps is not None or m.dt_proj.weight.dtype != dtype:
             return False
         kinds |= {_kind(linear) for linear in (m.in_proj, m.x_proj, m.out_proj)}
-    if kinds == {dtype}:
-        return True
-    packed = {("int8", 32), ("int8", 64), ("int8", 128), ("int4", 32), ("int4", 64), ("int4", 128)}
-    return len(kinds) == 1 and kinds <= packed and cache.max_batch_size <= gpu.FEW
+    packed = {(format, group) for format in ("int8", "int4") for group in (32, 64, 128)}
+    return len(kinds) == 1 and kinds <= {dtype, *packed}
 
 
 def _kind(linear: nn.Module) -> Any:

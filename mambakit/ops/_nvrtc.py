@@ -106,11 +106,12 @@ _PACK = [struct.Struct(f"{count}q").pack_into for count in range(65)]
 
 
 @functools.cache
-def _launcher():
+def _launcher(together: bool):
     """cuLaunchKernel as a plain C call: a few microseconds less per launch than through cuda-bindings' objects."""
     library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    launch = library.cuLaunchKernel
-    launch.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    launch = library.cuLaunchCooperativeKernel if together else library.cuLaunchKernel
+    pointers = 2 if together else 3  # stream, parameters; extra
+    launch.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * pointers]
     launch.restype = ctypes.c_int
     return launch
 
@@ -129,16 +130,32 @@ def _use_context(device: int) -> None:
 
 
 class Kernel:
-    """One kernel whose only parameter is a struct of at most 64 8-byte fields, passed as Python integers."""
+    """One kernel whose only parameter is a struct of at most 64 8-byte fields, passed as Python integers.
 
-    def __init__(self, function, shared_bytes: int):
+    ``together``: all blocks run at the same time, or the launch fails: they may wait for each other.
+    """
+
+    def __init__(self, function, shared_bytes: int, together: bool = False):
         self._function, self._shared = int(function), shared_bytes
-        self._launch = _launcher()
+        self._launch = _launcher(together)
+        self._extra = () if together else (None,)
 
     def __call__(self, blocks: int, threads: int, stream: int, *fields: int, blocks_y: int = 1) -> None:
         arguments = _arguments
         _PACK[len(fields)](arguments.values, 0, *fields)
-        call = (self._function, blocks, blocks_y, 1, threads, 1, 1, self._shared, stream, arguments.address, None)
+        call = (
+            self._function,
+            blocks,
+            blocks_y,
+            1,
+            threads,
+            1,
+            1,
+            self._shared,
+            stream,
+            arguments.address,
+            *self._extra,
+        )
         error = self._launch(*call)
         if error == _INVALID_CONTEXT:
             _use_context(torch.cuda.current_device())
@@ -164,11 +181,11 @@ class Module:
             _use_context(device)
             self._module = _check(driver.cuModuleLoadData(cubin))
 
-    def kernel(self, name: str, shared_bytes: int = 0) -> Kernel:
-        """``shared_bytes`` of dynamic shared memory."""
+    def kernel(self, name: str, shared_bytes: int = 0, together: bool = False) -> Kernel:
+        """``shared_bytes`` of dynamic shared memory; ``together`` as `Kernel` says."""
         driver, _ = _bindings()
         function = _check(driver.cuModuleGetFunction(self._module, name.encode()))
         if shared_bytes > 0:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
-        return Kernel(function, shared_bytes)
+        return Kernel(function, shared_bytes, together)

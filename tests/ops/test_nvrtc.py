@@ -17,7 +17,7 @@ def kernel_with(monkeypatch, codes: list[int]) -> tuple[_nvrtc.Kernel, list[tupl
         calls.append(arguments)
         return codes.pop(0)
 
-    monkeypatch.setattr(_nvrtc, "_launcher", lambda: launch)
+    monkeypatch.setattr(_nvrtc, "_launcher", lambda together: launch)
     monkeypatch.setattr(_nvrtc, "_use_context", contexts.append)
     monkeypatch.setattr(_nvrtc.torch.cuda, "current_device", lambda: 3)
     return _nvrtc.Kernel(1234, 64), calls, contexts

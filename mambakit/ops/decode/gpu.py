@@ -21,31 +21,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mambakit.ops.linear.api import PackedWeight
+from mambakit.ops.decode.weights import LayerWeights, Weight, kind_of_all, shape_of, tensors_of
 
 FEW = 4  # rows up to which products are sums on the ordinary cores
 MOST_ROWS = 256
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """The tensors of one layer, read where they are at every step. Biases may be None.
-
-    The large weights are of one kind: tensors of dt_proj's dtype, or int8, or int4.
-    """
-
-    norm: Tensor  # (h,)
-    in_proj: Tensor | PackedWeight  # (2d, h)
-    in_proj_bias: Tensor | None
-    conv: Tensor  # (d, k)
-    conv_bias: Tensor | None
-    x_proj: Tensor | PackedWeight  # (r + 2n, d)
-    dt_proj: Tensor  # (d, r)
-    dt_bias: Tensor  # (d,)
-    A_log: Tensor  # (d, n)
-    D: Tensor  # (d,)
-    out_proj: Tensor | PackedWeight  # (h, d)
-    out_proj_bias: Tensor | None
 
 
 @triton.jit
@@ -382,26 +361,6 @@ def _tiles(rows: int, h: int, d: int) -> dict[str, Tile]:
     }
 
 
-def _kind(weight: Tensor | PackedWeight) -> tuple[int, int] | None:
-    """(bits, group) of a packed weight; None of a tensor."""
-    if isinstance(weight, Tensor):
-        return None
-    if weight.format not in ("int8", "int4"):
-        raise ValueError(f"DecodeStep: {weight.format} weights; on a GPU they are tensors, int8 or int4")
-    return int(weight.format.removeprefix("int")), weight.group
-
-
-def _shape(weight: Tensor | PackedWeight) -> tuple[int, int]:
-    return (
-        (weight.shape[0], weight.shape[1]) if isinstance(weight, Tensor) else (weight.out_features, weight.in_features)
-    )
-
-
-def _tensors(weight: Tensor | PackedWeight) -> tuple[Tensor, Tensor | None]:
-    """What a kernel reads, and its scales."""
-    return (weight, None) if isinstance(weight, Tensor) else (weight.data, weight.scales)
-
-
 class DecodeStep:
     """``step()`` reads ``tokens`` (rows,) and leaves ``logits`` (rows, v) float32; states are updated in place.
 
@@ -429,7 +388,7 @@ class DecodeStep:
         layers: list[LayerWeights],
         embeddings: Tensor,
         final_norm: Tensor,
-        head: Tensor | PackedWeight,
+        head: Weight,
         eps: float,
         conv_states: Tensor,
         ssm_states: Tensor,
@@ -442,18 +401,13 @@ class DecodeStep:
             raise ValueError(f"DecodeStep: {rows} rows; it serves 1 to {MOST_ROWS}, split larger batches")
         if not (conv_states.is_contiguous() and ssm_states.is_contiguous()) or ssm_states.dtype != torch.float32:
             raise ValueError("DecodeStep: states must be contiguous, and ssm_states float32, to be updated in place")
-        kinds = {_kind(w) for layer in layers for w in (layer.in_proj, layer.x_proj, layer.out_proj)} | {_kind(head)}
-        if len(kinds) != 1:
-            raise ValueError(
-                f"DecodeStep: the large weights are of different kinds {sorted(map(str, kinds))}; pack all or none"
-            )
-        (self._kind,) = kinds
+        self._kind = kind_of_all(layers, head)
         if self._kind and rows > FEW:
             raise ValueError(f"DecodeStep: {rows} rows with packed weights; it serves 1 to {FEW} of them")
         self.layers, self.embeddings, self.final_norm, self.head, self.eps = layers, embeddings, final_norm, head, eps
         self.conv_states, self.ssm_states, self.rows = conv_states, ssm_states, rows
         device, dtype = embeddings.device, layers[0].dt_proj.dtype
-        (v, h), (r, d) = _shape(head), _shape(layers[0].x_proj)
+        (v, h), (r, d) = shape_of(head), shape_of(layers[0].x_proj)
         self.tiles = _tiles(rows, h, d) | (tiles or {})
         self._dot = rows > FEW
         self._bb = max(16, triton.next_power_of_2(rows)) if self._dot else triton.next_power_of_2(rows)
@@ -487,7 +441,7 @@ class DecodeStep:
         tile = self.tiles["head"]
         v = self.logits.shape[1]
         _head[(self._blocks,)](
-            self._residual, self.final_norm, *_tensors(self.head), self.logits, self._best, self._best_token, self.eps, rows,
+            self._residual, self.final_norm, *tensors_of(self.head), self.logits, self._best, self._best_token, self.eps, rows,
             h, v, self._blocks, **self._cut(tile), **chained,
         )  # fmt: skip
         if choose:
@@ -505,17 +459,17 @@ class DecodeStep:
         }  # fmt: skip
 
     def _layer(self, w: LayerWeights, conv_state: Tensor, state: Tensor, chained: dict) -> None:
-        rows, h, (r, d) = self.rows, self.final_norm.shape[0], _shape(w.x_proj)
+        rows, h, (r, d) = self.rows, self.final_norm.shape[0], shape_of(w.x_proj)
         width, n, rank = w.conv.shape[1], state.shape[2], w.dt_proj.shape[1]
         tile = self.tiles["in_proj"]
         _in_proj[(triton.cdiv(2 * d, tile.BN),)](
-            self._residual, w.norm, *_tensors(w.in_proj), w.in_proj_bias, conv_state, w.conv, w.conv_bias, self._u, self._z,
+            self._residual, w.norm, *tensors_of(w.in_proj), w.in_proj_bias, conv_state, w.conv, w.conv_bias, self._u, self._z,
             self.eps, rows, h, d, width, HAS_BIAS=w.in_proj_bias is not None, HAS_CONV_BIAS=w.conv_bias is not None,
             **self._cut(tile), **chained,
         )  # fmt: skip
         tile = self.tiles["x_proj"]
         _x_proj[(triton.cdiv(r, tile.BN), self._splits)](
-            self._u, *_tensors(w.x_proj), self._parts, rows, r, d, self._columns, **self._cut(tile), **chained
+            self._u, *tensors_of(w.x_proj), self._parts, rows, r, d, self._columns, **self._cut(tile), **chained
         )
         block_rows = 1 if rows <= FEW else 4
         channels = 16
@@ -526,6 +480,6 @@ class DecodeStep:
         )  # fmt: skip
         tile = self.tiles["out_proj"]
         _out_proj[(triton.cdiv(h, tile.BN),)](
-            self._y, *_tensors(w.out_proj), w.out_proj_bias, self._residual, rows, h, d,
+            self._y, *tensors_of(w.out_proj), w.out_proj_bias, self._residual, rows, h, d,
             HAS_BIAS=w.out_proj_bias is not None, **self._cut(tile), **chained,
         )  # fmt: skip

@@ -107,7 +107,7 @@ def pack(weight: Tensor, format: str, group: int = GROUP) -> PackedWeight:
     scales = extreme / -8
     q = torch.round(padded / _divisor(scales)).clamp(-8, 7).flatten(1).to(torch.int32)
     nibbles = (q & 15).unflatten(1, (-1, 4, WORDS))  # (out, blocks, s, word)
-    shifts = torch.arange(0, 16, 4, dtype=torch.int32)[:, None]
+    shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=q.device)[:, None]
     words = (nibbles << shifts).sum(2)  # (out, blocks, word), as unsigned 16-bit numbers
     data = torch.where(words >= 2**15, words - 2**16, words).to(torch.int16).flatten(1)
     return PackedWeight(format, data.contiguous(), scales.contiguous(), columns, group)

@@ -143,7 +143,7 @@ def test_what_it_cannot_serve():
     with pytest.raises(ValueError, match="of different kinds"):
         step_of(packed, packed.backbone.new_cache(1))
     lossless = made({}, torch.float32, "cpu").quantize("lossless")
-    with pytest.raises(ValueError, match="lossless32 weights; on a GPU they are tensors, int8 or int4"):
+    with pytest.raises(ValueError, match="reads tensors, int8 or int4, not lossless32 weights"):
         step_of(lossless, lossless.backbone.new_cache(1))
 
 

@@ -91,7 +91,7 @@ class Module:
                 "-shared",
                 "-fPIC",
                 "-fno-strict-aliasing",
-                f"-I{HERE}",
+                f"-I{HERE.parent}",
                 *flags,
             ]
             subprocess.run([*command, "-x", "c++", "-", "-o", str(path)], input=text, text=True, check=True)

@@ -1,6 +1,7 @@
 // CUDA C++ on one CPU thread: each thread of a block is a fiber that runs to the next barrier or shuffle. Enough of the language
-// to run the scan's kernels, whose inline assembly cuda_on_cpu.py replaces. Asynchronous copies land when they are waited for, warps
-// and lanes run far apart, and shared memory starts as NaN, so that a missing barrier shows.
+// to run kernels whose inline assembly is replaced. Asynchronous copies land when they are waited for, warps and lanes run far
+// apart, and shared memory starts as NaN, so that a missing barrier shows. Blocks run one after the other, or all together where
+// they wait for each other.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -43,7 +44,7 @@ inline void aligned(const void* p, size_t bytes) {
 template <typename V> inline V __ldg(const V* p) { aligned(p, sizeof(V)); return *p; }
 template <typename V> inline V __ldcs(const V* p) { return *p; }
 
-enum State { READY, WARP, BLOCK, DONE };
+enum State { READY, WARP, BLOCK, LATER, DONE };  // LATER: it asked for something that others must do first
 struct Copy { void* to; const void* from; int bytes, all; };
 struct Fiber {
     State state;
@@ -56,7 +57,7 @@ struct Fiber {
 static std::vector<Fiber> fibers;
 static jmp_buf scheduler;
 static unsigned current;
-static unsigned values[32][2][32];  // warp, parity, lane
+static unsigned values[1024][2][32];  // warp, parity, lane
 static char* shared_memory;
 static std::function<void()> body;
 
@@ -67,6 +68,7 @@ static void pause_fiber(State state) {
 }
 inline void __syncthreads() { pause_fiber(BLOCK); }
 inline void __syncwarp() { pause_fiber(WARP); }
+inline void let_others() { pause_fiber(LATER); }
 inline unsigned exchange(unsigned value, unsigned from) {
     Fiber& f = fibers[current];
     unsigned warp = current / 32, p = f.parity++ & 1;
@@ -118,64 +120,82 @@ static void enter() {
     _longjmp(scheduler, 1);
 }
 
-static void run_grid(unsigned blocks, unsigned blocks_y, unsigned threads, size_t shared, std::function<void()> kernel) {
+static void run_blocks(unsigned begin, unsigned count, unsigned by, unsigned threads, size_t shared) {
     static std::vector<char*> stacks;
     const size_t STACK = 256 << 10;
-    while (stacks.size() < threads) stacks.push_back((char*)malloc(STACK));
-    shared_memory = (char*)aligned_alloc(128, (shared + 255) / 128 * 128);
+    const unsigned all = count * threads;
+    while (stacks.size() < all) stacks.push_back((char*)malloc(STACK));
+    std::vector<char*> memories;
+    for (unsigned b = 0; b < count; b++) {
+        memories.push_back((char*)aligned_alloc(128, (shared + 255) / 128 * 128));
+        memset(memories[b], 0xff, shared + 64);  // NaN
+    }
+    fibers.assign(all, Fiber());
+    static ucontext_t back;
+    for (unsigned i = 0; i < all; i++) {
+        fibers[i].state = READY;
+        getcontext(&fibers[i].start);
+        fibers[i].start.uc_stack.ss_sp = stacks[i];
+        fibers[i].start.uc_stack.ss_size = STACK;
+        fibers[i].start.uc_link = &back;
+        makecontext(&fibers[i].start, enter, 0);
+    }
+    std::vector<bool> started(all, false);
+    unsigned done = 0, idle = 0;
+    // Each warp runs as far ahead as barriers let it, first to last and then last to first; its lanes likewise.
+    for (bool forwards = true; done < all; forwards = !forwards) {
+        bool moved = false;
+        for (unsigned j = 0; j < count; j++) {
+            const unsigned block = forwards ? j : count - 1 - j;
+            shared_memory = memories[block];
+            blockIdx = {begin + block, by, 0};
+            for (unsigned k = 0; k < threads / 32; k++) {
+                const unsigned warp = block * threads + (forwards ? k : threads / 32 - 1 - k) * 32;
+                for (bool ready = true, upwards = forwards; ready; upwards = !upwards) {
+                    ready = false;
+                    for (unsigned lane = 0; lane < 32; lane++) {
+                        const unsigned i = warp + (upwards ? lane : 31 - lane);
+                        if (fibers[i].state != READY) continue;
+                        ready = moved = true;
+                        current = i;
+                        threadIdx = {i - block * threads, 0, 0};
+                        if (!_setjmp(scheduler)) {
+                            if (started[i]) _longjmp(fibers[i].at, 1);
+                            started[i] = true;
+                            setcontext(&fibers[i].start);
+                        }
+                        done += fibers[current].state == DONE;
+                    }
+                    bool met = true;
+                    for (unsigned i = warp; i < warp + 32; i++) met &= fibers[i].state == WARP;
+                    if (met)
+                        for (unsigned i = warp; i < warp + 32; i++) fibers[i].state = READY;
+                }
+            }
+            bool met = true;
+            for (unsigned i = 0; i < threads; i++) met &= fibers[block * threads + i].state == BLOCK;
+            if (met)
+                for (unsigned i = 0; i < threads; i++) fibers[block * threads + i].state = READY;
+        }
+        bool waits = false;
+        for (auto& f : fibers)
+            if (f.state == LATER) f.state = READY, waits = true;
+        idle = waits ? idle + 1 : 0;
+        if ((!moved || idle > 100000) && done < all) {
+            fprintf(stderr, "deadlock: a barrier that not every thread or block reaches\n");
+            abort();
+        }
+    }
+    for (char* memory : memories) free(memory);
+}
+
+static void run_grid(
+    unsigned blocks, unsigned blocks_y, unsigned threads, size_t shared, std::function<void()> kernel, bool together = false) {
     body = kernel;
     gridDim = {blocks, blocks_y, 1};
     for (unsigned by = 0; by < blocks_y; by++)
-        for (unsigned b = 0; b < blocks; b++) {
-            memset(shared_memory, 0xff, shared + 64);  // NaN
-            blockIdx = {b, by, 0};
-            fibers.assign(threads, Fiber());
-            static ucontext_t back;
-            for (unsigned i = 0; i < threads; i++) {
-                fibers[i].state = READY;
-                getcontext(&fibers[i].start);
-                fibers[i].start.uc_stack.ss_sp = stacks[i];
-                fibers[i].start.uc_stack.ss_size = STACK;
-                fibers[i].start.uc_link = &back;
-                makecontext(&fibers[i].start, enter, 0);
-            }
-            std::vector<bool> started(threads, false);
-            unsigned done = 0;
-            // Each warp runs as far ahead as barriers let it, first to last and then last to first; its lanes likewise.
-            for (bool forwards = true; done < threads; forwards = !forwards) {
-                bool moved = false;
-                for (unsigned k = 0; k < threads / 32; k++) {
-                    const unsigned warp = (forwards ? k : threads / 32 - 1 - k) * 32;
-                    for (bool ready = true, upwards = forwards; ready; upwards = !upwards) {
-                        ready = false;
-                        for (unsigned lane = 0; lane < 32; lane++) {
-                            const unsigned i = warp + (upwards ? lane : 31 - lane);
-                            if (fibers[i].state != READY) continue;
-                            ready = moved = true;
-                            current = i;
-                            threadIdx = {i, 0, 0};
-                            if (!_setjmp(scheduler)) {
-                                if (started[i]) _longjmp(fibers[i].at, 1);
-                                started[i] = true;
-                                setcontext(&fibers[i].start);
-                            }
-                            done += fibers[current].state == DONE;
-                        }
-                        bool met = true;
-                        for (unsigned i = warp; i < warp + 32; i++) met &= fibers[i].state == WARP;
-                        if (met)
-                            for (unsigned i = warp; i < warp + 32; i++) fibers[i].state = READY;
-                    }
-                }
-                bool met = true;
-                for (auto& f : fibers) met &= f.state == BLOCK;
-                if (met)
-                    for (auto& f : fibers) f.state = READY;
-                if (!moved && done < threads) {
-                    fprintf(stderr, "deadlock: a barrier that not every thread reaches\n");
-                    abort();
-                }
-            }
-        }
-    free(shared_memory);
+        if (together)
+            run_blocks(0, blocks, by, threads, shared);
+        else
+            for (unsigned b = 0; b < blocks; b++) run_blocks(b, 1, by, threads, shared);
 }

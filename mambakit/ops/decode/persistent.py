@@ -1,0 +1,202 @@
+"""One token through a whole model in one kernel that stays on the card: up to 8 rows, bfloat16, float16, int8 or int4 weights.
+
+`persistent.cu` says how it works; docs/kernels.md what it reaches. Like the scan it is CUDA C++ compiled at run time, once for each
+shape of model and number of rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mambakit.ops import _nvrtc
+from mambakit.ops.decode.weights import LayerWeights, Weight, kind_of_all, shape_of, tensors_of
+
+MOST_ROWS = 8
+_WARPS, _N, _FIELDS = 16, 16, 14
+_THREADS = 32 * (_WARPS + 1)
+_MOST_SLOTS, _LEAST_SLOTS = 16, 2
+_DTYPES = {torch.bfloat16: 1, torch.float16: 2}
+
+
+@functools.cache
+def _limits(device: int) -> tuple[int, int]:
+    """(multiprocessors, shared bytes of a block)."""
+    driver, _ = _nvrtc._bindings()
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    shared = _nvrtc._check(driver.cuDeviceGetAttribute(attribute, _nvrtc._check(driver.cuDeviceGet(device))))
+    return torch.cuda.get_device_properties(device).multi_processor_count, int(shared)
+
+
+@functools.cache
+def _kernel(macros: tuple[tuple[str, int], ...], device: int) -> _nvrtc.Kernel:
+    module = _nvrtc.Module(Path(__file__).parent, "persistent.cu", dict(macros), device)
+    return module.kernel("decode_step", dict(macros)["SHARED"], together=True)
+
+
+def _lines(size: int) -> int:
+    return -(-size // 128) * 128
+
+
+def _slot_bytes(bits: int) -> int:
+    return 1280 if bits else 1024
+
+
+def _fixed_bytes(grid: int, rows: int, h: int, d: int, rank: int, layers: int, a_bytes: int) -> int:
+    """What persistent.cu keeps in shared memory beside its rings."""
+    channels, stream = -(-d // grid), -(-h // grid)
+    padded = -(-channels // 16) * 16
+    chunks, r = (channels + 14) // 8, rank + 2 * _N
+    small = _lines(r * (chunks | 1) * 16) + _lines(padded * rank * 2) + _lines(channels * _N * a_bytes)
+    sizes = [
+        layers * _FIELDS * 8, rows * (max(h, d) * 2 + 64), _WARPS * 2 * 16 * 8 * 4, 2 * small, rows * chunks * 8 * 4,
+        rows * channels * 4, padded * 8 * 4, 8 * (rank + 8) * 2, rows * 2 * _N * 4, stream * rows * 4, _WARPS * 4, rows * 8,
+    ]  # fmt: skip
+    return sum(map(_lines, sizes))
+
+
+def _plan(
+    layers: list[LayerWeights],
+    final_norm: Tensor,
+    head: Weight,
+    rows: int,
+    conv_dtype: torch.dtype,
+    limits: tuple[int, int],
+) -> dict[str, int] | str:
+    """The kernel's macros, or why it cannot serve."""
+    if not 1 <= rows <= MOST_ROWS:
+        return f"{rows} rows; it serves 1 to {MOST_ROWS}"
+    if not layers:
+        return "no layers"
+    kind = kind_of_all(layers, head)
+    bits, group = kind or (0, 0)
+    first, dtype = layers[0], final_norm.dtype
+    (v, h), (_, d) = shape_of(head), shape_of(first.x_proj)
+    rank, n, width = first.dt_proj.shape[1], first.A_log.shape[1], first.conv.shape[1]
+    grid, shared = limits
+    columns = {0: 32, 8: 64, 4: 128}[bits]
+    channels, stream = -(-d // grid), -(-h // grid)
+    if dtype not in _DTYPES:
+        return f"{dtype} weights; it serves {', '.join(map(str, _DTYPES))}"
+    if n != _N or not 2 <= width <= 8 or rank % 16 or h % columns or d % columns or v < grid or d < grid or h < grid:
+        return f"shape h={h}, d={d}, n={n}, rank={rank}, width={width}, v={v}"
+    if channels > 128 or stream > 256 or rows * channels > 32 * _WARPS:
+        return f"{channels} channels and {stream} rows of the stream for each of {grid} blocks"
+    scan_dtype = first.A_log.dtype
+    if conv_dtype not in (dtype, torch.float32) or scan_dtype not in (dtype, torch.float32):
+        return f"states of {conv_dtype} or A_log of {scan_dtype} with weights of {dtype}"
+    for w in layers:
+        plain = [w.norm, w.conv, w.dt_proj, w.in_proj_bias, w.conv_bias, w.out_proj_bias]
+        large = [t for t in (w.in_proj, w.x_proj, w.out_proj) if isinstance(t, Tensor)]
+        scan = [w.A_log, w.D, w.dt_bias]
+        same = all(t is None or t.dtype == dtype for t in (*plain, *large)) and all(t.dtype == scan_dtype for t in scan)
+        every = [t for weight in (w.in_proj, w.x_proj, w.out_proj) for t in tensors_of(weight)] + plain + scan
+        if not same or any(t is not None and not t.is_contiguous() for t in every):
+            return "layers of other dtypes, or weights that are not contiguous"
+        if any(
+            t.data_ptr() % 16 for t in (w.in_proj, w.x_proj, w.out_proj, w.dt_proj, w.A_log) if isinstance(t, Tensor)
+        ):
+            return "weights that are not aligned to 16 bytes"
+    fixed = _fixed_bytes(grid, rows, h, d, rank, len(layers), first.A_log.itemsize)
+    slots = min(_MOST_SLOTS, (shared - fixed) // (_WARPS * _slot_bytes(bits)))
+    if slots < _LEAST_SLOTS:
+        return f"{fixed} bytes of shared memory beside the weights' ring, of {shared}"
+    return {
+        "DTYPE": _DTYPES[dtype], "BITS": bits, "GROUP": group, "ROWS": rows, "GRID": grid, "H": h, "D": d, "RANK": rank,
+        "WIDTH": width, "VOCABULARY": v, "LAYERS": len(layers), "SCAN_FLOAT": int(scan_dtype == torch.float32),
+        "CONV_FLOAT": int(conv_dtype == torch.float32), "SLOTS": slots,
+        "SHARED": fixed + _WARPS * slots * _slot_bytes(bits),
+    }  # fmt: skip
+
+
+def why_not(
+    layers: list[LayerWeights], final_norm: Tensor, head: Weight, rows: int, conv_dtype: torch.dtype
+) -> str | None:
+    """Why `PersistentStep` cannot run these weights on their device, or None when it can."""
+    device = final_norm.device
+    if device.type != "cuda":
+        return f"the weights are on {device}"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
+    reason = _nvrtc.available()
+    if reason is not None:
+        return reason
+    plan = _plan(layers, final_norm, head, rows, conv_dtype, _limits(device.index))
+    return plan if isinstance(plan, str) else None
+
+
+class PersistentStep:
+    """``step()`` reads ``tokens`` (rows,) and leaves ``logits`` (rows, v) float32; states are updated in place.
+
+    Arguments and attributes are `mambakit.ops.decode.gpu.DecodeStep`'s. A row's bits do not depend on the other rows, nor on how
+    many there are. The kernel needs all of the card's multiprocessors at once: launched while other work runs, it waits.
+
+    Raises:
+        ValueError: what it cannot serve; `why_not` tells beforehand.
+    """
+
+    def __init__(
+        self,
+        layers: list[LayerWeights],
+        embeddings: Tensor,
+        final_norm: Tensor,
+        head: Weight,
+        eps: float,
+        conv_states: Tensor,
+        ssm_states: Tensor,
+        capacity: int = 0,
+    ):
+        rows, device = ssm_states.shape[1], embeddings.device
+        if not (conv_states.is_contiguous() and ssm_states.is_contiguous()) or ssm_states.dtype != torch.float32:
+            raise ValueError(
+                "PersistentStep: states must be contiguous, and ssm_states float32, to be updated in place"
+            )
+        plan = _plan(layers, final_norm, head, rows, conv_states.dtype, _limits(device.index))
+        if isinstance(plan, str):
+            raise ValueError(f"PersistentStep: {plan}")
+        h, v = plan["H"], plan["VOCABULARY"]
+        dtype = final_norm.dtype
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        self.tokens, self.position = buffer(rows, dtype=torch.int64), buffer(1, dtype=torch.int64)
+        self.history = buffer(rows, max(1, capacity), dtype=torch.int64)
+        self.logits = buffer(rows, v)
+        sums = buffer(2, rows, plan["RANK"] + 2 * _N, dtype=torch.int64)
+        residual, y = buffer(rows, h), buffer(rows, plan["D"], dtype=dtype)
+        best, counter = buffer(rows, dtype=torch.int64), buffer(64, dtype=torch.int32)
+        table, kept = [], []
+        for w in layers:
+            # x_proj is small, and read by channel: packed ones are widened once.
+            x_proj = w.x_proj if isinstance(w.x_proj, Tensor) else w.x_proj.dequantized().to(dtype).contiguous()
+            fields = [
+                w.norm, *tensors_of(w.in_proj), w.in_proj_bias, w.conv, w.conv_bias, x_proj, w.dt_proj, w.dt_bias, w.A_log, w.D,
+                *tensors_of(w.out_proj), w.out_proj_bias,
+            ]  # fmt: skip
+            kept += fields
+            table.append([_address(t) for t in fields])
+        addresses = torch.tensor(table, dtype=torch.int64, device=device)
+        operands = [
+            addresses, embeddings, final_norm, *tensors_of(head), conv_states, ssm_states, self.tokens, self.position,
+            self.history, self.logits, residual, y, sums, best, counter,
+        ]  # fmt: skip
+        # The kernel holds addresses only: all of this must live as long.
+        self._kept = [*kept, *operands]
+        self._fields = [_address(t) for t in operands]
+        self._fields += [struct.unpack("I", struct.pack("f", eps))[0], self.history.shape[1]]
+        self._grid, self._device = plan["GRID"], device
+        self._kernel = _kernel(tuple(plan.items()), device.index)
+
+    def __call__(self, choose: bool = False) -> Tensor:
+        stream = torch._C._cuda_getCurrentRawStream(self._device.index)
+        self._kernel(self._grid, _THREADS, stream, *self._fields, int(choose))
+        return self.logits
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()

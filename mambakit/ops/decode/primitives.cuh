@@ -1,0 +1,79 @@
+// What the persistent step asks of the card: asynchronous copies, matrix instructions, and the words that blocks exchange.
+// Tests replace this file by one that runs on a CPU.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+#define DEVICE __device__ __forceinline__
+
+// Copies of 4, 8 or 16 bytes from global to shared memory that land later.
+template <int BYTES> DEVICE void copy_later(void* shared, const void* global) {
+    u32 to = (u32)__cvta_generic_to_shared(shared);
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(BYTES) : "memory");
+}
+DEVICE void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LATER> DEVICE void wait_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory"); }
+
+// total (16 x 8) += a (16 x 16) b (16 x 8). Lane 4 g + t holds rows g and g + 8 of a in columns 2t, 2t + 1, 2t + 8, 2t + 9, those
+// columns' values of column g of b, and of the total rows g and g + 8, columns 2t and 2t + 1.
+DEVICE void multiply(float (&total)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if DTYPE == 1
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+                 : "+f"(total[0]), "+f"(total[1]), "+f"(total[2]), "+f"(total[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Two numbers of the weights' dtype in a word, the first in the low half.
+DEVICE u32 narrow(float low, float high) {
+    u32 w;
+#if DTYPE == 1
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));
+#endif
+    return w;
+}
+DEVICE float widen(unsigned short bits) {
+#if DTYPE == 1
+    return __uint_as_float((u32)bits << 16);
+#else
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));
+    return y;
+#endif
+}
+// Two integers 0 .. 15 in the low nibbles of a word's halves, as numbers -8 .. 7 of the dtype (two's complement).
+DEVICE u32 nibbles(u32 word) {
+    u32 y;
+#if DTYPE == 1  // 128 + (v ^ 8), less 136
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"((word & 0x000f000fu) ^ 0x43084308u), "r"(0x3f803f80u), "r"(0xc308c308u));
+#else  // 1024 + (v ^ 8), less 1032
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"((word & 0x000f000fu) ^ 0x64086408u), "r"(0x3c003c00u), "r"(0xe408e408u));
+#endif
+    return y;
+}
+DEVICE float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+
+// Read past the first-level cache: another block wrote it.
+DEVICE float4 fresh(const float4* p) { return __ldcg(p); }
+DEVICE uint4 fresh(const uint4* p) { return __ldcg(p); }
+DEVICE u64 fresh(const u64* p) { return __ldcg(p); }
+
+// A counter of the blocks that have come this far. What a block wrote before it arrives is seen by those that have waited.
+DEVICE void arrive(u32* counter) {
+    __threadfence();
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+DEVICE u32 arrived(const u32* counter) {
+    u32 v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+    return v;
+}
+DEVICE u64 nanoseconds() { u64 t; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t)); return t; }
+DEVICE void give_up() { asm volatile("trap;"); }

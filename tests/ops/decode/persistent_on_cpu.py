@@ -1,0 +1,52 @@
+"""Runs the persistent step on CPU tensors: g++ compiles persistent.cu with this folder's `primitives.cuh`, for few blocks.
+
+It covers the kernel's logic (the pieces, the ring, the meetings of blocks, the sums) and all of `persistent.py` but the launch; not
+the compiler's code, the real order of memory, or anything about speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from mambakit.ops.decode import persistent
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++")
+
+
+def install(monkeypatch, folder: Path, blocks: int, shared: int = 232448) -> None:
+    """Until the test ends, `PersistentStep` runs on CPU tensors, planned for a card of so many multiprocessors."""
+    source = Path(persistent.__file__).with_name("persistent.cu").read_text()
+    source = source.replace("extern __shared__ __align__(128) char memory[];", "char* memory = shared_memory;")
+    source += (
+        'extern "C" void run(unsigned blocks, unsigned threads, const void* fields) {\n'
+        "auto p = *(const Params*)fields;\n"
+        "run_grid(blocks, 1, threads, SHARED, [=]() { decode_step(p); }, true);\n}\n"
+    )
+
+    def kernel(macros: tuple[tuple[str, int], ...], device: int):
+        flags = [f"-D{name}={value}" for name, value in macros]
+        path = folder / f"{hashlib.sha256(repr((source, flags)).encode()).hexdigest()[:16]}.so"
+        if not path.exists():
+            assert COMPILER is not None
+            # No optimisation: quick to compile, and locals survive longjmp. The cases are small.
+            command = [COMPILER, "-std=c++17", "-O0", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
+            command += [f"-I{HERE}", f"-I{HERE.parent}", *flags, "-x", "c++", "-", "-o", str(path)]
+            subprocess.run(command, input=source, text=True, check=True)
+        library = ctypes.CDLL(str(path))
+        library.run.argtypes = [ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p]
+
+        def launch(grid: int, threads: int, stream: int, *fields: int) -> None:
+            library.run(grid, threads, (ctypes.c_int64 * len(fields))(*fields))
+
+        return launch
+
+    monkeypatch.setattr(persistent, "_kernel", kernel)
+    monkeypatch.setattr(persistent, "_limits", lambda device: (blocks, shared))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)

@@ -1,0 +1,77 @@
+// mambakit/ops/decode/primitives.cuh on a CPU.
+#include "cuda_on_cpu.h"
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+#define DEVICE inline
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
+inline i64 __float2ll_rn(float x) { return llrintf(x); }
+inline u64 atomicAdd(u64* p, u64 v) { u64 old = *p; *p += v; return old; }
+inline u64 atomicMax(u64* p, u64 v) { u64 old = *p; *p = std::max(*p, v); return old; }
+inline u64 __shfl_xor_sync(u32, u64 v, int mask) {
+    u32 low = shuffle((u32)v, (current % 32) ^ mask), high = shuffle((u32)(v >> 32), (current % 32) ^ mask);
+    return (u64)high << 32 | low;
+}
+
+template <int BYTES> void copy_later(void* shared, const void* global) { async_copy(shared, global, BYTES, BYTES); }
+inline void close_group() { async_commit(); }
+template <int LATER_GROUPS> void wait_groups() { async_wait(LATER_GROUPS); }
+
+inline float widen(unsigned short bits) {
+#if DTYPE == 1
+    return __uint_as_float((u32)bits << 16);
+#else
+    _Float16 half;
+    memcpy(&half, &bits, 2);
+    return half;
+#endif
+}
+inline u32 narrow(float low, float high) {
+#if DTYPE == 1
+    return to_bfloat16(low) | to_bfloat16(high) << 16;
+#else
+    u32 w;
+    _Float16 pair[2] = {(_Float16)low, (_Float16)high};
+    memcpy(&w, pair, 4);
+    return w;
+#endif
+}
+inline u32 nibbles(u32 word) {
+    int first = (word & 15) ^ 8, second = (word >> 16 & 15) ^ 8;
+    return narrow(first - 8, second - 8);
+}
+inline float ex2(float x) { float y = exp2f(x); return y < 1.17549435e-38f ? 0.f : y; }
+
+struct Fragments { u32 a[4], b[2]; };
+static Fragments operands[1024][2][32];
+inline void multiply(float (&total)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    Fiber& f = fibers[current];
+    const unsigned warp = current / 32, lane = current % 32, p = f.parity++ & 1;
+    operands[warp][p][lane] = {{a0, a1, a2, a3}, {b0, b1}};
+    pause_fiber(WARP);
+    const Fragments* all = operands[warp][p];
+    for (int i = 0; i < 4; i++) {
+        const int g = lane / 4, column = lane % 4 * 2 + i % 2;  // row g (+ 8 of i >= 2), which text
+        double sum = total[i];
+        for (int t = 0; t < 4; t++)
+            for (int k = 0; k < 2; k++) {
+                const u32 a = all[g * 4 + t].a[i / 2 + 2 * k], b = all[column * 4 + t].b[k];
+                sum += (double)widen((unsigned short)a) * widen((unsigned short)b);
+                sum += (double)widen((unsigned short)(a >> 16)) * widen((unsigned short)(b >> 16));
+            }
+        total[i] = (float)sum;
+    }
+}
+
+inline float4 fresh(const float4* p) { aligned(p, 16); return *p; }
+inline uint4 fresh(const uint4* p) { aligned(p, 16); return *p; }
+inline u64 fresh(const u64* p) { return *p; }
+inline void arrive(u32* counter) { ++*counter; }
+inline u32 arrived(const u32* counter) { let_others(); return *counter; }
+inline u64 nanoseconds() { return 0; }
+inline void give_up() { abort(); }
