@@ -2,14 +2,15 @@
 
     python benchmarks/gpu_ops.py                   # check, then the table
     python benchmarks/gpu_ops.py --sweep           # and other layouts than the ones gpu.py chooses
+    python benchmarks/gpu_ops.py --peer mamba      # mamba-ssm, from a checkout of it, in the same run
     python benchmarks/gpu_ops.py --json out.json
 
 A scan that is wrong is not timed. `ms` is the median of CUDA-graph replays between CUDA events (no launch gaps), `eager` the
 same calls launched one by one. Data is random, with a trained model's step sizes (0.001 to 0.1) and A = -1 .. -16. An element
 is one (b, l, d). The floor is the special-function unit: forward 20 operations per element (16 exponentials, softplus, the
 gate), 4.0e12 per second measured on an H100, so 200 G elements per second; forward + backward at least twice the
-exponentials and the gates again, 40. `peer` is mamba-ssm at commit e9594ce (CUDA extension, sm_90), RECORDED on the same
-kind of card on 2026-11-23, not measured in this run.
+exponentials and the gates again, 40. `peer` is mamba-ssm (CUDA extension, sm_90): with --peer built and measured in this run, its
+errors too; else RECORDED at commit e9594ce on the same kind of card on 2026-11-23.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mambakit.ops.selective_scan import gpu
+from benchmarks import peer
+from mambakit.ops.selective_scan import gpu, reference
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
 from tests.ops.selective_scan import test_gpu
 
@@ -80,8 +82,9 @@ def replayed(run, repeats, inner):
     return median(graph.replay, repeats) / inner
 
 
-def time_shape(shape, interval, variant="", kinds=("forward", "both"), repeats=20, eager=True):
+def time_shape(shape, interval, variant="", kinds=("forward", "both"), repeats=20, eager=True, module=None):
     arguments, dy = inputs(*shape)
+    theirs = None if module is None else peer.Scan(module, *arguments[:9], dy)
     elements = shape[0] * shape[1] * shape[2]
     inner = 20 if elements < 1e7 else 1
 
@@ -96,13 +99,38 @@ def time_shape(shape, interval, variant="", kinds=("forward", "both"), repeats=2
         run = {"forward": forward, "both": both}[kind]
         ms = replayed(run, repeats, inner)
         loose = median(lambda run=run: [run() for _ in range(inner)], repeats) / inner if eager else float("nan")
-        peer = SHAPES[shape][kind == "both"]
+        source, their_ms = "recorded", SHAPES[shape][kind == "both"]
+        if theirs is not None:
+            source, their_ms = "measured", replayed(getattr(theirs, kind), repeats, inner)
         rate = elements / ms * 1e3
         share = rate * OPERATIONS[kind] / SPECIAL
         RESULTS.append({"shape": shape, "kind": kind, "variant": variant, "ms": ms, "eager_ms": loose,
-                        "elements_per_s": rate, "share_of_floor": share, "recorded_peer_ms": peer})  # fmt: skip
+                        "elements_per_s": rate, "share_of_floor": share, f"{source}_peer_ms": their_ms})  # fmt: skip
         print(f"{'x'.join(map(str, shape)):<15}{kind:<8}{variant:<30}{ms:8.4f} ms  eager {loose:8.4f}  {rate / 1e9:6.1f} G/s  "
-              f"{share:4.0%} of floor  recorded peer {peer:7.3f}  {peer / ms:5.2f}x", flush=True)  # fmt: skip
+              f"{share:4.0%} of floor  {source} peer {their_ms:7.3f}  {their_ms / ms:5.2f}x", flush=True)  # fmt: skip
+
+
+def compare_errors(module, interval):
+    """bfloat16 errors of both on the same inputs, from the float64 reference."""
+    worse = []
+    for shape in ((2, 1000, 256), (1, 4096, 64), (3, 333, 512)):
+        b, length, d = shape
+        arguments, dy = inputs(b, d, length)
+        wide = [t.double() if torch.is_tensor(t) else t for t in arguments]
+        y, _, checkpoints = reference.forward(*wide, interval)
+        names = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias")
+        exact = {"y": y} | dict(
+            zip(names, reference.backward(dy.double(), None, *wide, checkpoints, interval), strict=False)
+        )
+        y, _, checkpoints = gpu.forward(*arguments, interval)
+        ours = {"y": y} | dict(zip(names, gpu.backward(dy, None, *arguments, checkpoints, interval), strict=False))
+        theirs = peer.Scan(module, *arguments[:9], dy).results()
+        for name, e in exact.items():
+            mine, his = (float((t[name].double() - e).norm() / e.norm()) for t in (ours, theirs))
+            RESULTS.append({"shape": shape, "error": name, "ours": mine, "peer": his})
+            worse += [name] if mine > 1.05 * his else []
+            print(f"  error of {name:<7} {'x'.join(map(str, shape)):<12} ours {mine:.2e}  peer {his:.2e}", flush=True)
+    print(f"  larger than the peer's: {', '.join(worse) or 'none'}")
 
 
 def check(cases):
@@ -179,13 +207,20 @@ def main():
     parser.add_argument("--sweep", action="store_true", help="time other layouts too")
     parser.add_argument("--quick", action="store_true", help="check every fourth case only")
     parser.add_argument("--interval", type=int, default=INTERVAL, help="tokens between checkpoints")
+    parser.add_argument(
+        "--peer", type=Path, metavar="CHECKOUT", help="of github.com/state-spaces/mamba: measure it too"
+    )
+    parser.add_argument("--peer-build", type=Path, help="keep what is built of it here")
     parser.add_argument("--json", help="write every number here")
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    module = peer.build(options.peer, options.peer_build) if options.peer else None
     green = check(test_gpu.CASES[:: 4 if options.quick else 1])
     if green:
+        if module is not None:
+            compare_errors(module, options.interval)
         for shape in SHAPES:
-            time_shape(shape, options.interval)
+            time_shape(shape, options.interval, module=module)
         if options.sweep:
             sweep(options.interval)
     else:
