@@ -4,7 +4,7 @@
 //   DTYPE 1 bfloat16, 2 float16: weights and activations      BITS 0: the large weights too; 8 or 4: packed integers, GROUP
 //   ROWS 1 to 8 texts; GRID blocks; H, D, RANK, WIDTH, VOCABULARY, LAYERS: the model's; 16 states
 //   SCAN_FLOAT: 1 where A_log, D and dt_proj's bias are float32; CONV_FLOAT: 1 where the convolution's windows are
-//   SLOTS of each warp's ring; SHARED bytes
+//   SLOTS of each warp's ring, the last DEFER of a phase filled again DOSE by DOSE; SHARED bytes
 //
 // The channels, the rows of the residual stream and the vocabulary are dealt out to the blocks. A layer is
 //
@@ -14,10 +14,12 @@
 //   third    out_proj's rows of the stream
 //
 // Weights never wait for that. Each warp knows all the pieces of weights that it will multiply, in order to the end of the step, and
-// keeps a ring of them on their way into shared memory: a piece is 64 bytes of 16 rows, a lane reads only what it copied, and a
-// slot is filled again as soon as it is used. So the memory works on while blocks wait for each other. A piece is multiplied on
+// keeps a ring of them on their way into shared memory: a piece is 64 bytes of 16 rows, a lane reads only what it copied. So the
+// memory works on while blocks wait for each other. But what blocks tell each other queues behind the weights that are on their
+// way: towards the end of a phase slots are left free, and filled a few at a time while the block waits. A piece is multiplied on
 // the tensor cores as 16 rows by as many columns by 8 texts; within a piece the columns may come in any order, as long as the activations
-// come in the same. The 17th warp has no weights on their way, so that its fence, which waits for the memory, is a short one.
+// come in the same. The 17th warp speaks for the block and fetches the small weights of the next layer; it has nothing on its way
+// when it meets the others, so that its fence, which waits for the memory, is a short one.
 //
 // Every sum has a fixed order, or is of integers (x_proj's: fixed point of 2^-36): same inputs, same bits, whatever the other rows hold.
 
@@ -42,17 +44,18 @@ enum { NORM, IN, IN_SCALES, IN_BIAS, CONV, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, 
 // Shared memory.
 constexpr int up(int bytes) { return (bytes + 127) / 128 * 128; }
 constexpr int ACT_ROW = (H > D ? H : D) * 2 + 64;  // bytes; 64 more than whole lines, so that two rows' reads meet in no bank
-constexpr int X_CHUNKS = (CHANNELS + 7 + 7) / 8;   // of 8 channels, with those before the block's first
-constexpr int X_ROW = (X_CHUNKS | 1) * 16;
+constexpr int X_COLUMNS = (CHANNELS + 7 + 15) / 16 * 16;  // the block's channels from a multiple of 8 on; others are 0
+constexpr int X_ROW = X_COLUMNS * 2 + 16;
 constexpr int A_BYTES = SCAN_FLOAT ? 4 : 2;
 constexpr int SMALL_DT = up(R * X_ROW), SMALL_A = SMALL_DT + up(C_TILES * 16 * RANK * 2), SMALL = SMALL_A + up(CHANNELS * N * A_BYTES);
-constexpr int U_ROW = X_CHUNKS * 8;
+constexpr int U_ROW = X_COLUMNS + 8;
 constexpr int DT_ROW = RANK + 8;
+constexpr int COPIES = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;  // of x_proj's sums: fewer blocks add to one address
 constexpr int AT_ACT = up(LAYERS * FIELDS * 8);
 constexpr int AT_PART = AT_ACT + up(ROWS * ACT_ROW);
 constexpr int AT_SMALL = AT_PART + WARPS * 2 * 16 * 8 * 4;
-constexpr int AT_U = AT_SMALL + 2 * SMALL;
-constexpr int AT_Z = AT_U + up(ROWS * U_ROW * 4);
+constexpr int AT_U = AT_SMALL + SMALL;
+constexpr int AT_Z = AT_U + up(8 * U_ROW * 2);
 constexpr int AT_DELTA = AT_Z + up(ROWS * CHANNELS * 4);
 constexpr int AT_DT = AT_DELTA + up(C_TILES * 16 * 8 * 4);
 constexpr int AT_BC = AT_DT + up(8 * DT_ROW * 2);
@@ -63,10 +66,6 @@ constexpr int AT_RING = AT_BEST + up(ROWS * 8);
 static_assert(AT_RING + WARPS * SLOTS * SLOT == SHARED, "persistent.py counts the shared memory otherwise");
 static_assert(C_TILES * 2 <= WARPS && S_TILES <= WARPS, "a phase has more tiles than a warp's two sums allow");
 static_assert(ROWS * CHANNELS <= WORKERS, "a thread convolves one channel of one text");
-// The small weights of a layer are sent a layer ahead, with the first piece that follows; by the time they are read, so many pieces
-// have been waited for. Where the ring is longer than that (a small model), they are waited for by themselves.
-constexpr int FIRST_PIECES = 2 * C_TILES * H_PIECES / WARPS, THIRD_PIECES = S_TILES * D_PIECES / WARPS;
-constexpr bool SMALL_IN_TIME = FIRST_PIECES > 0 && SLOTS <= 2 * FIRST_PIECES + THIRD_PIECES - 1;
 static_assert(H % PIECE == 0 && D % PIECE == 0 && RANK % 16 == 0 && D % 8 == 0, "widths that pieces do not fit");
 
 struct Params {
@@ -83,7 +82,7 @@ struct Params {
     float* logits;
     float* residual;  // (rows, h)
     E* y;             // (rows, d)
-    u64* sums;        // (2, rows, r): zero between steps
+    u64* sums;        // (2, COPIES, rows, r): zero between steps
     u64* best;        // (rows,): zero between steps
     u32* counter;     // [0] arrivals, [32] arrivals at the step's start
     i64 eps;          // the bits of a float
@@ -92,106 +91,118 @@ struct Params {
 };
 
 DEVICE float rounded(float x) { return widen((E)narrow(x, 0.f)); }
-DEVICE float silu(float x) { return x / (1.f + ex2(-1.4426950408889634f * x)); }
+DEVICE float silu(float x) { return quotient(x, 1.f + ex2(-1.4426950408889634f * x)); }
 DEVICE float scan_weight(i64 weights, int i) { return SCAN_FLOAT ? ((const float*)weights)[i] : widen(((const E*)weights)[i]); }
 DEVICE int begin_of(int total, int block) { return (int)((i64)total * block / GRID); }
 
 // The pieces of weights of one warp, from the first to the last of the step.
 struct Ring {
+    struct Share { int tile, piece, count; };  // of a phase: where it begins, and how many pieces
     const i64* table;
     const Params& p;
-    char* slots;
-    const char *low, *high;  // this lane's 16 bytes of rows g and g + 8 of the tile, in piece 0
+    char *begin, *end, *slot, *fill;  // this lane's 16 bytes of the slots: of the oldest piece, and where the next one goes
+    int owed;                         // pieces used whose places are still free
+    const char *low, *high;    // this lane's 16 bytes of the next piece: rows g and g + 8
     const float *low_scales, *high_scales;
-    int phase, tile, piece, pieces, left, slot, there;
+    int run, left;  // pieces of this warp still to send, of the open tile and of the phase after it
+    int phase, tile, scale;
+    bool has_low, has_high;
     int warp, lane, g, t, channels, channels_end, stream, stream_end, words, words_end;
+    Share first, third;
 
-    DEVICE Ring(const Params& p_, const i64* table_, char* slots_, int warp_, int lane_)
-        : table(table_), p(p_), slots(slots_), phase(-1), left(0), slot(0), warp(warp_), lane(lane_), g(lane_ / 4), t(lane_ % 4) {
+    DEVICE static Share share_of(int warp, int tiles, int pieces) {
+        const int from = warp * tiles * pieces / WARPS;
+        return {from / pieces, from % pieces, (warp + 1) * tiles * pieces / WARPS - from};
+    }
+    DEVICE Ring(const Params& p_, const i64* table_, char* slots, int warp_, int lane_)
+        : table(table_), p(p_), begin(slots + lane_ * 16), end(begin + SLOTS * SLOT), slot(begin), fill(begin), owed(0), run(0), left(0), phase(-1), tile(0),
+          scale(0), has_low(false), has_high(false), warp(warp_), lane(lane_), g(lane_ / 4), t(lane_ % 4),
+          first(share_of(warp_, 2 * C_TILES, H_PIECES)), third(share_of(warp_, S_TILES, D_PIECES)) {
         const int block = blockIdx.x;
         channels = begin_of(D, block), channels_end = begin_of(D, block + 1);
         stream = begin_of(H, block), stream_end = begin_of(H, block + 1);
         words = begin_of(VOCABULARY, block), words_end = begin_of(VOCABULARY, block + 1);
     }
-    DEVICE void open_tile() {
-        int row, end;
+    // Opens the next tile that has pieces of this warp; after the last one nothing is sent any more.
+    DEVICE void advance() {
+        int piece = 0;
+        tile++;
+        while (left == 0) {
+            if (++phase >= PHASES) {
+                run = 0x7fffffff, has_low = has_high = false;
+                return;
+            }
+            const Share share = phase >= 2 * LAYERS ? share_of(warp, phase == PHASES - 1 ? LAST_TILES : WARPS, H_PIECES)
+                                : phase & 1         ? third
+                                                    : first;
+            tile = share.tile, piece = share.piece, left = share.count;
+        }
+        const bool head = phase >= 2 * LAYERS, wide = !head && phase & 1;
+        run = min(left, (wide ? D_PIECES : H_PIECES) - piece);
+        left -= run;
+        int row, rows_end;
         const char* weight;
         const float* scales;
-        bool wide = false;  // rows of d columns
-        if (phase >= 2 * LAYERS) {
-            row = words + ((phase - 2 * LAYERS) * WARPS + tile) * 16, end = words_end;
+        const i64* fields = table + phase / 2 * FIELDS;
+        if (head) {
+            row = words + ((phase - 2 * LAYERS) * WARPS + tile) * 16, rows_end = words_end;
             weight = p.head, scales = p.head_scales;
+        } else if (wide) {
+            row = stream + tile * 16, rows_end = stream_end;
+            weight = (const char*)fields[OUT], scales = (const float*)fields[OUT_SCALES];
         } else {
-            const i64* fields = table + phase / 2 * FIELDS;
-            if (phase & 1) {
-                row = stream + tile * 16, end = stream_end, wide = true;
-                weight = (const char*)fields[OUT], scales = (const float*)fields[OUT_SCALES];
-            } else {
-                const int half = tile >= C_TILES;
-                row = half * D + channels + (tile - half * C_TILES) * 16, end = half * D + channels_end;
-                weight = (const char*)fields[IN], scales = (const float*)fields[IN_SCALES];
-            }
+            const int half = tile >= C_TILES;
+            row = half * D + channels + (tile - half * C_TILES) * 16, rows_end = half * D + channels_end;
+            weight = (const char*)fields[IN], scales = (const float*)fields[IN_SCALES];
         }
-        there = end - row;
-        const size_t bytes = wide ? D_BYTES : H_BYTES;
-        low = weight + (size_t)(row + g) * bytes + t * 16;
+        has_low = row + g < rows_end, has_high = row + g + 8 < rows_end;
+        const int bytes = wide ? D_BYTES : H_BYTES;
+        low = weight + (size_t)(row + g) * bytes + piece * 64 + t * 16;
         high = low + 8 * bytes;
         if constexpr (BITS != 0) {
-            const size_t groups = (wide ? D : H) / GROUP;
+            const int groups = (wide ? D : H) / GROUP;
             low_scales = scales + (size_t)(row + g) * groups;
             high_scales = low_scales + 8 * groups;
+            scale = piece;
         }
     }
-    // The next piece on its way into the slot that was used last.
+    // The next piece on its way.
     DEVICE void issue() {
-        while (left == 0 && phase < PHASES) {
-            if (++phase == PHASES) break;
-            int tiles = S_TILES;
-            pieces = D_PIECES;
-            if (phase >= 2 * LAYERS)
-                tiles = phase == PHASES - 1 ? LAST_TILES : WARPS, pieces = H_PIECES;
-            else if (!(phase & 1))
-                tiles = 2 * C_TILES, pieces = H_PIECES;
-            const int first = warp * tiles * pieces / WARPS;
-            left = (warp + 1) * tiles * pieces / WARPS - first;
-            tile = first / pieces, piece = first % pieces;
-            if (left > 0) open_tile();
-        }
-        if (left > 0) {
-            char* to = slots + slot * SLOT;
-            if (g < there) copy_later<16>(to + lane * 16, low + piece * 64);
-            if (g + 8 < there) copy_later<16>(to + 512 + lane * 16, high + piece * 64);
-            if constexpr (BITS != 0)
-                if (t == 0) {
-                    const int at = PIECE >= GROUP ? piece * SCALES : piece / (GROUP / PIECE);
-                    if (g < there) copy_later<SCALES * 4>(to + 1024 + g * 16, low_scales + at);
-                    if (g + 8 < there) copy_later<SCALES * 4>(to + 1024 + (g + 8) * 16, high_scales + at);
-                }
-            left--;
-            if (++piece == pieces) {
-                piece = 0, tile++;
-                if (left > 0) open_tile();
+        if (run == 0) advance();
+        run--;
+        if (has_low) copy_later<16>(fill, low);
+        if (has_high) copy_later<16>(fill + 512, high);
+        low += 64, high += 64;
+        if constexpr (BITS != 0) {
+            if (t == 0) {
+                const int at = PIECE >= GROUP ? scale * SCALES : scale / (GROUP / PIECE);
+                if (has_low) copy_later<SCALES * 4>(fill + 1024 - lane * 16 + g * 16, low_scales + at);
+                if (has_high) copy_later<SCALES * 4>(fill + 1024 - lane * 16 + (g + 8) * 16, high_scales + at);
             }
+            scale++;
         }
         close_group();
-        slot = slot + 1 == SLOTS ? 0 : slot + 1;
+        fill = fill + SLOT == end ? begin : fill + SLOT;
     }
-    // total += the oldest piece times the texts' activations from column `column` on.
-    DEVICE void multiply_piece(float (&total)[4], const char* act, int column) {
+    // Up to so many of the pieces owed on their way.
+    DEVICE void repay(int most) {
+        most = min(most, owed);
+        owed -= most;
+#pragma unroll 1
+        for (; most > 0; most--) issue();
+    }
+    // total += the oldest piece times the texts' activations in its columns. What is beyond the texts repeats the last and is not read.
+    DEVICE void multiply_piece(float (&total)[4], const char* x) {
         wait_groups<SLOTS - 1>();
-        const char* from = slots + slot * SLOT;
-        const char* x = act + g * ACT_ROW + column * 2;
-        const bool text = g < ROWS;
         if constexpr (BITS == 0) {
-            const uint4 a = *(const uint4*)(from + lane * 16), c = *(const uint4*)(from + 512 + lane * 16);
-            const uint4 b = text ? *(const uint4*)(x + t * 16) : make_uint4(0, 0, 0, 0);
+            const uint4 a = *(const uint4*)slot, c = *(const uint4*)(slot + 512), b = *(const uint4*)(x + t * 16);
             multiply(total, a.x, c.x, a.y, c.y, b.x, b.y);
             multiply(total, a.z, c.z, a.w, c.w, b.z, b.w);
         } else {
             __syncwarp();  // the scales were copied by the quad's first lane
-            const uint4 a = *(const uint4*)(from + lane * 16), c = *(const uint4*)(from + 512 + lane * 16);
+            const uint4 a = *(const uint4*)slot, c = *(const uint4*)(slot + 512);
             const u32 as[4] = {a.x, a.y, a.z, a.w}, cs[4] = {c.x, c.y, c.z, c.w};
-            const float* low_scale = (const float*)(from + 1024 + g * 16);
+            const float* low_scale = (const float*)(slot + 1024 - lane * 16 + g * 16);
             const float* high_scale = low_scale + 32;
             // All of one matrix instruction's columns share a scale: lanes of another group put in zeros.
             constexpr int LANE_GROUPS = (BITS == 8 ? GROUP == 32 : GROUP <= 64) ? 2 : 1;
@@ -204,7 +215,7 @@ struct Ring {
                 for (int i = part * STEPS; i < (part + 1) * STEPS; i++) {
                     // 8 columns of this lane. int8: 8 i on from 16 t. int4: nibble i of 8 words.
                     const int k = BITS == 8 ? t * 16 + i * 8 : (t / 2) * 64 + i * 16 + (t & 1) * 8;
-                    const uint4 b = text ? *(const uint4*)(x + k * 2) : make_uint4(0, 0, 0, 0);
+                    const uint4 b = *(const uint4*)(x + k * 2);
                     u32 v[4], w[4];
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
@@ -230,7 +241,7 @@ struct Ring {
             }
             __syncwarp();
         }
-        issue();
+        slot = slot + SLOT == end ? begin : slot + SLOT;
     }
     // Bytes 2 h and 2 h + 1 of a word, signed, as two numbers of the dtype.
     DEVICE static u32 bytes(u32 word, int h) {
@@ -240,19 +251,28 @@ struct Ring {
         return narrow(first, second);
     }
     // This warp's pieces of a phase; sums of 16 rows x 8 texts for each tile that it touches, two at most.
-    template <int TILES, int PIECES> DEVICE void run(const char* act, float* part) {
-        const int first = warp * TILES * PIECES / WARPS, last = (warp + 1) * TILES * PIECES / WARPS;
-        int at = first % PIECES, segment = 0;
-        float total[4] = {};
-        for (int i = first; i < last; i++) {
-            multiply_piece(total, act, at * PIECE);
-            if (++at == PIECES || i + 1 == last) {
-                float* to = part + ((warp * 2 + segment) * 16 + g) * 8 + 2 * t;
-                *(float2*)to = make_float2(total[0], total[1]);
-                *(float2*)(to + 64) = make_float2(total[2], total[3]);
-                total[0] = total[1] = total[2] = total[3] = 0.f;
-                at = 0, segment++;
+    template <int TILES, int PIECES> DEVICE void products(const char* act, float* part) {
+        const Share share = share_of(warp, TILES, PIECES);
+        const char* row = act + min(g, ROWS - 1) * ACT_ROW;
+        float* to = part + (warp * 32 + g) * 8 + 2 * t;
+        const char* x = row + share.piece * (PIECE * 2);
+        int rest = share.count, run_here = min(rest, PIECES - share.piece), now = share.count - DEFER;
+#pragma unroll 1
+        while (rest > 0) {
+            rest -= run_here;
+            float total[4] = {};
+#pragma unroll 1
+            for (; run_here > 0; run_here--) {
+                multiply_piece(total, x);
+                x += PIECE * 2;
+                if (now-- > 0)
+                    issue();
+                else
+                    close_group(), owed++;  // an empty group: groups count pieces
             }
+            *(float2*)to = make_float2(total[0], total[1]);
+            *(float2*)(to + 64) = make_float2(total[2], total[3]);
+            to += 128, x = row, run_here = min(rest, PIECES);
         }
     }
 };
@@ -260,11 +280,19 @@ struct Ring {
 // The sum over the warps of one row (of 16) of a tile, for one text.
 template <int TILES, int PIECES> DEVICE float gathered(const float* part, int tile, int row, int text) {
     float sum = 0.f;
+    const float* from = part + row * 8 + text;
+    if constexpr (WARPS % TILES == 0) {  // as many warps for each tile
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-        const int first = w * TILES * PIECES / WARPS, last = (w + 1) * TILES * PIECES / WARPS;
-        if (first < (tile + 1) * PIECES && last > tile * PIECES && first < last)
-            sum += part[((w * 2 + tile - first / PIECES) * 16 + row) * 8 + text];
+        for (int w = 0; w < WARPS / TILES; w++)
+            if (PIECES * TILES >= WARPS || (tile * (WARPS / TILES) + w) * TILES * PIECES / WARPS < (tile * (WARPS / TILES) + w + 1) * TILES * PIECES / WARPS)
+                sum += from[(tile * (WARPS / TILES) + w) * 256];
+    } else {
+        const int begin = tile * PIECES, end = begin + PIECES;
+#pragma unroll
+        for (int j = 0; j <= (WARPS + TILES - 1) / TILES; j++) {
+            const int w = tile * WARPS / TILES + j, first = w * TILES * PIECES / WARPS, last = (w + 1) * TILES * PIECES / WARPS;
+            if (w < WARPS && first < end && last > begin && first < last) sum += from[(w * 2 + (first < begin)) * 128];
+        }
     }
     return sum;
 }
@@ -279,17 +307,16 @@ struct Meeting {
         target += GRID;
     }
     DEVICE void wait() {
-        if (threadIdx.x == WORKERS && (int)(arrived(counter) - target) < 0) {
-            const u64 since = nanoseconds();
-            while ((int)(arrived(counter) - target) < 0)
-                if (nanoseconds() - since > 20000000000ull) give_up();  // a block that is not there: an error, not a hang
-        }
+        if (threadIdx.x == WORKERS)
+            for (u32 looks = 0; (int)(arrived(counter) - target) < 0; looks++)
+                if (looks == 1u << 26) give_up();  // after half a minute without a block: an error, not a hang
         __syncthreads();
     }
 };
 
 constexpr int ROW_WARPS = ROWS == 1 ? 16 : ROWS == 2 ? 8 : ROWS <= 4 ? 4 : 2;  // that norm one text
 constexpr int QUADS = (H / 4 + ROW_WARPS * 32 - 1) / (ROW_WARPS * 32);         // of a lane
+constexpr bool SCALE_AHEAD = QUADS <= 4;                                       // its registers suffice for that
 
 // The norm of the stream, or of the tokens' embeddings, into act. Begins before the stream is there, to have the weights in time.
 template <typename Wait>
@@ -300,7 +327,7 @@ DEVICE void normed(const Params& p, const E* norm, bool embedded, char* memory, 
     const bool mine = warp < WARPS && row < ROWS;
     uint2 scale[QUADS];
     float4 x[QUADS];
-    if (mine)
+    if (mine && SCALE_AHEAD)
 #pragma unroll
         for (int i = 0; i < QUADS; i++)
             if (first + i * ROW_WARPS * 128 < H) scale[i] = *(const uint2*)(norm + first + i * ROW_WARPS * 128);
@@ -335,26 +362,32 @@ DEVICE void normed(const Params& p, const E* norm, bool embedded, char* memory, 
         for (int i = 0; i < QUADS; i++) {
             const int k = first + i * ROW_WARPS * 128;
             if (k >= H) continue;
-            const u32 low = narrow(x[i].x * r * widen((E)scale[i].x), x[i].y * r * widen((E)(scale[i].x >> 16)));
-            const u32 high = narrow(x[i].z * r * widen((E)scale[i].y), x[i].w * r * widen((E)(scale[i].y >> 16)));
+            const uint2 w = SCALE_AHEAD ? scale[i] : *(const uint2*)(norm + k);
+            const u32 low = narrow(x[i].x * r * widen((E)w.x), x[i].y * r * widen((E)(w.x >> 16)));
+            const u32 high = narrow(x[i].z * r * widen((E)w.y), x[i].w * r * widen((E)(w.y >> 16)));
             *(uint2*)(act + row * ACT_ROW + k * 2) = make_uint2(low, high);
         }
     }
     __syncthreads();
 }
 
-// A layer's small weights of the block's channels on their way; they come in the next piece's group.
-DEVICE void send_small(const i64* fields, char* small, int first, int count) {
+// A layer's small weights of the block's channels on their way, by one warp.
+DEVICE void send_small(const i64* fields, char* small, int first, int count, int lane) {
     const E* x_proj = (const E*)fields[X_PROJ];
+    constexpr int CHUNKS = X_COLUMNS / 8;
     const int before = first % 8, chunks = (before + count + 7) / 8;
-    for (int i = threadIdx.x; i < R * X_CHUNKS; i += WORKERS) {
-        const int r = i / X_CHUNKS, q = i % X_CHUNKS;
+#pragma unroll 4
+    for (int i = lane; i < R * CHUNKS; i += 32) {
+        const int r = i / CHUNKS, q = i % CHUNKS;
         if (q < chunks) copy_later<16>(small + r * X_ROW + q * 16, x_proj + (size_t)r * D + first - before + q * 8);
     }
     const E* dt = (const E*)fields[DT_PROJ] + (size_t)first * RANK;
-    for (int i = threadIdx.x; i < count * RANK / 8; i += WORKERS) copy_later<16>(small + SMALL_DT + i * 16, dt + i * 8);
+#pragma unroll 4
+    for (int i = lane; i < count * RANK / 8; i += 32) copy_later<16>(small + SMALL_DT + i * 16, dt + i * 8);
     const char* a = (const char*)fields[A_LOG] + (size_t)first * N * A_BYTES;
-    for (int i = threadIdx.x; i < count * N * A_BYTES / 16; i += WORKERS) copy_later<16>(small + SMALL_A + i * 16, a + i * 16);
+#pragma unroll 2
+    for (int i = lane; i < count * N * A_BYTES / 16; i += 32) copy_later<16>(small + SMALL_A + i * 16, a + i * 16);
+    close_group();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __grid_constant__ Params p) {
@@ -362,7 +395,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     i64* table = (i64*)memory;
     char* act = memory + AT_ACT;
     float* part = (float*)(memory + AT_PART);
-    float* u = (float*)(memory + AT_U);          // [text][channel + before], others 0
+    char* small = memory + AT_SMALL;
+    E* u = (E*)(memory + AT_U);                  // [text of 8][channel + before], others 0
     float* z = (float*)(memory + AT_Z);          // [text][channel]
     float* delta = (float*)(memory + AT_DELTA);  // [channel][text of 8]
     E* dt = (E*)(memory + AT_DT);                // [text][rank]
@@ -373,7 +407,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     const bool works = warp < WARPS;
     for (int i = tid; i < LAYERS * FIELDS; i += THREADS) table[i] = p.layers[i];
-    for (int i = tid; i < ROWS * U_ROW; i += THREADS) u[i] = 0.f;
+    for (int i = tid; i < 8 * U_ROW; i += THREADS) u[i] = 0;
+    for (int i = tid; i < SMALL / 4; i += THREADS) ((u32*)(memory + AT_SMALL))[i] = 0;  // x_proj's other columns
     if (tid < ROWS) best[tid] = 0;
     Meeting meeting = {p.counter, p.counter[32]};
     __syncthreads();
@@ -381,21 +416,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     Ring ring(p, table, memory + AT_RING + (works ? warp : 0) * SLOTS * SLOT, warp, lane);
     const int first = ring.channels, count = ring.channels_end - first, before = first % 8;
     const int stream = ring.stream, stream_count = ring.stream_end - stream;
-    if (works) {
-        send_small(table, memory + AT_SMALL, first, count);
+    if (works)
+#pragma unroll 1
         for (int i = 0; i < SLOTS; i++) ring.issue();
-    }
+    else
+        send_small(table, small, first, count, lane);
     for (int i = tid; i < stream_count * ROWS; i += THREADS)
         own[i] = widen(p.embeddings[p.tokens[i % ROWS] * H + stream + i / ROWS]);
 
+    const int text = tid / CHANNELS, c = tid % CHANNELS;
+    const bool convolves = tid < ROWS * CHANNELS && c < count;
+#pragma unroll 1
     for (int layer = 0; layer < LAYERS; layer++) {
         const i64* fields = table + layer * FIELDS;
-        const char* small = memory + AT_SMALL + (layer & 1) * SMALL;
-        u64* sums = p.sums + (layer & 1) * ROWS * R;
+        u64* sums = p.sums + (layer & 1) * COPIES * ROWS * R;
 
         // First. What does not depend on the stream is asked for beforehand.
-        const int text = tid / CHANNELS, c = tid % CHANNELS;
-        const bool convolves = tid < ROWS * CHANNELS && c < count;
         float taps[WIDTH], window[WIDTH - 1], conv_bias = 0.f, x_bias = 0.f, z_bias = 0.f;
         const size_t place = ((size_t)(layer * ROWS + text) * D + first + c) * (WIDTH - 1);
         if (convolves) {
@@ -408,12 +444,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
             if (fields[IN_BIAS])
                 x_bias = widen(((const E*)fields[IN_BIAS])[first + c]), z_bias = widen(((const E*)fields[IN_BIAS])[D + first + c]);
         }
-        if (works && layer + 1 < LAYERS) send_small(fields + FIELDS, memory + AT_SMALL + (~layer & 1) * SMALL, first, count);
         normed(p, (const E*)fields[NORM], layer == 0, memory, warp, lane, [&] {
             if (layer > 0) meeting.wait();
+            ring.repay(DOSE);
         });
-        if (works) ring.run<2 * C_TILES, H_PIECES>(act, part);
-        if (!SMALL_IN_TIME) close_group(), wait_groups<0>();
+        ring.repay(SLOTS);
+        if (works) ring.products<2 * C_TILES, H_PIECES>(act, part);
+        if (!works) wait_groups<0>();  // this layer's small weights
         __syncthreads();
         if (convolves) {
             const int tile = c / 16, row = c % 16;
@@ -429,32 +466,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                 else
                     ((E*)p.conv_states)[place + j] = (E)narrow(next, 0.f);
             }
-            u[text * U_ROW + before + c] = rounded(silu(y));
+            u[text * U_ROW + before + c] = (E)narrow(silu(y), 0.f);
         }
         __syncthreads();
-        constexpr int Q = X_CHUNKS <= 2 ? 2 : X_CHUNKS <= 4 ? 4 : X_CHUNKS <= 8 ? 8 : 16;  // lanes of a row
-        static_assert(X_CHUNKS <= 16 && R * Q % 32 == 0, "x_proj's rows do not fill warps");
         if (works)
-            for (int i = tid; i < R * Q; i += WORKERS) {
-                const int r = i / Q, q = i % Q;
-                float w[8];
-                uint4 packed = make_uint4(0, 0, 0, 0);
-                if (q * 8 < before + count) packed = *(const uint4*)(small + r * X_ROW + q * 16);
-                w[0] = widen((E)packed.x), w[1] = widen((E)(packed.x >> 16)), w[2] = widen((E)packed.y), w[3] = widen((E)(packed.y >> 16));
-                w[4] = widen((E)packed.z), w[5] = widen((E)(packed.z >> 16)), w[6] = widen((E)packed.w), w[7] = widen((E)(packed.w >> 16));
+#pragma unroll 1
+            for (int tile = warp; tile < (R + 15) / 16; tile += WARPS) {
+                const int low = tile * 16 + ring.g, high = low + 8;
+                const char* weight = small + ring.t * 8;
+                const char* x = (const char*)u + ring.g * (U_ROW * 2) + ring.t * 8;
+                float total[4] = {};
 #pragma unroll
-                for (int b = 0; b < ROWS; b++) {
-                    float sum = 0.f;
-                    if (q < X_CHUNKS) {
-                        const float4 l = *(const float4*)(u + b * U_ROW + q * 8), h = *(const float4*)(u + b * U_ROW + q * 8 + 4);
-                        sum = w[0] * l.x + w[1] * l.y + w[2] * l.z + w[3] * l.w + w[4] * h.x + w[5] * h.y + w[6] * h.z + w[7] * h.w;
-                    }
+                for (int k = 0; k < X_COLUMNS * 2; k += 32) {
+                    const uint2 a = *(const uint2*)(weight + min(low, R - 1) * X_ROW + k);
+                    const uint2 d = *(const uint2*)(weight + min(high, R - 1) * X_ROW + k), b = *(const uint2*)(x + k);
+                    multiply(total, a.x, d.x, a.y, d.y, b.x, b.y);
+                }
 #pragma unroll
-                    for (int step = Q / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-                    if (q == b % Q) atomicAdd(sums + b * R + r, (u64)__float2ll_rn(sum * 68719476736.f));
+                for (int i = 0; i < 4; i++) {
+                    const int r = i < 2 ? low : high, b = 2 * ring.t + i % 2;
+                    if (r < R && b < ROWS) atomicAdd(sums + (blockIdx.x % COPIES * ROWS + b) * R + r, (u64)__float2ll_rn(total[i] * 68719476736.f));
                 }
             }
         meeting.come();
+        ring.repay(DOSE);
 
         // Second.
         constexpr int ITEMS = (ROWS * CHANNELS * 4 + WORKERS - 1) / WORKERS;  // four states of a channel and text each
@@ -473,10 +508,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
             }
         }
         meeting.wait();
+        ring.repay(DOSE);
         if (works)
+#pragma unroll 1
             for (int i = tid; i < ROWS * R; i += WORKERS) {
                 const int b = i / R, r = i % R;
-                const float v = (float)(i64)fresh(sums + i) * (1.f / 68719476736.f);
+                u64 sum = 0;
+#pragma unroll
+                for (int copy = 0; copy < COPIES; copy++) sum += fresh(sums + copy * ROWS * R + i);
+                const float v = (float)(i64)sum * (1.f / 68719476736.f);
                 if (r < RANK)
                     dt[b * DT_ROW + r] = (E)narrow(v, 0.f);
                 else
@@ -503,7 +543,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
             const int item = tid + i * WORKERS, quad = item & 3, channel = item / 4 % CHANNELS, b = item / 4 / CHANNELS;
             float sum = 0.f, x = 0.f;
             if (states_at[i] != nullptr) {
-                x = u[b * U_ROW + before + channel];
+                x = widen(u[b * U_ROW + before + channel]);
                 float d = rounded(delta[channel * 8 + b]) + step_bias[i];
                 d = d > 20.f ? d : log1pf(expf(d));
                 float a[4];
@@ -529,44 +569,59 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                 p.y[(size_t)b * D + first + channel] = (E)narrow((sum + skip[i] * x) * silu(z[b * CHANNELS + channel]), 0.f);
         }
         meeting.come();
+        ring.repay(DOSE);
 
         // Third. The sums of the next layer's first part must be zero by then: those of the layer before were read by all.
-        for (int i = blockIdx.x * THREADS + tid; i < ROWS * R; i += GRID * THREADS) p.sums[(~layer & 1) * ROWS * R + i] = 0;
+        if (!works) {
+            if (layer + 1 < LAYERS) send_small(fields + FIELDS, small, first, count, lane);
+#pragma unroll 1
+            for (int i = blockIdx.x * 32 + lane; i < COPIES * ROWS * R; i += GRID * 32) p.sums[(~layer & 1) * COPIES * ROWS * R + i] = 0;
+        }
         meeting.wait();
-        if (works)
-            for (int i = tid; i < ROWS * (D / 8); i += WORKERS) {
-                const int b = i / (D / 8), k = i % (D / 8);
-                *(uint4*)(act + b * ACT_ROW + k * 16) = fresh((const uint4*)(p.y + (size_t)b * D) + k);
+        if (works) {
+            constexpr int VECTORS = (ROWS * (D / 8) + WORKERS - 1) / WORKERS, TOGETHER = VECTORS < 4 ? VECTORS : 4;
+#pragma unroll TOGETHER
+            for (int v = 0; v < VECTORS; v++) {
+                const int i = tid + v * WORKERS, b = i / (D / 8), k = i % (D / 8);
+                if (i < ROWS * (D / 8)) *(uint4*)(act + b * ACT_ROW + k * 16) = fresh((const uint4*)(p.y + (size_t)b * D) + k);
             }
+        }
+        ring.repay(SLOTS);
         __syncthreads();
-        if (works) ring.run<S_TILES, D_PIECES>(act, part);
+        if (works) ring.products<S_TILES, D_PIECES>(act, part);
         __syncthreads();
-        for (int i = tid; i < ROWS * stream_count; i += THREADS) {
-            const int b = i / stream_count, r = i % stream_count;
+#pragma unroll 1
+        for (int i = tid; i < ROWS * STREAM; i += THREADS) {
+            const int b = i / STREAM, r = i % STREAM;
+            if (r >= stream_count) continue;
             float v = gathered<S_TILES, D_PIECES>(part, r / 16, r % 16, b);
             if (fields[OUT_BIAS]) v += widen(((const E*)fields[OUT_BIAS])[stream + r]);
             v = own[r * ROWS + b] += rounded(v);
             p.residual[(size_t)b * H + stream + r] = v;
         }
         meeting.come();
+        ring.repay(DOSE);
     }
 
     // The head. The last layer's sums are no longer read.
     normed(p, p.final_norm, LAYERS == 0, memory, warp, lane, [&] {
         if (LAYERS > 0) meeting.wait();
     });
-    for (int i = blockIdx.x * THREADS + tid; i < ROWS * R; i += GRID * THREADS) p.sums[(~LAYERS & 1) * ROWS * R + i] = 0;
+    for (int i = blockIdx.x * THREADS + tid; i < COPIES * ROWS * R; i += GRID * THREADS) p.sums[(~LAYERS & 1) * COPIES * ROWS * R + i] = 0;
     const int words = ring.words, words_count = ring.words_end - words;
+#pragma unroll 1
     for (int round = 0; round < ROUNDS; round++) {
         const bool last = round == ROUNDS - 1;
+        ring.repay(SLOTS);
         if (works) {
             if (last)
-                ring.run<LAST_TILES, H_PIECES>(act, part);
+                ring.products<LAST_TILES, H_PIECES>(act, part);
             else
-                ring.run<WARPS, H_PIECES>(act, part);
+                ring.products<WARPS, H_PIECES>(act, part);
         }
         __syncthreads();
         if (works)
+#pragma unroll 1
             for (int i = tid; i < ROWS * WARPS * 16; i += WORKERS) {
                 const int b = i / (WARPS * 16), row = i % (WARPS * 16), word = round * WARPS * 16 + row;
                 u64 key = 0;

@@ -20,6 +20,7 @@ MOST_ROWS = 8
 _WARPS, _N, _FIELDS = 16, 16, 14
 _THREADS = 32 * (_WARPS + 1)
 _MOST_SLOTS, _LEAST_SLOTS = 16, 2
+_FLOWING = 3  # pieces of each warp on their way while blocks tell each other something: enough to keep the memory busy
 _DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -50,10 +51,10 @@ def _fixed_bytes(grid: int, rows: int, h: int, d: int, rank: int, layers: int, a
     """What persistent.cu keeps in shared memory beside its rings."""
     channels, stream = -(-d // grid), -(-h // grid)
     padded = -(-channels // 16) * 16
-    chunks, r = (channels + 14) // 8, rank + 2 * _N
-    small = _lines(r * (chunks | 1) * 16) + _lines(padded * rank * 2) + _lines(channels * _N * a_bytes)
+    columns, r = -(-(channels + 7) // 16) * 16, rank + 2 * _N
+    small = _lines(r * (columns * 2 + 16)) + _lines(padded * rank * 2) + _lines(channels * _N * a_bytes)
     sizes = [
-        layers * _FIELDS * 8, rows * (max(h, d) * 2 + 64), _WARPS * 2 * 16 * 8 * 4, 2 * small, rows * chunks * 8 * 4,
+        layers * _FIELDS * 8, rows * (max(h, d) * 2 + 64), _WARPS * 2 * 16 * 8 * 4, small, 8 * (columns + 8) * 2,
         rows * channels * 4, padded * 8 * 4, 8 * (rank + 8) * 2, rows * 2 * _N * 4, stream * rows * 4, _WARPS * 4, rows * 8,
     ]  # fmt: skip
     return sum(map(_lines, sizes))
@@ -108,7 +109,7 @@ def _plan(
     return {
         "DTYPE": _DTYPES[dtype], "BITS": bits, "GROUP": group, "ROWS": rows, "GRID": grid, "H": h, "D": d, "RANK": rank,
         "WIDTH": width, "VOCABULARY": v, "LAYERS": len(layers), "SCAN_FLOAT": int(scan_dtype == torch.float32),
-        "CONV_FLOAT": int(conv_dtype == torch.float32), "SLOTS": slots,
+        "CONV_FLOAT": int(conv_dtype == torch.float32), "SLOTS": slots, "DEFER": max(0, slots - _FLOWING), "DOSE": 3,
         "SHARED": fixed + _WARPS * slots * _slot_bytes(bits),
     }  # fmt: skip
 
@@ -167,7 +168,7 @@ class PersistentStep:
         self.tokens, self.position = buffer(rows, dtype=torch.int64), buffer(1, dtype=torch.int64)
         self.history = buffer(rows, max(1, capacity), dtype=torch.int64)
         self.logits = buffer(rows, v)
-        sums = buffer(2, rows, plan["RANK"] + 2 * _N, dtype=torch.int64)
+        sums = buffer(2, 4, rows, plan["RANK"] + 2 * _N, dtype=torch.int64)
         residual, y = buffer(rows, h), buffer(rows, plan["D"], dtype=dtype)
         best, counter = buffer(rows, dtype=torch.int64), buffer(64, dtype=torch.int32)
         table, kept = [], []
