@@ -74,9 +74,10 @@ def _announce(run: _Run, data: Prepared) -> None:
     learning = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     characters = int(data.train.characters.sum())
     only = "" if learning == every else f" ({learning:,} of them learn)"
-    if run.team.world > 1:
+    if not run.team.capturable:
+        count = "1 process" if run.team.world == 1 else f"{run.team.world} processes"
         spread = f", a row over {run.team.context_size}" if run.team.context_size > 1 else ""
-        run.console.print(f"{run.team.world} processes, {run.team.mode}{spread}; the step runs without a CUDA graph")
+        run.console.print(f"{count}, {run.team.mode}{spread}; the step runs without a CUDA graph")
     run.console.print(
         f"{every:,} parameters{only} on {run.plain.device}; {data.train.tokens:,} tokens of {characters:,} "
         f"{data.vocabulary.unit}s in {len(data.train):,} documents; {run.rows.steps_per_epoch:,.1f} steps an epoch"
@@ -106,7 +107,7 @@ class _Run:
             ignored_token=data.vocabulary.unknown if config.ambiguous == "mask" else None,
             carry_rows=config.batch_size if config.stateful else 0, processes=team, objective=objective,
         )  # fmt: skip
-        captured = config.cuda_graph and device.type == "cuda" and team.world == 1
+        captured = config.cuda_graph and device.type == "cuda" and team.capturable
         self.stepper = CapturedStep(self.plain) if captured else self.plain
         self.step, self.seconds = 0, 0.0
         self.losses: list[torch.Tensor] = []

@@ -201,6 +201,11 @@ class CapturedStep:
             raise ValueError(
                 "respect_documents packs rows of changing shapes, which a CUDA graph cannot hold; set cuda_graph=false"
             )
+        if not step.processes.capturable:
+            raise ValueError(
+                f"a step of {step.processes.world} process(es) with parallel={step.processes.mode} cannot be a CUDA graph; "
+                "set cuda_graph=false"
+            )
         self.step = step
         self.graphs: dict[torch.Size, _Graph] = {}
         self.stream = torch.cuda.Stream()

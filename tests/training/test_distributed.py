@@ -16,7 +16,8 @@ from mambakit.training import loop
 from mambakit.training.checkpoint import checkpoints
 from mambakit.training.config import TrainConfig
 from mambakit.training.distributed import Processes, processes
-from mambakit.training.step import Objective, TrainingStep
+from mambakit.training.optimizer import make_optimizer
+from mambakit.training.step import CapturedStep, Objective, TrainingStep
 from tests.models.configurations import pair, worst
 from tests.training.launch import launch
 
@@ -173,6 +174,24 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match='2 processes were launched, but parallel is "none"'):
         loop.train(small_config(tmp_path, out=str(tmp_path / "run")), QUIET)
+
+
+def capturable(mode: str):
+    with processes(mode) as team:
+        objective = Objective(untrained())
+        step = TrainingStep(objective.model, make_optimizer(objective.model, 1e-3, (0.9, 0.95), 0.1), 1.0, "float32", False,
+                            processes=team)  # fmt: skip
+        if not team.capturable:
+            with pytest.raises(ValueError, match=f"parallel={mode} cannot be a CUDA graph"):
+                CapturedStep(step)
+        return team.capturable
+
+
+def test_one_process_without_ddp_is_captured():
+    assert Processes("none", torch.device("cpu")).capturable
+    assert [launch(capturable, world, mode)[0] for world, mode in ((1, "ddp"), (1, "fsdp"), (2, "fsdp"))] == [
+        False, True, False,
+    ]  # fmt: skip
 
 
 def uneven(context: int):

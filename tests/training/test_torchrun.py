@@ -66,7 +66,7 @@ def test_nccl_on_one_gpu(tmp_path, mode):
     (tmp_path / "config.toml").write_text(CONFIG.format(folder=tmp_path))
     (tmp_path / "text.txt").write_text("All happy families are alike.\n" * 60)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    curves = []
+    curves, uncaptured = [], []
     for how in ("none", mode):
         start = launcher if how != "none" else [sys.executable]
         out = tmp_path / how
@@ -74,5 +74,7 @@ def test_nccl_on_one_gpu(tmp_path, mode):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+        uncaptured.append("1 process, ddp; the step runs without a CUDA graph" in done.stderr)
         curves.append([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
+    assert uncaptured == [False, mode == "ddp"]  # FSDP of one process is captured
     assert curves[1] == pytest.approx(curves[0], rel=1e-2)  # bfloat16 products

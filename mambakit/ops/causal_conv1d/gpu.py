@@ -36,6 +36,11 @@ from mambakit.ops.causal_conv1d import reference
 _UNALIGNED = ["starts", "ids", "cu_seqlens", "slots"]
 
 
+# Widths up to this one unroll whatever may be: k = 4 is every Mamba's. The time that Triton's compiler takes grows about with the
+# third power of a kernel's loads and stores (its coalescing pass searches the whole kernel for each of them).
+SHORT = tl.constexpr(4)
+
+
 class Tile(NamedTuple):
     """One program: `rows` walks of `steps` positions over `block_d` channels, loading `unroll` steps ahead."""
 
@@ -256,9 +261,12 @@ def _backward_step(
     dfinal, dx, initial, slots, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
     stride_s, stride_d, stride_k,
     K: tl.constexpr, SILU: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr, PACKED: tl.constexpr,
-    STORE: tl.constexpr,
+    STORE: tl.constexpr, stored,
 ):  # fmt: skip
-    """One position of a backward walk. `own` is false past the walk's end, where the next walk counts dweight."""
+    """One position of a backward walk. `own` is false past the walk's end, where the next walk counts dweight.
+
+    STORE: t - (k - 1) is the walk's; or, of a long filter, wherever `stored` says so.
+    """
     if PACKED:
         window = _restart(
             window, start == t, initial, slots, ids, t, end, d, channel, stride_s, stride_d, stride_k,
@@ -286,6 +294,9 @@ def _backward_step(
     if STORE:
         # Position t - (k - 1) is complete: no later position reads it.
         p = t - (K - 1)
+        complete = p < end
+        if K > SHORT:
+            complete &= stored
         result = grown[0]
         if HAS_DFINAL:
             row = batch
@@ -295,12 +306,12 @@ def _backward_step(
                 finish = tl.load(cu_seqlens + row + 1)
             index = p - finish + (K - 1)
             place = ((row * channels)[:, None] + d[None, :]) * (K - 1) + index[:, None]
-            last = ((index >= 0) & (p < end))[:, None] & channel
+            last = ((index >= 0) & complete)[:, None] & channel
             result += tl.load(dfinal + place, mask=last, other=0.0).to(tl.float32)
         tl.store(
             dx_row + (p.to(tl.int64) * channels)[:, None] + d[None, :],
             result.to(dx.dtype.element_ty),
-            mask=(p < end)[:, None] & channel,
+            mask=complete[:, None] & channel,
         )
     return window[1:], grown[1:], sums, doffset
 
@@ -385,8 +396,9 @@ def _backward_kernel(
             pending = pending + (zero,)
             dtaps = dtaps + (zero,)
 
-        # The first k - 1 steps complete positions of the walk before: nothing to store.
-        for i in tl.static_range(K - 1):
+        # The first k - 1 steps complete positions of the walk before: nothing to store. Short filters unroll them.
+        PEELED: tl.constexpr = K - 1 if K <= SHORT else 0
+        for i in tl.static_range(PEELED):
             t = first + i
             live = (t < end)[:, None] & channel
             x_t = tl.load(x_row + (t.to(tl.int64) * stride_xt)[:, None] + d[None, :], mask=live, other=0.0)
@@ -395,9 +407,9 @@ def _backward_kernel(
             window, pending, dtaps, doffset = _backward_step(
                 x_t, dy_t, t, start, end, window, pending, dtaps, doffset, taps, offset, i < STEPS,
                 dfinal, dx, initial, initial, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
-                stride_s, stride_d, stride_k, K, SILU, HAS_INITIAL, HAS_DFINAL, PACKED, False,
+                stride_s, stride_d, stride_k, K, SILU, HAS_INITIAL, HAS_DFINAL, PACKED, False, False,
             )  # fmt: skip
-        for i in range(K - 1, K - 1 + STEPS, UNROLL):
+        for i in range(PEELED, K - 1 + STEPS, UNROLL):
             x_ahead = ()
             dy_ahead = ()
             starts_ahead = ()
@@ -417,6 +429,7 @@ def _backward_kernel(
                     i + u < STEPS,
                     dfinal, dx, initial, initial, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
                     stride_s, stride_d, stride_k, K, SILU, HAS_INITIAL, HAS_DFINAL, PACKED, True,
+                    (i + u >= K - 1) & (i + u < K - 1 + STEPS),
                 )  # fmt: skip
         place = partials + program.to(tl.int64) * (K + 1) * channels + d
         for j in tl.static_range(K):
@@ -559,7 +572,7 @@ def forward_tile(x: Tensor, k: int, restarts: bool) -> Tile:
 
 def backward_tile(x: Tensor, k: int, restarts: bool) -> Tile:
     """Window, unfinished dx and sums of dweight are 3 k registers a channel: 128 in all at 4 channels, 249 at 8."""
-    return _tile(x, 4 if k <= 4 else 2, 128, 4 if k <= 4 and not restarts else 2)
+    return _tile(x, 4 if k <= 4 else 2, 128, (2 if restarts else 4) if k <= 4 else (1 if restarts else 2))
 
 
 def _rows_in_place(x: Tensor) -> tuple[Tensor, int, int]:
@@ -570,10 +583,14 @@ def _rows_in_place(x: Tensor) -> tuple[Tensor, int, int]:
 
 
 def _sequences(cu_seqlens: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
-    if cu_seqlens is None or length == 0:
+    if cu_seqlens is None:
         return None, None
+    # Of an empty row, too, they are tensors: the kernels that write its states are compiled with the walks in them.
     starts, ids = torch.empty(2, length, dtype=torch.int32, device=cu_seqlens.device)
-    _sequences_kernel[(triton.cdiv(length, 256),)](cu_seqlens, starts, ids, length, cu_seqlens.shape[0] - 1, BLOCK=256)
+    if length:
+        _sequences_kernel[(triton.cdiv(length, 256),)](
+            cu_seqlens, starts, ids, length, cu_seqlens.shape[0] - 1, BLOCK=256
+        )
     return starts, ids
 
 

@@ -5,7 +5,9 @@ head's product is written in float32 (a bfloat16 logit of 10 is off by up to 0.0
 reads each row twice (maximum and sum together; then the gradient, from L2 for the most part) and writes
 softmax - onehot in the inputs' dtype for the other two products. That gradient is not divided by the number of tokens
 here: in float16 it would vanish. dweight is added over chunks in float32 inside cuBLAS (beta = 1), which reads and
-writes it once a chunk, so chunks are as large as memory reasonably allows.
+writes it once a chunk, so chunks are as large as memory reasonably allows. dhidden is a sum over the vocabulary: cuBLAS splits
+one that long among blocks and, for a bfloat16 result, may add their parts in bfloat16 (4.4e-3 at v = 50277 on an H100, where
+rounding the result once is 1.7e-3), so it too is written in float32 and rounded after.
 
 Liger-Kernel's fused linear cross-entropy was the candidate to depend on. It reads the number of targets back to the
 host at every call (no CUDA graphs), keeps logits in the inputs' dtype, is not a torch.library op and has no path
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from mambakit.ops.linear_cross_entropy import reference
 
-# Logits of a chunk: 512 MiB of float32, and half of it again for their gradient.
+# Logits of a chunk: 512 MiB of float32, half of it again for their gradient, and as much at most for dhidden in float32.
 CHUNK_LOGITS = 2**27
 
 
@@ -93,7 +95,7 @@ def forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
     need = need_dhidden or need_dweight
     # Rows of 64 logits' multiple: an odd vocabulary would make every row unaligned, for cuBLAS and for the kernel.
     width = triton.cdiv(v, 64) * 64
-    step = min(tokens, max(1, CHUNK_LOGITS // width))
+    step = min(tokens, max(1, CHUNK_LOGITS // max(width, h)))
     if step > 256:
         step = step // 256 * 256  # whole tiles of the products
     w = weight.to(dtype)
@@ -106,6 +108,9 @@ def forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
     dlogits = logits
     if need and dtype != torch.float32:
         dlogits = torch.empty((step, width), dtype=dtype, device=device)[:, :v]
+    wide = torch.empty(
+        (step, h) if need_dhidden and dtype != torch.float32 else (0,), dtype=torch.float32, device=device
+    )
     block, num_warps = softmax_block(v)
     with torch.cuda.device_of(hidden):
         for begin in range(0, tokens, max(step, 1)):
@@ -117,7 +122,11 @@ def forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
                 V=v, BLOCK_V=block, NEED_GRADIENT=need, num_warps=num_warps,
             )  # fmt: skip
             if need_dhidden:
-                torch.mm(dz, w, out=dhidden[begin : begin + count])
+                part = dhidden[begin : begin + count]
+                exact = part if dtype == torch.float32 else wide[:count]
+                _product(dz, w, exact)
+                if exact is not part:
+                    part.copy_(exact)
             if need_dweight:
                 _product(dz.T, x, dweight, accumulate=begin > 0)
     return losses.sum(), dhidden, dweight.to(weight.dtype)

@@ -55,6 +55,16 @@ class Processes:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a step of this team may be captured in a CUDA graph: one process, and without DDP.
+
+        DDP takes its own run-time statistics with CUDA events, which may not be read during a capture, in its first ten
+        iterations and every hundredth later, and it keeps gradient accumulators on the stream that it was made on. FSDP2
+        of one process exchanges nothing and ends every backward pass with no event pending.
+        """
+        return self.world == 1 and self.mode != "ddp"
+
     def require_even(self, rows: int, what: str) -> None:
         if rows % self.data_size:
             raise ValueError(

@@ -206,23 +206,54 @@ POINTERS |= dict.fromkeys(("slots", "starts", "ids", "cu_seqlens"), "*i32")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("states", [False, True])
-def test_kernels_compile(packed, states):
-    flags = {"K": 4, "BLOCK_D": 64, "UNROLL": 2, "SILU": True, "HAS_BIAS": states, "PACKED": packed}
+@pytest.mark.parametrize(
+    ("k", "packed", "states"),
+    [(4, False, False), (4, False, True), (4, True, False), (4, True, True), (6, False, True)],
+)
+def test_kernels_compile(k, packed, states):
+    flags = {"K": k, "BLOCK_D": 64, "UNROLL": 2, "SILU": True, "HAS_BIAS": states, "PACKED": packed}
     absent = {} if packed else {"starts": None, "ids": None, "cu_seqlens": None}
     absent |= {} if states else {"initial": None, "slots": None, "dfinal": None, "bias": None}
     walks = {"ROWS": 8, "STEPS": 16, "HAS_INITIAL": states, **flags}
     for kernel, constants in (
-        (gpu._forward_kernel, {"KP": 4, "HAS_SLOTS": states, **walks}),
+        (gpu._forward_kernel, {"KP": triton.next_power_of_2(k - 1), "HAS_SLOTS": states, **walks}),
         (gpu._backward_kernel, {"HAS_DFINAL": states, **walks}),
         (gpu._decode_kernel, {"HAS_SLOTS": states, **flags}),
-        (gpu._sum_partials_kernel, {"K": 4, "HAS_BIAS": states, "ROWS": 32, "BLOCK_D": 32}),
-        (gpu._scatter_kernel, {"K": 4, "BLOCK": 1024, "HAS_SLOTS": states}),
+        (gpu._sum_partials_kernel, {"K": k, "HAS_BIAS": states, "ROWS": 32, "BLOCK_D": 32}),
+        (gpu._scatter_kernel, {"K": k, "BLOCK": 1024, "HAS_SLOTS": states}),
     ):
         constants |= {name: value for name, value in absent.items() if name in kernel.arg_names}
         compile_for_hopper(kernel, constants, **POINTERS)
     compile_for_hopper(gpu._sequences_kernel, {"BLOCK": 256}, **POINTERS)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+def test_an_empty_packed_row_compiles(monkeypatch):
+    """Its launches only write states, but the compiler reads the rest of the kernel, too: no pointer may be missing."""
+    launched = []
+
+    class Kernel:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: launched.append((self.kernel, arguments, constants))
+
+    for name in ("_forward_kernel", "_backward_kernel"):
+        monkeypatch.setattr(gpu, name, Kernel(getattr(gpu, name)))
+    monkeypatch.setattr(gpu, "_sum_partials_kernel", Kernel(None))
+    dy, dfinal, *rest = inputs(CASES[-1], torch.bfloat16, "cpu").values()
+    gpu.forward(*rest)
+    gpu.backward(dy, dfinal, *rest)
+    kernels = [launch for launch in launched if launch[0] is not None]
+    assert len(kernels) == 2
+    for kernel, arguments, constants in kernels:
+        given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+        given.pop("num_warps")
+        constants = {
+            n: v for n, v in given.items() if v is None or kernel.params[kernel.arg_names.index(n)].is_constexpr
+        }
+        compile_for_hopper(kernel, constants, **POINTERS)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own run")
