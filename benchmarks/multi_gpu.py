@@ -142,6 +142,7 @@ def measure(gpus: int, name: str, *arguments: object) -> dict:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
+            print(f"  {name} {arguments} on {gpus}: {line.removeprefix('RESULT ')}", file=sys.stderr, flush=True)
             return json.loads(line.removeprefix("RESULT "))
     if "OutOfMemoryError" in done.stderr:
         return {"error": "out of memory"}

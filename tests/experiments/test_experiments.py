@@ -77,17 +77,24 @@ def test_a_budget_stops_a_run_and_says_so(common):
 
 def test_induction_heads(common, tmp_path):
     line = [
-        "--length", "16", "--vocabulary", "4", "--time-step-min", "1e-4", "--time-step-max", "1e-2", "--hidden-size", "32", "--learning-rate", "5e-3", "--steps", "250",
-        "--check-every", "50", "--first-power", "4", "--last-power", "7", "--evaluation-rows", "64",
-        "--chunk-tokens", "700", "--seeds", "0",
+        "--first-length", "6", "--length", "16", "--vocabulary", "4", "--hidden-size", "32", "--learning-rate", "1e-2",
+        "--steps", "400", "--check-every", "50", "--advance-at", "0.9", "--first-power", "4", "--last-power", "7",
+        "--evaluation-rows", "64", "--chunk-tokens", "700", "--seeds", "1",
     ]  # fmt: skip
     record = saved(induction_heads.main([*common, *line]))
     run = record["runs"][0]
     assert run["curve"][-1]["accuracy"] > 0.9
+    assert [stage["length"] for stage in run["stages"]] == [6, 12, 16]
+    assert sum(stage["steps"] for stage in run["stages"]) == run["steps"] == run["curve"][-1]["step"] == 400
     assert [p["length"] for p in run["accuracies"]] == [16, 32, 64, 128]
     assert run["accuracies"][0]["accuracy"] > 0.9
     assert record["complete"]
     assert "2^4 to 2^7" in plotted(tmp_path)
+
+
+def test_induction_heads_refuses_a_first_length_beyond_the_last(common):
+    with pytest.raises(ValueError, match="first_length 32"):
+        induction_heads.main([*common, "--first-length", "32", "--length", "16"])
 
 
 def test_induction_rows_and_chunks_equal_the_whole(common):

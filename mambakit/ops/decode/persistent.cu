@@ -4,7 +4,7 @@
 //   DTYPE 1 bfloat16, 2 float16: weights and activations      BITS 0: the large weights too; 8 or 4: packed integers, GROUP
 //   ROWS 1 to 8 texts; GRID blocks; H, D, RANK, WIDTH, VOCABULARY, LAYERS: the model's; 16 states
 //   SCAN_FLOAT: 1 where A_log, D and dt_proj's bias are float32; CONV_FLOAT: 1 where the convolution's windows are
-//   SLOTS of each warp's ring, the last DEFER of a phase filled again DOSE by DOSE; SHARED bytes
+//   SLOTS of each warp's ring, the last DEFER of a phase filled again DOSE by DOSE; BUFFERS, 1 or 2, of small weights; SHARED bytes
 //
 // The channels, the rows of the residual stream and the vocabulary are dealt out to the blocks. A layer is
 //
@@ -14,8 +14,8 @@
 //   third    out_proj's rows of the stream
 //
 // Weights never wait for that. Each warp knows all the pieces of weights that it will multiply, in order to the end of the step, and
-// keeps a ring of them on their way into shared memory: a piece is 64 bytes of 16 rows, a lane reads only what it copied. So the
-// memory works on while blocks wait for each other. But what blocks tell each other queues behind the weights that are on their
+// keeps a ring of them on their way into shared memory: a piece is 128 bytes, a whole line, of 16 rows. So the memory
+// works on while blocks wait for each other. But what blocks tell each other queues behind the weights that are on their
 // way: towards the end of a phase slots are left free, and filled a few at a time while the block waits. A piece is multiplied on
 // the tensor cores as 16 rows by as many columns by 8 texts; within a piece the columns may come in any order, as long as the activations
 // come in the same. The 17th warp speaks for the block and fetches the small weights of the next layer; it has nothing on its way
@@ -29,11 +29,11 @@ typedef unsigned short E;  // bits of the dtype
 constexpr int N = 16;
 constexpr int WARPS = 16, WORKERS = WARPS * 32, THREADS = WORKERS + 32;
 constexpr int R = RANK + 2 * N;
-constexpr int PIECE = BITS == 8 ? 64 : BITS == 4 ? 128 : 32;  // columns
+constexpr int PIECE = BITS == 8 ? 128 : BITS == 4 ? 256 : 64;  // columns
 constexpr int H_PIECES = H / PIECE, D_PIECES = D / PIECE;
-constexpr int H_BYTES = H_PIECES * 64, D_BYTES = D_PIECES * 64;  // of a row
+constexpr int H_BYTES = H_PIECES * 128, D_BYTES = D_PIECES * 128;  // of a row
 constexpr int SCALES = BITS && PIECE > GROUP ? PIECE / GROUP : 1;  // of a row in a piece
-constexpr int SLOT = 1024 + (BITS ? 256 : 0);
+constexpr int SLOT = 2048 + (BITS ? 512 : 0);
 constexpr int CHANNELS = (D + GRID - 1) / GRID, STREAM = (H + GRID - 1) / GRID, WORDS = (VOCABULARY + GRID - 1) / GRID;
 constexpr int C_TILES = (CHANNELS + 15) / 16, S_TILES = (STREAM + 15) / 16, W_TILES = (WORDS + 15) / 16;
 constexpr int ROUNDS = (W_TILES + WARPS - 1) / WARPS, LAST_TILES = W_TILES - (ROUNDS - 1) * WARPS;
@@ -54,7 +54,7 @@ constexpr int COPIES = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;  // of x_proj's sums: 
 constexpr int AT_ACT = up(LAYERS * FIELDS * 8);
 constexpr int AT_PART = AT_ACT + up(ROWS * ACT_ROW);
 constexpr int AT_SMALL = AT_PART + WARPS * 2 * 16 * 8 * 4;
-constexpr int AT_U = AT_SMALL + SMALL;
+constexpr int AT_U = AT_SMALL + BUFFERS * SMALL;
 constexpr int AT_Z = AT_U + up(8 * U_ROW * 2);
 constexpr int AT_DELTA = AT_Z + up(ROWS * CHANNELS * 4);
 constexpr int AT_DT = AT_DELTA + up(C_TILES * 16 * 8 * 4);
@@ -100,14 +100,16 @@ struct Ring {
     struct Share { int tile, piece, count; };  // of a phase: where it begins, and how many pieces
     const i64* table;
     const Params& p;
-    char *begin, *end, *slot, *fill;  // this lane's 16 bytes of the slots: of the oldest piece, and where the next one goes
+    char *begin, *end, *slot, *fill;  // the slots: of the oldest piece, and where the next one goes
+    const char* next;                 // this lane's 16 bytes of the next piece: it copies one of every 4 rows
+    const float* scales;              // of the row that this lane fetches the scales of
+    int four;                         // bytes from a row to the fourth after it
+    int there;                        // rows of the open tile, less this lane's first
     int owed;                         // pieces used whose places are still free
-    const char *low, *high;    // this lane's 16 bytes of the next piece: rows g and g + 8
-    const float *low_scales, *high_scales;
-    int run, left;  // pieces of this warp still to send, of the open tile and of the phase after it
-    int phase, tile, scale;
-    bool has_low, has_high;
+    int run, left;                    // pieces of this warp still to send, of the open tile and of the phase after it
+    int phase, tile;
     int warp, lane, g, t, channels, channels_end, stream, stream_end, words, words_end;
+    int to, from;  // where in a slot this lane copies to, and reads row g from: odd rows' halves change places, for the banks
     Share first, third;
 
     DEVICE static Share share_of(int warp, int tiles, int pieces) {
@@ -115,9 +117,12 @@ struct Ring {
         return {from / pieces, from % pieces, (warp + 1) * tiles * pieces / WARPS - from};
     }
     DEVICE Ring(const Params& p_, const i64* table_, char* slots, int warp_, int lane_)
-        : table(table_), p(p_), begin(slots + lane_ * 16), end(begin + SLOTS * SLOT), slot(begin), fill(begin), owed(0), run(0), left(0), phase(-1), tile(0),
-          scale(0), has_low(false), has_high(false), warp(warp_), lane(lane_), g(lane_ / 4), t(lane_ % 4),
+        : table(table_), p(p_), begin(slots), end(slots + SLOTS * SLOT), slot(slots), fill(slots), next(nullptr), scales(nullptr), four(0),
+          there(0), owed(0), run(0), left(0), phase(-1), tile(0), warp(warp_), lane(lane_), g(lane_ / 4), t(lane_ % 4),
           first(share_of(warp_, 2 * C_TILES, H_PIECES)), third(share_of(warp_, S_TILES, D_PIECES)) {
+        const int row = lane / 8, chunk = lane % 8;
+        to = row * 128 + (chunk ^ (row & 1) * 4) * 16;
+        from = g * 128 + (t ^ (g & 1) * 4) * 16;
         const int block = blockIdx.x;
         channels = begin_of(D, block), channels_end = begin_of(D, block + 1);
         stream = begin_of(H, block), stream_end = begin_of(H, block + 1);
@@ -129,7 +134,7 @@ struct Ring {
         tile++;
         while (left == 0) {
             if (++phase >= PHASES) {
-                run = 0x7fffffff, has_low = has_high = false;
+                run = 0x7fffffff, there = 0;
                 return;
             }
             const Share share = phase >= 2 * LAYERS ? share_of(warp, phase == PHASES - 1 ? LAST_TILES : WARPS, H_PIECES)
@@ -142,45 +147,43 @@ struct Ring {
         left -= run;
         int row, rows_end;
         const char* weight;
-        const float* scales;
+        const float* weight_scales;
         const i64* fields = table + phase / 2 * FIELDS;
         if (head) {
             row = words + ((phase - 2 * LAYERS) * WARPS + tile) * 16, rows_end = words_end;
-            weight = p.head, scales = p.head_scales;
+            weight = p.head, weight_scales = p.head_scales;
         } else if (wide) {
             row = stream + tile * 16, rows_end = stream_end;
-            weight = (const char*)fields[OUT], scales = (const float*)fields[OUT_SCALES];
+            weight = (const char*)fields[OUT], weight_scales = (const float*)fields[OUT_SCALES];
         } else {
             const int half = tile >= C_TILES;
             row = half * D + channels + (tile - half * C_TILES) * 16, rows_end = half * D + channels_end;
-            weight = (const char*)fields[IN], scales = (const float*)fields[IN_SCALES];
+            weight = (const char*)fields[IN], weight_scales = (const float*)fields[IN_SCALES];
         }
-        has_low = row + g < rows_end, has_high = row + g + 8 < rows_end;
-        const int bytes = wide ? D_BYTES : H_BYTES;
-        low = weight + (size_t)(row + g) * bytes + piece * 64 + t * 16;
-        high = low + 8 * bytes;
+        const int bytes = wide ? D_BYTES : H_BYTES, mine = row + lane / 8;
+        there = rows_end - mine, four = 4 * bytes;
+        next = weight + (size_t)mine * bytes + piece * 128 + lane % 8 * 16;
         if constexpr (BITS != 0) {
-            const int groups = (wide ? D : H) / GROUP;
-            low_scales = scales + (size_t)(row + g) * groups;
-            high_scales = low_scales + 8 * groups;
-            scale = piece;
+            const int groups = (wide ? D : H) / (GROUP ? GROUP : 1);
+            scales = row + lane < rows_end && lane < 16 ? weight_scales + (size_t)(row + lane) * groups + piece * SCALES : nullptr;
         }
     }
     // The next piece on its way.
     DEVICE void issue() {
         if (run == 0) advance();
         run--;
-        if (has_low) copy_later<16>(fill, low);
-        if (has_high) copy_later<16>(fill + 512, high);
-        low += 64, high += 64;
-        if constexpr (BITS != 0) {
-            if (t == 0) {
-                const int at = PIECE >= GROUP ? scale * SCALES : scale / (GROUP / PIECE);
-                if (has_low) copy_later<SCALES * 4>(fill + 1024 - lane * 16 + g * 16, low_scales + at);
-                if (has_high) copy_later<SCALES * 4>(fill + 1024 - lane * 16 + (g + 8) * 16, high_scales + at);
+        char* at = fill + to;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (there > 4 * i) copy_later<16>(at + i * 512, next + (i64)i * four);
+        next += 128;
+        if constexpr (BITS != 0)
+            if (there > -16 && scales != nullptr) {
+                char* row = fill + 2048 + lane * 32;
+                copy_later<(SCALES > 4 ? 16 : SCALES * 4)>(row, scales);
+                if constexpr (SCALES > 4) copy_later<16>(row + 16, scales + 4);
+                scales += SCALES;
             }
-            scale++;
-        }
         close_group();
         fill = fill + SLOT == end ? begin : fill + SLOT;
     }
@@ -194,54 +197,67 @@ struct Ring {
     // total += the oldest piece times the texts' activations in its columns. What is beyond the texts repeats the last and is not read.
     DEVICE void multiply_piece(float (&total)[4], const char* x) {
         wait_groups<SLOTS - 1>();
-        if constexpr (BITS == 0) {
-            const uint4 a = *(const uint4*)slot, c = *(const uint4*)(slot + 512), b = *(const uint4*)(x + t * 16);
-            multiply(total, a.x, c.x, a.y, c.y, b.x, b.y);
-            multiply(total, a.z, c.z, a.w, c.w, b.z, b.w);
-        } else {
-            __syncwarp();  // the scales were copied by the quad's first lane
-            const uint4 a = *(const uint4*)slot, c = *(const uint4*)(slot + 512);
-            const u32 as[4] = {a.x, a.y, a.z, a.w}, cs[4] = {c.x, c.y, c.z, c.w};
-            const float* low_scale = (const float*)(slot + 1024 - lane * 16 + g * 16);
-            const float* high_scale = low_scale + 32;
-            // All of one matrix instruction's columns share a scale: lanes of another group put in zeros.
-            constexpr int LANE_GROUPS = (BITS == 8 ? GROUP == 32 : GROUP <= 64) ? 2 : 1;
-            constexpr int PART_GROUPS = BITS == 4 && GROUP == 32 ? 2 : 1;
+        __syncwarp();  // other lanes copied what this one reads
+        uint4 a[2], c[2];
 #pragma unroll
-            for (int part = 0; part < PART_GROUPS; part++) {
-                float sum[LANE_GROUPS][4] = {};
-                constexpr int STEPS = (BITS == 8 ? 2 : 4) / PART_GROUPS;
+        for (int half = 0; half < 2; half++) {
+            const char* at = slot + (from ^ half * 64);
+            a[half] = *(const uint4*)at, c[half] = *(const uint4*)(at + 1024);
+        }
 #pragma unroll
-                for (int i = part * STEPS; i < (part + 1) * STEPS; i++) {
-                    // 8 columns of this lane. int8: 8 i on from 16 t. int4: nibble i of 8 words.
-                    const int k = BITS == 8 ? t * 16 + i * 8 : (t / 2) * 64 + i * 16 + (t & 1) * 8;
-                    const uint4 b = *(const uint4*)(x + k * 2);
-                    u32 v[4], w[4];
+        for (int half = 0; half < 2; half++) {
+            const char* columns = x + half * PIECE;  // PIECE / 2 columns of 2 bytes
+            if constexpr (BITS == 0) {
+                const uint4 b = *(const uint4*)(columns + t * 16);
+                multiply(total, a[half].x, c[half].x, a[half].y, c[half].y, b.x, b.y);
+                multiply(total, a[half].z, c[half].z, a[half].w, c[half].w, b.z, b.w);
+            } else {
+                const float* low_scale = (const float*)(slot + 2048 + g * 32) + half * (PIECE / 2) / GROUP;
+                multiply_integers(total, a[half], c[half], columns, low_scale, low_scale + 64);
+            }
+        }
+        __syncwarp();  // the slot is free
+        slot = slot + SLOT == end ? begin : slot + SLOT;
+    }
+    // The same of 64 bytes of a row in packed integers.
+    DEVICE void multiply_integers(
+        float (&total)[4], const uint4& a, const uint4& c, const char* x, const float* low_scale, const float* high_scale) {
+        const u32 as[4] = {a.x, a.y, a.z, a.w}, cs[4] = {c.x, c.y, c.z, c.w};
+        // All of one matrix instruction's columns share a scale: lanes of another group put in zeros.
+        constexpr int LANE_GROUPS = (BITS == 8 ? GROUP == 32 : GROUP <= 64) ? 2 : 1;
+        constexpr int PART_GROUPS = BITS == 4 && GROUP == 32 ? 2 : 1;
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        if constexpr (BITS == 8) {
-                            v[j] = bytes(as[i * 2 + j / 2], j % 2), w[j] = bytes(cs[i * 2 + j / 2], j % 2);
-                        } else {
-                            v[j] = nibbles(as[j] >> (4 * i)), w[j] = nibbles(cs[j] >> (4 * i));
-                        }
-                    }
+        for (int part = 0; part < PART_GROUPS; part++) {
+            float sum[LANE_GROUPS][4] = {};
+            constexpr int STEPS = (BITS == 8 ? 2 : 4) / PART_GROUPS;
 #pragma unroll
-                    for (int s = 0; s < LANE_GROUPS; s++) {
-                        const bool mine = LANE_GROUPS == 1 || t / 2 == s;
-                        multiply(sum[s], v[0], w[0], v[1], w[1], mine ? b.x : 0, mine ? b.y : 0);
-                        multiply(sum[s], v[2], w[2], v[3], w[3], mine ? b.z : 0, mine ? b.w : 0);
+            for (int i = part * STEPS; i < (part + 1) * STEPS; i++) {
+                // 8 columns of this lane. int8: 8 i on from 16 t. int4: nibble i of 8 words.
+                const int k = BITS == 8 ? t * 16 + i * 8 : (t / 2) * 64 + i * 16 + (t & 1) * 8;
+                const uint4 b = *(const uint4*)(x + k * 2);
+                u32 v[4], w[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    if constexpr (BITS == 8) {
+                        v[j] = bytes(as[i * 2 + j / 2], j % 2), w[j] = bytes(cs[i * 2 + j / 2], j % 2);
+                    } else {
+                        v[j] = nibbles(as[j] >> (4 * i)), w[j] = nibbles(cs[j] >> (4 * i));
                     }
                 }
 #pragma unroll
                 for (int s = 0; s < LANE_GROUPS; s++) {
-                    const float lower = low_scale[s * PART_GROUPS + part], upper = high_scale[s * PART_GROUPS + part];
-                    total[0] += lower * sum[s][0], total[1] += lower * sum[s][1];
-                    total[2] += upper * sum[s][2], total[3] += upper * sum[s][3];
+                    const bool mine = LANE_GROUPS == 1 || t / 2 == s;
+                    multiply(sum[s], v[0], w[0], v[1], w[1], mine ? b.x : 0, mine ? b.y : 0);
+                    multiply(sum[s], v[2], w[2], v[3], w[3], mine ? b.z : 0, mine ? b.w : 0);
                 }
             }
-            __syncwarp();
+#pragma unroll
+            for (int s = 0; s < LANE_GROUPS; s++) {
+                const float lower = low_scale[s * PART_GROUPS + part], upper = high_scale[s * PART_GROUPS + part];
+                total[0] += lower * sum[s][0], total[1] += lower * sum[s][1];
+                total[2] += upper * sum[s][2], total[3] += upper * sum[s][3];
+            }
         }
-        slot = slot + SLOT == end ? begin : slot + SLOT;
     }
     // Bytes 2 h and 2 h + 1 of a word, signed, as two numbers of the dtype.
     DEVICE static u32 bytes(u32 word, int h) {
@@ -395,7 +411,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     i64* table = (i64*)memory;
     char* act = memory + AT_ACT;
     float* part = (float*)(memory + AT_PART);
-    char* small = memory + AT_SMALL;
     E* u = (E*)(memory + AT_U);                  // [text of 8][channel + before], others 0
     float* z = (float*)(memory + AT_Z);          // [text][channel]
     float* delta = (float*)(memory + AT_DELTA);  // [channel][text of 8]
@@ -408,7 +423,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     const bool works = warp < WARPS;
     for (int i = tid; i < LAYERS * FIELDS; i += THREADS) table[i] = p.layers[i];
     for (int i = tid; i < 8 * U_ROW; i += THREADS) u[i] = 0;
-    for (int i = tid; i < SMALL / 4; i += THREADS) ((u32*)(memory + AT_SMALL))[i] = 0;  // x_proj's other columns
+    for (int i = tid; i < BUFFERS * SMALL / 4; i += THREADS) ((u32*)(memory + AT_SMALL))[i] = 0;  // x_proj's other columns
     if (tid < ROWS) best[tid] = 0;
     Meeting meeting = {p.counter, p.counter[32]};
     __syncthreads();
@@ -420,7 +435,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
 #pragma unroll 1
         for (int i = 0; i < SLOTS; i++) ring.issue();
     else
-        send_small(table, small, first, count, lane);
+        send_small(table, memory + AT_SMALL, first, count, lane);
     for (int i = tid; i < stream_count * ROWS; i += THREADS)
         own[i] = widen(p.embeddings[p.tokens[i % ROWS] * H + stream + i / ROWS]);
 
@@ -429,6 +444,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
 #pragma unroll 1
     for (int layer = 0; layer < LAYERS; layer++) {
         const i64* fields = table + layer * FIELDS;
+        const char* small = memory + AT_SMALL + (BUFFERS == 2 ? (layer & 1) * SMALL : 0);
         u64* sums = p.sums + (layer & 1) * COPIES * ROWS * R;
 
         // First. What does not depend on the stream is asked for beforehand.
@@ -449,8 +465,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
             ring.repay(DOSE);
         });
         ring.repay(SLOTS);
-        if (works) ring.products<2 * C_TILES, H_PIECES>(act, part);
-        if (!works) wait_groups<0>();  // this layer's small weights
+        if (works) {
+            ring.products<2 * C_TILES, H_PIECES>(act, part);
+        } else {  // this layer's small weights are here; the next layer's come until then
+            wait_groups<0>();
+            if (BUFFERS == 2 && layer + 1 < LAYERS)
+                send_small(fields + FIELDS, memory + AT_SMALL + (~layer & 1) * SMALL, first, count, lane);
+        }
         __syncthreads();
         if (convolves) {
             const int tile = c / 16, row = c % 16;
@@ -572,12 +593,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         ring.repay(DOSE);
 
         // Third. The sums of the next layer's first part must be zero by then: those of the layer before were read by all.
+        meeting.wait();
         if (!works) {
-            if (layer + 1 < LAYERS) send_small(fields + FIELDS, small, first, count, lane);
+            if (BUFFERS == 1 && layer + 1 < LAYERS) send_small(fields + FIELDS, memory + AT_SMALL, first, count, lane);
 #pragma unroll 1
             for (int i = blockIdx.x * 32 + lane; i < COPIES * ROWS * R; i += GRID * 32) p.sums[(~layer & 1) * COPIES * ROWS * R + i] = 0;
         }
-        meeting.wait();
         if (works) {
             constexpr int VECTORS = (ROWS * (D / 8) + WORKERS - 1) / WORKERS, TOGETHER = VECTORS < 4 ? VECTORS : 4;
 #pragma unroll TOGETHER

@@ -19,8 +19,6 @@ from mambakit.ops.decode.weights import LayerWeights, Weight, kind_of_all, shape
 MOST_ROWS = 8
 _WARPS, _N, _FIELDS = 16, 16, 14
 _THREADS = 32 * (_WARPS + 1)
-_MOST_SLOTS, _LEAST_SLOTS = 16, 2
-_FLOWING = 3  # pieces of each warp on their way while blocks tell each other something: enough to keep the memory busy
 _DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -44,17 +42,29 @@ def _lines(size: int) -> int:
 
 
 def _slot_bytes(bits: int) -> int:
-    return 1280 if bits else 1024
+    return 2560 if bits else 2048
 
 
-def _fixed_bytes(grid: int, rows: int, h: int, d: int, rank: int, layers: int, a_bytes: int) -> int:
+def _queue(bits: int, grid: int, h: int, d: int) -> tuple[int, int]:
+    """(slots of a warp's ring, those that are filled again at once at the end of a phase).
+
+    Measured on an H100 (docs/kernels.md). A deep queue of weights keeps the memory busy, and holds up what the blocks tell each
+    other: small and packed models are bound by the latter.
+    """
+    pieces = (2 * -(-d // grid // 16) * h + -(-h // grid // 16) * d) // 64 / _WARPS  # of a warp, in a layer
+    if bits:
+        return 2, 2
+    return (3, 3) if pieces <= 6 else (3, 1)
+
+
+def _fixed_bytes(grid: int, rows: int, h: int, d: int, rank: int, layers: int, a_bytes: int, buffers: int) -> int:
     """What persistent.cu keeps in shared memory beside its rings."""
     channels, stream = -(-d // grid), -(-h // grid)
     padded = -(-channels // 16) * 16
     columns, r = -(-(channels + 7) // 16) * 16, rank + 2 * _N
     small = _lines(r * (columns * 2 + 16)) + _lines(padded * rank * 2) + _lines(channels * _N * a_bytes)
     sizes = [
-        layers * _FIELDS * 8, rows * (max(h, d) * 2 + 64), _WARPS * 2 * 16 * 8 * 4, small, 8 * (columns + 8) * 2,
+        layers * _FIELDS * 8, rows * (max(h, d) * 2 + 64), _WARPS * 2 * 16 * 8 * 4, buffers * small, 8 * (columns + 8) * 2,
         rows * channels * 4, padded * 8 * 4, 8 * (rank + 8) * 2, rows * 2 * _N * 4, stream * rows * 4, _WARPS * 4, rows * 8,
     ]  # fmt: skip
     return sum(map(_lines, sizes))
@@ -79,7 +89,7 @@ def _plan(
     (v, h), (_, d) = shape_of(head), shape_of(first.x_proj)
     rank, n, width = first.dt_proj.shape[1], first.A_log.shape[1], first.conv.shape[1]
     grid, shared = limits
-    columns = {0: 32, 8: 64, 4: 128}[bits]
+    columns = {0: 64, 8: 128, 4: 256}[bits]
     channels, stream = -(-d // grid), -(-h // grid)
     if dtype not in _DTYPES:
         return f"{dtype} weights; it serves {', '.join(map(str, _DTYPES))}"
@@ -102,14 +112,19 @@ def _plan(
             t.data_ptr() % 16 for t in (w.in_proj, w.x_proj, w.out_proj, w.dt_proj, w.A_log) if isinstance(t, Tensor)
         ):
             return "weights that are not aligned to 16 bytes"
-    fixed = _fixed_bytes(grid, rows, h, d, rank, len(layers), first.A_log.itemsize)
-    slots = min(_MOST_SLOTS, (shared - fixed) // (_WARPS * _slot_bytes(bits)))
-    if slots < _LEAST_SLOTS:
+    most, flowing = _queue(bits, grid, h, d)
+    for buffers in (2, 1):
+        fixed = _fixed_bytes(grid, rows, h, d, rank, len(layers), first.A_log.itemsize, buffers)
+        slots = min(most, (shared - fixed) // (_WARPS * _slot_bytes(bits)))
+        if slots >= 2:
+            break
+    if slots < 1:
         return f"{fixed} bytes of shared memory beside the weights' ring, of {shared}"
     return {
         "DTYPE": _DTYPES[dtype], "BITS": bits, "GROUP": group, "ROWS": rows, "GRID": grid, "H": h, "D": d, "RANK": rank,
         "WIDTH": width, "VOCABULARY": v, "LAYERS": len(layers), "SCAN_FLOAT": int(scan_dtype == torch.float32),
-        "CONV_FLOAT": int(conv_dtype == torch.float32), "SLOTS": slots, "DEFER": max(0, slots - _FLOWING), "DOSE": 3,
+        "CONV_FLOAT": int(conv_dtype == torch.float32), "SLOTS": slots, "DEFER": max(0, slots - flowing), "DOSE": 1,
+        "BUFFERS": buffers,
         "SHARED": fixed + _WARPS * slots * _slot_bytes(bits),
     }  # fmt: skip
 

@@ -34,7 +34,8 @@ def made(dtype: torch.dtype, device: str, **shape) -> MambaForCausalLM:
     torch.manual_seed(0)
     wanted = {"hidden_size": 256, "num_hidden_layers": 3, "vocab_size": 999, "time_step_rank": 16} | shape
     if device == "cpu":
-        wanted |= {"hidden_size": min(128, wanted["hidden_size"]), "vocab_size": min(601, wanted["vocab_size"])}
+        wanted |= {"hidden_size": wanted.pop("on_a_cpu", 128), "vocab_size": min(601, wanted["vocab_size"])}
+    wanted.pop("on_a_cpu", None)
     return MambaForCausalLM(MambaConfig(**wanted)).to(device, dtype).eval()
 
 
@@ -72,9 +73,9 @@ CASES = {
     "int8": ({}, ("int8", 64)),
     "int8 groups of 32": ({}, ("int8", 32)),
     "int8 groups of 128": ({}, ("int8", 128)),
-    "int4": ({}, ("int4", 64)),
-    "int4 groups of 32": ({}, ("int4", 32)),
-    "int4 groups of 128": ({"use_bias": True}, ("int4", 128)),
+    "int4": ({"on_a_cpu": 256}, ("int4", 64)),
+    "int4 groups of 32": ({"on_a_cpu": 256}, ("int4", 32)),
+    "int4 groups of 128": ({"use_bias": True, "on_a_cpu": 256}, ("int4", 128)),
 }
 
 
@@ -90,7 +91,7 @@ def test_the_models_logits_and_states(on, device, case, rows, dtype):
     shape = dict(shape)
     if case == "wide" and device == "cpu":
         pytest.skip("slow on a CPU")
-    on(device, 5 if rows == 8 else 3)
+    on(device, 8 if rows == 8 else 5)
     model = made(dtype, device, **shape)
     if case == "all of one dtype":  # else A_log, D and dt_proj's bias are float32
         for parameter in model.parameters():
@@ -132,8 +133,8 @@ def test_the_models_logits_and_states(on, device, case, rows, dtype):
 @torch.no_grad()
 def test_a_rows_bits_are_its_own(on, device, packing):
     """Whatever the others hold, and however many there are."""
-    on(device)
-    model = made(torch.bfloat16, device, num_hidden_layers=2)
+    on(device, 6)
+    model = made(torch.bfloat16, device, num_hidden_layers=2, on_a_cpu=256)
     if packing:
         model.quantize(*packing)
     found = {}
@@ -160,7 +161,7 @@ def test_a_rows_bits_are_its_own(on, device, packing):
 def test_uneven_shares(on, blocks):
     """Channels, rows and words that the blocks do not divide."""
     on("cpu", blocks)
-    model = made(torch.bfloat16, "cpu", hidden_size=64, num_hidden_layers=2, vocab_size=321)
+    model = made(torch.bfloat16, "cpu", on_a_cpu=64, num_hidden_layers=2, vocab_size=321)
     ids = torch.randint(0, 321, (2, 2))
     whole = exact(model)(ids)
     cache = model.backbone.new_cache(2)
