@@ -3,6 +3,7 @@
 //
 //   DTYPE 1 bfloat16, 2 float16: weights and activations      BITS 0: the large weights too; 8 or 4: packed integers, GROUP
 //   ROWS 1 to 8 texts; GRID blocks; H, D, RANK, WIDTH, VOCABULARY, LAYERS: the model's; 16 states
+//   WARPS, 8 or 16, that work
 //   SCAN_FLOAT: 1 where A_log, D and dt_proj's bias are float32; CONV_FLOAT: 1 where the convolution's windows are
 //   SLOTS of each warp's ring, the last DEFER of a phase filled again DOSE by DOSE; BUFFERS, 1 or 2, of small weights; SHARED bytes
 //
@@ -18,7 +19,7 @@
 // works on while blocks wait for each other. But what blocks tell each other queues behind the weights that are on their
 // way: towards the end of a phase slots are left free, and filled a few at a time while the block waits. A piece is multiplied on
 // the tensor cores as 16 rows by as many columns by 8 texts; within a piece the columns may come in any order, as long as the activations
-// come in the same. The 17th warp speaks for the block and fetches the small weights of the next layer; it has nothing on its way
+// come in the same. The last warp speaks for the block and fetches the small weights of the next layer; it has nothing on its way
 // when it meets the others, so that its fence, which waits for the memory, is a short one.
 //
 // Every sum has a fixed order, or is of integers (x_proj's: fixed point of 2^-36): same inputs, same bits, whatever the other rows hold.
@@ -27,7 +28,7 @@
 
 typedef unsigned short E;  // bits of the dtype
 constexpr int N = 16;
-constexpr int WARPS = 16, WORKERS = WARPS * 32, THREADS = WORKERS + 32;
+constexpr int WORKERS = WARPS * 32, THREADS = WORKERS + 32;
 constexpr int R = RANK + 2 * N;
 constexpr int PIECE = BITS == 8 ? 128 : BITS == 4 ? 256 : 64;  // columns
 constexpr int H_PIECES = H / PIECE, D_PIECES = D / PIECE;
@@ -330,7 +331,7 @@ struct Meeting {
     }
 };
 
-constexpr int ROW_WARPS = ROWS == 1 ? 16 : ROWS == 2 ? 8 : ROWS <= 4 ? 4 : 2;  // that norm one text
+constexpr int ROW_WARPS = WARPS / (ROWS <= 2 ? ROWS : ROWS <= 4 ? 4 : 8);       // that norm one text
 constexpr int QUADS = (H / 4 + ROW_WARPS * 32 - 1) / (ROW_WARPS * 32);         // of a lane
 constexpr bool SCALE_AHEAD = QUADS <= 4;                                       // its registers suffice for that
 

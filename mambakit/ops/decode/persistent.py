@@ -17,8 +17,8 @@ from mambakit.ops import _nvrtc
 from mambakit.ops.decode.weights import LayerWeights, Weight, kind_of_all, shape_of, tensors_of
 
 MOST_ROWS = 8
-_WARPS, _N, _FIELDS = 16, 16, 14
-_THREADS = 32 * (_WARPS + 1)
+_N, _FIELDS = 16, 14
+_WARPS = 16
 _DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -57,15 +57,15 @@ def _queue(bits: int, grid: int, h: int, d: int) -> tuple[int, int]:
     return (3, 3) if pieces <= 6 else (3, 1)
 
 
-def _fixed_bytes(grid: int, rows: int, h: int, d: int, rank: int, layers: int, a_bytes: int, buffers: int) -> int:
+def _fixed_bytes(grid: int, rows: int, h: int, d: int, rank: int, layers: int, a_bytes: int, buffers: int, warps: int) -> int:
     """What persistent.cu keeps in shared memory beside its rings."""
     channels, stream = -(-d // grid), -(-h // grid)
     padded = -(-channels // 16) * 16
     columns, r = -(-(channels + 7) // 16) * 16, rank + 2 * _N
     small = _lines(r * (columns * 2 + 16)) + _lines(padded * rank * 2) + _lines(channels * _N * a_bytes)
     sizes = [
-        layers * _FIELDS * 8, rows * (max(h, d) * 2 + 64), _WARPS * 2 * 16 * 8 * 4, buffers * small, 8 * (columns + 8) * 2,
-        rows * channels * 4, padded * 8 * 4, 8 * (rank + 8) * 2, rows * 2 * _N * 4, stream * rows * 4, _WARPS * 4, rows * 8,
+        layers * _FIELDS * 8, rows * (max(h, d) * 2 + 64), warps * 2 * 16 * 8 * 4, buffers * small, 8 * (columns + 8) * 2,
+        rows * channels * 4, padded * 8 * 4, 8 * (rank + 8) * 2, rows * 2 * _N * 4, stream * rows * 4, warps * 4, rows * 8,
     ]  # fmt: skip
     return sum(map(_lines, sizes))
 
@@ -114,14 +114,14 @@ def _plan(
             return "weights that are not aligned to 16 bytes"
     most, flowing = _queue(bits, grid, h, d)
     for buffers in (2, 1):
-        fixed = _fixed_bytes(grid, rows, h, d, rank, len(layers), first.A_log.itemsize, buffers)
+        fixed = _fixed_bytes(grid, rows, h, d, rank, len(layers), first.A_log.itemsize, buffers, _WARPS)
         slots = min(most, (shared - fixed) // (_WARPS * _slot_bytes(bits)))
         if slots >= 2:
             break
     if slots < 1:
         return f"{fixed} bytes of shared memory beside the weights' ring, of {shared}"
     return {
-        "DTYPE": _DTYPES[dtype], "BITS": bits, "GROUP": group, "ROWS": rows, "GRID": grid, "H": h, "D": d, "RANK": rank,
+        "WARPS": _WARPS, "DTYPE": _DTYPES[dtype], "BITS": bits, "GROUP": group, "ROWS": rows, "GRID": grid, "H": h, "D": d, "RANK": rank,
         "WIDTH": width, "VOCABULARY": v, "LAYERS": len(layers), "SCAN_FLOAT": int(scan_dtype == torch.float32),
         "CONV_FLOAT": int(conv_dtype == torch.float32), "SLOTS": slots, "DEFER": max(0, slots - flowing), "DOSE": 1,
         "BUFFERS": buffers,
@@ -205,12 +205,12 @@ class PersistentStep:
         self._kept = [*kept, *operands]
         self._fields = [_address(t) for t in operands]
         self._fields += [struct.unpack("I", struct.pack("f", eps))[0], self.history.shape[1]]
-        self._grid, self._device = plan["GRID"], device
+        self._grid, self._threads, self._device = plan["GRID"], 32 * (plan["WARPS"] + 1), device
         self._kernel = _kernel(tuple(plan.items()), device.index)
 
     def __call__(self, choose: bool = False) -> Tensor:
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
-        self._kernel(self._grid, _THREADS, stream, *self._fields, int(choose))
+        self._kernel(self._grid, self._threads, stream, *self._fields, int(choose))
         return self.logits
 
 
