@@ -5,7 +5,7 @@
 //   ROWS 1 to 8 texts; GRID blocks; H, D, RANK, WIDTH, VOCABULARY, LAYERS: the model's; 16 states
 //   WARPS, 8 or 16, that work
 //   SCAN_FLOAT: 1 where A_log, D and dt_proj's bias are float32; CONV_FLOAT: 1 where the convolution's windows are
-//   SLOTS of each warp's ring, the last DEFER of a phase filled again DOSE by DOSE; BUFFERS, 1 or 2, of small weights; SHARED bytes
+//   SLOTS of each warp's ring, the last DEFER of a phase filled again one by one; BUFFERS, 1 or 2, of small weights; SHARED bytes
 //
 // The channels, the rows of the residual stream and the vocabulary are dealt out to the blocks. A layer is
 //
@@ -463,7 +463,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         }
         normed(p, (const E*)fields[NORM], layer == 0, memory, warp, lane, [&] {
             if (layer > 0) meeting.wait();
-            ring.repay(DOSE);
+            ring.repay(1);
         });
         ring.repay(SLOTS);
         if (works) {
@@ -511,7 +511,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                 }
             }
         meeting.come();
-        ring.repay(DOSE);
+        ring.repay(1);
 
         // Second.
         constexpr int ITEMS = (ROWS * CHANNELS * 4 + WORKERS - 1) / WORKERS;  // four states of a channel and text each
@@ -530,7 +530,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
             }
         }
         meeting.wait();
-        ring.repay(DOSE);
+        ring.repay(1);
         if (works)
 #pragma unroll 1
             for (int i = tid; i < ROWS * R; i += WORKERS) {
@@ -591,7 +591,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                 p.y[(size_t)b * D + first + channel] = (E)narrow((sum + skip[i] * x) * silu(z[b * CHANNELS + channel]), 0.f);
         }
         meeting.come();
-        ring.repay(DOSE);
+        ring.repay(1);
 
         // Third. The sums of the next layer's first part must be zero by then: those of the layer before were read by all.
         meeting.wait();
@@ -622,7 +622,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
             p.residual[(size_t)b * H + stream + r] = v;
         }
         meeting.come();
-        ring.repay(DOSE);
+        ring.repay(1);
     }
 
     // The head. The last layer's sums are no longer read.

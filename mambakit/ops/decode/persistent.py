@@ -18,7 +18,6 @@ from mambakit.ops.decode.weights import LayerWeights, Weight, kind_of_all, shape
 
 MOST_ROWS = 8
 _N, _FIELDS = 16, 14
-_WARPS = 16
 _DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -45,19 +44,20 @@ def _slot_bytes(bits: int) -> int:
     return 2560 if bits else 2048
 
 
-def _queue(bits: int, grid: int, h: int, d: int) -> tuple[int, int]:
-    """(slots of a warp's ring, those that are filled again at once at the end of a phase).
+def _queue(bits: int, rows: int, pieces: int) -> tuple[int, int]:
+    """(slots of a warp's ring, those filled again at once at the end of a phase) for so many pieces of a warp in a layer.
 
     Measured on an H100 (docs/kernels.md). A deep queue of weights keeps the memory busy, and holds up what the blocks tell each
     other: small and packed models are bound by the latter.
     """
-    pieces = (2 * -(-d // grid // 16) * h + -(-h // grid // 16) * d) // 64 / _WARPS  # of a warp, in a layer
-    if bits:
-        return 2, 2
-    return (3, 3) if pieces <= 6 else (3, 1)
+    if rows > 2:
+        return 3, 3
+    return (4, 4) if bits or pieces <= 12 else (6, 2)
 
 
-def _fixed_bytes(grid: int, rows: int, h: int, d: int, rank: int, layers: int, a_bytes: int, buffers: int, warps: int) -> int:
+def _fixed_bytes(
+    grid: int, rows: int, h: int, d: int, rank: int, layers: int, a_bytes: int, buffers: int, warps: int
+) -> int:
     """What persistent.cu keeps in shared memory beside its rings."""
     channels, stream = -(-d // grid), -(-h // grid)
     padded = -(-channels // 16) * 16
@@ -95,7 +95,10 @@ def _plan(
         return f"{dtype} weights; it serves {', '.join(map(str, _DTYPES))}"
     if n != _N or not 2 <= width <= 8 or rank % 16 or h % columns or d % columns or v < grid or d < grid or h < grid:
         return f"shape h={h}, d={d}, n={n}, rank={rank}, width={width}, v={v}"
-    if channels > 128 or stream > 256 or rows * channels > 32 * _WARPS:
+    c_tiles, s_tiles = -(-channels // 16), -(-stream // 16)
+    # 8 warps were faster than 16 on an H100; each has at most two tiles of a phase, a thread one channel of one row.
+    warps = next((w for w in (8, 16) if max(2 * c_tiles, s_tiles) <= w and rows * channels <= 32 * w), None)
+    if warps is None:
         return f"{channels} channels and {stream} rows of the stream for each of {grid} blocks"
     scan_dtype = first.A_log.dtype
     if conv_dtype not in (dtype, torch.float32) or scan_dtype not in (dtype, torch.float32):
@@ -112,20 +115,19 @@ def _plan(
             t.data_ptr() % 16 for t in (w.in_proj, w.x_proj, w.out_proj, w.dt_proj, w.A_log) if isinstance(t, Tensor)
         ):
             return "weights that are not aligned to 16 bytes"
-    most, flowing = _queue(bits, grid, h, d)
+    most, flowing = _queue(bits, rows, (2 * c_tiles * h + s_tiles * d) // columns // warps)
     for buffers in (2, 1):
-        fixed = _fixed_bytes(grid, rows, h, d, rank, len(layers), first.A_log.itemsize, buffers, _WARPS)
-        slots = min(most, (shared - fixed) // (_WARPS * _slot_bytes(bits)))
+        fixed = _fixed_bytes(grid, rows, h, d, rank, len(layers), first.A_log.itemsize, buffers, warps)
+        slots = min(most, (shared - fixed) // (warps * _slot_bytes(bits)))
         if slots >= 2:
             break
     if slots < 1:
         return f"{fixed} bytes of shared memory beside the weights' ring, of {shared}"
     return {
-        "WARPS": _WARPS, "DTYPE": _DTYPES[dtype], "BITS": bits, "GROUP": group, "ROWS": rows, "GRID": grid, "H": h, "D": d, "RANK": rank,
-        "WIDTH": width, "VOCABULARY": v, "LAYERS": len(layers), "SCAN_FLOAT": int(scan_dtype == torch.float32),
-        "CONV_FLOAT": int(conv_dtype == torch.float32), "SLOTS": slots, "DEFER": max(0, slots - flowing), "DOSE": 1,
-        "BUFFERS": buffers,
-        "SHARED": fixed + _WARPS * slots * _slot_bytes(bits),
+        "WARPS": warps, "DTYPE": _DTYPES[dtype], "BITS": bits, "GROUP": group, "ROWS": rows, "GRID": grid, "H": h, "D": d,
+        "RANK": rank, "WIDTH": width, "VOCABULARY": v, "LAYERS": len(layers), "SCAN_FLOAT": int(scan_dtype == torch.float32),
+        "CONV_FLOAT": int(conv_dtype == torch.float32), "SLOTS": slots, "DEFER": max(0, slots - flowing), "BUFFERS": buffers,
+        "SHARED": fixed + warps * slots * _slot_bytes(bits),
     }  # fmt: skip
 
 
