@@ -27,14 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.contenders import make_mamba
 from experiments.harness import Budget, Results, Step, device_of, parameter_count, say, train
 from experiments.settings import Settings, option, parse
-from mambakit import MambaForCausalLM
+from mambakit import MambaConfig, MambaForCausalLM
 from mambakit.training.optimizer import make_optimizer
 
 _WARMUP = 100  # steps from a rate of 0
-_TRAINING = 0.75  # of a run's time; the rest is for evaluation
+_TRAINING = 0.75  # of a run's time, at most; the rest is for evaluation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +45,9 @@ class InductionHeads(Settings):
     time_step_min: float = option(1e-9, "smallest initial Delta (the paper's default is 1e-3)")
     time_step_max: float = option(1e-7, "largest initial Delta (the paper's default is 0.1)")
     batch_size: int = option(32, "rows in a batch")
-    learning_rate: float = option(3e-3, "constant after 100 steps of warm-up")
-    steps: int = option(10_000, "at most, in a run; the time given decides below that, and what was taken is recorded")
+    learning_rate: float = option(3e-3, "after 100 steps of warm-up; falls linearly to 0 at the last length")
+    steps: int = option(300, "at the last length")
+    stage_steps: int = option(2000, "at each shorter length, at most")
     first_length: int = option(16, "row length of the first stage; it doubles from stage to stage, up to the length")
     advance_at: float = option(0.98, "accuracy of a shorter stage's batches at which the next stage starts")
     check_every: int = option(100, "steps between looks at the accuracy")
@@ -101,11 +101,10 @@ def train_stage(
 ) -> dict:  # fmt: skip
     """Train at one length, after ``before`` steps at shorter ones; what was seen is appended to ``curve``.
 
-    A shorter stage ends at the accuracy that earns the next, or once half of the steps or of the training's time are over.
+    A shorter stage ends at the accuracy that earns the next, or after its steps; any ends when the training's time is over.
     """
     last = length == settings.length
-    share = 1.0 if last else 0.5
-    steps = max(1, round(share * settings.steps) - before)
+    steps = settings.steps if last else settings.stage_steps
     device = next(model.parameters()).device
 
     def draw() -> tuple[Tensor, ...]:
@@ -117,22 +116,40 @@ def train_stage(
         curve.append({"step": before + taken, "length": length, "loss": means[0], "accuracy": means[1]})
         return not last and means[1] >= settings.advance_at
 
+    def rate(progress: float) -> float:
+        warm = min(1.0, (before + progress * steps + 1) / _WARMUP)
+        return settings.learning_rate * warm * (1.0 - progress if last else 1.0)
+
     taken, ended = train(
-        Step(model, optimizer, draw, capture=not settings.eager), steps,
-        lambda progress: settings.learning_rate * min(1.0, (before + progress * steps + 1) / _WARMUP),
-        settings.check_every, check, lambda: budget.elapsed() > _TRAINING * share * budget.seconds,
+        Step(model, optimizer, draw, capture=not settings.eager), steps, rate, settings.check_every, check,
+        lambda: budget.elapsed() > _TRAINING * budget.seconds,
     )  # fmt: skip
     return {"length": length, "steps": taken, "ended": ended, "accuracy": curve[-1]["accuracy"]}
 
 
+def new_model(settings: InductionHeads) -> MambaForCausalLM:
+    config = MambaConfig(
+        vocab_size=settings.vocabulary + 1, hidden_size=settings.hidden_size, num_hidden_layers=settings.layers,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0, time_step_init_scheme="constant",
+        time_step_min=settings.time_step_min, time_step_max=settings.time_step_max, time_step_floor=settings.time_step_min,
+    )  # fmt: skip
+    return MambaForCausalLM(config).train().to(device_of(settings))
+
+
+def compile_kernels(settings: InductionHeads) -> None:
+    """Take a step at each length and evaluate one row, with a model thrown away: no run's time goes into compilation."""
+    model = new_model(settings)
+    optimizer = make_optimizer(model, settings.learning_rate, (0.9, 0.999), 0.0)
+    once = dataclasses.replace(settings, steps=1, stage_steps=1, evaluation_rows=1, eager=True)
+    for length in settings.lengths():
+        train_stage(model, optimizer, length, 0, once, Budget(0.0), [])
+    accuracy_at(model.eval(), 2**settings.first_power, once, 0)
+
+
 def run_one(seed: int, settings: InductionHeads, seconds: float) -> dict:
-    """Train in float32 until the steps or 3/4 of the time are over, then evaluate; only a missing evaluation is a cut."""
-    device = device_of(settings)
+    """Train in float32 and evaluate; training that takes more than 3/4 of the time is cut there, as evaluation at its end."""
     torch.manual_seed(seed)
-    model = make_mamba(
-        settings.vocabulary + 1, settings.hidden_size, settings.layers,
-        time_steps=(settings.time_step_min, settings.time_step_max),
-    ).to(device)  # fmt: skip
+    model = new_model(settings)
     optimizer = make_optimizer(model, settings.learning_rate, (0.9, 0.999), 0.0)
     budget = Budget(seconds)
     curve: list[dict] = []
@@ -142,10 +159,12 @@ def run_one(seed: int, settings: InductionHeads, seconds: float) -> dict:
         stages.append(train_stage(model, optimizer, length, taken, settings, budget, curve))
         taken += stages[-1]["steps"]
         say(f"  seed {seed}: {stages[-1]}, {budget.elapsed():.0f} s")
+        if stages[-1]["ended"] == "budget":
+            break
     trained = budget.elapsed()
     model.eval()
     accuracies = []
-    cut = False
+    cut = stages[-1]["ended"] == "budget"
     for power in range(settings.first_power, settings.last_power + 1):
         if budget.left() < 0:
             cut = True
@@ -163,6 +182,8 @@ def run_one(seed: int, settings: InductionHeads, seconds: float) -> dict:
 def main(arguments: list[str] | None = None) -> Results:
     settings = parse(InductionHeads, arguments, __doc__ or "")
     results = Results("induction_heads", settings)
+    compile_kernels(settings)
+    say(f"induction heads: ready after {results.budget.elapsed():.0f} s")
     for seed, seconds in results.shares((seed,) for seed in settings.seeds):
         run = run_one(seed, settings, seconds)
         results.add(run, run["cut_short"])

@@ -66,7 +66,6 @@ constexpr int AT_BEST = AT_SQUARES + up(WARPS * 4);
 constexpr int AT_RING = AT_BEST + up(ROWS * 8);
 static_assert(AT_RING + WARPS * SLOTS * SLOT == SHARED, "persistent.py counts the shared memory otherwise");
 static_assert(C_TILES * 2 <= WARPS && S_TILES <= WARPS, "a phase has more tiles than a warp's two sums allow");
-static_assert(ROWS * CHANNELS <= WORKERS, "a thread convolves one channel of one text");
 static_assert(H % PIECE == 0 && D % PIECE == 0 && RANK % 16 == 0 && D % 8 == 0, "widths that pieces do not fit");
 
 struct Params {
@@ -440,8 +439,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     for (int i = tid; i < stream_count * ROWS; i += THREADS)
         own[i] = widen(p.embeddings[p.tokens[i % ROWS] * H + stream + i / ROWS]);
 
-    const int text = tid / CHANNELS, c = tid % CHANNELS;
-    const bool convolves = tid < ROWS * CHANNELS && c < count;
 #pragma unroll 1
     for (int layer = 0; layer < LAYERS; layer++) {
         const i64* fields = table + layer * FIELDS;
@@ -449,17 +446,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         u64* sums = p.sums + (layer & 1) * COPIES * ROWS * R;
 
         // First. What does not depend on the stream is asked for beforehand.
-        float taps[WIDTH], window[WIDTH - 1], conv_bias = 0.f, x_bias = 0.f, z_bias = 0.f;
-        const size_t place = ((size_t)(layer * ROWS + text) * D + first + c) * (WIDTH - 1);
-        if (convolves) {
+        constexpr int CONVOLVED = (ROWS * CHANNELS + WORKERS - 1) / WORKERS;  // channels of a text, of each thread
+        float taps[CONVOLVED][WIDTH], window[CONVOLVED][WIDTH - 1], conv_bias[CONVOLVED], x_bias[CONVOLVED], z_bias[CONVOLVED];
 #pragma unroll
-            for (int j = 0; j < WIDTH; j++) taps[j] = widen(((const E*)fields[CONV])[(first + c) * WIDTH + j]);
+        for (int i = 0; i < CONVOLVED; i++) {
+            const int item = tid + i * WORKERS, text = item / CHANNELS, c = item % CHANNELS;
+            conv_bias[i] = x_bias[i] = z_bias[i] = 0.f;
+            if (!works || text >= ROWS || c >= count) continue;
+            const size_t place = ((size_t)(layer * ROWS + text) * D + first + c) * (WIDTH - 1);
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) taps[i][j] = widen(((const E*)fields[CONV])[(first + c) * WIDTH + j]);
 #pragma unroll
             for (int j = 0; j < WIDTH - 1; j++)
-                window[j] = CONV_FLOAT ? ((const float*)p.conv_states)[place + j] : widen(((const E*)p.conv_states)[place + j]);
-            if (fields[CONV_BIAS]) conv_bias = widen(((const E*)fields[CONV_BIAS])[first + c]);
-            if (fields[IN_BIAS])
-                x_bias = widen(((const E*)fields[IN_BIAS])[first + c]), z_bias = widen(((const E*)fields[IN_BIAS])[D + first + c]);
+                window[i][j] = CONV_FLOAT ? ((const float*)p.conv_states)[place + j] : widen(((const E*)p.conv_states)[place + j]);
+            if (fields[CONV_BIAS]) conv_bias[i] = widen(((const E*)fields[CONV_BIAS])[first + c]);
+            if (fields[IN_BIAS]) {
+                x_bias[i] = widen(((const E*)fields[IN_BIAS])[first + c]);
+                z_bias[i] = widen(((const E*)fields[IN_BIAS])[D + first + c]);
+            }
         }
         normed(p, (const E*)fields[NORM], layer == 0, memory, warp, lane, [&] {
             if (layer > 0) meeting.wait();
@@ -474,15 +478,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                 send_small(fields + FIELDS, memory + AT_SMALL + (~layer & 1) * SMALL, first, count, lane);
         }
         __syncthreads();
-        if (convolves) {
-            const int tile = c / 16, row = c % 16;
-            const float x = rounded(gathered<2 * C_TILES, H_PIECES>(part, tile, row, text) + x_bias);
-            z[text * CHANNELS + c] = rounded(gathered<2 * C_TILES, H_PIECES>(part, tile + C_TILES, row, text) + z_bias);
-            float y = x * taps[WIDTH - 1] + conv_bias;
+#pragma unroll
+        for (int i = 0; i < CONVOLVED; i++) {
+            const int item = tid + i * WORKERS, text = item / CHANNELS, c = item % CHANNELS, tile = c / 16, row = c % 16;
+            if (!works || text >= ROWS || c >= count) continue;
+            const size_t place = ((size_t)(layer * ROWS + text) * D + first + c) * (WIDTH - 1);
+            const float x = rounded(gathered<2 * C_TILES, H_PIECES>(part, tile, row, text) + x_bias[i]);
+            z[text * CHANNELS + c] = rounded(gathered<2 * C_TILES, H_PIECES>(part, tile + C_TILES, row, text) + z_bias[i]);
+            float y = x * taps[i][WIDTH - 1] + conv_bias[i];
 #pragma unroll
             for (int j = 0; j < WIDTH - 1; j++) {
-                y += window[j] * taps[j];
-                const float next = j + 2 < WIDTH ? window[j + 1 < WIDTH - 1 ? j + 1 : j] : x;
+                y += window[i][j] * taps[i][j];
+                const float next = j + 2 < WIDTH ? window[i][j + 1 < WIDTH - 1 ? j + 1 : j] : x;
                 if (CONV_FLOAT)
                     ((float*)p.conv_states)[place + j] = next;
                 else

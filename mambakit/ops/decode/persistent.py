@@ -96,8 +96,8 @@ def _plan(
     if n != _N or not 2 <= width <= 8 or rank % 16 or h % columns or d % columns or v < grid or d < grid or h < grid:
         return f"shape h={h}, d={d}, n={n}, rank={rank}, width={width}, v={v}"
     c_tiles, s_tiles = -(-channels // 16), -(-stream // 16)
-    # 8 warps were faster than 16 on an H100; each has at most two tiles of a phase, a thread one channel of one row.
-    warps = next((w for w in (8, 16) if max(2 * c_tiles, s_tiles) <= w and rows * channels <= 32 * w), None)
+    # 8 warps were faster than 16 on an H100; each has at most two tiles of a phase. Not by rows: the order of sums depends on it.
+    warps = next((w for w in (8, 16) if max(2 * c_tiles, s_tiles) <= w), None)
     if warps is None:
         return f"{channels} channels and {stream} rows of the stream for each of {grid} blocks"
     scan_dtype = first.A_log.dtype
