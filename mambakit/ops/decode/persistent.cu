@@ -3,7 +3,7 @@
 //
 //   DTYPE 1 bfloat16, 2 float16: weights and activations      BITS 0: the large weights too; 8 or 4: packed integers, GROUP
 //   ROWS 1 to 8 texts; GRID blocks; H, D, RANK, WIDTH, VOCABULARY, LAYERS: the model's; 16 states
-//   WARPS, 8 or 16, that work
+//   WARPS, 4 to 16, that work; CLOCK, where a benchmark asks which part takes how long
 //   SCAN_FLOAT: 1 where A_log, D and dt_proj's bias are float32; CONV_FLOAT: 1 where the convolution's windows are
 //   SLOTS of each warp's ring, the last DEFER of a phase filled again one by one; BUFFERS, 1 or 2, of small weights; SHARED bytes
 //
@@ -88,7 +88,26 @@ struct Params {
     i64 eps;          // the bits of a float
     i64 capacity;
     i64 choose;
+    u32* cycles;  // (PARTS,) of one block, added up over the layers; read by benchmarks, with CLOCK
 };
+
+// With CLOCK: the time of block CLOCK's first thread, by what it did until the mark.
+enum { DID_NORM, DID_IN_PROJ, DID_CONV, DID_X_PROJ, DID_MEET, DID_STEP, DID_SCAN, DID_MEET_AGAIN, DID_OUT_PROJ, DID_SUM, DID_HEAD, PARTS };
+#ifdef CLOCK
+struct Stopwatch {
+    u32 since, spent[PARTS] = {};
+    DEVICE void mark(int part) {
+        const u32 now = clock();
+        spent[part] += now - since;
+        since = now;
+    }
+};
+#else
+struct Stopwatch {
+    u32 since;
+    DEVICE void mark(int) {}
+};
+#endif
 
 DEVICE float rounded(float x) { return widen((E)narrow(x, 0.f)); }
 DEVICE float silu(float x) { return quotient(x, 1.f + ex2(-1.4426950408889634f * x)); }
@@ -439,6 +458,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     for (int i = tid; i < stream_count * ROWS; i += THREADS)
         own[i] = widen(p.embeddings[p.tokens[i % ROWS] * H + stream + i / ROWS]);
 
+    Stopwatch watch;
+#ifdef CLOCK
+    watch.since = clock();
+#endif
 #pragma unroll 1
     for (int layer = 0; layer < LAYERS; layer++) {
         const i64* fields = table + layer * FIELDS;
@@ -469,6 +492,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
             if (layer > 0) meeting.wait();
             ring.repay(1);
         });
+        watch.mark(DID_NORM);
         ring.repay(SLOTS);
         if (works) {
             ring.products<2 * C_TILES, H_PIECES>(act, part);
@@ -478,6 +502,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                 send_small(fields + FIELDS, memory + AT_SMALL + (~layer & 1) * SMALL, first, count, lane);
         }
         __syncthreads();
+        watch.mark(DID_IN_PROJ);
 #pragma unroll
         for (int i = 0; i < CONVOLVED; i++) {
             const int item = tid + i * WORKERS, text = item / CHANNELS, c = item % CHANNELS, tile = c / 16, row = c % 16;
@@ -498,6 +523,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
             u[text * U_ROW + before + c] = (E)narrow(silu(y), 0.f);
         }
         __syncthreads();
+        watch.mark(DID_CONV);
         if (works)
 #pragma unroll 1
             for (int tile = warp; tile < (R + 15) / 16; tile += WARPS) {
@@ -517,6 +543,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                     if (r < R && b < ROWS) atomicAdd(sums + (blockIdx.x % COPIES * ROWS + b) * R + r, (u64)__float2ll_rn(total[i] * 68719476736.f));
                 }
             }
+        watch.mark(DID_X_PROJ);
         meeting.come();
         ring.repay(1);
 
@@ -538,6 +565,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         }
         meeting.wait();
         ring.repay(1);
+        watch.mark(DID_MEET);
         if (works)
 #pragma unroll 1
             for (int i = tid; i < ROWS * R; i += WORKERS) {
@@ -567,6 +595,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
             *(float2*)(to + 64) = make_float2(total[2], total[3]);
         }
         __syncthreads();
+        watch.mark(DID_STEP);
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             const int item = tid + i * WORKERS, quad = item & 3, channel = item / 4 % CHANNELS, b = item / 4 / CHANNELS;
@@ -597,11 +626,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
             if (states_at[i] != nullptr && quad == 0)
                 p.y[(size_t)b * D + first + channel] = (E)narrow((sum + skip[i] * x) * silu(z[b * CHANNELS + channel]), 0.f);
         }
+        watch.mark(DID_SCAN);
         meeting.come();
         ring.repay(1);
 
         // Third. The sums of the next layer's first part must be zero by then: those of the layer before were read by all.
         meeting.wait();
+        watch.mark(DID_MEET_AGAIN);
         if (!works) {
             if (BUFFERS == 1 && layer + 1 < LAYERS) send_small(fields + FIELDS, memory + AT_SMALL, first, count, lane);
 #pragma unroll 1
@@ -619,6 +650,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         __syncthreads();
         if (works) ring.products<S_TILES, D_PIECES>(act, part);
         __syncthreads();
+        watch.mark(DID_OUT_PROJ);
 #pragma unroll 1
         for (int i = tid; i < ROWS * STREAM; i += THREADS) {
             const int b = i / STREAM, r = i % STREAM;
@@ -628,6 +660,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
             v = own[r * ROWS + b] += rounded(v);
             p.residual[(size_t)b * H + stream + r] = v;
         }
+        watch.mark(DID_SUM);
         meeting.come();
         ring.repay(1);
     }
@@ -672,6 +705,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
             }
         __syncthreads();
     }
+    watch.mark(DID_HEAD);
     if (p.choose) {
         if (tid < ROWS) atomicMax(p.best + tid, best[tid]);
         meeting.come();
@@ -688,4 +722,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         __syncwarp();
         if (tid == 0) *p.position = at + 1, p.counter[32] = meeting.target;
     }
+#ifdef CLOCK
+    if (blockIdx.x == CLOCK && tid == 0)
+        for (int i = 0; i < PARTS; i++) p.cycles[i] = watch.spent[i];
+#endif
 }

@@ -18,6 +18,10 @@ from mambakit.ops.decode.weights import LayerWeights, Weight, kind_of_all, shape
 
 MOST_ROWS = 8
 _N, _FIELDS = 16, 14
+# What `PersistentStep.cycles` are of: a layer's, added up, and the head's last.
+PARTS = (
+    "meet, norm", "in_proj", "conv", "x_proj", "meet", "dt_proj", "state", "meet again", "out_proj", "sum", "head",
+)  # fmt: skip
 _DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -77,8 +81,10 @@ def _plan(
     rows: int,
     conv_dtype: torch.dtype,
     limits: tuple[int, int],
+    warps: int | None = None,
+    queue: tuple[int, int] | None = None,
 ) -> dict[str, int] | str:
-    """The kernel's macros, or why it cannot serve."""
+    """The kernel's macros, or why it cannot serve; ``warps`` and ``queue`` replace what is chosen here."""
     if not 1 <= rows <= MOST_ROWS:
         return f"{rows} rows; it serves 1 to {MOST_ROWS}"
     if not layers:
@@ -97,7 +103,7 @@ def _plan(
         return f"shape h={h}, d={d}, n={n}, rank={rank}, width={width}, v={v}"
     c_tiles, s_tiles = -(-channels // 16), -(-stream // 16)
     # 8 warps were faster than 16 on an H100; each has at most two tiles of a phase. Not by rows: the order of sums depends on it.
-    warps = next((w for w in (8, 16) if max(2 * c_tiles, s_tiles) <= w), None)
+    warps = next((w for w in ([warps] if warps else (8, 16)) if max(2 * c_tiles, s_tiles, rows) <= w), None)
     if warps is None:
         return f"{channels} channels and {stream} rows of the stream for each of {grid} blocks"
     scan_dtype = first.A_log.dtype
@@ -115,7 +121,7 @@ def _plan(
             t.data_ptr() % 16 for t in (w.in_proj, w.x_proj, w.out_proj, w.dt_proj, w.A_log) if isinstance(t, Tensor)
         ):
             return "weights that are not aligned to 16 bytes"
-    most, flowing = _queue(bits, rows, (2 * c_tiles * h + s_tiles * d) // columns // warps)
+    most, flowing = queue or _queue(bits, rows, (2 * c_tiles * h + s_tiles * d) // columns // warps)
     for buffers in (2, 1):
         fixed = _fixed_bytes(grid, rows, h, d, rank, len(layers), first.A_log.itemsize, buffers, warps)
         slots = min(most, (shared - fixed) // (warps * _slot_bytes(bits)))
@@ -150,7 +156,8 @@ def why_not(
 class PersistentStep:
     """``step()`` reads ``tokens`` (rows,) and leaves ``logits`` (rows, v) float32; states are updated in place.
 
-    Arguments and attributes are `mambakit.ops.decode.gpu.DecodeStep`'s. A row's bits do not depend on the other rows, nor on how
+    Arguments and attributes are `mambakit.ops.decode.gpu.DecodeStep`'s; for benchmarks, ``warps`` that work, ``queue`` (slots of a
+    warp's ring, those filled again at once at the end of a phase), and ``clock``, which keeps ``cycles`` (`PARTS`,) of one block. A row's bits do not depend on the other rows, nor on how
     many there are. The kernel needs all of the card's multiprocessors at once: launched while other work runs, it waits.
 
     Raises:
@@ -167,13 +174,16 @@ class PersistentStep:
         conv_states: Tensor,
         ssm_states: Tensor,
         capacity: int = 0,
+        warps: int | None = None,
+        queue: tuple[int, int] | None = None,
+        clock: bool = False,
     ):
         rows, device = ssm_states.shape[1], embeddings.device
         if not (conv_states.is_contiguous() and ssm_states.is_contiguous()) or ssm_states.dtype != torch.float32:
             raise ValueError(
                 "PersistentStep: states must be contiguous, and ssm_states float32, to be updated in place"
             )
-        plan = _plan(layers, final_norm, head, rows, conv_states.dtype, _limits(device.index))
+        plan = _plan(layers, final_norm, head, rows, conv_states.dtype, _limits(device.index), warps, queue)
         if isinstance(plan, str):
             raise ValueError(f"PersistentStep: {plan}")
         h, v = plan["H"], plan["VOCABULARY"]
@@ -207,12 +217,15 @@ class PersistentStep:
         self._kept = [*kept, *operands]
         self._fields = [_address(t) for t in operands]
         self._fields += [struct.unpack("I", struct.pack("f", eps))[0], self.history.shape[1]]
+        self.cycles = buffer(len(PARTS), dtype=torch.int32)
+        if clock:
+            plan["CLOCK"] = 7 % plan["GRID"]
         self._grid, self._threads, self._device = plan["GRID"], 32 * (plan["WARPS"] + 1), device
         self._kernel = _kernel(tuple(plan.items()), device.index)
 
     def __call__(self, choose: bool = False) -> Tensor:
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
-        self._kernel(self._grid, self._threads, stream, *self._fields, int(choose))
+        self._kernel(self._grid, self._threads, stream, *self._fields, int(choose), self.cycles.data_ptr())
         return self.logits
 
 

@@ -1,0 +1,130 @@
+"""The persistent decode step on one NVIDIA GPU: how its queue of weights and its warps are chosen, and where its time goes.
+
+    python benchmarks/decode_step.py                          # the shapes and formats below, the chosen variant and its rivals
+    python benchmarks/decode_step.py --shapes 130m --rows 1 8 --formats plain int4
+
+`ms` is the median of graph replays, bfloat16, random weights; a variant whose logits are further than 1.2e-2 from the model's
+forward is printed as WRONG. `queue 6, 2`: 6 slots of each warp's ring, 2 of them filled again at once at the end of a phase. With
+--clock, the cycles of one block's first thread, a layer, for the chosen variant. docs/kernels.md has what was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import mambakit
+from mambakit.models.graph_step import gpu_layers, gpu_weight
+from mambakit.ops.decode.persistent import PARTS, PersistentStep
+
+SHAPES = {"130m": (768, 24), "370m": (1024, 48), "790m": (1536, 48), "1.4b": (2048, 48), "2.8b": (2560, 64)}
+RIVALS = [{"warps": warps, "queue": queue} for warps in (4, 8) for queue in ((3, 3), (4, 4), (4, 2), (6, 2), (8, 2))]
+TOKEN = 11
+
+
+def made(shape: str, format: str):
+    width, layers = SHAPES[shape]
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = mambakit.MambaForCausalLM(mambakit.MambaConfig(hidden_size=width, num_hidden_layers=layers))
+    model = model.to(torch.bfloat16).eval()
+    return model if format == "plain" else model.quantize(format)
+
+
+def step_of(model, rows: int, **variant) -> PersistentStep:
+    cache = model.backbone.new_cache(rows)
+    step = PersistentStep(
+        gpu_layers(model), model.backbone.embeddings.weight, model.backbone.norm_f.weight, gpu_weight(model.lm_head),
+        model.config.layer_norm_epsilon, cache.conv_states, cache.ssm_states, capacity=8, **variant,
+    )  # fmt: skip
+    step.tokens.fill_(TOKEN)
+    return step
+
+
+def compiled(model, rows: int, variants: list[dict]) -> dict[int, PersistentStep | str]:
+    """The variants' steps, compiled side by side; a message where one cannot serve."""
+
+    def attempt(variant: dict) -> PersistentStep | str:
+        try:
+            return step_of(model, rows, **variant)
+        except (ValueError, RuntimeError) as error:
+            return str(error).splitlines()[0]
+
+    with ThreadPoolExecutor() as pool:
+        return dict(enumerate(pool.map(attempt, variants)))
+
+
+def milliseconds(step: PersistentStep, rounds: int) -> float:
+    step(True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(True)
+    times = []
+    for _ in range(rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["130m", "1.4b", "2.8b"])
+    parser.add_argument("--formats", nargs="+", choices=("plain", "int8", "int4"), default=["plain", "int8", "int4"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--clock", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no NVIDIA GPU is here; the kernel's logic runs on a CPU in tests/ops/decode/test_persistent.py")
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    results = []
+    for shape in options.shapes:
+        for format in options.formats:
+            model = made(shape, format)
+            for rows in options.rows:
+                ids = torch.full((rows, 1), TOKEN, device="cuda")
+                expected = model(ids, cache_params=model.backbone.new_cache(rows)).logits[:, -1].float()
+                variants = [{}, *RIVALS]
+                for index, step in compiled(model, rows, variants).items():
+                    name = f"{shape} {format:>5} x {rows}  {variants[index] or 'chosen'}"
+                    if isinstance(step, str):
+                        print(f"{name}: {step}")
+                        continue
+                    logits = step().clone()
+                    error = float((logits - expected).norm() / expected.norm())
+                    ms = milliseconds(step, options.rounds)
+                    print(f"{name}: {ms:.4f} ms" + ("" if error < 1.2e-2 else f"  WRONG, {error:.1e}"), flush=True)
+                    results.append(
+                        {"shape": shape, "format": format, "rows": rows, **variants[index], "ms": ms, "error": error}
+                    )
+                if options.clock:
+                    step = step_of(model, rows, clock=True)
+                    for _ in range(5):
+                        step(True)
+                    cycles = [count / SHAPES[shape][1] for count in step.cycles.tolist()]
+                    print("   ", ", ".join(f"{part} {count:.0f}" for part, count in zip(PARTS, cycles, strict=True)))
+            del model
+            torch.cuda.empty_cache()
+    if options.json:
+        temporary = options.json.with_name(options.json.name + ".tmp")
+        temporary.write_text(json.dumps({"device": torch.cuda.get_device_name(), "results": results}, indent=1))
+        temporary.replace(options.json)
+
+
+if __name__ == "__main__":
+    main()
