@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mambakit.ops import _nvrtc, native
+from mambakit.ops.decode import persistent
 from mambakit.ops.linear.api import MOST_ROWS
 
 OPS = ("selective_scan", "causal_conv1d", "rms_norm", "linear_cross_entropy", "linear", "decode")
@@ -51,6 +52,12 @@ def _on_gpu(op: str) -> Implementation:
         if why_not is None:
             return Implementation(op, "cuda", "CUDA C++ (compiled by NVRTC at the first call)")
         remedy = f"CUDA C++ is several times faster, but {why_not}"
+    elif op == "decode":
+        why_not = persistent.unavailable(torch.device("cuda", torch.cuda.current_device()))
+        if why_not is None:
+            served = f"CUDA C++, a step in one kernel, up to {persistent.MOST_ROWS} rows; else Triton, as a CUDA graph"
+            return Implementation(op, "cuda", served)
+        remedy = f"a step in one kernel is faster, but {why_not}"
     else:
         remedy = ""
     if importlib.util.find_spec("triton") is None:

@@ -137,6 +137,13 @@ def _plan(
     }  # fmt: skip
 
 
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernel cannot be made for this GPU, or None when it can."""
+    if torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < 8:
+        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
+    return _nvrtc.available()
+
+
 def why_not(
     layers: list[LayerWeights], final_norm: Tensor, head: Weight, rows: int, conv_dtype: torch.dtype
 ) -> str | None:
@@ -144,9 +151,7 @@ def why_not(
     device = final_norm.device
     if device.type != "cuda":
         return f"the weights are on {device}"
-    if torch.cuda.get_device_capability(device)[0] < 8:
-        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
-    reason = _nvrtc.available()
+    reason = unavailable(device)
     if reason is not None:
         return reason
     plan = _plan(layers, final_norm, head, rows, conv_dtype, _limits(device.index))
