@@ -83,14 +83,15 @@ class GraphStep:
                 self.position += 1
 
         # Kernels are compiled before the capture, on a stream of their own as a capture asks.
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream), torch.no_grad():
-            step()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self._graph):
-            step()
+        with torch.cuda.device(device), torch.no_grad():  # whichever device is current
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step()
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                step()
 
     def load(self, cache: MambaCache) -> None:
         """Start from this state (rows as many)."""
