@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
 
-from experiments import audio, genomics, induction_heads, language, plot, runner, selective_copying
+from experiments import audio, genomics, harness, induction_heads, language, plot, runner, selective_copying
 from experiments.contenders import make_mamba
+from mambakit.training.optimizer import set_learning_rate
 
 
 @pytest.fixture(autouse=True)
@@ -75,21 +77,65 @@ def test_a_budget_stops_a_run_and_says_so(common):
     assert any(stage["ended"] == "budget" for run in record["runs"] for stage in run["stages"])
 
 
-def test_induction_heads(common, tmp_path):
-    line = [
-        "--first-length", "6", "--length", "16", "--vocabulary", "4", "--hidden-size", "32", "--learning-rate", "1e-2",
-        "--steps", "400", "--check-every", "50", "--advance-at", "0.9", "--first-power", "4", "--last-power", "7",
-        "--evaluation-rows", "64", "--chunk-tokens", "700", "--seeds", "1",
-    ]  # fmt: skip
-    record = saved(induction_heads.main([*common, *line]))
+INDUCTION = [
+    "--first-length", "6", "--length", "16", "--vocabulary", "4", "--hidden-size", "32", "--learning-rate", "1e-2",
+    "--check-every", "50", "--advance-at", "0.9", "--first-power", "4", "--last-power", "7", "--evaluation-rows", "64",
+    "--chunk-tokens", "700",
+]  # fmt: skip
+
+
+def test_induction_heads(common, tmp_path, monkeypatch):
+    rates = []
+
+    def set_rate(optimizer, value):
+        rates.append(value)
+        set_learning_rate(optimizer, value)
+
+    monkeypatch.setattr(harness, "set_learning_rate", set_rate)
+    record = saved(
+        induction_heads.main([*common, *INDUCTION, "--steps", "150", "--stage-steps", "200", "--seeds", "1"])
+    )
     run = record["runs"][0]
     assert run["curve"][-1]["accuracy"] > 0.9
     assert [stage["length"] for stage in run["stages"]] == [6, 12, 16]
-    assert sum(stage["steps"] for stage in run["stages"]) == run["steps"] == run["curve"][-1]["step"] == 400
+    assert [stage["ended"] for stage in run["stages"]] == ["check", "check", "steps"]
+    assert sum(stage["steps"] for stage in run["stages"]) == run["steps"] == run["curve"][-1]["step"]
+    assert run["stages"][-1]["steps"] == 150
     assert [p["length"] for p in run["accuracies"]] == [16, 32, 64, 128]
     assert run["accuracies"][0]["accuracy"] > 0.9
     assert record["complete"]
     assert "2^4 to 2^7" in plotted(tmp_path)
+    # The rate warms up, is constant, and falls to 0 at the last length.
+    rates = rates[-run["steps"] :]
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[-151] == rates[-150] == pytest.approx(1e-2)
+    assert rates[-75] == pytest.approx(5e-3)
+    assert rates[-1] == pytest.approx(1e-2 / 150)
+
+
+def test_induction_heads_go_on_after_a_length_that_was_not_learned(common):
+    line = ["--steps", "3", "--stage-steps", "2", "--last-power", "4", "--seeds", "0"]
+    record = saved(induction_heads.main([*common, *INDUCTION, *line]))
+    assert [(s["steps"], s["ended"]) for s in record["runs"][0]["stages"]] == [(2, "steps"), (2, "steps"), (3, "steps")]
+    assert record["complete"]
+
+
+def test_compilation_takes_no_time_from_induction_heads_and_a_cut_is_recorded(common, monkeypatch):
+    compiled = induction_heads.compile_kernels
+
+    def slowly(settings):
+        compiled(settings)
+        time.sleep(4)
+
+    monkeypatch.setattr(induction_heads, "compile_kernels", slowly)
+    line = ["--steps", "1", "--stage-steps", "1000000", "--advance-at", "1.1", "--seeds", "0", "--budget-seconds", "8"]
+    record = saved(induction_heads.main([*common, *INDUCTION, *line]))
+    run = record["runs"][0]
+    assert [(stage["length"], stage["ended"]) for stage in run["stages"]] == [(6, "budget")]  # the rest is left out
+    assert run["stages"][0]["steps"] > 10
+    assert run["cut_short"]
+    assert not record["complete"]
+    assert record["seconds"] < 20
 
 
 def test_induction_heads_refuses_a_first_length_beyond_the_last(common):
