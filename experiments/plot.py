@@ -73,7 +73,9 @@ def induction_heads(record: dict, figure: Any) -> str:
         points = run["accuracies"]
         axes.plot([p["power"] for p in points], [p["accuracy"] for p in points], "o-", label=f"seed {run['seed']}")
         wrong = [f"2^{p['power']}: {100 * p['accuracy']:.1f}" for p in points if p["accuracy"] < 1]
-        reached = f"2^{points[0]['power']} to 2^{points[-1]['power']}" if points else "nothing"
+        reached = "nothing"
+        if points:
+            reached = f"2^{points[0]['power']} ({points[0]['rows']} rows) to 2^{points[-1]['power']} ({points[-1]['rows']})"
         rows.append(
             [
                 str(run["seed"]), f"{run['parameters']:,}", f"{run['steps']:,}", f"{run['seconds']:.0f}", reached,
