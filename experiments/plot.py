@@ -75,7 +75,9 @@ def induction_heads(record: dict, figure: Any) -> str:
         wrong = [f"2^{p['power']}: {100 * p['accuracy']:.1f}" for p in points if p["accuracy"] < 1]
         reached = "nothing"
         if points:
-            reached = f"2^{points[0]['power']} ({points[0]['rows']} rows) to 2^{points[-1]['power']} ({points[-1]['rows']})"
+            reached = (
+                f"2^{points[0]['power']} ({points[0]['rows']} rows) to 2^{points[-1]['power']} ({points[-1]['rows']})"
+            )
         rows.append(
             [
                 str(run["seed"]), f"{run['parameters']:,}", f"{run['steps']:,}", f"{run['seconds']:.0f}", reached,
