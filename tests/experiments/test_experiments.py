@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import pytest
@@ -104,7 +105,7 @@ def test_induction_heads(common, tmp_path, monkeypatch):
     assert [p["length"] for p in run["accuracies"]] == [16, 32, 64, 128]
     assert run["accuracies"][0]["accuracy"] > 0.9
     assert record["complete"]
-    assert "2^4 to 2^7" in plotted(tmp_path)
+    assert re.search(r"2\^4 \(\d+ rows\) to 2\^7 \(\d+\)", plotted(tmp_path))
     # The rate warms up, is constant, and falls to 0 at the last length.
     rates = rates[-run["steps"] :]
     assert rates[0] == pytest.approx(1e-4)
