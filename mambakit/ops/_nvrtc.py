@@ -34,8 +34,8 @@ def available() -> str | None:
         return "the device is an AMD GPU"
     try:
         _bindings()
-    except ImportError:
-        return "cuda-bindings is not installed (pip install 'mambakit[gpu]')"
+    except ImportError as error:
+        return f"cuda-bindings cannot be imported ({error}; pip install 'mambakit[gpu]')"
     except RuntimeError as error:
         return f"NVRTC cannot be loaded ({error})"
     return None

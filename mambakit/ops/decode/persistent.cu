@@ -153,7 +153,7 @@ struct Ring {
         tile++;
         while (left == 0) {
             if (++phase >= PHASES) {
-                run = 0x7fffffff, there = 0;
+                run = 0x7fffffff, there = 0, scales = nullptr;
                 return;
             }
             const Share share = phase >= 2 * LAYERS ? share_of(warp, phase == PHASES - 1 ? LAST_TILES : WARPS, H_PIECES)
@@ -197,7 +197,7 @@ struct Ring {
             if (there > 4 * i) copy_later<16>(at + i * 512, next + (i64)i * four);
         next += 128;
         if constexpr (BITS != 0)
-            if (there > -16 && scales != nullptr) {
+            if (scales != nullptr) {
                 char* row = fill + 2048 + lane * 32;
                 copy_later<(SCALES > 4 ? 16 : SCALES * 4)>(row, scales);
                 if constexpr (SCALES > 4) copy_later<16>(row + 16, scales + 4);

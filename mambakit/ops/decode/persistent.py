@@ -162,8 +162,8 @@ class PersistentStep:
     """``step()`` reads ``tokens`` (rows,) and leaves ``logits`` (rows, v) float32; states are updated in place.
 
     Arguments and attributes are `mambakit.ops.decode.gpu.DecodeStep`'s; for benchmarks, ``warps`` that work, ``queue`` (slots of a
-    warp's ring, those filled again at once at the end of a phase), and ``clock``, which keeps ``cycles`` (`PARTS`,) of one block. A row's bits do not depend on the other rows, nor on how
-    many there are. The kernel needs all of the card's multiprocessors at once: launched while other work runs, it waits.
+    warp's ring, those filled again at once at the end of a phase), and ``clock``, which keeps ``cycles`` (`PARTS`,) of one block.
+    A row's bits do not depend on the other rows, nor on how many there are. The kernel needs all of the card's multiprocessors at once: launched while other work runs, it waits.
 
     Raises:
         ValueError: what it cannot serve; `why_not` tells beforehand.

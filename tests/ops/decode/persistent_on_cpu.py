@@ -25,9 +25,10 @@ def install(monkeypatch, folder: Path, blocks: int, shared: int = 232448) -> Non
     source = Path(persistent.__file__).with_name("persistent.cu").read_text()
     source = source.replace("extern __shared__ __align__(128) char memory[];", "char* memory = shared_memory;")
     source += (
+        'extern "C" void allow(const char* begin, size_t bytes) { given.push_back({begin, begin + bytes}); }\n'
         'extern "C" void run(unsigned blocks, unsigned threads, const void* fields) {\n'
         "auto p = *(const Params*)fields;\n"
-        "run_grid(blocks, 1, threads, SHARED, [=]() { decode_step(p); }, true);\n}\n"
+        "run_grid(blocks, 1, threads, SHARED, [=]() { decode_step(p); }, true);\ngiven.clear();\n}\n"
     )
 
     def kernel(macros: tuple[tuple[str, int], ...], device: int):
@@ -41,12 +42,22 @@ def install(monkeypatch, folder: Path, blocks: int, shared: int = 232448) -> Non
             subprocess.run(command, input=source, text=True, check=True)
         library = ctypes.CDLL(str(path))
         library.run.argtypes = [ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p]
+        library.allow.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
         def launch(grid: int, threads: int, stream: int, *fields: int) -> None:
+            for tensor in launch.kept:
+                library.allow(tensor.data_ptr(), tensor.nbytes)
             library.run(grid, threads, (ctypes.c_int64 * len(fields))(*fields))
 
         return launch
 
+    made = persistent.PersistentStep.__init__
+
+    def make(self, *arguments, **options) -> None:
+        made(self, *arguments, **options)
+        self._kernel.kept = [tensor for tensor in self._kept if tensor is not None]
+
+    monkeypatch.setattr(persistent.PersistentStep, "__init__", make)
     monkeypatch.setattr(persistent, "_kernel", kernel)
     monkeypatch.setattr(persistent, "_limits", lambda device: (blocks, shared))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
