@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mambakit
-from mambakit.models.graph_step import gpu_layers, gpu_weight
+from mambakit.models.graph_step import gpu_weights
 from mambakit.ops.decode.persistent import PARTS, PersistentStep
 
 SHAPES = {"130m": (768, 24), "370m": (1024, 48), "790m": (1536, 48), "1.4b": (2048, 48), "2.8b": (2560, 64)}
@@ -41,10 +41,7 @@ def made(shape: str, format: str):
 
 def step_of(model, rows: int, **variant) -> PersistentStep:
     cache = model.backbone.new_cache(rows)
-    step = PersistentStep(
-        gpu_layers(model), model.backbone.embeddings.weight, model.backbone.norm_f.weight, gpu_weight(model.lm_head),
-        model.config.layer_norm_epsilon, cache.conv_states, cache.ssm_states, capacity=8, **variant,
-    )  # fmt: skip
+    step = PersistentStep(gpu_weights(model), cache.conv_states, cache.ssm_states, capacity=8, **variant)
     step.tokens.fill_(TOKEN)
     return step
 

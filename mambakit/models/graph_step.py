@@ -15,7 +15,7 @@ from mambakit.modules import MambaBlock, MambaCache, MambaMixer
 from mambakit.modules.mixer import TimeStepProjection
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops.decode import persistent
-from mambakit.ops.decode.weights import LayerWeights
+from mambakit.ops.decode.weights import LayerWeights, ModelWeights
 
 
 def graphs_serve(model: Any) -> bool:
@@ -27,21 +27,24 @@ def graphs_serve(model: Any) -> bool:
     )  # fmt: skip
 
 
-def gpu_weight(linear: Any) -> Any:
-    return linear.packed if isinstance(linear, QuantizedLinear) else linear.weight
+def gpu_weights(model: Any) -> ModelWeights:
+    """A model's weights as the steps of `mambakit.ops.decode` read them: the parameters and buffers themselves."""
 
+    def weight(linear: Any) -> Any:
+        return linear.packed if isinstance(linear, QuantizedLinear) else linear.weight
 
-def gpu_layers(model: Any) -> list[Any]:
-    """The layers' weights as the steps of `mambakit.ops.decode` read them: the parameters and buffers themselves."""
-    return [
+    layers = [
         LayerWeights(
-            norm=block.norm.weight, in_proj=gpu_weight(m.in_proj), in_proj_bias=m.in_proj.bias,
-            conv=m.conv1d.weight.squeeze(1), conv_bias=m.conv1d.bias, x_proj=gpu_weight(m.x_proj),
+            norm=block.norm.weight, in_proj=weight(m.in_proj), in_proj_bias=m.in_proj.bias,
+            conv=m.conv1d.weight.squeeze(1), conv_bias=m.conv1d.bias, x_proj=weight(m.x_proj),
             dt_proj=m.dt_proj.weight, dt_bias=m.dt_proj.bias, A_log=m.A_log, D=m.D,
-            out_proj=gpu_weight(m.out_proj), out_proj_bias=m.out_proj.bias,
+            out_proj=weight(m.out_proj), out_proj_bias=m.out_proj.bias,
         )
         for block in model.backbone.layers for m in [block.mixer]
     ]  # fmt: skip
+    backbone = model.backbone
+    eps = model.config.layer_norm_epsilon
+    return ModelWeights(layers, backbone.embeddings.weight, backbone.norm_f.weight, weight(model.lm_head), eps)
 
 
 class GraphStep:
@@ -114,25 +117,17 @@ def _fused(model: Any, cache: MambaCache, capacity: int) -> Any:
     """The step's own kernels over this cache: one that stays on the card, or Triton's; None where the forward must do."""
     if not _plain(model, cache):
         return None
-    backbone, config = model.backbone, model.config
-    layers, norm, head = gpu_layers(model), backbone.norm_f.weight, gpu_weight(model.lm_head)
-    operands = (
-        layers,
-        backbone.embeddings.weight,
-        norm,
-        head,
-        config.layer_norm_epsilon,
-        cache.conv_states,
-        cache.ssm_states,
-    )
-    if persistent.why_not(layers, norm, head, cache.max_batch_size, cache.conv_states.dtype) is None:
-        return persistent.PersistentStep(*operands, capacity)
+    weights = gpu_weights(model)
+    if persistent.why_not(weights, cache.max_batch_size, cache.conv_states.dtype) is None:
+        return persistent.PersistentStep(weights, cache.conv_states, cache.ssm_states, capacity)
     if importlib.util.find_spec("triton") is None:  # `mambakit env` says so
         return None
     from mambakit.ops.decode import gpu
 
     most = gpu.FEW if isinstance(model.lm_head, QuantizedLinear) else gpu.MOST_ROWS
-    return gpu.DecodeStep(*operands, capacity) if cache.max_batch_size <= most else None
+    if cache.max_batch_size > most:
+        return None
+    return gpu.DecodeStep(weights, cache.conv_states, cache.ssm_states, capacity)
 
 
 def _plain(model: Any, cache: MambaCache) -> bool:

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mambakit.ops.decode.weights import LayerWeights, Weight, kind_of_all, shape_of, tensors_of
+from mambakit.ops.decode.weights import LayerWeights, ModelWeights, check_states, shape_of, tensors_of
 
 FEW = 4  # rows up to which products are sums on the ordinary cores
 MOST_ROWS = 256
@@ -368,11 +368,7 @@ class DecodeStep:
     token of each row becomes the next step's token, and step i (``position`` counts them) keeps it in ``history[:, i]``.
 
     Args:
-        layers: of every layer, in order.
-        embeddings: (v, h).
-        final_norm: (h,).
-        head: (v, h), of the same kind as the layers' large weights.
-        eps: of every norm.
+        weights: the model's, read where they are at every step.
         conv_states, ssm_states: (layers, rows, d, k - 1) and (layers, rows, d, n) float32, contiguous.
         capacity: of ``history``.
         tiles: replaces how the products named ("in_proj", "x_proj", "out_proj", "head") are cut.
@@ -385,11 +381,7 @@ class DecodeStep:
 
     def __init__(
         self,
-        layers: list[LayerWeights],
-        embeddings: Tensor,
-        final_norm: Tensor,
-        head: Weight,
-        eps: float,
+        weights: ModelWeights,
         conv_states: Tensor,
         ssm_states: Tensor,
         capacity: int = 0,
@@ -399,15 +391,15 @@ class DecodeStep:
         rows = ssm_states.shape[1]
         if not 1 <= rows <= MOST_ROWS:
             raise ValueError(f"DecodeStep: {rows} rows; it serves 1 to {MOST_ROWS}, split larger batches")
-        if not (conv_states.is_contiguous() and ssm_states.is_contiguous()) or ssm_states.dtype != torch.float32:
-            raise ValueError("DecodeStep: states must be contiguous, and ssm_states float32, to be updated in place")
-        self._kind = kind_of_all(layers, head)
+        check_states(conv_states, ssm_states)
+        self._kind = weights.kind
         if self._kind and rows > FEW:
             raise ValueError(f"DecodeStep: {rows} rows with packed weights; it serves 1 to {FEW} of them")
-        self.layers, self.embeddings, self.final_norm, self.head, self.eps = layers, embeddings, final_norm, head, eps
+        self.layers, self.embeddings, self.final_norm = weights.layers, weights.embeddings, weights.final_norm
+        self.head, self.eps = weights.head, weights.eps
         self.conv_states, self.ssm_states, self.rows = conv_states, ssm_states, rows
-        device, dtype = embeddings.device, layers[0].dt_proj.dtype
-        (v, h), (r, d) = shape_of(head), shape_of(layers[0].x_proj)
+        device, dtype = self.embeddings.device, self.layers[0].dt_proj.dtype
+        (v, h), (r, d) = shape_of(self.head), shape_of(self.layers[0].x_proj)
         self.tiles = _tiles(rows, h, d) | (tiles or {})
         self._dot = rows > FEW
         self._bb = max(16, triton.next_power_of_2(rows)) if self._dot else triton.next_power_of_2(rows)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mambakit.ops import _nvrtc
-from mambakit.ops.decode.weights import LayerWeights, Weight, kind_of_all, shape_of, tensors_of
+from mambakit.ops.decode.weights import ModelWeights, check_states, shape_of, tensors_of
 
 MOST_ROWS = 8
 _N, _FIELDS = 16, 14
@@ -75,9 +75,7 @@ def _fixed_bytes(
 
 
 def _plan(
-    layers: list[LayerWeights],
-    final_norm: Tensor,
-    head: Weight,
+    weights: ModelWeights,
     rows: int,
     conv_dtype: torch.dtype,
     limits: tuple[int, int],
@@ -87,12 +85,12 @@ def _plan(
     """The kernel's macros, or why it cannot serve; ``warps`` and ``queue`` replace what is chosen here."""
     if not 1 <= rows <= MOST_ROWS:
         return f"{rows} rows; it serves 1 to {MOST_ROWS}"
+    layers, dtype = weights.layers, weights.final_norm.dtype
     if not layers:
         return "no layers"
-    kind = kind_of_all(layers, head)
-    bits, group = kind or (0, 0)
-    first, dtype = layers[0], final_norm.dtype
-    (v, h), (_, d) = shape_of(head), shape_of(first.x_proj)
+    bits, group = weights.kind or (0, 0)
+    first = layers[0]
+    (v, h), (_, d) = shape_of(weights.head), shape_of(first.x_proj)
     rank, n, width = first.dt_proj.shape[1], first.A_log.shape[1], first.conv.shape[1]
     grid, shared = limits
     columns = {0: 64, 8: 128, 4: 256}[bits]
@@ -144,17 +142,15 @@ def unavailable(device: torch.device) -> str | None:
     return _nvrtc.available()
 
 
-def why_not(
-    layers: list[LayerWeights], final_norm: Tensor, head: Weight, rows: int, conv_dtype: torch.dtype
-) -> str | None:
+def why_not(weights: ModelWeights, rows: int, conv_dtype: torch.dtype) -> str | None:
     """Why `PersistentStep` cannot run these weights on their device, or None when it can."""
-    device = final_norm.device
+    device = weights.final_norm.device
     if device.type != "cuda":
         return f"the weights are on {device}"
     reason = unavailable(device)
     if reason is not None:
         return reason
-    plan = _plan(layers, final_norm, head, rows, conv_dtype, _limits(device.index))
+    plan = _plan(weights, rows, conv_dtype, _limits(device.index))
     return plan if isinstance(plan, str) else None
 
 
@@ -171,11 +167,7 @@ class PersistentStep:
 
     def __init__(
         self,
-        layers: list[LayerWeights],
-        embeddings: Tensor,
-        final_norm: Tensor,
-        head: Weight,
-        eps: float,
+        weights: ModelWeights,
         conv_states: Tensor,
         ssm_states: Tensor,
         capacity: int = 0,
@@ -183,16 +175,13 @@ class PersistentStep:
         queue: tuple[int, int] | None = None,
         clock: bool = False,
     ):
-        rows, device = ssm_states.shape[1], embeddings.device
-        if not (conv_states.is_contiguous() and ssm_states.is_contiguous()) or ssm_states.dtype != torch.float32:
-            raise ValueError(
-                "PersistentStep: states must be contiguous, and ssm_states float32, to be updated in place"
-            )
-        plan = _plan(layers, final_norm, head, rows, conv_states.dtype, _limits(device.index), warps, queue)
+        rows, device = ssm_states.shape[1], weights.embeddings.device
+        check_states(conv_states, ssm_states)
+        plan = _plan(weights, rows, conv_states.dtype, _limits(device.index), warps, queue)
         if isinstance(plan, str):
             raise ValueError(f"PersistentStep: {plan}")
         h, v = plan["H"], plan["VOCABULARY"]
-        dtype = final_norm.dtype
+        dtype = weights.final_norm.dtype
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
@@ -204,7 +193,7 @@ class PersistentStep:
         residual, y = buffer(rows, h), buffer(rows, plan["D"], dtype=dtype)
         best, counter = buffer(rows, dtype=torch.int64), buffer(64, dtype=torch.int32)
         table, kept = [], []
-        for w in layers:
+        for w in weights.layers:
             # x_proj is small, and read by channel: packed ones are widened once.
             x_proj = w.x_proj if isinstance(w.x_proj, Tensor) else w.x_proj.dequantized().to(dtype).contiguous()
             fields = [
@@ -215,13 +204,13 @@ class PersistentStep:
             table.append([_address(t) for t in fields])
         addresses = torch.tensor(table, dtype=torch.int64, device=device)
         operands = [
-            addresses, embeddings, final_norm, *tensors_of(head), conv_states, ssm_states, self.tokens, self.position,
-            self.history, self.logits, residual, y, sums, best, counter,
+            addresses, weights.embeddings, weights.final_norm, *tensors_of(weights.head), conv_states, ssm_states, self.tokens,
+            self.position, self.history, self.logits, residual, y, sums, best, counter,
         ]  # fmt: skip
         # The kernel holds addresses only: all of this must live as long.
         self._kept = [*kept, *operands]
         self._fields = [_address(t) for t in operands]
-        self._fields += [struct.unpack("I", struct.pack("f", eps))[0], self.history.shape[1]]
+        self._fields += [struct.unpack("I", struct.pack("f", weights.eps))[0], self.history.shape[1]]
         self.cycles = buffer(len(PARTS), dtype=torch.int32)
         if clock:
             plan["CLOCK"] = 7 % plan["GRID"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mambakit.ops.linear.api import PackedWeight
@@ -41,15 +42,6 @@ def kind_of(weight: Weight) -> tuple[int, int] | None:
     return int(weight.format.removeprefix("int")), weight.group
 
 
-def kind_of_all(layers: list[LayerWeights], head: Weight) -> tuple[int, int] | None:
-    """The one kind of the large weights; ValueError where they differ."""
-    kinds = {kind_of(w) for layer in layers for w in (layer.in_proj, layer.x_proj, layer.out_proj)} | {kind_of(head)}
-    if len(kinds) != 1:
-        raise ValueError(f"the large weights are of different kinds {sorted(map(str, kinds))}; pack all or none")
-    (kind,) = kinds
-    return kind
-
-
 def shape_of(weight: Weight) -> tuple[int, int]:
     if isinstance(weight, Tensor):
         return weight.shape[0], weight.shape[1]
@@ -59,3 +51,30 @@ def shape_of(weight: Weight) -> tuple[int, int]:
 def tensors_of(weight: Weight) -> tuple[Tensor, Tensor | None]:
     """What a kernel reads, and its scales."""
     return (weight, None) if isinstance(weight, Tensor) else (weight.data, weight.scales)
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """What a step reads of a whole model. The layers' large weights and the head are of one kind."""
+
+    layers: list[LayerWeights]
+    embeddings: Tensor  # (v, h)
+    final_norm: Tensor  # (h,)
+    head: Weight  # (v, h)
+    eps: float  # of every norm
+
+    @property
+    def kind(self) -> tuple[int, int] | None:
+        """(bits, group) of the large weights, None of tensors; ValueError where they differ."""
+        kinds = {kind_of(w) for layer in self.layers for w in (layer.in_proj, layer.x_proj, layer.out_proj)}
+        kinds |= {kind_of(self.head)}
+        if len(kinds) != 1:
+            raise ValueError(f"the large weights are of different kinds {sorted(map(str, kinds))}; pack all or none")
+        (kind,) = kinds
+        return kind
+
+
+def check_states(conv_states: Tensor, ssm_states: Tensor) -> None:
+    """ValueError unless a step can update them in place."""
+    if not (conv_states.is_contiguous() and ssm_states.is_contiguous()) or ssm_states.dtype != torch.float32:
+        raise ValueError("a decode step's states must be contiguous, and ssm_states float32, to be updated in place")

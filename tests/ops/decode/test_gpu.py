@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mambakit import MambaConfig, MambaForCausalLM
-from mambakit.models.graph_step import gpu_layers, gpu_weight
+from mambakit.models.graph_step import gpu_weights
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops.decode import gpu
 
@@ -42,10 +42,7 @@ def made(shape: dict, dtype: torch.dtype, device: str) -> MambaForCausalLM:
 
 
 def step_of(model, cache, **options) -> gpu.DecodeStep:
-    return gpu.DecodeStep(
-        gpu_layers(model), model.backbone.embeddings.weight, model.backbone.norm_f.weight, gpu_weight(model.lm_head),
-        model.config.layer_norm_epsilon, cache.conv_states, cache.ssm_states, **options,
-    )  # fmt: skip
+    return gpu.DecodeStep(gpu_weights(model), cache.conv_states, cache.ssm_states, **options)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mambakit import MambaConfig, MambaForCausalLM
-from mambakit.models.graph_step import gpu_layers, gpu_weight
+from mambakit.models.graph_step import gpu_weights
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops.decode import persistent
 from tests.ops.decode import persistent_on_cpu
@@ -40,10 +40,7 @@ def made(dtype: torch.dtype, device: str, **shape) -> MambaForCausalLM:
 
 
 def step_of(model, cache, **options) -> persistent.PersistentStep:
-    return persistent.PersistentStep(
-        gpu_layers(model), model.backbone.embeddings.weight, model.backbone.norm_f.weight, gpu_weight(model.lm_head),
-        model.config.layer_norm_epsilon, cache.conv_states, cache.ssm_states, **options,
-    )  # fmt: skip
+    return persistent.PersistentStep(gpu_weights(model), cache.conv_states, cache.ssm_states, **options)
 
 
 def exact(model: MambaForCausalLM) -> MambaForCausalLM:
@@ -188,7 +185,4 @@ def test_what_it_cannot_serve(on):
     cache._ssm = cache._ssm.transpose(0, 1).contiguous().transpose(0, 1)
     with pytest.raises(ValueError, match="contiguous"):
         step_of(model, cache)
-    assert (
-        persistent.why_not(gpu_layers(model), model.backbone.norm_f.weight, model.lm_head.weight, 1, torch.float32)
-        == "the weights are on cpu"
-    )
+    assert persistent.why_not(gpu_weights(model), 1, torch.float32) == "the weights are on cpu"
