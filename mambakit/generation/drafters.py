@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mambakit.generation.stream import Sampling
+from mambakit.models.graph_step import GraphStep, graphs_serve
 from mambakit.models.step import token_step
 from mambakit.modules import MambaCache
 
@@ -82,7 +83,8 @@ class PromptLookup:
 class DraftModel:
     """Guesses with a smaller model of the same vocabulary, which chooses as the large one is to choose.
 
-    Its own state is rolled back by copies, one for each guess: those of a small model cost less than reading it again.
+    Its own state is rolled back by copies, one for each guess: those of a small model cost less than reading it again. On CUDA its
+    step is a graph, and greedy guesses come from one another without a word to the host.
 
     Args:
         model: a causal language model in eval mode.
@@ -90,6 +92,7 @@ class DraftModel:
 
     def __init__(self, model: Any):
         self.model = model
+        self._graph: GraphStep | None = None
 
     @torch.no_grad()
     def begin(self, ids: Tensor, sampling: Sampling, scores: _Scores | None, generator: torch.Generator) -> None:
@@ -99,7 +102,13 @@ class DraftModel:
         for part in ids[:-1].split(2048):
             if len(part):
                 self.model.backbone(part[None], cache_params=self._cache)
-        self._step = token_step(self.model, self._cache)
+        if graphs_serve(self.model):
+            if self._graph is None or not self._graph.current:
+                self._graph = GraphStep(self.model, 1)
+            self._graph.load(self._cache)
+            self._cache = self._graph.cache
+        else:
+            self._graph, self._step = None, token_step(self.model, self._cache)
         self._read: list[int] = ids[:-1].tolist()
         # snapshots[i]: the state after the first _base + i tokens of _read
         self._base, self._snapshots = len(self._read), [self._cache.clone()]
@@ -113,6 +122,8 @@ class DraftModel:
         self._keep()
         for token in text[known:-1]:
             self._advance(token)
+        if self._graph is not None and self._greedy:
+            return Draft(self._guesses(self._graph, text[-1], most))
         tokens: list[int] = []
         rows: list[Tensor] = []
         while len(tokens) < most:
@@ -126,10 +137,27 @@ class DraftModel:
         return Draft(tokens, torch.cat(rows) if rows else None)
 
     def _advance(self, token: int) -> Tensor:
-        logits = self._step(torch.tensor([token], device=self.model.device))
+        if self._graph is None:
+            logits = self._step(torch.tensor([token], device=self.model.device))
+        else:
+            self._graph.tokens.fill_(token)
+            logits = self._graph()
         self._read.append(token)
         self._keep()
         return logits
+
+    def _guesses(self, graph: GraphStep, token: int, most: int) -> list[int]:
+        """The likeliest tokens after ``token``: the graph leaves each where it reads the next."""
+        if not most:
+            return []
+        graph.tokens.fill_(token)
+        graph.position.zero_()
+        for _ in range(most):
+            graph()
+            self._keep()
+        guesses: list[int] = graph.history[0, :most].tolist()
+        self._read += [token, *guesses[:-1]]
+        return guesses
 
     def _keep(self) -> None:
         self._snapshots.append(self._cache.clone())

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mambakit.models.graph_step import TrialStep, trial_step
 from mambakit.models.step import native_serves, native_weights
 from mambakit.modules import MambaCache
 from mambakit.ops import causal_conv1d, selective_scan, selective_scan_
@@ -36,7 +37,8 @@ def verifier(model: Any, cache: MambaCache, tokens: int) -> Verifier:
     """The fastest verifier there is for where the model lies and what it is made of.
 
     Where a step of the model is one native call on the CPU, so is a verification, and its bits are those of decoding token by
-    token. Elsewhere it runs the model's own layers; on CUDA as two graphs, captured here.
+    token. So it is on CUDA where the persistent decode kernel serves the model, up to 8 tokens. Elsewhere it runs the model's own
+    layers; on CUDA as two graphs, captured here.
 
     Args:
         cache: of one row; it must not be replaced while the verifier is in use.
@@ -48,6 +50,8 @@ def verifier(model: Any, cache: MambaCache, tokens: int) -> Verifier:
         raise ValueError(f"the cache has {cache.max_batch_size} rows; a verification is of one text: select one row")
     if native_serves(model, cache):
         return _NativeVerifier(model, cache, tokens)
+    if (step := trial_step(model, tokens)) is not None:
+        return _TrialVerifier(step, cache)
     return _GraphVerifier(model, cache, tokens) if model.device.type == "cuda" else _ModelVerifier(model, cache)
 
 
@@ -66,6 +70,27 @@ class _NativeVerifier:
     def commit(self, m: int) -> None:
         self._step.commit(m)
         self._cache.advance(m)
+
+
+class _TrialVerifier:
+    def __init__(self, step: TrialStep, cache: MambaCache):
+        self._step, self._cache, self._read = step, cache, 0
+
+    @torch.no_grad()
+    def __call__(self, tokens: list[int]) -> Tensor:
+        self._read = len(tokens)
+        if self._step.holder is not self:
+            self._step.load(self._cache, self)
+        return self._step(tokens).clone()
+
+    @torch.no_grad()
+    def commit(self, m: int) -> None:
+        if not 0 <= m <= self._read:
+            raise ValueError(f"commit of {m} tokens, but {self._read} are on trial")
+        if self._step.holder is not self:
+            raise RuntimeError("another text was verified between these tokens and their commit")
+        self._read = 0
+        self._step.keep(m, self._cache)
 
 
 class _ModelVerifier:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class GraphStep:
 
     def __init__(self, model: Any, rows: int, choose: bool = True, capacity: int = 64):
         self.model, self.rows, self.capacity = model, rows, capacity
+        self._place = _place(model)
         self.cache = model.backbone.new_cache(rows)
         device = model.device
         run = _fused(model, self.cache, capacity)
@@ -96,6 +98,11 @@ class GraphStep:
             with torch.cuda.graph(self._graph):
                 step()
 
+    @property
+    def current(self) -> bool:
+        """Whether the model's parameters still lie where the graph reads them."""
+        return self._place == _place(self.model)
+
     def load(self, cache: MambaCache) -> None:
         """Start from this state (rows as many)."""
         self.cache.conv_states.copy_(cache.conv_states)
@@ -130,6 +137,64 @@ def _fused(model: Any, cache: MambaCache, capacity: int) -> Any:
     return gpu.DecodeStep(weights, cache.conv_states, cache.ssm_states, capacity)
 
 
+class TrialStep:
+    """Reads up to ``tokens`` next tokens of one text, on trial: their logits, and the state after any number of them.
+
+    One launch of the persistent kernel, which writes the state after every token into a slot of its own; keeping some of the tokens
+    is naming a slot.
+
+    Attributes:
+        tokens: how many there are at most.
+        holder: whose text the state is of; whoever finds another one there loads its own.
+    """
+
+    def __init__(self, step: persistent.PersistentStep, cache: MambaCache):
+        self.tokens, self._step, self._cache = step.tokens.numel(), step, cache
+        self.holder: Any = None
+        self._slot = 0
+
+    def load(self, cache: MambaCache, holder: Any) -> None:
+        """Start from this state of one row."""
+        self.holder, self._slot = holder, 0
+        self._step.slot.zero_()
+        self._cache.conv_states[:, :1].copy_(cache.conv_states)
+        self._cache.ssm_states[:, :1].copy_(cache.ssm_states)
+
+    def __call__(self, tokens: list[int]) -> Tensor:
+        """(t, v) float32, the logits after each token, valid until the next call; what fills the trial up comes after them."""
+        filled = tokens + tokens[-1:] * (self.tokens - len(tokens))
+        self._step.tokens.copy_(torch.tensor(filled), non_blocking=True)
+        return self._step()[: len(tokens)]
+
+    def keep(self, m: int, cache: MambaCache) -> None:
+        """Go on from after the first ``m`` tokens, and bring ``cache`` there."""
+        self._slot = (self._slot + m) % (self.tokens + 1)
+        self._step.slot.fill_(self._slot)
+        at = slice(self._slot, self._slot + 1)
+        cache.conv_states.copy_(self._cache.conv_states[:, at])
+        cache.ssm_states.copy_(self._cache.ssm_states[:, at])
+        cache.advance(m)
+
+
+def trial_step(model: Any, tokens: int) -> TrialStep | None:
+    """The model's step for so many tokens on trial, made at its first use; None where the persistent kernel cannot serve."""
+    if not graphs_serve(model):
+        return None
+
+    def make() -> TrialStep | None:
+        cache = model.backbone.new_cache(tokens + 1)
+        if not _plain(model, cache):
+            return None
+        weights = gpu_weights(model)
+        if persistent.why_not(weights, tokens, cache.conv_states.dtype) is not None:
+            return None
+        step = persistent.PersistentStep(weights, cache.conv_states, cache.ssm_states, trial=True)
+        return TrialStep(step, cache)
+
+    with torch.cuda.device(model.device):
+        return _kept(model, ("trial", tokens), make)
+
+
 def _plain(model: Any, cache: MambaCache) -> bool:
     """Whether the model is made of what the kernels know, all in one dtype or packed alike."""
     config, backbone = model.config, model.backbone
@@ -160,21 +225,44 @@ def _kind(linear: nn.Module) -> Any:
     return linear.weight.dtype if type(linear) is nn.Linear else type(linear)
 
 
-# Graphs of each model, by number of rows; they go with the model. Few: each holds states for its rows.
-_graphs: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, GraphStep]] = weakref.WeakKeyDictionary()
-_MOST_GRAPHS = 4
+# Steps of each model, by what they serve; they go with the model. Few: each holds states for its rows.
+_steps: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, Any]] = weakref.WeakKeyDictionary()
+_MOST_STEPS = 4
+
+
+def _place(model: Any) -> tuple[int, ...]:
+    return tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
+
+
+def _kept(model: Any, key: tuple, make: Callable[[], Any]) -> Any:
+    """What ``make`` made at the first use, for as long as the parameters stay where they are."""
+    place = _place(model)
+    kept = _steps.setdefault(model, OrderedDict())
+    if (key, place) not in kept:
+        for stale in [k for k in kept if k[1] != place]:
+            del kept[stale]
+        while len(kept) >= _MOST_STEPS:
+            kept.popitem(last=False)
+        kept[key, place] = make()
+    kept.move_to_end((key, place))
+    return kept[key, place]
 
 
 def graph_step(model: Any, rows: int) -> GraphStep:
     """The model's graph for this many rows, captured at its first use and as long as the parameters stay where they are."""
-    place = tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
-    kept = _graphs.setdefault(model, OrderedDict())
-    key = (rows, place)
-    if key not in kept:
-        for stale in [k for k in kept if k[1] != place]:
-            del kept[stale]
-        while len(kept) >= _MOST_GRAPHS:
-            kept.popitem(last=False)
-        kept[key] = GraphStep(model, rows)
-    kept.move_to_end(key)
-    return kept[key]
+    return _kept(model, ("graph", rows), lambda: GraphStep(model, rows))
+
+
+def graph_token_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:
+    """`mambakit.models.step.token_step` by the model's graph. Others use it too: the state moves in and out at every token, which
+    takes about a hundredth of the time of reading the weights."""
+    graph = graph_step(model, cache.max_batch_size)
+
+    def step(tokens: Tensor) -> Tensor:
+        graph.load(cache)
+        graph.tokens.copy_(tokens)
+        logits = graph().clone()
+        graph.store(cache, 1)
+        return logits
+
+    return step

@@ -99,7 +99,8 @@ class MambaModel(MambaPreTrainedModel):
                 x, residual = self._gradient_checkpointing_func(block.__call__, x, residual, None, packing)
             else:
                 x, residual = block(x, residual, cache, packing)
-            streams.append(residual)
+            if output_hidden_states:  # else they would all stay alive: 4 h bytes for each token and layer
+                streams.append(residual)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         x, residual = self.norm_f(x, residual, wide if config.residual_in_fp32 else None)
         x = unpack(x)

@@ -22,10 +22,14 @@ _LINEAR = (nn.Linear, QuantizedLinear)
 def token_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:
     """``step(tokens (b,)) -> logits (b, v)``; the cache is brought up to date in place, and must not be replaced meanwhile.
 
-    On a CPU a plain model's step is one call into the native library. Anything else (a GPU, adapters or replaced layers,
-    other activations, FalconMamba, more than 16 rows, no native library) runs the model's own forward.
+    On a CPU a plain model's step is one call into the native library; on CUDA it is a graph. Anything else (on a CPU adapters or
+    replaced layers, other activations, FalconMamba, more than 16 rows, no native library) runs the model's own forward.
     """
-    return native_step(model, cache) if native_serves(model, cache) else _forward_step(model, cache)
+    if native_serves(model, cache):
+        return native_step(model, cache)
+    from mambakit.models.graph_step import graph_token_step, graphs_serve  # which imports from here
+
+    return graph_token_step(model, cache) if graphs_serve(model) else _forward_step(model, cache)
 
 
 def _forward_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:

@@ -296,3 +296,34 @@ def test_vocabularies_must_agree(both, ids):
     config = mambakit.MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1)
     with pytest.raises(ValueError, match="vocabulary of 61 tokens and the model one of 304"):
         SpeculativeStream(*both, ids, drafter=DraftModel(mambakit.MambaForCausalLM(config)))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("most", [1, 4, 7, 12])
+@pytest.mark.parametrize("kind", ["same model", "other model", "lookup", "half wrong"])
+def test_the_persistent_kernel(ids, kind, most):
+    """The persistent kernel up to 8 tokens at a time, graphs beyond; tokens are plain decoding's where bits are."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 304, "time_step_rank": 16, "num_hidden_layers": 2}
+    model, other = (
+        mambakit.MambaForCausalLM(mambakit.MambaConfig(hidden_size=h, **shape)).to("cuda", torch.bfloat16).eval()
+        for h in (256, 128)
+    )
+    model.generation_config.eos_token_id = None
+    letters = mambakit.AutoTokenizer.from_pretrained(default_model_path())
+    _, plain = run(Stream(model, letters, ids, GREEDY, 40))
+    drafter = {
+        "lookup": PromptLookup(3, 1),
+        "same model": DraftModel(model),
+        "other model": DraftModel(other),
+        "half wrong": Guesses(plain.tokens, set(range(0, 40, 2))),
+    }[kind]
+    for _ in range(2):  # a drafter serves one text after the other
+        _, stream = run(SpeculativeStream(model, letters, ids, GREEDY, 40, drafter=drafter, draft_tokens=most))
+        if most < 8:
+            assert stream.tokens == plain.tokens
+            assert same_state(stream, plain)
+            if kind == "same model":
+                assert stream.accepted == stream.proposed
+        else:
+            assert len(stream.tokens) == 40

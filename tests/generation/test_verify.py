@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mambakit import MambaConfig, MambaForCausalLM
 from mambakit.generation import verify as module
-from mambakit.generation.verify import _GraphVerifier, _ModelVerifier, _NativeVerifier, verifier
+from mambakit.generation.verify import _GraphVerifier, _ModelVerifier, _NativeVerifier, _TrialVerifier, verifier
 from mambakit.models.step import token_step
 from mambakit.ops import native
 from tests.models.configurations import NAMES, pair, tokens, worst
@@ -114,3 +115,48 @@ def test_mistakes():
         verifier(model, cache, 17)
     with pytest.raises(ValueError, match="2 rows"):
         verifier(model, model.backbone.new_cache(2), 4)
+
+
+def served(dtype=torch.bfloat16, **changed):
+    """A model of a shape that the persistent kernel serves, on the GPU."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 999, "hidden_size": 256, "num_hidden_layers": 3, "time_step_rank": 16} | changed
+    return MambaForCausalLM(MambaConfig(**shape)).to("cuda", dtype).eval()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("tokens_at_most", [7, 8])
+@torch.no_grad()
+def test_the_persistent_kernel(tokens_at_most):
+    """One launch a trial, and its bits are those of the graph of one token."""
+    model = served()
+    ids = torch.randint(0, 61, (1, 40), device="cuda")
+    made = verifier(model, model.backbone.new_cache(1), tokens_at_most)
+    assert isinstance(made, _TrialVerifier)
+    exact, _ = compare(model, lambda m, cache, _: verifier(m, cache, tokens_at_most), ids)
+    assert exact
+    assert isinstance(verifier(model, model.backbone.new_cache(1), 9), _GraphVerifier)
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_two_texts_take_turns():
+    model = served()
+    ids = torch.randint(0, 999, (2, 30), device="cuda")
+    alone, both = [], []
+    for row in ids:
+        verify = verifier(model, model.backbone.new_cache(1), 4)
+        for at in range(0, 28, 4):
+            alone.append(verify(row[at : at + 4].tolist()))
+            verify.commit(3)
+    caches = [model.backbone.new_cache(1) for _ in ids]
+    verifiers = [verifier(model, cache, 4) for cache in caches]
+    for at in range(0, 28, 4):
+        for row, verify in zip(ids, verifiers, strict=True):
+            both.append(verify(row[at : at + 4].tolist()))
+            verify.commit(3)
+    assert torch.equal(torch.stack(alone), torch.stack(both[::2] + both[1::2]))
+    verifiers[0]([1, 2])
+    verifiers[1]([1, 2])
+    with pytest.raises(RuntimeError, match="another text"):
+        verifiers[0].commit(1)

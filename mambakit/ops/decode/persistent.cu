@@ -3,6 +3,8 @@
 //
 //   DTYPE 1 bfloat16, 2 float16: weights and activations      BITS 0: the large weights too; 8 or 4: packed integers, GROUP
 //   ROWS 1 to 8 texts; GRID blocks; H, D, RANK, WIDTH, VOCABULARY, LAYERS: the model's; 16 states
+//   TRIAL 1: the rows are the next tokens of one text, on trial. The state before them is in slot `from` of ROWS + 1; the state after
+//     each of them goes into the slots that follow, round and round, so that keeping some is naming another slot
 //   WARPS, 4 to 16, that work; CLOCK, where a benchmark asks which part takes how long
 //   SCAN_FLOAT: 1 where A_log, D and dt_proj's bias are float32; CONV_FLOAT: 1 where the convolution's windows are
 //   SLOTS of each warp's ring, the last DEFER of a phase filled again one by one; BUFFERS, 1 or 2, of small weights; SHARED bytes
@@ -38,6 +40,7 @@ constexpr int SLOT = 2048 + (BITS ? 512 : 0);
 constexpr int CHANNELS = (D + GRID - 1) / GRID, STREAM = (H + GRID - 1) / GRID, WORDS = (VOCABULARY + GRID - 1) / GRID;
 constexpr int C_TILES = (CHANNELS + 15) / 16, S_TILES = (STREAM + 15) / 16, W_TILES = (WORDS + 15) / 16;
 constexpr int ROUNDS = (W_TILES + WARPS - 1) / WARPS, LAST_TILES = W_TILES - (ROUNDS - 1) * WARPS;
+constexpr int STATES = TRIAL ? ROWS + 1 : ROWS;  // of a layer
 constexpr int PHASES = 2 * LAYERS + ROUNDS;
 constexpr int FIELDS = 14;
 enum { NORM, IN, IN_SCALES, IN_BIAS, CONV, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_LOG, SKIP, OUT, OUT_SCALES, OUT_BIAS };
@@ -74,8 +77,8 @@ struct Params {
     const E* final_norm;
     const char* head;
     const float* head_scales;
-    void* conv_states;  // (layers, rows, d, width - 1)
-    float* ssm_states;  // (layers, rows, d, n)
+    void* conv_states;  // (layers, STATES, d, width - 1)
+    float* ssm_states;  // (layers, STATES, d, n)
     i64* tokens;
     i64* position;
     i64* history;
@@ -85,6 +88,7 @@ struct Params {
     u64* sums;        // (2, COPIES, rows, r): zero between steps
     u64* best;        // (rows,): zero between steps
     u32* counter;     // [0] arrivals, [32] arrivals at the step's start
+    const i64* from;  // with TRIAL: the slot of the state before the first token
     i64 eps;          // the bits of a float
     i64 capacity;
     i64 choose;
@@ -445,6 +449,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     for (int i = tid; i < BUFFERS * SMALL / 4; i += THREADS) ((u32*)(memory + AT_SMALL))[i] = 0;  // x_proj's other columns
     if (tid < ROWS) best[tid] = 0;
     Meeting meeting = {p.counter, p.counter[32]};
+    const int from = TRIAL ? (int)*p.from : 0;
     __syncthreads();
 
     Ring ring(p, table, memory + AT_RING + (works ? warp : 0) * SLOTS * SLOT, warp, lane);
@@ -476,12 +481,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
             const int item = tid + i * WORKERS, text = item / CHANNELS, c = item % CHANNELS;
             conv_bias[i] = x_bias[i] = z_bias[i] = 0.f;
             if (!works || text >= ROWS || c >= count) continue;
-            const size_t place = ((size_t)(layer * ROWS + text) * D + first + c) * (WIDTH - 1);
+            const size_t place = ((size_t)(layer * STATES + (TRIAL ? from : text)) * D + first + c) * (WIDTH - 1);
 #pragma unroll
             for (int j = 0; j < WIDTH; j++) taps[i][j] = widen(((const E*)fields[CONV])[(first + c) * WIDTH + j]);
 #pragma unroll
-            for (int j = 0; j < WIDTH - 1; j++)
-                window[i][j] = CONV_FLOAT ? ((const float*)p.conv_states)[place + j] : widen(((const E*)p.conv_states)[place + j]);
+            for (int j = 0; j < WIDTH - 1; j++) {
+                const int past = TRIAL ? text + j : j;  // beyond the state: an input on trial, known later
+                if (past < WIDTH - 1)
+                    window[i][j] = CONV_FLOAT ? ((const float*)p.conv_states)[place + past] : widen(((const E*)p.conv_states)[place + past]);
+            }
             if (fields[CONV_BIAS]) conv_bias[i] = widen(((const E*)fields[CONV_BIAS])[first + c]);
             if (fields[IN_BIAS]) {
                 x_bias[i] = widen(((const E*)fields[IN_BIAS])[first + c]);
@@ -503,12 +511,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         }
         __syncthreads();
         watch.mark(DID_IN_PROJ);
+        if (TRIAL) {  // the convolution of one token needs those of the tokens before it: [channel][token of 8]
+#pragma unroll
+            for (int i = 0; i < CONVOLVED; i++) {
+                const int item = tid + i * WORKERS, text = item / CHANNELS, c = item % CHANNELS;
+                if (!works || text >= ROWS || c >= count) continue;
+                delta[c * 8 + text] = rounded(gathered<2 * C_TILES, H_PIECES>(part, c / 16, c % 16, text) + x_bias[i]);
+            }
+            __syncthreads();
+        }
 #pragma unroll
         for (int i = 0; i < CONVOLVED; i++) {
             const int item = tid + i * WORKERS, text = item / CHANNELS, c = item % CHANNELS, tile = c / 16, row = c % 16;
             if (!works || text >= ROWS || c >= count) continue;
-            const size_t place = ((size_t)(layer * ROWS + text) * D + first + c) * (WIDTH - 1);
-            const float x = rounded(gathered<2 * C_TILES, H_PIECES>(part, tile, row, text) + x_bias[i]);
+            const int slot = TRIAL ? (from + 1 + text) % STATES : text;
+            const size_t place = ((size_t)(layer * STATES + slot) * D + first + c) * (WIDTH - 1);
+            if (TRIAL)
+#pragma unroll
+                for (int j = 0; j < WIDTH - 1; j++)
+                    if (text + j >= WIDTH - 1) window[i][j] = delta[c * 8 + text + j - (WIDTH - 1)];
+            const float x = TRIAL ? delta[c * 8 + text] : rounded(gathered<2 * C_TILES, H_PIECES>(part, tile, row, text) + x_bias[i]);
             z[text * CHANNELS + c] = rounded(gathered<2 * C_TILES, H_PIECES>(part, tile + C_TILES, row, text) + z_bias[i]);
             float y = x * taps[i][WIDTH - 1] + conv_bias[i];
 #pragma unroll
@@ -548,7 +570,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         ring.repay(1);
 
         // Second.
-        constexpr int ITEMS = (ROWS * CHANNELS * 4 + WORKERS - 1) / WORKERS;  // four states of a channel and text each
+        // Four states of a channel and text each; of tokens on trial, one after the other.
+        constexpr int TEXTS = TRIAL ? 1 : ROWS, ITEMS = (TEXTS * CHANNELS * 4 + WORKERS - 1) / WORKERS;
         float4 states[ITEMS];
         float4* states_at[ITEMS];
         float step_bias[ITEMS], skip[ITEMS];
@@ -556,8 +579,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         for (int i = 0; i < ITEMS; i++) {
             const int item = tid + i * WORKERS, quad = item & 3, channel = item / 4 % CHANNELS, b = item / 4 / CHANNELS;
             states_at[i] = nullptr;
-            if (works && b < ROWS && channel < count) {
-                states_at[i] = (float4*)(p.ssm_states + ((size_t)(layer * ROWS + b) * D + first + channel) * N) + quad;
+            if (works && b < TEXTS && channel < count) {
+                states_at[i] = (float4*)(p.ssm_states + ((size_t)(layer * STATES + (TRIAL ? from : b)) * D + first + channel) * N) + quad;
                 states[i] = *states_at[i];
                 step_bias[i] = scan_weight(fields[DT_BIAS], first + channel);
                 skip[i] = scan_weight(fields[SKIP], first + channel);
@@ -598,13 +621,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         watch.mark(DID_STEP);
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
-            const int item = tid + i * WORKERS, quad = item & 3, channel = item / 4 % CHANNELS, b = item / 4 / CHANNELS;
-            float sum = 0.f, x = 0.f;
+            const int item = tid + i * WORKERS, quad = item & 3, channel = item / 4 % CHANNELS;
+            float h[4] = {states[i].x, states[i].y, states[i].z, states[i].w}, a[4] = {};
             if (states_at[i] != nullptr) {
-                x = widen(u[b * U_ROW + before + channel]);
-                float d = rounded(delta[channel * 8 + b]) + step_bias[i];
-                d = d > 20.f ? d : log1pf(expf(d));
-                float a[4];
                 if (SCAN_FLOAT) {
                     const float4 v = *(const float4*)(small + SMALL_A + (channel * N + quad * 4) * 4);
                     a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
@@ -612,19 +631,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                     const uint2 v = *(const uint2*)(small + SMALL_A + (channel * N + quad * 4) * 2);
                     a[0] = widen((E)v.x), a[1] = widen((E)(v.x >> 16)), a[2] = widen((E)v.y), a[3] = widen((E)(v.y >> 16));
                 }
-                float h[4] = {states[i].x, states[i].y, states[i].z, states[i].w};
-                const float* B = bc + b * 2 * N + quad * 4;
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    h[j] = ex2(-1.4426950408889634f * d * expf(a[j])) * h[j] + d * x * B[j];
-                    sum += h[j] * B[N + j];
-                }
-                *states_at[i] = make_float4(h[0], h[1], h[2], h[3]);
+                for (int j = 0; j < 4; j++) a[j] = -1.4426950408889634f * expf(a[j]);
             }
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            if (states_at[i] != nullptr && quad == 0)
-                p.y[(size_t)b * D + first + channel] = (E)narrow((sum + skip[i] * x) * silu(z[b * CHANNELS + channel]), 0.f);
+#pragma unroll
+            for (int token = 0; token < (TRIAL ? ROWS : 1); token++) {
+                const int b = TRIAL ? token : item / 4 / CHANNELS;
+                float sum = 0.f, x = 0.f;
+                if (states_at[i] != nullptr) {
+                    x = widen(u[b * U_ROW + before + channel]);
+                    float d = rounded(delta[channel * 8 + b]) + step_bias[i];
+                    d = d > 20.f ? d : log1pf(expf(d));
+                    const float* B = bc + b * 2 * N + quad * 4;
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        h[j] = ex2(d * a[j]) * h[j] + d * x * B[j];
+                        sum += h[j] * B[N + j];
+                    }
+                    const i64 on = TRIAL ? ((from + 1 + token) % STATES - from) * (i64)(D * N / 4) : 0;
+                    states_at[i][on] = make_float4(h[0], h[1], h[2], h[3]);
+                }
+                sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+                sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+                if (states_at[i] != nullptr && quad == 0)
+                    p.y[(size_t)b * D + first + channel] = (E)narrow((sum + skip[i] * x) * silu(z[b * CHANNELS + channel]), 0.f);
+            }
         }
         watch.mark(DID_SCAN);
         meeting.come();

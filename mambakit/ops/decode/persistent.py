@@ -81,6 +81,7 @@ def _plan(
     limits: tuple[int, int],
     warps: int | None = None,
     queue: tuple[int, int] | None = None,
+    trial: bool = False,
 ) -> dict[str, int] | str:
     """The kernel's macros, or why it cannot serve; ``warps`` and ``queue`` replace what is chosen here."""
     if not 1 <= rows <= MOST_ROWS:
@@ -130,7 +131,7 @@ def _plan(
     return {
         "WARPS": warps, "DTYPE": _DTYPES[dtype], "BITS": bits, "GROUP": group, "ROWS": rows, "GRID": grid, "H": h, "D": d,
         "RANK": rank, "WIDTH": width, "VOCABULARY": v, "LAYERS": len(layers), "SCAN_FLOAT": int(scan_dtype == torch.float32),
-        "CONV_FLOAT": int(conv_dtype == torch.float32), "SLOTS": slots, "DEFER": max(0, slots - flowing), "BUFFERS": buffers,
+        "CONV_FLOAT": int(conv_dtype == torch.float32), "TRIAL": int(trial), "SLOTS": slots, "DEFER": max(0, slots - flowing), "BUFFERS": buffers,
         "SHARED": fixed + warps * slots * _slot_bytes(bits),
     }  # fmt: skip
 
@@ -161,6 +162,10 @@ class PersistentStep:
     warp's ring, those filled again at once at the end of a phase), and ``clock``, which keeps ``cycles`` (`PARTS`,) of one block.
     A row's bits do not depend on the other rows, nor on how many there are. The kernel needs all of the card's multiprocessors at once: launched while other work runs, it waits.
 
+    With ``trial`` the rows are the next tokens of one text, at most 8: their logits, and the states after each of them. The states
+    have a slot more than there are tokens; ``slot`` (1,) int64 names the one that is read, the state after the first token goes into the
+    next, and so on round: to keep m tokens, add m to ``slot``, modulo the number of slots.
+
     Raises:
         ValueError: what it cannot serve; `why_not` tells beforehand.
     """
@@ -174,10 +179,11 @@ class PersistentStep:
         warps: int | None = None,
         queue: tuple[int, int] | None = None,
         clock: bool = False,
+        trial: bool = False,
     ):
-        rows, device = ssm_states.shape[1], weights.embeddings.device
+        rows, device = ssm_states.shape[1] - trial, weights.embeddings.device
         check_states(conv_states, ssm_states)
-        plan = _plan(weights, rows, conv_states.dtype, _limits(device.index), warps, queue)
+        plan = _plan(weights, rows, conv_states.dtype, _limits(device.index), warps, queue, trial)
         if isinstance(plan, str):
             raise ValueError(f"PersistentStep: {plan}")
         h, v = plan["H"], plan["VOCABULARY"]
@@ -187,6 +193,7 @@ class PersistentStep:
             return torch.zeros(shape, device=device, dtype=dtype)
 
         self.tokens, self.position = buffer(rows, dtype=torch.int64), buffer(1, dtype=torch.int64)
+        self.slot = buffer(1, dtype=torch.int64)
         self.history = buffer(rows, max(1, capacity), dtype=torch.int64)
         self.logits = buffer(rows, v)
         sums = buffer(2, 4, rows, plan["RANK"] + 2 * _N, dtype=torch.int64)
@@ -206,6 +213,7 @@ class PersistentStep:
         operands = [
             addresses, weights.embeddings, weights.final_norm, *tensors_of(weights.head), conv_states, ssm_states, self.tokens,
             self.position, self.history, self.logits, residual, y, sums, best, counter,
+            self.slot,
         ]  # fmt: skip
         # The kernel holds addresses only: all of this must live as long.
         self._kept = [*kept, *operands]
