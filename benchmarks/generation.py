@@ -287,30 +287,35 @@ def measure_draft(options: Options, clock: Clock, record: dict) -> None:
     truth = ids.tolist() + plain.tokens
     print(f"\ndraft: {target} by {order[0]}, a guess is right with probability {options.acceptance}")
 
-    def speculative() -> SpeculativeStream:
-        drafter = ForcedDraft(small, truth, options.acceptance)
+    def speculative(most: int, new: int) -> SpeculativeStream:
         stream = SpeculativeStream(
-            model, Letters(), ids, Sampling(temperature=0), max_new_tokens=options.new, drafter=drafter,
-            draft_tokens=options.draft_tokens,
+            model, Letters(), ids, Sampling(temperature=0), max_new_tokens=new, draft_tokens=most,
+            drafter=ForcedDraft(small, truth, options.acceptance),
         )  # fmt: skip
         list(stream)
         return stream
 
     step = step_seconds(model, 1, clock, options.rounds)
-    stream = speculative()
-    # Of two texts of different length, so that what happens once (reading the prompt, a capture) is not counted.
-    times = {}
-    for new in (options.new // 4, options.new):
-        options.new, before = new, options.new
-        times[new] = statistics.median(clock(speculative) for _ in range(3))
-        options.new = before
-    short, whole = sorted(times)
-    seconds = (times[whole] - times[short]) / (whole - short)
-    print(f"  {step * 1e3:.3f} ms a plain step, {seconds * 1e3:.3f} ms a token: {step / seconds:.2f}x")
-    print(f"  {stream.accepted} of {stream.proposed} guesses kept in {stream.rounds} rounds", flush=True)
-    record["draft"].append(
-        {"target": target, "draft": order[0], "step": step, "token": seconds, "kept": stream.accepted / stream.proposed}
+    print(
+        f"  {step * 1e3:.3f} ms a plain step\n{'guesses':>9} {'ms a token':>11} {'against plain':>14} {'kept':>16} {'rounds':>7}"
     )
+    for most in options.draft_tokens:
+        stream = speculative(most, options.new)
+        # Of two texts of different length, so that what happens once (reading the prompt, a capture) is not counted.
+        short, whole = options.new // 4, options.new
+        times = {
+            new: statistics.median(clock(lambda n=new, m=most: speculative(m, n)) for _ in range(3))
+            for new in (short, whole)
+        }
+        seconds = (times[whole] - times[short]) / (whole - short)
+        kept = f"{stream.accepted} of {stream.proposed}"
+        print(f"{most:>9} {seconds * 1e3:11.3f} {step / seconds:13.2f}x {kept:>16} {stream.rounds:>7}", flush=True)
+        record["draft"].append(
+            {
+                "target": target, "draft": order[0], "guesses": most, "step": step, "token": seconds,
+                "kept": stream.accepted / stream.proposed, "rounds": stream.rounds,
+            }
+        )  # fmt: skip
 
 
 def plot(record: dict, folder: Path) -> None:
@@ -360,7 +365,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs=2, type=int, default=[10, 17], metavar=("FIRST", "LAST"), help="powers of 2")
     parser.add_argument("--long-prompt", type=int, default=1_000_000)
     parser.add_argument("--acceptance", type=float, default=0.7)
-    parser.add_argument("--draft-tokens", type=int, default=4)
+    parser.add_argument("--draft-tokens", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument(
         "--compiled", action="store_true", help="the Transformer with a static cache and torch.compile, too"
     )

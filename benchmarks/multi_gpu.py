@@ -3,8 +3,8 @@
     python benchmarks/multi_gpu.py --gpus 2 --json multi_gpu.json --markdown multi_gpu.md
     python benchmarks/multi_gpu.py --one-gpu            # what one GPU can say: the one-GPU rows, and a process's own share
 
-1. training: tokens per second of the 1.4b shape with DDP and FSDP2, 4 rows of 2048 tokens a GPU, against one GPU running the
-   same step (as a CUDA graph, and eagerly; the faster counts).
+1. training: tokens per second of the 1.4b shape with DDP and FSDP2, --rows of 2048 tokens a GPU, against one GPU that runs the
+   same step on as many rows; each as a CUDA graph, and eagerly (of one GPU the faster counts).
 2. context: one sequence over all GPUs, activations checkpointed: time and peak memory of forward and backward, and the
    distance of the loss and of every gradient from one GPU's. `rounding` is the distance of one GPU's own bfloat16 gradients
    from its float32 ones, on the shortest case: what two correct runs may differ by.
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 SHAPES = {"1.4b": (2048, 48), "130m": (768, 24), "130m, 12 layers": (768, 12)}
-ROWS, LENGTH = 4, 2048
+LENGTH = 2048
 SEQUENCES = [("130m", 262_144), ("130m, 12 layers", 1_048_576)]
 
 
@@ -60,7 +60,7 @@ def timed(run, warm: int, count: int) -> float:
     return statistics.median(times)
 
 
-def training(mode: str, captured: bool) -> dict:
+def training(mode: str, captured: bool, per_gpu: int) -> dict:
     """Whole steps: forward, backward, clip, AdamW."""
     from mambakit.training.distributed import processes
     from mambakit.training.optimizer import make_optimizer
@@ -72,7 +72,7 @@ def training(mode: str, captured: bool) -> dict:
         optimizer = make_optimizer(model, 1e-4, (0.9, 0.95), 0.1)
         step = TrainingStep(model, optimizer, 1.0, "bfloat16", False, processes=team, objective=objective)
         runner = CapturedStep(step) if captured else step
-        rows = torch.randint(0, model.config.vocab_size, (ROWS * team.world, LENGTH + 1), device=team.device)
+        rows = torch.randint(0, model.config.vocab_size, (per_gpu * team.world, LENGTH + 1), device=team.device)
         begins = torch.zeros_like(rows, dtype=torch.bool)
         torch.cuda.reset_peak_memory_stats()
         seconds = timed(lambda: runner.run(rows, begins), 5, 10)
@@ -149,11 +149,15 @@ def measure(gpus: int, name: str, *arguments: object) -> dict:
     sys.exit(f"{name} {arguments} on {gpus} GPUs failed:\n{done.stderr[-4000:]}")
 
 
-def training_rows(gpus: int) -> list[dict]:
-    rows = [{"how": "one GPU, eager", "gpus": 1, **measure(1, "training", "none", False)}]
-    rows.append({"how": "one GPU, CUDA graph", "gpus": 1, **measure(1, "training", "none", True)})
-    if gpus > 1:
-        rows += [{"how": mode, "gpus": gpus, **measure(gpus, "training", mode, False)} for mode in ("ddp", "fsdp")]
+def training_rows(gpus: int, per_gpu: int) -> list[dict]:
+    rows = []
+    for mode, count in (("none", 1), ("ddp", gpus), ("fsdp", gpus)):
+        if mode != "none" and gpus == 1:
+            continue
+        for captured in (False, True):
+            how = f"{'one GPU' if mode == 'none' else mode}, {'CUDA graph' if captured else 'eager'}"
+            case = {"how": how, "gpus": count, "rows a GPU": per_gpu}
+            rows.append({**case, **measure(count, "training", mode, captured, per_gpu)})
     best = max(row.get("tokens_per_second", 0.0) for row in rows[:2])
     for row in rows:
         if "tokens_per_second" in row:
@@ -197,6 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--one-gpu", action="store_true", help="only what one GPU can say")
+    parser.add_argument("--rows", type=int, nargs="+", default=[4, 8], help="of 2048 tokens a GPU, in training")
     parser.add_argument("--only", choices=["training", "context"])
     parser.add_argument("--shortest", action="store_true", help="only the shortest sequence")
     parser.add_argument("--json", type=Path)
@@ -229,10 +234,9 @@ def main() -> None:
     text = [f"{gpus} x {machine['device']}, torch {torch.__version__}"]
     print(text[0], flush=True)
     if arguments.only != "context":
-        report["training"] = training_rows(gpus)
-        text.append(
-            table(report["training"], ["how", "gpus", "tokens_per_second", "speedup", "seconds", "gib", "error"])
-        )
+        report["training"] = [row for per_gpu in arguments.rows for row in training_rows(gpus, per_gpu)]
+        columns = ["how", "gpus", "rows a GPU", "tokens_per_second", "speedup", "seconds", "gib", "error"]
+        text.append(table(report["training"], columns))
         print(text[-1], flush=True)
     if arguments.only != "training":
         report["context"] = context_rows(gpus, SEQUENCES[: 1 if arguments.shortest else None])

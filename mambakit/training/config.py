@@ -105,8 +105,8 @@ class TrainConfig:
     autocast: str = "bfloat16"
     """Dtype of matrix products on CUDA ("bfloat16", "float16" is not offered: it needs loss scaling) or "float32"."""
     cuda_graph: bool = True
-    """On CUDA, capture the whole step once and replay it: a small model is otherwise bound by launches. One process only,
-    and not with parallel=ddp: the run says so and goes on without."""
+    """On CUDA, capture the whole step once and replay it, exchanges between processes with it: a small model is otherwise bound
+    by launches. Not where context_parallel spreads a row: the run says so and goes on without."""
     parallel: str = "none"
     """How the processes that torchrun started share the work: "ddp", each holds the model and takes a part of the batch;
     "fsdp", each holds a shard of the model too (FSDP2); "none", one process."""

@@ -195,6 +195,8 @@ class CapturedStep:
     """
 
     _REHEARSALS = 3
+    # DDP times its first ten steps with events, which may not be read during a capture.
+    _REHEARSALS_OF_DDP = 11
 
     def __init__(self, step: TrainingStep):
         if step.respect_documents:
@@ -203,19 +205,21 @@ class CapturedStep:
             )
         if not step.processes.capturable:
             raise ValueError(
-                f"a step of {step.processes.world} process(es) with parallel={step.processes.mode} cannot be a CUDA graph; "
-                "set cuda_graph=false"
+                f"a step of {step.processes.world} process(es) with parallel={step.processes.mode} and context_parallel="
+                f"{step.processes.context_size} cannot be a CUDA graph on {step.device}; set cuda_graph=false"
             )
         self.step = step
         self.graphs: dict[torch.Size, _Graph] = {}
-        self.stream = torch.cuda.Stream()
+        self.stream = step.processes.stream or torch.cuda.Stream()
+        step.processes.before_closing.append(self.graphs.clear)
 
     def run(self, rows: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
         graph = self.graphs.get(rows.shape)
         if graph is None:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                for _ in range(self._REHEARSALS):
+                ddp = self.step.processes.mode == "ddp"
+                for _ in range(self._REHEARSALS_OF_DDP if ddp else self._REHEARSALS):
                     self.step.rehearse(rows, begins)
             torch.cuda.current_stream().wait_stream(self.stream)
             graph = self.graphs[rows.shape] = _Graph(self.step, rows, begins, self.stream)
@@ -228,7 +232,9 @@ class _Graph:
     def __init__(self, step: TrainingStep, rows: Tensor, begins: Tensor, stream: torch.cuda.Stream):
         self.rows, self.begins = rows.clone(), begins.clone()  # begins is read by no captured work
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
+        # NCCL's watchdog looks at events meanwhile, from a thread of its own: that must not end the capture.
+        mode = "thread_local" if step.processes.world > 1 else "global"
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode=mode):
             self.result = step.run(self.rows, self.begins)
 
     def replay(self, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -182,16 +182,14 @@ def capturable(mode: str):
         step = TrainingStep(objective.model, make_optimizer(objective.model, 1e-3, (0.9, 0.95), 0.1), 1.0, "float32", False,
                             processes=team)  # fmt: skip
         if not team.capturable:
-            with pytest.raises(ValueError, match=f"parallel={mode} cannot be a CUDA graph"):
+            with pytest.raises(ValueError, match=f"parallel={mode} and context_parallel=1 cannot be a CUDA"):
                 CapturedStep(step)
         return team.capturable
 
 
-def test_one_process_without_ddp_is_captured():
+def test_exchanges_are_captured_on_gpus_alone():
     assert Processes("none", torch.device("cpu")).capturable
-    assert [launch(capturable, world, mode)[0] for world, mode in ((1, "ddp"), (1, "fsdp"), (2, "fsdp"))] == [
-        False, True, False,
-    ]  # fmt: skip
+    assert not any(launch(capturable, world, mode)[0] for world, mode in ((1, "ddp"), (2, "fsdp")))
 
 
 def uneven(context: int):

@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mambakit.ops.decode.weights import LayerWeights, ModelWeights, check_states, shape_of, tensors_of
 
 FEW = 4  # rows up to which products are sums on the ordinary cores
-MOST_ROWS = 256
+MOST_ROWS = 32  # beyond, the model's own forward as a graph is faster: cuBLAS, and the states by the scan's kernel (docs/kernels.md)
 
 
 @triton.jit
@@ -356,7 +356,7 @@ def _tiles(rows: int, h: int, d: int) -> dict[str, Tile]:
     return {
         "in_proj": Tile(64, 64, 4, 4),
         "x_proj": Tile(16, 128, 4, 3),
-        "out_proj": Tile(16 if rows <= 32 else 32, 128, 4, 4),
+        "out_proj": Tile(16, 128, 4, 4),
         "head": Tile(128, 64, 4, 4),
     }
 

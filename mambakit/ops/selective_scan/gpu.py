@@ -2,12 +2,13 @@
 
 This file chooses the layout of a call (`forward_plan`, `backward_plan`), allocates, and launches. How the kernels work is
 in `common.cuh`, `forward.cuh` and `backward.cuh`. Where CUDA C++ cannot be compiled, the Triton kernels of
-`portable_gpu.py` serve, after one warning; float64 and empty inputs go to the reference.
+`portable_gpu.py` serve, after one warning; one token in place goes there, too. float64 and empty inputs go to the reference.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -175,6 +176,16 @@ def _fallback():
     warnings.warn(
         f"mambakit: the selective scan runs on its slower Triton kernels: {reason}", UserWarning, stacklevel=4
     )
+    from mambakit.ops.selective_scan import portable_gpu
+
+    return portable_gpu
+
+
+@functools.cache
+def _one_token():
+    """Triton's kernel where it is there: one token moves states, which it reads as whole lines; twice as fast (docs/kernels.md)."""
+    if importlib.util.find_spec("triton") is None:
+        return None
     from mambakit.ops.selective_scan import portable_gpu
 
     return portable_gpu
@@ -358,6 +369,8 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, 
 def forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens):
     """`mambakit::selective_scan_`."""
     other = _elsewhere(u, A)
+    if other is None and u.shape[1] == 1 and cu_seqlens is None:
+        other = _one_token()
     if other is not None:
         return other.forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens)
     pool = _dense(state)

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from mambakit.training.distributed.context import context_parallel, stretch
 
 # The first process may tokenise, export or write a checkpoint for longer than NCCL's own ten minutes.
 _TIMEOUT = datetime.timedelta(hours=2)
+_DDP: dict[str, Any] = {"gradient_as_bucket_view": True, "bucket_cap_mb": 100}
+# Of a model, in one of FSDP's units: fewer exchanges, and more memory.
+_BLOCKS_TOGETHER = 4
 _LAUNCH = "torchrun --nproc-per-node {count} -m mambakit train ..."
 
 
@@ -46,6 +49,10 @@ class Processes:
         self.data_size = self.world // context_size
         self.data_rank, self.context_rank = divmod(self.rank, context_size)
         self._skeleton: nn.Module | None = None
+        # Where steps are captured. DDP keeps gradient accumulators on the stream that it is made on: it is made on this one.
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # What holds on to the connection and must go before it: graphs with its exchanges.
+        self.before_closing: list[Callable[[], None]] = []
         if mode != "none":
             grid = init_device_mesh(device.type, (self.data_size, context_size), mesh_dim_names=("data", "context"))
             self._data, self._context = grid["data"].get_group(), grid["context"].get_group()
@@ -57,13 +64,8 @@ class Processes:
 
     @property
     def capturable(self) -> bool:
-        """Whether a step of this team may be captured in a CUDA graph: one process, and without DDP.
-
-        DDP takes its own run-time statistics with CUDA events, which may not be read during a capture, in its first ten
-        iterations and every hundredth later, and it keeps gradient accumulators on the stream that it was made on. FSDP2
-        of one process exchanges nothing and ends every backward pass with no event pending.
-        """
-        return self.world == 1 and self.mode != "ddp"
+        """Whether a step of this team may be captured in a CUDA graph, its exchanges with it: where no row is shared."""
+        return self.mode == "none" or (self.device.type == "cuda" and self.context_size == 1)
 
     def require_even(self, rows: int, what: str) -> None:
         if rows % self.data_size:
@@ -84,15 +86,20 @@ class Processes:
         if self.mode == "ddp":
             from torch.nn.parallel import DistributedDataParallel
 
-            devices = [self.device] if self.device.type == "cuda" else None
-            return DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True)
+            if self.stream is None:
+                return DistributedDataParallel(objective, **_DDP)
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                team = DistributedDataParallel(objective, device_ids=[self.device], **_DDP)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return team
         if self.mode == "fsdp":
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh(self.device.type, (self.world,))
-            for block in model.modules():
-                if isinstance(block, MambaBlock):
-                    fully_shard(block, mesh=mesh)
+            blocks: list[nn.Module] = [block for block in model.modules() if isinstance(block, MambaBlock)]
+            for i in range(0, len(blocks), _BLOCKS_TOGETHER):
+                fully_shard(blocks[i : i + _BLOCKS_TOGETHER], mesh=mesh)
             fully_shard(objective, mesh=mesh)
         return objective
 
@@ -220,8 +227,11 @@ def processes(mode: str, context_size: int = 1) -> Iterator[Processes]:
     ours = not dist.is_initialized()
     if ours:  # gloo as well: checkpoints exchange CPU objects
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
+    team = Processes(mode, device, context_size)
     try:
-        yield Processes(mode, device, context_size)
+        yield team
     finally:
+        for close in team.before_closing:
+            close()
         if ours:
             dist.destroy_process_group()
