@@ -22,7 +22,7 @@ from mambakit.models.token_loop import GeneratingSteps, greedy_tokens
 from mambakit.modules import MambaCache
 
 # Tokens of all rows that a prefill reads at once: enough to keep the device busy, and a bound on its memory.
-_TOKENS_AT_ONCE = {"cuda": 2**16, "cpu": 2**10}
+_TOKENS_AT_ONCE = {"cuda": 2**14, "cpu": 2**10}
 # Of the `generate` call under way in this thread of work.
 _steps: ContextVar[GeneratingSteps | None] = ContextVar("steps", default=None)
 
@@ -44,7 +44,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
                 attention mask is no longer than ``inputs``. It is brought up to date in place, unless rows are
                 multiplied (beams, several return sequences).
             prefill_chunk_size: read the prompt this many tokens at a time; memory does not grow with its length. Without it
-                prompts of more than 65,536 tokens in all (1,024 on a CPU) are read in chunks of about so many.
+                prompts of more than 16,384 tokens in all (1,024 on a CPU) are read in chunks of about so many.
             seed: seeds this call's sampling alone; the global generator is left as it was.
         """
         if seed is not None:
