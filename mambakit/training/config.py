@@ -101,7 +101,7 @@ class TrainConfig:
     """Optimiser steps. 0: as many as `epochs` take."""
     epochs: float = 1.0
     max_minutes: float = 0.0
-    """Wall-clock budget. The schedule then runs on time, so that it ends when the budget does. 0: no budget."""
+    """Wall-clock budget in place of `steps` and `epochs`: the schedule runs on time, and ends when the budget does. 0: none."""
     autocast: str = "bfloat16"
     """Dtype of matrix products on CUDA ("bfloat16", "float16" is not offered: it needs loss scaling) or "float32"."""
     cuda_graph: bool = True
