@@ -11,6 +11,7 @@ import sys
 COMMANDS = {
     "generate": "write text that continues a prompt",
     "score": "log-likelihood, perplexity and bits per character of text files",
+    "serve": "serve a model over HTTP (OpenAI's completions API), on any number of GPUs",
     "train": "train or fine-tune a model on your own text, DNA or sound",
     "evaluate": "BLiMP, LAMBADA, bits per byte, and the lm-evaluation-harness",
     "info": "what a checkpoint is, from its headers alone",

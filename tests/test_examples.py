@@ -31,6 +31,7 @@ def run(name: str, *arguments: str) -> str:
         ("05_prefix_cache.py", (), "second:  727 of 728 tokens known"),
         ("06_speculative.py", (), "a draft model: the same text"),
         ("07_constrained.py", (), "a JSON text: {"),
+        ("08_serve.py", (), "both replicas wrote"),
     ],
 )
 def test_example(name, arguments, promise):

@@ -1,7 +1,7 @@
 """Many texts at once: prompts of any lengths, rows that end on their own and are filled again.
 
 A pool of state rows decodes together, one token a row and step, by the model's fastest step. A finished row is free at once
-for the next request. A text does not depend on its neighbours: every request has its own random numbers, and each prompt is read
+for the next request. Prompts are read a chunk between steps, so that a long one does not hold up those who write. A text does not depend on its neighbours: every request has its own random numbers, and each prompt is read
 on its own in chunks that start at its own beginning; on a CPU, where a row's step has the same bits in any batch, tokens are the
 same whatever else is there. On a GPU the step always runs on all ``rows``, so that its products are cut the same way.
 """
@@ -32,6 +32,8 @@ class Request:
         sampling: how tokens are chosen; its seed makes the text repeatable.
         max_new_tokens: when to stop at the latest.
         state: a `MambaCache` of one row to continue from; it is copied, never changed.
+        keep_state: whether the request is to hold its state at the end.
+        context: (p,) int64, what the ``state`` has read: a repetition penalty counts its tokens, too.
 
     Attributes:
         tokens: what was written, without the end-of-text token.
@@ -45,6 +47,7 @@ class Request:
     max_new_tokens: int = 256
     state: MambaCache | None = None
     keep_state: bool = False
+    context: Tensor | None = None
 
     tokens: list[int] = field(default_factory=list, init=False)
     finish_reason: str = field(default="", init=False)
@@ -70,13 +73,23 @@ class _Row:
     read: Tensor  # (1, l) the prompt and all tokens so far, for filters that look at them
 
 
+@dataclass
+class _Reading:
+    """A prompt on its way into a state."""
+
+    request: Request
+    cache: MambaCache
+    ids: Tensor  # (1, l)
+    done: int = 0
+
+
 class Engine:
     """Writes the texts of any number of requests, ``rows`` at a time.
 
     Args:
         model: a causal language model in eval mode.
         rows: how many texts are written together.
-        chunk_size: tokens of a prompt per forward; memory does not grow with the prompt.
+        chunk_size: tokens of a prompt per forward, and about as many between two steps; memory does not grow with the prompt.
 
     Raises:
         ValueError: fewer than one row or one token a chunk.
@@ -90,10 +103,16 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self._ends = _end_tokens(model)
         self._active: list[_Row | None] = []
+        self._reading: _Reading | None = None
         self._step: Callable[[Tensor], Tensor] | None = None
         self._pool = model.backbone.new_cache(0)
         # Where bits do not depend on the number of rows, the pool is no larger than it must be.
         self._elastic = native_serves(model, model.backbone.new_cache(1)) and rows <= MOST_ROWS
+
+    @property
+    def busy(self) -> int:
+        """Rows that are taken: those that write, and the one whose prompt is being read."""
+        return sum(row is not None for row in self._active) + (self._reading is not None)
 
     def submit(self, request: Request) -> Request:
         """Queue a request; it starts as soon as a row is free."""
@@ -102,7 +121,7 @@ class Engine:
 
     def run(self) -> Iterator[tuple[Request, int]]:
         """(request, token) as they are chosen, until nothing is left; requests may be submitted meanwhile."""
-        while self.waiting or any(self._active):
+        while self.waiting or self.busy:
             yield from self.step()
 
     def write(self, requests: Iterable[Request]) -> list[Request]:
@@ -114,7 +133,7 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[tuple[Request, int]]:
-        """Fill free rows, which gives each its first token; then one token more for every row that writes."""
+        """Read a chunk of prompts into free rows, each of which then has its first token; then one token more for every row."""
         self._drop_cancelled()
         chosen = self._admit()
         going = [(i, row) for i, row in enumerate(self._active) if row is not None]
@@ -130,22 +149,34 @@ class Engine:
         return chosen
 
     def _admit(self) -> list[tuple[Request, int]]:
-        chosen = []
-        while self.waiting and sum(row is not None for row in self._active) < self.rows:
-            request = self.waiting.popleft()
-            if request.finish_reason:
+        chosen, budget = [], self.chunk_size
+        while budget > 0 and (self._reading or (self.waiting and self.busy < self.rows)):
+            reading = self._reading or self._begin(self.waiting.popleft())
+            if reading is None:
                 continue
-            ids = request.prompt_ids.to(self.model.device)[None]
-            cache = self.model.backbone.new_cache(1) if request.state is None else request.state.clone()
-            for part in ids.split(self.chunk_size, 1):
-                logits = self.model(part, cache_params=cache, logits_to_keep=1).logits[:, -1]
-            index = self._free_row()
-            self._pool.copy_(cache, [0], [index])
-            row = self._active[index] = _Row(request, request.sampling.chooser(ids.device), ids)
+            self._reading = reading
+            part = reading.ids[:, reading.done : reading.done + self.chunk_size]
+            logits = self.model(part, cache_params=reading.cache, logits_to_keep=1).logits[:, -1]
+            reading.done += part.shape[1]
+            budget -= part.shape[1]
+            if reading.done < reading.ids.shape[1]:
+                continue
+            self._reading = None
+            request, index = reading.request, self._free_row()
+            self._pool.copy_(reading.cache, [0], [index])
+            context = () if request.context is None else (request.context.to(reading.ids.device)[None],)
+            read = torch.cat([*context, reading.ids], 1)
+            row = self._active[index] = _Row(request, request.sampling.chooser(read.device), read)
             token = int(row.choose(row.read, logits))
             if self._take(index, row, token):
                 chosen.append((request, token))
         return chosen
+
+    def _begin(self, request: Request) -> _Reading | None:
+        if request.finish_reason:
+            return None
+        cache = self.model.backbone.new_cache(1) if request.state is None else request.state.clone()
+        return _Reading(request, cache, request.prompt_ids.to(self.model.device)[None])
 
     def _choose(self, going: list[tuple[int, _Row]], logits: Tensor) -> Iterator[tuple[int, _Row, int]]:
         """Each row's token; where all want the likeliest, in one go."""
@@ -179,6 +210,8 @@ class Engine:
         self._active[index] = None
 
     def _drop_cancelled(self) -> None:
+        if self._reading is not None and self._reading.request.finish_reason:
+            self._reading = None
         for i, row in enumerate(self._active):
             if row is not None and row.request.finish_reason:
                 self._finish(i, "cancelled")

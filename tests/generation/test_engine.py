@@ -105,6 +105,42 @@ def test_cancelled_and_submitted_meanwhile(model):
     assert late.tokens == alone(model, prompts(3)[2], 3)
 
 
+def test_a_long_prompt_does_not_hold_up_those_who_write(model):
+    long_prompt = tokens(1, 40)[0].random_(1, 61, generator=torch.Generator().manual_seed(6))
+    engine = Engine(model, 3, chunk_size=4)
+    writing = engine.submit(Request(prompts(1)[0], max_new_tokens=30))
+    assert [request for request, _ in engine.step()] == [writing, writing]
+    long, gone = (engine.submit(Request(long_prompt, max_new_tokens=5)) for _ in range(2))
+    for _ in range(9):
+        assert [request for request, _ in engine.step()] == [writing]
+        assert engine.busy == 2
+    assert {request for request, _ in engine.step()} == {writing, long}, "ten chunks of 4"
+    engine.step()
+    assert engine.busy == 3
+    gone.cancel()
+    engine.step()
+    assert engine.busy == 2, "what is being read is dropped, too"
+    for _ in engine.run():
+        pass
+    assert engine.busy == 0
+    assert long.tokens == alone(model, long_prompt, 5)
+    assert writing.tokens == alone(model, prompts(1)[0], 30)
+    assert (gone.tokens, gone.finish_reason) == ([], "cancelled")
+
+
+def test_a_penalty_counts_what_the_state_has_read(model):
+    prompt = tokens(1, 12)[0]
+    state = model(prompt[None, :-1], use_cache=True).cache_params
+    sampling = Sampling(temperature=0, repetition_penalty=2.0)
+    whole, continued = Engine(model, 2).write(
+        [
+            Request(prompt, sampling, max_new_tokens=6),
+            Request(prompt[-1:], sampling, max_new_tokens=6, state=state, context=prompt[:-1]),
+        ]
+    )
+    assert continued.tokens == whole.tokens
+
+
 def test_what_makes_no_sense():
     model = pair("plain")[0]
     with pytest.raises(ValueError, match="rows is 0"):

@@ -1,0 +1,215 @@
+"""Requests a second, tokens a second and time to first token of `mambakit serve`, by the number of its replicas.
+
+    python benchmarks/serving.py --replicas 2 --compare                                      # the embedded model, on a CPU
+    python benchmarks/serving.py --replicas 2 --compare --random-shape 1.4b --json out.json  # two NVIDIA GPUs, bfloat16
+
+Starts a server, sends it all requests from --concurrency clients over HTTP, streamed, and stops it; with --compare the same
+with one replica before, and the ratios. Every prompt is other random tokens, every text runs to its full length or to the end
+that the model chooses, and what is counted is what the server says it wrote. Nothing is timed before the server has answered
+one request from each client. The clients are processes of their own, so that reading streams does not slow down the server's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+SHAPES = {"tiny": (64, 2), "130m": (768, 24), "1.4b": (2048, 48)}
+VOCABULARY = 50280
+Options = argparse.Namespace
+
+
+def make_checkpoint(shape: str, folder: Path) -> None:
+    """Random weights, and a tokenizer that has a word for every token."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    import mambakit
+
+    width, layers = SHAPES[shape]
+    words = {f" w{i}": i for i in range(VOCABULARY)}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token=" w0")), unk_token=" w0"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = mambakit.MambaForCausalLM(mambakit.MambaConfig(hidden_size=width, num_hidden_layers=layers))
+    model.generation_config.eos_token_id = None
+    model.to(torch.bfloat16).save_pretrained(folder)
+    model.cpu()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Server:
+    """`mambakit serve`, ready."""
+
+    def __init__(self, model: str | None, replicas: int, options: Options):
+        command = [sys.executable, "-m", "mambakit", "serve", "--port", "0", "--replicas", str(replicas)]
+        command += ["--rows", str(options.rows), "--max-waiting", "100000", "--max-new-tokens", str(options.new_tokens)]
+        command += ["--model", model] if model else []
+        command += ["--devices", *options.devices[:replicas]] if options.devices else []
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert self.process.stdout is not None
+        found = re.search(r" at http://([\d.]+):(\d+)", self.process.stdout.readline())
+        if found is None:
+            sys.exit("the server did not start; its messages are above")
+        self.host, self.port = found[1], int(found[2])
+        began = time.monotonic()
+        while self.health()["status"] != "ok":
+            if self.process.poll() is not None or time.monotonic() - began > 300:
+                sys.exit("the server did not become ready; its messages are above")
+            time.sleep(0.1)
+        self.start_seconds = time.monotonic() - began
+
+    def health(self) -> dict:
+        connection = http.client.HTTPConnection(self.host, self.port)
+        try:
+            connection.request("GET", "/health")
+            return json.loads(connection.getresponse().read())
+        except ConnectionError:
+            return {"status": "gone"}
+        finally:
+            connection.close()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.communicate()
+
+
+def prompts(count: int, options: Options, seed: int) -> list[list[int]]:
+    generator = random.Random(seed)
+    return [[generator.randrange(1, options.vocabulary) for _ in range(options.prompt_tokens)] for _ in range(count)]
+
+
+def request(connection: http.client.HTTPConnection, prompt: list[int], new_tokens: int) -> dict[str, float]:
+    """One streamed text: when it began, its first event and its end came, and how many tokens it has."""
+    body = {
+        "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    began, first, usage = time.monotonic(), 0.0, b""
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    if response.status != 200:
+        raise RuntimeError(f"HTTP {response.status}: {response.read().decode()}")
+    while line := response.readline():
+        first = first or time.monotonic()
+        if line.startswith(b"data: {"):
+            usage = line
+    tokens = json.loads(usage[6:])["usage"]["completion_tokens"]
+    return {"began": began, "first": first, "end": time.monotonic(), "tokens": tokens}
+
+
+def client(host: str, port: int, new_tokens: int, mine: list[list[list[int]]]) -> list[dict[str, float]]:
+    """A process: for each list of prompts, a thread that sends them one after another over one connection."""
+
+    def send(these: list[list[int]]) -> list[dict[str, float]]:
+        connection = http.client.HTTPConnection(host, port)
+        try:
+            return [request(connection, prompt, new_tokens) for prompt in these]
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(len(mine)) as pool:
+        return [one for found in pool.map(send, mine) for one in found]
+
+
+def load(server: Server, options: Options, count: int, new_tokens: int, seed: int) -> list[dict[str, float]]:
+    """``count`` requests, --concurrency of them at a time."""
+    all_prompts = prompts(count, options, seed)
+    lanes = [lane for i in range(options.concurrency) if (lane := all_prompts[i :: options.concurrency])]
+    processes = min(options.clients, len(lanes))
+    with ProcessPoolExecutor(processes) as pool:
+        parts = [
+            pool.submit(client, server.host, server.port, new_tokens, lanes[i::processes]) for i in range(processes)
+        ]
+        return [one for part in parts for one in part.result()]
+
+
+def measure(model: str | None, replicas: int, options: Options) -> dict:
+    server = Server(model, replicas, options)
+    try:
+        load(server, options, options.concurrency, min(8, options.new_tokens), seed=1)
+        found = load(server, options, options.requests, options.new_tokens, seed=2)
+    finally:
+        server.stop()
+    seconds = max(one["end"] for one in found) - min(one["began"] for one in found)
+    firsts = sorted(one["first"] - one["began"] for one in found)
+    row = {
+        "replicas": replicas, "requests_per_second": len(found) / seconds,
+        "tokens_per_second": sum(one["tokens"] for one in found) / seconds,
+        "first_token_p50": statistics.median(firsts), "first_token_p99": firsts[min(len(firsts) - 1, len(firsts) * 99 // 100)],
+        "seconds": seconds, "start_seconds": server.start_seconds,
+    }  # fmt: skip
+    print(
+        f"{replicas} replicas: {row['requests_per_second']:8.2f} requests/s {row['tokens_per_second']:10.0f} tokens/s, "
+        f"first token p50 {row['first_token_p50'] * 1e3:.0f} ms, p99 {row['first_token_p99'] * 1e3:.0f} ms "
+        f"({len(found)} requests in {seconds:.1f} s; ready after {server.start_seconds:.1f} s)",
+        flush=True,
+    )
+    return row
+
+
+def device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--compare", action="store_true", help="the same with one replica, and the ratios")
+    parser.add_argument("--devices", nargs="+", help="one for each replica (default: dealt by the server)")
+    parser.add_argument("--model", help="hub id or folder (default: the embedded model)")
+    parser.add_argument("--random-shape", choices=SHAPES, help="a checkpoint of random weights of this shape instead")
+    parser.add_argument("--rows", type=int, default=8, help="of a replica")
+    parser.add_argument("--concurrency", type=int, help="requests at a time (default: rows times replicas)")
+    parser.add_argument("--requests", type=int, help="in all (default: four times the concurrency)")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--clients", type=int, default=min(8, os.cpu_count() or 1), help="processes that send")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    options.concurrency = options.concurrency or options.rows * options.replicas
+    options.requests = options.requests or 4 * options.concurrency
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.model
+        options.vocabulary = VOCABULARY if options.random_shape else 512
+        if options.random_shape:
+            make_checkpoint(options.random_shape, Path(folder))
+            model = folder
+        rows = [measure(model, n, options) for n in ([1] if options.compare else []) + [options.replicas]]
+    settings = {k: v for k, v in vars(options).items() if k != "json"}
+    report: dict = {"device": device_name(), "settings": settings, "rows": rows}
+    if options.compare:
+        report["ratio"] = {name: rows[1][name] / rows[0][name] for name in rows[0] if name != "replicas"}
+        ratio = report["ratio"]
+        print(
+            f"{options.replicas} replicas to 1: {ratio['tokens_per_second']:.2f} x the tokens/s, "
+            f"first token p50 {ratio['first_token_p50']:.2f} x, p99 {ratio['first_token_p99']:.2f} x ({report['device']})"
+        )
+    if options.json is not None:
+        temporary = options.json.with_name(options.json.name + ".tmp")
+        temporary.write_text(json.dumps(report, indent=2))
+        temporary.replace(options.json)
+
+
+if __name__ == "__main__":
+    main()

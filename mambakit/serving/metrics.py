@@ -1,0 +1,53 @@
+"""What the server counts and times, in Prometheus's terms."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOKEN = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+
+
+class Metrics:
+    """The series of one server; their label ``replica`` is the replica's number, "" where none had the request yet."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+
+        def labels(*more: str) -> dict:
+            return {"labelnames": ("replica", *more), "registry": registry}
+
+        self.requests = Counter(
+            "mambakit_requests",
+            "Texts by what became of them: stop, length, cancelled (the client went away), failed (the replica died, or the "
+            "server stopped); and requests not taken: rejected (the queue full, or no replica ready), invalid",
+            **labels("outcome"),
+        )
+        self.prompt_tokens = Counter("mambakit_prompt_tokens", "Tokens of the prompts of ended texts", **labels())
+        self.cached_tokens = Counter("mambakit_cached_tokens", "Prompt tokens whose state was known", **labels())
+        self.tokens = Counter("mambakit_generated_tokens", "Tokens written", **labels())
+        self.first = Histogram(
+            "mambakit_time_to_first_token_seconds", "From the request to its first token", buckets=_FIRST, **labels()
+        )
+        self.each = Histogram(
+            "mambakit_time_per_token_seconds",
+            "Of each text: the mean time between its tokens after the first",
+            buckets=_TOKEN,
+            **labels(),
+        )
+        self.waiting = Gauge("mambakit_waiting_requests", "Texts that wait for a row", registry=registry)
+        self.busy = Gauge("mambakit_busy_rows", "Rows that are taken", **labels())
+        self.up = Gauge("mambakit_replica_up", "1 where the replica is ready", **labels())
+        self.restarts = Counter("mambakit_replica_restarts", "Times it was started again", **labels())
+
+    def ended(
+        self, replica: str, outcome: str, prompt_tokens: int = 0, cached_tokens: int = 0, each: float | None = None
+    ) -> None:
+        self.requests.labels(replica, outcome).inc()
+        self.prompt_tokens.labels(replica).inc(prompt_tokens)
+        self.cached_tokens.labels(replica).inc(cached_tokens)
+        if each is not None:
+            self.each.labels(replica).observe(each)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

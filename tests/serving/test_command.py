@@ -1,0 +1,151 @@
+"""`mambakit serve`: its limits, its end, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from mambakit import cli
+from tests.serving.conftest import serving, wait_until
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that has ended and that nobody has waited for yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def strict(model, tmp_path_factory):
+    """A server of one row that lets one text wait, for those who know the key."""
+    options = (
+        "--model", model, "--rows", "1", "--max-waiting", "1", "--max-new-tokens", "100000", "--max-prompt-tokens", "200",
+        "--drain-seconds", "1", "--prefix-cache", "--prefill-chunk-size", "16",
+    )  # fmt: skip
+    log = tmp_path_factory.mktemp("strict") / "log"
+    with serving(log, *options, MAMBAKIT_API_KEY="secret") as server:
+        server.ready()
+        assert server.post(prompt="x").status_code == 401
+        assert server.client.get("/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
+        server.client.headers["Authorization"] = "Bearer secret"
+        yield server
+
+
+BODY = {"prompt": "The cat", "temperature": 0}
+
+
+def test_limits(strict):
+    assert strict.complete(**BODY)["usage"]["completion_tokens"] == 16
+    assert "at most 200 are read here" in strict.post(prompt="cat " * 300).json()["error"]["message"]
+    assert strict.post(max_tokens=100001, **BODY).json()["error"]["param"] == "max_tokens"
+    assert strict.post(n=3, **BODY).json()["error"]["param"] == "n"
+
+
+def test_a_prefix_cache(strict, server):
+    body = {
+        "prompt": "The cat sat on the mat, and the dog. " * 5,
+        "seed": 1,
+        "repetition_penalty": 1.5,
+        "max_tokens": 12,
+    }
+    first, second = strict.complete(**body), strict.complete(**body)
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] <= 1
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == first["usage"]["prompt_tokens"] - 1
+    assert second["choices"] == first["choices"]
+    assert server.complete(**body)["choices"] == first["choices"], "the penalty counts what was known, too"
+    more = body["prompt"] + first["choices"][0]["text"] + " And"
+    assert strict.complete(**body | {"prompt": more})["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+def test_a_full_queue_and_a_graceful_end(strict):
+    stream = strict.stream(max_tokens=100_000, **BODY)
+    next(stream)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(strict.post, max_tokens=16, **BODY)
+        wait_until(lambda: strict.health()["waiting"] == 1, "a text waits")
+        full = strict.post(max_tokens=16, **BODY)
+        assert full.status_code == 429
+        assert full.headers["Retry-After"] == "1"
+        assert "--max-waiting" in full.json()["error"]["message"]
+        assert strict.metrics()['mambakit_requests_total{outcome="rejected",replica=""}'] == 1
+        assert strict.metrics()["mambakit_waiting_requests"] == 1
+
+        pids = [replica["pid"] for replica in strict.health()["replicas"]]
+        strict.process.send_signal(signal.SIGTERM)
+        *_, last = stream
+        assert "1 seconds were not enough" in last["error"]["message"]
+        assert waiting.result().status_code == 503
+    assert strict.process.wait(20) == 0, strict.log.read_text()
+    assert not any(alive(pid) for pid in pids)
+    with pytest.raises(httpx.ConnectError):
+        strict.client.get("/health")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+def test_no_replica_outlives_its_front(model, tmp_path):
+    with serving(tmp_path / "log", "--model", model, "--replicas", "2") as server:
+        early = server.post(prompt="x")
+        assert early.status_code == 503
+        assert "no replica is ready (replica 0 (cpu): loading; replica 1" in early.json()["error"]["message"]
+        pids = [replica["pid"] for replica in server.health()["replicas"]]
+        assert all(alive(pid) for pid in pids)
+        server.process.kill()
+        wait_until(lambda: not any(alive(pid) for pid in pids), "the replicas have ended", 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--rows", "0"), "--rows is 0; it must be 1 or more"),
+        (("--port", "70000"), "--port is 70000"),
+        (("--devices", "tpu"), "there is no device 'tpu'"),
+        (("--devices", "cuda:99"), "cuda:99 is not here"),
+        (("--devices", "cpu", "cpu", "--replicas", "1"), "--replicas is 1, but 2 --devices"),
+        (("--device", "cpu", "--devices", "cpu"), "give one"),
+        (("--model", "no/such/model/folder"), "neither a folder here nor a hub id"),
+        (("--host", "203.0.113.1"), "cannot listen on --host 203.0.113.1"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, says, capsys):
+    assert cli.main(["serve", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert says in message
+    assert len(message.strip().splitlines()) == 1
+
+
+def test_a_model_that_does_not_load_ends_the_command(tmp_path, model, capsys):
+    for file in Path(model).iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert cli.main(["serve", "--device", "cpu", "--port", "0", "--model", str(tmp_path)]) == 2
+    assert "could not start: " in capsys.readouterr().err
+
+
+def test_what_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["serve"]) == 2
+    assert 'pip install "mambakit[serve]"' in capsys.readouterr().err
+
+
+def test_devices_are_dealt_in_turn(monkeypatch):
+    import argparse
+
+    from mambakit.commands.serve import _devices
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+    def devices(**given) -> tuple[str, ...]:
+        return _devices(argparse.Namespace(**{"device": None, "devices": None, "replicas": None} | given))
+
+    assert devices() == ("cuda:0",)
+    assert devices(replicas=3) == ("cuda:0", "cuda:1", "cuda:0")
+    assert devices(devices=["cuda:1", "cuda:0"]) == ("cuda:1", "cuda:0")
+    assert devices(device="cuda", replicas=2) == ("cuda:0", "cuda:0")
+    assert devices(device="cpu", replicas=2) == ("cpu", "cpu")
