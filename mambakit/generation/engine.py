@@ -1,9 +1,11 @@
 """Many texts at once: prompts of any lengths, rows that end on their own and are filled again.
 
 A pool of state rows decodes together, one token a row and step, by the model's fastest step. A finished row is free at once
-for the next request. Prompts are read a chunk between steps, so that a long one does not hold up those who write. A text does not depend on its neighbours: every request has its own random numbers, and each prompt is read
-on its own in chunks that start at its own beginning; on a CPU, where a row's step has the same bits in any batch, tokens are the
-same whatever else is there. On a GPU the step always runs on all ``rows``, so that its products are cut the same way.
+for the next request. Prompts are read a chunk between steps, so that a long one does not hold up those who write.
+
+A text does not depend on its neighbours: every request has its own random numbers, and each prompt is read on its own in chunks
+that start at its own beginning; on a CPU, where a row's step has the same bits in any batch, tokens are the same whatever else
+is there. On a GPU the step always runs on all ``rows``, so that its products are cut the same way.
 """
 
 from __future__ import annotations
