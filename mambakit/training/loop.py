@@ -78,6 +78,8 @@ def _announce(run: _Run, data: Prepared) -> None:
         count = "1 process" if run.team.world == 1 else f"{run.team.world} processes"
         spread = f", a row over {run.team.context_size}" if run.team.context_size > 1 else ""
         run.console.print(f"{count}, {run.team.mode}{spread}; the step runs without a CUDA graph")
+    if run.config.max_minutes:
+        run.console.print(f"the run ends after max_minutes={run.config.max_minutes:g}; steps and epochs do not count")
     run.console.print(
         f"{every:,} parameters{only} on {run.plain.device}; {data.train.tokens:,} tokens of {characters:,} "
         f"{data.vocabulary.unit}s in {len(data.train):,} documents; {run.rows.steps_per_epoch:,.1f} steps an epoch"
