@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mambakit.generation.constrain import ConstrainedSampling
 from mambakit.generation.drafters import Draft, Drafter, DraftModel, PromptLookup
-from mambakit.generation.stream import Sampling, Stream, _end_tokens, _overlap, _TextDecoder
+from mambakit.generation.stream import Sampling, StoppingDecoder, Stream, _end_tokens
 from mambakit.generation.verify import verifier
 from mambakit.ops.linear.api import MOST_ROWS
 
@@ -168,8 +168,7 @@ class _Assembly:
     """Tokens to text, in the pieces that may be shown, until an end token or a stop string."""
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...], ends: set[int]):
-        self._decoder, self._stop, self._ends = _TextDecoder(tokenizer), stop, ends
-        self._held = ""  # text that may turn out to be the start of a stop string
+        self._shown, self._ends = StoppingDecoder(tokenizer, stop), ends
 
     def take(self, chosen: list[int]) -> tuple[list[int], str, str]:
         """(the tokens that belong to the text, text to show, "end" or "stop" where it is over)."""
@@ -179,17 +178,11 @@ class _Assembly:
             if token in self._ends:
                 return kept, piece, "end"
             kept.append(token)
-            self._held += self._decoder.push(token)
-            cut = min((at for s in self._stop if (at := self._held.find(s)) >= 0), default=None)
-            if cut is not None:
-                piece, self._held = piece + self._held[:cut], ""
-                self._decoder = _TextDecoder(self._decoder.tokenizer)
+            piece += self._shown.push(token)
+            if self._shown.stopped:
                 return kept, piece, "stop"
-            ready = len(self._held) - _overlap(self._held, self._stop)
-            piece, self._held = piece + self._held[:ready], self._held[ready:]
         return kept, piece, ""
 
     def rest(self) -> str:
         """What was held back, once the text is over."""
-        rest, self._held = self._held + self._decoder.flush(), ""
-        return rest
+        return self._shown.rest()

@@ -120,8 +120,7 @@ class Stream:
         ends = _end_tokens(model)
         logits = self._read(ids)
         step = token_step(model, cache)
-        decoder = _TextDecoder(self.tokenizer)
-        held = ""  # text that may turn out to be the start of a stop string
+        shown = StoppingDecoder(self.tokenizer, self.stop)
         while len(self.tokens) < self.max_new_tokens:
             token = choose(ids, logits)
             number = int(token)
@@ -129,25 +128,20 @@ class Stream:
                 self.finish_reason = "stop"
                 break
             self.tokens.append(number)
-            held += decoder.push(number)
-            cut = min((at for s in self.stop if (at := held.find(s)) >= 0), default=None)
-            if cut is not None:
+            piece = shown.push(number)
+            self.text += piece
+            if shown.stopped:
                 self.finish_reason = "stop"
-                self.text += held[:cut]
-                yield held[:cut]
+            if piece or shown.stopped:
+                yield piece
+            if shown.stopped:
                 return
-            ready = len(held) - _overlap(held, self.stop)
-            if ready:
-                self.text += held[:ready]
-                yield held[:ready]
-                held = held[ready:]
             if len(self.tokens) < self.max_new_tokens:
                 ids = torch.cat([ids, token[None]], 1) if self.sampling.repetition_penalty != 1 else ids
                 logits = step(token)
         else:
             self.finish_reason = "length"
-        rest = held + decoder.flush()
-        if rest:
+        if rest := shown.rest():
             self.text += rest
             yield rest
 
@@ -193,6 +187,27 @@ class _TextDecoder:
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+class StoppingDecoder:
+    """Tokens to text that may be shown: up to the first of the stop strings, and never the beginning of one."""
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...]):
+        self.stopped = False
+        self._decoder, self._stop = _TextDecoder(tokenizer), stop
+        self._held = ""  # text that may turn out to be the start of a stop string
+
+    def push(self, token: int) -> str:
+        self._held += self._decoder.push(token)
+        cut = min((at for s in self._stop if (at := self._held.find(s)) >= 0), default=None)
+        self.stopped = cut is not None
+        ready = len(self._held) - _overlap(self._held, self._stop) if cut is None else cut
+        piece, self._held = self._held[:ready], self._held[ready:]
+        return piece
+
+    def rest(self) -> str:
+        """What was held back, when no more tokens come; nothing after a stop string."""
+        return "" if self.stopped else self._held + self._decoder.flush()
 
 
 def _overlap(text: str, stops: tuple[str, ...]) -> int:

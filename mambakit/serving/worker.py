@@ -179,32 +179,26 @@ class _CancelledError(Exception):
 
 
 class _Text:
-    """One text's tokens as text: never half a character, never the start of a stop string."""
+    """One text on its way out."""
 
     def __init__(self, task: Task, tokenizer: Any):
-        from mambakit.generation.stream import _TextDecoder
+        from mambakit.generation.stream import StoppingDecoder
 
-        self.id, self.stop = task.id, task.stop
+        self.id = task.id
         self.cached_tokens = 0
         self.ended = False
-        self._decoder = _TextDecoder(tokenizer)
-        self._held = ""
+        self._shown = StoppingDecoder(tokenizer, task.stop)
 
     def add(self, token: int) -> str:
         """What can be shown now; a stop string ends the text."""
-        from mambakit.generation.stream import _overlap
-
-        self._held += self._decoder.push(token)
-        cut = min((at for s in self.stop if (at := self._held.find(s)) >= 0), default=None)
-        self.ended = cut is not None
-        ready = len(self._held) - _overlap(self._held, self.stop) if cut is None else cut
-        shown, self._held = self._held[:ready], self._held[ready:]
-        return shown
+        piece = self._shown.push(token)
+        self.ended = self._shown.stopped
+        return piece
 
     def rest(self) -> str:
         """What was held back, when no more tokens come."""
         self.ended = True
-        return self._held + self._decoder.flush()
+        return self._shown.rest()
 
 
 # (text, token, "") or (text, None, why it ended)
