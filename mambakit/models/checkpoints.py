@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from mambakit.models.formats import is_original, read_config, to_original_fields
-from mambakit.models.quantization import is_quantized, load_quantized, packed_weights
+from mambakit.models.packed_checkpoints import load_quantized, packed_weights
+from mambakit.models.quantization import is_quantized
 from mambakit.models.storage import (
     HUB_ARGUMENTS,
     CheckpointError,
@@ -48,7 +49,7 @@ def load_pretrained(cls: Any, name: str | os.PathLike, *args: Any, config: Any =
     if dtype is not None:
         kwargs["dtype"] = dtype
     if is_quantized(config):
-        return load_quantized(cls, config, folder, str(name), dtype)
+        return load_quantized(cls, config, folder, str(name), dtype, kwargs.get("device_map"))
     load = super(_owner(cls), cls).from_pretrained
     if getattr(config, "quantization_config", None) is not None or kwargs.get("state_dict") is not None:
         return load(
@@ -178,6 +179,8 @@ def save_original(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     Raises:
         CheckpointError: the model has something that the format cannot say.
     """
+    if is_quantized(model.config):
+        raise CheckpointError("the original format holds plain weights, the model's are packed; dequantize() it first")
     folder = Path(folder)
     fields = to_original_fields(model.config)
     state: dict[str, Tensor] = {}
@@ -206,7 +209,8 @@ def _write(path: Path, write: Any) -> None:
 def convert(
     source: str | os.PathLike, target: str | os.PathLike, format: str, dtype: torch.dtype | None = None
 ) -> Path:
-    """Write the checkpoint ``source`` (id or folder, either format) to the folder ``target`` in ``format``.
+    """Write the checkpoint ``source`` (id or folder, either format) to the folder ``target`` in ``format``; packed weights are
+    unpacked.
 
     Args:
         format: "transformers" or "original".
@@ -224,6 +228,8 @@ def convert(
     if heads:
         raise CheckpointError(f"{folder} holds a classifier ({heads[0]}), which convert would lose; load and save it")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    if is_quantized(model.config):
+        model.dequantize()
     if format == "original":
         save_original(model, target)
     else:
@@ -268,7 +274,8 @@ def describe(name: str | os.PathLike, **hub: Any) -> CheckpointInfo:
     original = is_original(read_json(folder / "config.json"))
     files = weight_files(folder)
     found = read_headers(files)
-    tied_copy = config.tie_word_embeddings and not found.keys().isdisjoint({"lm_head.weight", "lm_head.data"})
+    embeddings = any(stored.endswith(("embeddings.weight", "embedding.weight")) for stored in found)
+    tied_copy = config.tie_word_embeddings and embeddings
     dtypes: dict[str, int] = {}
     for stored, tensor in found.items():
         if tied_copy and stored in ("lm_head.weight", "lm_head.data"):
@@ -278,8 +285,10 @@ def describe(name: str | os.PathLike, **hub: Any) -> CheckpointInfo:
         )  # fmt: skip
         if count:
             dtypes[key] = dtypes.get(key, 0) + count
+    # Of packed weights most bytes are integers, and the scales float32: the norm is in the model's own dtype.
+    plain = {n: t for n, t in found.items() if n.endswith("norm_f.weight")} if is_quantized(config) else found
     per_layer = config.intermediate_size * (
-        4 * config.state_size + _common_dtype(found).itemsize * (config.conv_kernel - 1)
+        4 * config.state_size + _common_dtype(plain).itemsize * (config.conv_kernel - 1)
     )
     fields: tuple[str, ...] = (
         "hidden_size",

@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mambakit.models.checkpoints import load_pretrained, save_original
 from mambakit.models.configuration import FalconMambaConfig, MambaConfig
 from mambakit.models.initialization import initialize
-from mambakit.models.quantization import quantize
+from mambakit.models.packed_checkpoints import stored_tensors
+from mambakit.models.quantization import dequantize, quantize
 
 
 class MambaPreTrainedModel(PreTrainedModel):
@@ -51,6 +53,22 @@ class MambaPreTrainedModel(PreTrainedModel):
         """Pack the weights in place, for inference: "int8", "int4" or "lossless"; see `mambakit.models.quantization`."""
         return quantize(self, format, group)
 
+    def dequantize(self, dtype: torch.dtype | str | None = None) -> MambaPreTrainedModel:
+        """Unpack the weights in place, to train the model or to save it for transformers; ``dtype`` is the model's own when None.
+        See `mambakit.models.quantization`."""
+        return dequantize(self, dtype)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Save in transformers' format, with its arguments; a model with packed weights in mambakit's own."""
+        super().save_pretrained(save_directory, is_main_process, stored_tensors(self, state_dict), *args, **kwargs)
+
     def save_original(self, folder: str | os.PathLike) -> None:
-        """Save in the original state-spaces format; `save_pretrained` saves in transformers'."""
+        """Save in the original state-spaces format; `save_pretrained` saves in transformers'. Packed weights: `dequantize` first."""
         save_original(self, folder)

@@ -1,33 +1,28 @@
-"""Packed weights for a whole model, saved and loaded: int8 or int4, or the same numbers in fewer bits.
+"""Packed weights for a whole model, and back: int8 or int4, or the same numbers in fewer bits.
 
 in_proj, x_proj, out_proj and the head are packed: nearly all of what a step reads. The convolution, norms, A_log, D, dt_proj
-(its rows are short) and the states stay as they are, and so do the embeddings, of which a step reads one row.
-
-A quantised checkpoint is mambakit's own: transformers warns that it does not know its method, and would fill the layers with
-random numbers.
+(its rows are short) and the states stay as they are, and so do embeddings that are not tied to the head. Tied ones are the
+packed head's rows, a plain tensor of the model's dtype since a step reads one row of it.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
 
-from mambakit.models.storage import CheckpointError, read_tensors, weight_files
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops.linear import lossless
 
 METHOD = "mambakit"
 FORMATS = ("int8", "int4", "lossless")
-_LAYERS = ("in_proj", "x_proj", "out_proj")
-_BESIDE = ("scales", "starts", "columns", "values")  # stored beside a packed weight's `data`
+LAYERS = ("in_proj", "x_proj", "out_proj")
 
 
 def quantize(model: Any, format: str, group: int = 64) -> Any:
-    """Replace ``model``'s large linear layers by quantised ones, in place; returns the model.
+    """Replace ``model``'s large linear layers by quantised ones, in place; returns the model. Tied embeddings become the
+    numbers that the packed head stands for. A quantised model is dequantised first, and keeps what its format had rounded.
 
     Args:
         format: "int8" or "int4"; or "lossless", which keeps every number to the last bit: bfloat16 in 12 bits, float32 in 28.
@@ -39,19 +34,61 @@ def quantize(model: Any, format: str, group: int = 64) -> Any:
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; choose one of {', '.join(FORMATS)}")
-    targets = _targets(model)
+    if is_quantized(model.config):
+        dequantize(model)
+    targets = targets_of(model)
     for parent, name in targets:
         layer = getattr(parent, name)
         if type(layer) is not nn.Linear:
-            raise ValueError(
-                f"{name} is a {type(layer).__name__}, not a plain linear layer; merge adapters, or load the unquantised model"
-            )
+            raise ValueError(f"{name} is a {type(layer).__name__}, not a plain linear layer; merge adapters first")
     if format == "lossless":
         format = _lossless_format({getattr(parent, name).weight.dtype for parent, name in targets})
+    tied = has_head(model) and model.lm_head.weight is model.get_input_embeddings().weight
     for parent, name in targets:
         setattr(parent, name, QuantizedLinear.from_linear(getattr(parent, name), format, group))
+    if tied:
+        with torch.no_grad():
+            model.get_input_embeddings().weight.copy_(model.lm_head.packed.dequantized())
     model.config.quantization_config = {"quant_method": METHOD, "format": format, "group": group}
     return model.eval()
+
+
+def dequantize(model: Any, dtype: torch.dtype | str | None = None) -> Any:
+    """Replace ``model``'s quantised layers by plain linear ones with the numbers they stand for, in place; returns the model.
+
+    The head is tied to the embeddings again where these are its rows. Embeddings of their own (of checkpoints that were
+    quantised before tied ones were rounded with the head) stay what they are: the head keeps its numbers, and
+    ``config.tie_word_embeddings`` becomes false.
+
+    Args:
+        dtype: of the whole model; its own when None, in which lossless weights come back to the last bit. int8 and int4
+            weights are float32 numbers, which a half dtype rounds.
+
+    Raises:
+        ValueError: the model is not quantised.
+    """
+    if not is_quantized(model.config):
+        raise ValueError("the model is not quantised: its weights are plain already, there is nothing to dequantise")
+    embeddings = model.get_input_embeddings()
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or embeddings.weight.dtype
+    tied = shares_table(model)
+    for parent, name in targets_of(model):
+        setattr(parent, name, getattr(parent, name).dequantized(dtype))
+    if tied:
+        embeddings.weight = model.lm_head.weight
+    elif has_head(model) and model.config.tie_word_embeddings:
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}  # what transformers read of the configuration when the model was made
+    del model.config.quantization_config
+    return model.to(dtype).train(model.training)  # the new layers too
+
+
+def shares_table(model: Any) -> bool:
+    """Whether the embeddings are the packed head's rows, so that a checkpoint needs the head alone."""
+    if not model.config.tie_word_embeddings or not isinstance(getattr(model, "lm_head", None), QuantizedLinear):
+        return False
+    weight = model.get_input_embeddings().weight
+    return torch.equal(weight, model.lm_head.packed.dequantized().to(weight.dtype))
 
 
 def _lossless_format(dtypes: set[torch.dtype]) -> str:
@@ -64,74 +101,16 @@ def _lossless_format(dtypes: set[torch.dtype]) -> str:
     )
 
 
-def _targets(model: Any) -> list[tuple[Any, str]]:
+def targets_of(model: Any) -> list[tuple[Any, str]]:
     backbone = getattr(model, "backbone", model)
-    targets = [(block.mixer, name) for block in backbone.layers for name in _LAYERS]
-    return [*targets, (model, "lm_head")] if isinstance(getattr(model, "lm_head", None), nn.Module) else targets
+    targets = [(block.mixer, name) for block in backbone.layers for name in LAYERS]
+    return [*targets, (model, "lm_head")] if has_head(model) else targets
+
+
+def has_head(model: Any) -> bool:
+    return isinstance(getattr(model, "lm_head", None), nn.Module)
 
 
 def is_quantized(config: Any) -> bool:
     settings = getattr(config, "quantization_config", None)
     return isinstance(settings, dict) and settings.get("quant_method") == METHOD
-
-
-def packed_weights(name: str, shape: tuple[int, ...], config: Any) -> tuple[str, int] | None:
-    """(format, how many weights) of a stored tensor that is part of a packed weight, none if they count elsewhere; or None."""
-    layer, _, part = name.rpartition(".")
-    kind = layer.rpartition(".")[2]
-    if not is_quantized(config) or kind not in (*_LAYERS, "lm_head") or part not in ("data", *_BESIDE):
-        return None
-    columns = config.intermediate_size if kind in ("x_proj", "out_proj") else config.hidden_size
-    return config.quantization_config["format"], 0 if part in _BESIDE else shape[0] * columns
-
-
-def load_quantized(cls: Any, config: Any, folder: Path, name: str, dtype: Any) -> Any:
-    """A model saved after `quantize`."""
-    settings = config.quantization_config
-    with torch.device("meta"):
-        model = cls(config)
-        for parent, child in _targets(model):
-            old = getattr(parent, child)
-            bias = old.bias is not None
-            new = QuantizedLinear(old.in_features, old.out_features, settings["format"], settings["group"], bias)
-            setattr(parent, child, new)
-    files = weight_files(folder)
-    stored = read_tensors(files)
-    for prefix, module in model.named_modules():
-        if isinstance(
-            module, QuantizedLinear
-        ):  # the lists of a lossless format have the length that the file gives them
-            for name in ("columns", "values"):
-                listed = stored.get(f"{prefix}.{name}")
-                if name in module._buffers and listed is not None and listed.dim() == 1:
-                    module.register_buffer(name, listed.new_empty(listed.shape, device="meta"))
-    expected = model.state_dict()
-    for key in sorted(expected.keys() | stored.keys()):
-        shapes = [tuple(where[key].shape) if key in where else None for where in (stored, expected)]
-        if shapes[0] != shapes[1]:
-            raise CheckpointError(
-                f"{files[0]}: tensor {key} has shape {shapes[0]} in the file and {shapes[1]} in a {settings['format']} "
-                f"{cls.__name__}; quantise the original checkpoint again"
-            )
-    model.load_state_dict(stored, assign=True)
-    for prefix, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            _check_lists(module, f"{files[0]}: {prefix}")
-    if isinstance(dtype, str):
-        dtype = None if dtype == "auto" else getattr(torch, dtype)
-    if dtype is not None:
-        model.to(dtype)
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.config.name_or_path = model.name_or_path = name
-    return model.eval()
-
-
-def _check_lists(layer: QuantizedLinear, where: str) -> None:
-    """What the kernels rely on in a lossless weight's list: they read where it says."""
-    if layer.packed.exceptions is None:
-        return
-    starts, columns, values = layer.packed.exceptions
-    whole = len(columns) == len(values) and starts[0] == 0 and starts[-1] == len(columns) and (starts.diff() >= 0).all()
-    if not whole or (len(columns) and not (int(columns.min()) >= 0 and int(columns.max()) < layer.in_features)):
-        raise CheckpointError(f"{where}: the list of single weights is damaged; pack the original checkpoint again")

@@ -38,6 +38,14 @@ class QuantizedLinear(nn.Module):
         layer.bias = source.bias
         return layer
 
+    def dequantized(self, dtype: torch.dtype) -> nn.Linear:
+        """The plain layer with the numbers that the packed weight stands for, rounded to ``dtype``."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        layer.weight = nn.Parameter(self.packed.dequantized().to(dtype))
+        if self.bias is not None:
+            layer.bias = self.bias
+        return layer
+
     def _keep(self, weight: PackedWeight) -> None:
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)

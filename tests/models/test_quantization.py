@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import mambakit
 from mambakit.generation.score import score_text
@@ -11,7 +12,7 @@ from mambakit.models.checkpoints import describe
 from mambakit.models.step import token_step
 from mambakit.modules.quantized_linear import QuantizedLinear
 from tests.models.configurations import pair, tokens, worst
-from tests.models.tiny import save_tiny
+from tests.models.tiny import save_tiny, with_own_embeddings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TEXT = (
@@ -68,8 +69,6 @@ def test_lossless_packing_keeps_every_weight(name, dtype):
 
 
 def test_lossless_lists_are_checked(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     model = pair("plain")[0]
     with torch.no_grad():
         model.backbone.layers[0].mixer.in_proj.weight[2, 3] = 1e-20  # a weight for the list
@@ -94,10 +93,11 @@ def test_saved_and_loaded(name, format, tmp_path):
     plain = pair(name)[0]
     described = describe(tmp_path)
     assert described.parameters == sum(p.numel() for p in plain.parameters())  # of the model, not of the bytes
-    packed = sum(m.weight.numel() for n, m in plain.named_modules() if n.endswith(("in_proj", "x_proj", "out_proj")))
-    assert (
-        described.dtypes["lossless32" if format == "lossless" else format] == packed
-    )  # the head is a copy of the embeddings
+    kinds = ("in_proj", "x_proj", "out_proj", "lm_head")
+    packed = sum(m.weight.numel() for n, m in plain.named_modules() if n.endswith(kinds))
+    assert described.dtypes["lossless32" if format == "lossless" else format] == packed
+    assert described.state_bytes == model.backbone.new_cache(1).nbytes
+    assert loaded.name_or_path == str(tmp_path)
     ids = tokens(2, 9)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     half = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16")
@@ -126,9 +126,75 @@ def test_what_is_refused(tmp_path):
         model.quantize("int8", 48)
     with pytest.raises(ValueError, match="these weights are torch.float16"):
         pair("plain")[0].half().quantize("lossless")
-    model.quantize("int8")
-    with pytest.raises(ValueError, match="in_proj is a QuantizedLinear"):
+    model.backbone.layers[1].mixer.in_proj = torch.nn.Identity()
+    with pytest.raises(ValueError, match="in_proj is a Identity, not a plain linear layer; merge adapters first"):
         model.quantize("int8")
+    model = pair("plain")[0].quantize("int8")
+    with pytest.raises(mambakit.CheckpointError, match=r"the model's are packed; dequantize\(\) it first"):
+        model.save_original(tmp_path)
     model.save_pretrained(tmp_path)
     with pytest.raises(mambakit.CheckpointError, match="quantise the original checkpoint again"):
-        mambakit.MambaModel.from_pretrained(tmp_path)
+        mambakit.MambaForCausalLM.from_pretrained(tmp_path, hidden_size=48)
+    with pytest.raises(ValueError, match="device_map names 2 devices; a quantised model lies on one"):
+        mambakit.MambaForCausalLM.from_pretrained(tmp_path, device_map={"backbone": "cpu", "lm_head": "meta"})
+    assert mambakit.MambaForCausalLM.from_pretrained(tmp_path, device_map={"": "meta"}).device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", ["int8", "int4", "lossless"])
+@pytest.mark.parametrize("name", ["plain", "odd_everything", "falcon"])
+@torch.no_grad()
+def test_tied_embeddings_are_the_packed_heads_rows(name, format, dtype, tmp_path):
+    model = pair(name)[0].to(dtype)
+    before = model.backbone.embeddings.weight.clone()
+    model.quantize(format, 32)
+    rows = model.lm_head.packed.dequantized().to(dtype)
+    assert torch.equal(model.backbone.embeddings.weight, rows)
+    assert torch.equal(rows, before) == (format == "lossless")
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.data" in stored
+    assert not [key for key in stored if "embeddings" in key]
+    loaded = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == dtype
+    ids = tokens(2, 9)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    wide = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    assert torch.equal(wide.backbone.embeddings.weight, model.lm_head.packed.dequantized())  # not rounded on the way
+
+
+@torch.no_grad()
+def test_embeddings_that_are_not_the_heads_rows_are_stored(tmp_path):
+    untied = pair("untied")[0]
+    before = untied.backbone.embeddings.weight.clone()
+    untied.quantize("int8").save_pretrained(tmp_path / "untied")
+    assert torch.equal(load_file(tmp_path / "untied" / "model.safetensors")["backbone.embeddings.weight"], before)
+    model, embeddings = with_own_embeddings("int8")
+    model.save_pretrained(tmp_path / "own")
+    loaded = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path / "own")
+    assert torch.equal(loaded.backbone.embeddings.weight, embeddings)
+    assert describe(tmp_path / "own").parameters == sum(p.numel() for p in pair("plain")[0].parameters())
+    ids = tokens(2, 9)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("format", ["int8", "lossless"])
+@torch.no_grad()
+def test_base_models_and_classifiers_of_a_language_models_file(format, tmp_path):
+    ids = tokens(2, 9)
+    for name, model in (("tied", pair("plain")[0].quantize(format)), ("own", with_own_embeddings(format)[0])):
+        model.save_pretrained(tmp_path / name)
+        want = model.backbone(ids).last_hidden_state
+        base = mambakit.AutoModel.from_pretrained(tmp_path / name)
+        assert torch.equal(base(ids).last_hidden_state, want)
+        assert not hasattr(base, "lm_head")
+        with pytest.warns(UserWarning, match="holds no score.weight: it is drawn anew"):
+            classifier = mambakit.AutoModelForSequenceClassification.from_pretrained(tmp_path / name, num_labels=3)
+        assert torch.equal(classifier.backbone(ids).last_hidden_state, want)
+        assert classifier.score.weight.any()
+        classifier.save_pretrained(tmp_path / f"{name} classifier")
+        again = mambakit.AutoModelForSequenceClassification.from_pretrained(tmp_path / f"{name} classifier")
+        assert torch.equal(again(ids).logits, classifier(ids).logits)
+        base.save_pretrained(tmp_path / f"{name} base")
+        again = mambakit.AutoModel.from_pretrained(tmp_path / f"{name} base")
+        assert torch.equal(again(ids).last_hidden_state, want)

@@ -8,6 +8,7 @@ import torch
 
 import mambakit
 from mambakit.training.tokenizer import save_tokenizer, train_tokenizer
+from tests.models.configurations import pair
 
 TEXT = "The cat sat on the mat, and the dog — naïve, tired — slept by the fire. " * 50 + "日本語の文字 🙂 " * 20
 
@@ -23,3 +24,13 @@ def save_tiny(folder: Path, **fields) -> mambakit.MambaForCausalLM:
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     return model
+
+
+@torch.no_grad()
+def with_own_embeddings(format: str) -> tuple[mambakit.MambaForCausalLM, torch.Tensor]:
+    """A tied model as it was quantised before its embeddings were rounded with the head, and those embeddings."""
+    model = pair("plain")[0]
+    embeddings = model.backbone.embeddings.weight.clone()
+    model.quantize(format)
+    model.backbone.embeddings.weight.copy_(embeddings)
+    return model, embeddings
