@@ -119,6 +119,25 @@ def test_score(model, tmp_path):
     assert "bits/character" in good("score", str(path), "--model", model)
 
 
+def test_quantised_folders(model, tmp_path):
+    plain = json.loads(good("info", model, "--json"))
+    packed, back = str(tmp_path / "packed"), str(tmp_path / "back")
+    assert "MiB of weights" in good("quantize", model, packed, "--to", "int8", "--group", "128")
+    info = json.loads(good("info", packed, "--json"))
+    assert (info["parameters"], info["state_bytes"]) == (plain["parameters"], plain["state_bytes"])
+    assert info["dtypes"].keys() == {"int8", "float32"}
+    done = mambakit("convert", packed, back)
+    assert done.stdout.strip() == back
+    assert f"{packed} is quantised (int8): dequantised to plain weights" in done.stderr
+    assert json.loads(good("info", back, "--json"))["dtypes"] == plain["dtypes"]
+    again = mambakit("quantize", packed, str(tmp_path / "again"), "--to", "lossless")
+    assert f"{packed} is quantised (int8): its rounded weights are packed anew" in again.stderr
+    assert json.loads(good("info", str(tmp_path / "again"), "--json"))["dtypes"].keys() == {"lossless32", "float32"}
+    options = ("--greedy", "--max-new-tokens", "6", "--json")
+    a, b = (json.loads(good("generate", "The", "--model", m, *options)) for m in (packed, back))
+    assert a["tokens"] == b["tokens"]
+
+
 def test_info_and_convert(model, tmp_path):
     assert json.loads(good("info", model, "--json"))["format"] == "transformers"
     assert "9,417,280" in good("info")

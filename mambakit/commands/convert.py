@@ -1,4 +1,5 @@
-"""Rewrite a checkpoint: between transformers' format and the original state-spaces format, or to another dtype."""
+"""Rewrite a checkpoint: between transformers' format and the original state-spaces format, to another dtype, or from packed
+weights (`mambakit quantize`) to plain ones."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="hub id or folder, in either format")
+    parser.add_argument("source", help="hub id or folder, in either format; packed weights are unpacked")
     parser.add_argument("target", help="a new folder")
     parser.add_argument(
         "--to", choices=("transformers", "original"), default="transformers", help="default: transformers"
@@ -15,12 +16,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import sys
+
     import torch
     import transformers
 
+    from mambakit.models.auto import AutoConfig
     from mambakit.models.checkpoints import convert
+    from mambakit.models.quantization import is_quantized
 
     transformers.utils.logging.disable_progress_bar()
     folder = convert(args.source, args.target, args.to, None if args.dtype is None else getattr(torch, args.dtype))
+    config = AutoConfig.from_pretrained(args.source)
+    if is_quantized(config):
+        format = config.quantization_config["format"]
+        print(f"{args.source} is quantised ({format}): dequantised to plain weights", file=sys.stderr)
     print(folder)
     return 0

@@ -6,7 +6,9 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="hub id or folder")
+    parser.add_argument(
+        "source", help="hub id or folder; one that is quantised already is packed anew from its rounded weights"
+    )
     parser.add_argument("target", help="a new folder")
     parser.add_argument("--to", choices=("int8", "int4", "lossless"), default="int8", help="default: int8")
     parser.add_argument(
@@ -15,12 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import sys
     from pathlib import Path
 
     import transformers
 
     from mambakit.models.auto import AutoModelForCausalLM
     from mambakit.models.checkpoints import copy_tokenizer
+    from mambakit.models.quantization import is_quantized
     from mambakit.models.storage import resolve
 
     transformers.utils.logging.disable_progress_bar()
@@ -28,7 +32,11 @@ def run(args: argparse.Namespace) -> int:
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; name a new folder")
     folder = resolve(args.source)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").quantize(args.to, args.group)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    if is_quantized(model.config):
+        format = model.config.quantization_config["format"]
+        print(f"{args.source} is quantised ({format}): its rounded weights are packed anew", file=sys.stderr)
+    model.quantize(args.to, args.group)
     model.save_pretrained(target)
     copy_tokenizer(folder, target)
     print(f"{target}: {sum(f.stat().st_size for f in target.glob('*.safetensors')) / 2**20:.1f} MiB of weights")
