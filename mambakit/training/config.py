@@ -63,7 +63,8 @@ class TrainConfig:
     conv_kernel: int = 4
     tie_word_embeddings: bool = True
     init_from: str = ""
-    """Checkpoint (id or folder) to start from instead of new weights; the model fields above are then the checkpoint's."""
+    """Checkpoint (id or folder) to start from instead of new weights; the model fields above are then the checkpoint's.
+    Packed weights are unpacked."""
     lora_rank: int = 0
     """Fine-tune `init_from` through low-rank adapters of this rank, merged at the end; nothing else learns. 0: all of it."""
     lora_alpha: float = 0.0

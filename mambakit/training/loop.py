@@ -55,7 +55,7 @@ def _train(config: TrainConfig, console: Console, team: Processes) -> dict[str, 
     data = prepare(config, out, console) if team.first else None
     team.barrier()
     data = data or prepare(config, out, console, written=True)
-    model = make_model(config, data.vocabulary).to(team.device)
+    model = make_model(config, data.vocabulary, console).to(team.device)
     run = _Run(config, model, data, out, console, team)
     _announce(run, data)
     run.go()

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from mambakit.models.quantization import is_quantized
+
 _PEFT_PREFIX = "base_model.model."
 _FILE = "adapter_model.safetensors"
 
@@ -21,12 +23,14 @@ def add_adapters(model: Any, rank: int, alpha: float, targets: list[str]) -> Non
     "mamba", since transformers' fused path passes by it there. Ours does not.
 
     Raises:
-        ValueError: PEFT is not installed, or a target is no linear layer of the model.
+        ValueError: PEFT is not installed, the model is quantised, or a target is no linear layer of it.
     """
     if importlib.util.find_spec("peft") is None:
         raise ValueError('lora_rank needs PEFT: pip install "mambakit[peft]"')
     import peft
 
+    if is_quantized(model.config):
+        raise ValueError("the model is quantised, and packed weights take no adapters; call model.dequantize() first")
     layers = model.backbone.layers
     known = {name.rsplit(".", 1)[-1] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
     for target in targets:

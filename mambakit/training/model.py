@@ -6,19 +6,21 @@ import functools
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch.utils.checkpoint import checkpoint
 
 from mambakit.models.auto import AutoModelForCausalLM
 from mambakit.models.configuration import MambaConfig
 from mambakit.models.mamba import MambaForCausalLM
+from mambakit.models.quantization import is_quantized
 from mambakit.training.config import TrainConfig
 from mambakit.training.lora import add_adapters
 from mambakit.training.tokenizer import Vocabulary
 
 
-def make_model(config: TrainConfig, vocabulary: Vocabulary) -> Any:
-    """The model in training mode, its parameters float32, on the CPU."""
-    model = _load(config, vocabulary) if config.init_from else _new(config, vocabulary)
+def make_model(config: TrainConfig, vocabulary: Vocabulary, console: Console) -> Any:
+    """The model in training mode, its parameters float32, on the CPU; packed weights are unpacked, since they do not learn."""
+    model = _load(config, vocabulary, console) if config.init_from else _new(config, vocabulary)
     if config.lora_rank:
         add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
     if config.activation_checkpointing:
@@ -28,12 +30,12 @@ def make_model(config: TrainConfig, vocabulary: Vocabulary) -> Any:
     return model.train()
 
 
-def _load(config: TrainConfig, vocabulary: Vocabulary) -> Any:
+def _load(config: TrainConfig, vocabulary: Vocabulary, console: Console) -> Any:
     model = AutoModelForCausalLM.from_pretrained(config.init_from, dtype=torch.float32)
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{config.init_from} is quantised, and quantised weights do not learn; start from the original"
-        )
+    if is_quantized(model.config):
+        packing = model.config.quantization_config["format"]
+        model.dequantize()
+        console.print(f"{config.init_from} is quantised ({packing}): dequantised to float32, which learns")
     if model.config.vocab_size < vocabulary.size:
         raise ValueError(
             f"the tokenizer has {vocabulary.size} tokens but {config.init_from} only {model.config.vocab_size}; "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 import torch
+import transformers
 from rich.console import Console
 
 import mambakit
@@ -95,6 +97,36 @@ def test_wrong_targets():
         add_adapters(pair("plain")[0], 2, 0.0, ["conv1d"])
     with pytest.raises(ValueError, match="lora_targets is empty"):
         add_adapters(pair("plain")[0], 2, 0.0, [])
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_fine_tuning_a_quantised_checkpoint(tmp_path, rank):
+    """The run says in one line that it unpacks the weights, and ends as a plain model that transformers reads."""
+    base = save_tiny(tmp_path / "base").quantize("int8", 32)
+    base.save_pretrained(tmp_path / "base")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    config = TrainConfig(
+        train_files=[str(tmp_path / "text.txt")], init_from=str(tmp_path / "base"), lora_rank=rank, sequence_length=32,
+        batch_size=4, steps=3, learning_rate=1e-2, log_every=1, eval_every=100, checkpoint_every=0, autocast="float32",
+        export_dtype="float32", out=str(tmp_path / "run"),
+    )  # fmt: skip
+    output = io.StringIO()
+    train(config, Console(file=output, width=1000))
+    told = [line for line in output.getvalue().splitlines() if "is quantised" in line]
+    assert told == [f"{tmp_path / 'base'} is quantised (int8): dequantised to float32, which learns"]
+    ids = tokens(1, 9)
+    tuned = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert not hasattr(tuned.config, "quantization_config")
+    assert tuned.config.tie_word_embeddings
+    theirs = transformers.MambaForCausalLM.from_pretrained(tmp_path / "run").eval()
+    with torch.no_grad():
+        assert worst(theirs(ids).logits, tuned(ids).logits) < 1e-5
+        assert worst(tuned(ids).logits, base(ids).logits) > 1e-3
+        if rank:
+            with pytest.raises(ValueError, match=r"packed weights take no adapters; call model.dequantize\(\) first"):
+                load_adapters(base, tmp_path / "run" / "adapter")
+            load_adapters(base.dequantize(), tmp_path / "run" / "adapter")
+            assert worst(base(ids).logits, tuned(ids).logits) < 1e-5
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rich.console import Console
 
 from mambakit.training.config import TrainConfig
 from mambakit.training.data.rows import cut_rows
@@ -128,7 +129,7 @@ def test_checkpointed_activations_train_the_same(monkeypatch):
     for checkpointed in (False, True):
         torch.manual_seed(0)
         config = TrainConfig(hidden_size=16, num_hidden_layers=2, activation_checkpointing=checkpointed)
-        model = module.make_model(config, make_vocabulary("bytes"))
+        model = module.make_model(config, make_vocabulary("bytes"), Console(quiet=True))
         step = make_step(model, accumulate=2, ignored_token=3)
         losses = [step.run(*batch(seed=s))[0] for s in range(3)]
         results.append((torch.stack(losses), parameters_of(model)))
