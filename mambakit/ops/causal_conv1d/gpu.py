@@ -302,7 +302,7 @@ def _backward_step(
             row = batch
             finish = tl.zeros_like(p) + length
             if PACKED:
-                row = tl.load(ids + p, mask=p < end, other=0).to(tl.int64)
+                row = tl.load(ids + p, mask=complete, other=0).to(tl.int64)
                 finish = tl.load(cu_seqlens + row + 1)
             index = p - finish + (K - 1)
             place = ((row * channels)[:, None] + d[None, :]) * (K - 1) + index[:, None]
