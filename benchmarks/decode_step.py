@@ -4,8 +4,8 @@
     python benchmarks/decode_step.py --shapes 130m --rows 1 8 --formats plain int4
 
 `ms` is the median of graph replays, bfloat16, random weights; a variant whose logits are further than 1.2e-2 from the model's
-forward is printed as WRONG. `queue 6, 2`: 6 slots of each warp's ring, 2 of them filled again at once at the end of a phase. With
---clock, the cycles of one block's first thread, a layer, for the chosen variant. docs/kernels.md has what was found.
+forward is printed as WRONG. `queue 6, 2, 1`: 6 slots of each warp's ring, 2 of them filled again at once at the end of a phase, 1
+more while the block waits after it. With --clock, the cycles of one block's first thread, a layer, for the chosen variant. docs/kernels.md has what was found.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from mambakit.models.graph_step import gpu_weights
 from mambakit.ops.decode.persistent import PARTS, PersistentStep
 
 SHAPES = {"130m": (768, 24), "370m": (1024, 48), "790m": (1536, 48), "1.4b": (2048, 48), "2.8b": (2560, 64)}
-RIVALS = [{"warps": warps, "queue": queue} for warps in (4, 8) for queue in ((3, 3), (4, 4), (4, 2), (6, 2), (8, 2))]
+RIVALS = [
+    {"queue": queue} for queue in ((3, 3, 0), (4, 4, 0), (6, 6, 0), (4, 2, 1), (4, 2, 2), (6, 2, 1), (6, 2, 4), (8, 2, 1), (8, 2, 6))
+]
 TOKEN = 11
 
 

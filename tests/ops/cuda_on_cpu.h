@@ -44,7 +44,7 @@ inline void aligned(const void* p, size_t bytes) {
 template <typename V> inline V __ldg(const V* p) { aligned(p, sizeof(V)); return *p; }
 template <typename V> inline V __ldcs(const V* p) { return *p; }
 
-enum State { READY, WARP, BLOCK, LATER, DONE };  // LATER: it asked for something that others must do first
+enum State { READY, WARP, BLOCK, PART, LATER, DONE };  // LATER: it asked for something that others must do first
 struct Copy { void* to; const void* from; int bytes, all; };
 struct Fiber {
     State state;
@@ -67,6 +67,8 @@ static void pause_fiber(State state) {
     if (!_setjmp(f.at)) _longjmp(scheduler, 1);
 }
 inline void __syncthreads() { pause_fiber(BLOCK); }
+static unsigned part_of_block;
+inline void meet_in_part(unsigned threads) { part_of_block = threads; pause_fiber(PART); }  // of the block's first threads
 inline void __syncwarp() { pause_fiber(WARP); }
 inline void let_others() { pause_fiber(LATER); }
 inline unsigned exchange(unsigned value, unsigned from) {
@@ -176,6 +178,10 @@ static void run_blocks(unsigned begin, unsigned count, unsigned by, unsigned thr
             for (unsigned i = 0; i < threads; i++) met &= fibers[block * threads + i].state == BLOCK;
             if (met)
                 for (unsigned i = 0; i < threads; i++) fibers[block * threads + i].state = READY;
+            met = part_of_block > 0;
+            for (unsigned i = 0; i < part_of_block; i++) met &= fibers[block * threads + i].state == PART;
+            if (met)
+                for (unsigned i = 0; i < part_of_block; i++) fibers[block * threads + i].state = READY;
         }
         bool waits = false;
         for (auto& f : fibers)

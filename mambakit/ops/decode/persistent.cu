@@ -1,5 +1,5 @@
-// One token through a whole Mamba model in one kernel: a block stays on each multiprocessor, and the blocks meet three times a
-// layer. Compiled at run time; the macros come from persistent.py.
+// One token through a whole Mamba model in one kernel: a block stays on each multiprocessor, and the blocks exchange values three
+// times a layer. Compiled at run time; the macros come from persistent.py.
 //
 //   DTYPE 1 bfloat16, 2 float16: weights and activations      BITS 0: the large weights too; 8 or 4: packed integers, GROUP
 //   ROWS 1 to 8 texts; GRID blocks; H, D, RANK, WIDTH, VOCABULARY, LAYERS: the model's; 16 states
@@ -7,28 +7,38 @@
 //     each of them goes into the slots that follow, round and round, so that keeping some is naming another slot
 //   WARPS, 4 to 16, that work; CLOCK, where a benchmark asks which part takes how long
 //   SCAN_FLOAT: 1 where A_log, D and dt_proj's bias are float32; CONV_FLOAT: 1 where the convolution's windows are
-//   SLOTS of each warp's ring, the last DEFER of a phase filled again one by one; BUFFERS, 1 or 2, of small weights; SHARED bytes
+//   SLOTS of each warp's ring, the last DEFER of a phase filled again one by one, PACE cycles apart; BUFFERS, 1 or 2, of small weights; SHARED bytes
 //
 // The channels, the rows of the residual stream and the vocabulary are dealt out to the blocks. A layer is
 //
-//   first    every block norms the stream, forms x and z of its channels (in_proj), convolves, and adds its channels' share of
-//            x_proj to the sums of all blocks
-//   second   dt_proj, the state and the gate of its channels
-//   third    out_proj's rows of the stream
+//   first    with the whole stream, every block forms x and z of its channels (in_proj), convolves, and adds its channels' share
+//            of x_proj to the sums of all blocks
+//   second   dt_proj, the state and the gate of its channels: y
+//   third    with all of y, out_proj's rows of the stream
+//
+// Values are their own flags: nobody counts arrivals, and nothing is fenced on the way. A place where a value will be holds SILENCE,
+// a NaN that no computation gives, and who needs it looks until something else is there; a sum of all blocks carries in its last
+// byte how many have added to it. Who passes an exchange knows that all have passed the one before. So once y is whole, the
+// layer's stream and sums and the y before it have been read by all, and are silenced again, two layers before their places are
+// used anew. Only these silences are fenced, by a warp that waits for nothing else.
+//
+// The stream is handed over times the norm's weight and the layer before's 1 / rms, which keeps it in range; the sums of in_proj
+// are multiplied by what the right 1 / rms is of that one. Its sum of squares comes besides, one number of each block.
 //
 // Weights never wait for that. Each warp knows all the pieces of weights that it will multiply, in order to the end of the step, and
 // keeps a ring of them on their way into shared memory: a piece is 128 bytes, a whole line, of 16 rows. So the memory
 // works on while blocks wait for each other. But what blocks tell each other queues behind the weights that are on their
-// way: towards the end of a phase slots are left free, and filled a few at a time while the block waits. A piece is multiplied on
+// way: towards the end of a phase slots are left free, and filled when the block has what it waited for. A piece is multiplied on
 // the tensor cores as 16 rows by as many columns by 8 texts; within a piece the columns may come in any order, as long as the activations
-// come in the same. The last warp speaks for the block and fetches the small weights of the next layer; it has nothing on its way
-// when it meets the others, so that its fence, which waits for the memory, is a short one.
+// come in the same. The last warp has no pieces: it listens to the sums of squares, silences places and fetches the small weights of the
+// next layer.
 //
-// Every sum has a fixed order, or is of integers (x_proj's: fixed point of 2^-36): same inputs, same bits, whatever the other rows hold.
+// Every sum has a fixed order, or is of integers (x_proj's: fixed point of 2^-32, up to 2^23): same inputs, same bits, whatever the other rows hold.
 
 #include "primitives.cuh"
 
-typedef unsigned short E;  // bits of the dtype
+typedef unsigned short E;               // bits of the dtype
+constexpr u32 SILENCE = 0xffffffffu;     // where no value is yet: a NaN in each half and as a float; computed NaNs are positive
 constexpr int N = 16;
 constexpr int WORKERS = WARPS * 32, THREADS = WORKERS + 32;
 constexpr int R = RANK + 2 * N;
@@ -41,8 +51,9 @@ constexpr int CHANNELS = (D + GRID - 1) / GRID, STREAM = (H + GRID - 1) / GRID, 
 constexpr int C_TILES = (CHANNELS + 15) / 16, S_TILES = (STREAM + 15) / 16, W_TILES = (WORDS + 15) / 16;
 constexpr int ROUNDS = (W_TILES + WARPS - 1) / WARPS, LAST_TILES = W_TILES - (ROUNDS - 1) * WARPS;
 constexpr int STATES = TRIAL ? ROWS + 1 : ROWS;  // of a layer
-constexpr int PHASES = 2 * LAYERS + ROUNDS;
+constexpr int RUNS = 4 + 2 * ROUNDS + 1;  // of a warp, two at most of a phase: a layer's, the head's, and one that has no end
 constexpr int FIELDS = 14;
+constexpr int SLICES = 8;  // of a token's embedding, each summed by a warp
 enum { NORM, IN, IN_SCALES, IN_BIAS, CONV, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_LOG, SKIP, OUT, OUT_SCALES, OUT_BIAS };
 
 // Shared memory.
@@ -55,7 +66,8 @@ constexpr int SMALL_DT = up(R * X_ROW), SMALL_A = SMALL_DT + up(C_TILES * 16 * R
 constexpr int U_ROW = X_COLUMNS + 8;
 constexpr int DT_ROW = RANK + 8;
 constexpr int COPIES = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;  // of x_proj's sums: fewer blocks add to one address
-constexpr int AT_ACT = up(LAYERS * FIELDS * 8);
+constexpr int AT_RUNS = up((LAYERS + 1) * FIELDS * 8);
+constexpr int AT_ACT = AT_RUNS + up(WARPS * RUNS * 32);
 constexpr int AT_PART = AT_ACT + up(ROWS * ACT_ROW);
 constexpr int AT_SMALL = AT_PART + WARPS * 2 * 16 * 8 * 4;
 constexpr int AT_U = AT_SMALL + BUFFERS * SMALL;
@@ -65,10 +77,13 @@ constexpr int AT_DT = AT_DELTA + up(C_TILES * 16 * 8 * 4);
 constexpr int AT_BC = AT_DT + up(8 * DT_ROW * 2);
 constexpr int AT_OWN = AT_BC + up(ROWS * 2 * N * 4);
 constexpr int AT_SQUARES = AT_OWN + up(STREAM * ROWS * 4);
-constexpr int AT_BEST = AT_SQUARES + up(WARPS * 4);
-constexpr int AT_RING = AT_BEST + up(ROWS * 8);
+constexpr int AT_RATE = AT_SQUARES + up(ROWS * SLICES * 4);
+constexpr int AT_BEST = AT_RATE + up(ROWS * 8);
+constexpr int AT_MET = AT_BEST + up(ROWS * 8);
+constexpr int AT_RING = AT_MET + up(4);
 static_assert(AT_RING + WARPS * SLOTS * SLOT == SHARED, "persistent.py counts the shared memory otherwise");
 static_assert(C_TILES * 2 <= WARPS && S_TILES <= WARPS, "a phase has more tiles than a warp's two sums allow");
+static_assert((GRID + COPIES - 1) / COPIES < 256, "a byte does not count the blocks that add to a sum");
 static_assert(H % PIECE == 0 && D % PIECE == 0 && RANK % 16 == 0 && D % 8 == 0, "widths that pieces do not fit");
 
 struct Params {
@@ -83,11 +98,12 @@ struct Params {
     i64* position;
     i64* history;
     float* logits;
-    float* residual;  // (rows, h)
-    E* y;             // (rows, d)
-    u64* sums;        // (2, COPIES, rows, r): zero between steps
-    u64* best;        // (rows,): zero between steps
-    u32* counter;     // [0] arrivals, [32] arrivals at the step's start
+    E* stream;      // (4, rows, h): of layers by turns, of the head by turns of steps; silent between steps, but the head's last
+    u64* squares;   // (4, rows, 16), the first of 16: likewise, zero where the stream is silent
+    E* y;           // (2, rows, d): silent between steps
+    u64* sums;      // (2, COPIES, rows, r): zero between steps
+    u64* best;      // (rows,): zero between steps
+    u32* counter;   // [0] arrivals, [32] arrivals at the step's start, [33] steps
     const i64* from;  // with TRIAL: the slot of the state before the first token
     i64 eps;          // the bits of a float
     i64 capacity;
@@ -96,7 +112,7 @@ struct Params {
 };
 
 // With CLOCK: the time of block CLOCK's first thread, by what it did until the mark.
-enum { DID_NORM, DID_IN_PROJ, DID_CONV, DID_X_PROJ, DID_MEET, DID_STEP, DID_SCAN, DID_MEET_AGAIN, DID_OUT_PROJ, DID_SUM, DID_HEAD, PARTS };
+enum { DID_STREAM, DID_IN_PROJ, DID_CONV, DID_X_PROJ, DID_MEET, DID_STEP, DID_SCAN, DID_MEET_AGAIN, DID_OUT_PROJ, DID_SUM, DID_HEAD, PARTS };
 #ifdef CLOCK
 struct Stopwatch {
     u32 since, spent[PARTS] = {};
@@ -113,88 +129,106 @@ struct Stopwatch {
 };
 #endif
 
+DEVICE float over_warp(float sum) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    return sum;
+}
 DEVICE float rounded(float x) { return widen((E)narrow(x, 0.f)); }
 DEVICE float silu(float x) { return quotient(x, 1.f + ex2(-1.4426950408889634f * x)); }
 DEVICE float scan_weight(i64 weights, int i) { return SCAN_FLOAT ? ((const float*)weights)[i] : widen(((const E*)weights)[i]); }
 DEVICE int begin_of(int total, int block) { return (int)((i64)total * block / GRID); }
 
+// A warp's part of a phase: where it begins, and how many pieces; of two tiles at most.
+struct Share { int tile, piece, count; };
+DEVICE Share share_of(int warp, int tiles, int pieces) {
+    const int from = warp * tiles * pieces / WARPS;
+    return {from / pieces, from % pieces, (warp + 1) * tiles * pieces / WARPS - from};
+}
+
+// Pieces that follow each other in 16 rows of a weight.
+struct alignas(16) Run {
+    int row, rows;     // the first, and how many there are of it and those after it
+    int pieces;        // how many
+    int field, begin;  // of the layer's table, and the first piece
+};
+static_assert(sizeof(Run) == 32, "persistent.py counts the shared memory otherwise");
+
+// What a warp multiplies in every layer, then of the head, then nothing; returns how many runs are a layer's.
+DEVICE int plan_runs(Run* runs, int warp, int lane) {
+    const int block = blockIdx.x;
+    int planned = 0, of_layer = 0;
+#pragma unroll 1
+    for (int begin = 0; begin < RUNS; begin += 32) {
+        const int i = begin + lane, second = i & 1, round = (i - 4) / 2;
+        Run run = {0, 0, 0, IN, 0};
+        if (i == RUNS - 1) {
+            run.pieces = 0x7fffffff;
+        } else if (i < RUNS) {
+            const bool head = i >= 4, wide = i / 2 == 1;
+            const int tiles = head ? round == ROUNDS - 1 ? LAST_TILES : WARPS : wide ? S_TILES : 2 * C_TILES, pieces = wide ? D_PIECES : H_PIECES;
+            const Share share = share_of(warp, tiles, pieces);
+            const int before = min(share.count, pieces - share.piece), tile = share.tile + second;
+            const int total = head ? VOCABULARY : wide ? H : D, half = !head && !wide && tile >= C_TILES;
+            const int first = begin_of(total, block) + (head ? round * WARPS * 16 : 0) + (tile - half * C_TILES) * 16;
+            run.row = half * D + first, run.rows = begin_of(total, block + 1) - first;
+            run.pieces = second ? share.count - before : before;
+            run.field = wide ? OUT : IN, run.begin = second ? 0 : share.piece;
+        }
+        const u32 some = __ballot_sync(0xffffffffu, run.pieces > 0);
+        if (run.pieces > 0) runs[planned + __popc(some & ((1u << lane) - 1))] = run;
+        planned += __popc(some);
+        if (begin == 0) of_layer = __popc(some & 15);
+    }
+    __syncwarp();
+    return of_layer;
+}
+
 // The pieces of weights of one warp, from the first to the last of the step.
 struct Ring {
-    struct Share { int tile, piece, count; };  // of a phase: where it begins, and how many pieces
-    const i64* table;
-    const Params& p;
+    const i64 *fields, *head;         // of the layer of the next run, and of the head
+    const Run *runs, *run_next, *runs_end;  // of a layer
     char *begin, *end, *slot, *fill;  // the slots: of the oldest piece, and where the next one goes
     const char* next;                 // this lane's 16 bytes of the next piece: it copies one of every 4 rows
     const float* scales;              // of the row that this lane fetches the scales of
     int four;                         // bytes from a row to the fourth after it
-    int there;                        // rows of the open tile, less this lane's first
+    int there;                        // rows of the open run, less this lane's first
     int owed;                         // pieces used whose places are still free
-    int run, left;                    // pieces of this warp still to send, of the open tile and of the phase after it
-    int phase, tile;
-    int warp, lane, g, t, channels, channels_end, stream, stream_end, words, words_end;
+    u32 paid;                         // when the last of those was sent
+    int left;                         // pieces still to send of the open run
+    int warp, lane, g, t;
     int to, from;  // where in a slot this lane copies to, and reads row g from: odd rows' halves change places, for the banks
-    Share first, third;
 
-    DEVICE static Share share_of(int warp, int tiles, int pieces) {
-        const int from = warp * tiles * pieces / WARPS;
-        return {from / pieces, from % pieces, (warp + 1) * tiles * pieces / WARPS - from};
-    }
-    DEVICE Ring(const Params& p_, const i64* table_, char* slots, int warp_, int lane_)
-        : table(table_), p(p_), begin(slots), end(slots + SLOTS * SLOT), slot(slots), fill(slots), next(nullptr), scales(nullptr), four(0),
-          there(0), owed(0), run(0), left(0), phase(-1), tile(0), warp(warp_), lane(lane_), g(lane_ / 4), t(lane_ % 4),
-          first(share_of(warp_, 2 * C_TILES, H_PIECES)), third(share_of(warp_, S_TILES, D_PIECES)) {
+    DEVICE Ring(const i64* table, const Run* runs_, int of_layer, char* slots, int warp_, int lane_)
+        : fields(of_layer ? table : table + LAYERS * FIELDS), head(table + LAYERS * FIELDS), runs(runs_), run_next(runs_), runs_end(runs_ + of_layer), begin(slots),
+          end(slots + SLOTS * SLOT), slot(slots), fill(slots), next(nullptr), scales(nullptr), four(0), there(0), owed(0), paid(0), left(0),
+          warp(warp_), lane(lane_), g(lane_ / 4), t(lane_ % 4) {
         const int row = lane / 8, chunk = lane % 8;
         to = row * 128 + (chunk ^ (row & 1) * 4) * 16;
         from = g * 128 + (t ^ (g & 1) * 4) * 16;
-        const int block = blockIdx.x;
-        channels = begin_of(D, block), channels_end = begin_of(D, block + 1);
-        stream = begin_of(H, block), stream_end = begin_of(H, block + 1);
-        words = begin_of(VOCABULARY, block), words_end = begin_of(VOCABULARY, block + 1);
     }
-    // Opens the next tile that has pieces of this warp; after the last one nothing is sent any more.
+    // Opens the next run. After the last one nothing is sent any more.
     DEVICE void advance() {
-        int piece = 0;
-        tile++;
-        while (left == 0) {
-            if (++phase >= PHASES) {
-                run = 0x7fffffff, there = 0, scales = nullptr;
-                return;
-            }
-            const Share share = phase >= 2 * LAYERS ? share_of(warp, phase == PHASES - 1 ? LAST_TILES : WARPS, H_PIECES)
-                                : phase & 1         ? third
-                                                    : first;
-            tile = share.tile, piece = share.piece, left = share.count;
-        }
-        const bool head = phase >= 2 * LAYERS, wide = !head && phase & 1;
-        run = min(left, (wide ? D_PIECES : H_PIECES) - piece);
-        left -= run;
-        int row, rows_end;
-        const char* weight;
-        const float* weight_scales;
-        const i64* fields = table + phase / 2 * FIELDS;
-        if (head) {
-            row = words + ((phase - 2 * LAYERS) * WARPS + tile) * 16, rows_end = words_end;
-            weight = p.head, weight_scales = p.head_scales;
-        } else if (wide) {
-            row = stream + tile * 16, rows_end = stream_end;
-            weight = (const char*)fields[OUT], weight_scales = (const float*)fields[OUT_SCALES];
-        } else {
-            const int half = tile >= C_TILES;
-            row = half * D + channels + (tile - half * C_TILES) * 16, rows_end = half * D + channels_end;
-            weight = (const char*)fields[IN], weight_scales = (const float*)fields[IN_SCALES];
-        }
-        const int bytes = wide ? D_BYTES : H_BYTES, mine = row + lane / 8;
-        there = rows_end - mine, four = 4 * bytes;
-        next = weight + (size_t)mine * bytes + piece * 128 + lane % 8 * 16;
+        const Run run = *run_next++;
+        const bool wide = run.field == OUT;
+        const int bytes = wide ? D_BYTES : H_BYTES;
+        left = run.pieces, there = run.rows - lane / 8, four = 4 * bytes;
+        next = (const char*)fields[run.field] + (size_t)(run.row + lane / 8) * bytes + run.begin * 128 + lane % 8 * 16;
         if constexpr (BITS != 0) {
             const int groups = (wide ? D : H) / (GROUP ? GROUP : 1);
-            scales = row + lane < rows_end && lane < 16 ? weight_scales + (size_t)(row + lane) * groups + piece * SCALES : nullptr;
+            scales = lane < 16 && lane < run.rows
+                         ? (const float*)fields[run.field + 1] + (size_t)(run.row + lane) * groups + run.begin * SCALES
+                         : nullptr;
+        }
+        if (run_next == runs_end) {
+            fields += FIELDS;
+            if (fields != head) run_next = runs;
         }
     }
     // The next piece on its way.
     DEVICE void issue() {
-        if (run == 0) advance();
-        run--;
+        if (left == 0) advance();
+        left--;
         char* at = fill + to;
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -212,10 +246,18 @@ struct Ring {
     }
     // Up to so many of the pieces owed on their way.
     DEVICE void repay(int most) {
+        if (DEFER == 0) return;
         most = min(most, owed);
         owed -= most;
 #pragma unroll 1
         for (; most > 0; most--) issue();
+    }
+    // One of the pieces owed on its way, if the last such is long enough ago. Faster, they would only queue at the memory, and what
+    // the blocks tell each other behind them.
+    DEVICE void pace() {
+        if (DEFER == 0 || owed == 0 || (u32)clock() - paid < PACE) return;
+        paid = (u32)clock();
+        repay(1);
     }
     // total += the oldest piece times the texts' activations in its columns. What is beyond the texts repeats the last and is not read.
     DEVICE void multiply_piece(float (&total)[4], const char* x) {
@@ -336,78 +378,113 @@ template <int TILES, int PIECES> DEVICE float gathered(const float* part, int ti
     return sum;
 }
 
+constexpr u32 MOST_LOOKS = 1u << 25;  // about half a minute without another block: an error, not a hang
+
+// Repeats look(), which says whether all is there. With a ring, by a whole warp: its weights go on coming meanwhile.
+template <typename Look> DEVICE void listen(Look look) {
+    for (u32 looks = 0; !look(); looks++) {
+        if (looks == MOST_LOOKS) give_up();
+        let_others_go();
+    }
+}
+template <typename Look> DEVICE void listen(Ring& ring, Look look) {
+    for (u32 looks = 0; !__all_sync(0xffffffffu, look()); looks++) {
+        if (looks == MOST_LOOKS) give_up();
+        ring.pace();
+        let_others_go();
+    }
+}
+
+// A count of the blocks that have come so far. It promises nothing about what they wrote.
 struct Meeting {
     u32* counter;
+    volatile u32* met;  // shared: the last target that was reached
     u32 target;
-    // Both are called by all threads of the block; the last warp's first thread speaks for it.
+    // By all threads of the block; the last warp's first thread counts and listens for it.
     DEVICE void come() {
         __syncthreads();
         if (threadIdx.x == WORKERS) arrive(counter);
         target += GRID;
     }
-    DEVICE void wait() {
-        if (threadIdx.x == WORKERS)
-            for (u32 looks = 0; (int)(arrived(counter) - target) < 0; looks++)
-                if (looks == 1u << 26) give_up();  // after half a minute without a block: an error, not a hang
-        __syncthreads();
+    DEVICE void wait(Ring& ring) {
+        if (threadIdx.x == WORKERS) {
+            listen([&] { return (int)(arrived(counter) - target) >= 0; });
+            *met = target;
+        }
+        __syncwarp();
+        listen(ring, [&] { return *met == target; });
     }
 };
 
-constexpr int ROW_WARPS = WARPS / (ROWS <= 2 ? ROWS : ROWS <= 4 ? 4 : 8);       // that norm one text
-constexpr int QUADS = (H / 4 + ROW_WARPS * 32 - 1) / (ROW_WARPS * 32);         // of a lane
-constexpr bool SCALE_AHEAD = QUADS <= 4;                                       // its registers suffice for that
+// Whether none of a word's halves is silent (all ones).
+DEVICE u32 silent_halves(u32 word) { return (~word - 0x00010001u) & word & 0x80008000u; }
+DEVICE bool whole(const uint4& v) {
+    return (silent_halves(v.x) | silent_halves(v.y) | silent_halves(v.z) | silent_halves(v.w)) == 0;
+}
 
-// The norm of the stream, or of the tokens' embeddings, into act. Begins before the stream is there, to have the weights in time.
-template <typename Wait>
-DEVICE void normed(const Params& p, const E* norm, bool embedded, char* memory, int warp, int lane, Wait wait) {
-    char* act = memory + AT_ACT;
-    float* squares = (float*)(memory + AT_SQUARES);
-    const int row = warp / ROW_WARPS, first = (warp % ROW_WARPS * 32 + lane) * 4;
-    const bool mine = warp < WARPS && row < ROWS;
-    uint2 scale[QUADS];
-    float4 x[QUADS];
-    if (mine && SCALE_AHEAD)
+// What the blocks hand over, (ROWS, WIDTH_OF) numbers of the dtype, into act; by the workers.
+template <int WIDTH_OF> DEVICE void receive(Ring& ring, char* act, const E* from, int tid) {
+    constexpr int ROW = WIDTH_OF / 8, ALL = ROWS * ROW, EACH = (ALL + WORKERS - 1) / WORKERS, TOGETHER = EACH < 8 ? EACH : 8;
+    if (EACH > 2) {  // looking for all of it again and again would be in the way of those who write
+        const uint4* at = (const uint4*)from + tid;
+        listen(ring, [&] { return whole(heard(at)); });
+    }
+#pragma unroll 1
+    for (int begin = 0; begin < EACH; begin += TOGETHER) {
+        uint4 got[TOGETHER];
 #pragma unroll
-        for (int i = 0; i < QUADS; i++)
-            if (first + i * ROW_WARPS * 128 < H) scale[i] = *(const uint2*)(norm + first + i * ROW_WARPS * 128);
-    wait();
-    if (mine) {
-        float sum = 0.f;
+        for (int i = 0; i < TOGETHER; i++) got[i] = make_uint4(SILENCE, 0, 0, 0);
+        listen(ring, [&] {
+            bool all = true;
 #pragma unroll
-        for (int i = 0; i < QUADS; i++) {
-            const int k = first + i * ROW_WARPS * 128;
-            if (k >= H) continue;
-            if (embedded) {
-                const uint2 e = *(const uint2*)(p.embeddings + p.tokens[row] * H + k);
-                x[i] = make_float4(widen((E)e.x), widen((E)(e.x >> 16)), widen((E)e.y), widen((E)(e.y >> 16)));
-            } else {
-                x[i] = fresh((const float4*)(p.residual + row * H + k));
+            for (int i = 0; i < TOGETHER; i++) {
+                const int at = tid + (begin + i) * WORKERS;
+                if (at < ALL && !whole(got[i])) got[i] = heard((const uint4*)from + at);
             }
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++) all &= tid + (begin + i) * WORKERS >= ALL || whole(got[i]);
+            return all;
+        });
+#pragma unroll
+        for (int i = 0; i < TOGETHER; i++) {
+            const int at = tid + (begin + i) * WORKERS;
+            if (at < ALL) *(uint4*)(act + at / ROW * ACT_ROW + at % ROW * 16) = got[i];
         }
-#pragma unroll
-        for (int i = 0; i < QUADS; i++)
-            if (first + i * ROW_WARPS * 128 < H) sum += x[i].x * x[i].x + x[i].y * x[i].y + x[i].z * x[i].z + x[i].w * x[i].w;
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-        if (lane == 0) squares[warp] = sum;
     }
-    __syncthreads();
-    if (mine) {
+}
+
+// The tokens' embeddings times the first norm's weight into act, and their sums of squares by slices.
+DEVICE void embed(const Params& p, const E* norm, char* memory, int warp, int lane) {
+    constexpr int SLICE = H / SLICES, EACH = (SLICE + 31) / 32;
+    float* squares = (float*)(memory + AT_SQUARES);
+#pragma unroll 1
+    for (int task = warp; task < ROWS * SLICES; task += WARPS) {
+        const int text = task / SLICES, begin = task % SLICES * SLICE;
+        const E* embedding = p.embeddings + p.tokens[text] * H;
         float sum = 0.f;
 #pragma unroll
-        for (int i = 0; i < ROW_WARPS; i++) sum += squares[row * ROW_WARPS + i];
-        const float r = rsqrtf(sum / H + __uint_as_float((u32)p.eps));
-#pragma unroll
-        for (int i = 0; i < QUADS; i++) {
-            const int k = first + i * ROW_WARPS * 128;
-            if (k >= H) continue;
-            const uint2 w = SCALE_AHEAD ? scale[i] : *(const uint2*)(norm + k);
-            const u32 low = narrow(x[i].x * r * widen((E)w.x), x[i].y * r * widen((E)(w.x >> 16)));
-            const u32 high = narrow(x[i].z * r * widen((E)w.y), x[i].w * r * widen((E)(w.y >> 16)));
-            *(uint2*)(act + row * ACT_ROW + k * 2) = make_uint2(low, high);
+        for (int i = 0; i < EACH; i++) {
+            const int k = lane + i * 32;
+            if (k >= SLICE) continue;
+            const float x = widen(embedding[begin + k]);
+            sum += x * x;
+            *(E*)(memory + AT_ACT + text * ACT_ROW + (begin + k) * 2) = (E)narrow(x * widen(norm[begin + k]), 0.f);
         }
+        sum = over_warp(sum);
+        if (lane == 0) squares[task] = sum;
     }
-    __syncthreads();
+}
+constexpr float SQUARE = 262144.f;  // fixed point of the sums of squares, of a stream with an rms near 1
+
+// From the sums of squares of the stream as it was handed over: the norm's 1 / rms of it, and of what it was before that. One warp.
+DEVICE void rate_texts(const Params& p, const u64* squares, float* rate, float* scale, int lane) {
+    u64 sum = 0;
+    if (lane < ROWS) listen([&] { return ((sum = heard(squares + lane * 16)) & 255) == GRID % 256; });
+    if (lane < ROWS) {
+        const float before = rate[lane], mean = (float)(sum >> 8) * (1.f / (SQUARE * H));
+        scale[lane] = rsqrtf(mean + __uint_as_float((u32)p.eps) * before * before), rate[lane] = before * scale[lane];
+    }
+    __syncwarp();
 }
 
 // A layer's small weights of the block's channels on their way, by one warp.
@@ -429,6 +506,18 @@ DEVICE void send_small(const i64* fields, char* small, int first, int count, int
     close_group();
 }
 
+// The block's places of a layer's stream and of a y, silent again; by one warp.
+DEVICE void silence(const Params& p, int stream_of, int y_of, int stream, int stream_count, int first, int count, int lane) {
+#pragma unroll 1
+    for (int b = 0; b < ROWS; b++) {
+#pragma unroll 1
+        for (int r = lane; r < stream_count; r += 32) p.stream[(stream_of * ROWS + b) * H + stream + r] = (E)SILENCE;
+#pragma unroll 1
+        for (int c = lane; c < count; c += 32) p.y[(y_of * ROWS + b) * D + first + c] = (E)SILENCE;
+    }
+    if (blockIdx.x == 0 && lane < ROWS) p.squares[(stream_of * ROWS + lane) * 16] = 0;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) char memory[];
     i64* table = (i64*)memory;
@@ -439,29 +528,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     float* delta = (float*)(memory + AT_DELTA);  // [channel][text of 8]
     E* dt = (E*)(memory + AT_DT);                // [text][rank]
     float* bc = (float*)(memory + AT_BC);        // [text][B, C]
-    float* own = (float*)(memory + AT_OWN);      // [row of the stream][text]
+    float* own = (float*)(memory + AT_OWN);      // [text][row of the stream]
+    float* rate = (float*)(memory + AT_RATE);    // [text]: the norm's 1 / rms
+    float* scale = rate + ROWS;                  // [text]: what it is of the one that the stream was handed over with
     u64* best = (u64*)(memory + AT_BEST);
 
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     const bool works = warp < WARPS;
     for (int i = tid; i < LAYERS * FIELDS; i += THREADS) table[i] = p.layers[i];
+    if (tid == 0) table[LAYERS * FIELDS + IN] = (i64)p.head, table[LAYERS * FIELDS + IN_SCALES] = (i64)p.head_scales;
     for (int i = tid; i < 8 * U_ROW; i += THREADS) u[i] = 0;
     for (int i = tid; i < BUFFERS * SMALL / 4; i += THREADS) ((u32*)(memory + AT_SMALL))[i] = 0;  // x_proj's other columns
     if (tid < ROWS) best[tid] = 0;
-    Meeting meeting = {p.counter, p.counter[32]};
+    if (tid == 0) *(u32*)(memory + AT_MET) = p.counter[32];
+    Meeting sums_there = {p.counter, (volatile u32*)(memory + AT_MET), p.counter[32]};
+    const u32 turn = 2 + (p.counter[33] & 1);
     const int from = TRIAL ? (int)*p.from : 0;
     __syncthreads();
 
-    Ring ring(p, table, memory + AT_RING + (works ? warp : 0) * SLOTS * SLOT, warp, lane);
-    const int first = ring.channels, count = ring.channels_end - first, before = first % 8;
-    const int stream = ring.stream, stream_count = ring.stream_end - stream;
+    Run* runs = (Run*)(memory + AT_RUNS) + (works ? warp : 0) * RUNS;
+    Ring ring(table, runs, works ? plan_runs(runs, warp, lane) : 0, memory + AT_RING + (works ? warp : 0) * SLOTS * SLOT, warp, lane);
+    const int first = begin_of(D, blockIdx.x), count = begin_of(D, blockIdx.x + 1) - first, before = first % 8;
+    const int stream = begin_of(H, blockIdx.x), stream_count = begin_of(H, blockIdx.x + 1) - stream;
     if (works)
 #pragma unroll 1
         for (int i = 0; i < SLOTS; i++) ring.issue();
     else
         send_small(table, memory + AT_SMALL, first, count, lane);
-    for (int i = tid; i < stream_count * ROWS; i += THREADS)
-        own[i] = widen(p.embeddings[p.tokens[i % ROWS] * H + stream + i / ROWS]);
+#pragma unroll 1
+    for (int i = tid; i < STREAM * ROWS; i += THREADS) {
+        const int b = i / STREAM, r = i % STREAM;
+        if (r >= stream_count) continue;
+        own[i] = widen(p.embeddings[p.tokens[b] * H + stream + r]);
+        p.stream[((turn ^ 1) * ROWS + b) * H + stream + r] = (E)SILENCE;  // the head's place of the step before
+    }
+    if (blockIdx.x == 0 && tid < ROWS) p.squares[((turn ^ 1) * ROWS + tid) * 16] = 0;
 
     Stopwatch watch;
 #ifdef CLOCK
@@ -472,6 +573,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         const i64* fields = table + layer * FIELDS;
         const char* small = memory + AT_SMALL + (BUFFERS == 2 ? (layer & 1) * SMALL : 0);
         u64* sums = p.sums + (layer & 1) * COPIES * ROWS * R;
+        E* y = p.y + (layer & 1) * ROWS * D;
 
         // First. What does not depend on the stream is asked for beforehand.
         constexpr int CONVOLVED = (ROWS * CHANNELS + WORKERS - 1) / WORKERS;  // channels of a text, of each thread
@@ -496,15 +598,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                 z_bias[i] = widen(((const E*)fields[IN_BIAS])[D + first + c]);
             }
         }
-        normed(p, (const E*)fields[NORM], layer == 0, memory, warp, lane, [&] {
-            if (layer > 0) meeting.wait();
-            ring.repay(1);
-        });
-        watch.mark(DID_NORM);
+        // The states that the second part moves, as far as the second-level cache.
+        constexpr int TEXTS = TRIAL ? 1 : ROWS, ITEMS = (TEXTS * CHANNELS * 4 + WORKERS - 1) / WORKERS;
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            const int item = tid + i * WORKERS, channel = item / 4 % CHANNELS, b = item / 4 / CHANNELS;
+            if (item % 2 != 0 || !works || b >= TEXTS || channel >= count) continue;
+            ask(p.ssm_states + ((size_t)(layer * STATES + (TRIAL ? from : b)) * D + first + channel) * N + item % 4 * 4);
+        }
+        if (lane == 0 && warp == 0) {
+            ask((const char*)fields[DT_BIAS] + first * A_BYTES), ask((const char*)fields[SKIP] + first * A_BYTES);
+            ask((const char*)fields[DT_BIAS] + (first + count - 1) * A_BYTES), ask((const char*)fields[SKIP] + (first + count - 1) * A_BYTES);
+        }
+        if (layer == 0) {
+            if (works) embed(p, (const E*)fields[NORM], memory, warp, lane);
+        } else if (works) {
+            receive<H>(ring, act, p.stream + (layer & 1) * ROWS * H, tid);
+        }
+        if (works) workers_meet<WORKERS>();
+        watch.mark(DID_STREAM);
+        if (layer == 0 && tid < ROWS) {
+            float sum = 0.f;
+            for (int i = 0; i < SLICES; i++) sum += ((const float*)(memory + AT_SQUARES))[tid * SLICES + i];
+            rate[tid] = scale[tid] = rsqrtf(sum / H + __uint_as_float((u32)p.eps));
+        }
         ring.repay(SLOTS);
         if (works) {
             ring.products<2 * C_TILES, H_PIECES>(act, part);
         } else {  // this layer's small weights are here; the next layer's come until then
+            if (layer > 0) rate_texts(p, p.squares + (layer & 1) * ROWS * 16, rate, scale, lane);
             wait_groups<0>();
             if (BUFFERS == 2 && layer + 1 < LAYERS)
                 send_small(fields + FIELDS, memory + AT_SMALL + (~layer & 1) * SMALL, first, count, lane);
@@ -516,7 +638,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
             for (int i = 0; i < CONVOLVED; i++) {
                 const int item = tid + i * WORKERS, text = item / CHANNELS, c = item % CHANNELS;
                 if (!works || text >= ROWS || c >= count) continue;
-                delta[c * 8 + text] = rounded(gathered<2 * C_TILES, H_PIECES>(part, c / 16, c % 16, text) + x_bias[i]);
+                delta[c * 8 + text] = rounded(gathered<2 * C_TILES, H_PIECES>(part, c / 16, c % 16, text) * scale[text] + x_bias[i]);
             }
             __syncthreads();
         }
@@ -530,19 +652,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
 #pragma unroll
                 for (int j = 0; j < WIDTH - 1; j++)
                     if (text + j >= WIDTH - 1) window[i][j] = delta[c * 8 + text + j - (WIDTH - 1)];
-            const float x = TRIAL ? delta[c * 8 + text] : rounded(gathered<2 * C_TILES, H_PIECES>(part, tile, row, text) + x_bias[i]);
-            z[text * CHANNELS + c] = rounded(gathered<2 * C_TILES, H_PIECES>(part, tile + C_TILES, row, text) + z_bias[i]);
-            float y = x * taps[i][WIDTH - 1] + conv_bias[i];
+            const float x = TRIAL ? delta[c * 8 + text] : rounded(gathered<2 * C_TILES, H_PIECES>(part, tile, row, text) * scale[text] + x_bias[i]);
+            z[text * CHANNELS + c] = rounded(gathered<2 * C_TILES, H_PIECES>(part, tile + C_TILES, row, text) * scale[text] + z_bias[i]);
+            float sum = x * taps[i][WIDTH - 1] + conv_bias[i];
 #pragma unroll
             for (int j = 0; j < WIDTH - 1; j++) {
-                y += window[i][j] * taps[i][j];
+                sum += window[i][j] * taps[i][j];
                 const float next = j + 2 < WIDTH ? window[i][j + 1 < WIDTH - 1 ? j + 1 : j] : x;
                 if (CONV_FLOAT)
                     ((float*)p.conv_states)[place + j] = next;
                 else
                     ((E*)p.conv_states)[place + j] = (E)narrow(next, 0.f);
             }
-            u[text * U_ROW + before + c] = (E)narrow(silu(y), 0.f);
+            u[text * U_ROW + before + c] = (E)narrow(silu(sum), 0.f);
         }
         __syncthreads();
         watch.mark(DID_CONV);
@@ -562,16 +684,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const int r = i < 2 ? low : high, b = 2 * ring.t + i % 2;
-                    if (r < R && b < ROWS) atomicAdd(sums + (blockIdx.x % COPIES * ROWS + b) * R + r, (u64)__float2ll_rn(total[i] * 68719476736.f));
+                    if (r < R && b < ROWS) atomicAdd(sums + (blockIdx.x % COPIES * ROWS + b) * R + r, ((u64)__float2ll_rn(total[i] * 4294967296.f) << 8) + 1);
                 }
             }
         watch.mark(DID_X_PROJ);
-        meeting.come();
-        ring.repay(1);
+        sums_there.come();
 
         // Second.
         // Four states of a channel and text each; of tokens on trial, one after the other.
-        constexpr int TEXTS = TRIAL ? 1 : ROWS, ITEMS = (TEXTS * CHANNELS * 4 + WORKERS - 1) / WORKERS;
         float4 states[ITEMS];
         float4* states_at[ITEMS];
         float step_bias[ITEMS], skip[ITEMS];
@@ -586,23 +706,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                 skip[i] = scan_weight(fields[SKIP], first + channel);
             }
         }
-        meeting.wait();
-        ring.repay(1);
-        watch.mark(DID_MEET);
-        if (works)
-#pragma unroll 1
-            for (int i = tid; i < ROWS * R; i += WORKERS) {
-                const int b = i / R, r = i % R;
-                u64 sum = 0;
+        sums_there.wait(ring);
+        if (works) {
+            constexpr int EACH = (ROWS * R + WORKERS - 1) / WORKERS;
+            u64 got[EACH][COPIES];
 #pragma unroll
-                for (int copy = 0; copy < COPIES; copy++) sum += fresh(sums + copy * ROWS * R + i);
-                const float v = (float)(i64)sum * (1.f / 68719476736.f);
+            for (int i = 0; i < EACH; i++)
+#pragma unroll
+                for (int copy = 0; copy < COPIES; copy++) got[i][copy] = 0;
+            listen(ring, [&] {
+                bool all = true;
+#pragma unroll
+                for (int i = 0; i < EACH; i++)
+#pragma unroll
+                    for (int copy = 0; copy < COPIES; copy++) {
+                        const int at = tid + i * WORKERS, blocks = (GRID - copy + COPIES - 1) / COPIES;
+                        if (at < ROWS * R && (got[i][copy] & 255) != blocks) got[i][copy] = heard(sums + copy * ROWS * R + at);
+                    }
+#pragma unroll
+                for (int i = 0; i < EACH; i++)
+#pragma unroll
+                    for (int copy = 0; copy < COPIES; copy++)
+                        all &= tid + i * WORKERS >= ROWS * R || (got[i][copy] & 255) == (GRID - copy + COPIES - 1) / COPIES;
+                return all;
+            });
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const int at = tid + i * WORKERS, b = at / R, r = at % R;
+                if (at >= ROWS * R) continue;
+                i64 sum = 0;
+#pragma unroll
+                for (int copy = 0; copy < COPIES; copy++) sum += (i64)got[i][copy] >> 8;
+                const float v = (float)sum * (1.f / 4294967296.f);
                 if (r < RANK)
                     dt[b * DT_ROW + r] = (E)narrow(v, 0.f);
                 else
                     bc[b * 2 * N + r - RANK] = rounded(v);
             }
+        }
         __syncthreads();
+        watch.mark(DID_MEET);
         if (warp < C_TILES) {
             float total[4] = {};
             const E* weight = (const E*)(small + SMALL_DT) + (warp * 16 + ring.g) * RANK + ring.t * 4;
@@ -654,54 +797,67 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                 sum += __shfl_xor_sync(0xffffffffu, sum, 1);
                 sum += __shfl_xor_sync(0xffffffffu, sum, 2);
                 if (states_at[i] != nullptr && quad == 0)
-                    p.y[(size_t)b * D + first + channel] = (E)narrow((sum + skip[i] * x) * silu(z[b * CHANNELS + channel]), 0.f);
+                    say(y + b * D + first + channel, (E)narrow((sum + skip[i] * x) * silu(z[b * CHANNELS + channel]), 0.f));
             }
         }
         watch.mark(DID_SCAN);
-        meeting.come();
-        ring.repay(1);
 
-        // Third. The sums of the next layer's first part must be zero by then: those of the layer before were read by all.
-        meeting.wait();
-        watch.mark(DID_MEET_AGAIN);
-        if (!works) {
-            if (BUFFERS == 1 && layer + 1 < LAYERS) send_small(fields + FIELDS, memory + AT_SMALL, first, count, lane);
-#pragma unroll 1
-            for (int i = blockIdx.x * 32 + lane; i < COPIES * ROWS * R; i += GRID * 32) p.sums[(~layer & 1) * COPIES * ROWS * R + i] = 0;
+        // Third.
+        const bool last = layer + 1 == LAYERS;
+        const u32 next = last ? turn : ~layer & 1;
+        constexpr int ROUNDS_OF_LANES = (STREAM + 31) / 32;
+        float next_norm[ROUNDS_OF_LANES], out_bias[ROUNDS_OF_LANES];
+#pragma unroll
+        for (int i = 0; i < ROUNDS_OF_LANES; i++) {
+            const int r = lane + i * 32;
+            next_norm[i] = out_bias[i] = 0.f;
+            if (r >= stream_count) continue;
+            next_norm[i] = widen((last ? p.final_norm : (const E*)fields[FIELDS + NORM])[stream + r]);
+            if (fields[OUT_BIAS]) out_bias[i] = widen(((const E*)fields[OUT_BIAS])[stream + r]);
         }
-        if (works) {
-            constexpr int VECTORS = (ROWS * (D / 8) + WORKERS - 1) / WORKERS, TOGETHER = VECTORS < 4 ? VECTORS : 4;
-#pragma unroll TOGETHER
-            for (int v = 0; v < VECTORS; v++) {
-                const int i = tid + v * WORKERS, b = i / (D / 8), k = i % (D / 8);
-                if (i < ROWS * (D / 8)) *(uint4*)(act + b * ACT_ROW + k * 16) = fresh((const uint4*)(p.y + (size_t)b * D) + k);
-            }
-        }
-        ring.repay(SLOTS);
+        if (works) receive<D>(ring, act, y, tid);
         __syncthreads();
-        if (works) ring.products<S_TILES, D_PIECES>(act, part);
+        watch.mark(DID_MEET_AGAIN);
+        ring.repay(SLOTS);
+        if (works) {
+            ring.products<S_TILES, D_PIECES>(act, part);
+        } else {  // all have read the layer's stream and sums, and the y of the layer before
+            silence(p, layer & 1, ~layer & 1, stream, stream_count, first, count, lane);
+#pragma unroll 1
+            for (int i = blockIdx.x * 32 + lane; i < COPIES * ROWS * R; i += GRID * 32) sums[i] = 0;
+            fence();
+            if (BUFFERS == 1 && !last) send_small(fields + FIELDS, memory + AT_SMALL, first, count, lane);
+        }
         __syncthreads();
         watch.mark(DID_OUT_PROJ);
 #pragma unroll 1
-        for (int i = tid; i < ROWS * STREAM; i += THREADS) {
-            const int b = i / STREAM, r = i % STREAM;
-            if (r >= stream_count) continue;
-            float v = gathered<S_TILES, D_PIECES>(part, r / 16, r % 16, b);
-            if (fields[OUT_BIAS]) v += widen(((const E*)fields[OUT_BIAS])[stream + r]);
-            v = own[r * ROWS + b] += rounded(v);
-            p.residual[(size_t)b * H + stream + r] = v;
+        for (int b = warp; b < ROWS; b += WARPS + 1) {
+            float square = 0.f;
+#pragma unroll
+            for (int i = 0; i < ROUNDS_OF_LANES; i++) {
+                const int r = lane + i * 32;
+                if (r >= stream_count) continue;
+                float v = gathered<S_TILES, D_PIECES>(part, r / 16, r % 16, b) + out_bias[i];
+                v = own[b * STREAM + r] += rounded(v);
+                v *= rate[b];
+                say(p.stream + (next * ROWS + b) * H + stream + r, (E)narrow(v * next_norm[i], 0.f));
+                square += v * v;
+            }
+            square = over_warp(square);
+            if (lane == 0) atomicAdd(p.squares + (next * ROWS + b) * 16, ((u64)__float2ll_rn(square * SQUARE) << 8) + 1);
         }
         watch.mark(DID_SUM);
-        meeting.come();
-        ring.repay(1);
     }
 
-    // The head. The last layer's sums are no longer read.
-    normed(p, p.final_norm, LAYERS == 0, memory, warp, lane, [&] {
-        if (LAYERS > 0) meeting.wait();
-    });
-    for (int i = blockIdx.x * THREADS + tid; i < COPIES * ROWS * R; i += GRID * THREADS) p.sums[(~LAYERS & 1) * COPIES * ROWS * R + i] = 0;
-    const int words = ring.words, words_count = ring.words_end - words;
+    // The head.
+    if (works) {
+        receive<H>(ring, act, p.stream + turn * ROWS * H, tid);
+        workers_meet<WORKERS>();
+    } else {
+        rate_texts(p, p.squares + turn * ROWS * 16, rate, scale, lane);
+        silence(p, LAYERS & 1, ~LAYERS & 1, stream, stream_count, first, count, lane);  // the last y has been read by all
+    }
+    const int words = begin_of(VOCABULARY, blockIdx.x), words_count = begin_of(VOCABULARY, blockIdx.x + 1) - words;
 #pragma unroll 1
     for (int round = 0; round < ROUNDS; round++) {
         const bool last = round == ROUNDS - 1;
@@ -719,9 +875,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                 const int b = i / (WARPS * 16), row = i % (WARPS * 16), word = round * WARPS * 16 + row;
                 u64 key = 0;
                 if (word < words_count) {
-                    const float v = rounded(
+                    const float v = rounded(scale[b] * (
                         last ? gathered<LAST_TILES, H_PIECES>(part, row / 16, row % 16, b)
-                             : gathered<WARPS, H_PIECES>(part, row / 16, row % 16, b));
+                             : gathered<WARPS, H_PIECES>(part, row / 16, row % 16, b)));
                     p.logits[(size_t)b * VOCABULARY + words + word] = v;
                     const u32 bits = __float_as_uint(v + 0.f);  // -0 and 0 are equal
                     // The order of floats as the order of integers; of equal ones the first word.
@@ -739,19 +895,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     watch.mark(DID_HEAD);
     if (p.choose) {
         if (tid < ROWS) atomicMax(p.best + tid, best[tid]);
-        meeting.come();
-        if (blockIdx.x == 0) meeting.wait();
+        __syncthreads();
+        if (tid == 0) fence();
+        sums_there.come();
+        if (blockIdx.x == 0) sums_there.wait(ring);
     }
     if (blockIdx.x == 0 && warp == 0) {
         const i64 at = *p.position;
         if (p.choose && tid < ROWS) {
-            const i64 token = (u32) ~(u32)fresh(p.best + tid);
+            const i64 token = (u32) ~(u32)heard(p.best + tid);
             p.tokens[tid] = token;
             if (at < p.capacity) p.history[tid * p.capacity + at] = token;
             p.best[tid] = 0;
         }
         __syncwarp();
-        if (tid == 0) *p.position = at + 1, p.counter[32] = meeting.target;
+        if (tid == 0) *p.position = at + 1, p.counter[32] = sums_there.target, p.counter[33] = turn ^ 1;
     }
 #ifdef CLOCK
     if (blockIdx.x == CLOCK && tid == 0)

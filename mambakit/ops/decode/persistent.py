@@ -17,10 +17,10 @@ from mambakit.ops import _nvrtc
 from mambakit.ops.decode.weights import ModelWeights, check_states, shape_of, tensors_of
 
 MOST_ROWS = 8
-_N, _FIELDS = 16, 14
+_N, _FIELDS, _SLICES = 16, 14, 8
 # What `PersistentStep.cycles` are of: a layer's, added up, and the head's last.
 PARTS = (
-    "meet, norm", "in_proj", "conv", "x_proj", "meet", "dt_proj", "state", "meet again", "out_proj", "sum", "head",
+    "stream", "in_proj", "conv", "x_proj", "meet", "dt_proj", "state", "meet again", "out_proj", "sum", "head",
 )  # fmt: skip
 _DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 
@@ -48,28 +48,30 @@ def _slot_bytes(bits: int) -> int:
     return 2560 if bits else 2048
 
 
-def _queue(bits: int, rows: int, pieces: int) -> tuple[int, int]:
-    """(slots of a warp's ring, those filled again at once at the end of a phase) for so many pieces of a warp in a layer.
+def _queue(bits: int, rows: int, pieces: int) -> tuple[int, int, int]:
+    """(slots of a warp's ring, those filled again at once at the end of a phase, cycles between two of the others).
 
-    Measured on an H100 (docs/kernels.md). A deep queue of weights keeps the memory busy, and holds up what the blocks tell each
+    ``pieces`` are a warp's of a layer. Measured on an H100 (docs/kernels.md). A deep queue of weights keeps the memory busy, and holds up what the blocks tell each
     other: small and packed models are bound by the latter.
     """
     if rows > 2:
-        return 3, 3
-    return (4, 4) if bits or pieces <= 12 else (6, 2)
+        return (4, 2, 1000) if pieces > 12 else (4, 4, 0)
+    return (4, 4, 0) if bits or pieces <= 12 else (8, 2, 1000)
 
 
 def _fixed_bytes(
-    grid: int, rows: int, h: int, d: int, rank: int, layers: int, a_bytes: int, buffers: int, warps: int
+    grid: int, rows: int, h: int, d: int, v: int, rank: int, layers: int, a_bytes: int, buffers: int, warps: int
 ) -> int:
     """What persistent.cu keeps in shared memory beside its rings."""
-    channels, stream = -(-d // grid), -(-h // grid)
+    channels, stream, words = (-(-size // grid) for size in (d, h, v))
+    runs = 4 + 2 * -(-words // (16 * warps)) + 1
     padded = -(-channels // 16) * 16
     columns, r = -(-(channels + 7) // 16) * 16, rank + 2 * _N
     small = _lines(r * (columns * 2 + 16)) + _lines(padded * rank * 2) + _lines(channels * _N * a_bytes)
     sizes = [
-        layers * _FIELDS * 8, rows * (max(h, d) * 2 + 64), warps * 2 * 16 * 8 * 4, buffers * small, 8 * (columns + 8) * 2,
-        rows * channels * 4, padded * 8 * 4, 8 * (rank + 8) * 2, rows * 2 * _N * 4, stream * rows * 4, warps * 4, rows * 8,
+        (layers + 1) * _FIELDS * 8, warps * runs * 32, rows * (max(h, d) * 2 + 64), warps * 2 * 16 * 8 * 4, buffers * small, 8 * (columns + 8) * 2,
+        rows * channels * 4, padded * 8 * 4, 8 * (rank + 8) * 2, rows * 2 * _N * 4, stream * rows * 4, rows * _SLICES * 4,
+        rows * 8, rows * 8, 4,
     ]  # fmt: skip
     return sum(map(_lines, sizes))
 
@@ -80,7 +82,7 @@ def _plan(
     conv_dtype: torch.dtype,
     limits: tuple[int, int],
     warps: int | None = None,
-    queue: tuple[int, int] | None = None,
+    queue: tuple[int, int, int] | None = None,
     trial: bool = False,
 ) -> dict[str, int] | str:
     """The kernel's macros, or why it cannot serve; ``warps`` and ``queue`` replace what is chosen here."""
@@ -98,6 +100,8 @@ def _plan(
     channels, stream = -(-d // grid), -(-h // grid)
     if dtype not in _DTYPES:
         return f"{dtype} weights; it serves {', '.join(map(str, _DTYPES))}"
+    if grid > 255:
+        return f"{grid} multiprocessors; a byte counts them"
     if n != _N or not 2 <= width <= 8 or rank % 16 or h % columns or d % columns or v < grid or d < grid or h < grid:
         return f"shape h={h}, d={d}, n={n}, rank={rank}, width={width}, v={v}"
     c_tiles, s_tiles = -(-channels // 16), -(-stream // 16)
@@ -120,9 +124,9 @@ def _plan(
             t.data_ptr() % 16 for t in (w.in_proj, w.x_proj, w.out_proj, w.dt_proj, w.A_log) if isinstance(t, Tensor)
         ):
             return "weights that are not aligned to 16 bytes"
-    most, flowing = queue or _queue(bits, rows, (2 * c_tiles * h + s_tiles * d) // columns // warps)
+    most, flowing, pace = queue or _queue(bits, rows, (2 * c_tiles * h + s_tiles * d) // columns // warps)
     for buffers in (2, 1):
-        fixed = _fixed_bytes(grid, rows, h, d, rank, len(layers), first.A_log.itemsize, buffers, warps)
+        fixed = _fixed_bytes(grid, rows, h, d, v, rank, len(layers), first.A_log.itemsize, buffers, warps)
         slots = min(most, (shared - fixed) // (warps * _slot_bytes(bits)))
         if slots >= 2:
             break
@@ -131,7 +135,8 @@ def _plan(
     return {
         "WARPS": warps, "DTYPE": _DTYPES[dtype], "BITS": bits, "GROUP": group, "ROWS": rows, "GRID": grid, "H": h, "D": d,
         "RANK": rank, "WIDTH": width, "VOCABULARY": v, "LAYERS": len(layers), "SCAN_FLOAT": int(scan_dtype == torch.float32),
-        "CONV_FLOAT": int(conv_dtype == torch.float32), "TRIAL": int(trial), "SLOTS": slots, "DEFER": max(0, slots - flowing), "BUFFERS": buffers,
+        "CONV_FLOAT": int(conv_dtype == torch.float32), "TRIAL": int(trial), "SLOTS": slots, "DEFER": max(0, slots - flowing),
+        "PACE": pace, "BUFFERS": buffers,
         "SHARED": fixed + warps * slots * _slot_bytes(bits),
     }  # fmt: skip
 
@@ -159,7 +164,7 @@ class PersistentStep:
     """``step()`` reads ``tokens`` (rows,) and leaves ``logits`` (rows, v) float32; states are updated in place.
 
     Arguments and attributes are `mambakit.ops.decode.gpu.DecodeStep`'s; for benchmarks, ``warps`` that work, ``queue`` (slots of a
-    warp's ring, those filled again at once at the end of a phase), and ``clock``, which keeps ``cycles`` (`PARTS`,) of one block.
+    warp's ring, those filled again at once at the end of a phase, cycles between two of the others), and ``clock``, which keeps ``cycles`` (`PARTS`,) of one block.
     A row's bits do not depend on the other rows, nor on how many there are. The kernel needs all of the card's multiprocessors at once: launched while other work runs, it waits.
 
     With ``trial`` the rows are the next tokens of one text, at most 8: their logits, and the states after each of them. The states
@@ -177,7 +182,7 @@ class PersistentStep:
         ssm_states: Tensor,
         capacity: int = 0,
         warps: int | None = None,
-        queue: tuple[int, int] | None = None,
+        queue: tuple[int, int, int] | None = None,
         clock: bool = False,
         trial: bool = False,
     ):
@@ -187,7 +192,6 @@ class PersistentStep:
         if isinstance(plan, str):
             raise ValueError(f"PersistentStep: {plan}")
         h, v = plan["H"], plan["VOCABULARY"]
-        dtype = weights.final_norm.dtype
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
@@ -197,12 +201,14 @@ class PersistentStep:
         self.history = buffer(rows, max(1, capacity), dtype=torch.int64)
         self.logits = buffer(rows, v)
         sums = buffer(2, 4, rows, plan["RANK"] + 2 * _N, dtype=torch.int64)
-        residual, y = buffer(rows, h), buffer(rows, plan["D"], dtype=dtype)
+        # Places where values will be: all ones, which no value is.
+        stream, y = (buffer(*shape, dtype=torch.int16).sub_(1) for shape in ((4, rows, h), (2, rows, plan["D"])))
+        squares = buffer(4, rows, 16, dtype=torch.int64)
         best, counter = buffer(rows, dtype=torch.int64), buffer(64, dtype=torch.int32)
         table, kept = [], []
         for w in weights.layers:
             # x_proj is small, and read by channel: packed ones are widened once.
-            x_proj = w.x_proj if isinstance(w.x_proj, Tensor) else w.x_proj.dequantized().to(dtype).contiguous()
+            x_proj = w.x_proj if isinstance(w.x_proj, Tensor) else w.x_proj.dequantized().to(weights.final_norm.dtype).contiguous()
             fields = [
                 w.norm, *tensors_of(w.in_proj), w.in_proj_bias, w.conv, w.conv_bias, x_proj, w.dt_proj, w.dt_bias, w.A_log, w.D,
                 *tensors_of(w.out_proj), w.out_proj_bias,
@@ -212,7 +218,7 @@ class PersistentStep:
         addresses = torch.tensor(table, dtype=torch.int64, device=device)
         operands = [
             addresses, weights.embeddings, weights.final_norm, *tensors_of(weights.head), conv_states, ssm_states, self.tokens,
-            self.position, self.history, self.logits, residual, y, sums, best, counter,
+            self.position, self.history, self.logits, stream, squares, y, sums, best, counter,
             self.slot,
         ]  # fmt: skip
         # The kernel holds addresses only: all of this must live as long.

@@ -14,6 +14,8 @@ template <int BYTES> DEVICE void copy_later(void* shared, const void* global) {
     else
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(BYTES) : "memory");
 }
+// The 32 bytes around an address as far as the second-level cache.
+DEVICE void ask(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 DEVICE void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LATER> DEVICE void wait_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory"); }
 
@@ -61,14 +63,33 @@ DEVICE u32 nibbles(u32 word) {
 DEVICE float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float quotient(float x, float y) { return __fdividef(x, y); }  // 2 units in the last place; y below 2^126
 
-// Read past the first-level cache: another block wrote it.
-DEVICE float4 fresh(const float4* p) { return __ldcg(p); }
-DEVICE uint4 fresh(const uint4* p) { return __ldcg(p); }
-DEVICE u64 fresh(const u64* p) { return __ldcg(p); }
+// Words that blocks exchange, past the first-level cache; each is written and read whole.
+DEVICE void say(unsigned short* p, unsigned short v) { asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(p), "h"(v) : "memory"); }
+DEVICE void say(float* p, float v) { asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(p), "f"(v) : "memory"); }
+DEVICE uint4 heard(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
+DEVICE u64 heard(const u64* p) {
+    u64 v;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+    return v;
+}
+DEVICE float heard(const float* p) {
+    float v;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+    return v;
+}
+DEVICE void let_others_go() {}
+// A barrier of a block's first so many threads.
+template <int THREADS_OF> DEVICE void workers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS_OF) : "memory"); }
+// What this thread wrote is seen by all blocks before what it, or its block after a barrier, writes from now on.
+DEVICE void fence() { __threadfence(); }
 
 // A counter of the blocks that have come this far. What a block wrote before it arrives is seen by those that have waited.
 DEVICE void arrive(u32* counter) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 DEVICE u32 arrived(const u32* counter) {
     u32 v;

@@ -8,6 +8,7 @@ typedef long long i64;
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 
+inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline i64 __float2ll_rn(float x) { return llrintf(x); }
@@ -30,6 +31,10 @@ template <int BYTES> void copy_later(void* shared, const void* global) {
     }
     async_copy(shared, global, BYTES, BYTES);
 }
+inline void ask(const void*) {}
+inline bool __all_sync(u32 mask, bool vote) { return __ballot_sync(mask, vote) == mask; }
+inline u32 ticks() { static u32 now; return now += 100; }
+#define clock ticks
 inline void close_group() { async_commit(); }
 template <int LATER_GROUPS> void wait_groups() { async_wait(LATER_GROUPS); }
 
@@ -80,9 +85,14 @@ inline void multiply(float (&total)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, 
     }
 }
 
-inline float4 fresh(const float4* p) { aligned(p, 16); return *p; }
-inline uint4 fresh(const uint4* p) { aligned(p, 16); return *p; }
-inline u64 fresh(const u64* p) { return *p; }
+inline void say(unsigned short* p, unsigned short v) { *p = v; }
+inline void say(float* p, float v) { *p = v; }
+inline uint4 heard(const uint4* p) { aligned(p, 16); return *p; }
+inline u64 heard(const u64* p) { return *p; }
+inline float heard(const float* p) { return *p; }
+inline void let_others_go() { let_others(); }
+inline void fence() {}
+template <int THREADS_OF> void workers_meet() { meet_in_part(THREADS_OF); }
 inline void arrive(u32* counter) { ++*counter; }
-inline u32 arrived(const u32* counter) { let_others(); return *counter; }
+inline u32 arrived(const u32* counter) { return *counter; }
 inline void give_up() { abort(); }
