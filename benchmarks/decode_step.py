@@ -27,7 +27,8 @@ from mambakit.ops.decode.persistent import PARTS, PersistentStep
 
 SHAPES = {"130m": (768, 24), "370m": (1024, 48), "790m": (1536, 48), "1.4b": (2048, 48), "2.8b": (2560, 64)}
 RIVALS = [
-    {"queue": queue} for queue in ((3, 3, 0), (4, 4, 0), (6, 6, 0), (4, 2, 1), (4, 2, 2), (6, 2, 1), (6, 2, 4), (8, 2, 1), (8, 2, 6))
+    {"queue": queue}
+    for queue in ((3, 3, 0), (4, 4, 0), (6, 6, 0), (4, 2, 1), (4, 2, 2), (6, 2, 1), (6, 2, 4), (8, 2, 1), (8, 2, 6))
 ]
 TOKEN = 11
 

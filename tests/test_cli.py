@@ -140,7 +140,7 @@ def test_quantised_folders(model, tmp_path):
 
 def test_info_and_convert(model, tmp_path):
     assert json.loads(good("info", model, "--json"))["format"] == "transformers"
-    assert "9,417,280" in good("info")
+    assert "17,965,056" in good("info")
     target = str(tmp_path / "original")
     assert good("convert", model, target, "--to", "original").strip() == target
     assert json.loads(good("info", target, "--json"))["format"] == "original"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mambakit.generation.stream import Sampling, _end_tokens
 from mambakit.models.graph_step import GraphStep, graphs_serve
+from mambakit.models.prompt import read_prompt
 from mambakit.models.step import native_serves, token_step
 from mambakit.modules import MambaCache
 from mambakit.ops.linear.api import MOST_ROWS
@@ -158,7 +159,7 @@ class Engine:
                 continue
             self._reading = reading
             part = reading.ids[:, reading.done : reading.done + self.chunk_size]
-            logits = self.model(part, cache_params=reading.cache, logits_to_keep=1).logits[:, -1]
+            logits = read_prompt(self.model, part, reading.cache)
             reading.done += part.shape[1]
             budget -= part.shape[1]
             if reading.done < reading.ids.shape[1]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.models.prompt import read_prompt
 from mambakit.models.step import token_step
 from mambakit.modules import MambaCache
 
@@ -149,12 +150,13 @@ class Stream:
         """Read the prompt in chunks; the logits (1, v) after it."""
         done = 0
         chunk_size = self.chunk_size or (512 if ids.device.type == "cpu" else 2048)
+        assert self.cache is not None
         for part in ids.split(chunk_size, 1):
-            last = self.model(part, cache_params=self.cache, logits_to_keep=1).logits
+            logits = read_prompt(self.model, part, self.cache)
             done += part.shape[1]
             if self.progress is not None:
                 self.progress(done)
-        return last[:, -1]
+        return logits
 
 
 class _TextDecoder:

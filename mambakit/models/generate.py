@@ -18,6 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from mambakit.models.graph_step import graphs_serve
 from mambakit.models.inputs import require_mamba_cache
 from mambakit.models.pretrained import MambaPreTrainedModel
+from mambakit.models.prompt import read_prompt, reads_in_pieces
 from mambakit.models.token_loop import GeneratingSteps, greedy_tokens
 from mambakit.modules import MambaCache
 
@@ -81,9 +82,14 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation={implementation!r}: a Mamba state has one form; drop the argument")
         copies = max(_setting(kwargs, settings, "num_beams", 1), _setting(kwargs, settings, "num_return_sequences", 1))
         use_cache = _setting(kwargs, settings, "use_cache", True)
+        steps = GeneratingSteps(self)
         limit = _TOKENS_AT_ONCE.get(self.device.type, 2**14)
         whole = bool(_setting(kwargs, settings, "output_hidden_states", False))  # asks for the whole prompt's
-        if not chunk and use_cache and not whole and input_ids.shape[0] * new > limit:
+        alone = copies == 1 and use_cache and not whole and reads_in_pieces(self, input_ids.shape[0])
+        if alone and not _forward_is_replaced(self) and (mask is None or bool(mask[:, -new:].all())):
+            cache = self.backbone.new_cache(1) if cache is None else cache
+            steps.longest_piece, chunk = int(chunk or limit), None
+        elif not chunk and use_cache and not whole and input_ids.shape[0] * new > limit:
             chunk = max(64, limit // input_ids.shape[0])
         if chunk:
             if not use_cache:
@@ -97,7 +103,6 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
                 cache.batch_repeat_interleave(copies)
             kwargs["cache_params"] = cache
             kwargs["cached_columns"] = cached
-        steps = GeneratingSteps(self)
         before = _steps.set(steps)
         try:
             result = super().generate(input_ids, generation_config, *args, attention_mask=mask, **kwargs)
@@ -188,7 +193,13 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """The inputs of one step: the prompt's columns that are not in the cache at first, then the last token."""
         step: dict[str, Any] = {"use_cache": use_cache, "cache_params": cache_params}
-        if is_first_iteration or not use_cache:
+        steps = _steps.get()
+        if is_first_iteration and steps is not None and steps.model is self and steps.longest_piece:
+            assert cache_params is not None
+            prompt = input_ids[:, cached_columns:]
+            steps.after_prompt = read_prompt(self, prompt, cache_params, steps.longest_piece)
+            step["input_ids"] = input_ids[:, -1:]  # it is read: forward is told the logits after it
+        elif is_first_iteration or not use_cache:
             step["attention_mask"] = attention_mask
             if inputs_embeds is not None and is_first_iteration:
                 step["inputs_embeds"] = inputs_embeds
@@ -227,6 +238,14 @@ def _cached_columns(cache: MambaCache, input_ids: Tensor, mask: Tensor | None) -
         f"first {seen} are not the tokens this cache was left with. If all are new, pass an attention_mask of shape "
         f"{(input_ids.shape[0], seen + length)}; if not, pass only the new ones"
     )
+
+
+def _forward_is_replaced(model: Any) -> bool:
+    """Whether something else than `forward` as it stands here answers a call: hooks, or a compiled forward."""
+    compiled = getattr(model, "_compiled_call_impl", None) is not None or hasattr(
+        model.forward, "_torchdynamo_orig_callable"
+    )
+    return compiled or bool(model._forward_hooks or model._forward_pre_hooks)
 
 
 def _require_left_padding(mask: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambakit.models.step import has_hooks
+from mambakit.models.step import has_hooks, modules_of
 from mambakit.modules import MambaBlock, MambaCache, MambaMixer
 from mambakit.modules.mixer import TimeStepProjection
 from mambakit.modules.quantized_linear import QuantizedLinear
@@ -22,7 +22,7 @@ from mambakit.ops.decode.weights import LayerWeights, ModelWeights
 def graphs_serve(model: Any) -> bool:
     """Whether a step of this model can be a graph: all on one CUDA device, nobody listening, outside autocast and capture."""
     return (
-        model.device.type == "cuda" and {t.device for t in model.parameters()} == {model.device}
+        model.device.type == "cuda" and {t.device for t in _tensors_of(modules_of(model))} == {model.device}
         and model.dtype != torch.float64 and not has_hooks(model)
         and not torch.is_autocast_enabled("cuda") and not torch.cuda.is_current_stream_capturing()
     )  # fmt: skip
@@ -192,7 +192,7 @@ def trial_step(model: Any, tokens: int) -> TrialStep | None:
         return TrialStep(step, cache)
 
     with torch.cuda.device(model.device):
-        return _kept(model, ("trial", tokens), make)
+        return kept_with(model, ("trial", tokens), make)
 
 
 def _plain(model: Any, cache: MambaCache) -> bool:
@@ -225,17 +225,27 @@ def _kind(linear: nn.Module) -> Any:
     return linear.weight.dtype if type(linear) is nn.Linear else type(linear)
 
 
-# Steps of each model, by what they serve; they go with the model. Few: each holds states for its rows.
+# Steps and prompts' graphs of each model, by what they serve; they go with the model. Few: each holds states for its rows.
 _steps: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, Any]] = weakref.WeakKeyDictionary()
-_MOST_STEPS = 4
+_MOST_STEPS = 5
 
 
-def _place(model: Any) -> tuple[int, ...]:
-    return tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
+def _place(model: Any) -> tuple[Any, ...]:
+    """Where the parameters lie, and how the switches stand that a captured forward has passed: adapters on or off, training."""
+    modules: list[Any] = modules_of(model)
+    switches = [
+        (m.disable_adapters, tuple(m.active_adapters), tuple(getattr(m, "merged_adapters", ())))
+        for m in modules if isinstance(getattr(type(m), "disable_adapters", None), property)
+    ]  # fmt: skip
+    return (*(t.data_ptr() for t in _tensors_of(modules)), model.training, *switches)
 
 
-def _kept(model: Any, key: tuple, make: Callable[[], Any]) -> Any:
-    """What ``make`` made at the first use, for as long as the parameters stay where they are."""
+def _tensors_of(modules: list[nn.Module]) -> list[Tensor]:
+    return [t for m in modules for held in (m._parameters, m._buffers) for t in held.values() if t is not None]
+
+
+def kept_with(model: Any, key: tuple, make: Callable[[], Any]) -> Any:
+    """What ``make`` made at the first use, for as long as parameters stay where they are and adapters as they are switched."""
     place = _place(model)
     kept = _steps.setdefault(model, OrderedDict())
     if (key, place) not in kept:
@@ -250,7 +260,7 @@ def _kept(model: Any, key: tuple, make: Callable[[], Any]) -> Any:
 
 def graph_step(model: Any, rows: int) -> GraphStep:
     """The model's graph for this many rows, captured at its first use and as long as the parameters stay where they are."""
-    return _kept(model, ("graph", rows), lambda: GraphStep(model, rows))
+    return kept_with(model, ("graph", rows), lambda: GraphStep(model, rows))
 
 
 def graph_token_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:

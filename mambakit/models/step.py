@@ -65,11 +65,21 @@ def native_serves(model: Any, cache: MambaCache) -> bool:
     return True
 
 
+def modules_of(module: nn.Module, found: list[nn.Module] | None = None) -> list[nn.Module]:
+    """``module.modules()`` in a tenth of the time; a shared module comes as often as it is named."""
+    found = [] if found is None else found
+    found.append(module)
+    for child in module._modules.values():
+        if child is not None:
+            modules_of(child, found)
+    return found
+
+
 def has_hooks(model: nn.Module) -> bool:
     """Whether somebody listens to a module's calls, which one call into C would pass by."""
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         return True
-    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if m is not model)
+    return any(m._forward_hooks or m._forward_pre_hooks for m in modules_of(model)[1:])
 
 
 def native_weights(model: Any) -> tuple[list[LayerWeights], PackedWeight]:

@@ -23,6 +23,8 @@ class GeneratingSteps:
 
     def __init__(self, model: Any):
         self.model = model
+        self.longest_piece = 0  # where the prompt is read by `read_prompt`: tokens of a piece
+        self.after_prompt: Tensor | None = None  # (b, v), once it is read: what forward says first
         self._seen: tuple[int, int] | None = None
         self._step: Callable[[Tensor], Tensor] | None = None
         self._graph: GraphStep | None = None
@@ -31,6 +33,9 @@ class GeneratingSteps:
 
     def logits(self, tokens: Tensor, cache: MambaCache) -> Tensor | None:
         """(b, v) logits of (b,) tokens, the cache brought up to date; None: the model's forward must do it."""
+        if self.after_prompt is not None:
+            logits, self.after_prompt = self.after_prompt, None
+            return logits
         place = cache.conv_states.data_ptr(), cache.ssm_states.data_ptr()
         if place != self._seen:
             self.close()

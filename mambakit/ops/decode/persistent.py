@@ -54,9 +54,9 @@ def _queue(bits: int, rows: int, pieces: int) -> tuple[int, int, int]:
     ``pieces`` are a warp's of a layer. Measured on an H100 (docs/kernels.md). A deep queue of weights keeps the memory busy, and holds up what the blocks tell each
     other: small and packed models are bound by the latter.
     """
-    if rows > 2:
-        return (4, 2, 1000) if pieces > 12 else (4, 4, 0)
-    return (4, 4, 0) if bits or pieces <= 12 else (8, 2, 1000)
+    if bits or pieces <= 12:
+        return 4, 4, 0
+    return (8, 4, 1000) if rows <= 4 else (3, 3, 0)
 
 
 def _fixed_bytes(
@@ -208,7 +208,11 @@ class PersistentStep:
         table, kept = [], []
         for w in weights.layers:
             # x_proj is small, and read by channel: packed ones are widened once.
-            x_proj = w.x_proj if isinstance(w.x_proj, Tensor) else w.x_proj.dequantized().to(weights.final_norm.dtype).contiguous()
+            x_proj = (
+                w.x_proj
+                if isinstance(w.x_proj, Tensor)
+                else w.x_proj.dequantized().to(weights.final_norm.dtype).contiguous()
+            )
             fields = [
                 w.norm, *tensors_of(w.in_proj), w.in_proj_bias, w.conv, w.conv_bias, x_proj, w.dt_proj, w.dt_bias, w.A_log, w.D,
                 *tensors_of(w.out_proj), w.out_proj_bias,
