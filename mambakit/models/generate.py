@@ -45,7 +45,8 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
                 attention mask is no longer than ``inputs``. It is brought up to date in place, unless rows are
                 multiplied (beams, several return sequences).
             prefill_chunk_size: read the prompt this many tokens at a time; memory does not grow with its length. Without it
-                prompts of more than 16,384 tokens in all (1,024 on a CPU) are read in chunks of about so many.
+                prompts of more than 16,384 tokens in all (1,024 on a CPU) are read in chunks of about so many, one text on
+                a GPU in pieces of at most 4,096.
             seed: seeds this call's sampling alone; the global generator is left as it was.
         """
         if seed is not None:

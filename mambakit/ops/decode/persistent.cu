@@ -16,14 +16,14 @@
 //   second   dt_proj, the state and the gate of its channels: y
 //   third    with all of y, out_proj's rows of the stream
 //
-// Values are their own flags: nobody counts arrivals, and nothing is fenced on the way. A place where a value will be holds SILENCE,
-// a NaN that no computation gives, and who needs it looks until something else is there; a sum of all blocks carries in its last
-// byte how many have added to it. Who passes an exchange knows that all have passed the one before. So once y is whole, the
+// Values are their own flags, and nothing is fenced on the way. A place where a value will be holds SILENCE, a NaN that no computation
+// gives, and who needs it looks until something else is there; a sum of all blocks carries in its last byte how many have added to
+// it. (Of x_proj's sums, which are many, a count of the blocks says when looking is worth it.) Who passes an exchange knows that all have passed the one before. So once y is whole, the
 // layer's stream and sums and the y before it have been read by all, and are silenced again, two layers before their places are
 // used anew. Only these silences are fenced, by a warp that waits for nothing else.
 //
 // The stream is handed over times the norm's weight and the layer before's 1 / rms, which keeps it in range; the sums of in_proj
-// are multiplied by what the right 1 / rms is of that one. Its sum of squares comes besides, one number of each block.
+// are multiplied by what the right 1 / rms is of that one. Its sum of squares comes besides, one sum of all blocks for a text.
 //
 // Weights never wait for that. Each warp knows all the pieces of weights that it will multiply, in order to the end of the step, and
 // keeps a ring of them on their way into shared memory: a piece is 128 bytes, a whole line, of 16 rows. So the memory
@@ -38,7 +38,7 @@
 #include "primitives.cuh"
 
 typedef unsigned short E;               // bits of the dtype
-constexpr u32 SILENCE = 0xffffffffu;     // where no value is yet: a NaN in each half and as a float; computed NaNs are positive
+constexpr u32 SILENCE = 0xffffffffu;    // where no value is yet, a NaN in each half; computed NaNs are positive
 constexpr int N = 16;
 constexpr int WORKERS = WARPS * 32, THREADS = WORKERS + 32;
 constexpr int R = RANK + 2 * N;
@@ -896,7 +896,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     if (p.choose) {
         if (tid < ROWS) atomicMax(p.best + tid, best[tid]);
         __syncthreads();
-        if (tid == 0) fence();
+        if (tid == WORKERS) fence();  // it arrives for all
         sums_there.come();
         if (blockIdx.x == 0) sums_there.wait(ring);
     }

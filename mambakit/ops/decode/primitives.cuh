@@ -65,7 +65,6 @@ DEVICE float quotient(float x, float y) { return __fdividef(x, y); }  // 2 units
 
 // Words that blocks exchange, past the first-level cache; each is written and read whole.
 DEVICE void say(unsigned short* p, unsigned short v) { asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(p), "h"(v) : "memory"); }
-DEVICE void say(float* p, float v) { asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(p), "f"(v) : "memory"); }
 DEVICE uint4 heard(const uint4* p) {
     uint4 v;
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
@@ -76,18 +75,13 @@ DEVICE u64 heard(const u64* p) {
     asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
     return v;
 }
-DEVICE float heard(const float* p) {
-    float v;
-    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
-    return v;
-}
-DEVICE void let_others_go() {}
+DEVICE void let_others_go() {}  // between two looks; the CPU's fibers take turns here
 // A barrier of a block's first so many threads.
 template <int THREADS_OF> DEVICE void workers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS_OF) : "memory"); }
 // What this thread wrote is seen by all blocks before what it, or its block after a barrier, writes from now on.
 DEVICE void fence() { __threadfence(); }
 
-// A counter of the blocks that have come this far. What a block wrote before it arrives is seen by those that have waited.
+// A counter of the blocks that have come this far. Of what they wrote it promises nothing, unless who arrives has fenced before.
 DEVICE void arrive(u32* counter) {
     asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }

@@ -86,10 +86,8 @@ inline void multiply(float (&total)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, 
 }
 
 inline void say(unsigned short* p, unsigned short v) { *p = v; }
-inline void say(float* p, float v) { *p = v; }
 inline uint4 heard(const uint4* p) { aligned(p, 16); return *p; }
 inline u64 heard(const u64* p) { return *p; }
-inline float heard(const float* p) { return *p; }
 inline void let_others_go() { let_others(); }
 inline void fence() {}
 template <int THREADS_OF> void workers_meet() { meet_in_part(THREADS_OF); }
