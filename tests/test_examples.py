@@ -28,7 +28,7 @@ def run(name: str, *arguments: str) -> str:
         ("02_state.py", (), "from the file: the same"),
         ("03_long_prompt.py", ("--tokens", "2000"), "a prompt of 2,000 tokens"),
         ("04_score.py", (), "bits per character"),
-        ("05_prefix_cache.py", (), "second:  727 of 728 tokens known"),
+        ("05_prefix_cache.py", (), "second:  767 of 768 tokens known"),
         ("06_speculative.py", (), "a draft model: the same text"),
         ("07_constrained.py", (), "a JSON text: {"),
         ("08_serve.py", (), "both replicas wrote"),
