@@ -38,6 +38,7 @@ from mambakit.generation.drafters import Draft, DraftModel
 from mambakit.generation.speculative import SpeculativeStream
 from mambakit.generation.stream import Sampling, Stream
 from mambakit.models.graph_step import graph_step
+from mambakit.models.prompt import read_prompt
 from mambakit.models.step import token_step
 
 VOCABULARY = 50280
@@ -224,6 +225,8 @@ def measure_lengths(options: Options, clock: Clock, record: dict) -> None:
 
             def run(m=model, i=ids):
                 with torch.no_grad():
+                    if isinstance(m, mambakit.MambaForCausalLM):  # as `generate` reads it
+                        return read_prompt(m, i, m.backbone.new_cache(1))
                     return m(i, use_cache=True, logits_to_keep=1)
 
             seconds = fits(lambda r=run: clock.median(r, 3))

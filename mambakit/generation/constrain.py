@@ -261,6 +261,8 @@ def _llguidance() -> Any:
     try:
         import llguidance
     except ModuleNotFoundError as error:
+        if error.name != "llguidance":  # it is there, and lacks something
+            raise
         raise ImportError("constrained output needs llguidance: pip install 'mambakit[constrain]'") from error
     return llguidance
 

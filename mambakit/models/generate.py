@@ -56,7 +56,10 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         cache = require_mamba_cache(_one_of(kwargs, "cache_params", "past_key_values"))
         mask = kwargs.pop("attention_mask", None)
-        chunk = kwargs.pop("prefill_chunk_size", None) or getattr(generation_config, "prefill_chunk_size", None)
+        chunk = kwargs.pop("prefill_chunk_size", None)
+        chunk = getattr(generation_config, "prefill_chunk_size", None) if chunk is None else chunk
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"prefill_chunk_size is {chunk}; it must be 1 or more")
         if input_ids is None:  # from inputs_embeds, or from a bos token alone
             if chunk:
                 raise ValueError("prefill_chunk_size reads input_ids in chunks; give the prompt as input_ids")
@@ -167,8 +170,6 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
 
     def _prefill_in_chunks(self, ids: Tensor, mask: Tensor | None, cache: MambaCache, cached: int, chunk: int) -> int:
         """Read all of the prompt but its last token; returns how many columns the cache then holds of ``ids``."""
-        if chunk < 1:
-            raise ValueError(f"prefill_chunk_size is {chunk}; it must be 1 or more")
         end = ids.shape[1] - 1
         offset = 0 if mask is None else mask.shape[1] - ids.shape[1]
         for start in range(cached, end, chunk):
@@ -242,11 +243,10 @@ def _cached_columns(cache: MambaCache, input_ids: Tensor, mask: Tensor | None) -
 
 
 def _forward_is_replaced(model: Any) -> bool:
-    """Whether something else than `forward` as it stands here answers a call: hooks, or a compiled forward."""
-    compiled = getattr(model, "_compiled_call_impl", None) is not None or hasattr(
-        model.forward, "_torchdynamo_orig_callable"
-    )
-    return compiled or bool(model._forward_hooks or model._forward_pre_hooks)
+    """Whether something else than the library's own `forward` answers a call, or listens to it: it is given the whole prompt."""
+    theirs = type(model).forward.__module__.split(".")[0] != __name__.split(".")[0] or "forward" in vars(model)
+    compiled = getattr(model, "_compiled_call_impl", None) is not None
+    return theirs or compiled or bool(model._forward_hooks or model._forward_pre_hooks)
 
 
 def _require_left_padding(mask: Tensor) -> None:

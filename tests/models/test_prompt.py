@@ -9,6 +9,7 @@ from mambakit import MambaConfig, MambaForCausalLM
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
 from mambakit.models import generate, graph_step, prompt
+from mambakit.models.outputs import MambaCausalLMOutput
 from tests.models.configurations import pair
 
 CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -119,6 +120,36 @@ def test_generate_reads_its_prompt_in_pieces(on, device, sampled, monkeypatch):
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @torch.no_grad()
+def test_a_forward_of_another_kind_is_given_the_whole_prompt(on, device):
+    """It does not know that the prompt has been read."""
+    lengths = []
+
+    class Own(MambaForCausalLM):
+        def forward(self, input_ids, cache_params=None, use_cache=None, **kwargs):
+            lengths.append(input_ids.shape[1])
+            output = self.backbone(input_ids, cache_params=cache_params, use_cache=use_cache)
+            return MambaCausalLMOutput(
+                logits=self.lm_head(output.last_hidden_state[:, -1:]).float(), cache_params=output.cache_params
+            )
+
+    model = made(on(device))
+    ids = torch.randint(1, 320, (1, 11), device=device)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    own = Own(model.config).to(device).eval()
+    own.load_state_dict(model.state_dict())
+    assert torch.equal(own.generate(ids, **options), expected)
+    assert lengths[0] == 11
+    inner = model.forward
+    model.forward = lambda *arguments, **kwargs: inner(*arguments, **kwargs)
+    assert torch.equal(model.generate(ids, **options), expected)
+    del model.forward
+    with pytest.raises(ValueError, match="prefill_chunk_size is 0"):
+        model.generate(ids, prefill_chunk_size=0, **options)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@torch.no_grad()
 def test_a_failed_call_leaves_the_state(on, device):
     model = made(on(device))
     ids = torch.randint(1, 320, (1, 20), device=device)
@@ -156,10 +187,12 @@ def test_adapters_switched_off_are_noticed(on, device):
         return prompt.read_prompt(model, ids, model.backbone.new_cache(1)).clone()
 
     with_adapters = [read() for _ in range(3)]
+    before = graph_step._place(model)
     layers = [m for m in model.modules() if hasattr(m, "enable_adapters") and hasattr(m, "merged_adapters")]
     assert len(layers) == 6
     for layer in layers:
         layer.enable_adapters(False)
+    assert graph_step._place(model) != before
     plain = [read() for _ in range(3)]
     assert not torch.allclose(plain[0], with_adapters[0], atol=1e-3)
     for logits in plain:

@@ -7,7 +7,7 @@ by two (b, d, n) tensors, and the gradient the other way by the same decay:
     g_0 = decay g_T + gradient                          gradient = sum_t exp(A S_t) C_t dy_t
 
 with S_t = delta_1 + ... + delta_t (arXiv 2312.00752, equation 2, unrolled). Both sums run away from the end they belong to,
-where the exponentials only shrink, and stop where all of them are below 2^-40 in float32, which keeps 24 bits, and exactly 0 in
+where the exponentials only shrink, and stop where all of them are below 2^-64 in float32, which keeps 24 bits, and exactly 0 in
 float64: so a segment much longer than the model's memory costs a fraction of a scan.
 
 This is the plain PyTorch form; on a GPU, `segment_gpu.py`.
@@ -24,8 +24,8 @@ _CHUNK_ELEMENTS = 2**24
 
 
 def _vanishing_exponent(dtype: torch.dtype) -> float:
-    """Below this, exp is out of sight of a sum in ``dtype``: 0 in float64, 2^-40 in float32."""
-    return -746.0 if dtype == torch.float64 else -27.73
+    """Below this, exp is out of sight of a sum in ``dtype``: 0 in float64, 2^-64 in float32."""
+    return -746.0 if dtype == torch.float64 else -44.36
 
 
 def segment_map(

@@ -1,7 +1,7 @@
 """`segment.py` on a GPU, in Triton: the same two sums, in stretches of tokens that run side by side.
 
 Each stretch first sums its time steps. What lies between a stretch and the end that a sum belongs to then decides whether it
-matters at all: where every exponential is below 2^-40 its program ends at once, before it has read anything. The others
+matters at all: where every exponential is below 2^-64 its program ends at once, before it has read anything. The others
 walk their tokens away from that end, and their shares are added in order, so the same inputs give the same bits.
 """
 
@@ -77,7 +77,7 @@ def _share_kernel(
     V += row * V_b + state
     if HAS_Z:
         z += row * z_b + channel
-    if tl.max(tl.where(both, rate * away[:, None], -1.0e30)) >= -40.0:
+    if tl.max(tl.where(both, rate * away[:, None], -1.0e30)) >= -64.0:
         shift = tl.zeros((BD,), tl.float32)
         if HAS_BIAS:
             shift = tl.load(bias + channel, mask=inside, other=0.0)
