@@ -4,7 +4,8 @@
     python benchmarks/multi_gpu.py --one-gpu            # what one GPU can say: the one-GPU rows, and a process's own share
 
 1. training: tokens per second of the 1.4b shape with DDP and FSDP2, --rows of 2048 tokens a GPU, against one GPU that runs the
-   same step on as many rows; each as a CUDA graph, and eagerly (of one GPU the faster counts).
+   same step on as many rows; each as a CUDA graph, with --eager also eagerly (of one GPU the faster counts). `8x2` is 8 rows at
+   a time, twice, their gradients added before the update.
 2. context: one sequence over all GPUs, activations checkpointed: time and peak memory of forward and backward, and the
    distance of the loss and of every gradient from one GPU's. `rounding` is the distance of one GPU's own bfloat16 gradients
    from its float32 ones, on the shortest case: what two correct runs may differ by.
@@ -32,9 +33,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-SHAPES = {"1.4b": (2048, 48), "130m": (768, 24), "130m, 12 layers": (768, 12)}
+SHAPES = {"1.4b": (2048, 48), "130m": (768, 24), "130m, 12 layers": (768, 12), "130m, 4 layers": (768, 4)}
 LENGTH = 2048
-SEQUENCES = [("130m", 262_144), ("130m, 12 layers", 1_048_576)]
+# The last one is more than one GPU of 80 GB holds.
+SEQUENCES = [("130m", 262_144), ("130m, 4 layers", 1_048_576), ("130m, 12 layers", 1_048_576)]
 
 
 def make_model(shape: str):
@@ -60,8 +62,8 @@ def timed(run, warm: int, count: int) -> float:
     return statistics.median(times)
 
 
-def training(mode: str, captured: bool, per_gpu: int) -> dict:
-    """Whole steps: forward, backward, clip, AdamW."""
+def training(mode: str, captured: bool, per_gpu: int, parts: int) -> dict:
+    """Whole steps: forward and backward of ``parts`` times ``per_gpu`` rows, clip, AdamW."""
     from mambakit.training.distributed import processes
     from mambakit.training.optimizer import make_optimizer
     from mambakit.training.step import CapturedStep, Objective, TrainingStep
@@ -70,9 +72,11 @@ def training(mode: str, captured: bool, per_gpu: int) -> dict:
         model = make_model("1.4b")
         objective = team.parallelize(Objective(model), model)
         optimizer = make_optimizer(model, 1e-4, (0.9, 0.95), 0.1)
-        step = TrainingStep(model, optimizer, 1.0, "bfloat16", False, processes=team, objective=objective)
+        step = TrainingStep(
+            model, optimizer, 1.0, "bfloat16", False, accumulate=parts, processes=team, objective=objective
+        )  # fmt: skip
         runner = CapturedStep(step) if captured else step
-        rows = torch.randint(0, model.config.vocab_size, (per_gpu * team.world, LENGTH + 1), device=team.device)
+        rows = torch.randint(0, model.config.vocab_size, (per_gpu * parts * team.world, LENGTH + 1), device=team.device)
         begins = torch.zeros_like(rows, dtype=torch.bool)
         torch.cuda.reset_peak_memory_stats()
         seconds = timed(lambda: runner.run(rows, begins), 5, 10)
@@ -149,16 +153,17 @@ def measure(gpus: int, name: str, *arguments: object) -> dict:
     sys.exit(f"{name} {arguments} on {gpus} GPUs failed:\n{done.stderr[-4000:]}")
 
 
-def training_rows(gpus: int, per_gpu: int) -> list[dict]:
+def training_rows(gpus: int, batch: str, eager: bool) -> list[dict]:
+    per_gpu, parts = (int(number) for number in f"{batch}x1".split("x")[:2])
     rows = []
     for mode, count in (("none", 1), ("ddp", gpus), ("fsdp", gpus)):
         if mode != "none" and gpus == 1:
             continue
-        for captured in (False, True):
+        for captured in (False, True) if eager else (True,):
             how = f"{'one GPU' if mode == 'none' else mode}, {'CUDA graph' if captured else 'eager'}"
-            case = {"how": how, "gpus": count, "rows a GPU": per_gpu}
-            rows.append({**case, **measure(count, "training", mode, captured, per_gpu)})
-    best = max(row.get("tokens_per_second", 0.0) for row in rows[:2])
+            case = {"how": how, "gpus": count, "rows a GPU": batch}
+            rows.append({**case, **measure(count, "training", mode, captured, per_gpu, parts)})
+    best = max(row.get("tokens_per_second", 0.0) for row in rows if row["gpus"] == 1)
     for row in rows:
         if "tokens_per_second" in row:
             row["speedup"] = row["tokens_per_second"] / best
@@ -201,7 +206,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--one-gpu", action="store_true", help="only what one GPU can say")
-    parser.add_argument("--rows", type=int, nargs="+", default=[4, 8], help="of 2048 tokens a GPU, in training")
+    parser.add_argument("--rows", nargs="+", default=["4", "8", "8x2"], help="of 2048 tokens a GPU, in training")
+    parser.add_argument("--eager", action="store_true", help="training steps without CUDA graphs, too")
     parser.add_argument("--only", choices=["training", "context"])
     parser.add_argument("--shortest", action="store_true", help="only the shortest sequence")
     parser.add_argument("--json", type=Path)
@@ -234,7 +240,7 @@ def main() -> None:
     text = [f"{gpus} x {machine['device']}, torch {torch.__version__}"]
     print(text[0], flush=True)
     if arguments.only != "context":
-        report["training"] = [row for per_gpu in arguments.rows for row in training_rows(gpus, per_gpu)]
+        report["training"] = [row for batch in arguments.rows for row in training_rows(gpus, batch, arguments.eager)]
         columns = ["how", "gpus", "rows a GPU", "tokens_per_second", "speedup", "seconds", "gib", "error"]
         text.append(table(report["training"], columns))
         print(text[-1], flush=True)

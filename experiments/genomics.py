@@ -6,7 +6,8 @@ Trained on Klebsiella pneumoniae MGH 78578 (``dna/klebsiella_mgh78578.fna.xz``),
 in stages at a constant number of tokens a step. Evaluated on E. coli 536 (``dna/ecoli_536.fna.gz``), another genus of the
 family: per-nucleotide perplexity of the same nucleotides cut into rows of 2^10 to 2^17, each read from an empty state.
 The Transformer++ of equal size trains on equally many tokens, rows up to ``transformer_length``, its longest context.
-The Markov model counts both strands of the training genome; its order and smoothing are chosen on a held-back part.
+Each contender's learning rate is chosen by shorter runs on the last part of the training genome, which no run trains on. The
+Markov model counts both strands of the training genome; its order and smoothing are chosen on that part, too.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from experiments.contenders import (
     next_token_loss,
 )
 from experiments.harness import (
+    TUNING_SEED,
     Budget,
     Results,
     Step,
+    choose_rates,
     device_of,
     half_precision,
     parameter_count,
@@ -61,14 +64,16 @@ class Genomics(Settings):
     shares: tuple[float, ...] = option((0.5, 0.2, 0.15, 0.15), "of the steps, for each stage")
     transformer_length: int = option(8192, "longest row and context of the Transformer++")
     batch_tokens: int = option(2**16, "tokens of a batch; one row where rows are longer")
-    learning_rate: float = option(8e-3, "Mamba's peak (the paper's)")
-    transformer_learning_rate: float = option(2e-3, "the Transformer++'s peak (the paper's)")
+    learning_rates: tuple[float, ...] = option((1e-3, 2e-3, 4e-3, 8e-3), "peaks to choose from, for each contender")
+    tuning_fraction: float = option(0.2, "length of a tuning run, as a fraction of a run's steps")
     weight_decay: float = option(0.1, "on matrices")
     steps: int = option(0, "of a run, equal for both; 0: as many as the budget holds, by measured speed")
     largest_steps: int = option(6000, "bound on the steps chosen by the budget")
     contexts: tuple[int, ...] = option(tuple(2**k for k in range(10, 18)), "contexts of the evaluation")
     evaluation_tokens: int = option(2**22, "nucleotides of the held-out genome to score; each context divides it")
-    validation_tokens: int = option(200_000, "last nucleotides of the training genome, for the Markov model's choices")
+    validation_tokens: int = option(
+        200_000, "last nucleotides of the training genome, kept for choosing rates and the order"
+    )
     markov_order: int = option(11, "longest order")
     markov_weights: tuple[float, ...] = option((1.0, 4.0, 16.0, 64.0), "smoothing weights to choose from")
 
@@ -129,17 +134,16 @@ def nats_by_position(model: Contender, genome: Tensor, context: int, tokens: int
 
 
 class Run:
-    """One contender with one seed."""
+    """One contender with one seed and one learning rate."""
 
-    def __init__(self, kind: str, seed: int, genome: Tensor, settings: Genomics):
-        self.kind, self.seed, self.genome, self.settings = kind, seed, genome, settings
+    def __init__(self, kind: str, seed: int, rate: float, genome: Tensor, settings: Genomics):
+        self.kind, self.seed, self.rate, self.genome, self.settings = kind, seed, rate, genome, settings
         self.longest = min(max(settings.lengths), settings.transformer_length) if kind == TRANSFORMER else 2**62
         torch.manual_seed(seed)
         self.model = make_contender(
             kind, _VOCABULARY, settings.hidden_size, settings.mamba_layers, settings.head_size,
             settings.transformer_length,
         ).to(genome.device)  # fmt: skip
-        self.rate = settings.learning_rate if kind == MAMBA else settings.transformer_learning_rate
         self.optimizer = make_optimizer(self.model, self.rate, (0.9, 0.95), settings.weight_decay)
         torch.manual_seed(seed)
 
@@ -191,6 +195,10 @@ class Run:
             "seconds": budget.elapsed(), "ended": ended, "curve": curve,
         }  # fmt: skip
 
+    def validation_loss(self, validation: Tensor) -> float:
+        context = self.settings.lengths[0]
+        return float(nats_by_position(self.model, validation, context, validation.numel() // context * context).mean())
+
     def evaluate(self, heldout: Tensor) -> dict:
         """Perplexity at each context, and by position (powers of two) in the longest."""
         contexts = [c for c in self.settings.contexts if c <= self.longest]
@@ -232,10 +240,12 @@ def choose_steps(genome: Tensor, settings: Genomics, budget: Budget) -> int:
     last = settings.shares[-1]
     for kind in settings.models:
         for length, share in ((settings.lengths[0], 1 - last), (settings.lengths[-1], last)):
-            run = Run(kind, 0, genome, settings)
+            run = Run(kind, 0, 1e-4, genome, settings)
             seconds += share * run.step_at(min(length, run.longest)).seconds_per_step(10)
+    rates = len(settings.learning_rates)
+    tuning = rates * settings.tuning_fraction if rates > 1 else 0.0
     # 20 % for evaluations, and for capturing a graph for each stage of each run.
-    return max(1, min(int(0.8 * budget.left() / (seconds * len(settings.seeds))), settings.largest_steps))
+    return max(1, min(int(0.8 * budget.left() / (seconds * (len(settings.seeds) + tuning))), settings.largest_steps))
 
 
 def main(arguments: list[str] | None = None) -> Results:
@@ -243,19 +253,28 @@ def main(arguments: list[str] | None = None) -> Results:
     device = device_of(settings)
     results = Results("genomics", settings)
     genome, heldout = (read_fasta(Path(settings.data, name)).to(device) for name in (_TRAIN, _HELDOUT))
-    if heldout.numel() < settings.evaluation_tokens or genome.numel() < max(settings.lengths):
+    needed = max(settings.lengths) + settings.validation_tokens
+    if heldout.numel() < settings.evaluation_tokens or genome.numel() < needed:
         raise ValueError(
-            f"the genomes have {genome.numel()} and {heldout.numel()} nucleotides, fewer than lengths or evaluation_tokens "
-            f"({max(settings.lengths)}, {settings.evaluation_tokens}); lower those"
+            f"the genomes have {genome.numel()} and {heldout.numel()} nucleotides, fewer than lengths and validation_tokens, or "
+            f"evaluation_tokens, ask for ({needed}, {settings.evaluation_tokens}); lower those"
         )
     results.note(markov=markov_baseline(genome, heldout, settings))
     say(f"genomics, Markov: {results.record['markov']['perplexity']:.4f}, {results.budget.elapsed():.0f} s")
     steps = choose_steps(genome, settings, results.budget)
-    results.note(planned_steps=steps)
     say(f"genomics: {steps} steps a run, {results.budget.elapsed():.0f} s")
+    kept, validation = genome[: -settings.validation_tokens], genome[-settings.validation_tokens :]
+
+    def trial(kind: str, rate: float) -> float:
+        run = Run(kind, TUNING_SEED, rate, kept, settings)
+        run.go(max(1, int(steps * settings.tuning_fraction)), 0.0)
+        return run.validation_loss(validation)
+
+    rates, trials = choose_rates(settings.models, settings.learning_rates, trial)
+    results.note(planned_steps=steps, tuning=trials, learning_rates=rates)
     for seed, kind, _ in results.shares((seed, kind) for seed in settings.seeds for kind in settings.models):
         # Equal steps for all: a run may take all that is left, so that only the last ones can be cut short.
-        run = Run(kind, seed, genome, settings)
+        run = Run(kind, seed, rates[kind], kept, settings)
         record = run.go(steps, 0.9 * results.budget.left() if settings.budget_seconds else 0.0)
         record.update(run.evaluate(heldout))
         results.add(record, record["ended"] == "budget")

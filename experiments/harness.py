@@ -22,6 +22,7 @@ from experiments.settings import Settings
 from mambakit.training.optimizer import set_learning_rate
 
 _LEAST_SECONDS = 3.0  # a run with less is not begun
+TUNING_SEED = 1000  # of runs that only choose a learning rate
 
 
 def device_of(settings: Settings) -> torch.device:
@@ -173,6 +174,25 @@ def train(
             if over:
                 return taken, "budget"
     return steps, "steps"
+
+
+def choose_rates(
+    kinds: Iterable[str], rates: tuple[float, ...], trial: Callable[[str, float], float]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Each kind's rate with the least validation loss, which ``trial(kind, rate)`` finds, and every trial; one rate is not tried."""
+    kinds = list(kinds)
+    if len(rates) == 1:
+        return dict.fromkeys(kinds, rates[0]), []
+    best: dict[str, float] = {}
+    trials: list[dict[str, Any]] = []
+    for kind in kinds:
+        losses = {}
+        for rate in rates:
+            losses[rate] = trial(kind, rate)
+            trials.append({"model": kind, "learning_rate": rate, "validation_loss": losses[rate]})
+            say(f"  {trials[-1]}")
+        best[kind] = min(losses, key=losses.__getitem__)
+    return best, trials
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -23,12 +23,22 @@ from torch import Tensor
 
 import mambakit
 from experiments.contenders import MAMBA, TRANSFORMER, Contender, make_contender, next_token_loss
-from experiments.harness import Budget, Results, Step, device_of, parameter_count, require_file, say, train
+from experiments.harness import (
+    TUNING_SEED,
+    Budget,
+    Results,
+    Step,
+    choose_rates,
+    device_of,
+    parameter_count,
+    require_file,
+    say,
+    train,
+)
 from experiments.settings import Settings, option, parse
 from mambakit.training.optimizer import make_optimizer, schedule_factor
 
 _SEPARATOR = "<|endoftext|>\n"
-_TUNING_SEED = 1000
 _TOKENIZER = Path(mambakit.__file__).parent / "assets" / "books" / "tokenizer.json"
 
 
@@ -192,9 +202,7 @@ class Run:
 
 def choose_steps(text: Text, settings: Language, budget: Budget) -> tuple[int, dict[str, float]]:
     """As many steps as fit, tuning included, and the seconds that a step of each contender takes."""
-    seconds = {
-        kind: Run(kind, _TUNING_SEED, 1e-4, text, settings).step.seconds_per_step(20) for kind in settings.models
-    }
+    seconds = {kind: Run(kind, TUNING_SEED, 1e-4, text, settings).step.seconds_per_step(20) for kind in settings.models}
     if settings.steps:
         return settings.steps, seconds
     tuning = len(settings.learning_rates) * settings.tuning_fraction if len(settings.learning_rates) > 1 else 0.0
@@ -203,31 +211,19 @@ def choose_steps(text: Text, settings: Language, budget: Budget) -> tuple[int, d
     return max(1, min(steps, settings.largest_steps)), seconds
 
 
-def tune(text: Text, settings: Language, steps: int) -> tuple[dict[str, float], list[dict]]:
-    """The best learning rate of each contender, and every trial."""
-    if len(settings.learning_rates) == 1:
-        return dict.fromkeys(settings.models, settings.learning_rates[0]), []
-    trials: list[dict] = []
-    for kind in settings.models:
-        for rate in settings.learning_rates:
-            run = Run(kind, _TUNING_SEED, rate, text, settings)
-            run.go(max(1, int(steps * settings.tuning_fraction)), 0.0, 0)
-            trials.append({"model": kind, "learning_rate": rate, "validation_loss": run.validation_loss()})
-            say(f"  {trials[-1]}")
-    best: dict[str, float] = {}
-    for kind in settings.models:
-        mine = [trial for trial in trials if trial["model"] == kind]
-        best[kind] = min(mine, key=lambda trial: trial["validation_loss"])["learning_rate"]
-    return best, trials
-
-
 def main(arguments: list[str] | None = None) -> Results:
     settings = parse(Language, arguments, __doc__ or "")
     results = Results("language", settings)
     text = load_text(settings, device_of(settings))
     steps, seconds = choose_steps(text, settings, results.budget)
     say(f"language: {steps} steps a run, seconds a step: {seconds}")
-    rates, trials = tune(text, settings, steps)
+
+    def trial(kind: str, rate: float) -> float:
+        run = Run(kind, TUNING_SEED, rate, text, settings)
+        run.go(max(1, int(steps * settings.tuning_fraction)), 0.0, 0)
+        return run.validation_loss()
+
+    rates, trials = choose_rates(settings.models, settings.learning_rates, trial)
     results.note(planned_steps=steps, seconds_per_step=seconds, tuning=trials, learning_rates=rates)
     for seed, kind, _ in results.shares((seed, kind) for seed in settings.seeds for kind in settings.models):
         # Equal steps for all: a run may take all that is left, so that only the last ones can be cut short.

@@ -211,6 +211,7 @@ GENOMICS = [
     "--hidden-size", "32", "--mamba-layers", "2", "--head-size", "16", "--lengths", "32", "64", "128",
     "--shares", "0.5", "0.25", "0.25", "--transformer-length", "64", "--batch-tokens", "256", "--contexts", "32", "64", "256",
     "--evaluation-tokens", "2048", "--validation-tokens", "300", "--markov-order", "4",
+    "--learning-rates", "3e-3", "1e-2",
 ]  # fmt: skip
 
 
@@ -222,6 +223,11 @@ def test_genomics(common):
     assert mamba["tokens"] == transformer["tokens"] == 60 * 256
     assert mamba["perplexities"][-1]["perplexity"] < 3.9  # uniform is 4
     assert record["markov"]["perplexity"] < record["markov"]["perplexity_of_order"][0] < 4.1
+    losses = {
+        trial["learning_rate"]: trial["validation_loss"] for trial in record["tuning"] if trial["model"] == "mamba"
+    }
+    assert losses.keys() == {3e-3, 1e-2}
+    assert mamba["learning_rate"] == min(losses, key=losses.get)
     assert mamba["by_position"][-1]["to"] == 256
 
 

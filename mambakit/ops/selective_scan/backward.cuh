@@ -10,7 +10,9 @@
 // then shared memory) and written as one partial per block of channels; `finish` adds the partials in a fixed order.
 //
 // When b * d is too small to fill the card, rows are cut into `chunks`: `arrive` first finds, for all chunks but the first,
-// the gradient that leaves it to the left when nothing enters from the right, and sum(delta).
+// the gradient that leaves it to the left when nothing enters from the right, and sum(delta). For a caller that learns the
+// gradient of a row's final state only from that (in_parts_gpu.py) `arrive` visits every chunk (`first` is 0) without dfinal, which
+// the walk adds then.
 
 struct BackwardParams {
     const T *dy, *u, *delta, *z, *B, *C;
@@ -19,7 +21,7 @@ struct BackwardParams {
     T *du, *ddelta, *dz;
     float *dinitial, *local, *sums, *partial, *dA, *dD, *dbias;
     i64 dy_b, u_b, delta_b, z_b, B_b, C_b, dy_t, u_t, delta_t, z_t, B_t, C_t;
-    i64 l, d, n, tiles, chunk_length, chunks, rows, interval;
+    i64 l, d, n, tiles, chunk_length, chunks, first, rows, interval;
 };
 
 // This lane's elements of one tensor: the next tile to load, and the values of the last one loaded.
@@ -69,7 +71,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_arrive(cons
     i64 block = blockIdx.x;
     const int tile = (int)(block % p.tiles);
     block /= p.tiles;
-    const int chunk = 1 + (int)(block % (p.chunks - 1)), row = (int)(block / (p.chunks - 1));
+    const int count = (int)(p.chunks - p.first);
+    const int chunk = (int)p.first + (int)(block % count), row = (int)(block / count);
     const int t0 = chunk * (int)p.chunk_length, t1 = min(l, t0 + (int)p.chunk_length);
     const int warp_channel = tile * BLOCK_CHANNELS + warp * WARP_CHANNELS;
     const StatePlace place{warp_channel + group * K, d, n, part * NS};
@@ -155,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_arrive(cons
 #pragma unroll
                     for (int i = 0; i < NS; i++) g[k][i] = fmaf(step[2 * k + 1], Cs[i], g[k][i]) * ex2(step[2 * k] * A[k][i]);
                 }
-                if (PACKED && starts.starts(j)) clear(g);
+                if (PACKED && starts.starts(j) && t + j > 0) clear(g);  // what reaches the row's start leaves it
             }
             __syncwarp();
         }
@@ -216,11 +219,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
         if (!PACKED) load_dfinal(row);
     } else {
         // What arrives from the right: through the chunks up to the one where the sequence of token t1 ends.
-        int last = (int)p.chunks - 1;
+        int last = (int)p.chunks - 1, s = row;
         if (PACKED) {
-            int s = __ldg(p.ids + t1);
+            s = __ldg(p.ids + t1);
             last = __ldg(p.cu + s) == t1 ? chunk : (__ldg(p.cu + s + 1) - 1) / (int)p.chunk_length;
         }
+        if (p.first == 0 && last > chunk) load_dfinal(s);  // 0 but for a sequence that ends with the row
         for (int c = last; c > chunk; c--) {
             float add[K][NS];
             place.load(add, p.local + ((i64)row * p.chunks + c) * d * n);
@@ -229,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                 float delta = place.first + k < d ? p.sums[((i64)row * p.chunks + c) * d + place.first + k] : 0.f;
 #pragma unroll
                 for (int i = 0; i < NS; i++)
-                    g[k][i] = c == last ? add[k][i] : fmaf(ex2(delta * A[k][i]), g[k][i], add[k][i]);
+                    g[k][i] = c == last && p.first ? add[k][i] : fmaf(ex2(delta * A[k][i]), g[k][i], add[k][i]);
             }
         }
     }

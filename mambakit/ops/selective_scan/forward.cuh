@@ -4,6 +4,9 @@
 // small to fill the card, rows are cut into `chunks` and walked in two launches: pass 1 walks chunk 0 for good, and of
 // the other chunks but the last finds what they add to a zero state and sum(delta); pass 2 first combines those into
 // the state that enters its chunk (a chunk's decay is exp(A sum(delta))), then walks it for good.
+//
+// For a caller that learns the state which enters a row only from what its chunks add (in_parts_gpu.py) there are two other passes:
+// 3 finds what every chunk adds to a zero state, 4 walks all of them for good, from the initial state that is known by then.
 
 struct ForwardParams {
     const T *u, *delta, *z, *B, *C;
@@ -65,12 +68,18 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
     if (chunk == 0) {
         if (!PACKED) load_initial(row);
     } else if (FULL) {
-        int c = PACKED ? __ldg(p.cu + __ldg(p.ids + t0 - 1)) / (int)p.chunk_length : 0;
-        padded.load(h, p.local + ((i64)row * p.chunks + c) * d * NP);
+        const int s = PACKED ? __ldg(p.ids + t0 - 1) : row, begin = PACKED ? __ldg(p.cu + s) : 0;
+        int c = begin / (int)p.chunk_length;
+        if (p.pass == 4 && begin == 0) {
+            load_initial(s);
+        } else {
+            padded.load(h, p.local + ((i64)row * p.chunks + c) * d * NP);
+            c++;
+        }
         // Channels that do not exist read another one's, so that without a branch the loads of several chunks are waited for
         // together.
 #pragma unroll 4
-        for (c++; c < chunk; c++) {
+        for (; c < chunk; c++) {
             const i64 at = ((i64)row * p.chunks + c) * d;
 #pragma unroll
             for (int k = 0; k < K; k++) {
@@ -281,10 +290,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
     i64 block = blockIdx.x;
     int tile = (int)(block % p.tiles);
     block /= p.tiles;
-    int count = p.pass ? (int)p.chunks - 1 : 1;
+    int count = p.pass == 0 ? 1 : p.pass > 2 ? (int)p.chunks : (int)p.chunks - 1;
     int chunk = (int)(block % count) + (p.pass == 2);
     int row = (int)(block / count);
-    if (p.pass == 1 && chunk > 0) {
+    if (p.pass == 3 || (p.pass == 1 && chunk > 0)) {
         walk<false>(p, shared, row, chunk, tile);
     } else {
         walk<true>(p, shared, row, chunk, tile);

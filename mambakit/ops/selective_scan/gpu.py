@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -266,20 +267,29 @@ def _scratch(device: torch.device, *sizes: int) -> tuple[Tensor, list[int]]:
     return memory, [address + start for start in starts]
 
 
+def shared_floats(memory: Tensor, *shapes: tuple[int, ...], start: int = 0) -> list[Tensor]:
+    """The arrays of `_scratch` as tensors, from the byte ``start`` on."""
+    found = []
+    for shape in shapes:
+        count = math.prod(shape)
+        found.append(memory[start : start + 4 * count].view(torch.float32).view(shape))
+        start += -(-count // 4) * 16
+    return found
+
+
 def _chunk_length(length: int, chunks: int, interval: int) -> int:
     step = max(interval, _STEP)
     return -(-length // (chunks * step)) * step
 
 
-def _sequence_ids(kernel, stream, cu_seqlens, length, from_state, to_state, state_size, device):
-    ids = torch.empty(length, dtype=torch.int32, device=device)
+def _number_sequences(kernel, stream, cu_seqlens, ids, from_state, to_state, state_size) -> None:
+    """The sequence of each token, into ``ids``; states of sequences without a token are copied."""
     sequences = cu_seqlens.shape[0] - 1
-    rounds = min(64, -(-length // (sequences * 1024)) + 1)
+    rounds = min(64, -(-ids.shape[0] // (sequences * 1024)) + 1)
     kernel(
         sequences, 256, stream, cu_seqlens.data_ptr(), ids.data_ptr(), _address(from_state), _address(to_state),
         state_size, blocks_y=rounds,
     )  # fmt: skip
-    return ids
 
 
 class _ForwardCall(NamedTuple):
@@ -297,54 +307,86 @@ class _ForwardCall(NamedTuple):
 
 # One look-up per call instead of the plan, the macros and the arithmetic: host time is what small calls wait for.
 @functools.lru_cache(4096)
-def _forward_call(b, length, d, n, dtype, gated, softplus, packed, whole, device, interval, one_chunk) -> _ForwardCall:
+def _forward_call(
+    b, length, d, n, dtype, gated, softplus, packed, whole, device, interval, one_chunk, in_parts
+) -> _ForwardCall:  # fmt: skip
     plan = forward_plan(b, length, d, n, _multiprocessors(device))
-    chunk_length = _chunk_length(length, 1 if one_chunk else plan.chunks, interval)
+    wanted = (
+        1 if one_chunk else max(plan.chunks - in_parts, 1)
+    )  # in parts all chunks are walked at once, else all but one
+    chunk_length = _chunk_length(length, wanted, interval)
     chunks = -(-length // chunk_length)
     tiles = -(-d // plan.block_channels)
     module = _module("forward", plan._replace(chunks=1), dtype, gated, softplus, packed, whole, device)
     return _ForwardCall(
         module.kernel("selective_scan_forward", _forward_shared_bytes(plan, dtype, gated)),
         module.kernel("selective_scan_sequences"),
-        b * tiles * max(chunks - 1, 1), 32 * plan.warps, tiles, chunk_length, chunks, plan.lanes * plan.states,
+        b * tiles * (chunks if in_parts else max(chunks - 1, 1)), 32 * plan.warps, tiles, chunk_length, chunks,
+        plan.lanes * plan.states,
     )  # fmt: skip
+
+
+class ForwardLaunch:
+    """A forward call with its inputs laid out and its kernels found."""
+
+    def __init__(self, u, delta, A, B, C, D, z, delta_bias, softplus, cu_seqlens, slots, interval, one_chunk, in_parts):
+        device = u.device
+        b, length, d = u.shape
+        n = A.shape[1]
+        inputs = _operands(d, n, u.itemsize, u, delta, z, B, C)
+        A, D, delta_bias, self.slots = _dense(A), _dense(D), _dense(delta_bias), _dense(slots)
+        packed = cu_seqlens is not None
+        self.call = call = _forward_call(
+            b, length, d, n, u.dtype, z is not None, softplus, packed, inputs.whole, device.index, interval, one_chunk,
+            in_parts,
+        )  # fmt: skip
+        chunks = call.chunks
+        self.stream = torch._C._cuda_getCurrentRawStream(device.index)
+        self.scratch, local, sums = None, 0, 0
+        if chunks > 1 or in_parts:
+            self.scratch, (local, sums) = _scratch(device, b * chunks * d * call.padded, b * chunks * d)
+        self.cu_seqlens = cu_seqlens.contiguous() if packed else None
+        self.ids = torch.empty(length, dtype=torch.int32, device=device) if packed else None
+        self.kept = inputs, A, D, delta_bias  # the launches read them
+        self.before = (*inputs.addresses, A.data_ptr(), _address(D), _address(delta_bias))
+        self.after = (local, sums, *inputs.steps, length, d, n, call.tiles, call.chunk_length, chunks)
+        self.interval, self.state_size = interval, d * n
+
+    def number_sequences(self, from_state: Tensor | None, to_state: Tensor | None) -> None:
+        """Before the passes of a packed call; sequences without a token keep their state: it is copied."""
+        if self.ids is not None:
+            _number_sequences(
+                self.call.find_sequences, self.stream, self.cu_seqlens, self.ids, from_state, to_state, self.state_size
+            )  # fmt: skip
+
+    def launch(self, passes: tuple[int, ...], initial, y, final, checkpoints) -> None:
+        fields = (
+            *self.before, _address(initial), _address(self.slots), _address(self.ids), _address(self.cu_seqlens),
+            _address(y), _address(final), _address(checkpoints), *self.after,
+        )  # fmt: skip
+        for one in passes:
+            self.call.walk(self.call.blocks, self.call.threads, self.stream, *fields, one, self.interval)
+
+
+def new_outputs(u: Tensor, n: int, interval: int) -> tuple[Tensor, Tensor]:
+    """Room for y, and for the checkpoints."""
+    b, length, d = u.shape
+    shape = (b, -(-length // interval), d, n) if interval else (0,)
+    return (
+        torch.empty((b, length, d), dtype=u.dtype, device=u.device),
+        torch.empty(shape, dtype=torch.float32, device=u.device),
+    )
 
 
 def _launch_forward(u, delta, A, B, C, D, z, delta_bias, softplus, cu_seqlens, initial, final, slots, interval):
-    device = u.device
-    b, length, d = u.shape
-    n = A.shape[1]
-    inputs = _operands(d, n, u.itemsize, u, delta, z, B, C)
-    A, D, delta_bias, slots = _dense(A), _dense(D), _dense(delta_bias), _dense(slots)
-    packed = cu_seqlens is not None
     # Several chunks of a packed row would read starting states that another chunk may have overwritten.
-    one_chunk = packed and initial is final
-    call = _forward_call(
-        b, length, d, n, u.dtype, z is not None, softplus, packed, inputs.whole, device.index, interval, one_chunk,
+    one_chunk = cu_seqlens is not None and initial is final
+    launch = ForwardLaunch(
+        u, delta, A, B, C, D, z, delta_bias, softplus, cu_seqlens, slots, interval, one_chunk, False
     )  # fmt: skip
-    chunks = call.chunks
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
-    y = torch.empty((b, length, d), dtype=u.dtype, device=device)
-    checkpoints = final.new_empty((b, -(-length // interval), d, n) if interval else (0,))
-    scratch, local, sums = None, 0, 0
-    if chunks > 1:
-        scratch, (local, sums) = _scratch(device, b * chunks * d * call.padded, b * chunks * d)
-    ids = None
-    if packed:
-        cu_seqlens = cu_seqlens.contiguous()
-        copied = None if initial is final else final
-        ids = _sequence_ids(call.find_sequences, stream, cu_seqlens, length, initial, copied, d * n, device)
-    fields = (
-        *inputs.addresses, A.data_ptr(), _address(D), _address(delta_bias), _address(initial), _address(slots),
-        _address(ids), _address(cu_seqlens), y.data_ptr(), final.data_ptr(), checkpoints.data_ptr(), local, sums,
-        *inputs.steps, length, d, n, call.tiles, call.chunk_length, chunks,
-    )  # fmt: skip
-    if chunks == 1:
-        call.walk(call.blocks, call.threads, stream, *fields, 0, interval)
-    else:
-        call.walk(call.blocks, call.threads, stream, *fields, 1, interval)
-        call.walk(call.blocks, call.threads, stream, *fields, 2, interval)
-    del scratch  # kept until here: the launches read and write it
+    y, checkpoints = new_outputs(u, A.shape[1], interval)
+    launch.number_sequences(initial, None if initial is final else final)
+    launch.launch((0,) if launch.call.chunks == 1 else (1, 2), initial, y, final, checkpoints)
     return y, checkpoints
 
 
@@ -409,6 +451,86 @@ def _backward_call(b, length, d, n, dtype, gated, softplus, packed, whole, devic
     )  # fmt: skip
 
 
+class BackwardLaunch:
+    """A gradient with its inputs laid out, its kernels found and room for its results."""
+
+    def __init__(
+        self, dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval,
+        in_parts,
+    ):  # fmt: skip
+        device = u.device
+        b, length, d = u.shape
+        n = A.shape[1]
+        inputs = _operands(d, n, u.itemsize, dy, u, delta, z, B, C)
+        A, D, delta_bias, initial = map(_dense, (A, D, delta_bias, initial_state))
+        packed = cu_seqlens is not None
+        self.sequences = cu_seqlens.shape[0] - 1 if packed else b
+        self.call = call = _backward_call(
+            b, length, d, n, u.dtype, z is not None, delta_softplus, packed, inputs.whole, device.index, interval,
+        )  # fmt: skip
+        self.stream = torch._C._cuda_getCurrentRawStream(device.index)
+        self.shape, self.first, self.interval = (b, length, d, n), 0 if in_parts else 1, interval
+        float32 = {"dtype": torch.float32, "device": device}
+        self.du, self.ddelta = (torch.empty((b, length, d), dtype=u.dtype, device=device) for _ in range(2))
+        self.dz = torch.empty((b, length, d) if z is not None else (0,), dtype=u.dtype, device=device)
+        self.dB, self.dC = (torch.empty((b, length, n), dtype=u.dtype, device=device) for _ in range(2))
+        self.dinitial = torch.empty((self.sequences, d, n) if initial is not None else (0,), **float32)
+        self.dA = torch.empty((d, n), **float32)
+        self.dD, self.dbias = (torch.empty(d, **float32) for _ in range(2))
+        parts = b * call.chunks  # of the sums over rows and time
+        between = parts if call.chunks > 1 or in_parts else 0  # what chunks hand to each other
+        self.scratch, self.places = _scratch(
+            device, call.tiles * b * length * 2 * call.padded, parts * d * n, parts * d, parts * d, between * d * n,
+            between * d,
+        )  # fmt: skip
+        self.cu_seqlens = cu_seqlens.contiguous() if packed else None
+        self.ids = torch.empty(length, dtype=torch.int32, device=device) if packed else None
+        self.kept = inputs, A, D, delta_bias, initial, checkpoints  # the launches read them
+
+    def _fields(self, dfinal: Tensor | None) -> tuple[int, ...]:
+        inputs, A, D, delta_bias, initial, checkpoints = self.kept
+        b, length, d, n = self.shape
+        call = self.call
+        partial, dA_parts, dD_parts, dbias_parts, local, sums = self.places
+        to = self.dinitial if initial is not None else None
+        return (
+            *inputs.addresses,
+            *map(_address, (A, D, delta_bias, initial, dfinal, checkpoints, self.ids, self.cu_seqlens)),
+            *map(_address, (self.du, self.ddelta, self.dz, to)), local, sums, partial, dA_parts, dD_parts, dbias_parts,
+            *inputs.steps, length, d, n, call.tiles, call.chunk_length, call.chunks, self.first, b * length,
+            self.interval,
+        )  # fmt: skip
+
+    def number_sequences(self, dfinal: Tensor | None) -> None:
+        """Before a packed call; the gradient of a sequence without a token passes through: it is copied."""
+        if self.ids is not None:
+            to = self.dinitial if self.dinitial.numel() else None
+            _number_sequences(
+                self.call.find_sequences, self.stream, self.cu_seqlens, self.ids, dfinal, to, self.shape[2] * self.shape[3]
+            )  # fmt: skip
+
+    def arrive(self, dfinal: Tensor | None) -> None:
+        call, (b, *_) = self.call, self.shape
+        call.arrive(b * call.tiles * (call.chunks - self.first), call.threads, self.stream, *self._fields(dfinal))
+
+    def finish(self, dfinal: Tensor | None) -> tuple[Tensor, ...]:
+        """The gradients, in the op's order."""
+        call, (b, length, d, n) = self.call, self.shape
+        call.walk(b * call.tiles * call.chunks, call.threads, self.stream, *self._fields(dfinal))
+        partial, dA_parts, dD_parts, dbias_parts, *_ = self.places
+        blocks = -(-b * length * call.padded // 2 // 256) + -(-(d * n + 2 * d) // 256)
+        call.finish(
+            blocks, 256, self.stream, partial, dA_parts, dD_parts, dbias_parts,
+            *map(_address, (self.dB, self.dC, self.dA, self.dD, self.dbias)), b * length, call.tiles, n, d, b * call.chunks,
+        )  # fmt: skip
+        _, _, D, delta_bias, *_ = self.kept
+        empty = self.dA.new_empty(0)
+        return (
+            self.du, self.ddelta, self.dA, self.dB, self.dC, empty if D is None else self.dD, self.dz,
+            empty if delta_bias is None else self.dbias, self.dinitial,
+        )  # fmt: skip
+
+
 @_on_its_device
 def backward(
     dy, dfinal, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval
@@ -420,51 +542,11 @@ def backward(
             dy, dfinal, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints,
             interval,
         )  # fmt: skip
-    device = u.device
-    b, length, d = u.shape
-    n = A.shape[1]
-    inputs = _operands(d, n, u.itemsize, dy, u, delta, z, B, C)
-    A, D, delta_bias, initial, dfinal = map(_dense, (A, D, delta_bias, initial_state, dfinal))
-    packed = cu_seqlens is not None
-    sequences = cu_seqlens.shape[0] - 1 if packed else b
-    call = _backward_call(
-        b, length, d, n, u.dtype, z is not None, delta_softplus, packed, inputs.whole, device.index, interval,
+    launch = BackwardLaunch(
+        dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval, False
     )  # fmt: skip
-    chunks, tiles, padded = call.chunks, call.tiles, call.padded
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
-
-    float32 = {"dtype": torch.float32, "device": device}
-    du, ddelta = (torch.empty((b, length, d), dtype=u.dtype, device=device) for _ in range(2))
-    dz = torch.empty((b, length, d) if z is not None else (0,), dtype=u.dtype, device=device)
-    dB, dC = (torch.empty((b, length, n), dtype=u.dtype, device=device) for _ in range(2))
-    dinitial = torch.empty((sequences, d, n) if initial is not None else (0,), **float32)
-    dA = torch.empty((d, n), **float32)
-    dD, dbias = (torch.empty(d, **float32) for _ in range(2))
-    parts = b * chunks  # of the sums over rows and time
-    between = parts if chunks > 1 else 0  # what chunks hand to each other
-    scratch, (partial, dA_parts, dD_parts, dbias_parts, local, sums) = _scratch(
-        device, tiles * b * length * 2 * padded, parts * d * n, parts * d, parts * d, between * d * n, between * d
-    )
-    ids = None
-    to = dinitial if initial is not None else None
-    if packed:
-        cu_seqlens = cu_seqlens.contiguous()
-        ids = _sequence_ids(call.find_sequences, stream, cu_seqlens, length, dfinal, to, d * n, device)
-    fields = (
-        *inputs.addresses, *map(_address, (A, D, delta_bias, initial, dfinal, checkpoints, ids, cu_seqlens)),
-        *map(_address, (du, ddelta, dz, to)), local, sums, partial, dA_parts, dD_parts, dbias_parts,
-        *inputs.steps, length, d, n, tiles, call.chunk_length, chunks, b * length, interval,
-    )  # fmt: skip
-    if chunks > 1:
-        call.arrive(b * tiles * (chunks - 1), call.threads, stream, *fields)
-    call.walk(b * tiles * chunks, call.threads, stream, *fields)
-    blocks = -(-b * length * padded // 2 // 256) + -(-(d * n + 2 * d) // 256)
-    call.finish(
-        blocks, 256, stream, partial, dA_parts, dD_parts, dbias_parts, *map(_address, (dB, dC, dA, dD, dbias)),
-        b * length, tiles, n, d, parts,
-    )  # fmt: skip
-    del scratch  # kept until here: the launches read and write it
-    empty = torch.empty(0, **float32)
-    return (
-        du, ddelta, dA, dB, dC, empty if D is None else dD, dz, empty if delta_bias is None else dbias, dinitial,
-    )  # fmt: skip
+    dfinal = _dense(dfinal)
+    launch.number_sequences(dfinal)
+    if launch.call.chunks > 1:
+        launch.arrive(dfinal)
+    return launch.finish(dfinal)

@@ -3,7 +3,8 @@
 A layer looks back in two places. The convolution needs its predecessor's last k - 1 inputs, (b, k - 1, d). The scan needs
 the state at the stretch's start: every process reduces its stretch to the pair (decay, state) of `segment.py`, all pairs,
 (b, d, n) each, are gathered, and every process folds those before it. No process waits for another's scan: forward is one
-scan and one small exchange, and backward the same in the other direction. What is exchanged does not grow with the length.
+scan and one small exchange, and backward the same in the other direction. What is exchanged does not grow with the length. On a GPU
+the pair falls out of the scan's own first half.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from mambakit import ops
 from mambakit.models.mamba import MambaModel
 from mambakit.modules import MambaMixer
-from mambakit.training.distributed.segment import segment_gradient, segment_map
+from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
+from mambakit.training.distributed.segment import scan_in_parts
 
 
 def context_parallel(model: nn.Module, group: dist.ProcessGroup) -> None:
@@ -108,21 +110,10 @@ def selective_scan(
     ``initial_state`` must be None. The final state (of this stretch) is a value: no gradient flows through it.
     """
     _no_state("selective_scan", initial_state)
-    with torch.no_grad():
-        start = None if cu_seqlens is None else cu_seqlens[-2]
-        decay, state = segment_map(u, delta, A, B, delta_bias, delta_softplus, start)
-        if cu_seqlens is not None and cu_seqlens.shape[0] > 2:
-            decay = torch.zeros_like(decay)  # a sequence begins inside: nothing passes through
-        decays, states = _gather(torch.stack([decay, state]), group).unbind(1)  # (processes, b, d, n) each
-        entering = torch.zeros_like(state)
-        for before in range(dist.get_rank(group)):
-            entering = states[before] + decays[before] * entering
-    y, final = ops.selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus,
-        initial_state=_for_first(entering, cu_seqlens), cu_seqlens=cu_seqlens,
-    )  # fmt: skip
-    y = _ToPrevious.apply(y, final, decays, delta, A, C, z, delta_bias, delta_softplus, cu_seqlens, group)
-    return y, final.detach()
+    differentiable = (u, delta, A, B, C, D, z, delta_bias)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    interval = CHECKPOINT_INTERVAL if needs_grad else 0
+    return _Scan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, interval, group)
 
 
 class _FromPrevious(torch.autograd.Function):
@@ -142,31 +133,41 @@ class _FromPrevious(torch.autograd.Function):
         return gathered[after] if after < gathered.shape[0] else torch.zeros_like(grad), None
 
 
-class _ToPrevious(torch.autograd.Function):
-    """``y`` as it is. Backward, it finds the gradient that the processes after this one have in its final state.
-
-    That state is a function of this stretch alone but for what entered it, and what entered is the previous processes'
-    final states, which get their gradient here in the same way: so the state that the scan is given is a constant to it.
-    """
+class _Scan(torch.autograd.Function):
+    """The scan of a stretch. The state that enters it, and the gradient of the one that leaves it, come from the other processes."""
 
     @staticmethod
-    def forward(ctx, y, final, decays, delta, A, C, z, delta_bias, delta_softplus, cu_seqlens, group):
-        ctx.save_for_backward(final, decays, delta, A, C, z, delta_bias, cu_seqlens)
-        ctx.delta_softplus, ctx.group = delta_softplus, group
-        return y.view_as(y)
+    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, interval, group):
+        scan = scan_in_parts(u, A)
+        part = scan.Forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, interval)
+        decays, states = _gather(torch.stack([part.decay, part.state]), group).unbind(1)  # (processes, b, d, n) each
+        entering = torch.zeros_like(part.state)
+        for before in range(dist.get_rank(group)):
+            entering = states[before] + decays[before] * entering
+        initial = _for_first(entering, cu_seqlens)
+        y, final, checkpoints = part.finish(initial)
+        ctx.save_for_backward(
+            u, delta, A, B, C, D, z, delta_bias, initial, cu_seqlens, checkpoints, decays
+        )  # fmt: skip
+        ctx.delta_softplus, ctx.interval, ctx.group = delta_softplus, interval, group
+        ctx.mark_non_differentiable(final)
+        return y, final
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
-        final, decays, delta, A, C, z, delta_bias, cu_seqlens = ctx.saved_tensors
-        end = None if cu_seqlens is None else cu_seqlens[1]
-        gradient = segment_gradient(dy, delta, A, C, z, delta_bias, ctx.delta_softplus, end)
-        gradients = _gather(gradient, ctx.group)  # (processes, b, d, n)
-        arriving = torch.zeros_like(gradient)
+    def backward(ctx, dy: Tensor, _):
+        u, delta, A, B, C, D, z, delta_bias, initial, cu_seqlens, checkpoints, decays = ctx.saved_tensors
+        part = scan_in_parts(u, A).Backward(
+            dy, u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus, initial, cu_seqlens, checkpoints, ctx.interval
+        )  # fmt: skip
+        gradients = _gather(part.gradient, ctx.group)  # (processes, b, d, n)
+        arriving = torch.zeros_like(part.gradient)
         for after in range(gradients.shape[0] - 1, dist.get_rank(ctx.group), -1):
             arriving = gradients[after] + decays[after] * arriving
         if cu_seqlens is not None:  # of the last sequence only
-            arriving = torch.cat([torch.zeros_like(final[:-1]), arriving])
-        return dy, arriving, *(None,) * 9
+            arriving = torch.cat([torch.zeros_like(initial[:-1]), arriving])
+        du, ddelta, dA, dB, dC, dD, dz, dbias, _ = part.finish(arriving)
+        present = lambda x, grad: None if x is None else grad  # noqa: E731
+        return du, ddelta, dA, dB, dC, present(D, dD), present(z, dz), present(delta_bias, dbias), *(None,) * 4
 
 
 def _for_first(state: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What one process's tokens do to a state that crosses them, without a second scan.
+"""What one process's tokens do to a state that crosses them, and the scan that waits for it.
 
 The recurrence is linear in the state, so a segment of tokens 1..T maps the state that enters it to the one that leaves it
 by two (b, d, n) tensors, and the gradient the other way by the same decay:
@@ -10,14 +10,19 @@ with S_t = delta_1 + ... + delta_t (arXiv 2312.00752, equation 2, unrolled). Bot
 where the exponentials only shrink, and stop where all of them are below 2^-64 in float32, which keeps 24 bits, and exactly 0 in
 float64: so a segment much longer than the model's memory costs a fraction of a scan.
 
-This is the plain PyTorch form; on a GPU, `segment_gpu.py`.
+This is the plain PyTorch form; on a GPU the scan's own kernels find the same on their way (`mambakit/ops/selective_scan/in_parts_gpu.py`).
 """
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mambakit.ops.selective_scan import in_parts_gpu
 
 # Elements of (b, t, d, n) held at once: 64 MiB of float32.
 _CHUNK_ELEMENTS = 2**24
@@ -41,10 +46,6 @@ def segment_map(
     Returns:
         float32 (float64 for float64). ``decay`` is of the tokens that count.
     """
-    if u.is_cuda and u.dtype != torch.float64:
-        import mambakit.training.distributed.segment_gpu as gpu
-
-        return gpu.segment_map(u, delta, A, B, delta_bias, delta_softplus, start)
     dtype = A.dtype
     b, length, d = u.shape
     state = A.new_zeros(b, d, A.shape[1])
@@ -72,10 +73,6 @@ def segment_gradient(
     ``z`` is the gate, as in `mambakit.ops.selective_scan`; only tokens before ``end`` (), where the first of several packed
     sequences ends, count.
     """
-    if dy.is_cuda and dy.dtype != torch.float64:
-        import mambakit.training.distributed.segment_gpu as gpu
-
-        return gpu.segment_gradient(dy, delta, A, C, z, delta_bias, delta_softplus, end)
     dtype = A.dtype
     b, length, d = dy.shape
     gradient = A.new_zeros(b, d, A.shape[1])
@@ -94,6 +91,55 @@ def segment_gradient(
         if _vanished(before, A):
             break
     return gradient
+
+
+def scan_in_parts(u: Tensor, A: Tensor) -> ModuleType:
+    """The module whose `Forward` and `Backward` do this scan: `in_parts_gpu`, or this one."""
+    return in_parts_gpu if in_parts_gpu.serves(u, A) else sys.modules[__name__]
+
+
+class Forward:
+    """`in_parts_gpu.Forward`, by `segment_map` and the whole scan."""
+
+    def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, interval):
+        self._given = u, delta, A, B, C, D, z, delta_bias, delta_softplus
+        self._cu_seqlens, self._interval = cu_seqlens, interval
+        start = None if cu_seqlens is None else cu_seqlens[-2]
+        self.decay, self.state = segment_map(u, delta, A, B, delta_bias, delta_softplus, start)
+        if cu_seqlens is not None and cu_seqlens.shape[0] > 2:
+            self.decay = torch.zeros_like(self.decay)  # a sequence begins inside: nothing passes through
+
+    def finish(self, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.mambakit.selective_scan(*self._given, initial, self._cu_seqlens, self._interval)
+
+
+class Backward:
+    """`in_parts_gpu.Backward`, by `segment_gradient` and the whole gradient."""
+
+    def __init__(
+        self, dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval
+    ):  # fmt: skip
+        self._dy = dy
+        self._given = (
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            z,
+            delta_bias,
+            delta_softplus,
+            initial_state,
+            cu_seqlens,
+            checkpoints,
+            interval,
+        )
+        end = None if cu_seqlens is None else cu_seqlens[1]
+        self.gradient = segment_gradient(dy, delta, A, C, z, delta_bias, delta_softplus, end)
+
+    def finish(self, dfinal: Tensor) -> tuple[Tensor, ...]:
+        return torch.ops.mambakit.selective_scan_backward(self._dy, dfinal, *self._given)
 
 
 def _chunk(b: int, A: Tensor) -> int:
