@@ -5,9 +5,10 @@
 Trained on Klebsiella pneumoniae MGH 78578 (``dna/klebsiella_mgh78578.fna.xz``), either strand with probability 1/2, rows longer
 in stages at a constant number of tokens a step. Evaluated on E. coli 536 (``dna/ecoli_536.fna.gz``), another genus of the
 family: per-nucleotide perplexity of the same nucleotides cut into rows of 2^10 to 2^17, each read from an empty state.
-The Transformer++ of equal size trains on equally many tokens, rows up to ``transformer_length``, its longest context.
-Each contender's learning rate is chosen by shorter runs on the last part of the training genome, which no run trains on. The
-Markov model counts both strands of the training genome; its order and smoothing are chosen on that part, too.
+The Transformer++ of equal size trains on rows up to ``transformer_length``, its longest context.
+A genome is small enough to be learned by heart, so each contender's learning rate and its number of steps are chosen on the last
+part of the training genome, which no run trains on. The Markov model counts both strands of the training genome; its order and
+smoothing are chosen on that part, too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ from experiments.harness import (
     Budget,
     Results,
     Step,
-    choose_rates,
     device_of,
     half_precision,
     parameter_count,
@@ -65,10 +65,8 @@ class Genomics(Settings):
     transformer_length: int = option(8192, "longest row and context of the Transformer++")
     batch_tokens: int = option(2**16, "tokens of a batch; one row where rows are longer")
     learning_rates: tuple[float, ...] = option((1e-3, 2e-3, 4e-3, 8e-3), "peaks to choose from, for each contender")
-    tuning_fraction: float = option(0.2, "length of a tuning run, as a fraction of a run's steps")
+    steps: tuple[int, ...] = option((500, 1000, 2000), "to choose from; the rate is chosen with the first of them")
     weight_decay: float = option(0.1, "on matrices")
-    steps: int = option(0, "of a run, equal for both; 0: as many as the budget holds, by measured speed")
-    largest_steps: int = option(6000, "bound on the steps chosen by the budget")
     contexts: tuple[int, ...] = option(tuple(2**k for k in range(10, 18)), "contexts of the evaluation")
     evaluation_tokens: int = option(2**22, "nucleotides of the held-out genome to score; each context divides it")
     validation_tokens: int = option(
@@ -78,8 +76,6 @@ class Genomics(Settings):
     markov_weights: tuple[float, ...] = option((1.0, 4.0, 16.0, 64.0), "smoothing weights to choose from")
 
     def __post_init__(self) -> None:
-        if not self.steps and not self.budget_seconds:
-            raise ValueError("steps is 0 and there is no budget to choose them by; give --steps or --budget-seconds")
         if len(self.shares) != len(self.lengths) or abs(sum(self.shares) - 1) > 1e-6:
             raise ValueError(f"shares {self.shares} must be one for each of lengths {self.lengths}, and add up to 1")
         for context in self.contexts:
@@ -232,20 +228,24 @@ def markov_baseline(genome: Tensor, heldout: Tensor, settings: Genomics) -> dict
     }  # fmt: skip
 
 
-def choose_steps(genome: Tensor, settings: Genomics, budget: Budget) -> int:
-    """As many steps as fit, from the speed at the first and the last stage."""
-    if settings.steps:
-        return settings.steps
-    seconds = 0.0
-    last = settings.shares[-1]
-    for kind in settings.models:
-        for length, share in ((settings.lengths[0], 1 - last), (settings.lengths[-1], last)):
-            run = Run(kind, 0, 1e-4, genome, settings)
-            seconds += share * run.step_at(min(length, run.longest)).seconds_per_step(10)
-    rates = len(settings.learning_rates)
-    tuning = rates * settings.tuning_fraction if rates > 1 else 0.0
-    # 20 % for evaluations, and for capturing a graph for each stage of each run.
-    return max(1, min(int(0.8 * budget.left() / (seconds * (len(settings.seeds) + tuning))), settings.largest_steps))
+def choose(kind: str, kept: Tensor, validation: Tensor, settings: Genomics) -> tuple[float, int, list[dict]]:
+    """The rate and the number of steps with the least validation loss, and every trial."""
+    trials: list[dict] = []
+
+    def trial(rate: float, steps: int) -> float:
+        run = Run(kind, TUNING_SEED, rate, kept, settings)
+        run.go(steps, 0.0)
+        trials.append(
+            {"model": kind, "learning_rate": rate, "steps": steps, "validation_loss": run.validation_loss(validation)}
+        )
+        say(f"  {trials[-1]}")
+        return trials[-1]["validation_loss"]
+
+    first, *others = settings.steps
+    losses = {rate: trial(rate, first) for rate in settings.learning_rates}
+    rate = min(losses, key=losses.__getitem__)
+    by_steps = {first: losses[rate]} | {steps: trial(rate, steps) for steps in others}
+    return rate, min(by_steps, key=by_steps.__getitem__), trials
 
 
 def main(arguments: list[str] | None = None) -> Results:
@@ -261,20 +261,13 @@ def main(arguments: list[str] | None = None) -> Results:
         )
     results.note(markov=markov_baseline(genome, heldout, settings))
     say(f"genomics, Markov: {results.record['markov']['perplexity']:.4f}, {results.budget.elapsed():.0f} s")
-    steps = choose_steps(genome, settings, results.budget)
-    say(f"genomics: {steps} steps a run, {results.budget.elapsed():.0f} s")
     kept, validation = genome[: -settings.validation_tokens], genome[-settings.validation_tokens :]
-
-    def trial(kind: str, rate: float) -> float:
-        run = Run(kind, TUNING_SEED, rate, kept, settings)
-        run.go(max(1, int(steps * settings.tuning_fraction)), 0.0)
-        return run.validation_loss(validation)
-
-    rates, trials = choose_rates(settings.models, settings.learning_rates, trial)
-    results.note(planned_steps=steps, tuning=trials, learning_rates=rates)
+    chosen = {kind: choose(kind, kept, validation, settings) for kind in settings.models}
+    results.note(tuning=[trial for _, _, trials in chosen.values() for trial in trials])
     for seed, kind, _ in results.shares((seed, kind) for seed in settings.seeds for kind in settings.models):
-        # Equal steps for all: a run may take all that is left, so that only the last ones can be cut short.
-        run = Run(kind, seed, rates[kind], kept, settings)
+        # A run may take all the time that is left, so that only the last ones can be cut short.
+        rate, steps, _ = chosen[kind]
+        run = Run(kind, seed, rate, kept, settings)
         record = run.go(steps, 0.9 * results.budget.left() if settings.budget_seconds else 0.0)
         record.update(run.evaluate(heldout))
         results.add(record, record["ended"] == "budget")

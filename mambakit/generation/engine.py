@@ -73,7 +73,7 @@ class Request:
 class _Row:
     request: Request
     choose: Callable[[Tensor, Tensor], Tensor]
-    read: Tensor  # (1, l) the prompt and all tokens so far, for filters that look at them
+    read: Tensor  # (1, l) the prompt and, for the filter that looks at them, all tokens so far
 
 
 @dataclass
@@ -181,15 +181,14 @@ class Engine:
         cache = self.model.backbone.new_cache(1) if request.state is None else request.state.clone()
         return _Reading(request, cache, request.prompt_ids.to(self.model.device)[None])
 
-    def _choose(self, going: list[tuple[int, _Row]], logits: Tensor) -> Iterator[tuple[int, _Row, int]]:
-        """Each row's token; where all want the likeliest, in one go."""
+    def _choose(self, going: list[tuple[int, _Row]], logits: Tensor) -> list[tuple[int, _Row, int]]:
+        """Each row's token; where all want the likeliest, in one go. The device is waited for once."""
         plain = Sampling(temperature=0)
         if all(row.request.sampling == plain for _, row in going):
             best = logits.argmax(-1).tolist()
-            yield from ((i, row, best[i]) for i, row in going)
-            return
-        for i, row in going:
-            yield i, row, int(row.choose(row.read, logits[i : i + 1]))
+            return [(i, row, best[i]) for i, row in going]
+        tokens = torch.cat([row.choose(row.read, logits[i : i + 1]) for i, row in going]).tolist()
+        return [(i, row, token) for (i, row), token in zip(going, tokens, strict=True)]
 
     def _take(self, index: int, row: _Row, token: int) -> bool:
         """Note a row's token; False where it is the end of the text."""
@@ -198,7 +197,7 @@ class Engine:
             self._finish(index, "stop")
             return False
         request.tokens.append(token)
-        if request.sampling != Sampling(temperature=0):
+        if request.sampling.repetition_penalty != 1:
             row.read = torch.cat([row.read, torch.tensor([[token]], device=row.read.device)], 1)
         if len(request.tokens) == request.max_new_tokens:
             self._finish(index, "length")
