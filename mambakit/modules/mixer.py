@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambakit.modules.cache import MambaCache
+from mambakit.modules.joined import in_training, mix, project, untouched
 from mambakit.modules.packing import Packing
 from mambakit.modules.precision import keep_float32
 from mambakit.ops import causal_conv1d, causal_conv1d_, rms_norm, selective_scan, selective_scan_
@@ -84,13 +85,31 @@ class MambaMixer(nn.Module):
         Returns:
             (b, l, h).
         """
-        x, z = self.in_proj(hidden_states).chunk(2, -1)  # (b, l, d) each
+        xz = project(self.in_proj, hidden_states)  # (b, l, 2 d)
+        if cache_params is None and self._joins():
+            return project(self.out_proj, self._mix_joined(xz, packing))
+        x, z = xz.chunk(2, -1)
         conv = (self.conv1d.weight.squeeze(1), self.conv1d.bias, self.conv_activation)
         if cache_params is not None and not torch.is_grad_enabled() and (packing is None or packing.in_place):
             y = self._mix_in_place(x, z, conv, cache_params, packing)
         else:
             y = self._mix(x, z, conv, cache_params, packing)
-        return self.out_proj(y)
+        return project(self.out_proj, y)
+
+    def _joins(self) -> bool:
+        """Whether the ops between the projections may run as one function with a gradient of its own."""
+        return (
+            in_training() and self.act is None and self.mixer_rms_eps is None
+            and self.causal_conv1d is causal_conv1d and self.selective_scan is selective_scan
+            and untouched(self.x_proj, nn.Linear) and untouched(self.dt_proj, TimeStepProjection)
+        )  # fmt: skip
+
+    def _mix_joined(self, xz: Tensor, packing: Packing | None) -> Tensor:
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+        return mix(
+            xz, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.A_log, self.D,
+            self.dt_proj.bias, cu_seqlens,
+        )  # fmt: skip
 
     def _mix(self, x: Tensor, z: Tensor, conv: tuple, cache: MambaCache | None, packing: Packing | None) -> Tensor:
         """States go in and come out as values, and gradients flow through them."""

@@ -258,7 +258,7 @@ def _preactivation_gradient(dy, value, SILU: tl.constexpr):
 @triton.jit
 def _backward_step(
     x_t, dy_t, t, start, end, window, pending, dtaps, doffset, taps, offset, own,
-    dfinal, dx, initial, slots, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
+    dfinal, dx, initial, slots, ids, cu_seqlens, dx_row, batch, d, channel, length, channels, stride_dt,
     stride_s, stride_d, stride_k,
     K: tl.constexpr, SILU: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr, PACKED: tl.constexpr,
     STORE: tl.constexpr, stored,
@@ -309,7 +309,7 @@ def _backward_step(
             last = ((index >= 0) & complete)[:, None] & channel
             result += tl.load(dfinal + place, mask=last, other=0.0).to(tl.float32)
         tl.store(
-            dx_row + (p.to(tl.int64) * channels)[:, None] + d[None, :],
+            dx_row + (p.to(tl.int64) * stride_dt)[:, None] + d[None, :],
             result.to(dx.dtype.element_ty),
             mask=complete[:, None] & channel,
         )
@@ -365,7 +365,7 @@ def _write_dinitial(
 def _backward_kernel(
     dy, dfinal, x, weight, bias, initial, starts, ids, cu_seqlens, dx, partials, dinitial,
     length, channels, chunks, walks, programs,
-    stride_yb, stride_yt, stride_xb, stride_xt, stride_wd, stride_wk, stride_s, stride_d, stride_k,
+    stride_yb, stride_yt, stride_xb, stride_xt, stride_db, stride_dt, stride_wd, stride_wk, stride_s, stride_d, stride_k,
     K: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr,
     PACKED: tl.constexpr,
@@ -383,7 +383,7 @@ def _backward_kernel(
         end = tl.where(walk < walks, length, 0)
         x_row = x + (batch * stride_xb)[:, None]
         dy_row = dy + (batch * stride_yb)[:, None]
-        dx_row = dx + (batch * length * channels)[:, None]
+        dx_row = dx + (batch * stride_db)[:, None]
         window = _window(
             x_row, initial, initial, starts, ids, first, batch, end, d, (first < end)[:, None] & channel,
             stride_xt, stride_s, stride_d, stride_k, K, HAS_INITIAL, False, PACKED,
@@ -406,7 +406,7 @@ def _backward_kernel(
             start = tl.load(starts + t, mask=t < end, other=-1) if PACKED else first
             window, pending, dtaps, doffset = _backward_step(
                 x_t, dy_t, t, start, end, window, pending, dtaps, doffset, taps, offset, i < STEPS,
-                dfinal, dx, initial, initial, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
+                dfinal, dx, initial, initial, ids, cu_seqlens, dx_row, batch, d, channel, length, channels, stride_dt,
                 stride_s, stride_d, stride_k, K, SILU, HAS_INITIAL, HAS_DFINAL, PACKED, False, False,
             )  # fmt: skip
         for i in range(PEELED, K - 1 + STEPS, UNROLL):
@@ -427,7 +427,7 @@ def _backward_kernel(
                 window, pending, dtaps, doffset = _backward_step(
                     x_ahead[u], dy_ahead[u], first + i + u, starts_ahead[u], end, window, pending, dtaps, doffset, taps, offset,
                     i + u < STEPS,
-                    dfinal, dx, initial, initial, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
+                    dfinal, dx, initial, initial, ids, cu_seqlens, dx_row, batch, d, channel, length, channels, stride_dt,
                     stride_s, stride_d, stride_k, K, SILU, HAS_INITIAL, HAS_DFINAL, PACKED, True,
                     (i + u >= K - 1) & (i + u < K - 1 + STEPS),
                 )  # fmt: skip
@@ -632,17 +632,19 @@ def forward(x, weight, bias, activation, initial_state, cu_seqlens):
         return _convolve(x, weight, bias, activation, initial_state, None, cu_seqlens, x.dtype)
 
 
-def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens):
-    """`mambakit::causal_conv1d_backward`: (dx, dweight, dbias, dinitial_state)."""
+def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens, dx=None):
+    """`mambakit::causal_conv1d_backward`: (dx, dweight, dbias, dinitial_state); into ``dx`` (b, l, d) where it is given."""
     if not _on_kernels(x, weight.shape[1]):
-        return reference.backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens)
+        found = reference.backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens)
+        return found if dx is None else (dx.copy_(found[0]), *found[1:])
     b, length, d = x.shape
     k = weight.shape[1]
     sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
     with torch.cuda.device_of(x):
         bias = None if bias is None else bias.contiguous()
         dfinal = None if dfinal is None else dfinal.contiguous()
-        dx = torch.empty((b, length, d), dtype=x.dtype, device=x.device)
+        if dx is None:
+            dx = torch.empty((b, length, d), dtype=x.dtype, device=x.device)
         dweight = torch.empty((d, k), dtype=weight.dtype, device=x.device)
         dbias = weight.new_empty(0) if bias is None else torch.empty(d, dtype=bias.dtype, device=x.device)
         dinitial = x.new_empty(0)
@@ -660,7 +662,7 @@ def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens)
             _backward_kernel[(grid,)](
                 dy, dfinal, x, weight, bias, initial_state, starts, ids, cu_seqlens, dx, partials, dinitial,
                 length, d, max(chunks, 1), b * chunks, programs,
-                stride_yb, stride_yt, stride_xb, stride_xt, *weight.stride(),
+                stride_yb, stride_yt, stride_xb, stride_xt, *dx.stride()[:2], *weight.stride(),
                 *((0, 0, 0) if initial_state is None else initial_state.stride()),
                 K=k, ROWS=tile.rows, STEPS=tile.steps, BLOCK_D=tile.block_d, UNROLL=tile.unroll,
                 SILU=activation == "silu", HAS_BIAS=bias is not None, HAS_INITIAL=initial_state is not None,

@@ -17,8 +17,8 @@ without Triton; the kernel it would save is the forty lines below.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from mambakit.ops._products import product
 from mambakit.ops.linear_cross_entropy import reference
 
 # Logits of a chunk: 512 MiB of float32, half of it again for their gradient, and as much at most for dhidden in float32.
@@ -70,21 +70,6 @@ def softmax_block(v: int) -> tuple[int, int]:
     return block, max(1, block // 256)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out (+)= a @ b with out in float32, whatever the dtype of a and b."""
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=float(accumulate), out=out)
-    elif not a.is_cuda or torch.version.hip:
-        # The CPU (under Triton's interpreter) and ROCm have no product that widens its result.
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=float(accumulate), out=out)
-    elif not accumulate:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    elif torch.__version__ >= "2.10":  # compared as versions, not as strings
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        out += torch.mm(a, b, out_dtype=out.dtype)  # before 2.10 addmm wants `out` in the dtype of a
-
-
 def forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
     """`mambakit::linear_cross_entropy`: (summed loss, dhidden, dweight)."""
     if torch.float64 in (hidden.dtype, weight.dtype):
@@ -116,7 +101,7 @@ def forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
         for begin in range(0, tokens, max(step, 1)):
             count = min(step, tokens - begin)
             x, z, dz = hidden[begin : begin + count], logits[:count], dlogits[:count]
-            _product(x, w.T, z)
+            product(x, w.T, z)
             _softmax_kernel[(count,)](
                 z, targets[begin:], losses[begin:], dz, z.stride(0), dz.stride(0), ignore_index,
                 V=v, BLOCK_V=block, NEED_GRADIENT=need, num_warps=num_warps,
@@ -124,9 +109,9 @@ def forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
             if need_dhidden:
                 part = dhidden[begin : begin + count]
                 exact = part if dtype == torch.float32 else wide[:count]
-                _product(dz, w, exact)
+                product(dz, w, exact)
                 if exact is not part:
                     part.copy_(exact)
             if need_dweight:
-                _product(dz.T, x, dweight, accumulate=begin > 0)
+                product(dz.T, x, dweight, accumulate=begin > 0)
     return losses.sum(), dhidden, dweight.to(weight.dtype)

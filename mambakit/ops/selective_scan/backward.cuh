@@ -21,7 +21,7 @@ struct BackwardParams {
     T *du, *ddelta, *dz;
     float *dinitial, *local, *sums, *partial, *dA, *dD, *dbias;
     i64 dy_b, u_b, delta_b, z_b, B_b, C_b, dy_t, u_t, delta_t, z_t, B_t, C_t;
-    i64 l, d, n, tiles, chunk_length, chunks, first, rows, interval;
+    i64 dz_b, dz_t, l, d, n, tiles, chunk_length, chunks, first, rows, interval;
 };
 
 // This lane's elements of one tensor: the next tile to load, and the values of the last one loaded.
@@ -359,9 +359,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
         put_steps(last_tile, now);
         put_gradients(now);
         i64 to[VECS];
+        T* dz_to[VECS];
 #pragma unroll
-        for (int v = 0; v < VECS; v++)
-            to[v] = ((i64)row * l + last_tile + mine.token[v]) * d + warp_channel + mine.column[v];
+        for (int v = 0; v < VECS; v++) {
+            const int at = last_tile + mine.token[v], column = warp_channel + mine.column[v];
+            dz_to[v] = HAS_Z ? p.dz + row * p.dz_b + at * p.dz_t + column : nullptr;
+            to[v] = ((i64)row * l + at) * d + column;
+        }
         float* partial_to = p.partial + ((i64)tile * p.rows + (i64)row * l + last_tile) * 2 * NP;
         __syncwarp();
         {
@@ -520,7 +524,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                 }
                 store<VEC>(p.du + to[v], du, count);
                 store<VEC>(p.ddelta + to[v], ddelta, count);
-                if (HAS_Z) store<VEC>(p.dz + to[v], dz, count);
+                if (HAS_Z) {
+                    store<VEC>(dz_to[v], dz, count);
+                    dz_to[v] -= TILE * p.dz_t;
+                }
                 to[v] -= (i64)TILE * d;
             }
             __syncwarp();

@@ -456,7 +456,7 @@ class BackwardLaunch:
 
     def __init__(
         self, dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval,
-        in_parts,
+        in_parts, dz=None,
     ):  # fmt: skip
         device = u.device
         b, length, d = u.shape
@@ -472,7 +472,11 @@ class BackwardLaunch:
         self.shape, self.first, self.interval = (b, length, d, n), 0 if in_parts else 1, interval
         float32 = {"dtype": torch.float32, "device": device}
         self.du, self.ddelta = (torch.empty((b, length, d), dtype=u.dtype, device=device) for _ in range(2))
-        self.dz = torch.empty((b, length, d) if z is not None else (0,), dtype=u.dtype, device=device)
+        if z is None:
+            self.dz, self.dz_steps = torch.empty(0, dtype=u.dtype, device=device), [0, 0]
+        else:
+            self.dz = torch.empty((b, length, d), dtype=u.dtype, device=device) if dz is None else dz
+            self.dz_steps = list(self.dz.stride()[:2])
         self.dB, self.dC = (torch.empty((b, length, n), dtype=u.dtype, device=device) for _ in range(2))
         self.dinitial = torch.empty((self.sequences, d, n) if initial is not None else (0,), **float32)
         self.dA = torch.empty((d, n), **float32)
@@ -497,7 +501,7 @@ class BackwardLaunch:
             *inputs.addresses,
             *map(_address, (A, D, delta_bias, initial, dfinal, checkpoints, self.ids, self.cu_seqlens)),
             *map(_address, (self.du, self.ddelta, self.dz, to)), local, sums, partial, dA_parts, dD_parts, dbias_parts,
-            *inputs.steps, length, d, n, call.tiles, call.chunk_length, call.chunks, self.first, b * length,
+            *inputs.steps, *self.dz_steps, length, d, n, call.tiles, call.chunk_length, call.chunks, self.first, b * length,
             self.interval,
         )  # fmt: skip
 
@@ -533,17 +537,20 @@ class BackwardLaunch:
 
 @_on_its_device
 def backward(
-    dy, dfinal, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval
+    dy, dfinal, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval,
+    dz=None,
 ):  # fmt: skip
-    """`mambakit::selective_scan_backward`."""
+    """`mambakit::selective_scan_backward`; the gradient of z into ``dz`` (b, l, d) where it is given."""
     other = _elsewhere(u, A)
     if other is not None:
-        return other.backward(
+        found = other.backward(
             dy, dfinal, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints,
             interval,
         )  # fmt: skip
+        return found if dz is None else (*found[:6], dz.copy_(found[6]), *found[7:])
     launch = BackwardLaunch(
-        dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval, False
+        dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval, False,
+        dz,
     )  # fmt: skip
     dfinal = _dense(dfinal)
     launch.number_sequences(dfinal)

@@ -155,6 +155,18 @@ def test_in_place(device, packed, length, state_dtype, has_slots):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_dx_into_given_memory(device):
+    dy, dfinal, *rest = inputs(CASES[0], torch.float32, device).values()
+    wide = torch.full((*dy.shape[:2], 2 * dy.shape[2]), 7.0, device=device)
+    dx, kept = wide.chunk(2, -1)
+    found = gpu.backward(dy, dfinal, *rest, dx)
+    assert found[0] is dx
+    assert (kept == 7).all()
+    for ours, theirs in zip(found, gpu.backward(dy, dfinal, *rest), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_segments_equal_the_whole(device):
     x, weight = torch.randn(2, 45, 36, device=device), torch.randn(36, 4, device=device)
     whole, last = gpu.forward(x, weight, None, "silu", None, None)

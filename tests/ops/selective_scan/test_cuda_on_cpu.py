@@ -50,6 +50,19 @@ def test_every_layout_whole_and_cut(on_cpu, monkeypatch, layout, multiprocessors
         assert relative_error(ours, theirs) < 1e-5
 
 
+def test_the_gradient_of_the_gate_into_given_memory(on_cpu):
+    case = CASES[1]
+    arguments, dy, _ = test_gpu.make(case, "cpu")
+    *_, checkpoints = gpu.forward(*arguments, 64)
+    wide = torch.full((*dy.shape[:2], 2 * dy.shape[2]), 7.0, dtype=dy.dtype)
+    kept, dz = wide.chunk(2, -1)
+    found = gpu.backward(dy, None, *arguments, checkpoints, 64, dz)
+    assert found[6] is dz
+    assert (kept == 7).all()
+    for ours, theirs in zip(found, gpu.backward(dy, None, *arguments, checkpoints, 64), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_in_place_with_slots(on_cpu):
     (u, delta, A, B, C, D, z, bias, *_), _, _ = test_gpu.make((3, 5, 40, 16, F32, None, True, False), "cpu")
     slots = torch.tensor([4, -1, 0], dtype=torch.int32)

@@ -1,0 +1,163 @@
+"""A layer's training pass with gradients of its own, so that nothing is copied, added or cast between its ops.
+
+Left to autograd, the gradients of x and z would be concatenated, the two that the convolution's output has would be added, and those
+of float32 weights under autocast rounded to half before they are widened. Here the ops write into the halves of one tensor, the
+product of x_proj's gradient is added inside cuBLAS, and weights' gradients are written in the weights' dtype. The arithmetic is
+otherwise that of `MambaMixer._mix`, which serves where a projection is wrapped, hooked or quantised.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from mambakit.ops._products import product
+from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def untouched(module: nn.Module, kind: type) -> bool:
+    """Whether calling ``module`` is the forward of ``kind`` and nothing else: no wrapper, parametrisation or hook."""
+    return type(module) is kind and not any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def in_training() -> bool:
+    """Whether gradients are wanted, by plain autograd."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def project(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)`` of a linear layer; where autocast runs a float32 weight in half, its gradient is never rounded to half."""
+    if in_training() and untouched(module, nn.Linear) and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        weight, bias = module.weight, module.bias
+        if weight.dtype == torch.float32 and dtype.itemsize == 2 and x.dtype in (dtype, torch.float32):
+            return _Projection.apply(x.to(dtype), weight, bias)
+    return module(x)
+
+
+class _Projection(torch.autograd.Function):
+    """x W^T + bias in the dtype of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        w = weight.to(x.dtype)
+        ctx.save_for_backward(x, w)
+        ctx.dtype = weight.dtype
+        return F.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor):
+        x, w = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = (rows @ w).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            dweight = product(
+                rows.T, x.reshape(-1, x.shape[-1]), torch.empty(w.shape, dtype=ctx.dtype, device=w.device)
+            )
+        if ctx.needs_input_grad[2]:
+            dbias = rows.sum(0, dtype=ctx.dtype)
+        return dx, dweight, dbias
+
+
+def mix(
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, x_weight: Tensor, dt_weight: Tensor, A_log: Tensor, D: Tensor,
+    dt_bias: Tensor, cu_seqlens: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Convolution with SiLU, selection and scan (arXiv 2312.00752, algorithm 2), from zero states.
+
+    Args:
+        xz: (b, l, 2 d), in_proj's output.
+        conv_weight, conv_bias: (d, k), (d,).
+        x_weight, dt_weight: (r + 2 n, d), (d, r).
+        A_log, D, dt_bias: (d, n), (d,), (d,).
+        cu_seqlens: (s + 1,) int32 of a packed row.
+
+    Returns:
+        (b, l, d), the dtype of ``xz``.
+    """
+    return _Mix.apply(xz, conv_weight, conv_bias, x_weight, dt_weight, A_log, D, dt_bias, cu_seqlens)
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, xz, conv_weight, conv_bias, x_weight, dt_weight, A_log, D, dt_bias, cu_seqlens) -> Tensor:
+        wide = torch.float64 if xz.dtype == torch.float64 else torch.float32
+        before, z = xz.chunk(2, -1)
+        x, _ = torch.ops.mambakit.causal_conv1d(before, conv_weight, conv_bias, "silu", None, cu_seqlens)
+        x_w, dt_w = x_weight.to(x.dtype), dt_weight.to(x.dtype)
+        r, n = dt_weight.shape[1], A_log.shape[1]
+        selected = F.linear(x, x_w)
+        dt, B, C = selected.split([r, n, n], -1)
+        delta = F.linear(dt, dt_w)
+        A, D, bias = -torch.exp(A_log.to(wide)), D.to(wide), dt_bias.to(wide)
+        y, _, checkpoints = torch.ops.mambakit.selective_scan(
+            x, delta, A, B, C, D, z, bias, True, None, cu_seqlens, CHECKPOINT_INTERVAL
+        )
+        ctx.save_for_backward(
+            xz, x, selected, delta, checkpoints, conv_weight, conv_bias, x_w, dt_w, A, D, bias, cu_seqlens
+        )  # fmt: skip
+        ctx.weight_dtypes = x_weight.dtype, dt_weight.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor):
+        (
+            xz, x, selected, delta, checkpoints, conv_weight, conv_bias, x_w, dt_w, A, D, bias, cu_seqlens
+        ) = ctx.saved_tensors  # fmt: skip
+        r, n = dt_w.shape[1], A.shape[1]
+        before, z = xz.chunk(2, -1)
+        dt, B, C = selected.split([r, n, n], -1)
+        dxz = torch.empty_like(xz)
+        dbefore, dz = dxz.chunk(2, -1)
+        dx, ddelta, dA, dB, dC, dD, dbias = _scan_gradient(
+            dz, dy, x, delta, A, B, C, D, z, bias, cu_seqlens, checkpoints
+        )  # fmt: skip
+        x_dtype, dt_dtype = ctx.weight_dtypes
+        dx_weight = ddt_weight = None
+        steps = ddelta.flatten(0, 1)
+        if ctx.needs_input_grad[4]:
+            ddt_weight = product(steps.T, dt.flatten(0, 1), dt_w.new_empty(dt_w.shape, dtype=dt_dtype))
+        dselected = torch.cat([(steps @ dt_w).view(dt.shape), dB, dC], -1).flatten(0, 1)
+        if ctx.needs_input_grad[3]:
+            dx_weight = product(dselected.T, x.flatten(0, 1), x_w.new_empty(x_w.shape, dtype=x_dtype))
+        dx.flatten(0, 1).addmm_(dselected, x_w)
+        dconv_weight, dconv_bias = _conv_gradient(dbefore, dx, before, conv_weight, conv_bias, cu_seqlens)
+        return (
+            dxz, dconv_weight, None if conv_bias is None else dconv_bias, dx_weight, ddt_weight, dA * A, dD, dbias, None,
+        )  # fmt: skip
+
+
+def _scan_gradient(dz, dy, x, delta, A, B, C, D, z, bias, cu_seqlens, checkpoints) -> tuple[Tensor, ...]:
+    """The gradients but those of z, which go into ``dz``."""
+    arguments = (dy, None, x, delta, A, B, C, D, z, bias, True, None, cu_seqlens, checkpoints, CHECKPOINT_INTERVAL)
+    if dy.is_cuda:
+        from mambakit.ops.selective_scan import gpu
+
+        found = gpu.backward(*arguments, dz)
+    else:
+        found = torch.ops.mambakit.selective_scan_backward(*arguments)
+        dz.copy_(found[6])
+    return (*found[:6], found[7])
+
+
+def _conv_gradient(dx, dy, x, weight, bias, cu_seqlens) -> tuple[Tensor, Tensor]:
+    """Those of weight and bias; that of x goes into ``dx``."""
+    arguments = (dy, None, x, weight, bias, "silu", None, cu_seqlens)
+    if dy.is_cuda:
+        from mambakit.ops.causal_conv1d import gpu
+
+        _, dweight, dbias, _ = gpu.backward(*arguments, dx)
+    else:
+        found, dweight, dbias, _ = torch.ops.mambakit.causal_conv1d_backward(*arguments)
+        dx.copy_(found)
+    return dweight, dbias

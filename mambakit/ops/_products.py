@@ -1,0 +1,22 @@
+"""Matrix products whose result is wider than their factors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+    """out (+)= a @ b, rounded once, to the dtype of ``out``, whatever the dtype of a and b; returns ``out``."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=float(accumulate), out=out)
+    elif not a.is_cuda or torch.version.hip:
+        # The CPU (under Triton's interpreter, too) and ROCm have no product that widens its result.
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=float(accumulate), out=out)
+    elif not accumulate:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif torch.__version__ >= "2.10":  # compared as versions, not as strings
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out += torch.mm(a, b, out_dtype=out.dtype)  # before 2.10 addmm wants `out` in the dtype of a
+    return out

@@ -1,0 +1,101 @@
+"""The layer's joined training pass beside autograd's own way through the same ops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mambakit import MambaConfig, MambaMixer
+from mambakit.models.inputs import packing_of
+from tests.models.configurations import worst
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+def layer(device: str, dtype: torch.dtype = torch.float64, **fields) -> MambaMixer:
+    torch.manual_seed(0)
+    mixer = MambaMixer(MambaConfig(hidden_size=20, state_size=5, time_step_rank=3, num_hidden_layers=1, **fields))
+    return mixer.to(device, dtype).train()
+
+
+def gradients(mixer: MambaMixer, joined: bool, monkeypatch, packed: bool = False, half: bool = False) -> dict:
+    """The output, and the gradients of the input and every parameter."""
+    device, dtype = mixer.D.device, mixer.in_proj.weight.dtype
+    generator = torch.Generator().manual_seed(1)
+    x, dy = (torch.randn(1 if packed else 2, 23, 20, generator=generator).to(device, dtype) for _ in range(2))
+    x.requires_grad_()
+    cu_seqlens = torch.tensor([0, 9, 10, 23], dtype=torch.int32, device=device) if packed else None
+    packing = packing_of(x.shape[:2], x.device, None, None, cu_seqlens, None) if packed else None
+    calls = []
+    with monkeypatch.context() as patch:
+        kept = MambaMixer._mix_joined
+        patch.setattr(MambaMixer, "_mix_joined", lambda *a: calls.append(1) or kept(*a))
+        if not joined:
+            patch.setattr(MambaMixer, "_joins", lambda _: False)
+            patch.setattr("mambakit.modules.mixer.project", lambda module, x: module(x))
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            y = mixer(x, None, packing)
+        y.backward(dy.to(y.dtype))
+    assert bool(calls) == joined
+    found = {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in mixer.named_parameters()}
+    mixer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_bias": True, "use_conv_bias": False, "conv_kernel": 3}], ids=["plain", "bias"]
+)
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_it_is_what_autograd_finds(device, fields, packed, monkeypatch):
+    mixer = layer(device, **fields)
+    expected = gradients(mixer, False, monkeypatch, packed)
+    for name, found in gradients(mixer, True, monkeypatch, packed).items():
+        assert worst(found, expected[name]) < 1e-12, name
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_float32_on_a_gpu(packed, monkeypatch):
+    """float64 goes to the references; this goes through the kernels, which write into halves of one tensor."""
+    expected = gradients(layer("cpu"), True, monkeypatch, packed)
+    for name, found in gradients(layer("cuda", torch.float32), True, monkeypatch, packed).items():
+        assert worst(found.cpu(), expected[name].cpu()) < 2e-5, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_under_autocast_the_gradients_of_weights_are_not_rounded(device, monkeypatch):
+    exact = gradients(layer(device), True, monkeypatch)
+    ours = gradients(layer(device, torch.float32), True, monkeypatch, half=True)
+    theirs = gradients(layer(device, torch.float32), False, monkeypatch, half=True)
+    assert ours["y"].dtype == torch.bfloat16
+    for name in ("in_proj.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight"):
+        gradient = ours[name]
+        assert gradient.dtype == torch.float32
+        assert not torch.equal(gradient, gradient.bfloat16().float()), name
+        assert torch.equal(theirs[name], theirs[name].bfloat16().float()), name
+    for name, gradient in ours.items():
+        assert worst(gradient.double(), exact[name]) < max(0.03, 1.2 * worst(theirs[name].double(), exact[name])), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_frozen_weight_has_no_gradient(device, monkeypatch):
+    mixer = layer(device)
+    expected = gradients(mixer, False, monkeypatch)
+    for name in ("x_proj", "dt_proj", "in_proj"):
+        getattr(mixer, name).weight.requires_grad_(False)
+    found = gradients(mixer, True, monkeypatch)
+    assert found["x_proj.weight"] is None
+    assert found["dt_proj.weight"] is None
+    assert found["in_proj.weight"] is None
+    for name in ("x", "A_log", "conv1d.weight", "dt_proj.bias", "out_proj.weight"):
+        assert worst(found[name], expected[name]) < 1e-12, name
+
+
+def test_a_hook_on_a_projection_is_called():
+    mixer = layer("cpu")
+    seen = []
+    for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
+        getattr(mixer, name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    mixer(torch.randn(1, 4, 20, dtype=torch.float64))
+    assert sorted(seen) == ["dt_proj", "in_proj", "out_proj", "x_proj"]
