@@ -121,7 +121,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_arrive(cons
     for (; tb >= t0; tb -= ARRIVE_ROWS, buffer ^= 1) {
         rows.put(shared.rows[buffer]);
         __syncthreads();
-        rows.fetch(C, C, p.C_t, p.C_t, tb - ARRIVE_ROWS, tb - ARRIVE_ROWS < t0 ? 0 : t1, n);
+        const int before = tb - ARRIVE_ROWS;
+        rows.fetch(C, C, p.C_t, p.C_t, before, before < t0 ? before : t1, n);
         for (; t >= tb; t -= TILE) {
 #pragma unroll
             for (int v = 0; v < VECS; v++) {

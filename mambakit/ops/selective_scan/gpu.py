@@ -221,11 +221,13 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _dense(t: Tensor | None) -> Tensor | None:
+def dense(t: Tensor) -> Tensor:
     """Contiguous, and placed where 16 bytes can be read at once."""
-    if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0):
-        return t
-    return t.clone(memory_format=torch.contiguous_format)
+    return t if t.is_contiguous() and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else dense(t)
 
 
 class _Operands(NamedTuple):
@@ -415,8 +417,7 @@ def forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_sof
         other = _one_token()
     if other is not None:
         return other.forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens)
-    pool = _dense(state)
-    assert pool is not None
+    pool = dense(state)
     y, _ = _launch_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, pool, pool, slot_indices, 0)
     if pool is not state:
         state.copy_(pool)

@@ -55,7 +55,7 @@ class Forward:
 
     def finish(self, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """y, the final state and the checkpoints. ``initial`` (b, d, n), or (s, d, n) packed, zero but for the first sequence."""
-        initial = initial.contiguous()
+        initial = gpu.dense(initial)
         with torch.cuda.device_of(initial):
             final = torch.empty_like(initial)
             y, checkpoints = gpu.new_outputs(self._u, initial.shape[2], self._interval)
@@ -98,7 +98,7 @@ class Backward:
 
     def finish(self, dfinal: Tensor) -> tuple[Tensor, ...]:
         """The gradients, in the op's order. ``dfinal`` (b, d, n), or (s, d, n) packed, zero but for the last sequence."""
-        dfinal = dfinal.contiguous()
+        dfinal = gpu.dense(dfinal)
         with torch.cuda.device_of(dfinal):
             self._launch.number_sequences(dfinal)
             return self._launch.finish(dfinal)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import mmap
 import re
 import shutil
 import subprocess
@@ -117,6 +118,18 @@ def install(monkeypatch, folder: Path, multiprocessors: int = 132) -> None:
     monkeypatch.setattr(gpu, "_multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+
+
+def guarded(t: torch.Tensor, before: bool) -> torch.Tensor:
+    """A contiguous copy of ``t`` with memory that cannot be read right before it, or right after it."""
+    page = mmap.PAGESIZE
+    size = t.numel() * t.element_size()
+    used = -(-size // page) * page
+    memory = mmap.mmap(-1, used + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + (0 if before else used)), page, 0) == 0  # PROT_NONE
+    copy = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=page if before else used - size)
+    return copy.view(t.shape).copy_(t)
 
 
 def forget() -> None:

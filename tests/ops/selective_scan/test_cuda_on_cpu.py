@@ -5,15 +5,21 @@ The full list of shapes is `test_gpu.CASES`, which the GPU runs; here are the on
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from mambakit.ops.selective_scan import gpu, reference
+from mambakit.ops.selective_scan import gpu, in_parts_gpu, reference
 from tests.ops.oracles import relative_error
 from tests.ops.selective_scan import cuda_on_cpu, test_gpu
 
 pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="needs g++")
 F32, BF16 = torch.float32, torch.bfloat16
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -61,6 +67,29 @@ def test_the_gradient_of_the_gate_into_given_memory(on_cpu):
     assert (kept == 7).all()
     for ours, theirs in zip(found, gpu.backward(dy, None, *arguments, checkpoints, 64), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def read_within_bounds(folder: str, case: tuple, before: bool) -> None:
+    """Every input beside memory that cannot be read: a read outside of one ends the process."""
+    with pytest.MonkeyPatch.context() as patch:
+        cuda_on_cpu.install(patch, Path(folder))
+        patch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
+        arguments, dy, dfinal = test_gpu.make(case, "cpu")
+        place = lambda t: cuda_on_cpu.guarded(t, before) if torch.is_tensor(t) else t  # noqa: E731
+        arguments, dy, dfinal = tuple(map(place, arguments)), place(dy), place(dfinal)
+        *inputs, initial, cu_seqlens = arguments
+        *_, checkpoints = gpu.forward(*arguments, 64)
+        gpu.backward(dy, dfinal, *arguments, place(checkpoints), 64)
+        *_, checkpoints = in_parts_gpu.Forward(*inputs, cu_seqlens, 64).finish(initial)
+        in_parts_gpu.Backward(dy, *inputs, initial, cu_seqlens, place(checkpoints), 64).finish(dfinal)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("case", [CASES[0], (2, 300, 24, 16, BF16, None, True, False)], ids=test_gpu.name_of)
+def test_nothing_is_read_outside_of_the_inputs(case, before, tmp_path_factory):
+    code = f"from {__name__} import *; read_within_bounds({str(tmp_path_factory.getbasetemp())!r}, {case}, {before})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, f"ended with {done.returncode}\n{done.stderr[-3000:]}"
 
 
 def test_in_place_with_slots(on_cpu):
