@@ -142,7 +142,8 @@ def measure(gpus: int, name: str, *arguments: object) -> dict:
     command = [sys.executable, *worker]
     if gpus > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", *worker]
-    environment = {**os.environ, "NCCL_NVLS_ENABLE": "0", "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "NCCL_NVLS_ENABLE": "0", "PYTHONPATH": paths}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):

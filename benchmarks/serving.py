@@ -64,7 +64,8 @@ class Server:
         command += ["--rows", str(options.rows), "--max-waiting", "100000", "--max-new-tokens", str(options.new_tokens)]
         command += ["--model", model] if model else []
         command += ["--devices", *options.devices[:replicas]] if options.devices else []
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": paths}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout is not None
         found = re.search(r" at http://([\d.]+):(\d+)", self.process.stdout.readline())

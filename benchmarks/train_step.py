@@ -4,9 +4,10 @@
     python benchmarks/train_step.py --only 130m --json out.json
 
 float32 parameters, bfloat16 autocast, fused AdamW, no activation checkpointing, random tokens; median of steps between
-CUDA events, as one CUDA graph (what `mambakit train` runs) and eagerly. `peer` is mamba-ssm at commit e9594ce with the same
-settings, RECORDED on the same kind of card on 2026-11-23, not measured in this run. A model is first checked: its loss and
-its embedding's gradient against the float64 reference on the CPU, on a small model of the same make.
+CUDA events, as one CUDA graph (what `mambakit train` runs), with --eager eagerly too, with --recompute also with
+`recompute_selection`. `peer` is mamba-ssm at commit e9594ce with the same settings, RECORDED on an H100 on 2026-11-23, not measured
+in this run. A model is first checked: its loss and its embedding's gradient against the float64 reference on the CPU, on a small
+model of the same make.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mambakit
+from mambakit.training.model import recompute_selection
 from mambakit.training.optimizer import make_optimizer
 from mambakit.training.step import CapturedStep, TrainingStep
 
@@ -49,12 +51,16 @@ def check() -> None:
     assert error < 1e-3, f"the gradient is {error:.1e} off: nothing is timed"
 
 
-def measure(width: int, layers: int, batch: int, length: int, captured: bool, steps: int) -> dict:
+def measure(width: int, layers: int, batch: int, length: int, how: str, steps: int) -> dict:
+    captured = how != "eager"
     torch.manual_seed(0)
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     config = mambakit.MambaConfig(hidden_size=width, num_hidden_layers=layers)
     with torch.device("cuda"):
         model = mambakit.MambaForCausalLM(config).train()
+    if how == "recompute":
+        recompute_selection(model)
     plain = TrainingStep(model, make_optimizer(model, 1e-4, (0.9, 0.95), 0.1), 1.0, "bfloat16", False)
     run = CapturedStep(plain) if captured else plain
     rows = [torch.randint(0, config.vocab_size, (batch, length + 1), device="cuda") for _ in range(3)]
@@ -77,23 +83,22 @@ def main() -> None:
     parser.add_argument("--only", help="cases of this name")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--eager", action="store_true", help="eager steps too")
+    parser.add_argument("--recompute", action="store_true", help="and with recompute_selection: less memory, more work")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     check()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    print(f"{'model':6} {'batch':>12} {'how':>8} {'ms':>8} {'tokens/s':>10} {'GiB':>6} {'of peer (recorded)':>18}")
+    print(f"{'model':6} {'batch':>12} {'how':>9} {'ms':>8} {'tokens/s':>10} {'GiB':>6} {'of peer (recorded)':>18}")
     results = []
     for name, width, layers, batch, length, peer in CASES:
         if arguments.only and name != arguments.only:
             continue
-        for captured in (True, False) if arguments.eager else (True,):
-            result = measure(width, layers, batch, length, captured, arguments.steps)
-            torch.cuda.empty_cache()
+        for how in ["graph", *["eager"] * arguments.eager, *["recompute"] * arguments.recompute]:
+            result = measure(width, layers, batch, length, how, arguments.steps)
             rate = batch * length / result["ms"] * 1e3
-            how = "graph" if captured else "eager"
             print(
-                f"{name:6} {batch:>4} x {length:>5} {how:>8} {result['ms']:8.1f} {rate:10,.0f} {result['gib']:6.1f} {rate / peer:17.2f}x",
+                f"{name:6} {batch:>4} x {length:>5} {how:>9} {result['ms']:8.1f} {rate:10,.0f} {result['gib']:6.1f} {rate / peer:17.2f}x",
                 flush=True,
             )
             results.append(

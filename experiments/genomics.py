@@ -65,7 +65,9 @@ class Genomics(Settings):
     transformer_length: int = option(8192, "longest row and context of the Transformer++")
     batch_tokens: int = option(2**16, "tokens of a batch; one row where rows are longer")
     learning_rates: tuple[float, ...] = option((1e-3, 2e-3, 4e-3, 8e-3), "peaks to choose from, for each contender")
-    steps: tuple[int, ...] = option((500, 1000, 2000), "to choose from; the rate is chosen with the first of them")
+    steps: tuple[int, ...] = option(
+        (500, 1000, 2000, 4000), "to choose from; the rate is chosen with the first of them"
+    )
     weight_decay: float = option(0.1, "on matrices")
     contexts: tuple[int, ...] = option(tuple(2**k for k in range(10, 18)), "contexts of the evaluation")
     evaluation_tokens: int = option(2**22, "nucleotides of the held-out genome to score; each context divides it")

@@ -70,7 +70,7 @@ class _Projection(torch.autograd.Function):
 
 def mix(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, x_weight: Tensor, dt_weight: Tensor, A_log: Tensor, D: Tensor,
-    dt_bias: Tensor, cu_seqlens: Tensor | None,
+    dt_bias: Tensor, cu_seqlens: Tensor | None, recompute: bool,
 ) -> Tensor:  # fmt: skip
     """Convolution with SiLU, selection and scan (arXiv 2312.00752, algorithm 2), from zero states.
 
@@ -80,16 +80,19 @@ def mix(
         x_weight, dt_weight: (r + 2 n, d), (d, r).
         A_log, D, dt_bias: (d, n), (d,), (d,).
         cu_seqlens: (s + 1,) int32 of a packed row.
+        recompute: do not keep the convolution's output and delta, (b, l, d) each, for the backward pass, but compute them again.
 
     Returns:
         (b, l, d), the dtype of ``xz``.
     """
-    return _Mix.apply(xz, conv_weight, conv_bias, x_weight, dt_weight, A_log, D, dt_bias, cu_seqlens)
+    return _Mix.apply(xz, conv_weight, conv_bias, x_weight, dt_weight, A_log, D, dt_bias, cu_seqlens, recompute)
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, xz, conv_weight, conv_bias, x_weight, dt_weight, A_log, D, dt_bias, cu_seqlens) -> Tensor:
+    def forward(
+        ctx: Any, xz, conv_weight, conv_bias, x_weight, dt_weight, A_log, D, dt_bias, cu_seqlens, recompute
+    ) -> Tensor:  # fmt: skip
         wide = torch.float64 if xz.dtype == torch.float64 else torch.float32
         before, z = xz.chunk(2, -1)
         x, _ = torch.ops.mambakit.causal_conv1d(before, conv_weight, conv_bias, "silu", None, cu_seqlens)
@@ -102,8 +105,9 @@ class _Mix(torch.autograd.Function):
         y, _, checkpoints = torch.ops.mambakit.selective_scan(
             x, delta, A, B, C, D, z, bias, True, None, cu_seqlens, CHECKPOINT_INTERVAL
         )
+        kept = (None, None) if recompute else (x, delta)
         ctx.save_for_backward(
-            xz, x, selected, delta, checkpoints, conv_weight, conv_bias, x_w, dt_w, A, D, bias, cu_seqlens
+            xz, *kept, selected, checkpoints, conv_weight, conv_bias, x_w, dt_w, A, D, bias, cu_seqlens
         )  # fmt: skip
         ctx.weight_dtypes = x_weight.dtype, dt_weight.dtype
         return y
@@ -112,11 +116,14 @@ class _Mix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor):
         (
-            xz, x, selected, delta, checkpoints, conv_weight, conv_bias, x_w, dt_w, A, D, bias, cu_seqlens
+            xz, x, delta, selected, checkpoints, conv_weight, conv_bias, x_w, dt_w, A, D, bias, cu_seqlens
         ) = ctx.saved_tensors  # fmt: skip
         r, n = dt_w.shape[1], A.shape[1]
         before, z = xz.chunk(2, -1)
         dt, B, C = selected.split([r, n, n], -1)
+        if x is None:
+            x, _ = torch.ops.mambakit.causal_conv1d(before, conv_weight, conv_bias, "silu", None, cu_seqlens)
+            delta = F.linear(dt, dt_w)
         dxz = torch.empty_like(xz)
         dbefore, dz = dxz.chunk(2, -1)
         dx, ddelta, dA, dB, dC, dD, dbias = _scan_gradient(
@@ -133,7 +140,7 @@ class _Mix(torch.autograd.Function):
         dx.flatten(0, 1).addmm_(dselected, x_w)
         dconv_weight, dconv_bias = _conv_gradient(dbefore, dx, before, conv_weight, conv_bias, cu_seqlens)
         return (
-            dxz, dconv_weight, None if conv_bias is None else dconv_bias, dx_weight, ddt_weight, dA * A, dD, dbias, None,
+            dxz, dconv_weight, None if conv_bias is None else dconv_bias, dx_weight, ddt_weight, dA * A, dD, dbias, None, None,
         )  # fmt: skip
 
 

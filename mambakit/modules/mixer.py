@@ -57,6 +57,8 @@ class MambaMixer(nn.Module):
         # FalconMamba normalises dt, B and C without weights; plain Mamba has no such field.
         self.mixer_rms_eps: float | None = getattr(config, "mixer_rms_eps", None)
         self._set_activation(config.hidden_act)
+        # In training: compute the convolution's output and delta again in the backward pass. It takes a mixer that joins its ops.
+        self.recompute_selection = False
         # Context parallelism puts ops of the same contract in their place, which pass the state between processes.
         self.causal_conv1d, self.selective_scan = causal_conv1d, selective_scan
 
@@ -86,7 +88,7 @@ class MambaMixer(nn.Module):
             (b, l, h).
         """
         xz = project(self.in_proj, hidden_states)  # (b, l, 2 d)
-        if cache_params is None and self._joins():
+        if cache_params is None and in_training() and self.joins():
             return project(self.out_proj, self._mix_joined(xz, packing))
         x, z = xz.chunk(2, -1)
         conv = (self.conv1d.weight.squeeze(1), self.conv1d.bias, self.conv_activation)
@@ -96,11 +98,10 @@ class MambaMixer(nn.Module):
             y = self._mix(x, z, conv, cache_params, packing)
         return project(self.out_proj, y)
 
-    def _joins(self) -> bool:
-        """Whether the ops between the projections may run as one function with a gradient of its own."""
+    def joins(self) -> bool:
+        """Whether the ops between the projections may run as one function with a gradient of its own (`joined.py`)."""
         return (
-            in_training() and self.act is None and self.mixer_rms_eps is None
-            and self.causal_conv1d is causal_conv1d and self.selective_scan is selective_scan
+            self.act is None and self.mixer_rms_eps is None and self.causal_conv1d is causal_conv1d and self.selective_scan is selective_scan
             and untouched(self.x_proj, nn.Linear) and untouched(self.dt_proj, TimeStepProjection)
         )  # fmt: skip
 
@@ -108,7 +109,7 @@ class MambaMixer(nn.Module):
         cu_seqlens = None if packing is None else packing.cu_seqlens
         return mix(
             xz, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.A_log, self.D,
-            self.dt_proj.bias, cu_seqlens,
+            self.dt_proj.bias, cu_seqlens, self.recompute_selection,
         )  # fmt: skip
 
     def _mix(self, x: Tensor, z: Tensor, conv: tuple, cache: MambaCache | None, packing: Packing | None) -> Tensor:

@@ -13,6 +13,7 @@ from mambakit.models.auto import AutoModelForCausalLM
 from mambakit.models.configuration import MambaConfig
 from mambakit.models.mamba import MambaForCausalLM
 from mambakit.models.quantization import is_quantized
+from mambakit.modules import MambaMixer
 from mambakit.training.config import TrainConfig
 from mambakit.training.lora import add_adapters
 from mambakit.training.tokenizer import Vocabulary
@@ -27,7 +28,24 @@ def make_model(config: TrainConfig, vocabulary: Vocabulary, console: Console) ->
         # What gradient_checkpointing_enable sets, under the one name that all releases of transformers share.
         model.backbone.gradient_checkpointing = True
         model.backbone._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    if config.recompute_selection:
+        recompute_selection(model)
     return model.train()
+
+
+def recompute_selection(model: Any) -> None:
+    """Have every layer compute its convolution and time steps again in the backward pass, in place of keeping them.
+
+    Raises:
+        ValueError: layers that cannot, FalconMamba's among them.
+    """
+    for mixer in (module for module in model.modules() if isinstance(module, MambaMixer)):
+        if not mixer.joins():
+            raise ValueError(
+                f"recompute_selection takes plain Mamba layers with SiLU, and a {model.config.model_type} model is not made of them; set "
+                "activation_checkpointing instead"
+            )
+        mixer.recompute_selection = True
 
 
 def _load(config: TrainConfig, vocabulary: Vocabulary, console: Console) -> Any:

@@ -31,7 +31,7 @@ def gradients(mixer: MambaMixer, joined: bool, monkeypatch, packed: bool = False
         kept = MambaMixer._mix_joined
         patch.setattr(MambaMixer, "_mix_joined", lambda *a: calls.append(1) or kept(*a))
         if not joined:
-            patch.setattr(MambaMixer, "_joins", lambda _: False)
+            patch.setattr(MambaMixer, "joins", lambda _: False)
             patch.setattr("mambakit.modules.mixer.project", lambda module, x: module(x))
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             y = mixer(x, None, packing)
@@ -76,6 +76,24 @@ def test_under_autocast_the_gradients_of_weights_are_not_rounded(device, monkeyp
         assert torch.equal(theirs[name], theirs[name].bfloat16().float()), name
     for name, gradient in ours.items():
         assert worst(gradient.double(), exact[name]) < max(0.03, 1.2 * worst(theirs[name].double(), exact[name])), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_what_is_computed_again_is_not_kept(device, packed, monkeypatch):
+    mixer = layer(device)
+    expected = gradients(mixer, True, monkeypatch, packed)
+    mixer.recompute_selection = True
+    for name, found in gradients(mixer, True, monkeypatch, packed).items():
+        assert torch.equal(found, expected[name]), name
+    kept: dict[bool, int] = {}
+    for recompute in (False, True):
+        mixer.recompute_selection = recompute
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            mixer(torch.randn(1, 16, 20, dtype=torch.float64, device=device))
+        kept[recompute] = sum(sizes)
+    assert kept[False] - kept[True] == 2 * 16 * mixer.intermediate_size  # the convolution's output and delta
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -138,6 +138,23 @@ def test_checkpointed_activations_train_the_same(monkeypatch):
     assert len(recomputed) == 2 * 2 * 3, "every layer of every part of every step"
 
 
+def test_recomputed_selections_train_the_same():
+    from mambakit.training import model as module
+
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        config = TrainConfig(hidden_size=16, num_hidden_layers=2, recompute_selection=recompute)
+        model = module.make_model(config, make_vocabulary("bytes"), Console(quiet=True))
+        assert {layer.mixer.recompute_selection for layer in model.backbone.layers} == {recompute}
+        step = make_step(model)
+        results.append((torch.stack([step.run(*batch(seed=s))[0] for s in range(3)]), parameters_of(model)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(results[1][1][n], p) for n, p in results[0][1].items())
+    with pytest.raises(ValueError, match="a falcon_mamba model is not made of them"):
+        module.recompute_selection(pair("falcon_odd")[0])
+
+
 def test_length_warm_up():
     config = TrainConfig(sequence_length=64, initial_length=8, length_warmup=0.3)
     lengths = [config.row_length(p) for p in (0.0, 0.09, 0.11, 0.19, 0.21, 0.29, 0.3, 1.0)]
@@ -222,6 +239,10 @@ def test_a_spike_is_skipped():
         ({"initial_length": 32, "stateful": True}, "which stateful must not"),
         ({"stateful": True, "activation_checkpointing": True}, "exclude each other"),
         ({"lora_rank": 4}, "init_from is empty"),
+        ({"recompute_selection": True, "stateful": True}, "no effect with stateful"),
+        ({"recompute_selection": True, "activation_checkpointing": True}, "no effect with activation_checkpointing"),
+        ({"recompute_selection": True, "init_from": "x", "lora_rank": 4}, "no effect with lora_rank"),
+        ({"recompute_selection": True, "parallel": "ddp", "context_parallel": 2}, "no effect with context_parallel"),
         ({"validation_fraction": 0.1, "heldout_files": ["a"]}, "drop it, or heldout_files"),
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
         ({"spike_factor": 0.5}, "must be above 1"),

@@ -223,7 +223,7 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
                 check_at += (i64)d * n;
             }
             if (FULL) prepare_outputs(inputs);
-            constexpr int BATCH = 4;  // tokens whose outputs are summed over lanes together
+            constexpr int BATCH = LANES == 2 && K == 1 ? 8 : 4;  // tokens whose outputs are summed over lanes together
 #pragma unroll
             for (int j0 = 0; j0 < TILE; j0 += BATCH) {
                 float y[BATCH * K];

@@ -54,12 +54,11 @@ def _lanes(n: int) -> tuple[int, int]:
     return lanes, 4
 
 
-# Layouts for 9 to 16 states, and the nanoseconds that a token of a block takes: alone on a multiprocessor (estimated from the
-# compiled loop), and per block that shares it (measured on an H100). A thread with all 16 states exchanges nothing; with 8,
-# the smaller blocks fill some shapes more evenly.
+# Layouts for 9 to 16 states, and the nanoseconds that a token of a block takes: where few blocks share a multiprocessor, and per
+# block where many do (fitted to whole rows on an H200). A thread with all 16 states exchanges nothing; with 8, few blocks do more.
 _LAYOUTS = (
-    (Plan(2, 8, 1, 4, 4, 1), 86.0, 57.0),
-    (Plan(1, 16, 1, 4, 4, 1, round=16), 160.0, 108.0),
+    (Plan(2, 8, 1, 4, 4, 1, round=16), 86.0, 55.5),
+    (Plan(1, 16, 1, 2, 8, 1, round=8), 224.0, 52.5),
 )
 _LAUNCH = 5000.0  # nanoseconds
 
@@ -77,22 +76,22 @@ def forward_plan(b: int, length: int, d: int, n: int, multiprocessors: int) -> P
     blocks = b * -(-d // plan.block_channels)
     if blocks >= 1.5 * multiprocessors or length <= 256:
         return plan
-    return plan._replace(chunks=_chunks(length, blocks, multiprocessors))
+    return plan._replace(chunks=_chunks(length, blocks, 4 * multiprocessors))
 
 
-def _chunks(length: int, blocks: int, multiprocessors: int) -> int:
-    """Chunks of a row for four blocks per multiprocessor; each of the two launches walks one chunk fewer."""
-    return max(min(4 * multiprocessors // blocks + 1, length // 64), 1)
+def _chunks(length: int, blocks: int, together: int) -> int:
+    """Chunks of a row for ``together`` blocks of a launch; each of the two launches walks one chunk fewer."""
+    return max(min(together // blocks + 1, length // 64), 1)
 
 
 def _timed(b, length, d, multiprocessors, cut, plan, alone, each) -> tuple[float, Plan]:
     """(predicted nanoseconds, plan)"""
     blocks = b * -(-d // plan.block_channels)
-    chunks = _chunks(length, blocks, multiprocessors) if cut and length > 256 else 1
+    # Small blocks in two waves: the second one fills in where the first ends.
+    together = (16 if plan.lanes == 1 else 4) * multiprocessors
+    chunks = _chunks(length, blocks, together) if cut and length > 256 else 1
     share = -(-blocks * max(chunks - 1, 1) // multiprocessors)
     launches = 1 if chunks == 1 else 2
-    if plan.lanes == 1 and share == 2:
-        plan = plan._replace(min_blocks=3, round=32)  # there is room for it; 5 % faster
     time = launches * (_LAUNCH + max(alone, each * share) * length / chunks)
     return time, plan._replace(chunks=chunks)
 
