@@ -132,8 +132,10 @@ class TrainingStep:
             total = total + loss.detach()
             if cache is not None:
                 self._carry(part, cache)
-        norm = full(nn.utils.clip_grad_norm_(self.model.parameters(), self.clip))
+        norm = full(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
         self.guard.check(norm)
+        # The fused optimiser divides by this as it reads the gradients: they are not clipped in a pass of its own.
+        self.optimizer.grad_scale = (norm / self.clip).clamp(min=1.0)  # type: ignore[attr-defined]
         if self._rehearsing:
             self.guard.skip.fill_(1.0)
         self.optimizer.step()

@@ -138,6 +138,30 @@ def test_checkpointed_activations_train_the_same(monkeypatch):
     assert len(recomputed) == 2 * 2 * 3, "every layer of every part of every step"
 
 
+def test_gradients_are_clipped_as_pytorch_clips_them():
+    def trained(clip: float, by_hand: bool) -> dict:
+        model = seeded()
+        step = make_step(model)
+        step.clip = clip
+        for seed in range(4):
+            rows, begins = batch(seed=seed)
+            if by_hand:
+                logits = model(rows[:, :-1], use_cache=False).logits
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+                torch.optim.AdamW.step(step.optimizer)
+                step.optimizer.zero_grad()
+            else:
+                step.run(rows, begins)
+        return parameters_of(model)
+
+    free = trained(1e9, False)
+    clipped, expected = trained(0.3, False), trained(0.3, True)
+    # Adam divides a small gradient by its own size, rounding included.
+    assert max(worst(clipped[name], expected[name]) for name in expected) < 1e-3
+    assert max(worst(free[name], expected[name]) for name in expected) > 1e-2
+
+
 def test_recomputed_selections_train_the_same():
     from mambakit.training import model as module
 
