@@ -1,11 +1,14 @@
-"""The command line as a user meets it: real processes, pipes, wrong inputs."""
+"""The command line as a user meets it: processes of their own, pipes, wrong inputs."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,61 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def mambakit(*arguments: str, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", **environment}
+    """`mambakit ...` in a process forked from a server that has imported torch and transformers once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.preloaded"])
+    with contextlib.ExitStack() as files:
+        streams = [files.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
+        streams[0].write((stdin or "").encode())
+        streams[0].seek(0)
+        process = context.Process(
+            target=_command, args=([_Descriptor(f.fileno()) for f in streams], arguments, environment)
+        )
+        process.start()
+        process.join(300)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"mambakit {' '.join(arguments)} did not end")
+        for stream in streams:
+            stream.seek(0)
+        out, err = (stream.read().decode() for stream in streams[1:])
+    return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
+
+
+class _Descriptor:
+    """A file descriptor that is handed over when a process is started."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __getstate__(self):
+        from multiprocessing.reduction import DupFd
+
+        return DupFd(self.number)
+
+    def __setstate__(self, handed):
+        self.number = handed.detach()
+
+
+def _command(streams: list[_Descriptor], arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+    for number, stream in enumerate(streams):
+        os.dup2(stream.number, number)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115, for the process's life
+    os.environ.update(COLUMNS="120", **environment)
+    os.chdir(ROOT)
+    from mambakit.cli import main
+
+    code = main(list(arguments))
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def real(*arguments: str) -> str:
+    """Of a process from its very start."""
     command = [sys.executable, "-m", "mambakit", *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def good(*arguments: str, **kwargs) -> str:
@@ -44,7 +99,7 @@ def modules_of(*arguments: str) -> set[str]:
 
 def test_help_is_light():
     assert not {"torch", "transformers", "numpy"} & modules_of("--help")
-    text = good("--help")
+    text = real("--help")
     for command in ("generate", "score", "evaluate", "train", "info", "convert", "quantize", "env"):
         assert command in text
         assert "usage:" in good(command, "--help")
@@ -53,7 +108,7 @@ def test_help_is_light():
 
 def test_env():
     assert "transformers" not in modules_of("env")
-    report = json.loads(good("env", "--json"))
+    report = json.loads(real("env", "--json"))
     assert set(report) == {"versions", "devices", "implementations"}
     served = {(row["op"], row["device"]): row["serves"] for row in report["implementations"]}
     assert served["selective_scan", "cpu"]
@@ -61,7 +116,7 @@ def test_env():
 
 
 def test_the_embedded_model_is_the_default():
-    out = good("generate", "It was a dark and stormy night", "--max-new-tokens", "12", "--greedy")
+    out = real("generate", "It was a dark and stormy night", "--max-new-tokens", "12", "--greedy")
     assert out.startswith("It was a dark and stormy night")
     assert len(out) > 40
 
