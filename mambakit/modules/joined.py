@@ -8,7 +8,7 @@ otherwise that of `MambaMixer._mix`, which serves where a projection is wrapped,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,66 +68,83 @@ class _Projection(torch.autograd.Function):
         return dx, dweight, dbias
 
 
+class Weights(NamedTuple):
+    """What lies between a layer's projections: (d, k), (d,), (r + 2 n, d), (d, r), (d, n), (d,), (d,)."""
+
+    conv: Tensor
+    conv_bias: Tensor | None
+    x_proj: Tensor
+    dt_proj: Tensor
+    A_log: Tensor
+    D: Tensor
+    dt_bias: Tensor
+
+
 def mix(
-    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, x_weight: Tensor, dt_weight: Tensor, A_log: Tensor, D: Tensor,
-    dt_bias: Tensor, cu_seqlens: Tensor | None, recompute: bool,
-) -> Tensor:  # fmt: skip
-    """Convolution with SiLU, selection and scan (arXiv 2312.00752, algorithm 2), from zero states.
+    xz: Tensor, weights: Weights, conv_state: Tensor | None = None, ssm_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, recompute: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Convolution with SiLU, selection and scan (arXiv 2312.00752, algorithm 2).
 
     Args:
         xz: (b, l, 2 d), in_proj's output.
-        conv_weight, conv_bias: (d, k), (d,).
-        x_weight, dt_weight: (r + 2 n, d), (d, r).
-        A_log, D, dt_bias: (d, n), (d,), (d,).
+        conv_state, ssm_state: (b, d, k - 1) and (b, d, n), before the first token; zeros when absent. (s, ...) when packed.
         cu_seqlens: (s + 1,) int32 of a packed row.
         recompute: do not keep the convolution's output and delta, (b, l, d) each, for the backward pass, but compute them again.
 
     Returns:
-        (b, l, d), the dtype of ``xz``.
+        (b, l, d) in the dtype of ``xz``, and both states after the last token. Differentiable in and through all of them.
     """
-    return _Mix.apply(xz, conv_weight, conv_bias, x_weight, dt_weight, A_log, D, dt_bias, cu_seqlens, recompute)
+    return _Mix.apply(xz, *weights, conv_state, ssm_state, cu_seqlens, recompute)
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, xz, conv_weight, conv_bias, x_weight, dt_weight, A_log, D, dt_bias, cu_seqlens, recompute
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, xz, conv_weight, conv_bias, x_weight, dt_weight, A_log, D, dt_bias, conv_state, ssm_state, cu_seqlens,
+        recompute,
+    ):  # fmt: skip
         wide = torch.float64 if xz.dtype == torch.float64 else torch.float32
         before, z = xz.chunk(2, -1)
-        x, _ = torch.ops.mambakit.causal_conv1d(before, conv_weight, conv_bias, "silu", None, cu_seqlens)
+        conv = (conv_weight, conv_bias, "silu", conv_state, cu_seqlens)
+        x, conv_final = torch.ops.mambakit.causal_conv1d(before, *conv)
         x_w, dt_w = x_weight.to(x.dtype), dt_weight.to(x.dtype)
         r, n = dt_weight.shape[1], A_log.shape[1]
         selected = F.linear(x, x_w)
         dt, B, C = selected.split([r, n, n], -1)
         delta = F.linear(dt, dt_w)
         A, D, bias = -torch.exp(A_log.to(wide)), D.to(wide), dt_bias.to(wide)
-        y, _, checkpoints = torch.ops.mambakit.selective_scan(
-            x, delta, A, B, C, D, z, bias, True, None, cu_seqlens, CHECKPOINT_INTERVAL
+        y, ssm_final, checkpoints = torch.ops.mambakit.selective_scan(
+            x, delta, A, B, C, D, z, bias, True, ssm_state, cu_seqlens, CHECKPOINT_INTERVAL
         )
         kept = (None, None) if recompute else (x, delta)
         ctx.save_for_backward(
-            xz, *kept, selected, checkpoints, conv_weight, conv_bias, x_w, dt_w, A, D, bias, cu_seqlens
+            xz, *kept, selected, checkpoints, conv_weight, conv_bias, x_w, dt_w, A, D, bias, conv_state, ssm_state, cu_seqlens
         )  # fmt: skip
         ctx.weight_dtypes = x_weight.dtype, dt_weight.dtype
-        return y
+        ctx.set_materialize_grads(False)
+        return y, conv_final, ssm_final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor):
+    def backward(ctx: Any, *gradients: Tensor | None):
+        dy, dconv_final, dssm_final = gradients
         (
-            xz, x, delta, selected, checkpoints, conv_weight, conv_bias, x_w, dt_w, A, D, bias, cu_seqlens
+            xz, x, delta, selected, checkpoints, conv_weight, conv_bias, x_w, dt_w, A, D, bias, conv_state, ssm_state, cu_seqlens
         ) = ctx.saved_tensors  # fmt: skip
         r, n = dt_w.shape[1], A.shape[1]
         before, z = xz.chunk(2, -1)
         dt, B, C = selected.split([r, n, n], -1)
+        conv = (conv_weight, conv_bias, "silu", conv_state, cu_seqlens)
         if x is None:
-            x, _ = torch.ops.mambakit.causal_conv1d(before, conv_weight, conv_bias, "silu", None, cu_seqlens)
+            x, _ = torch.ops.mambakit.causal_conv1d(before, *conv)
             delta = F.linear(dt, dt_w)
+        if dy is None:
+            dy = torch.zeros_like(x)
         dxz = torch.empty_like(xz)
         dbefore, dz = dxz.chunk(2, -1)
-        dx, ddelta, dA, dB, dC, dD, dbias = _scan_gradient(
-            dz, dy, x, delta, A, B, C, D, z, bias, cu_seqlens, checkpoints
+        dx, ddelta, dA, dB, dC, dD, dbias, dssm_state = _scan_gradient(
+            dz, dy, dssm_final, x, delta, A, B, C, D, z, bias, ssm_state, cu_seqlens, checkpoints
         )  # fmt: skip
         x_dtype, dt_dtype = ctx.weight_dtypes
         dx_weight = ddt_weight = None
@@ -138,15 +155,18 @@ class _Mix(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             dx_weight = product(dselected.T, x.flatten(0, 1), x_w.new_empty(x_w.shape, dtype=x_dtype))
         dx.flatten(0, 1).addmm_(dselected, x_w)
-        dconv_weight, dconv_bias = _conv_gradient(dbefore, dx, before, conv_weight, conv_bias, cu_seqlens)
+        dconv_weight, dconv_bias, dconv_state = _conv_gradient(dbefore, dx, dconv_final, before, *conv)
         return (
-            dxz, dconv_weight, None if conv_bias is None else dconv_bias, dx_weight, ddt_weight, dA * A, dD, dbias, None, None,
+            dxz, dconv_weight, None if conv_bias is None else dconv_bias, dx_weight, ddt_weight, dA * A, dD, dbias,
+            None if conv_state is None else dconv_state, None if ssm_state is None else dssm_state, None, None,
         )  # fmt: skip
 
 
-def _scan_gradient(dz, dy, x, delta, A, B, C, D, z, bias, cu_seqlens, checkpoints) -> tuple[Tensor, ...]:
+def _scan_gradient(
+    dz, dy, dfinal, x, delta, A, B, C, D, z, bias, initial, cu_seqlens, checkpoints
+) -> tuple[Tensor, ...]:
     """The gradients but those of z, which go into ``dz``."""
-    arguments = (dy, None, x, delta, A, B, C, D, z, bias, True, None, cu_seqlens, checkpoints, CHECKPOINT_INTERVAL)
+    arguments = (dy, dfinal, x, delta, A, B, C, D, z, bias, True, initial, cu_seqlens, checkpoints, CHECKPOINT_INTERVAL)
     if dy.is_cuda:
         from mambakit.ops.selective_scan import gpu
 
@@ -154,17 +174,17 @@ def _scan_gradient(dz, dy, x, delta, A, B, C, D, z, bias, cu_seqlens, checkpoint
     else:
         found = torch.ops.mambakit.selective_scan_backward(*arguments)
         dz.copy_(found[6])
-    return (*found[:6], found[7])
+    return (*found[:6], *found[7:])
 
 
-def _conv_gradient(dx, dy, x, weight, bias, cu_seqlens) -> tuple[Tensor, Tensor]:
-    """Those of weight and bias; that of x goes into ``dx``."""
-    arguments = (dy, None, x, weight, bias, "silu", None, cu_seqlens)
+def _conv_gradient(dx, dy, dfinal, x, weight, bias, activation, state, cu_seqlens) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of weight, bias and state; that of x goes into ``dx``."""
+    arguments = (dy, dfinal, x, weight, bias, activation, state, cu_seqlens)
     if dy.is_cuda:
         from mambakit.ops.causal_conv1d import gpu
 
-        _, dweight, dbias, _ = gpu.backward(*arguments, dx)
+        _, dweight, dbias, dstate = gpu.backward(*arguments, dx)
     else:
-        found, dweight, dbias, _ = torch.ops.mambakit.causal_conv1d_backward(*arguments)
+        found, dweight, dbias, dstate = torch.ops.mambakit.causal_conv1d_backward(*arguments)
         dx.copy_(found)
-    return dweight, dbias
+    return dweight, dbias, dstate

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambakit.modules.cache import MambaCache
-from mambakit.modules.joined import in_training, mix, project, untouched
+from mambakit.modules.joined import Weights, in_training, mix, project, untouched
 from mambakit.modules.packing import Packing
 from mambakit.modules.precision import keep_float32
 from mambakit.ops import causal_conv1d, causal_conv1d_, rms_norm, selective_scan, selective_scan_
@@ -88,8 +88,8 @@ class MambaMixer(nn.Module):
             (b, l, h).
         """
         xz = project(self.in_proj, hidden_states)  # (b, l, 2 d)
-        if cache_params is None and in_training() and self.joins():
-            return project(self.out_proj, self._mix_joined(xz, packing))
+        if in_training() and self.joins():
+            return project(self.out_proj, self._mix_joined(xz, cache_params, packing))
         x, z = xz.chunk(2, -1)
         conv = (self.conv1d.weight.squeeze(1), self.conv1d.bias, self.conv_activation)
         if cache_params is not None and not torch.is_grad_enabled() and (packing is None or packing.in_place):
@@ -101,27 +101,38 @@ class MambaMixer(nn.Module):
     def joins(self) -> bool:
         """Whether the ops between the projections may run as one function with a gradient of its own (`joined.py`)."""
         return (
-            self.act is None and self.mixer_rms_eps is None and self.causal_conv1d is causal_conv1d and self.selective_scan is selective_scan
+            self.act is None and self.mixer_rms_eps is None
+            and self.causal_conv1d is causal_conv1d and self.selective_scan is selective_scan
             and untouched(self.x_proj, nn.Linear) and untouched(self.dt_proj, TimeStepProjection)
         )  # fmt: skip
 
-    def _mix_joined(self, xz: Tensor, packing: Packing | None) -> Tensor:
-        cu_seqlens = None if packing is None else packing.cu_seqlens
-        return mix(
-            xz, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.A_log, self.D,
-            self.dt_proj.bias, cu_seqlens, self.recompute_selection,
+    def _mix_joined(self, xz: Tensor, cache: MambaCache | None, packing: Packing | None) -> Tensor:
+        """As `_mix`, the ops as one function."""
+        weights = Weights(
+            self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.A_log, self.D,
+            self.dt_proj.bias,
         )  # fmt: skip
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+        y, *states = mix(xz, weights, *self._states(cache, packing), cu_seqlens, self.recompute_selection)
+        self._keep(cache, packing, *states)
+        return y
+
+    def _states(self, cache: MambaCache | None, packing: Packing | None) -> tuple[Tensor | None, Tensor | None]:
+        if cache is None:
+            return None, None
+        return cache.layer(self.layer_idx, None if packing is None else packing.read)
+
+    def _keep(self, cache: MambaCache | None, packing: Packing | None, conv_state: Tensor, ssm_state: Tensor) -> None:
+        if cache is not None:
+            cache.update(self.layer_idx, conv_state, ssm_state, None if packing is None else packing.write)
 
     def _mix(self, x: Tensor, z: Tensor, conv: tuple, cache: MambaCache | None, packing: Packing | None) -> Tensor:
         """States go in and come out as values, and gradients flow through them."""
-        conv_state = ssm_state = None
-        if cache is not None:
-            conv_state, ssm_state = cache.layer(self.layer_idx, None if packing is None else packing.read)
+        conv_state, ssm_state = self._states(cache, packing)
         cu_seqlens = None if packing is None else packing.cu_seqlens
         x, conv_state = self.causal_conv1d(x, *conv, initial_state=conv_state, cu_seqlens=cu_seqlens)
         y, ssm_state = self.selective_scan(*self._scan_inputs(x, z), initial_state=ssm_state, cu_seqlens=cu_seqlens)
-        if cache is not None:
-            cache.update(self.layer_idx, conv_state, ssm_state, None if packing is None else packing.write)
+        self._keep(cache, packing, conv_state, ssm_state)
         return y
 
     def _mix_in_place(self, x: Tensor, z: Tensor, conv: tuple, cache: MambaCache, packing: Packing | None) -> Tensor:

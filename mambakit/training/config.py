@@ -81,7 +81,7 @@ class TrainConfig:
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more work."""
     recompute_selection: bool = False
     """Compute each layer's convolution and time steps again in the backward pass: a quarter less memory for activations, 2 to 3 %
-    more time. Of plain Mamba layers, each row from a state of zeros."""
+    more time. Of plain Mamba layers."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
     final_learning_rate: float = 0.01
@@ -187,10 +187,10 @@ class TrainConfig:
         if self.stateful and self.activation_checkpointing:
             raise ValueError(
                 "stateful and activation_checkpointing exclude each other: a layer computed again would move the state "
-                "twice; raise accumulate to save memory"
+                "twice; set recompute_selection to save memory"
             )
 
-        for name in ("activation_checkpointing", "stateful", "lora_rank"):
+        for name in ("activation_checkpointing", "lora_rank"):
             if self.recompute_selection and getattr(self, name):
                 raise ValueError(f"recompute_selection has no effect with {name}; drop one of them")
         if self.recompute_selection and self.context_parallel > 1:

@@ -18,14 +18,35 @@ def layer(device: str, dtype: torch.dtype = torch.float64, **fields) -> MambaMix
     return mixer.to(device, dtype).train()
 
 
-def gradients(mixer: MambaMixer, joined: bool, monkeypatch, packed: bool = False, half: bool = False) -> dict:
-    """The output, and the gradients of the input and every parameter."""
+class States:
+    """What a mixer asks of a cache, for one layer."""
+
+    def __init__(self, *states: torch.Tensor):
+        self.entered = self.left = states
+
+    def layer(self, index, rows):
+        return self.entered
+
+    def update(self, index, conv, ssm, rows):
+        self.left = conv, ssm
+
+
+def gradients(
+    mixer: MambaMixer, joined: bool, monkeypatch, packed: bool = False, half: bool = False, states: bool = False
+) -> dict:
+    """The output, and the gradients of the input and every parameter; with states, those too, in and out."""
     device, dtype = mixer.D.device, mixer.in_proj.weight.dtype
     generator = torch.Generator().manual_seed(1)
     x, dy = (torch.randn(1 if packed else 2, 23, 20, generator=generator).to(device, dtype) for _ in range(2))
     x.requires_grad_()
     cu_seqlens = torch.tensor([0, 9, 10, 23], dtype=torch.int32, device=device) if packed else None
     packing = packing_of(x.shape[:2], x.device, None, None, cu_seqlens, None) if packed else None
+    cache = None
+    if states:
+        rows, d, reach = (3 if packed else 2), mixer.intermediate_size, mixer.conv_kernel_size - 1
+        sizes = [(rows, d, reach), (rows, d, mixer.ssm_state_size)]
+        entered, weights = ([torch.randn(s, generator=generator).to(device, dtype) for s in sizes] for _ in range(2))
+        cache = States(*(t.requires_grad_() for t in entered))
     calls = []
     with monkeypatch.context() as patch:
         kept = MambaMixer._mix_joined
@@ -34,10 +55,16 @@ def gradients(mixer: MambaMixer, joined: bool, monkeypatch, packed: bool = False
             patch.setattr(MambaMixer, "joins", lambda _: False)
             patch.setattr("mambakit.modules.mixer.project", lambda module, x: module(x))
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            y = mixer(x, None, packing)
-        y.backward(dy.to(y.dtype))
+            y = mixer(x, cache, packing)
+        loss = (y * dy.to(y.dtype)).sum()
+        if cache is not None:
+            loss = loss + sum((left * weight).sum() for left, weight in zip(cache.left, weights, strict=True))
+        loss.backward()
     assert bool(calls) == joined
     found = {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in mixer.named_parameters()}
+    if cache is not None:
+        for name, entered, left in zip(("conv", "ssm"), cache.entered, cache.left, strict=True):
+            found |= {f"{name} state": left.detach(), f"gradient of the {name} state": entered.grad}
     mixer.zero_grad()
     return found
 
@@ -47,19 +74,21 @@ def gradients(mixer: MambaMixer, joined: bool, monkeypatch, packed: bool = False
     "fields", [{}, {"use_bias": True, "use_conv_bias": False, "conv_kernel": 3}], ids=["plain", "bias"]
 )
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-def test_it_is_what_autograd_finds(device, fields, packed, monkeypatch):
+@pytest.mark.parametrize("states", [False, True], ids=["zeros", "states"])
+def test_it_is_what_autograd_finds(device, fields, packed, states, monkeypatch):
     mixer = layer(device, **fields)
-    expected = gradients(mixer, False, monkeypatch, packed)
-    for name, found in gradients(mixer, True, monkeypatch, packed).items():
+    expected = gradients(mixer, False, monkeypatch, packed, states=states)
+    for name, found in gradients(mixer, True, monkeypatch, packed, states=states).items():
         assert worst(found, expected[name]) < 1e-12, name
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-def test_float32_on_a_gpu(packed, monkeypatch):
+@pytest.mark.parametrize("states", [False, True], ids=["zeros", "states"])
+def test_float32_on_a_gpu(packed, states, monkeypatch):
     """float64 goes to the references; this goes through the kernels, which write into halves of one tensor."""
-    expected = gradients(layer("cpu"), True, monkeypatch, packed)
-    for name, found in gradients(layer("cuda", torch.float32), True, monkeypatch, packed).items():
+    expected = gradients(layer("cpu"), True, monkeypatch, packed, states=states)
+    for name, found in gradients(layer("cuda", torch.float32), True, monkeypatch, packed, states=states).items():
         assert worst(found.cpu(), expected[name].cpu()) < 2e-5, name
 
 

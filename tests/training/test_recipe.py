@@ -263,7 +263,6 @@ def test_a_spike_is_skipped():
         ({"initial_length": 32, "stateful": True}, "which stateful must not"),
         ({"stateful": True, "activation_checkpointing": True}, "exclude each other"),
         ({"lora_rank": 4}, "init_from is empty"),
-        ({"recompute_selection": True, "stateful": True}, "no effect with stateful"),
         ({"recompute_selection": True, "activation_checkpointing": True}, "no effect with activation_checkpointing"),
         ({"recompute_selection": True, "init_from": "x", "lora_rank": 4}, "no effect with lora_rank"),
         ({"recompute_selection": True, "parallel": "ddp", "context_parallel": 2}, "no effect with context_parallel"),
