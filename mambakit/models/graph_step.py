@@ -131,7 +131,7 @@ def _fused(model: Any, cache: MambaCache, capacity: int) -> Any:
         return None
     from mambakit.ops.decode import gpu
 
-    most = gpu.FEW if isinstance(model.lm_head, QuantizedLinear) else gpu.MOST_ROWS
+    most = gpu.FEW if isinstance(model.lm_head, QuantizedLinear) else gpu.most_rows(model.config.hidden_size)
     if cache.max_batch_size > most:
         return None
     return gpu.DecodeStep(weights, cache.conv_states, cache.ssm_states, capacity)
