@@ -54,6 +54,9 @@ class TrainConfig:
     stateful: bool = False
     """Truncated backpropagation: row i of a batch goes on where row i of the previous batch ended, and the state is
     carried. Gradients stop at the row's start. Documents are then learned from in whole, however long."""
+    fresh_rows: float = 0.0
+    """With `stateful`: the fraction of rows, drawn anew at every step, that start from a zero state all the same. A model that has
+    only seen states carried reads the beginnings of texts, and prompts, worse."""
 
     # -- model (transformers' names) -----------------------------------------------------------------------------------
     hidden_size: int = 320
@@ -179,6 +182,12 @@ class TrainConfig:
         if self.context_parallel > 1 and self.stateful:
             raise ValueError(
                 "stateful carries the state of whole rows, which context_parallel spreads; drop one of them"
+            )
+        if not 0 <= self.fresh_rows <= 1:
+            raise ValueError(f"fresh_rows is {self.fresh_rows}; it is a fraction of the rows, 0 to 1")
+        if self.fresh_rows and not self.stateful:
+            raise ValueError(
+                "fresh_rows is for stateful rows: all others start from a zero state; drop it, or set stateful"
             )
         if self.export_only and not self.resume:
             raise ValueError("export_only writes the model of a run's latest checkpoint; add resume=true")

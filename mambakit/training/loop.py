@@ -96,10 +96,11 @@ class _Run:
         self.heldout: TokenStore | None = data.heldout
         self.fingerprint = data.train.fingerprint
         device = next(model.parameters()).device
-        self.rows = (StatefulRows if config.stateful else ShuffledRows)(
+        how = (
             data.train, config.sequence_length, config.batch_size, config.seed, device,
             data.vocabulary.complement if config.reverse_complement else None, data.vocabulary.end,
         )  # fmt: skip
+        self.rows = StatefulRows(*how, config.fresh_rows) if config.stateful else ShuffledRows(*how)
         self.steps = config.steps or max(1, round(config.epochs * self.rows.steps_per_epoch))
         objective = team.parallelize(Objective(model), model)
         self.optimizer = make_optimizer(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
@@ -173,8 +174,7 @@ class _Run:
                 rate = config.learning_rate * factor
                 set_learning_rate(self.optimizer, rate)
                 rows = cut_rows(*self.rows.batch(self.step), config.row_length(progress))
-                if self.rows.restarts(self.step):
-                    self.plain.forget()
+                self.plain.forget(self.rows.fresh(self.step))
                 loss, norm = self.stepper.run(*rows)
                 self.losses.append(loss)
                 self.step += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -169,11 +170,15 @@ class TrainingStep:
         kept.conv_states.copy_(cache.conv_states.detach())
         kept.ssm_states.copy_(cache.ssm_states.detach())
 
-    def forget(self) -> None:
-        """Every row of the next batch starts from a zero state."""
-        for cache in self.carried:
-            cache.conv_states.zero_()
-            cache.ssm_states.zero_()
+    def forget(self, rows: np.ndarray) -> None:
+        """These rows (batch_size,) bool of the next batch start from a zero state. In place: a CUDA graph's memory is fixed."""
+        if not self.carried or not rows.any():
+            return
+        kept = torch.from_numpy(~rows).to(self.device, non_blocking=True)
+        for cache, part in zip(self.carried, kept.chunk(self.accumulate), strict=True):
+            mine = self.processes.rows(part)[:, None, None]
+            cache.conv_states.mul_(mine)
+            cache.ssm_states.mul_(mine)
 
     def state_dict(self) -> dict[str, Any]:
         """What an exact continuation needs besides parameters and optimiser."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -38,7 +39,7 @@ def run(captured: bool, lengths=(32,), poison: int | None = None, **options):
     losses = []
     for index, batch in enumerate(batches(14)):
         if index == 9:
-            step.forget()
+            step.forget(np.ones(batch[0].shape[0], bool))
         kept = model.backbone.norm_f.weight.detach().clone()
         if index == poison:
             before = {n: p.detach().clone() for n, p in model.named_parameters()}

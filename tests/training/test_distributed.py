@@ -134,7 +134,7 @@ def go_on(folder: str, fields: dict) -> None:
     "world, fields",
     [
         pytest.param(4, {"parallel": "ddp"}, id="4, ddp"),
-        pytest.param(2, {"parallel": "ddp", "stateful": True}, id="2, ddp, carried state"),
+        pytest.param(2, {"parallel": "ddp", "stateful": True, "fresh_rows": 0.4}, id="2, ddp, carried state"),
         pytest.param(2, {"parallel": "fsdp", "activation_checkpointing": True}, id="2, fsdp, activations checkpointed"),
         pytest.param(
             2, {"parallel": "fsdp", "context_parallel": 2, "respect_documents": True}, id="2, a row over both"

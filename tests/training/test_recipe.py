@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -98,7 +99,12 @@ def test_carried_state_is_the_long_document(respect):
     total = whole.loss(tokens, begins)
     targets = (whole.targets(tokens, begins) != -100).sum()
     assert worst(sum(losses), total * targets) < 1e-5
-    step.forget()
+    kept = [cache.ssm_states.clone() for cache in step.carried]
+    step.forget(np.array([False, True, False]))
+    for row, (before, cache) in enumerate(zip(kept, step.carried, strict=True)):
+        assert before.abs().max() > 0
+        assert torch.equal(cache.ssm_states, torch.zeros_like(before) if row == 1 else before)
+    step.forget(np.ones(3, bool))
     fresh = step.run(tokens[:, : length + 1], begins[:, : length + 1])[0]
     assert worst(fresh, whole.loss(tokens[:, : length + 1], begins[:, : length + 1])) < 1e-5
 
@@ -263,6 +269,8 @@ def test_a_spike_is_skipped():
         ({"initial_length": 32, "stateful": True}, "which stateful must not"),
         ({"stateful": True, "activation_checkpointing": True}, "exclude each other"),
         ({"lora_rank": 4}, "init_from is empty"),
+        ({"fresh_rows": 0.1}, "is for stateful rows"),
+        ({"fresh_rows": 1.5, "stateful": True}, "a fraction of the rows"),
         ({"recompute_selection": True, "activation_checkpointing": True}, "no effect with activation_checkpointing"),
         ({"recompute_selection": True, "init_from": "x", "lora_rank": 4}, "no effect with lora_rank"),
         ({"recompute_selection": True, "parallel": "ddp", "context_parallel": 2}, "no effect with context_parallel"),

@@ -34,7 +34,7 @@ def config_of(folder: Path, **fields) -> TrainConfig:
     (folder / "g.fa").write_text(f">a\n{LETTERS[:4000]}\n>b\n{LETTERS[4000:]}\n")
     values = {
         "train_files": [str(folder / "g.fa")], "validation_fraction": 0.4, "seed": 3, "reverse_complement": True,
-        "stateful": True, "respect_documents": True, "sequence_length": 24, "batch_size": 4, "accumulate": 2,
+        "stateful": True, "fresh_rows": 0.3, "respect_documents": True, "sequence_length": 24, "batch_size": 4, "accumulate": 2,
         "hidden_size": 16, "num_hidden_layers": 2, "steps": 60, "learning_rate": 1e-2, "log_every": 3, "eval_every": 30,
         "checkpoint_every": 4, "spike_factor": 50.0, "autocast": "float32", "out": str(folder / "run"),
     }  # fmt: skip
@@ -166,7 +166,7 @@ def test_a_skipped_update_is_told(tmp_path):
     TrainingStep.run = sometimes_not_finite
     console = Console(record=True, width=200, file=io.StringIO())
     try:
-        train(config_of(tmp_path, steps=12, stateful=False, checkpoint_every=7), console)
+        train(config_of(tmp_path, steps=12, stateful=False, fresh_rows=0.0, checkpoint_every=7), console)
     finally:
         TrainingStep.run = original
     told = console.export_text()

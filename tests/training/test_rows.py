@@ -70,12 +70,26 @@ def test_stateful_rows_continue():
     store = store_of()
     rows = StatefulRows(store, 10, 4, 0, CPU)
     steps = int(rows.steps_per_epoch)
-    assert [step for step in range(3 * steps) if rows.restarts(step)] == [0, steps, 2 * steps]
+    assert [step for step in range(3 * steps) if rows.fresh(step).all()] == [0, steps, 2 * steps]
+    assert sum(rows.fresh(step).sum() for step in range(3 * steps)) == 3 * 4
     batches = [rows.batch(step)[0] for step in range(steps)]
     for before, after in pairwise(batches):
         assert torch.equal(after[:, 0], before[:, -1]), "a row begins with the target its predecessor ended with"
     seen = {t for tokens in batches for t in tokens[:, :-1].flatten().tolist()}
     assert seen == {t for i in range(len(store)) for t in store.read(i).tolist()}
+
+
+def test_some_stateful_rows_start_afresh():
+    rows = StatefulRows(store_of(), 10, 4, 0, CPU, fresh_rows=0.25)
+    steps = int(rows.steps_per_epoch)
+    drawn = np.stack([rows.fresh(step) for step in range(100 * steps)])
+    assert drawn[::steps].all()
+    rest = np.delete(drawn, np.s_[::steps], axis=0)
+    assert abs(rest.mean(0) - 0.25).max() < 0.05
+    assert np.array_equal(drawn[7], StatefulRows(store_of(), 10, 4, 0, CPU, fresh_rows=0.25).fresh(7))
+    assert not np.array_equal(
+        rest[:50], np.stack([StatefulRows(store_of(), 10, 4, 1, CPU, fresh_rows=0.25).fresh(i) for i in range(50)])
+    )
 
 
 def test_too_little_text():

@@ -108,9 +108,9 @@ class ShuffledRows:
             rows.append((tokens, begins))
         return _to_device(rows, self.device)
 
-    def restarts(self, step: int) -> bool:
-        """Whether the rows of ``step`` start from a zero state: always."""
-        return True
+    def fresh(self, step: int) -> np.ndarray:
+        """(batch_size,) bool, which rows of ``step`` start from a zero state: all."""
+        return np.ones(self.batch_size, bool)
 
     def _row(self, number: int) -> int:
         """The place in the stream of the ``number``-th row visited: rows are permuted among those of their epoch."""
@@ -138,15 +138,17 @@ class StatefulRows:
 
     The joined documents of an epoch are cut into ``batch_size`` equal lanes, read side by side. A lane's last row runs
     past its end, into the next lane's beginning, so that no token is left out. Arguments and results are those of
-    `ShuffledRows`; ``complement`` flips whole documents here, so that a document stays one.
+    `ShuffledRows`; ``complement`` flips whole documents here, so that a document stays one. ``fresh_rows`` is the fraction of
+    rows that start from a zero state all the same.
     """
 
     def __init__(
         self, store: TokenStore, length: int, batch_size: int, seed: int, device: torch.device,
-        complement: np.ndarray | None = None, end: int = 0,
+        complement: np.ndarray | None = None, end: int = 0, fresh_rows: float = 0.0,
     ):  # fmt: skip
         _require_enough(store, length, batch_size)
         self.length, self.batch_size, self.device, self.complement = length, batch_size, device, complement
+        self.seed, self.fresh_rows = seed, fresh_rows
         self.tokens_per_epoch = store.tokens
         self._steps = -(-store.tokens // (length * batch_size))
         self.steps_per_epoch = float(self._steps)
@@ -162,9 +164,12 @@ class StatefulRows:
             rows.append(self.stream.read(begin + at * self.length, self.length + 1, self.complement))
         return _to_device(rows, self.device)
 
-    def restarts(self, step: int) -> bool:
-        """Whether the rows of ``step`` start from a zero state: at the start of an epoch, where lanes move."""
-        return step % self._steps == 0
+    def fresh(self, step: int) -> np.ndarray:
+        """(batch_size,) bool, which rows of ``step`` start from a zero state: all at the start of an epoch, where lanes move;
+        else ``fresh_rows`` of them, as the seed decides."""
+        if step % self._steps == 0:
+            return np.ones(self.batch_size, bool)
+        return np.random.default_rng([self.seed, step, 2]).random(self.batch_size) < self.fresh_rows
 
 
 def sample_rows(store: TokenStore, length: int, rows: int) -> Tensor:
