@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.modules import MambaBlock, MambaCache, MambaMixer
+from mambakit.modules.hooks import hooked, hooked_globally
 from mambakit.modules.mixer import TimeStepProjection
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops import native
@@ -77,9 +78,7 @@ def modules_of(module: nn.Module, found: list[nn.Module] | None = None) -> list[
 
 def has_hooks(model: nn.Module) -> bool:
     """Whether somebody listens to a module's calls, which one call into C would pass by."""
-    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
-        return True
-    return any(m._forward_hooks or m._forward_pre_hooks for m in modules_of(model)[1:])
+    return hooked_globally() or any(hooked(m) for m in modules_of(model)[1:])
 
 
 def native_weights(model: Any) -> tuple[list[LayerWeights], PackedWeight]:

@@ -15,15 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mambakit.modules.hooks import hooked, hooked_globally
 from mambakit.ops._products import product
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def untouched(module: nn.Module, kind: type) -> bool:
     """Whether calling ``module`` is the forward of ``kind`` and nothing else: no wrapper, parametrisation or hook."""
-    return type(module) is kind and not any(getattr(module, hooks) for hooks in _HOOKS)
+    return type(module) is kind and not hooked(module) and not hooked_globally()
 
 
 def in_training() -> bool:
@@ -114,8 +113,9 @@ class _Mix(torch.autograd.Function):
         dt, B, C = selected.split([r, n, n], -1)
         delta = F.linear(dt, dt_w)
         A, D, bias = -torch.exp(A_log.to(wide)), D.to(wide), dt_bias.to(wide)
+        interval = CHECKPOINT_INTERVAL if any(ctx.needs_input_grad) else 0
         y, ssm_final, checkpoints = torch.ops.mambakit.selective_scan(
-            x, delta, A, B, C, D, z, bias, True, ssm_state, cu_seqlens, CHECKPOINT_INTERVAL
+            x, delta, A, B, C, D, z, bias, True, ssm_state, cu_seqlens, interval
         )
         kept = (None, None) if recompute else (x, delta)
         ctx.save_for_backward(
@@ -154,7 +154,7 @@ class _Mix(torch.autograd.Function):
         dselected = torch.cat([(steps @ dt_w).view(dt.shape), dB, dC], -1).flatten(0, 1)
         if ctx.needs_input_grad[3]:
             dx_weight = product(dselected.T, x.flatten(0, 1), x_w.new_empty(x_w.shape, dtype=x_dtype))
-        dx.flatten(0, 1).addmm_(dselected, x_w)
+        dx.view(-1, dx.shape[2]).addmm_(dselected, x_w)  # the op's own memory: nobody else sees it
         dconv_weight, dconv_bias, dconv_state = _conv_gradient(dbefore, dx, dconv_final, before, *conv)
         return (
             dxz, dconv_weight, None if conv_bias is None else dconv_bias, dx_weight, ddt_weight, dA * A, dD, dbias,

@@ -198,10 +198,8 @@ class TrainConfig:
                 "stateful and activation_checkpointing exclude each other: a layer computed again would move the state "
                 "twice; set recompute_selection to save memory"
             )
-
-        for name in ("activation_checkpointing", "lora_rank"):
-            if self.recompute_selection and getattr(self, name):
-                raise ValueError(f"recompute_selection has no effect with {name}; drop one of them")
+        if self.recompute_selection and self.activation_checkpointing:
+            raise ValueError("recompute_selection has no effect with activation_checkpointing; drop one of them")
         if self.recompute_selection and self.context_parallel > 1:
             raise ValueError("recompute_selection has no effect with context_parallel; drop one of them")
 

@@ -37,13 +37,13 @@ def recompute_selection(model: Any) -> None:
     """Have every layer compute its convolution and time steps again in the backward pass, in place of keeping them.
 
     Raises:
-        ValueError: layers that cannot, FalconMamba's among them.
+        ValueError: layers that cannot: FalconMamba's, and those with adapters on x_proj or dt_proj.
     """
     for mixer in (module for module in model.modules() if isinstance(module, MambaMixer)):
         if not mixer.joins():
             raise ValueError(
-                f"recompute_selection takes plain Mamba layers with SiLU, and a {model.config.model_type} model is not made of them; set "
-                "activation_checkpointing instead"
+                "recompute_selection takes Mamba layers with SiLU, without norms inside and without adapters on x_proj and dt_proj; this "
+                f"{model.config.model_type} model has others; set activation_checkpointing instead"
             )
         mixer.recompute_selection = True
 

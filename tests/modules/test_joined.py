@@ -146,3 +146,25 @@ def test_a_hook_on_a_projection_is_called():
         getattr(mixer, name).register_forward_hook(lambda *_, name=name: seen.append(name))
     mixer(torch.randn(1, 4, 20, dtype=torch.float64))
     assert sorted(seen) == ["dt_proj", "in_proj", "out_proj", "x_proj"]
+
+
+def test_a_hook_on_all_modules_sees_every_projection():
+    mixer = layer("cpu")
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            mixer.float()(torch.randn(1, 4, 20))
+    finally:
+        handle.remove()
+    assert {mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj} <= set(seen)
+
+
+def test_without_a_gradient_no_states_are_kept_for_one(monkeypatch):
+    mixer = layer("cpu").requires_grad_(False)
+    intervals = []
+    scan = torch.ops.mambakit.selective_scan
+    monkeypatch.setattr(torch.ops.mambakit, "selective_scan", lambda *a: intervals.append(a[-1]) or scan(*a))
+    mixer(torch.randn(1, 4, 20, dtype=torch.float64))
+    mixer(torch.randn(1, 4, 20, dtype=torch.float64, requires_grad=True))
+    assert intervals[0] == 0 < intervals[1]

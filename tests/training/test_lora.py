@@ -14,6 +14,7 @@ import mambakit
 from mambakit.training.config import TrainConfig
 from mambakit.training.loop import train
 from mambakit.training.lora import add_adapters, load_adapters, merge_adapters, save_adapters
+from mambakit.training.model import recompute_selection
 from tests.models.configurations import pair, tokens, worst
 from tests.models.tiny import TEXT, save_tiny
 
@@ -88,6 +89,16 @@ def test_what_peft_itself_reads(tmp_path):
     base.load_state_dict(state)
     ids = tokens(2, 9)
     assert worst(peft.PeftModel.from_pretrained(base, tmp_path)(ids).logits, model(ids).logits) < 1e-6
+
+
+def test_recomputing_the_selection_takes_adapters_elsewhere_only():
+    model = pair("plain")[0]
+    add_adapters(model, 2, 0.0, ["in_proj", "out_proj"])
+    recompute_selection(model)
+    model = pair("plain")[0]
+    add_adapters(model, 2, 0.0, ["x_proj"])
+    with pytest.raises(ValueError, match="without adapters on x_proj and dt_proj"):
+        recompute_selection(model)
 
 
 def test_wrong_targets():

@@ -151,6 +151,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         train(small_config(tmp_path, learning_rate=1e30, clip=1e30, warmup=0.0), QUIET)
 
 
+def test_fresh_rows_reach_the_step(tmp_path):
+    """All rows fresh is a run whose state is dropped at every step: the first losses are equal, the later ones not."""
+    found = []
+    for fresh in (0.0, 1.0):
+        config = small_config(
+            tmp_path, stateful=True, fresh_rows=fresh, steps=4, log_every=1, out=str(tmp_path / f"fresh {fresh}"),
+            heldout_files=[], checkpoint_every=0,
+        )  # fmt: skip
+        train(config, QUIET)
+        found.append(losses(tmp_path / f"fresh {fresh}"))
+    assert found[0][0] == found[1][0]
+    assert all(carried != fresh for carried, fresh in zip(found[0][1:], found[1][1:], strict=True))
+
+
 def test_sparkline():
     assert sparkline([3.0, 2.0, 1.0], 3)[0] == "█"
     assert sparkline([], 5) == ""

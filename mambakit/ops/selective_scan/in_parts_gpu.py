@@ -86,8 +86,10 @@ class Backward:
             launch.arrive(None)
         self._launch = launch
         chunks = launch.call.chunks
-        sizes = [p - launch.places[0] for p in launch.places]
-        local, sums = gpu.shared_floats(launch.scratch, (b, chunks, d, n), (b, chunks, d), start=sizes[4])
+        *_, place, _ = launch.places  # of what chunks hand to each other, in the scratch memory
+        local, sums = gpu.shared_floats(
+            launch.scratch, (b, chunks, d, n), (b, chunks, d), start=place - launch.scratch.data_ptr()
+        )  # fmt: skip
         before = torch.zeros_like(sums)  # the time steps to the left of each chunk
         before[:, 1:] = sums[:, :-1].cumsum(1)
         shares = torch.exp(before[..., None] * A) * local

@@ -138,8 +138,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, interval, group):
-        scan = scan_in_parts(u, A)
-        part = scan.Forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, interval)
+        part = scan_in_parts(u, A)[0](u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, interval)
         decays, states = _gather(torch.stack([part.decay, part.state]), group).unbind(1)  # (processes, b, d, n) each
         entering = torch.zeros_like(part.state)
         for before in range(dist.get_rank(group)):
@@ -156,7 +155,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor, _):
         u, delta, A, B, C, D, z, delta_bias, initial, cu_seqlens, checkpoints, decays = ctx.saved_tensors
-        part = scan_in_parts(u, A).Backward(
+        part = scan_in_parts(u, A)[1](
             dy, u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus, initial, cu_seqlens, checkpoints, ctx.interval
         )  # fmt: skip
         gradients = _gather(part.gradient, ctx.group)  # (processes, b, d, n)
