@@ -1,7 +1,7 @@
 """Check and time the selective scan on one NVIDIA GPU.
 
     python benchmarks/gpu_ops.py                   # check, then the table
-    python benchmarks/gpu_ops.py --sweep           # and other layouts than the ones gpu.py chooses
+    python benchmarks/gpu_ops.py --sweep           # and other layouts than the ones plan.py chooses
     python benchmarks/gpu_ops.py --peer mamba      # mamba-ssm, from a checkout of it, in the same run
     python benchmarks/gpu_ops.py --json out.json
 

@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from mambakit.ops.causal_conv1d import gpu, reference  # noqa: E402
+from mambakit.ops.causal_conv1d import gpu, kernels, reference  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [
@@ -155,8 +155,10 @@ def test_in_place(device, packed, length, state_dtype, has_slots):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_dx_into_given_memory(device):
-    dy, dfinal, *rest = inputs(CASES[0], torch.float32, device).values()
+@pytest.mark.parametrize("case", [CASES[5], CASES[9]], ids=str)
+def test_dx_into_given_memory(device, case):
+    """Beside other values, in rows and over time."""
+    dy, dfinal, *rest = inputs(case, torch.float32, device).values()
     wide = torch.full((*dy.shape[:2], 2 * dy.shape[2]), 7.0, device=device)
     dx, kept = wide.chunk(2, -1)
     found = gpu.backward(dy, dfinal, *rest, dx)
@@ -228,15 +230,15 @@ def test_kernels_compile(k, packed, states):
     absent |= {} if states else {"initial": None, "slots": None, "dfinal": None, "bias": None}
     walks = {"ROWS": 8, "STEPS": 16, "HAS_INITIAL": states, **flags}
     for kernel, constants in (
-        (gpu._forward_kernel, {"KP": triton.next_power_of_2(k - 1), "HAS_SLOTS": states, **walks}),
-        (gpu._backward_kernel, {"HAS_DFINAL": states, **walks}),
-        (gpu._decode_kernel, {"HAS_SLOTS": states, **flags}),
-        (gpu._sum_partials_kernel, {"K": k, "HAS_BIAS": states, "ROWS": 32, "BLOCK_D": 32}),
-        (gpu._scatter_kernel, {"K": k, "BLOCK": 1024, "HAS_SLOTS": states}),
+        (kernels.forward_kernel, {"KP": triton.next_power_of_2(k - 1), "HAS_SLOTS": states, **walks}),
+        (kernels.backward_kernel, {"HAS_DFINAL": states, **walks}),
+        (kernels.decode_kernel, {"HAS_SLOTS": states, **flags}),
+        (kernels.sum_partials_kernel, {"K": k, "HAS_BIAS": states, "ROWS": 32, "BLOCK_D": 32}),
+        (kernels.scatter_kernel, {"K": k, "BLOCK": 1024, "HAS_SLOTS": states}),
     ):
         constants |= {name: value for name, value in absent.items() if name in kernel.arg_names}
         compile_for_hopper(kernel, constants, **POINTERS)
-    compile_for_hopper(gpu._sequences_kernel, {"BLOCK": 256}, **POINTERS)
+    compile_for_hopper(kernels.sequences_kernel, {"BLOCK": 256}, **POINTERS)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
@@ -251,15 +253,15 @@ def test_an_empty_packed_row_compiles(monkeypatch):
         def __getitem__(self, grid):
             return lambda *arguments, **constants: launched.append((self.kernel, arguments, constants))
 
-    for name in ("_forward_kernel", "_backward_kernel"):
-        monkeypatch.setattr(gpu, name, Kernel(getattr(gpu, name)))
-    monkeypatch.setattr(gpu, "_sum_partials_kernel", Kernel(None))
+    for name in ("forward_kernel", "backward_kernel"):
+        monkeypatch.setattr(kernels, name, Kernel(getattr(kernels, name)))
+    monkeypatch.setattr(kernels, "sum_partials_kernel", Kernel(None))
     dy, dfinal, *rest = inputs(CASES[-1], torch.bfloat16, "cpu").values()
     gpu.forward(*rest)
     gpu.backward(dy, dfinal, *rest)
-    kernels = [launch for launch in launched if launch[0] is not None]
-    assert len(kernels) == 2
-    for kernel, arguments, constants in kernels:
+    compiled = [launch for launch in launched if launch[0] is not None]
+    assert len(compiled) == 2
+    for kernel, arguments, constants in compiled:
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
         given.pop("num_warps")
         constants = {

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mambakit.ops.selective_scan import gpu, in_parts_gpu, reference
+from mambakit.ops.selective_scan import plan as plans
 from tests.ops.oracles import relative_error
 from tests.ops.selective_scan import cuda_on_cpu, test_gpu
 
@@ -42,11 +43,11 @@ def test_against_the_float64_reference(on_cpu, case):
     assert not test_gpu.failures(case, test_gpu.errors(case, device="cpu", interval=32))
 
 
-@pytest.mark.parametrize("layout", range(len(gpu._LAYOUTS)))
+@pytest.mark.parametrize("layout", range(len(plans._LAYOUTS)))
 @pytest.mark.parametrize("multiprocessors", [1, 132])
 def test_every_layout_whole_and_cut(on_cpu, monkeypatch, layout, multiprocessors):
-    chosen = gpu._LAYOUTS[layout]
-    plan = gpu._timed(1, 300, 40, multiprocessors, multiprocessors > 1, *chosen)[1]
+    chosen = plans._LAYOUTS[layout]
+    plan = plans._timed(1, 300, 40, multiprocessors, multiprocessors > 1, *chosen)[1]
     assert (plan.chunks > 1) == (multiprocessors > 1)
     monkeypatch.setattr(gpu, "forward_plan", lambda *_: plan)
     case = (1, 300, 40, 16, F32, None, True, False)

@@ -1,0 +1,106 @@
+"""How the CUDA C++ scan is laid out for a shape: lanes and states of a channel, chunks of a row, what is kept for the gradient.
+
+Measured choices; docs/kernels.md has what was tried, `benchmarks/gpu_ops.py --sweep` tries it again.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+
+class Plan(NamedTuple):
+    """How a kernel is laid out; the first four are macros of `common.cuh`."""
+
+    lanes: int
+    states: int  # of each lane
+    channels: int  # of each thread
+    warps: int
+    min_blocks: int  # per multiprocessor that the registers must leave room for
+    chunks: int
+    round: int = 32  # forward: tokens whose inputs are in shared memory at once, of 2 bytes each (half as many of 4)
+    segment: int = 0  # backward: tokens whose states are kept at once
+    sub: int = 0  # backward: tokens whose states and decays are in registers
+    save: int = 8  # backward: a state is kept at every so many tokens of the segment
+
+    @property
+    def block_channels(self) -> int:
+        return 32 // self.lanes * self.channels * self.warps
+
+
+def _lanes(n: int) -> tuple[int, int]:
+    """(lanes, states of each) that hold n states of a channel."""
+    if n > 128:
+        return 32, 8
+    lanes = 1
+    while lanes * 4 < n:
+        lanes *= 2
+    return lanes, 4
+
+
+# Layouts for 9 to 16 states, and the nanoseconds that a token of a block takes: where few blocks share a multiprocessor, and per
+# block where many do (fitted to whole rows on an H200). A thread with all 16 states exchanges nothing; with 8, few blocks do more.
+_LAYOUTS = (
+    (Plan(2, 8, 1, 4, 4, 1, round=16), 86.0, 55.5),
+    (Plan(1, 16, 1, 2, 8, 1, round=8), 224.0, 52.5),
+)
+_LAUNCH = 5000.0  # nanoseconds
+
+
+@functools.lru_cache(1024)
+def forward_plan(b: int, length: int, d: int, n: int, multiprocessors: int) -> Plan:
+    """The layout and the number of chunks that take the least time: rows are cut when whole ones leave the card idle."""
+    if 8 < n <= 16:
+        return min(
+            (_timed(b, length, d, multiprocessors, cut, *layout) for layout in _LAYOUTS for cut in (False, True)),
+            key=lambda timed: timed[0],
+        )[1]
+    lanes, states = _lanes(n)
+    plan = Plan(lanes, states, 2 if 1 < lanes < 32 else 1, 4, 4 if lanes in (2, 4, 8) else 3, 1)
+    blocks = b * -(-d // plan.block_channels)
+    if blocks >= 1.5 * multiprocessors or length <= 256:
+        return plan
+    return plan._replace(chunks=_chunks(length, blocks, 4 * multiprocessors))
+
+
+def _chunks(length: int, blocks: int, together: int) -> int:
+    """Chunks of a row for ``together`` blocks of a launch; each of the two launches walks one chunk fewer."""
+    return max(min(together // blocks + 1, length // 64), 1)
+
+
+def _timed(b, length, d, multiprocessors, cut, plan, alone, each) -> tuple[float, Plan]:
+    """(predicted nanoseconds, plan)"""
+    blocks = b * -(-d // plan.block_channels)
+    # Small blocks in two waves: the second one fills in where the first ends.
+    together = (16 if plan.lanes == 1 else 4) * multiprocessors
+    chunks = _chunks(length, blocks, together) if cut and length > 256 else 1
+    share = -(-blocks * max(chunks - 1, 1) // multiprocessors)
+    launches = 1 if chunks == 1 else 2
+    time = launches * (_LAUNCH + max(alone, each * share) * length / chunks)
+    return time, plan._replace(chunks=chunks)
+
+
+# What a round of 1, 2 or 3 blocks per multiprocessor takes, relative to 2 (measured, n = 16).
+_ROUND = {0: 0.0, 1: 0.72, 2: 1.0, 3: 1.42}
+
+
+@functools.lru_cache(1024)
+def backward_plan(b: int, length: int, d: int, n: int, multiprocessors: int) -> Plan:
+    """Three blocks per multiprocessor do a little more; two keep twice the states, so that none is computed a third time."""
+    lanes, states = _lanes(n)
+    segment = 64 if lanes * states <= 32 else 32
+    plan = Plan(lanes, states, 2 if 1 < lanes < 32 else 1, 4, 2, 1, segment=segment, sub=4)
+    tiles = b * -(-d // plan.block_channels)
+    chunks = 1
+    if tiles < 1.5 * multiprocessors and length > 256:
+        chunks = max(min(6 * multiprocessors // tiles, length // 128), 1)
+    if lanes not in (2, 4, 8):
+        return plan._replace(chunks=chunks)
+
+    def rounds(share):
+        full, rest = divmod(tiles * chunks, share * multiprocessors)
+        return full * _ROUND[share] + _ROUND[-(-rest // multiprocessors)]
+
+    if lanes == 4 and rounds(2) <= rounds(3):
+        return plan._replace(chunks=chunks, save=4)
+    return plan._replace(chunks=chunks, min_blocks=3)
