@@ -7,6 +7,7 @@
 Random weights and tokens, greedy. The Transformer is transformers' Llama of as many parameters, run by `generate` with its
 default cache (flash attention through SDPA) and, with --compiled, a static cache and torch.compile. Parts:
 
+    prefill    a forward of 8 prompts of --prompt tokens, to the last token's logits, eager
     step       one token for each row, embedding to chosen token: median of steps, and the share of the bandwidth that reading
                weights and states once would take (measured in the run: a copy, counted both ways)
     generate   prompt and new tokens, prompt included in the time; second call; peak memory
@@ -185,6 +186,22 @@ def measure_steps(options: Options, clock: Clock, record: dict) -> None:
             released()
 
 
+def measure_prefill(options: Options, clock: Clock, record: dict) -> None:
+    print(f"\nprefill: 8 x {options.prompt}\n{'shape':6} {'ms':>8} {'tokens/s':>10}")
+    for shape in options.shapes:
+        model = mamba(shape, options.device)
+        ids = torch.randint(0, VOCABULARY, (8, options.prompt), device=options.device)
+        with torch.inference_mode():
+            seconds = fits(lambda m=model, i=ids: clock.median(lambda: m(i, use_cache=True, logits_to_keep=1), 10))
+        if seconds is None:
+            print(f"{shape:6} out of memory")
+        else:
+            print(f"{shape:6} {seconds * 1e3:8.2f} {ids.numel() / seconds:10,.0f}", flush=True)
+        record["prefill"].append({"shape": shape, "tokens": ids.numel(), "seconds": seconds})
+        del model
+        released()
+
+
 def measure_generate(options: Options, clock: Clock, record: dict) -> None:
     print(
         f"\ngenerate: {options.prompt} + {options.new} tokens\n{'shape':6} {'batch':>5} {'who':>22} {'tokens/s':>10} {'GiB':>6}"
@@ -349,7 +366,7 @@ def plot(record: dict, folder: Path) -> None:
 
 
 PARTS = {
-    "step": measure_steps, "generate": measure_generate, "length": measure_lengths, "long": measure_long,
+    "prefill": measure_prefill, "step": measure_steps, "generate": measure_generate, "length": measure_lengths, "long": measure_long,
     "draft": measure_draft,
 }  # fmt: skip
 

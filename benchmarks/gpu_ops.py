@@ -164,7 +164,7 @@ def sweep(interval):
     for layout in FORWARD_LAYOUTS:
         for shape in SHAPES:
             tiles = shape[0] * -(-shape[1] // layout.block_channels)
-            for chunks in [1] if tiles > 200 else [132 * waves // tiles + 1 for waves in (2, 3, 4, 6)]:
+            for chunks in [1] if tiles > 200 else [132 * waves // tiles + 1 for waves in (2, 3, 4, 8, 16)]:
                 plan = layout._replace(chunks=chunks)
                 gpu.forward_plan = lambda *_, plan=plan: plan
                 gpu._forward_call.cache_clear()
@@ -188,16 +188,23 @@ def describe(plan):
 
 
 FORWARD_LAYOUTS = [
-    gpu.Plan(1, 16, 1, 4, 3, 1),
-    gpu.Plan(1, 16, 1, 4, 4, 1, round=16),
-    gpu.Plan(2, 8, 1, 4, 3, 1),
-    gpu.Plan(2, 8, 1, 4, 4, 1),
+    *(gpu.Plan(2, 8, 1, 4, 4, 1, round=tokens) for tokens in (8, 16, 32, 64)),
+    *(gpu.Plan(2, 8, 1, 4, blocks, 1, round=16) for blocks in (3, 5)),
+    gpu.Plan(2, 8, 1, 2, 8, 1, round=16),
+    gpu.Plan(2, 8, 1, 1, 16, 1, round=16),
+    *(gpu.Plan(1, 16, 1, 4, 4, 1, round=tokens) for tokens in (8, 16)),
+    *(gpu.Plan(1, 16, 1, 2, 8, 1, round=tokens) for tokens in (8, 16)),
     gpu.Plan(4, 4, 2, 4, 4, 1, round=16),
+    gpu.Plan(4, 4, 1, 2, 8, 1),
+    gpu.Plan(4, 4, 1, 1, 16, 1, round=16),
 ]
 BACKWARD_LAYOUTS = [
     gpu.Plan(4, 4, 2, 4, 3, 1, segment=64, sub=4),
     gpu.Plan(4, 4, 2, 4, 2, 1, segment=64, sub=4, save=4),
-    gpu.Plan(4, 4, 2, 4, 3, 1, segment=32, sub=4, save=4),  # worth it with --interval 32 alone
+    gpu.Plan(4, 4, 2, 4, 3, 1, segment=32, sub=4, save=4),  # worth it with --interval 32 alone, as those below
+    gpu.Plan(4, 4, 2, 4, 4, 1, segment=16, sub=2, save=4),
+    gpu.Plan(4, 4, 2, 4, 4, 1, segment=32, sub=2),
+    gpu.Plan(4, 4, 2, 2, 6, 1, segment=32, sub=4, save=4),
 ]
 SWEEP_BACKWARD = [(16, 1536, 2048), (8, 4096, 2048), (1, 4096, 32768), (1, 1024, 2048)]
 

@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ def check() -> None:
     assert error < 1e-3, f"the gradient is {error:.1e} off: nothing is timed"
 
 
-def measure(width: int, layers: int, batch: int, length: int, how: str, steps: int) -> dict:
+def measure(width: int, layers: int, batch: int, length: int, how: str, steps: int, profiled: bool) -> dict:
     captured = how != "eager"
     torch.manual_seed(0)
     torch.cuda.empty_cache()
@@ -75,7 +76,18 @@ def measure(width: int, layers: int, batch: int, length: int, how: str, steps: i
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
+    if profiled:
+        print_kernels(lambda: run.run(rows[0], begins))
     return {"ms": statistics.median(times), "gib": torch.cuda.max_memory_allocated() / 2**30}
+
+
+def print_kernels(step: Callable[[], object], most: int = 25) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    rows = sorted(profile.key_averages(), key=lambda row: -row.device_time_total)
+    for row in rows[:most]:
+        print(f"  {row.device_time_total / 1e3:9.3f} ms {row.count:6}  {row.key[:120]}")
 
 
 def main() -> None:
@@ -84,6 +96,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--eager", action="store_true", help="eager steps too")
     parser.add_argument("--recompute", action="store_true", help="and with recompute_selection: less memory, more work")
+    parser.add_argument(
+        "--profile", action="store_true", help="and the kernels of one step that take longest, by torch's profiler"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
@@ -95,7 +110,7 @@ def main() -> None:
         if arguments.only and name != arguments.only:
             continue
         for how in ["graph", *["eager"] * arguments.eager, *["recompute"] * arguments.recompute]:
-            result = measure(width, layers, batch, length, how, arguments.steps)
+            result = measure(width, layers, batch, length, how, arguments.steps, arguments.profile)
             rate = batch * length / result["ms"] * 1e3
             print(
                 f"{name:6} {batch:>4} x {length:>5} {how:>9} {result['ms']:8.1f} {rate:10,.0f} {result['gib']:6.1f} {rate / peer:17.2f}x",
