@@ -37,6 +37,7 @@ from experiments.harness import (
     Budget,
     Results,
     Step,
+    choose_rates,
     device_of,
     half_precision,
     parameter_count,
@@ -231,23 +232,25 @@ def markov_baseline(genome: Tensor, heldout: Tensor, settings: Genomics) -> dict
 
 
 def choose(kind: str, kept: Tensor, validation: Tensor, settings: Genomics) -> tuple[float, int, list[dict]]:
-    """The rate and the number of steps with the least validation loss, and every trial."""
-    trials: list[dict] = []
+    """The rate and the number of steps with the least validation loss, and every trial; what has no rival is not tried."""
+    first, *others = settings.steps
 
     def trial(rate: float, steps: int) -> float:
         run = Run(kind, TUNING_SEED, rate, kept, settings)
         run.go(steps, 0.0)
-        trials.append(
-            {"model": kind, "learning_rate": rate, "steps": steps, "validation_loss": run.validation_loss(validation)}
-        )
-        say(f"  {trials[-1]}")
-        return trials[-1]["validation_loss"]
+        return run.validation_loss(validation)
 
-    first, *others = settings.steps
-    losses = {rate: trial(rate, first) for rate in settings.learning_rates}
-    rate = min(losses, key=losses.__getitem__)
-    by_steps = {first: losses[rate]} | {steps: trial(rate, steps) for steps in others}
-    return rate, min(by_steps, key=by_steps.__getitem__), trials
+    rates, trials = choose_rates((kind,), settings.learning_rates, lambda _, rate: trial(rate, first))
+    trials = [{**found, "steps": first} for found in trials]
+    rate = rates[kind]
+    if not others:
+        return rate, first, trials
+    losses = {found["steps"]: found["validation_loss"] for found in trials if found["learning_rate"] == rate}
+    for steps in others if losses else settings.steps:
+        losses[steps] = trial(rate, steps)
+        trials.append({"model": kind, "learning_rate": rate, "steps": steps, "validation_loss": losses[steps]})
+        say(f"  {trials[-1]}")
+    return rate, min(losses, key=losses.__getitem__), trials
 
 
 def main(arguments: list[str] | None = None) -> Results:
