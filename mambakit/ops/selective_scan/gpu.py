@@ -444,7 +444,10 @@ def backward(
     dy, dfinal, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval,
     dz=None,
 ):  # fmt: skip
-    """`mambakit::selective_scan_backward`; the gradient of z into ``dz`` (b, l, d) where it is given."""
+    """`mambakit::selective_scan_backward`; the gradient of z into ``dz`` (b, l, d) where it is given.
+
+    Its channels are adjacent; where d is a multiple of 4, its other strides and its place in memory are, too.
+    """
     other = _elsewhere(u, A)
     if other is not None:
         found = other.backward(
