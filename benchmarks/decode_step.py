@@ -1,7 +1,9 @@
-"""The persistent decode step on one NVIDIA GPU: how its queue of weights and its warps are chosen, and where its time goes.
+"""The decode steps on one NVIDIA GPU: how the persistent kernel's queue of weights is chosen, where its time goes, and which way serves
+how many rows.
 
     python benchmarks/decode_step.py                          # the shapes and formats below, the chosen variant and its rivals
     python benchmarks/decode_step.py --shapes 130m --rows 1 8 --formats plain int4
+    python benchmarks/decode_step.py --ways --rows 1 4 8 16 32 64 128     # every way that can serve so many rows
 
 `ms` is the median of graph replays, bfloat16, random weights; a variant whose logits are further than 1.2e-2 from the model's
 forward is printed as WRONG. `queue 6, 2, 1`: 6 slots of each warp's ring, 2 of them filled again at once at the end of a phase, 1
@@ -14,6 +16,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mambakit
 from mambakit.models.graph_step import gpu_weights
+from mambakit.ops.decode import few_rows_gpu, many_rows_gpu, persistent
 from mambakit.ops.decode.persistent import PARTS, PersistentStep
 
 SHAPES = {"130m": (768, 24), "370m": (1024, 48), "790m": (1536, 48), "1.4b": (2048, 48), "2.8b": (2560, 64)}
@@ -62,7 +66,31 @@ def compiled(model, rows: int, variants: list[dict]) -> dict[int, PersistentStep
         return dict(enumerate(pool.map(attempt, variants)))
 
 
-def milliseconds(step: PersistentStep, rounds: int) -> float:
+def ways(model, rows: int) -> dict[str, Callable[[bool], torch.Tensor]]:
+    """The steps that can serve so many rows, by name."""
+    weights, cache = gpu_weights(model), model.backbone.new_cache(rows)
+
+    def states() -> tuple[torch.Tensor, torch.Tensor]:
+        own = model.backbone.new_cache(rows)
+        return own.conv_states, own.ssm_states
+
+    tokens = torch.full((rows, 1), TOKEN, device="cuda")
+    found: dict[str, Callable[[bool], torch.Tensor]] = {
+        "forward": lambda choose: model(tokens, cache_params=cache).logits[:, -1],
+    }
+    if persistent.why_not(weights, rows, cache.conv_states.dtype) is None:
+        found["persistent"] = step_of(model, rows)
+    if rows <= few_rows_gpu.MOST_ROWS:
+        found["few rows"] = few_rows_gpu.FewRowsStep(weights, *states(), capacity=8)
+    if weights.kind is None and rows <= many_rows_gpu.MOST_ROWS:
+        found["many rows"] = many_rows_gpu.ManyRowsStep(weights, *states(), capacity=8)
+    for step in found.values():
+        if hasattr(step, "tokens"):
+            step.tokens.fill_(TOKEN)
+    return found
+
+
+def milliseconds(step: Callable[[bool], torch.Tensor], rounds: int) -> float:
     step(True)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -87,6 +115,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--clock", action="store_true")
+    parser.add_argument("--ways", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -99,6 +128,14 @@ def main() -> None:
             for rows in options.rows:
                 ids = torch.full((rows, 1), TOKEN, device="cuda")
                 expected = model(ids, cache_params=model.backbone.new_cache(rows)).logits[:, -1].float()
+                if options.ways:
+                    for name, step in ways(model, rows).items():
+                        error = float((step(False).float() - expected).norm() / expected.norm())
+                        ms = milliseconds(step, options.rounds)
+                        wrong = "" if error < 1.2e-2 else f"  WRONG, {error:.1e}"
+                        print(f"{shape} {format:>5} x {rows}  {name}: {ms:.4f} ms{wrong}", flush=True)
+                        results.append({"shape": shape, "format": format, "rows": rows, "way": name, "ms": ms})
+                    continue
                 variants = [{}, *RIVALS]
                 for index, step in compiled(model, rows, variants).items():
                     name = f"{shape} {format:>5} x {rows}  {variants[index] or 'chosen'}"

@@ -52,7 +52,8 @@ class GraphStep:
     """One token for each of ``rows`` texts, as one CUDA graph over a state of its own.
 
     A plain model in one floating dtype, int8 or int4 runs the kernels of `mambakit.ops.decode`: one that stays on the card up
-    to 8 rows, else Triton's (int8, int4: up to 4 rows). Any other (FalconMamba, with adapters) is captured as its own forward. Captured when made; `load` and `store` move states in and out.
+    to 8 rows (wide models fewer), else Triton's (up to 128 rows; int8 and int4 up to 4). Any other (FalconMamba, with adapters, more rows) is captured
+    as its own forward. Captured when made; `load` and `store` move states in and out.
 
     Attributes:
         tokens: (rows,) int64, what the next step reads. With ``choose`` (the default) it is also what the step leaves: the
@@ -124,17 +125,22 @@ def _fused(model: Any, cache: MambaCache, capacity: int) -> Any:
     """The step's own kernels over this cache: one that stays on the card, or Triton's; None where the forward must do."""
     if not _plain(model, cache):
         return None
-    weights = gpu_weights(model)
-    if persistent.why_not(weights, cache.max_batch_size, cache.conv_states.dtype) is None:
-        return persistent.PersistentStep(weights, cache.conv_states, cache.ssm_states, capacity)
-    if importlib.util.find_spec("triton") is None:  # `mambakit env` says so
+    weights, rows, width = gpu_weights(model), cache.max_batch_size, model.config.hidden_size
+    states = cache.conv_states, cache.ssm_states
+    triton = importlib.util.find_spec("triton") is not None  # `mambakit env` says so
+    # Measured on an H100 (docs/kernels.md): the rows of a wide model from which Triton's kernels are the faster ones, and the forward.
+    stays = rows * width <= 12800 or weights.kind is not None or not triton
+    if stays and persistent.why_not(weights, rows, cache.conv_states.dtype) is None:
+        return persistent.PersistentStep(weights, *states, capacity)
+    if not triton:
         return None
-    from mambakit.ops.decode import gpu
+    from mambakit.ops.decode import few_rows_gpu, many_rows_gpu
 
-    most = gpu.FEW if isinstance(model.lm_head, QuantizedLinear) else gpu.most_rows(model.config.hidden_size)
-    if cache.max_batch_size > most:
-        return None
-    return gpu.DecodeStep(weights, cache.conv_states, cache.ssm_states, capacity)
+    if rows <= few_rows_gpu.MOST_ROWS:
+        return few_rows_gpu.FewRowsStep(weights, *states, capacity)
+    if weights.kind is None and rows <= (many_rows_gpu.MOST_ROWS if width < 2560 else 64):
+        return many_rows_gpu.ManyRowsStep(weights, *states, capacity)
+    return None
 
 
 class TrialStep:

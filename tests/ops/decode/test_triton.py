@@ -1,4 +1,4 @@
-"""The Triton decode step against the model's forward: on a GPU, and in Triton's interpreter."""
+"""Triton's decode steps, of few rows and of many, against the model's forward: on a GPU, and in Triton's interpreter."""
 
 import copy
 import os
@@ -16,7 +16,8 @@ from triton.compiler import ASTSource
 from mambakit import MambaConfig, MambaForCausalLM
 from mambakit.models.graph_step import gpu_weights
 from mambakit.modules.quantized_linear import QuantizedLinear
-from mambakit.ops.decode import gpu
+from mambakit.ops.decode import few_rows_gpu as few
+from mambakit.ops.decode import many_rows_gpu as many
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [
@@ -26,7 +27,13 @@ DEVICES = [
         marks=[pytest.mark.cuda, pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU")],
     ),
 ]
-SMALL = {name: gpu.Tile(16, 32, 4, 2) for name in ("in_proj", "x_proj", "out_proj", "head")}
+SMALL = {
+    few.FewRowsStep: {name: few.Tile(16, 32, 4, 2) for name in ("in_proj", "x_proj", "out_proj", "head")},
+    many.ManyRowsStep: {
+        "in_proj": many.Product(16, 32, 4, 2, 2), "x_proj": many.Product(16, 16, 4, 2, 3), "out_proj": many.Product(16, 32, 4, 2, 2),
+        "head": many.Product(16, 32, 4, 2), "conv": many.Tile(16, 4, 4), "scan": many.Tile(16, 2, 4),
+    },
+}  # fmt: skip
 SHAPES = {
     "plain": {},
     "biases": {"use_bias": True, "use_conv_bias": False, "state_size": 8, "conv_kernel": 3},
@@ -41,23 +48,34 @@ def made(shape: dict, dtype: torch.dtype, device: str) -> MambaForCausalLM:
     return MambaForCausalLM(config).to(device, dtype).eval()
 
 
-def step_of(model, cache, **options) -> gpu.DecodeStep:
-    return gpu.DecodeStep(gpu_weights(model), cache.conv_states, cache.ssm_states, **options)
+def step_of(model, cache, kind=None, tiles=None, **options):
+    kind = kind or (few.FewRowsStep if cache.max_batch_size <= few.MOST_ROWS else many.ManyRowsStep)
+    options |= {"tiles" if kind is few.FewRowsStep else "chosen": tiles}
+    return kind(gpu_weights(model), cache.conv_states, cache.ssm_states, **options)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("rows", [1, 3, 9])
-@pytest.mark.parametrize("tiles", [SMALL, None], ids=["small tiles", "own tiles"])
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        (few.FewRowsStep, 1),
+        (few.FewRowsStep, 3),
+        (many.ManyRowsStep, 2),
+        (many.ManyRowsStep, 17),
+        (many.ManyRowsStep, 65),
+    ],
+)
+@pytest.mark.parametrize("small", [True, False], ids=["small tiles", "own tiles"])
 @torch.no_grad()
-def test_the_models_logits_and_states(device, shape, rows, tiles):
-    plain = not shape and rows == (9 if tiles else 1)
-    if INTERPRETED and not plain and not (tiles and rows == 3):
+def test_the_models_logits_and_states(device, shape, kind, rows, small):
+    if INTERPRETED and not (rows in (2, 3) if small else not shape and rows in (1, 17)):
         pytest.skip("too slow in the interpreter")
+    tiles = SMALL[kind] if small else None
     model = made(shape, torch.float32, device)
     ids = torch.randint(0, 97, (rows, 7), device=device)
     cache = model(ids[:, :3], use_cache=True).cache_params
-    step = step_of(model, cache, capacity=4, tiles=tiles)
+    step = step_of(model, cache, kind, tiles, capacity=4)
     whole = model(ids, use_cache=True)
     chosen = []
     for t in range(3, 7):
@@ -91,7 +109,12 @@ def test_packed_weights(device, format, group, shape, rows):
             widened.set_submodule(name, plain)
     ids = torch.randint(0, 97, (rows, 5), device=device)
     cache = widened(ids[:, :3], use_cache=True).cache_params
-    step = step_of(model, cache, tiles={name: gpu.Tile(16, 128, 4, 2) for name in SMALL} if rows == 3 else None)
+    step = step_of(
+        model,
+        cache,
+        few.FewRowsStep,
+        {n: few.Tile(16, 128, 4, 2) for n in SMALL[few.FewRowsStep]} if rows == 3 else None,
+    )
     whole = widened(ids, use_cache=True)
     for t in range(3, 5):
         step.tokens.copy_(ids[:, t])
@@ -101,7 +124,7 @@ def test_packed_weights(device, format, group, shape, rows):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32, 64, 128])
 @torch.no_grad()
 def test_bfloat16_is_no_worse_than_the_forward_and_a_row_is_its_own(rows):
     model = made({"hidden_size": 768, "num_hidden_layers": 4, "vocab_size": 1000}, torch.bfloat16, "cuda")
@@ -126,7 +149,7 @@ def test_bfloat16_is_no_worse_than_the_forward_and_a_row_is_its_own(rows):
 
 def test_what_it_cannot_serve():
     model = made({}, torch.float32, "cpu")
-    cache = model.backbone.new_cache(gpu.MOST_ROWS + 1)
+    cache = model.backbone.new_cache(many.MOST_ROWS + 1)
     with pytest.raises(ValueError, match="it serves 1 to"):
         step_of(model, cache)
     cache = model.backbone.new_cache(2)
@@ -134,8 +157,10 @@ def test_what_it_cannot_serve():
     with pytest.raises(ValueError, match="contiguous"):
         step_of(model, cache)
     packed = made({}, torch.float32, "cpu").quantize("int8")
-    with pytest.raises(ValueError, match="5 rows with packed weights; it serves 1 to 4"):
+    with pytest.raises(ValueError, match="these are packed; FewRowsStep serves them"):
         step_of(packed, packed.backbone.new_cache(5))
+    with pytest.raises(ValueError, match="5 rows; it serves 1 to 4"):
+        step_of(packed, packed.backbone.new_cache(5), few.FewRowsStep)
     packed.lm_head = model.lm_head
     with pytest.raises(ValueError, match="of different kinds"):
         step_of(packed, packed.backbone.new_cache(1))
@@ -157,22 +182,79 @@ def compiled_for_hopper(kernel, constants: dict, types: dict) -> bytes:
 @pytest.mark.parametrize("rows", [1, 4])
 def test_products_compile(bits, rows):
     """At the 1.4b shape, tied to the tiles of few rows."""
-    types = dict.fromkeys(("residual", "scales", "logits", "best", "parts", "conv_state"), "*fp32")
+    types = dict.fromkeys(("residual", "scales", "logits", "best", "sums", "conv_state"), "*fp32")
     types |= dict.fromkeys(("norm", "bias", "conv", "conv_bias", "u", "z", "y"), "*bf16")
     types |= {"weight": {0: "*bf16", 8: "*i8", 4: "*i16"}[bits], "best_token": "*i32", "eps": "fp32"}
     h, d, r, v = 2048, 4096, 160, 50280
-    common = {"BITS": bits, "GROUP": 64 if bits else 0, "BB": rows, "DOT": False, "CHAINED": False}
+    common = {"BITS": bits, "GROUP": 64 if bits else 0, "BB": rows}
     common |= {} if bits else {"scales": None}
-    tiles = gpu._tiles(rows, h, d)
+    tiles = few._tiles(rows, h)
     for kernel, name, constants in (
-        (gpu._in_proj, "in_proj", {"H": h, "D": d, "WIDTH": 4, "HAS_BIAS": False, "bias": None, "HAS_CONV_BIAS": True}),
-        (gpu._x_proj, "x_proj", {"R": r, "D": d, "COLUMNS": d}),
-        (gpu._out_proj, "out_proj", {"H": h, "D": d, "HAS_BIAS": False, "bias": None}),
-        (gpu._head, "head", {"H": h, "V": v, "BLOCKS": 3143}),
+        (few._in_proj, "in_proj", {"H": h, "D": d, "WIDTH": 4, "HAS_BIAS": False, "bias": None, "HAS_CONV_BIAS": True}),
+        (few._x_proj, "x_proj", {"R": r, "D": d}),
+        (few._out_proj, "out_proj", {"H": h, "D": d, "HAS_BIAS": False, "bias": None}),
+        (few._head, "head", {"H": h, "V": v, "BLOCKS": 3143}),
     ):
         tile = tiles[name]
         constants |= common | {"BK": tile.BK, "BN": tile.BN, "STAGES": tile.stages}
         assert compiled_for_hopper(kernel, constants, types)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("rows", [16, 128])
+def test_the_kernels_of_many_rows_compile(rows):
+    """At the 1.4b shape, as `plans` cuts it."""
+    types = dict.fromkeys(("residual", "parts", "xz", "logits", "best", "state", "A_log", "dt_bias", "D_skip"), "*fp32")
+    types |= dict.fromkeys(("x", "norm", "conv_state", "conv", "conv_bias", "u", "y", "weight", "dt_proj"), "*bf16")
+    types |= {"best_token": "*i32", "eps": "fp32"}
+    h, d, r, v = 2048, 4096, 160, 50280
+    plan = many.plans(rows, 16)
+    for name, n, k in (("in_proj", 2 * d, h), ("x_proj", r, d), ("out_proj", h, d)):
+        p = plan[name]
+        columns = k // p.splits
+        constants = {"N": n, "K": k, "COLUMNS": columns, "BB": rows, "BK": p.BK, "BN": p.BN, "STAGES": p.stages}
+        assert compiled_for_hopper(many._product, constants, types)
+    p = plan["head"]
+    constants = {"H": h, "V": v, "BLOCKS": 393, "BB": rows, "BK": p.BK, "BN": p.BN, "STAGES": p.stages}
+    assert compiled_for_hopper(many._head, constants, types)
+    plain = {"HAS_BIAS": False, "bias": None}
+    tile = plan["conv"]
+    constants = {
+        "D": d,
+        "WIDTH": 4,
+        "TAPS": 4,
+        "SPLITS": 1,
+        "BD": tile.channels,
+        "ROWS": tile.rows,
+        "HAS_CONV_BIAS": True,
+    }
+    assert compiled_for_hopper(many._conv, constants | plain, types)
+    tile = plan["scan"]
+    constants = {
+        "R": r,
+        "D": d,
+        "RANK": 128,
+        "N": 16,
+        "SPLITS": 8,
+        "XZ_SPLITS": 1,
+        "BD": tile.channels,
+        "BR": 128,
+        "BS": 16,
+    }
+    assert compiled_for_hopper(many._scan, constants | plain | {"ROWS": tile.rows}, types)
+    assert compiled_for_hopper(many._norm, {"H": h, "SIZE": h, "SPLITS": 4} | plain, types)
+
+
+def test_plans_fit_the_shared_memory_there_is():
+    wide = many.Product(64, 64, 4, 6).within(128, 2, 227 * 1024)
+    assert wide == many.Product(64, 64, 4, 6)
+    assert many.Product(64, 64, 4, 6).within(128, 2, 99 * 1024) == many.Product(64, 64, 4, 5)
+    narrow = many.Product(64, 64, 4, 6).within(128, 4, 40 * 1024)
+    assert narrow == many.Product(64, 32, 4, 2)
+    for rows in (1, 16, 17, 64, 65, 128):
+        for n in (1, 16, 64, 256):
+            tile = many.plans(rows, n)["scan"]
+            assert tile.channels * tile.rows * n <= 8192
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the one that starts it")
