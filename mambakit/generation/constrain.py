@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from mambakit.generation.stream import Sampling
+from mambakit.generation.stream import Sampling, token_number
 
 # Between the tokens of a JSON text exactly what Python's json.dumps writes: a small model left to choose white space can
 # go on choosing it. A schema's own "x-guidance" overrides these.
@@ -251,7 +251,7 @@ class ConstrainedSampling(Sampling):
 
         def choose_allowed(ids: Tensor, logits: Tensor) -> Tensor:
             token = choose(ids, mask_logits_(logits.clone(), [matcher]))
-            matcher.accept(int(token))
+            matcher.accept(token_number(int(token)))
             return token
 
         return choose_allowed

@@ -1,11 +1,13 @@
 """Many texts at once: prompts of any lengths, rows that end on their own and are filled again.
 
-A pool of state rows decodes together, one token a row and step, by the model's fastest step. A finished row is free at once
-for the next request. Prompts are read a chunk between steps, so that a long one does not hold up those who write.
+The rows are those that `generate` writes with, `mambakit.models.rows.DecodingRows`: a pool of states that decodes together, one token
+a row and step, by the model's fastest step. Here a finished row is free at once for the next request. Prompts are read a chunk
+between steps, so that a long one does not hold up those who write.
 
 A text does not depend on its neighbours: every request has its own random numbers, and each prompt is read on its own in chunks
 that start at its own beginning; on a CPU, where a row's step has the same bits in any batch, tokens are the same whatever else
-is there. On a GPU the step always runs on all ``rows``, so that its products are cut the same way.
+is there, and free rows are left out of the step where few of many write. Elsewhere the step always runs on all ``rows``, so that
+its products are cut the same way.
 """
 
 from __future__ import annotations
@@ -18,12 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.generation.stream import Sampling, _end_tokens
-from mambakit.models.graph_step import GraphStep, graphs_serve
+from mambakit.generation.stream import Sampling, _end_tokens, token_number
 from mambakit.models.prompt import read_prompt
-from mambakit.models.step import native_serves, token_step
+from mambakit.models.rows import DecodingRows
 from mambakit.modules import MambaCache
-from mambakit.ops.linear.api import MOST_ROWS
 
 
 @dataclass(eq=False)
@@ -107,10 +107,7 @@ class Engine:
         self._ends = _end_tokens(model)
         self._active: list[_Row | None] = []
         self._reading: _Reading | None = None
-        self._step: Callable[[Tensor], Tensor] | None = None
-        self._pool = model.backbone.new_cache(0)
-        # Where bits do not depend on the number of rows, the pool is no larger than it must be.
-        self._elastic = native_serves(model, model.backbone.new_cache(1)) and rows <= MOST_ROWS
+        self._pool = DecodingRows(model, rows)
 
     @property
     def busy(self) -> int:
@@ -139,16 +136,10 @@ class Engine:
         """Read a chunk of prompts into free rows, each of which then has its first token; then one token more for every row."""
         self._drop_cancelled()
         chosen = self._admit()
+        self._leave_out_free_rows()
         going = [(i, row) for i, row in enumerate(self._active) if row is not None]
         if going:
-            tokens = torch.zeros(len(self._active), dtype=torch.int64)
-            for i, row in going:
-                tokens[i] = row.request.tokens[-1]
-            assert self._step is not None
-            logits = self._step(tokens.to(self.model.device))
-            chosen += [
-                (row.request, token) for i, row, token in self._choose(going, logits) if self._take(i, row, token)
-            ]
+            chosen += [(row.request, token) for i, row, token in self._write(going) if self._take(i, row, token)]
         return chosen
 
     def _admit(self) -> list[tuple[Request, int]]:
@@ -166,7 +157,7 @@ class Engine:
                 continue
             self._reading = None
             request, index = reading.request, self._free_row()
-            self._pool.copy_(reading.cache, [0], [index])
+            self._pool.put(index, reading.cache)
             context = () if request.context is None else (request.context.to(reading.ids.device)[None],)
             read = torch.cat([*context, reading.ids], 1)
             row = self._active[index] = _Row(request, request.sampling.chooser(read.device), read)
@@ -181,18 +172,24 @@ class Engine:
         cache = self.model.backbone.new_cache(1) if request.state is None else request.state.clone()
         return _Reading(request, cache, request.prompt_ids.to(self.model.device)[None])
 
-    def _choose(self, going: list[tuple[int, _Row]], logits: Tensor) -> list[tuple[int, _Row, int]]:
-        """Each row's token; where all want the likeliest, in one go. The device is waited for once."""
+    def _write(self, going: list[tuple[int, _Row]]) -> list[tuple[int, _Row, int]]:
+        """Each row's next token; where all want the likeliest, the step chooses. The device is waited for once."""
+        last = torch.zeros(len(self._active), dtype=torch.int64)
+        for i, row in going:
+            last[i] = row.request.tokens[-1]
+        last = last.to(self.model.device)
         plain = Sampling(temperature=0)
         if all(row.request.sampling == plain for _, row in going):
-            best = logits.argmax(-1).tolist()
+            best = self._pool.likeliest(last, 1)[:, 0].tolist()
             return [(i, row, best[i]) for i, row in going]
+        logits = self._pool.step(last)
         tokens = torch.cat([row.choose(row.read, logits[i : i + 1]) for i, row in going]).tolist()
         return [(i, row, token) for (i, row), token in zip(going, tokens, strict=True)]
 
     def _take(self, index: int, row: _Row, token: int) -> bool:
         """Note a row's token; False where it is the end of the text."""
         request = row.request
+        token = token_number(token)
         if token in self._ends:
             self._finish(index, "stop")
             return False
@@ -208,7 +205,7 @@ class Engine:
         assert row is not None
         row.request.finish_reason = row.request.finish_reason or reason
         if row.request.keep_state:
-            row.request.final_state = self._pool.select([index])
+            row.request.final_state = self._pool.copy_of(index)
         self._active[index] = None
 
     def _drop_cancelled(self) -> None:
@@ -220,26 +217,11 @@ class Engine:
 
     def _free_row(self) -> int:
         if None not in self._active:
-            self._resize(1 if not self._active else min(self.rows, 2 * len(self._active)))
+            self._active += [None] * self._pool.grow()
         return self._active.index(None)
 
-    def _resize(self, size: int) -> None:
-        """A pool of ``size`` rows (all of them, where it is not elastic) that holds the rows of this one."""
-        size = size if self._elastic else self.rows
-        old, self._pool = self._pool, self.model.backbone.new_cache(size)
-        if self.model.device.type == "cuda" and graphs_serve(self.model):
-            graph = GraphStep(self.model, size, choose=False)
-            self._pool = graph.cache
-            self._pool.reset(list(range(size)))
-
-            def step(tokens: Tensor) -> Tensor:
-                graph.tokens.copy_(tokens)
-                return graph()
-
-            self._step = step
-        else:
-            self._step = token_step(self.model, self._pool)
-        rows = list(range(len(self._active)))
-        if rows:
-            self._pool.copy_(old, rows, rows)
-        self._active += [None] * (size - len(self._active))
+    def _leave_out_free_rows(self) -> None:
+        """Where few of many still write and nobody waits, a step need not be one of all rows."""
+        kept = [i for i, row in enumerate(self._active) if row is not None]
+        if kept and not self.waiting and self._reading is None and self._pool.shrink(kept):
+            self._active = [self._active[i] for i in kept]

@@ -9,9 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.models.choosing import NOTHING_TO_DRAW, draw
 from mambakit.models.prompt import read_prompt
 from mambakit.models.step import token_step
 from mambakit.modules import MambaCache
+
+NOTHING = -1  # what is chosen where nothing can be drawn
+
+
+def token_number(chosen: int) -> int:
+    """The token that a chooser chose, on the host; RuntimeError where the logits were no numbers."""
+    if chosen == NOTHING:
+        raise RuntimeError(NOTHING_TO_DRAW)
+    return chosen
 
 
 @dataclass
@@ -54,7 +64,7 @@ class Sampling:
         return by_text, by_row
 
     def chooser(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-        """(all tokens so far (1, l), logits (1, v)) -> the next token (1,)."""
+        """(all tokens so far (1, l), logits (1, v)) -> the next token (1,), without waiting for the device; `token_number` reads it."""
         generator = torch.Generator(device)
         if self.seed is None:
             generator.seed()
@@ -66,7 +76,8 @@ class Sampling:
             scores = by_row(ids, by_text(ids, logits))
             if self.temperature == 0:
                 return scores.argmax(-1)
-            return torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(1)
+            token, sane = draw(scores.softmax(-1), generator)
+            return token.masked_fill(~sane, NOTHING)
 
         return choose
 
@@ -124,7 +135,7 @@ class Stream:
         shown = StoppingDecoder(self.tokenizer, self.stop)
         while len(self.tokens) < self.max_new_tokens:
             token = choose(ids, logits)
-            number = int(token)
+            number = token_number(int(token))
             if number in ends:
                 self.finish_reason = "stop"
                 break

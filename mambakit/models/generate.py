@@ -1,7 +1,7 @@
 """generate(): transformers' GenerationMixin, made exact for a model whose cache is a state.
 
 What is done here and not there: prompts padded on any side, a state that already holds tokens, prompts read in chunks
-(``prefill_chunk_size``), and a ``seed`` of the call's own.
+(``prefill_chunk_size``), a ``seed`` of the call's own, and tokens chosen without waiting for the device.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from transformers import GenerationMixin
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from mambakit.models.choosing import WITHOUT_WAITING, Choosing
 from mambakit.models.graph_step import graphs_serve
 from mambakit.models.inputs import require_mamba_cache
 from mambakit.models.pretrained import MambaPreTrainedModel
 from mambakit.models.prompt import read_prompt, reads_in_pieces
-from mambakit.models.token_loop import GeneratingSteps, greedy_tokens
+from mambakit.models.token_loop import GeneratingSteps, write_tokens
 from mambakit.modules import MambaCache
 
 # Tokens of all rows that a prefill reads at once: enough to keep the device busy, and a bound on its memory.
@@ -35,7 +36,8 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_config=None, *args, seed: int | None = None, **kwargs):
-        """Generate tokens. Arguments and results are transformers' `GenerationMixin.generate`, and besides:
+        """Generate tokens. Arguments and results are transformers' `GenerationMixin.generate`; greedy and sampled tokens are chosen
+        without waiting for the device where nothing looks at them in between (docs/generation.md). And besides:
 
         Args:
             inputs: (b, l) prompt ids, padded on either side as ``attention_mask`` says; each row continues after its
@@ -87,6 +89,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         copies = max(_setting(kwargs, settings, "num_beams", 1), _setting(kwargs, settings, "num_return_sequences", 1))
         use_cache = _setting(kwargs, settings, "use_cache", True)
         steps = GeneratingSteps(self)
+        given_cache = cache
         limit = _TOKENS_AT_ONCE.get(self.device.type, 2**14)
         whole = bool(_setting(kwargs, settings, "output_hidden_states", False))  # asks for the whole prompt's
         alone = copies == 1 and use_cache and not whole and reads_in_pieces(self, input_ids.shape[0])
@@ -105,6 +108,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
             if copies > 1:
                 cache = cache.clone()
                 cache.batch_repeat_interleave(copies)
+            steps.own_cache = None if cache is given_cache else cache
             kwargs["cache_params"] = cache
             kwargs["cached_columns"] = cached
         before = _steps.set(steps)
@@ -141,12 +145,11 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         streamer=None,
         **kwargs,
     ):
-        """transformers' token loop, or where tokens are the most probable ones and nothing looks at them in between, a loop of
-        nothing but steps; a GPU then says no word to the host until a row may have ended."""
-        wanted = ("do_sample", "output_scores", "output_logits", "output_hidden_states", "output_attentions")
-        looked_at = (
-            synced_gpus or streamer is not None or len(logits_processor) > 0 or not kwargs.get("use_cache", True)
-        )
+        """transformers' token loop, or the same tokens from a loop of our own (`write_tokens`), where nothing looks at them in
+        between and no processor waits for the device; a GPU then says no word to the host until texts may have ended."""
+        wanted = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
+        looked_at = synced_gpus or streamer is not None or not kwargs.get("use_cache", True)
+        looked_at = looked_at or any(type(p) not in WITHOUT_WAITING for p in logits_processor)
         looked_at = looked_at or any(getattr(generation_config, name, None) for name in wanted)
         looked_at = looked_at or any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in stopping_criteria)
         looked_at = looked_at or bool(self._forward_hooks or self._forward_pre_hooks)
@@ -157,12 +160,19 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         output = self(
             **self.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs), return_dict=True
         )
-        cache, first = output.cache_params, output.logits[:, -1].argmax(-1)
-        del output
-        ends = [c.eos_token_id.to(first.device) for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
+        cache, logits = output.cache_params, output.logits[:, -1]
+        ends = [c.eos_token_id.to(self.device) for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
         most = min(c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)) - input_ids.shape[1]
-        padding = int(generation_config._pad_token_tensor) if ends else 0  # what follows a row's first end
-        tokens = greedy_tokens(self, cache, first, most, torch.cat(ends) if ends else None, padding)
+        choose = Choosing(
+            list(logits_processor),
+            sample=bool(generation_config.do_sample),
+            ends=torch.cat(ends) if ends else None,
+            padding=int(generation_config._pad_token_tensor) if ends else 0,
+        )
+        given, steps = kwargs.get("cache_params"), _steps.get()
+        own = given is None or (steps is not None and steps.own_cache is given)
+        kept = bool(generation_config.return_dict_in_generate) or not own
+        tokens = write_tokens(self, cache, input_ids, logits, most, choose, kept)
         sequences = torch.cat([input_ids, tokens], 1)
         if not generation_config.return_dict_in_generate:
             return sequences

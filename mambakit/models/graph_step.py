@@ -56,12 +56,12 @@ class GraphStep:
     as its own forward. Captured when made; `load` and `store` move states in and out.
 
     Attributes:
-        tokens: (rows,) int64, what the next step reads. With ``choose`` (the default) it is also what the step leaves: the
-            most probable token of each row, kept in ``history[:, i]`` after step i.
+        tokens: (rows,) int64, what the next step reads, and what a step leaves: the most probable token of each row, kept in
+            ``history[:, i]`` after step i.
         logits: (rows, v) float32 of the last step.
     """
 
-    def __init__(self, model: Any, rows: int, choose: bool = True, capacity: int = 64):
+    def __init__(self, model: Any, rows: int, capacity: int = 64):
         self.model, self.rows, self.capacity = model, rows, capacity
         self._place = _place(model)
         self.cache = model.backbone.new_cache(rows)
@@ -73,7 +73,7 @@ class GraphStep:
             self.logits = run.logits
 
             def step() -> None:
-                run(choose)
+                run(True)
         else:
             self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
             self.history = torch.zeros(rows, capacity, dtype=torch.int64, device=device)
@@ -82,10 +82,9 @@ class GraphStep:
 
             def step() -> None:
                 self.logits.copy_(model(self.tokens[:, None], cache_params=self.cache).logits[:, -1])
-                if choose:
-                    torch.argmax(self.logits, -1, out=self.tokens)
-                    at = self.position.clamp(max=capacity - 1).expand(rows, 1)
-                    self.history.scatter_(1, at, self.tokens[:, None])
+                torch.argmax(self.logits, -1, out=self.tokens)
+                at = self.position.clamp(max=capacity - 1).expand(rows, 1)
+                self.history.scatter_(1, at, self.tokens[:, None])
                 self.position += 1
 
         # Kernels are compiled before the capture, on a stream of their own as a capture asks.

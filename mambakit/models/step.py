@@ -30,10 +30,10 @@ def token_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:
         return native_step(model, cache)
     from mambakit.models.graph_step import graph_token_step, graphs_serve  # which imports from here
 
-    return graph_token_step(model, cache) if graphs_serve(model) else _forward_step(model, cache)
+    return graph_token_step(model, cache) if graphs_serve(model) else forward_step(model, cache)
 
 
-def _forward_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:
+def forward_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:
     def step(tokens: Tensor) -> Tensor:
         return model(tokens[:, None], cache_params=cache).logits[:, -1]
 

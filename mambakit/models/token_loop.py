@@ -1,15 +1,14 @@
-"""The tokens of one `generate` call: the steps that transformers' loop takes, and a loop of our own where tokens are the likeliest."""
+"""The tokens of one `generate` call: the steps that transformers' loop takes, and a loop of our own where the device need not be waited for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mambakit.models.graph_step import GraphStep, graph_step, graphs_serve
-from mambakit.models.step import native_serves, native_step, token_step
+from mambakit.models.choosing import Choosing
+from mambakit.models.rows import DecodingRows
 from mambakit.modules import MambaCache
 
 
@@ -25,11 +24,9 @@ class GeneratingSteps:
         self.model = model
         self.longest_piece = 0  # where the prompt is read by `read_prompt`: tokens of a piece
         self.after_prompt: Tensor | None = None  # (b, v), once it is read: what forward says first
+        self.own_cache: MambaCache | None = None  # made for this call: nobody else sees it
         self._seen: tuple[int, int] | None = None
-        self._step: Callable[[Tensor], Tensor] | None = None
-        self._graph: GraphStep | None = None
-        self._cache: MambaCache | None = None
-        self._steps = 0
+        self._rows: DecodingRows | None = None
 
     def logits(self, tokens: Tensor, cache: MambaCache) -> Tensor | None:
         """(b, v) logits of (b,) tokens, the cache brought up to date; None: the model's forward must do it."""
@@ -39,94 +36,129 @@ class GeneratingSteps:
         place = cache.conv_states.data_ptr(), cache.ssm_states.data_ptr()
         if place != self._seen:
             self.close()
-            self._seen, self._step = place, None
+            self._seen = place
             return None
-        if self._step is None:
-            self._step = self._made(cache)
-        return None if self._step is None else self._step(tokens)
-
-    def _made(self, cache: MambaCache) -> Callable[[Tensor], Tensor] | None:
-        if self.model.device.type == "cuda":
-            if not graphs_serve(self.model):
-                return None
-            self._graph, self._cache, self._steps = graph_step(self.model, cache.max_batch_size), cache, 0
-            self._graph.load(cache)
-            return self._replay
-        return native_step(self.model, cache) if native_serves(self.model, cache) else None
-
-    def _replay(self, tokens: Tensor) -> Tensor:
-        assert self._graph is not None
-        self._graph.tokens.copy_(tokens)
-        self._steps += 1
-        return self._graph().clone()
+        if self._rows is None:
+            self._rows = DecodingRows(self.model, cache.max_batch_size, cache)
+        if self._rows.by_forward:
+            return None
+        logits = self._rows.step(tokens)
+        return logits.clone() if logits.is_cuda else logits  # a graph's are gone with the next step
 
     def close(self) -> None:
         """Bring the cache up to date."""
-        if self._graph is not None and self._cache is not None and self._steps:
-            self._graph.store(self._cache, self._steps)
-        self._graph = self._cache = None
+        if self._rows is not None:
+            self._rows.close()
+        self._rows = None
 
 
-# Tokens between two looks at whether the rows have ended: a look waits for the card.
-_UNSEEN = 16
+# Tokens between two looks at whether the texts have ended: a look waits for the device.
+_TOKENS_PER_LOOK = {"cuda": 16, "cpu": 1}
+_MOST_UNSEEN = 64  # where nothing ends a text; a graph keeps no more
 
 
-def greedy_tokens(
-    model: Any, cache: MambaCache, first: Tensor, most: int, ends: Tensor | None, padding: int = 0
+def write_tokens(
+    model: Any, cache: MambaCache, text: Tensor, logits: Tensor, most: int, choose: Choosing, cache_is_kept: bool
 ) -> Tensor:
-    """(b, m) most probable tokens, m <= ``most``: (b,) ``first`` and those after it, until every row has had one of ``ends``.
+    """(b, m) the tokens after ``text`` (b, l), m <= ``most``, until every text has had an end; what follows an end is padding.
 
-    What follows a row's end is ``padding``. The cache, which holds what comes before ``first``, is left holding all tokens
-    but the last.
+    Tokens, padding and the global generator's state afterwards are those of transformers' loop.
+
+    Args:
+        cache: what has read ``text``.
+        logits: (b, v) after it.
+        cache_is_kept: leave in ``cache`` what transformers' loop leaves: every row has read all m tokens but the last, padding
+            included. Otherwise ``cache`` is used up: texts that have ended are read on no more where that changes nobody's bits
+            and at most half go on, and a GPU need not take back what it has read too much.
+
+    Raises:
+        RuntimeError: logits from which no token can be drawn.
     """
-    if model.device.type != "cuda":
-        return _greedy_by_steps(token_step(model, cache), first, most, ends, padding)
-    tokens = _greedy_on_gpu(model, cache, first, most, ends)
-    if ends is None:
-        return tokens
-    is_end = torch.isin(tokens, ends)
-    return tokens.masked_fill(is_end.cumsum(1) > is_end.long(), padding)
+    rows = DecodingRows(model, text.shape[0], cache)
+    loop = _Loop(rows, text, choose(text, logits), choose, cache_is_kept)
+    per_look = _MOST_UNSEEN if choose.ends is None else _TOKENS_PER_LOOK[model.device.type]
+    while len(loop.written) < most and loop.going:
+        loop.write(min(most - len(loop.written), per_look))
+    rows.close()
+    return torch.stack(loop.written, 1)
 
 
-def _greedy_by_steps(
-    step: Callable[[Tensor], Tensor], first: Tensor, most: int, ends: Tensor | None, padding: int
-) -> Tensor:
-    tokens, token = [first], first
-    ended = torch.zeros_like(first, dtype=torch.bool)
-    for _ in range(most - 1):
-        if ends is not None:
-            ended = ended | torch.isin(token, ends)
-            if bool(ended.all()):
-                break
-        token = step(token).argmax(-1)
-        if ends is not None:
-            token = token.masked_fill(ended, padding)
-        tokens.append(token)
-    return torch.stack(tokens, 1)
+class _Loop:
+    """b texts, of which the first token is chosen, on their way in `DecodingRows`."""
+
+    def __init__(self, rows: DecodingRows, text: Tensor, first: Tensor, choose: Choosing, cache_is_kept: bool):
+        self.rows, self.text, self.choose, self.cache_is_kept = rows, text, choose, cache_is_kept
+        self.written: list[Tensor] = []  # (b,) each
+        self.of: Tensor | None = None  # the texts whose rows these are, once rows were left out
+        self._logits: Tensor | None = None  # (b, v) then; of the other texts anything that a token can be drawn from
+        self._reads_text = choose.reads_text
+        # Rows that choose for themselves read on after an end, where padding should be read.
+        self._rows_choose = choose.plain and (choose.ends is None or text.shape[0] == 1 or not cache_is_kept)
+        ended = choose.is_end(first)
+        self._take([first], ended, first.shape[0] - int(ended.sum()))
+
+    def write(self, count: int) -> None:
+        """``count`` tokens more of each text; fewer where all have ended before."""
+        ends = self.choose.ends
+        back = None
+        if ends is not None and count > 1 and (self.cache_is_kept or self.choose.sample):
+            back = self.rows.snapshot(), _generator(self.text.device).get_state()
+        new, ended = self._next(count)
+        if ends is None:
+            self._take(new, self.ended, self.going)
+            return
+        over = [sum(texts) for texts in torch.stack(ended).tolist()]  # the look: how many have ended by each token
+        used = over.index(len(self.ended)) + 1 if over[-1] == len(self.ended) else count
+        if used < count and back is not None:  # too far: from before, and no further
+            self.rows.go_back(back[0])
+            _generator(self.text.device).set_state(back[1])
+            self._next(used)
+        self._take(new[:used], ended[used - 1], len(self.ended) - over[used - 1])
+
+    def _next(self, count: int) -> tuple[list[Tensor], list[Tensor]]:
+        """``count`` times the (b,) next tokens, and which texts have ended by then."""
+        is_end, padding = self.choose.is_end, self.choose.padding
+        if self._rows_choose and count > 1:
+            assert self.of is None  # rows are left out on a CPU alone, where each token is looked at
+            new = self.rows.likeliest(self.token, count)
+            ended = is_end(new).cummax(1).values | self.ended[:, None]
+            before = torch.cat([self.ended[:, None], ended[:, :-1]], 1)
+            return list(new.masked_fill(before, padding).unbind(1)), list(ended.unbind(1))
+        text, token, over = self.text, self.token, self.ended
+        tokens, overs = [], []
+        for i in range(count):
+            if i and self._reads_text:
+                text = torch.cat([text, token[:, None]], 1)
+            token = self.choose(text, self._step(token))
+            if self.choose.ends is not None:
+                token = token.masked_fill(over, padding)
+                over = over | is_end(token)
+            tokens.append(token)
+            overs.append(over)
+        return tokens, overs
+
+    def _take(self, new: list[Tensor], ended: Tensor, going: int) -> None:
+        self.written += new
+        self.token, self.ended, self.going = new[-1], ended, going
+        if self._reads_text:
+            self.text = torch.cat([self.text, torch.stack(new, 1)], 1)
+        self.choose.check()
+        if self.rows.elastic and not self.cache_is_kept and 0 < 2 * going <= self.rows.size:
+            of = torch.arange(len(ended), device=ended.device) if self.of is None else self.of
+            kept = (~ended[of]).nonzero()[:, 0]
+            if self.rows.shrink(kept.tolist()):
+                self.of = of[kept]
+
+    def _step(self, tokens: Tensor) -> Tensor:
+        """(b, v), so that scores and random numbers are those of all texts whatever rows there are."""
+        if self.of is None:
+            return self.rows.step(tokens)
+        logits = self.rows.step(tokens[self.of])
+        if self._logits is None:
+            self._logits = logits.new_zeros(len(tokens), logits.shape[1])
+        return self._logits.index_copy_(0, self.of, logits)
 
 
-def _greedy_on_gpu(model: Any, cache: MambaCache, first: Tensor, most: int, ends: Tensor | None) -> Tensor:
-    graph = graph_step(model, first.shape[0])
-    graph.load(cache)
-    graph.tokens.copy_(first)
-    tokens = first[:, None]
-    ended = None if ends is None else torch.isin(first, ends)
-    while tokens.shape[1] < most and (ended is None or not bool(ended.all())):
-        count = min(most - tokens.shape[1], graph.capacity if ended is None else _UNSEEN)
-        before = None if ended is None or ends is None else (graph.cache.clone(), graph.tokens.clone())
-        graph.position.zero_()
-        for _ in range(count):
-            graph()
-        new = graph.history[:, :count].clone()
-        if before is not None and ended is not None and ends is not None:
-            so_far = torch.isin(new, ends).cummax(1).values | ended[:, None]  # (b, count)
-            used = min(count, int((~so_far.all(0)).sum()) + 1)  # the first column at which all have ended
-            if used < count:  # the state has gone too far: again from before
-                graph.load(before[0])
-                graph.tokens.copy_(before[1])
-                for _ in range(used):
-                    graph()
-            new, ended = new[:, :used], so_far[:, used - 1]
-        tokens = torch.cat([tokens, new], 1)
-    graph.store(cache, tokens.shape[1] - 1)
-    return tokens
+def _generator(device: torch.device) -> torch.Generator:
+    """The global one of ``device``; reading and setting its state does not wait for the device."""
+    return torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]

@@ -7,22 +7,23 @@ import torch
 
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
-from mambakit.models import step as steps
+from mambakit.models.rows import DecodingRows
 from tests.models.configurations import pair, tokens, worst
+from tests.models.eager_graph import WAYS, decode_by
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(params=["native", "forward"])
+@pytest.fixture(params=WAYS)
 def model(request, monkeypatch):
-    model = pair("plain")[0]
+    model = pair("untied")[0]  # with tied embeddings these small models write one token for ever
     model.generation_config.eos_token_id = None
-    if request.param == "forward":
-        monkeypatch.setattr("mambakit.generation.engine.native_serves", lambda *_: False)
-        monkeypatch.setattr(steps, "native_serves", lambda *_: False)
-    elif steps.native.describe()["isa"] is None:
-        pytest.skip("no native library")
+    decode_by(request.param, monkeypatch)
     return model
+
+
+def model_is_native(model) -> bool:
+    return DecodingRows(model, 1).elastic
 
 
 def prompts(count: int) -> list[torch.Tensor]:
@@ -56,9 +57,7 @@ def test_seeded_samples_do_not_depend_on_the_neighbours(model):
 
     together = Engine(model, 5).write(request(i, p) for i, p in enumerate(prompts(9)))
     for i, prompt in enumerate(prompts(9)):
-        (single,) = Engine(model, 5 if not steps.native_serves(model, model.backbone.new_cache(1)) else 1).write(
-            [request(i, prompt)]
-        )
+        (single,) = Engine(model, 1 if model_is_native(model) else 5).write([request(i, prompt)])
         assert single.tokens == together[i].tokens
     assert len({tuple(r.tokens) for r in together}) > 5
 
@@ -82,11 +81,53 @@ def test_states_go_in_and_come_out(model):
     read = torch.cat([prompt[:12], torch.tensor(first.tokens[:-1])])
     expected = model(read[None], use_cache=True).cache_params
     assert worst(first.final_state.ssm_states, expected.ssm_states) < 1e-5
+    assert worst(first.final_state.conv_states, expected.conv_states) < 1e-5
+    assert first.final_state.get_seq_length() == 16
     before = first.final_state.ssm_states.clone()
     more = Request(torch.tensor(first.tokens[-1:]), max_new_tokens=6, state=first.final_state)
     Engine(model, 2).write([more])
     assert first.tokens + more.tokens == alone(model, prompt[:12], 11)
     assert torch.equal(first.final_state.ssm_states, before), "a state that was given stays"
+
+
+def test_a_state_has_seen_its_own_tokens_alone(model):
+    """However long the others are, and whenever its row came."""
+    lengths = [7, 1, 12, 3, 9, 2]
+    requests = Engine(model, 3, chunk_size=4).write(
+        Request(p, max_new_tokens=n, keep_state=True) for p, n in zip(prompts(6), lengths, strict=True)
+    )
+    for request in requests:
+        read = torch.cat([request.prompt_ids, torch.tensor(request.tokens[:-1], dtype=torch.int64)])
+        expected = model(read[None], use_cache=True).cache_params
+        assert worst(request.final_state.ssm_states, expected.ssm_states) < 1e-5
+        assert request.final_state.get_seq_length() == len(read)
+
+
+def test_few_of_many_rows_are_stepped_alone(model, monkeypatch):
+    """Where a row's bits are its own; a burst that is over costs nothing more, and the next one finds its rows."""
+    sizes = []
+    for name in ("step", "likeliest"):
+        call = getattr(DecodingRows, name)
+        monkeypatch.setattr(DecodingRows, name, lambda self, *a, f=call: sizes.append(self.size) or f(self, *a))
+    engine = Engine(model, 8)
+    long = engine.submit(Request(prompts(1)[0], max_new_tokens=30))
+    burst = [engine.submit(Request(p, max_new_tokens=4 + i)) for i, p in enumerate(prompts(8)[1:])]
+    late = Request(prompts(1)[0], Sampling(seed=1, top_k=20), max_new_tokens=6)
+    for _ in range(20):
+        engine.step()
+    alone_by_now = sizes[-1]
+    engine.submit(late)
+    for _ in engine.run():
+        pass
+    if model_is_native(model):
+        assert (max(sizes), alone_by_now, sizes[-1]) == (8, 1, 1)
+    else:
+        assert set(sizes) == {8}
+    assert long.tokens == alone(model, prompts(1)[0], 30)
+    for i, request in enumerate(burst):
+        assert request.tokens == alone(model, prompts(8)[1 + i], 4 + i)
+    (same,) = Engine(model, 8).write([Request(prompts(1)[0], Sampling(seed=1, top_k=20), max_new_tokens=6)])
+    assert late.tokens == same.tokens
 
 
 def test_cancelled_and_submitted_meanwhile(model):

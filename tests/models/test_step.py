@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mambakit.models import generate, rows
 from mambakit.models import step as module
-from mambakit.models import token_loop
 from mambakit.models.step import token_step
 from tests.models.configurations import NAMES, pair, tokens, worst
 
@@ -37,10 +37,10 @@ def test_bfloat16_weights_and_a_row_alone():
     model = pair("plain")[0].bfloat16()
     ids = tokens(4, 5)
     logits = []
-    for rows in (ids, ids[2:3]):
-        cache = model.backbone.new_cache(rows.shape[0])
+    for some in (ids, ids[2:3]):
+        cache = model.backbone.new_cache(some.shape[0])
         step = token_step(model, cache)
-        logits.append([step(rows[:, t]) for t in range(5)][-1])
+        logits.append([step(some[:, t]) for t in range(5)][-1])
     exact = model.double()(ids).logits[:, -1]
     assert worst(logits[0], exact) < 2e-2
     if module.native.describe()["isa"] is not None:
@@ -62,18 +62,18 @@ def test_listeners_are_not_passed_by():
     handle.remove()
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_generate_takes_the_native_step(rows, monkeypatch):
+@pytest.mark.parametrize("b", [1, 3])
+def test_generate_takes_the_native_step(b, monkeypatch):
     if module.native.describe()["isa"] is None:
         pytest.skip("no native library")
     model = pair("plain")[0]
-    ids = tokens(rows, 5)
+    ids = tokens(b, 5)
     made = []
-    monkeypatch.setattr(token_loop, "native_step", lambda *a, make=module.native_step: made.append(1) or make(*a))
+    monkeypatch.setattr(rows, "native_step", lambda *a, make=module.native_step: made.append(1) or make(*a))
     options = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     fast = model.generate(ids, **options)
     assert made == [1], "one step is made for the whole call"
-    monkeypatch.setattr(token_loop, "native_serves", lambda *_: False)
+    monkeypatch.setattr(rows, "native_serves", lambda *_: False)
     plain = model.generate(ids, **options)
     assert torch.equal(fast.sequences, plain.sequences)
     assert worst(torch.stack(fast.logits), torch.stack(plain.logits)) < 1e-5
@@ -81,16 +81,16 @@ def test_generate_takes_the_native_step(rows, monkeypatch):
     assert fast.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
 
 
-@pytest.mark.parametrize("name", ["plain", "falcon"])
-@pytest.mark.parametrize("rows", [1, 4])
-def test_the_loop_of_steps_alone_is_transformers_loop(name, rows, monkeypatch):
+@pytest.mark.parametrize("name", ["plain", "untied", "falcon"])
+@pytest.mark.parametrize("b", [1, 4])
+def test_the_loop_of_steps_alone_is_transformers_loop(name, b, monkeypatch):
     """Tokens, padding after a row's end, the point where all have ended, and the state that is left."""
     model = pair(name)[0]
-    ids = tokens(rows, 5)
+    ids = tokens(b, 5)
     free = model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
     taken = []
-    loop = token_loop._greedy_by_steps
-    monkeypatch.setattr(token_loop, "_greedy_by_steps", lambda *a: taken.append(1) or loop(*a))
+    loop = generate.write_tokens
+    monkeypatch.setattr(generate, "write_tokens", lambda *a: taken.append(1) or loop(*a))
     for ends in (None, [int(free[0, 7])], [int(t) for t in free[:, 9]]):
         options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": ends, "pad_token_id": 1}
         options["return_dict_in_generate"] = True

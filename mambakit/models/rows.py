@@ -1,0 +1,137 @@
+"""Rows of states that decode together: what `generate` and the engine of `mambakit.generation` write their texts with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambakit.models.graph_step import GraphStep, graph_step, graphs_serve
+from mambakit.models.step import forward_step, native_serves, native_step
+from mambakit.modules import MambaCache
+from mambakit.ops.linear.api import MOST_ROWS
+
+
+class DecodingRows:
+    """A pool of state rows and the model's fastest step over all of them: a CUDA graph, the native library, or the model's forward.
+
+    `generate` makes it over the cache that its prompts were read into. `Engine` begins with no rows, has the pool grow when it has a
+    text and no row for it, and puts the next text where one has ended. Which text is in which row is theirs to know.
+
+    Where a row's bits do not depend on how many there are (the native library), the pool is ``elastic``: `grow` doubles it, and
+    `shrink` leaves out the rows whose texts have ended. Elsewhere it has ``most`` rows from the first `grow` on, and such rows go on
+    in step with the others.
+
+    Args:
+        model: a causal language model in eval mode.
+        most: how many rows there are at most.
+        states: a cache of ``most`` rows to go on from. The native library and the forward write into it; a graph takes its states
+            over, and they come back in `close`.
+    """
+
+    def __init__(self, model: Any, most: int, states: MambaCache | None = None):
+        self.model, self.most = model, most
+        alike = model.backbone.new_cache(1) if states is None else states
+        self.elastic = most <= MOST_ROWS and native_serves(model, alike)
+        self._graph: GraphStep | None = None
+        self._given, self._steps = states, 0
+        self._began: list[int] = []  # tokens that each row had seen when it came, less the steps taken until then
+        if states is None:
+            self.states = model.backbone.new_cache(0)
+        elif graphs_serve(model):
+            self._graph = graph_step(model, most)  # kept with the model: the states are in it until `close`
+            self._graph.load(states)
+            self.states = self._graph.cache
+        else:
+            self._over(states)
+
+    @property
+    def size(self) -> int:
+        """How many rows there are now."""
+        return self.states.max_batch_size
+
+    @property
+    def by_forward(self) -> bool:
+        """Whether a step of the rows that there are is nothing but a call of the model."""
+        return self._graph is None and not self.elastic
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Each row reads its one of ``tokens`` (size,); the logits (size, v) after it, valid until the next step."""
+        self._steps += 1
+        if self._graph is None:
+            return self._step(tokens)
+        self._graph.tokens.copy_(tokens)
+        return self._graph()
+
+    def likeliest(self, tokens: Tensor, count: int) -> Tensor:
+        """(size, count) the most probable tokens after ``tokens`` (size,); all but the last are read. A graph chooses them itself, at
+        most its ``capacity``, and the host does not wait."""
+        if self._graph is None:
+            found = []
+            for _ in range(count):
+                tokens = self.step(tokens).argmax(-1)
+                found.append(tokens)
+            return torch.stack(found, 1)
+        assert count <= self._graph.capacity
+        self._graph.tokens.copy_(tokens)
+        self._graph.position.zero_()
+        for _ in range(count):
+            self._graph()
+        self._steps += count
+        return self._graph.history[:, :count].clone()
+
+    def grow(self) -> int:
+        """Add rows, which are empty until `put`; returns how many."""
+        before = self.size
+        size = min(self.most, max(1, 2 * before)) if self.elastic else self.most
+        if graphs_serve(self.model):
+            assert before == 0
+            self._graph = GraphStep(self.model, size)  # of its own: its rows stay, whatever else the model writes
+            self.states = self._graph.cache
+        else:
+            rows = list(range(before))
+            states = self.model.backbone.new_cache(size)
+            self._over(states.copy_(self.states, rows, rows) if rows else states)
+        self._began += [0] * (size - before)
+        return size - before
+
+    def shrink(self, kept: list[int]) -> bool:
+        """Go on with the rows ``kept`` alone, from now on rows 0, 1, ..., in new memory; given states are then left behind. False, and
+        nothing is done, where that could change bits or more than half of the rows are kept."""
+        if not self.elastic or 2 * len(kept) > self.size:
+            return False
+        self._began = [self._began[row] for row in kept] if self._began else []
+        self._over(self.states.select(kept))
+        return True
+
+    def put(self, row: int, state: MambaCache) -> None:
+        """``row`` goes on from this state of one row, which is copied."""
+        self.states.copy_(state, [0], [row])
+        self._began[row] = state.get_seq_length() - self._steps
+
+    def copy_of(self, row: int) -> MambaCache:
+        """What has become of the state that was put into ``row``."""
+        state = self.states.select([row])
+        state.advance(self._began[row] + self._steps - state.get_seq_length())
+        return state
+
+    def snapshot(self) -> tuple[MambaCache, int]:
+        """What `go_back` needs to return to this moment."""
+        return self.states.clone(), self._steps
+
+    def go_back(self, snapshot: tuple[MambaCache, int]) -> None:
+        """Every row as it was then; in place, for a step holds on to its memory."""
+        states, self._steps = snapshot
+        self.states.conv_states.copy_(states.conv_states)
+        self.states.ssm_states.copy_(states.ssm_states)
+        self.states.advance(states.get_seq_length() - self.states.get_seq_length())
+
+    def close(self) -> None:
+        """Bring the given states up to date; nothing is stepped afterwards."""
+        if self._graph is not None and self._given is not None and self._steps:
+            self._graph.store(self._given, self._steps)
+
+    def _over(self, states: MambaCache) -> None:
+        self.states = states
+        self._step = native_step(self.model, states) if self.elastic else forward_step(self.model, states)

@@ -1,0 +1,145 @@
+"""Rows of states: put in, stepped together, taken out, left out, whichever way they are stepped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mambakit.models import rows as module
+from mambakit.models.rows import DecodingRows
+from tests.models.configurations import pair, tokens, worst
+from tests.models.eager_graph import WAYS, decode_by
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    decode_by(request.param, monkeypatch)
+    return request.param
+
+
+@pytest.fixture
+def model():
+    return pair("untied")[0]
+
+
+@torch.no_grad()
+def test_rows_come_and_go(way, model):
+    """Each text's logits and state are its own, and the state knows how much it has read."""
+    rows = DecodingRows(model, 5)
+    assert rows.size == 0
+    ids, lengths = tokens(3, 20), (4, 7, 5)
+    at = {}  # text: row
+    read = list(lengths)
+
+    def step() -> None:
+        new = torch.zeros(rows.size, dtype=torch.int64)
+        for text, row in at.items():
+            new[row] = ids[text, read[text]]
+        logits = rows.step(new)
+        for text, row in at.items():
+            read[text] += 1
+            assert worst(logits[row], model(ids[text : text + 1, : read[text]]).logits[0, -1]) < 1e-5
+
+    def put(text: int) -> None:
+        if len(at) == rows.size:
+            before = rows.size
+            assert rows.grow() == rows.size - before
+        row = min(set(range(rows.size)) - set(at.values()))
+        rows.put(row, model(ids[text : text + 1, : read[text]], use_cache=True).cache_params)
+        at[text] = row
+
+    def check(text: int) -> None:
+        state = rows.copy_of(at[text])
+        expected = model(ids[text : text + 1, : read[text]], use_cache=True).cache_params
+        assert worst(state.ssm_states, expected.ssm_states) < 1e-5
+        assert worst(state.conv_states, expected.conv_states) < 1e-5
+        assert state.get_seq_length() == read[text]
+
+    put(0)
+    assert rows.by_forward == (way == "forward")
+    assert rows.size == (1 if rows.elastic else 5)
+    step()
+    step()
+    put(1)
+    step()
+    put(2)
+    assert rows.size == (4 if rows.elastic else 5)
+    step()
+    for text in at:
+        check(text)
+    assert not rows.shrink([0, 1, 2]), "more than half"
+    del at[0]
+    shrunk = rows.shrink([at[1], at[2]])
+    assert shrunk == rows.elastic == (way == "native")
+    if shrunk:
+        at = {1: 0, 2: 1}
+        assert rows.size == 2
+    step()
+    read[0] = 3
+    put(0)
+    step()
+    for text in at:
+        check(text)
+
+
+@torch.no_grad()
+def test_over_a_cache(way, model):
+    """Its states are up to date after `close`, and a way back is exact."""
+    ids = tokens(3, 12)
+    cache = model(ids[:, :6], use_cache=True).cache_params
+    rows = DecodingRows(model, 3, cache)
+    rows.step(ids[:, 6])
+    before = rows.snapshot()
+    kept = rows.states.ssm_states.clone()
+    first = rows.likeliest(ids[:, 7], 5)
+    moved = rows.states.ssm_states.clone()
+    rows.go_back(before)
+    assert torch.equal(rows.states.ssm_states, kept)
+    assert torch.equal(rows.likeliest(ids[:, 7], 5), first)
+    assert torch.equal(rows.states.ssm_states, moved)
+    rows.close()
+    whole = torch.cat([ids[:, :8], first[:, :-1]], 1)
+    result = model(whole, use_cache=True)
+    assert torch.equal(result.logits[:, 7:].argmax(-1), first)
+    assert worst(cache.ssm_states, result.cache_params.ssm_states) < 1e-5
+    assert worst(cache.conv_states, result.cache_params.conv_states) < 1e-5
+    assert cache.get_seq_length() == 12
+
+
+def test_only_what_the_native_library_serves_is_elastic(model, monkeypatch):
+    decode_by("native", monkeypatch)
+    assert DecodingRows(model, 16).elastic
+    assert not DecodingRows(model, 17).elastic, "17 rows are the forward's: its bits for one row would be others"
+    assert not DecodingRows(pair("gelu")[0], 4).elastic
+    rows = DecodingRows(model, 17)
+    assert rows.grow() == 17
+
+
+@torch.no_grad()
+def test_bits_do_not_depend_on_the_rows_that_were_left_out(model, monkeypatch):
+    decode_by("native", monkeypatch)
+    ids = tokens(4, 8)
+    cache = model(ids[:, :6], use_cache=True).cache_params
+    stay, leave = DecodingRows(model, 4, cache.clone()), DecodingRows(model, 4, cache.clone())
+    assert torch.equal(stay.step(ids[:, 6]), leave.step(ids[:, 6]))
+    assert leave.shrink([3, 1])
+    assert torch.equal(leave.step(ids[[3, 1], 7]), stay.step(ids[:, 7])[[3, 1]])
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_rows_of_a_pool_are_not_those_of_generate():
+    """The pool's graph is its own: a `generate` of as many rows in between leaves it alone."""
+    model = pair("untied")[0].cuda()
+    ids = tokens(2, 8).cuda()
+    rows = DecodingRows(model, 2)
+    rows.grow()
+    for row in range(2):
+        rows.put(row, model(ids[row : row + 1, :6], use_cache=True).cache_params)
+    rows.step(ids[:, 6])
+    model.generate(ids, max_new_tokens=9, do_sample=False)
+    assert rows._graph is not module.graph_step(model, 2)
+    assert worst(rows.step(ids[:, 7]), model(ids).logits[:, -1]) < 1e-4
+    assert rows.copy_of(1).get_seq_length() == 8
