@@ -10,7 +10,7 @@ default cache (flash attention through SDPA) and, with --compiled, a static cach
     prefill    a forward of 8 prompts of --prompt tokens, to the last token's logits, eager
     step       one token for each row, embedding to chosen token: median of steps, and the share of the bandwidth that reading
                weights and states once would take (measured in the run: a copy, counted both ways)
-    generate   prompt and new tokens, prompt included in the time; second call; peak memory
+    generate   prompt and new tokens, prompt included in the time; third call; peak memory
     length     reading a prompt of 2^i tokens, one row
     long       a prompt of 2,048 and of --long-prompt tokens: peak memory, and the step after it
     draft      speculative decoding of the largest shape with the smallest as its draft model, each guess right with the
@@ -218,7 +218,7 @@ def measure_generate(options: Options, clock: Clock, record: dict) -> None:
                 def run(m=model, i=ids, a=mask, e=extra):
                     return m.generate(i, attention_mask=a, max_new_tokens=options.new, do_sample=False, **e)
 
-                measured = fits(lambda r=run: (r(), clock.peak(r))[1])
+                measured = fits(lambda r=run: (r(), r(), clock.peak(r))[2])
                 rate = memory = None
                 if measured is not None:
                     rate, memory = rows * options.new / measured[0], measured[1]

@@ -98,21 +98,22 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
             steps.longest_piece, chunk = int(chunk or limit), None
         elif not chunk and use_cache and not whole and input_ids.shape[0] * new > limit:
             chunk = max(64, limit // input_ids.shape[0])
-        if chunk:
-            if not use_cache:
-                raise ValueError("prefill_chunk_size keeps the prompt in a cache; drop use_cache=False")
-            if cache is None:
-                cache = self.backbone.new_cache(input_ids.shape[0])
-            cached = self._prefill_in_chunks(input_ids, mask, cache, cached, int(chunk))
-        if cache is not None:
-            if copies > 1:
-                cache = cache.clone()
-                cache.batch_repeat_interleave(copies)
-            steps.own_cache = None if cache is given_cache else cache
-            kwargs["cache_params"] = cache
-            kwargs["cached_columns"] = cached
+        if chunk and not use_cache:
+            raise ValueError("prefill_chunk_size keeps the prompt in a cache; drop use_cache=False")
         before = _steps.set(steps)
         try:
+            if chunk:
+                cache = self.backbone.new_cache(input_ids.shape[0]) if cache is None else cache
+                last_too = copies == 1 and not whole and not _forward_is_replaced(self)
+                cached, logits = self._prefill_in_chunks(input_ids, mask, cache, cached, int(chunk), last_too)
+                steps.after_prompt = logits
+            if cache is not None:
+                if copies > 1:
+                    cache = cache.clone()
+                    cache.batch_repeat_interleave(copies)
+                steps.own_cache = None if cache is given_cache else cache
+                kwargs["cache_params"] = cache
+                kwargs["cached_columns"] = cached
             result = super().generate(input_ids, generation_config, *args, attention_mask=mask, **kwargs)
         finally:
             _steps.reset(before)
@@ -178,15 +179,23 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
             return sequences
         return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
 
-    def _prefill_in_chunks(self, ids: Tensor, mask: Tensor | None, cache: MambaCache, cached: int, chunk: int) -> int:
-        """Read all of the prompt but its last token; returns how many columns the cache then holds of ``ids``."""
-        end = ids.shape[1] - 1
+    def _prefill_in_chunks(
+        self, ids: Tensor, mask: Tensor | None, cache: MambaCache, cached: int, chunk: int, last_too: bool
+    ) -> tuple[int, Tensor | None]:
+        """Read the prompt but for its last token, or with it: (the columns of ``ids`` that generation need not read, the logits (b, v) after
+        the last)."""
+        end = ids.shape[1] if last_too else ids.shape[1] - 1
         offset = 0 if mask is None else mask.shape[1] - ids.shape[1]
+        logits = None
         for start in range(cached, end, chunk):
             stop = min(end, start + chunk)
             part = None if mask is None else mask[:, offset + start : offset + stop]
-            self.backbone(ids[:, start:stop], attention_mask=part, cache_params=cache)
-        return end
+            read = {"attention_mask": part, "cache_params": cache}
+            if stop < ids.shape[1]:
+                self.backbone(ids[:, start:stop], **read)
+            else:
+                logits = self(ids[:, start:stop], logits_to_keep=1, return_dict=True, **read).logits[:, -1]
+        return ids.shape[1] - 1, logits
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """transformers' hook: nothing to prepare, the first forward makes a `MambaCache` of the right size."""
@@ -206,10 +215,12 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         """The inputs of one step: the prompt's columns that are not in the cache at first, then the last token."""
         step: dict[str, Any] = {"use_cache": use_cache, "cache_params": cache_params}
         steps = _steps.get()
-        if is_first_iteration and steps is not None and steps.model is self and steps.longest_piece:
+        steps = steps if is_first_iteration and steps is not None and steps.model is self else None
+        if steps is not None and steps.longest_piece:
             assert cache_params is not None
             prompt = input_ids[:, cached_columns:]
             steps.after_prompt = read_prompt(self, prompt, cache_params, steps.longest_piece)
+        if steps is not None and steps.after_prompt is not None:
             step["input_ids"] = input_ids[:, -1:]  # it is read: forward is told the logits after it
         elif is_first_iteration or not use_cache:
             step["attention_mask"] = attention_mask

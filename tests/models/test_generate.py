@@ -94,6 +94,26 @@ def test_prompts_read_in_chunks(model, chunk, options):
     assert torch.equal(model.generate(ids, **common), model.generate(ids, prefill_chunk_size=chunk, **common))
 
 
+@pytest.mark.parametrize("output_logits", [False, True], ids=["our loop", "transformers' loop"])
+def test_the_last_chunk_gives_the_first_token(model, monkeypatch, output_logits):
+    """No call of the model for the prompt's last token alone."""
+    read, forward = [], type(model.backbone).forward
+
+    def counted(self, input_ids=None, *args, **kwargs):
+        read.append(input_ids.shape[1])
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.backbone), "forward", counted)
+    model.generate(
+        tokens(2, 23),
+        max_new_tokens=1,
+        prefill_chunk_size=10,
+        output_logits=output_logits,
+        return_dict_in_generate=True,
+    )
+    assert read == [10, 10, 3]
+
+
 def test_continuing_from_a_state(model):
     ids, more = tokens(2, 9), tokens(2, 4)
     expected = model.generate(torch.cat([ids, more], 1), max_new_tokens=7, do_sample=False, eos_token_id=None)
