@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambakit.ops._sums import ALIKE
 from mambakit.ops.decode.tokens_gpu import choose_kernel, embed_kernel
 from mambakit.ops.decode.weights import LayerWeights, ModelWeights, check_states, shape_of, tensors_of
 
@@ -355,7 +356,7 @@ class FewRowsStep:
         channels = 16
         _scan[(triton.cdiv(d, channels), rows)](
             self._sums, w.dt_proj, w.dt_bias, w.A_log, w.D, self._u, self._z, state, self._y, rows,
-            r, d, rank, n, BD=channels, BR=triton.next_power_of_2(rank), BS=triton.next_power_of_2(n), num_warps=2,
+            r, d, rank, n, BD=channels, BR=triton.next_power_of_2(rank), BS=triton.next_power_of_2(n), num_warps=2, **ALIKE,
         )  # fmt: skip
         tile = self.tiles["out_proj"]
         _out_proj[(triton.cdiv(h, tile.BN),)](

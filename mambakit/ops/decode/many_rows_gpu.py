@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambakit.ops._sums import ALIKE
 from mambakit.ops.decode.tokens_gpu import choose_kernel, embed_kernel
 from mambakit.ops.decode.weights import LayerWeights, ModelWeights, Weight, check_states, shape_of
 
@@ -334,7 +335,7 @@ class ManyRowsStep:
         _conv[(triton.cdiv(d, tile.channels), triton.cdiv(rows, tile.rows))](
             self._shares["in_proj"], bias, conv_state, w.conv, w.conv_bias, self._u, rows,
             d, width, triton.next_power_of_2(width), self._splits["in_proj"], BD=tile.channels, ROWS=tile.rows,
-            HAS_BIAS=bias is not None, HAS_CONV_BIAS=w.conv_bias is not None, num_warps=tile.warps,
+            HAS_BIAS=bias is not None, HAS_CONV_BIAS=w.conv_bias is not None, num_warps=tile.warps, **ALIKE,
         )  # fmt: skip
         self._multiply("x_proj", self._u, w.x_proj)
         tile = self._tile("scan")
@@ -342,7 +343,7 @@ class ManyRowsStep:
             self._shares["x_proj"], self._shares["in_proj"], bias, w.dt_proj, w.dt_bias, w.A_log, w.D, self._u, state, self._y,
             rows, r, d, rank, n, self._splits["x_proj"], self._splits["in_proj"], BD=tile.channels,
             BR=max(16, triton.next_power_of_2(rank)), BS=triton.next_power_of_2(n), ROWS=tile.rows, HAS_BIAS=bias is not None,
-            num_warps=tile.warps,
+            num_warps=tile.warps, **ALIKE,
         )  # fmt: skip
         self._multiply("out_proj", self._y, w.out_proj)
 

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambakit.ops._sums import ALIKE
+
 
 def _block_d(sequences: int, d: int) -> int:
     """Channels of a program (one warp): fewer where there would not be some twenty warps to each of 132 multiprocessors."""
@@ -257,7 +259,7 @@ def _launch_forward(
             length, d, n, *_strides([u, delta, z, B, C]), count,
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=softplus,
             PACKED=cu_seqlens is not None, HAS_INIT=initial is not None, HAS_SLOTS=slots is not None, INTERVAL=interval,
-            BD=BD, BN=triton.next_power_of_2(n), num_warps=1,
+            BD=BD, BN=triton.next_power_of_2(n), num_warps=1, **ALIKE,
         )  # fmt: skip
     return y, checkpoints
 
@@ -306,7 +308,7 @@ def backward(
             length, b * length, d, n, *_strides([dy, u, delta, z, B, C]), checkpoints.shape[1],
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
             PACKED=cu_seqlens is not None, HAS_INIT=initial_state is not None, HAS_DFINAL=dfinal is not None,
-            INTERVAL=interval, BD=BD, BN=BN, num_warps=1,
+            INTERVAL=interval, BD=BD, BN=BN, num_warps=1, **ALIKE,
         )  # fmt: skip
     empty = torch.empty(0, **f32)
     return (

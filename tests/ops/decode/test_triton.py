@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 from mambakit import MambaConfig, MambaForCausalLM
 from mambakit.models.graph_step import gpu_weights
 from mambakit.modules.quantized_linear import QuantizedLinear
+from mambakit.ops._sums import ALIKE
 from mambakit.ops.decode import few_rows_gpu as few
 from mambakit.ops.decode import many_rows_gpu as many
 
@@ -169,12 +170,12 @@ def test_what_it_cannot_serve():
         step_of(lossless, lossless.backbone.new_cache(1))
 
 
-def compiled_for_hopper(kernel, constants: dict, types: dict) -> bytes:
-    """What the interpreter cannot tell: that the compiler takes the kernel. Needs no GPU."""
+def compiled_for_hopper(kernel, constants: dict, types: dict, **options) -> dict:
+    """What the interpreter cannot tell: that the compiler takes the kernel. Needs no GPU. The text of every stage."""
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     values = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
     source = ASTSource(kernel, signature, constexprs=values)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["cubin"]
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4} | options).asm
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
@@ -228,7 +229,9 @@ def test_the_kernels_of_many_rows_compile(rows):
         "ROWS": tile.rows,
         "HAS_CONV_BIAS": True,
     }
-    assert compiled_for_hopper(many._conv, constants | plain, types)
+    stages = compiled_for_hopper(many._conv, constants | plain, types, **ALIKE)
+    assert "fma.rn" not in stages["ptx"]
+    assert "fma.rn" in compiled_for_hopper(many._conv, constants | plain, types)["ptx"], "the option does it"
     tile = plan["scan"]
     constants = {
         "R": r,
@@ -243,6 +246,34 @@ def test_the_kernels_of_many_rows_compile(rows):
     }
     assert compiled_for_hopper(many._scan, constants | plain | {"ROWS": tile.rows}, types)
     assert compiled_for_hopper(many._norm, {"H": h, "SIZE": h, "SPLITS": 4} | plain, types)
+
+
+class Recorder:
+    """In place of a kernel: notes how it is launched."""
+
+    def __init__(self):
+        self.launches: list[dict] = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launches.append(options)
+
+
+@pytest.mark.parametrize(
+    ("module", "rows", "kernels"), [(few, 3, ("_scan",)), (many, 9, ("_conv", "_scan"))], ids=["few", "many"]
+)
+def test_sums_over_lanes_are_alike_on_all(module, rows, kernels, monkeypatch):
+    """Racecheck found lanes with sums of different last bits that wrote to one place."""
+    model = made({}, torch.float32, "cpu")
+    step = step_of(model, model.backbone.new_cache(rows))
+    recorders = {
+        n: Recorder() for n, value in vars(module).items() if isinstance(value, triton.runtime.jit.KernelInterface)
+    }
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(module, name, recorder)
+    step(True)
+    for name in kernels:
+        assert len(recorders[name].launches) == 2, "two layers"
+        assert all(options["enable_fp_fusion"] is False for options in recorders[name].launches)
 
 
 def test_plans_fit_the_shared_memory_there_is():
