@@ -14,7 +14,7 @@ WAYS = ["native", "forward", "graph"]
 class EagerGraph(GraphStep):
     """`GraphStep` without a device."""
 
-    def __init__(self, model, rows: int, choose: bool = True, capacity: int = 64):
+    def __init__(self, model, rows: int, capacity: int = 64):
         self.model, self.rows, self.capacity = model, rows, capacity
         self.cache = model.backbone.new_cache(rows)
         self.tokens = torch.zeros(rows, dtype=torch.int64)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambakit.ops._sums import ALIKE
-from mambakit.ops.decode.tokens_gpu import choose_kernel, embed_kernel
+from mambakit.ops.decode.tokens_gpu import TokenBuffers
 from mambakit.ops.decode.weights import LayerWeights, ModelWeights, check_states, shape_of, tensors_of
 
 MOST_ROWS = 4
@@ -309,30 +309,26 @@ class FewRowsStep:
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
 
-        self.tokens, self.position = buffer(rows, dtype=torch.int64), buffer(1, dtype=torch.int64)
-        self.history = buffer(rows, max(1, capacity), dtype=torch.int64)
-        self.logits = buffer(rows, v)
+        self._ends = TokenBuffers(rows, v, self._blocks, capacity, device)
+        self.tokens, self.position, self.history = self._ends.tokens, self._ends.position, self._ends.history
+        self.logits = self._ends.logits
         self._residual, self._sums = buffer(rows, h), buffer(rows, r)
         self._u, self._z, self._y = (buffer(rows, d, dtype=dtype) for _ in range(3))
-        self._best, self._best_token = buffer(rows, self._blocks), buffer(rows, self._blocks, dtype=torch.int32)
 
     def __call__(self, choose: bool = False) -> Tensor:
         h = self.final_norm.shape[0]
         rows = self.rows
-        embed_kernel[(rows,)](self.tokens, self.embeddings, self._residual, self.position, h, triton.next_power_of_2(h))
+        self._ends.embed(self.embeddings, self._residual)
         for i, w in enumerate(self.layers):
             self._layer(w, self.conv_states[i], self.ssm_states[i])
         tile = self.tiles["head"]
         v = self.logits.shape[1]
         _head[(self._blocks,)](
-            self._residual, self.final_norm, *tensors_of(self.head), self.logits, self._best, self._best_token, self.eps, rows,
+            self._residual, self.final_norm, *tensors_of(self.head), self.logits, self._ends.best, self._ends.best_token, self.eps, rows,
             h, v, self._blocks, **self._cut(tile),
         )  # fmt: skip
         if choose:
-            choose_kernel[(rows,)](
-                self._best, self._best_token, self.tokens, self.history, self.position, self.history.shape[1],
-                self._blocks, triton.next_power_of_2(self._blocks),
-            )  # fmt: skip
+            self._ends.choose()
         return self.logits
 
     def _cut(self, tile: Tile) -> dict[str, int | bool]:

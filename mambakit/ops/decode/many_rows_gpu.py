@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambakit.ops._sums import ALIKE
-from mambakit.ops.decode.tokens_gpu import choose_kernel, embed_kernel
+from mambakit.ops.decode.tokens_gpu import TokenBuffers
 from mambakit.ops.decode.weights import LayerWeights, ModelWeights, Weight, check_states, shape_of
 
 MOST_ROWS = 128
@@ -294,9 +294,9 @@ class ManyRowsStep:
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
 
-        self.tokens, self.position = buffer(rows, dtype=torch.int64), buffer(1, dtype=torch.int64)
-        self.history = buffer(rows, max(1, capacity), dtype=torch.int64)
-        self.logits = buffer(rows, v)
+        self._ends = TokenBuffers(rows, v, self._blocks, capacity, device)
+        self.tokens, self.position, self.history = self._ends.tokens, self._ends.position, self._ends.history
+        self.logits = self._ends.logits
         self._residual = buffer(rows, h)
         self._shares = {
             name: buffer(self._splits[name], rows, width)
@@ -304,11 +304,10 @@ class ManyRowsStep:
         }
         self._x = buffer(self._padded, h, dtype=dtype)
         self._u, self._y = (buffer(self._padded, d, dtype=dtype) for _ in range(2))
-        self._best, self._best_token = buffer(rows, self._blocks), buffer(rows, self._blocks, dtype=torch.int32)
 
     def __call__(self, choose: bool = False) -> Tensor:
         rows, (v, h) = self.rows, shape_of(self.head)
-        embed_kernel[(rows,)](self.tokens, self.embeddings, self._residual, self.position, h, triton.next_power_of_2(h))
+        self._ends.embed(self.embeddings, self._residual)
         self._normalise(self.layers[0].norm, None, 0)
         norms = [w.norm for w in self.layers[1:]] + [self.final_norm]
         for i, (w, norm) in enumerate(zip(self.layers, norms, strict=True)):
@@ -316,14 +315,11 @@ class ManyRowsStep:
             self._normalise(norm, w.out_proj_bias, self._splits["out_proj"])
         plan = self._product_plan("head")
         _head[(self._blocks,)](
-            self._x, self.head, self.logits, self._best, self._best_token, rows, h, v, self._blocks,
+            self._x, self.head, self.logits, self._ends.best, self._ends.best_token, rows, h, v, self._blocks,
             BB=self._padded, BK=plan.BK, BN=plan.BN, STAGES=plan.stages, num_warps=plan.warps,
         )  # fmt: skip
         if choose:
-            choose_kernel[(rows,)](
-                self._best, self._best_token, self.tokens, self.history, self.position, self.history.shape[1],
-                self._blocks, triton.next_power_of_2(self._blocks),
-            )  # fmt: skip
+            self._ends.choose()
         return self.logits
 
     def _layer(self, w: LayerWeights, conv_state: Tensor, state: Tensor) -> None:

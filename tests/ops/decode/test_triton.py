@@ -19,6 +19,7 @@ from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops._sums import ALIKE
 from mambakit.ops.decode import few_rows_gpu as few
 from mambakit.ops.decode import many_rows_gpu as many
+from mambakit.ops.decode import tokens_gpu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [
@@ -265,11 +266,12 @@ def test_sums_over_lanes_are_alike_on_all(module, rows, kernels, monkeypatch):
     """Racecheck found lanes with sums of different last bits that wrote to one place."""
     model = made({}, torch.float32, "cpu")
     step = step_of(model, model.backbone.new_cache(rows))
-    recorders = {
-        n: Recorder() for n, value in vars(module).items() if isinstance(value, triton.runtime.jit.KernelInterface)
-    }
-    for name, recorder in recorders.items():
-        monkeypatch.setattr(module, name, recorder)
+    recorders = {}
+    for place in (module, tokens_gpu):
+        for name, value in list(vars(place).items()):
+            if isinstance(value, triton.runtime.jit.KernelInterface):
+                recorders[name] = Recorder()
+                monkeypatch.setattr(place, name, recorders[name])
     step(True)
     for name in kernels:
         assert len(recorders[name].launches) == 2, "two layers"
