@@ -59,10 +59,12 @@ class GraphStep:
         tokens: (rows,) int64, what the next step reads, and what a step leaves: the most probable token of each row, kept in
             ``history[:, i]`` after step i.
         logits: (rows, v) float32 of the last step.
+        holder: whose states are in it; None, or dead, where it is free.
     """
 
     def __init__(self, model: Any, rows: int, capacity: int = 64):
         self.model, self.rows, self.capacity = model, rows, capacity
+        self.holder: weakref.ref[Any] | None = None
         self._place = _place(model)
         self.cache = model.backbone.new_cache(rows)
         device = model.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ class DecodingRows:
             self.states = model.backbone.new_cache(0)
         elif graphs_serve(model):
             self._graph = graph_step(model, most)  # kept with the model: the states are in it until `close`
+            if (
+                self._graph.holder is not None and self._graph.holder() is not None
+            ):  # a text within the choice of another's token
+                self._graph = GraphStep(model, most)
+            self._graph.holder = weakref.ref(self)
             self._graph.load(states)
             self.states = self._graph.cache
         else:
@@ -129,8 +135,10 @@ class DecodingRows:
 
     def close(self) -> None:
         """Bring the given states up to date; nothing is stepped afterwards."""
-        if self._graph is not None and self._given is not None and self._steps:
-            self._graph.store(self._given, self._steps)
+        if self._graph is not None and self._given is not None:
+            if self._steps:
+                self._graph.store(self._given, self._steps)
+            self._graph.holder = None
 
     def _over(self, states: MambaCache) -> None:
         self.states = states

@@ -15,7 +15,7 @@ class EagerGraph(GraphStep):
     """`GraphStep` without a device."""
 
     def __init__(self, model, rows: int, capacity: int = 64):
-        self.model, self.rows, self.capacity = model, rows, capacity
+        self.model, self.rows, self.capacity, self.holder = model, rows, capacity, None
         self.cache = model.backbone.new_cache(rows)
         self.tokens = torch.zeros(rows, dtype=torch.int64)
         self.history = torch.full((rows, capacity), -1)

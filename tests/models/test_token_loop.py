@@ -148,6 +148,23 @@ def test_rows_go_on_side_by_side_where_their_bits_depend_on_it(model, monkeypatc
     assert set(sizes) == {8}
 
 
+def test_a_text_within_the_choice_of_anothers_token(way, model):
+    """Both have as many rows, and a graph keeps the states of one text."""
+    ids, other = tokens(2, 5), tokens(2, 7)
+    options = {"max_new_tokens": 8, "eos_token_id": None, "do_sample": False}
+    expected, within = model.generate(ids, **options), []
+
+    def processor(text, scores):
+        within.append(model.generate(other, **options))
+        return scores
+
+    result = model.generate(ids, logits_processor=LogitsProcessorList([processor]), **options)
+    assert torch.equal(result, expected)
+    alone = model.generate(other, **options)
+    assert len(within) == 8
+    assert all(torch.equal(text, alone) for text in within)
+
+
 def test_drawing_is_multinomial():
     for shape in ((1, 61), (7, 61), (3, 5000)):
         probabilities = torch.randn(shape).mul(3).softmax(-1)
