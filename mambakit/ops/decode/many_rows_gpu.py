@@ -201,7 +201,8 @@ class Product:
     def within(self, rows: int, itemsize: int, limit: int) -> Product:
         """With fewer stages, or narrower, until the stages' tiles fit ``limit`` bytes of shared memory."""
         plan = self
-        while (plan.stages - 1) * (plan.BN + rows) * plan.BK * itemsize > limit and (plan.stages, plan.BK) != (2, 16):
+        # Triton keeps a tile less than there are stages, but as many for Hopper's products of whole warp groups.
+        while plan.stages * (plan.BN + rows) * plan.BK * itemsize > limit and (plan.stages, plan.BK) != (2, 16):
             stages, columns = (plan.stages - 1, plan.BK) if plan.stages > 2 else (plan.stages, plan.BK // 2)
             plan = replace(plan, stages=stages, BK=columns)
         return plan
