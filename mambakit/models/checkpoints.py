@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from mambakit.models.formats import is_original, read_config, to_original_fields
-from mambakit.models.packed_checkpoints import load_quantized, packed_weights
+from mambakit.models.packed_checkpoints import load_quantized, packed_weights, require_packed_arguments
 from mambakit.models.quantization import is_quantized
 from mambakit.models.storage import (
     HUB_ARGUMENTS,
@@ -49,6 +49,7 @@ def load_pretrained(cls: Any, name: str | os.PathLike, *args: Any, config: Any =
     if dtype is not None:
         kwargs["dtype"] = dtype
     if is_quantized(config):
+        require_packed_arguments(args, kwargs)
         return load_quantized(cls, config, folder, str(name), dtype, kwargs.get("device_map"))
     load = super(_owner(cls), cls).from_pretrained
     if getattr(config, "quantization_config", None) is not None or kwargs.get("state_dict") is not None:

@@ -24,6 +24,9 @@ from mambakit.modules.quantized_linear import QuantizedLinear
 
 _BESIDE = ("scales", "starts", "columns", "values")  # stored beside a packed weight's `data`
 _EMBEDDINGS = "embeddings.weight"
+# Of transformers' arguments those that are followed, and those that change nothing where one file is read into one model.
+_FOLLOWED = {"dtype", "device_map"}
+_IMMATERIAL = {"low_cpu_mem_usage", "use_safetensors", "weights_only", "trust_remote_code", "attn_implementation"}
 
 
 def stored_tensors(model: Any, state: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -42,6 +45,17 @@ def packed_weights(name: str, shape: tuple[int, ...], config: Any) -> tuple[str,
         return None
     columns = config.intermediate_size if kind in ("x_proj", "out_proj") else config.hidden_size
     return config.quantization_config["format"], 0 if part in _BESIDE else shape[0] * columns
+
+
+def require_packed_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """ValueError where `from_pretrained` of packed weights is asked for what only plain ones can be."""
+    given = {k for k, v in kwargs.items() if v not in (None, False) and not k.startswith("_")}
+    refused = sorted(given - _FOLLOWED - _IMMATERIAL) + [repr(a) for a in args]
+    if refused:
+        raise ValueError(
+            f"this checkpoint's weights are packed, and {', '.join(refused)} cannot be followed there, only {' and '.join(sorted(_FOLLOWED))}; "
+            "drop the argument, or unpack the checkpoint first (mambakit convert)"
+        )
 
 
 def load_quantized(cls: Any, config: Any, folder: Path, name: str, dtype: Any, device_map: Any) -> Any:

@@ -21,6 +21,18 @@ TEXT = (
 )
 
 
+@pytest.mark.parametrize(
+    "argument",
+    [{"output_loading_info": True}, {"max_memory": {"cpu": "1GB"}}, {"offload_folder": "aside"}],
+)
+def test_arguments_that_packed_weights_cannot_follow(tmp_path, argument):
+    pair("plain")[0].quantize("int8").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"packed, and {next(iter(argument))} cannot be followed.*mambakit convert"):
+        mambakit.MambaForCausalLM.from_pretrained(tmp_path, **argument)
+    harmless = {"dtype": "float32", "device_map": "cpu", "low_cpu_mem_usage": True, "output_loading_info": False}
+    assert mambakit.MambaForCausalLM.from_pretrained(tmp_path, **harmless).dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", ["plain", "use_bias", "untied", "odd_everything", "falcon"])
 @pytest.mark.parametrize(("format", "limit"), [("int8", 2e-2), ("int4", 0.4)])
 @torch.no_grad()
