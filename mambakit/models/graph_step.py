@@ -52,7 +52,7 @@ class GraphStep:
     """One token for each of ``rows`` texts, as one CUDA graph over a state of its own.
 
     A plain model in one floating dtype, int8 or int4 runs the kernels of `mambakit.ops.decode`: one that stays on the card up
-    to 8 rows (wide models fewer), else Triton's (up to 128 rows; int8 and int4 up to 4). Any other (FalconMamba, with adapters, more rows) is captured
+    to 8 rows (wide models fewer), else Triton's (up to 128 rows, in float32 32; int8 and int4 up to 4). Any other (FalconMamba, with adapters, more rows) is captured
     as its own forward. Captured when made; `load` and `store` move states in and out.
 
     Attributes:
@@ -129,7 +129,7 @@ def _fused(model: Any, cache: MambaCache, capacity: int) -> Any:
     weights, rows, width = gpu_weights(model), cache.max_batch_size, model.config.hidden_size
     states = cache.conv_states, cache.ssm_states
     triton = importlib.util.find_spec("triton") is not None  # `mambakit env` says so
-    # Measured on an H100 (docs/kernels.md): the rows of a wide model from which Triton's kernels are the faster ones, and the forward.
+    # Measured on an H100 (docs/kernels.md): more rows of a wide model are faster by Triton's kernels.
     stays = rows * width <= 12800 or weights.kind is not None or not triton
     if stays and persistent.why_not(weights, rows, cache.conv_states.dtype) is None:
         return persistent.PersistentStep(weights, *states, capacity)
@@ -139,7 +139,7 @@ def _fused(model: Any, cache: MambaCache, capacity: int) -> Any:
 
     if rows <= few_rows_gpu.MOST_ROWS:
         return few_rows_gpu.FewRowsStep(weights, *states, capacity)
-    if weights.kind is None and rows <= (many_rows_gpu.MOST_ROWS if width < 2560 else 64):
+    if weights.kind is None and rows <= many_rows_gpu.most_rows(width, model.dtype):
         return many_rows_gpu.ManyRowsStep(weights, *states, capacity)
     return None
 

@@ -49,7 +49,7 @@ def packed_weights(name: str, shape: tuple[int, ...], config: Any) -> tuple[str,
 
 def require_packed_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """ValueError where `from_pretrained` of packed weights is asked for what only plain ones can be."""
-    given = {k for k, v in kwargs.items() if v not in (None, False) and not k.startswith("_")}
+    given = {k for k, v in kwargs.items() if v is not None and v is not False and not k.startswith("_")}
     refused = sorted(given - _FOLLOWED - _IMMATERIAL) + [repr(a) for a in args]
     if refused:
         raise ValueError(

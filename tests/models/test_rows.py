@@ -8,15 +8,9 @@ import torch
 from mambakit.models import rows as module
 from mambakit.models.rows import DecodingRows
 from tests.models.configurations import pair, tokens, worst
-from tests.models.eager_graph import WAYS, decode_by
+from tests.models.eager_graph import decode_by
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(params=WAYS)
-def way(request, monkeypatch):
-    decode_by(request.param, monkeypatch)
-    return request.param
 
 
 @pytest.fixture

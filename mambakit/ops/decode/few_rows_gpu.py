@@ -27,7 +27,7 @@ MOST_ROWS = 4
 
 
 @triton.jit
-def _products(
+def _float_products(
     x, x_stride, norm, weight, n, n_mask, rows,
     K: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, NORMED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -106,6 +106,22 @@ def _integer_products(
 
 
 @triton.jit
+def _products(
+    x, x_stride, norm, weight, scales, n, n_mask, rows,
+    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    NORMED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """(BN, BB) products of weight rows n and rows of x, and (BB,) sums of x^2; BITS 0: a floating weight."""
+    if BITS:
+        total, squares = _integer_products(
+            x, x_stride, norm, weight, scales, n, n_mask, rows, K, BITS, GROUP, BB, BK, BN, NORMED, STAGES
+        )  # fmt: skip
+    else:
+        total, squares = _float_products(x, x_stride, norm, weight, n, n_mask, rows, K, BB, BK, BN, NORMED, STAGES)
+    return total, squares
+
+
+@triton.jit
 def _in_proj(
     residual, norm, weight, scales, bias, conv_state, conv, conv_bias, u, z, eps, rows,
     H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BB: tl.constexpr,
@@ -115,12 +131,9 @@ def _in_proj(
     b = tl.arange(0, BB)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     n_mask = n < 2 * D
-    if BITS:
-        xz, squares = _integer_products(
-            residual, H, norm, weight, scales, n, n_mask, rows, H, BITS, GROUP, BB, BK, BN, True, STAGES
-        )  # fmt: skip
-    else:
-        xz, squares = _products(residual, H, norm, weight, n, n_mask, rows, H, BB, BK, BN, True, STAGES)
+    xz, squares = _products(
+        residual, H, norm, weight, scales, n, n_mask, rows, H, BITS, GROUP, BB, BK, BN, True, STAGES
+    )  # fmt: skip
     xz *= tl.rsqrt(squares / H + eps)[None, :]
     if HAS_BIAS:
         xz += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
@@ -154,12 +167,9 @@ def _x_proj(
     """sums (rows, R) float32."""
     b = tl.arange(0, BB)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    if BITS:
-        total, _ = _integer_products(
-            u, D, u, weight, scales, n, n < R, rows, D, BITS, GROUP, BB, BK, BN, False, STAGES
-        )  # fmt: skip
-    else:
-        total, _ = _products(u, D, u, weight, n, n < R, rows, D, BB, BK, BN, False, STAGES)
+    total, _ = _products(
+        u, D, u, weight, scales, n, n < R, rows, D, BITS, GROUP, BB, BK, BN, False, STAGES
+    )  # fmt: skip
     tl.store(sums + b[None, :] * R + n[:, None], total, mask=(n < R)[:, None] & (b < rows)[None, :])
 
 
@@ -206,12 +216,9 @@ def _out_proj(
     b = tl.arange(0, BB)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     n_mask = n < H
-    if BITS:
-        total, _ = _integer_products(
-            y, D, y, weight, scales, n, n_mask, rows, D, BITS, GROUP, BB, BK, BN, False, STAGES
-        )  # fmt: skip
-    else:
-        total, _ = _products(y, D, y, weight, n, n_mask, rows, D, BB, BK, BN, False, STAGES)
+    total, _ = _products(
+        y, D, y, weight, scales, n, n_mask, rows, D, BITS, GROUP, BB, BK, BN, False, STAGES
+    )  # fmt: skip
     if HAS_BIAS:
         total += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
     place = residual + b[None, :] * H + n[:, None]
@@ -230,12 +237,9 @@ def _head(
     b = tl.arange(0, BB)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     n_mask = n < V
-    if BITS:
-        total, squares = _integer_products(
-            residual, H, norm, weight, scales, n, n_mask, rows, H, BITS, GROUP, BB, BK, BN, True, STAGES
-        )  # fmt: skip
-    else:
-        total, squares = _products(residual, H, norm, weight, n, n_mask, rows, H, BB, BK, BN, True, STAGES)
+    total, squares = _products(
+        residual, H, norm, weight, scales, n, n_mask, rows, H, BITS, GROUP, BB, BK, BN, True, STAGES
+    )  # fmt: skip
     total = (total * tl.rsqrt(squares / H + eps)[None, :]).to(norm.dtype.element_ty).to(tl.float32)
     row = b[None, :].to(tl.int64)
     tl.store(logits + row * V + n[:, None], total, mask=n_mask[:, None] & (b < rows)[None, :])

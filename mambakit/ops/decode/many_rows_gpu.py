@@ -23,6 +23,14 @@ from mambakit.ops.decode.weights import LayerWeights, ModelWeights, Weight, chec
 MOST_ROWS = 128
 
 
+def most_rows(width: int, dtype: torch.dtype) -> int:
+    """Rows up to which these kernels are the faster ones, beside the model's forward as a graph: measured on an H100 in bfloat16
+    (docs/kernels.md). In float32, where the tensor cores do not multiply, not measured: as many as Triton's kernels before served."""
+    if dtype == torch.float32:
+        return 32 if width < 2560 else 16
+    return MOST_ROWS if width < 2560 else 64
+
+
 @triton.jit
 def _total(
     x, weight, n, begin, K: tl.constexpr, COLUMNS: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,

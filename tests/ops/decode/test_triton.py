@@ -1,9 +1,6 @@
 """Triton's decode steps, of few rows and of many, against the model's forward: on a GPU, and in Triton's interpreter."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,15 +17,8 @@ from mambakit.ops._sums import ALIKE
 from mambakit.ops.decode import few_rows_gpu as few
 from mambakit.ops.decode import many_rows_gpu as many
 from mambakit.ops.decode import tokens_gpu
+from tests.ops.interpreter import DEVICES, INTERPRETED, run_interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = [
-    pytest.param("cpu", id="interpreted", marks=pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter")),
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.cuda, pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU")],
-    ),
-]
 SMALL = {
     few.FewRowsStep: {name: few.Tile(16, 32, 4, 2) for name in ("in_proj", "x_proj", "out_proj", "head")},
     many.ManyRowsStep: {
@@ -278,6 +268,12 @@ def test_sums_over_lanes_are_alike_on_all(module, rows, kernels, monkeypatch):
         assert all(options["enable_fp_fusion"] is False for options in recorders[name].launches)
 
 
+def test_float32_leaves_many_rows_to_the_forward():
+    """Its products are not the tensor cores'."""
+    assert many.most_rows(2048, torch.bfloat16) == many.MOST_ROWS > many.most_rows(2560, torch.float16)
+    assert many.most_rows(2048, torch.float32) == 32 > many.most_rows(2560, torch.float32)
+
+
 def test_plans_fit_the_shared_memory_there_is():
     wide = many.Product(64, 64, 4, 6).within(128, 2, 227 * 1024)
     assert wide == many.Product(64, 64, 4, 6)
@@ -292,8 +288,4 @@ def test_plans_fit_the_shared_memory_there_is():
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the one that starts it")
 def test_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert " passed" in result.stdout
+    run_interpreted(__file__)

@@ -1,9 +1,5 @@
 """The GPU path of linear_cross_entropy against the float64 reference: on a GPU, and in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -12,15 +8,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from mambakit.ops.linear_cross_entropy import gpu, reference  # noqa: E402
+from tests.ops.interpreter import DEVICES, INTERPRETED, run_interpreted  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = [
-    pytest.param("cpu", id="interpreted", marks=pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter")),
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.cuda, pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU")],
-    ),
-]
 # Loss: float32 sums. Gradients: softmax - onehot and the result are each rounded once to the dtype of hidden
 # (truncated by Triton's interpreter, hence the wider bound there). In bfloat16 that is 1.66e-3 for dhidden of the first large
 # case, all of it the result's rounding; sums whose parts are rounded on the way exceed the bound from four parts on.
@@ -137,7 +126,4 @@ def test_kernel_compiles(need_gradient):
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own run")
 def test_interpreter():
-    """The interpreter is chosen when Triton is imported, so it needs a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    run_interpreted(__file__)

@@ -1,9 +1,5 @@
 """The Triton RMSNorm against the float64 reference: on a GPU, and in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -12,15 +8,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from mambakit.ops.rms_norm import gpu, reference  # noqa: E402
+from tests.ops.interpreter import DEVICES, INTERPRETED, run_interpreted  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = [
-    pytest.param("cpu", id="interpreted", marks=pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter")),
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.cuda, pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU")],
-    ),
-]
 # Rounding y to bfloat16 costs 1.7e-3 at most in this norm. Triton's interpreter truncates instead: twice that.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3 if INTERPRETED else 3e-3}
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -138,7 +127,4 @@ def test_kernels_compile():
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own run")
 def test_interpreter():
-    """The interpreter is chosen when Triton is imported, so it needs a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    run_interpreted(__file__)
