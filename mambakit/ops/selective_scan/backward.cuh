@@ -6,8 +6,8 @@
 //
 // States are recomputed. A block takes its chunk in segments, last first: it walks forward through one from the checkpoint
 // before it and keeps the state at every SAVE-th token in shared memory, then goes back tile by tile: the states and decays of SUB
-// tokens at a time in registers, then those tokens in reverse. dB and dC are summed over the block's channels (shuffles,
-// then shared memory) and written as one partial per block of channels; `finish` adds the partials in a fixed order.
+// tokens at a time in registers, then those tokens in reverse. dB and dC are summed over the block's channels (in
+// shared memory) and written as one partial per block of channels; `finish` adds the partials in a fixed order.
 //
 // When b * d is too small to fill the card, rows are cut into `chunks`: `arrive` first finds, for all chunks but the first,
 // the gradient that leaves it to the left when nothing enters from the right, and sum(delta). For a caller that learns the
@@ -24,28 +24,31 @@ struct BackwardParams {
     i64 dz_b, dz_t, l, d, n, tiles, chunk_length, chunks, first, rows, interval;
 };
 
-// This lane's elements of one tensor: the next tile to load, and the values of the last one loaded.
-struct Stream {
-    const T* at[VECS];
-    Raw<VEC> next[VECS];
+// This lane's elements of one tensor. The place of a tile is the same for all lanes and changes, a lane's place in it does not: registers
+// are what binds, and the former needs none of a lane's own.
+template <typename E> struct Place {
+    E* tile;
+    u32 own[VECS];  // bytes; strides are bounded by gpu.py
 
-    DEVICE void set(const T* base, i64 t, i64 stride, const Elements& mine) {
+    DEVICE void set(E* base, i64 t, i64 stride, int first_channel, const Elements& mine) {
+        tile = base + t * stride;
 #pragma unroll
-        for (int v = 0; v < VECS; v++) at[v] = base + (t + mine.token[v]) * stride + mine.column[v];
+        for (int v = 0; v < VECS; v++)
+            own[v] = (u32)(sizeof(E) * (mine.token[v] * (u32)stride + first_channel + mine.column[v]));
     }
+
+    DEVICE E* at(int v) const { return (E*)((char*)tile + own[v]); }
+};
+
+// One that is read: the values of the tile loaded last.
+struct Stream : Place<const T> {
+    Raw<VEC> next[VECS];
 
     // Load a tile of which `left` tokens exist, and step to the tile `move` elements on.
     DEVICE void fetch(int left, i64 move, const Elements& mine) {
 #pragma unroll
-        for (int v = 0; v < VECS; v++) {
-            next[v].load(at[v], mine.token[v] < left ? mine.count[v] : 0);
-            at[v] += move;
-        }
-    }
-
-    DEVICE void skip(i64 move) {
-#pragma unroll
-        for (int v = 0; v < VECS; v++) at[v] += move;
+        for (int v = 0; v < VECS; v++) next[v].load(at(v), mine.token[v] < left ? mine.count[v] : 0);
+        tile += move;
     }
 };
 
@@ -96,9 +99,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_arrive(cons
     mine.set(lane, warp_channel, d);
     Stream dy, delta, z;
     int t = t0 + (t1 - t0 - 1) / TILE * TILE;
-    dy.set(p.dy + row * p.dy_b + warp_channel, t, p.dy_t, mine);
-    delta.set(p.delta + row * p.delta_b + warp_channel, t, p.delta_t, mine);
-    if (HAS_Z) z.set(p.z + row * p.z_b + warp_channel, t, p.z_t, mine);
+    dy.set(p.dy + row * p.dy_b, t, p.dy_t, warp_channel, mine);
+    delta.set(p.delta + row * p.delta_b, t, p.delta_t, warp_channel, mine);
+    if (HAS_Z) z.set(p.z + row * p.z_b, t, p.z_t, warp_channel, mine);
     float bias[VECS][VEC];
 #pragma unroll
     for (int v = 0; v < VECS; v++)
@@ -116,13 +119,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_arrive(cons
     int tb = t0 + (t1 - t0 - 1) / ARRIVE_ROWS * ARRIVE_ROWS;
     fetch(t);
     int next_ids = Starts::fetch(p.ids, t, l, lane);
-    rows.fetch(C, C, p.C_t, p.C_t, tb, t1, n);
+    rows.set(C, C, p.C_t, p.C_t, tb, -1);
+    rows.fetch(t1 - tb, n);
     int buffer = 0;
     for (; tb >= t0; tb -= ARRIVE_ROWS, buffer ^= 1) {
         rows.put(shared.rows[buffer]);
         __syncthreads();
-        const int before = tb - ARRIVE_ROWS;
-        rows.fetch(C, C, p.C_t, p.C_t, before, before < t0 ? before : t1, n);
+        rows.fetch(tb > t0 ? ARRIVE_ROWS : 0, n);
         for (; t >= tb; t -= TILE) {
 #pragma unroll
             for (int v = 0; v < VECS; v++) {
@@ -171,10 +174,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_arrive(cons
             if (place.first + k < d) p.sums[((i64)row * p.chunks + chunk) * d + place.first + k] = sum[k];
 }
 
+// dB and dC are summed over a warp's groups two tokens at a time: [token][group][dB or dC][NP], where odd groups have dC first, so that
+// lanes which write together and lanes which read together use different banks.
+constexpr int GROUP_SUMS = 2 * NP;
+constexpr int TOKEN_SUMS = GROUPS * GROUP_SUMS;
+DEVICE int place_of(int group, int which) { return group * GROUP_SUMS + ((which ^ group) & 1) * NP; }
+
 struct BackwardShared {
     float rows[SEGMENT * 2 * NP];
     float saved[SEGMENT / SAVE][K * NS][THREADS];  // the states at every SAVE-th token
     float partial[2][WARPS][TILE][2 * NP];
+    float exchanged[WARPS][GROUPS > 1 ? 2 * TOKEN_SUMS : 4];
     float2 steps[2][WARPS][TILE][STEPS_ROW];  // delta, delta * u
     float dy[2][WARPS][TILE][WARP_CHANNELS];      // gradient of the output before the gate
     float sums[WARPS][3][TILE][WARP_CHANNELS];  // over states: C . h, g . B, (g a h) . A
@@ -317,8 +327,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
         int base = ts / interval * interval;
         place.load(h, p.checkpoints + (check_row + base / interval) * d * n);
         const int last_tile = ts + (te - ts - 1) / TILE * TILE;
-        u.set(p.u + row * p.u_b + warp_channel, base, p.u_t, mine);
-        delta.set(p.delta + row * p.delta_b + warp_channel, base, p.delta_t, mine);
+        u.set(p.u + row * p.u_b, base, p.u_t, warp_channel, mine);
+        delta.set(p.delta + row * p.delta_b, base, p.delta_t, warp_channel, mine);
         u.fetch(t1 - base, TILE * p.u_t, mine);
         delta.fetch(t1 - base, TILE * p.delta_t, mine);
         int next_ids = Starts::fetch(p.ids, base, l, lane);
@@ -351,22 +361,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                 }
             }
         }
-        dy.set(p.dy + row * p.dy_b + warp_channel, last_tile, p.dy_t, mine);
-        if (HAS_Z) z.set(p.z + row * p.z_b + warp_channel, last_tile, p.z_t, mine);
+        dy.set(p.dy + row * p.dy_b, last_tile, p.dy_t, warp_channel, mine);
+        if (HAS_Z) z.set(p.z + row * p.z_b, last_tile, p.z_t, warp_channel, mine);
         dy.fetch(t1 - last_tile, -TILE * p.dy_t, mine);
         if (HAS_Z) z.fetch(t1 - last_tile, -TILE * p.z_t, mine);
-        u.skip(-2 * TILE * p.u_t);
-        delta.skip(-2 * TILE * p.delta_t);
+        u.tile -= 2 * TILE * p.u_t;
+        delta.tile -= 2 * TILE * p.delta_t;
         put_steps(last_tile, now);
         put_gradients(now);
-        i64 to[VECS];
-        T* dz_to[VECS];
-#pragma unroll
-        for (int v = 0; v < VECS; v++) {
-            const int at = last_tile + mine.token[v], column = warp_channel + mine.column[v];
-            dz_to[v] = HAS_Z ? p.dz + row * p.dz_b + at * p.dz_t + column : nullptr;
-            to[v] = ((i64)row * l + at) * d + column;
-        }
+        Place<T> du, ddelta, dz;
+        du.set(p.du + (i64)row * l * d, last_tile, d, warp_channel, mine);
+        ddelta.set(p.ddelta + (i64)row * l * d, last_tile, d, warp_channel, mine);
+        if (HAS_Z) dz.set(p.dz + row * p.dz_b, last_tile, p.dz_t, warp_channel, mine);
+        float* exchanged = shared.exchanged[warp];
         float* partial_to = p.partial + ((i64)tile * p.rows + (i64)row * l + last_tile) * 2 * NP;
         __syncwarp();
         {
@@ -405,77 +412,100 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
 #pragma unroll 1
             for (int j0 = TILE - SUB; j0 >= 0; j0 -= SUB) {
 #pragma unroll
-                for (int i = 0; i < K * NS; i++) h[i / NS][i % NS] = shared.saved[(t - ts + j0) / SAVE][i][threadIdx.x];
+                for (int i = 0; i < K * NS; i++) h[i / NS][i % NS] = shared.saved[(u32)(t - ts + j0) / SAVE][i][threadIdx.x];
 #pragma unroll 1
-                for (int j = j0 / SAVE * SAVE; j < j0; j += SUB) forward(j, now, rows, starts, forget);
+                for (int j = (u32)j0 / SAVE * SAVE; j < j0; j += SUB) forward(j, now, rows, starts, forget);
                 float before[SUB][K][NS], decay[SUB][K][NS];  // h_{t-1} (after a start) and exp(delta A)
                 forward(j0, now, rows, starts, [&](int jj, int k, int i, float state, float a) {
                     before[jj][k][i] = state;
                     decay[jj][k][i] = a;
                 });
-                float over_states[3][SUB * K];
+                // In pairs, whose sums over lanes and over channels are made together.
 #pragma unroll
-                for (int jj = SUB - 1; jj >= 0; jj--) {
-                    const int j = j0 + jj;
-                    if (PACKED && starts.ends(j) && t + j < t1) load_dfinal(starts.of(j));
-                    float step[2 * K], out[K], Bs[NS], Cs[NS];
-                    read_floats<2 * K>(step, (const float*)&shared.steps[now][warp][j][group * K]);
-                    read_floats<K>(out, &shared.dy[now][warp][j][group * K]);
-                    read_floats<NS>(Bs, rows + j * 2 * NP + part * NS);
-                    read_floats<NS>(Cs, rows + j * 2 * NP + NP + part * NS);
-                    float over_channels[2 * NS];
+                for (int pair = SUB - 2; pair >= 0; pair -= 2) {
+                    float over_states[3][2 * K];
 #pragma unroll
-                    for (int k = 0; k < K; k++) {
-                        float y = 0.f, gB = 0.f, gA = 0.f;
+                    for (int jj = pair + 1; jj >= pair; jj--) {
+                        const int j = j0 + jj;
+                        if (PACKED && starts.ends(j) && t + j < t1) load_dfinal(starts.of(j));
+                        float step[2 * K], out[K], Bs[NS], Cs[NS];
+                        read_floats<2 * K>(step, (const float*)&shared.steps[now][warp][j][group * K]);
+                        read_floats<K>(out, &shared.dy[now][warp][j][group * K]);
+                        read_floats<NS>(Bs, rows + j * 2 * NP + part * NS);
+                        read_floats<NS>(Cs, rows + j * 2 * NP + NP + part * NS);
+                        float over_channels[2 * NS];
 #pragma unroll
-                        for (int i = 0; i < NS; i++) {
-                            float state;  // h_t
-                            if (PACKED) state = fmaf(decay[jj][k][i], before[jj][k][i], step[2 * k + 1] * Bs[i]);
-                            else state = jj + 1 < SUB ? before[jj + 1 < SUB ? jj + 1 : jj][k][i] : h[k][i];
-                            g[k][i] = fmaf(out[k], Cs[i], g[k][i]);
-                            if (k == 0) {
-                                over_channels[i] = step[2 * k + 1] * g[k][i];
-                                over_channels[NS + i] = out[k] * state;
-                            } else {
-                                over_channels[i] = fmaf(step[2 * k + 1], g[k][i], over_channels[i]);
-                                over_channels[NS + i] = fmaf(out[k], state, over_channels[NS + i]);
+                        for (int k = 0; k < K; k++) {
+                            float y = 0.f, gB = 0.f, gA = 0.f;
+#pragma unroll
+                            for (int i = 0; i < NS; i++) {
+                                float state;  // h_t
+                                if (PACKED) state = fmaf(decay[jj][k][i], before[jj][k][i], step[2 * k + 1] * Bs[i]);
+                                else state = jj + 1 < SUB ? before[jj + 1 < SUB ? jj + 1 : jj][k][i] : h[k][i];
+                                g[k][i] = fmaf(out[k], Cs[i], g[k][i]);
+                                if (k == 0) {
+                                    over_channels[i] = step[2 * k + 1] * g[k][i];
+                                    over_channels[NS + i] = out[k] * state;
+                                } else {
+                                    over_channels[i] = fmaf(step[2 * k + 1], g[k][i], over_channels[i]);
+                                    over_channels[NS + i] = fmaf(out[k], state, over_channels[NS + i]);
+                                }
+                                y = i == 0 ? Cs[i] * state : fmaf(Cs[i], state, y);
+                                gB = i == 0 ? g[k][i] * Bs[i] : fmaf(g[k][i], Bs[i], gB);
+                                g[k][i] *= decay[jj][k][i];
+                                float gah = g[k][i] * before[jj][k][i];
+                                gA = i == 0 ? gah * A[k][i] : fmaf(gah, A[k][i], gA);
+                                dA[k][i] = fmaf(gah, step[2 * k], dA[k][i]);
                             }
-                            y = i == 0 ? Cs[i] * state : fmaf(Cs[i], state, y);
-                            gB = i == 0 ? g[k][i] * Bs[i] : fmaf(g[k][i], Bs[i], gB);
-                            g[k][i] *= decay[jj][k][i];
-                            float gah = g[k][i] * before[jj][k][i];
-                            gA = i == 0 ? gah * A[k][i] : fmaf(gah, A[k][i], gA);
-                            dA[k][i] = fmaf(gah, step[2 * k], dA[k][i]);
+                            over_states[0][(jj - pair) * K + k] = y;
+                            over_states[1][(jj - pair) * K + k] = gB;
+                            over_states[2][(jj - pair) * K + k] = gA;
                         }
-                        over_states[0][jj * K + k] = y;
-                        over_states[1][jj * K + k] = gB;
-                        over_states[2][jj * K + k] = gA;
+                        if (PACKED && starts.starts(j) && t + j < t1) {
+                            store_dinitial(starts.of(j));
+                            clear(g);
+                        }
+#pragma unroll
+                        for (int which = 0; which < 2; which++) {
+                            float* to = GROUPS > 1 ? exchanged + (jj - pair) * TOKEN_SUMS + place_of(group, which)
+                                                   : shared.partial[now][warp][j] + which * NP;
+                            write_floats<NS>(to + part * NS, over_channels + which * NS);
+                        }
                     }
-                    if (PACKED && starts.starts(j) && t + j < t1) {
-                        store_dinitial(starts.of(j));
-                        clear(g);
+                    if (GROUPS > 1) {
+                        constexpr int RUN = NP >= 32 ? 4 : NP >= 16 ? 2 : 1;  // neighbouring sums of a lane
+                        __syncwarp();
+#pragma unroll
+                        for (int first = 0; first < 2 * GROUP_SUMS; first += 32 * RUN) {
+                            const int i = first + lane * RUN;
+                            if (2 * GROUP_SUMS % (32 * RUN) != 0 && i >= 2 * GROUP_SUMS) break;
+                            const int which = i / NP % 2;
+                            const float* from = exchanged + i / GROUP_SUMS * TOKEN_SUMS + i % NP;
+                            float total[RUN], more[RUN];
+                            read_floats<RUN>(total, from + place_of(0, which));
+#pragma unroll
+                            for (int g = 1; g < GROUPS; g++) {
+                                read_floats<RUN>(more, from + place_of(g, which));
+#pragma unroll
+                                for (int r = 0; r < RUN; r++) total[r] += more[r];
+                            }
+                            write_floats<RUN>(&shared.partial[now][warp][j0 + pair][0] + i, total);
+                        }
                     }
-                    sum_lanes<2 * NS, 32, LANES>(over_channels, lane);
-                    constexpr int KEPT = 2 * NS > GROUPS ? 2 * NS / GROUPS : 1;
-                    constexpr int SAME = GROUPS > 2 * NS ? GROUPS / (2 * NS) : 1;
-                    int at = group / SAME * KEPT;
-                    if (group % SAME == 0)
+                    constexpr int KEPT = 2 * K > LANES ? 2 * K / LANES : 1;
+                    constexpr int SAME = LANES > 2 * K ? LANES / (2 * K) : 1;
+                    constexpr int RUN = KEPT < K ? KEPT : K;
+                    int at = part / SAME * KEPT;
 #pragma unroll
-                        for (int i = 0; i < KEPT; i++)
-                            shared.partial[now][warp][j][(at + i) / NS * NP + part * NS + (at + i) % NS] = over_channels[i];
-                }
-                constexpr int KEPT = SUB * K > LANES ? SUB * K / LANES : 1;
-                constexpr int SAME = LANES > SUB * K ? LANES / (SUB * K) : 1;
-                constexpr int RUN = KEPT < K ? KEPT : K;
-                int at = part / SAME * KEPT;
+                    for (int q = 0; q < 3; q++) {
+                        sum_lanes<2 * K, LANES, 1>(over_states[q], lane);
+                        if (part % SAME == 0)
 #pragma unroll
-                for (int q = 0; q < 3; q++) {
-                    sum_lanes<SUB * K, LANES, 1>(over_states[q], lane);
-                    if (part % SAME == 0)
-#pragma unroll
-                        for (int i = 0; i < KEPT; i += RUN)
-                            write_floats<RUN>(
-                                &shared.sums[warp][q][j0 + (at + i) / K][group * K + (at + i) % K], over_states[q] + i);
+                            for (int i = 0; i < KEPT; i += RUN)
+                                write_floats<RUN>(
+                                    &shared.sums[warp][q][j0 + pair + (at + i) / K][group * K + (at + i) % K], over_states[q] + i);
+                    }
+                    if (GROUPS > 1) __syncwarp();  // before the next pair is written
                 }
             }
             put_steps(t - TILE, now ^ 1);
@@ -503,7 +533,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                 if (TILE * ROW_VECS % 32 != 0 && mine.token[v] >= TILE) continue;
                 const int j = mine.token[v], column = mine.column[v];
                 const bool exists = t + j < t1;
-                float y[VEC], gB[VEC], gA[VEC], step[2 * VEC], out[VEC], du[VEC], ddelta[VEC], dz[VEC];
+                float y[VEC], gB[VEC], gA[VEC], step[2 * VEC], out[VEC], du_is[VEC], ddelta_is[VEC], dz_is[VEC];
                 read_floats<VEC>(y, &shared.sums[warp][0][j][column]);
                 read_floats<VEC>(gB, &shared.sums[warp][1][j][column]);
                 read_floats<VEC>(gA, &shared.sums[warp][2][j][column]);
@@ -513,24 +543,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
 #pragma unroll
                 for (int i = 0; i < VEC; i++) {
                     float u_i = u_now[v].get(i);
-                    du[i] = fmaf(gB[i], step[2 * i], D[v][i] * out[i]);
-                    ddelta[i] = fmaf(gA[i], LN2, gB[i] * u_i);
-                    if (SOFTPLUS) ddelta[i] *= sigmoid(delta_now[v].get(i) + bias[v][i]);
+                    du_is[i] = fmaf(gB[i], step[2 * i], D[v][i] * out[i]);
+                    ddelta_is[i] = fmaf(gA[i], LN2, gB[i] * u_i);
+                    if (SOFTPLUS) ddelta_is[i] *= sigmoid(delta_now[v].get(i) + bias[v][i]);
                     if (HAS_Z) {
                         float gate = z_now[v].get(i), s = sigmoid(gate);
-                        dz[i] = dy_now[v].get(i) * fmaf(D[v][i], u_i, y[i]) * s * fmaf(gate, 1.f - s, 1.f);
+                        dz_is[i] = dy_now[v].get(i) * fmaf(D[v][i], u_i, y[i]) * s * fmaf(gate, 1.f - s, 1.f);
                     }
                     dD[i] = fmaf(out[i], u_i, dD[i]);  // zero past the end: dy is
-                    if (exists) dbias[i] += ddelta[i];
+                    if (exists) dbias[i] += ddelta_is[i];
                 }
-                store<VEC>(p.du + to[v], du, count);
-                store<VEC>(p.ddelta + to[v], ddelta, count);
-                if (HAS_Z) {
-                    store<VEC>(dz_to[v], dz, count);
-                    dz_to[v] -= TILE * p.dz_t;
-                }
-                to[v] -= (i64)TILE * d;
+                store<VEC>(du.at(v), du_is, count);
+                store<VEC>(ddelta.at(v), ddelta_is, count);
+                if (HAS_Z) store<VEC>(dz.at(v), dz_is, count);
             }
+            du.tile -= (i64)TILE * d;
+            ddelta.tile -= (i64)TILE * d;
+            if (HAS_Z) dz.tile -= TILE * p.dz_t;
             __syncwarp();
         }
     }

@@ -6,8 +6,8 @@
 //   K        channels of each thread
 //   WARPS    warps of a block
 //   HAS_Z, SOFTPLUS, PACKED: 0 or 1
-//   WHOLE    1 when every four neighbours of a row of u, delta, z, B, C and the gradients can be read at once: their strides,
-//            d and n are multiples of 4 and their addresses of four elements
+//   WHOLE    4 or 8 when every four or eight neighbours of a row of u, delta, z, B, C and the gradients can be read at once: their
+//            strides, d and n are multiples of it and their addresses of as many elements; else 0
 //
 // A group of LANES lanes serves K channels, a warp 32 / LANES groups, and every thread walks time with NS states of K
 // channels in registers. Time goes by in tiles of 8 tokens: the warp first computes each (token, channel)'s step size
@@ -37,20 +37,6 @@ constexpr u32 ALL = 0xffffffffu;
 DEVICE float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float rcp(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float sigmoid(float x) { return rcp(1.f + ex2(-LOG2E * x)); }
-
-// The sigmoids of N values. Two neighbours share a reciprocal, 1 / a = b / (a b): the special-function unit is what binds. The
-// exponent's bound keeps the product finite; it is passed at x < -41, where the sigmoid is 1e-18.
-template <int N> DEVICE void sigmoids(float* x) {
-    if constexpr (N == 1) {
-        x[0] = sigmoid(x[0]);
-    } else {
-#pragma unroll
-        for (int i = 0; i < N; i += 2) {
-            float a = 1.f + ex2(fminf(-LOG2E * x[i], 60.f)), b = 1.f + ex2(fminf(-LOG2E * x[i + 1], 60.f)), r = rcp(a * b);
-            x[i] = b * r, x[i + 1] = a * r;
-        }
-    }
-}
 
 // max(x, 0) + log1p(exp(-|x|)), and log1p(e) = e p(e) with the best polynomial on [0, 1], relative error 3e-8: no cancellation
 // for small e, which lg2 would have.
@@ -317,23 +303,34 @@ struct Starts {
     DEVICE bool ends(int j) const { return PACKED && (mask >> (j + 1) & 1); }
 };
 
-// Rows of B and C (`PARTS` = 2) or B or C alone (1) for TOKENS tokens, as float32 in shared memory:
-// [token][part][NP]. Fetched into registers ahead of time.
+// Rows of B and C (`PARTS` = 2) or of one of them (1) for TOKENS tokens, as float32 in shared memory: [token][part][NP]. Fetched
+// into registers ahead of time.
 template <int TOKENS, int PARTS> struct Rows {
     static constexpr int ITEMS = (TOKENS * PARTS * QUADS + THREADS - 1) / THREADS;
     static constexpr int FLOATS = TOKENS * PARTS * NP;
+    const T* at[ITEMS];
+    i64 move[PARTS];
     Raw<4> raw[ITEMS];
 
-    DEVICE void fetch(const T* first, const T* second, i64 stride1, i64 stride2, int t, int end, int n) {
+    DEVICE int token(int i) const { return (int)(threadIdx.x + i * THREADS) / (PARTS * QUADS); }
+    DEVICE int rest(int i) const { return (int)(threadIdx.x + i * THREADS) % (PARTS * QUADS); }
+    DEVICE int part(int i) const { return PARTS == 2 && rest(i) >= QUADS; }
+
+    // Begin at token t; each fetch steps TOKENS on, or, with `direction` -1, back.
+    DEVICE void set(const T* first, const T* second, i64 stride1, i64 stride2, int t, int direction) {
+        move[0] = direction * TOKENS * stride1;
+        move[PARTS - 1] = direction * TOKENS * (PARTS == 2 ? stride2 : stride1);
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++)
+            at[i] = (part(i) ? second + (i64)(t + token(i)) * stride2 : first + (i64)(t + token(i)) * stride1) + rest(i) % QUADS * 4;
+    }
+
+    // `left` tokens exist.
+    DEVICE void fetch(int left, int n) {
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
-            int item = threadIdx.x + i * THREADS;
-            int token = item / (PARTS * QUADS), rest = item % (PARTS * QUADS);
-            int s = rest % QUADS * 4;
-            bool other = rest >= QUADS;
-            const T* p = (other ? second + (i64)(t + token) * stride2 : first + (i64)(t + token) * stride1) + s;
-            bool there = token < TOKENS && t + token < end;
-            raw[i].load(p, there ? min(4, n - s) : 0);
+            raw[i].load(at[i], token(i) < min(left, TOKENS) ? min(4, n - rest(i) % QUADS * 4) : 0);
+            at[i] += part(i) ? move[PARTS - 1] : move[0];
         }
     }
 

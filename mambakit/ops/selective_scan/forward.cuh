@@ -20,15 +20,21 @@ struct ForwardParams {
 
 // A row is walked in rounds of ROUND tokens (a macro, 8 to 32), whose inputs are in shared memory, twice: while one round is
 // walked, the next one's are loaded.
-constexpr int STEP = 32 / ROW_VECS;               // tokens of one vector for every lane
+constexpr int EARLY = WHOLE == 8 && WARP_CHANNELS % 8 == 0 && sizeof(T) == 2 ? 8 : VEC;  // neighbouring channels that a lane loads
+constexpr int ROW_LOADS = WARP_CHANNELS / EARLY;
+constexpr int STEP = 32 / ROW_LOADS;              // tokens of one vector for every lane
 constexpr int LOADS = (ROUND + STEP - 1) / STEP;  // vectors of a lane in one round, of one tensor
 constexpr int INPUT = WARPS * ROUND * WARP_CHANNELS;
+// Outputs are sums over a channel's lanes: of few lanes whoever stores them adds them. A token's row of those sums lies half the banks
+// away from the one before.
+constexpr int SHARES = LANES <= 4 ? LANES : 1;
+constexpr int SHARES_ROW = SHARES * WARP_CHANNELS + (SHARES > 1 ? 16 : 0);
 
 struct ForwardShared {
     T inputs[2][2 + HAS_Z][WARPS][ROUND][WARP_CHANNELS];
     float rows[2][ROUND * 2 * NP];
     float2 steps[WARPS][ROUND][STEPS_ROW];  // delta, delta * u
-    float y[WARPS][TILE][WARP_CHANNELS];
+    float y[WARPS][TILE][SHARES_ROW];
 };
 
 template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& shared, int row, int chunk, int tile) {
@@ -93,24 +99,25 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
         }
     }
 
-    // What this lane loads and makes step sizes of: VEC channels of every STEP-th token.
-    const int token = lane / ROW_VECS, column = lane % ROW_VECS * VEC, count = min(VEC, d - warp_channel - column);
+    // What this lane loads and makes step sizes of: EARLY channels of every STEP-th token.
+    const int token = lane / ROW_LOADS, column = lane % ROW_LOADS * EARLY, count = min(EARLY, d - warp_channel - column);
     const i64 at = t0 + token;
     const T* u_at = p.u + row * p.u_b + at * p.u_t + warp_channel + column;
     const T* delta_at = p.delta + row * p.delta_b + at * p.delta_t + warp_channel + column;
     const T* z_at = HAS_Z && FULL ? p.z + row * p.z_b + at * p.z_t + warp_channel + column : nullptr;
-    float bias[VEC];
+    float bias[EARLY];
 #pragma unroll
-    for (int i = 0; i < VEC; i++) bias[i] = p.bias && i < count ? p.bias[warp_channel + column + i] : 0.f;
+    for (int i = 0; i < EARLY; i++) bias[i] = p.bias && i < count ? p.bias[warp_channel + column + i] : 0.f;
+    const int last = count > 0 ? t1 - token : t0;  // loads begin before it
     auto fetch = [&](int to, int t) {
 #pragma unroll
         for (int v = 0; v < LOADS; v++) {
             if (STEP > ROUND && token >= ROUND) break;
-            int exist = t + v * STEP < t1 - token ? count : 0;
+            int exist = t + v * STEP < last ? count : 0;
             T* shared_at = &shared.inputs[to][0][warp][token + v * STEP][column];
-            load_early<VEC>(shared_at, u_at + v * STEP * p.u_t, exist);
-            load_early<VEC>(shared_at + INPUT, delta_at + v * STEP * p.delta_t, exist);
-            if (HAS_Z && FULL) load_early<VEC>(shared_at + 2 * INPUT, z_at + v * STEP * p.z_t, exist);
+            load_early<EARLY>(shared_at, u_at + v * STEP * p.u_t, exist);
+            load_early<EARLY>(shared_at + INPUT, delta_at + v * STEP * p.delta_t, exist);
+            if (HAS_Z && FULL) load_early<EARLY>(shared_at + 2 * INPUT, z_at + v * STEP * p.z_t, exist);
         }
         u_at += ROUND * p.u_t;
         delta_at += ROUND * p.delta_t;
@@ -122,15 +129,15 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
         for (int v = 0; v < LOADS; v++) {
             if (STEP > ROUND && token >= ROUND) break;
             const T* shared_at = &shared.inputs[from][0][warp][token + v * STEP][column];
-            Raw<VEC> u = read_early<VEC>(shared_at), delta = read_early<VEC>(shared_at + INPUT);
-            float2 steps[VEC];
+            Raw<EARLY> u = read_early<EARLY>(shared_at), delta = read_early<EARLY>(shared_at + INPUT);
+            float2 steps[EARLY];
 #pragma unroll
-            for (int e = 0; e < VEC; e++) {
+            for (int e = 0; e < EARLY; e++) {
                 float x = delta.get(e) + bias[e];
                 if (SOFTPLUS) x = softplus(x);
                 steps[e] = make_float2(x, x * u.get(e));
             }
-            write_floats<2 * VEC>((float*)&shared.steps[warp][token + v * STEP][column], (float*)steps);
+            write_floats<2 * EARLY>((float*)&shared.steps[warp][token + v * STEP][column], (float*)steps);
         }
         if (left < ROUND)  // the states pass through tokens past the end
 #pragma unroll
@@ -138,7 +145,7 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
                 if (STEP > ROUND && token >= ROUND) break;
                 if (token + v * STEP >= left)
 #pragma unroll
-                    for (int e = 0; e < VEC; e++) shared.steps[warp][token + v * STEP][column + e] = make_float2(0.f, 0.f);
+                    for (int e = 0; e < EARLY; e++) shared.steps[warp][token + v * STEP][column + e] = make_float2(0.f, 0.f);
             }
     };
 
@@ -154,23 +161,18 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
 #pragma unroll
         for (int i = 0; i < VEC; i++) D[v][i] = FULL && p.D && i < mine.count[v] ? p.D[c + i] : 0.f;
     }
-    // Outputs are sum * factor + addend; these two do not wait for the scan.
-    float factor[VECS][VEC], addend[VECS][VEC];
+    // Outputs are (sum + D u) factor; u and the factor do not wait for the scan.
+    float factor[VECS][VEC];
+    Raw<VEC> skipped[VECS];
     auto prepare_outputs = [&](const T* inputs) {
 #pragma unroll
         for (int v = 0; v < VECS; v++) {
             const T* shared_at = inputs + mine.token[v] % TILE * WARP_CHANNELS + mine.column[v];
-            Raw<VEC> u = read_early<VEC>(shared_at), z;
+            skipped[v] = read_early<VEC>(shared_at);
             if (HAS_Z) {
-                z = read_early<VEC>(shared_at + 2 * INPUT);
+                Raw<VEC> z = read_early<VEC>(shared_at + 2 * INPUT);
 #pragma unroll
-                for (int e = 0; e < VEC; e++) factor[v][e] = z.get(e);
-                sigmoids<VEC>(factor[v]);
-            }
-#pragma unroll
-            for (int e = 0; e < VEC; e++) {
-                factor[v][e] = HAS_Z ? factor[v][e] * z.get(e) : 1.f;
-                addend[v][e] = D[v][e] * u.get(e) * factor[v][e];
+                for (int e = 0; e < VEC; e++) factor[v][e] = z.get(e) * sigmoid(z.get(e));
             }
         }
     };
@@ -178,9 +180,20 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
 #pragma unroll
         for (int v = 0; v < VECS; v++) {
             float y[VEC];
-            read_floats<VEC>(y, &shared.y[warp][mine.token[v] % TILE][mine.column[v]]);
+            const float* y_from = shared.y[warp][mine.token[v] % TILE] + mine.column[v];
+            read_floats<VEC>(y, y_from);
 #pragma unroll
-            for (int e = 0; e < VEC; e++) y[e] = fmaf(y[e], factor[v][e], addend[v][e]);
+            for (int share = 1; share < SHARES; share++) {
+                float more[VEC];
+                read_floats<VEC>(more, y_from + share * WARP_CHANNELS);
+#pragma unroll
+                for (int e = 0; e < VEC; e++) y[e] += more[e];
+            }
+#pragma unroll
+            for (int e = 0; e < VEC; e++) {
+                y[e] = fmaf(D[v][e], skipped[v].get(e), y[e]);
+                if (HAS_Z) y[e] *= factor[v][e];
+            }
             store<VEC>(y_at[v], y, t < t1 - mine.token[v] ? mine.count[v] : 0);
             y_at[v] += (i64)TILE * d;
         }
@@ -192,7 +205,8 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
 
     Starts starts;
     int next_ids = Starts::fetch(p.ids, t0, l, lane);
-    rows.fetch(B, C, p.B_t, p.C_t, t0, t1, n);
+    rows.set(B, C, p.B_t, p.C_t, t0, 1);
+    rows.fetch(t1 - t0, n);
     fetch(0, t0);
     int buffer = 0;
     int check = FULL && p.interval ? t0 : t1;  // where the next checkpoint is
@@ -204,7 +218,7 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
         __syncwarp();  // the last round's steps have been read
         put_steps(buffer, t1 - tb);
         __syncthreads();  // the other buffer's readers are past their round too
-        rows.fetch(B, C, p.B_t, p.C_t, tb + ROUND, t1, n);
+        rows.fetch(t1 - tb - ROUND, n);
         fetch(buffer ^ 1, tb + ROUND);
         const float* row_at = shared.rows[buffer] + part * NS;
         const float2* step_at = &shared.steps[warp][0][group * K];
@@ -223,7 +237,7 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
                 check_at += (i64)d * n;
             }
             if (FULL) prepare_outputs(inputs);
-            constexpr int BATCH = LANES == 2 && K == 1 ? 8 : 4;  // tokens whose outputs are summed over lanes together
+            constexpr int BATCH = SHARES == LANES ? TILE : 4;  // tokens that the compiler may interleave; less is slower
 #pragma unroll
             for (int j0 = 0; j0 < TILE; j0 += BATCH) {
                 float y[BATCH * K];
@@ -248,7 +262,11 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
                     }
                     if (PACKED && FULL && starts.ends(j) && t + j < t1) store_final(starts.of(j));
                 }
-                if (FULL) {
+                if (FULL && SHARES == LANES) {
+#pragma unroll
+                    for (int jj = 0; jj < BATCH; jj++)
+                        write_floats<K>(&shared.y[warp][j0 + jj][part * WARP_CHANNELS + group * K], y + jj * K);
+                } else if (FULL) {
                     sum_lanes<BATCH * K, LANES, 1>(y, lane);
                     constexpr int KEPT = BATCH * K > LANES ? BATCH * K / LANES : 1;  // sums that a lane holds now
                     constexpr int SAME = LANES > BATCH * K ? LANES / (BATCH * K) : 1;  // lanes that hold the same one

@@ -33,11 +33,11 @@ def _multiprocessors(device: int) -> int:
 
 @functools.cache
 def _module(
-    kind: str, plan: Plan, dtype: torch.dtype, gated: bool, softplus: bool, packed: bool, whole: bool, device: int
+    kind: str, plan: Plan, dtype: torch.dtype, gated: bool, softplus: bool, packed: bool, whole: int, device: int
 ):
     macros = {
         "DTYPE": _DTYPES[dtype], "LANES": plan.lanes, "NS": plan.states, "K": plan.channels, "WARPS": plan.warps,
-        "HAS_Z": int(gated), "SOFTPLUS": int(softplus), "PACKED": int(packed), "WHOLE": int(whole),
+        "HAS_Z": int(gated), "SOFTPLUS": int(softplus), "PACKED": int(packed), "WHOLE": whole,
         "MIN_BLOCKS": plan.min_blocks,
     }  # fmt: skip
     if kind == "forward":
@@ -57,7 +57,9 @@ def _forward_shared_bytes(plan: Plan, dtype: torch.dtype, gated: bool) -> int:
     inputs = 2 * (2 + gated) * tokens * plan.block_channels * dtype.itemsize
     rows = 2 * tokens * 2 * plan.lanes * plan.states
     steps = 2 * tokens * (plan.block_channels + 2 * plan.warps)
-    return inputs + 4 * (rows + steps + tile * plan.block_channels)
+    shares = plan.lanes if plan.lanes <= 4 else 1
+    outputs = tile * (shares * plan.block_channels + 16 * plan.warps * (shares > 1))
+    return inputs + 4 * (rows + steps + outputs)
 
 
 def _backward_shared_bytes(plan: Plan) -> int:
@@ -68,7 +70,8 @@ def _backward_shared_bytes(plan: Plan) -> int:
     partial = 2 * plan.warps * tile * 2 * padded
     elements = tile * plan.block_channels
     padding = 2 * 2 * 2 * tile * plan.warps
-    return 4 * (rows + saved + partial + (2 * (2 + 1) + 3) * elements + padding)
+    exchanged = plan.warps * (2 * 2 * 32 * plan.states if plan.lanes < 32 else 4)
+    return 4 * (rows + saved + partial + exchanged + (2 * (2 + 1) + 3) * elements + padding)
 
 
 @functools.cache
@@ -139,7 +142,7 @@ class _Operands(NamedTuple):
     tensors: list[Tensor | None]  # kept until the launch: copies of those whose last dimension was not adjacent
     addresses: list[int]
     steps: list[int]  # elements between rows, then between tokens, of each
-    whole: bool  # every four neighbours along the last dimension can be read at once
+    whole: int  # so many neighbours along the last dimension can be read at once: 8, 4 or, for one by one, 0
 
 
 def _operands(d: int, n: int, itemsize: int, *given: Tensor | None) -> _Operands:
@@ -158,7 +161,7 @@ def _operands(d: int, n: int, itemsize: int, *given: Tensor | None) -> _Operands
         addresses.append(address)
         rows.append(row)
         tokens.append(token)
-    return _Operands(tensors, addresses, rows + tokens, not odd & 3)
+    return _Operands(tensors, addresses, rows + tokens, 0 if odd & 3 else 4 if odd & 7 else 8)
 
 
 def _scratch(device: torch.device, *sizes: int) -> tuple[Tensor, list[int]]:
