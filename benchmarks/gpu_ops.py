@@ -188,15 +188,15 @@ def describe(plan):
 
 
 FORWARD_LAYOUTS = [
-    *(gpu.Plan(2, 8, 1, 4, 4, 1, round=tokens) for tokens in (8, 16, 32, 64)),
-    *(gpu.Plan(2, 8, 1, 4, blocks, 1, round=16) for blocks in (3, 5)),
-    gpu.Plan(2, 8, 1, 2, 8, 1, round=16),
+    *(gpu.Plan(2, 8, 1, 2, 8, 1, round=tokens) for tokens in (8, 16, 32)),
+    gpu.Plan(2, 8, 1, 4, 4, 1, round=16),
     gpu.Plan(2, 8, 1, 1, 16, 1, round=16),
-    *(gpu.Plan(1, 16, 1, 4, 4, 1, round=tokens) for tokens in (8, 16)),
-    *(gpu.Plan(1, 16, 1, 2, 8, 1, round=tokens) for tokens in (8, 16)),
+    *(gpu.Plan(1, 16, 1, 2, blocks, 1, round=16) for blocks in (6, 7)),
+    gpu.Plan(1, 16, 1, 2, 8, 1, round=8),
+    gpu.Plan(1, 16, 1, 4, 3, 1, round=16),
+    gpu.Plan(1, 16, 1, 1, 12, 1, round=16),
     gpu.Plan(4, 4, 2, 4, 4, 1, round=16),
-    gpu.Plan(4, 4, 1, 2, 8, 1),
-    gpu.Plan(4, 4, 1, 1, 16, 1, round=16),
+    *(gpu.Plan(4, 4, 1, 4, 6, 1, round=tokens) for tokens in (16, 32)),
 ]
 BACKWARD_LAYOUTS = [
     gpu.Plan(4, 4, 2, 4, 3, 1, segment=64, sub=4),

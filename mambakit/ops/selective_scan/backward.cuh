@@ -491,6 +491,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                             }
                             write_floats<RUN>(&shared.partial[now][warp][j0 + pair][0] + i, total);
                         }
+                        __syncwarp();
                     }
                     constexpr int KEPT = 2 * K > LANES ? 2 * K / LANES : 1;
                     constexpr int SAME = LANES > 2 * K ? LANES / (2 * K) : 1;
@@ -505,7 +506,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                                 write_floats<RUN>(
                                     &shared.sums[warp][q][j0 + pair + (at + i) / K][group * K + (at + i) % K], over_states[q] + i);
                     }
-                    if (GROUPS > 1) __syncwarp();  // before the next pair is written
                 }
             }
             put_steps(t - TILE, now ^ 1);

@@ -24,6 +24,7 @@ from mambakit.ops.selective_scan.plan import Plan, backward_plan, forward_plan
 _FOLDER = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STEP = 32  # chunks of a row are multiples of this many tokens
+_FARTHEST = 2**26  # elements from one token to the next: within a tile the gradient's offsets are 32 bits of bytes
 
 
 @functools.cache
@@ -139,7 +140,8 @@ def _dense(t: Tensor | None) -> Tensor | None:
 class _Operands(NamedTuple):
     """What the kernels need to know of u, delta, z, B, C and the like: they step through rows and time by stride."""
 
-    tensors: list[Tensor | None]  # kept until the launch: copies of those whose last dimension was not adjacent
+    # Kept until the launch: copies of those whose last dimension was not adjacent, or whose tokens were too far apart.
+    tensors: list[Tensor | None]
     addresses: list[int]
     steps: list[int]  # elements between rows, then between tokens, of each
     whole: int  # so many neighbours along the last dimension can be read at once: 8, 4 or, for one by one, 0
@@ -152,7 +154,7 @@ def _operands(d: int, n: int, itemsize: int, *given: Tensor | None) -> _Operands
         address = row = token = 0
         if t is not None:
             row, token, element = t.stride()
-            if element != 1:
+            if element != 1 or token >= _FARTHEST:
                 t = t.contiguous()
                 row, token, _ = t.stride()
             address = t.data_ptr()
@@ -373,7 +375,7 @@ class BackwardLaunch:
         packed = cu_seqlens is not None
         self.sequences = cu_seqlens.shape[0] - 1 if packed else b
         self.call = call = _backward_call(
-            b, length, d, n, u.dtype, z is not None, delta_softplus, packed, inputs.whole, device.index, interval,
+            b, length, d, n, u.dtype, z is not None, delta_softplus, packed, min(inputs.whole, 4), device.index, interval,
         )  # fmt: skip
         self.stream = torch._C._cuda_getCurrentRawStream(device.index)
         self.shape, self.first, self.interval = (b, length, d, n), 0 if in_parts else 1, interval
@@ -449,7 +451,8 @@ def backward(
 ):  # fmt: skip
     """`mambakit::selective_scan_backward`; the gradient of z into ``dz`` (b, l, d) where it is given.
 
-    Its channels are adjacent; where d is a multiple of 4, its other strides and its place in memory are, too.
+    Its channels are adjacent and its tokens fewer than 2**26 elements apart; where d is a multiple of 4, its other strides and its place
+    in memory are, too.
     """
     other = _elsewhere(u, A)
     if other is not None:

@@ -38,12 +38,14 @@ def _lanes(n: int) -> tuple[int, int]:
     return lanes, 4
 
 
-# Layouts for 9 to 16 states, and the nanoseconds that a token of a block takes: where few blocks share a multiprocessor, and per
-# block where many do (fitted to whole rows on an H200). A thread with all 16 states exchanges nothing; with 8, few blocks do more.
+# Layouts for 9 to 16 states, the nanoseconds that a token of a block takes: where few blocks share a multiprocessor, and per block where
+# many do (fitted to whole rows on an H100), and the shortest chunk worth a block's start. A thread with all 16 states exchanges
+# nothing; with 8, few blocks do more.
 _LAYOUTS = (
-    (Plan(2, 8, 1, 4, 4, 1, round=16), 86.0, 55.5),
-    (Plan(1, 16, 1, 2, 8, 1, round=8), 224.0, 52.5),
+    (Plan(2, 8, 1, 2, 8, 1, round=16), 86.0, 27.3, 64),
+    (Plan(1, 16, 1, 2, 6, 1, round=16), 200.0, 51.0, 128),
 )
+_SCHEDULERS = 4  # of a multiprocessor
 _LAUNCH = 5000.0  # nanoseconds
 
 
@@ -63,25 +65,27 @@ def forward_plan(b: int, length: int, d: int, n: int, multiprocessors: int) -> P
     return plan._replace(chunks=_chunks(length, blocks, 4 * multiprocessors))
 
 
-def _chunks(length: int, blocks: int, together: int) -> int:
+def _chunks(length: int, blocks: int, together: int, shortest: int = 64) -> int:
     """Chunks of a row for ``together`` blocks of a launch; each of the two launches walks one chunk fewer."""
-    return max(min(together // blocks + 1, length // 64), 1)
+    return max(min(together // blocks + 1, length // shortest), 1)
 
 
-def _timed(b, length, d, multiprocessors, cut, plan, alone, each) -> tuple[float, Plan]:
+def _timed(b, length, d, multiprocessors, cut, plan, alone, each, shortest) -> tuple[float, Plan]:
     """(predicted nanoseconds, plan)"""
     blocks = b * -(-d // plan.block_channels)
-    # Small blocks in two waves: the second one fills in where the first ends.
-    together = (16 if plan.lanes == 1 else 4) * multiprocessors
-    chunks = _chunks(length, blocks, together) if cut and length > 256 else 1
-    share = -(-blocks * max(chunks - 1, 1) // multiprocessors)
+    # Blocks of many channels in two waves: the second one fills in where the first ends.
+    together = (2 if plan.lanes == 1 else 1) * plan.min_blocks * multiprocessors
+    chunks = _chunks(length, blocks, together, shortest) if cut and length > 256 else 1
+    # The busiest multiprocessor's blocks, in so many as give each scheduler a warp.
+    beside = _SCHEDULERS // plan.warps
+    share = -(-blocks * max(chunks - 1, 1) // (multiprocessors * beside)) * beside
     launches = 1 if chunks == 1 else 2
     time = launches * (_LAUNCH + max(alone, each * share) * length / chunks)
     return time, plan._replace(chunks=chunks)
 
 
 # What a round of 1, 2 or 3 blocks per multiprocessor takes, relative to 2 (measured, n = 16).
-_ROUND = {0: 0.0, 1: 0.72, 2: 1.0, 3: 1.42}
+_ROUND = {0: 0.0, 1: 0.72, 2: 1.0, 3: 1.48}
 
 
 @functools.lru_cache(1024)
@@ -93,7 +97,7 @@ def backward_plan(b: int, length: int, d: int, n: int, multiprocessors: int) -> 
     tiles = b * -(-d // plan.block_channels)
     chunks = 1
     if tiles < 1.5 * multiprocessors and length > 256:
-        chunks = max(min(6 * multiprocessors // tiles, length // 128), 1)
+        chunks = max(min(9 * multiprocessors // tiles, length // 128), 1)
     if lanes not in (2, 4, 8):
         return plan._replace(chunks=chunks)
 

@@ -35,6 +35,7 @@ CASES = [
     (1, 75, 40, 16, F32, [0, 3, 40, 1, 0, 0, 31], True, False),
     (1, 300, 24, 16, BF16, None, True, True),  # several chunks
     (2, 33, 9, 3, F32, None, False, True),  # no whole vector
+    (2, 41, 20, 16, BF16, None, True, False),  # whole vectors of four, not of eight
 ]
 
 
@@ -55,6 +56,20 @@ def test_every_layout_whole_and_cut(on_cpu, monkeypatch, layout, multiprocessors
     expected = reference.forward(*map(test_gpu.exact, arguments), 64)
     for ours, theirs in zip(gpu.forward(*arguments, 64), expected, strict=True):
         assert relative_error(ours, theirs) < 1e-5
+
+
+def test_tokens_too_far_apart_for_the_kernels_are_copied(on_cpu, monkeypatch):
+    b, length, d = 2, 5, 24
+    u = torch.randn(b, length, d)
+    apart = torch.full((b, length, 2 * d), 7.0)
+    apart[..., :d] = u
+    monkeypatch.setattr(gpu, "_FARTHEST", 2 * d)
+    operands = gpu._operands(d, 16, 4, u, apart[..., :d])
+    assert operands.steps[2:] == [d, d]  # the second one is a copy
+    assert torch.equal(operands.tensors[1], u)
+    assert operands.tensors[0] is u
+    monkeypatch.setattr(gpu, "_FARTHEST", 2 * d + 1)
+    assert gpu._operands(d, 16, 4, apart[..., :d]).steps[1] == 2 * d
 
 
 def test_the_gradient_of_the_gate_into_given_memory(on_cpu):
