@@ -307,7 +307,6 @@ struct Starts {
 // into registers ahead of time.
 template <int TOKENS, int PARTS> struct Rows {
     static constexpr int ITEMS = (TOKENS * PARTS * QUADS + THREADS - 1) / THREADS;
-    static constexpr int FLOATS = TOKENS * PARTS * NP;
     const T* at[ITEMS];
     i64 move[PARTS];
     Raw<4> raw[ITEMS];
