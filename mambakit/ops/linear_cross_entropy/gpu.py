@@ -41,6 +41,9 @@ def _softmax_kernel(
             for begin in range(0, V, BLOCK_V):
                 tl.store(dlogits + begin + i, tl.zeros((BLOCK_V,), dlogits.dtype.element_ty), mask=begin + i < V)
     else:
+        # Read before the reductions' barrier: past it another warp may have put the gradient in its place (in float32).
+        known = (target >= 0) & (target < V)
+        aimed = tl.load(logits + target, mask=known, other=0.0)
         # Every lane keeps its own running maximum and sum: no reduction, so no barrier, until the row is read.
         # The start is finite, so that a lane which sees only the row's end (-inf) stays free of NaN.
         peak = tl.full((BLOCK_V,), -1.0e30, tl.float32)
@@ -52,9 +55,7 @@ def _softmax_kernel(
             peak = higher
         top = tl.max(peak, axis=0)
         lse = top + tl.log(tl.sum(mass * tl.exp(peak - top), axis=0))
-        known = (target >= 0) & (target < V)
-        loss = lse - tl.load(logits + target, mask=known, other=0.0)
-        tl.store(losses + row, tl.where(known, loss, float("nan")))
+        tl.store(losses + row, tl.where(known, lse - aimed, float("nan")))
         if NEED_GRADIENT:
             # Backwards: what was read last is what L2 still holds.
             for block in range(0, V, BLOCK_V):
