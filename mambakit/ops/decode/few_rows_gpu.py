@@ -10,6 +10,10 @@ A product is a sum over columns for each row, so a row's bits do not depend on t
 made for is the same. int8 and int4 weights are widened in registers as they are read.
 """
 
+# A kernel's tuple of tensors grows by concatenation, the form Triton compiles; types there are Triton's.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -147,12 +151,15 @@ def _in_proj(
     if HAS_CONV_BIAS:
         y += tl.load(conv_bias + n, mask=is_x, other=0.0).to(tl.float32)[:, None]
     window = conv_state + (row * D + n[:, None]) * (WIDTH - 1)
+    moved = ()
     for j in tl.static_range(WIDTH - 1):
         past = tl.load(window + j, mask=mask, other=0.0).to(tl.float32)
         y += past * tl.load(conv + n * WIDTH + j, mask=is_x, other=0.0).to(tl.float32)[:, None]
-        if j > 0:
-            tl.store(window + (j - 1), past.to(conv_state.dtype.element_ty), mask=mask)
-    tl.store(window + (WIDTH - 2), xz.to(conv_state.dtype.element_ty), mask=mask)
+        moved = moved + (past,)
+    moved = moved + (xz,)
+    tl.debug_barrier()  # all have read what is written over: several threads hold each element of a small tile
+    for j in tl.static_range(WIDTH - 1):
+        tl.store(window + j, moved[j + 1].to(conv_state.dtype.element_ty), mask=mask)
     y = y / (1.0 + tl.exp(-y))
     tl.store(u + row * D + n[:, None], y.to(dtype), mask=mask)
     tl.store(z + row * D + (n[:, None] - D), xz.to(dtype), mask=(n_mask & (n >= D))[:, None] & valid)
@@ -201,6 +208,7 @@ def _scan(
     place = state + (b * D + d)[:, None] * N + i[None, :]
     h = tl.load(place, mask=n_mask, other=0.0)
     h = tl.exp(delta[:, None] * A) * h + (delta * x)[:, None] * B[None, :]
+    tl.debug_barrier()  # as in _in_proj
     tl.store(place, h, mask=n_mask)
     out = tl.sum(h * C[None, :], axis=1) + skip * x
     out = out * gate / (1.0 + tl.exp(-gate))
@@ -223,8 +231,9 @@ def _out_proj(
         total += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
     place = residual + b[None, :] * H + n[:, None]
     mask = n_mask[:, None] & (b < rows)[None, :]
-    total = total.to(y.dtype.element_ty).to(tl.float32)
-    tl.store(place, tl.load(place, mask=mask, other=0.0) + total, mask=mask)
+    total = tl.load(place, mask=mask, other=0.0) + total.to(y.dtype.element_ty).to(tl.float32)
+    tl.debug_barrier()  # as in _in_proj
+    tl.store(place, total, mask=mask)
 
 
 @triton.jit

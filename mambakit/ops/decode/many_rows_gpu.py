@@ -94,7 +94,7 @@ def _conv(
     y = tl.sum(window * taps.to(tl.float32)[None, :, :], axis=2)
     if HAS_CONV_BIAS:
         y += tl.load(conv_bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    tl.debug_barrier()  # all have read what is written over
+    tl.debug_barrier()  # as in _norm
     moved = mask[:, :, None] & ((j > 0) & (j < WIDTH))[None, None, :]
     tl.store(place - 1, window.to(conv_state.dtype.element_ty), mask=moved)
     y = y / (1.0 + tl.exp(-y))
@@ -168,6 +168,7 @@ def _norm(
         if HAS_BIAS:
             total += tl.load(bias + i, mask=mask, other=0.0).to(tl.float32)
         stream += total.to(dtype).to(tl.float32)
+        tl.debug_barrier()  # all have read what is written over: several threads hold each element of a small tile
         tl.store(residual + b * H + i, stream, mask=mask)
     scale = tl.load(norm + i, mask=mask, other=0.0).to(tl.float32)
     normed = stream * tl.rsqrt(tl.sum(stream * stream, axis=0) / H + eps) * scale
