@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.generation.stream import Sampling, _end_tokens, token_number
+from mambakit.generation.stream import NOTHING, Sampling, _end_tokens
+from mambakit.models.choosing import NOTHING_TO_DRAW
 from mambakit.models.prompt import read_prompt
 from mambakit.models.rows import DecodingRows
 from mambakit.modules import MambaCache
@@ -40,7 +41,8 @@ class Request:
 
     Attributes:
         tokens: what was written, without the end-of-text token.
-        finish_reason: "" while it runs; then "stop", "length" or "cancelled".
+        finish_reason: "" while it runs; then "stop", "length", "cancelled", or "error".
+        error: after "error", what went wrong: the model's logits were no numbers. The texts beside it go on.
         final_state: a `MambaCache` of one row that has read the prompt and all of ``tokens`` but the last; all of them
             after "stop". Only where ``keep_state`` is set.
     """
@@ -54,6 +56,7 @@ class Request:
 
     tokens: list[int] = field(default_factory=list, init=False)
     finish_reason: str = field(default="", init=False)
+    error: str = field(default="", init=False)
     final_state: MambaCache | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -125,10 +128,13 @@ class Engine:
             yield from self.step()
 
     def write(self, requests: Iterable[Request]) -> list[Request]:
-        """Submit all of them and wait until they are done."""
+        """Submit all of them and wait until they are done. Raises RuntimeError then if one ended with an error."""
         requests = [self.submit(request) for request in requests]
         for _ in self.run():
             pass
+        for request in requests:
+            if request.error:
+                raise RuntimeError(request.error)
         return requests
 
     @torch.no_grad()
@@ -187,9 +193,12 @@ class Engine:
         return [(i, row, token) for (i, row), token in zip(going, tokens, strict=True)]
 
     def _take(self, index: int, row: _Row, token: int) -> bool:
-        """Note a row's token; False where it is the end of the text."""
+        """Note a row's token; False where it is the end of the text, or none could be chosen."""
         request = row.request
-        token = token_number(token)
+        if token == NOTHING:
+            request.error = NOTHING_TO_DRAW
+            self._finish(index, "error")
+            return False
         if token in self._ends:
             self._finish(index, "stop")
             return False
@@ -204,7 +213,7 @@ class Engine:
         row = self._active[index]
         assert row is not None
         row.request.finish_reason = row.request.finish_reason or reason
-        if row.request.keep_state:
+        if row.request.keep_state and not row.request.error:
             row.request.final_state = self._pool.copy_of(index)
         self._active[index] = None
 

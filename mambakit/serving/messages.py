@@ -72,9 +72,11 @@ class Piece(NamedTuple):
     text: str = ""
     tokens: int = 0
     finish_reason: str = ""
-    """"" while it goes on; then "stop", "length" or "cancelled"."""
+    """"" while it goes on; then "stop", "length", "cancelled" or "error"."""
     cached_tokens: int = 0
     """Of the prompt, those whose state was known; said with the end."""
+    error: str = ""
+    """What went wrong with this text; those beside it go on."""
 
 
 class Batch(NamedTuple):

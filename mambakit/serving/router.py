@@ -161,10 +161,13 @@ class Router:
             job.tokens += piece.tokens
             self.metrics.tokens.labels(name).inc(piece.tokens)
         if not job.ended:
-            job.inbox.put(job.index, piece)
+            if piece.error:
+                job.inbox.fail(ApiError(500, f"text {job.index} of this request could not be written: {piece.error}"))
+            else:
+                job.inbox.put(job.index, piece)
         if piece.finish_reason:
             del replica.jobs[job.id]
-            outcome = "cancelled" if job.ended else piece.finish_reason
+            outcome = "cancelled" if job.ended else "failed" if piece.error else piece.finish_reason
             job.ended = True
             each = (now - job.first) / (job.tokens - 1) if job.tokens > 1 else None
             self.metrics.ended(name, outcome, job.prompt_tokens, piece.cached_tokens, each)

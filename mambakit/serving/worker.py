@@ -162,6 +162,7 @@ class _Worker:
         events: list[_Event] = [(self.running[request], token, "") for request, token in self.engine.step()]
         for request in [r for r in self.running if r.finish_reason]:
             text = self.running.pop(request)
+            text.error = request.error
             events.append((text, None, request.finish_reason))
             if self.prefix_cache is not None and request.final_state is not None:
                 # A text's last token is not read, unless the end of the text was chosen after it.
@@ -186,6 +187,7 @@ class _Text:
 
         self.id = task.id
         self.cached_tokens = 0
+        self.error = ""
         self.ended = False
         self._shown = StoppingDecoder(tokenizer, task.stop)
 
@@ -233,7 +235,7 @@ class _Outbox:
             if text.ended:
                 continue  # tokens after a stop string, until the engine has heard of it
             if token is None:
-                shown, tokens = text.rest() if reason != "cancelled" else "", 0
+                shown, tokens = text.rest() if reason in ("stop", "length") else "", 0
             else:
                 shown, tokens = text.add(token), 1
                 if text.ended:
@@ -241,6 +243,7 @@ class _Outbox:
                     self._inbox.put(Cancel(text.id))
             before = pieces.get(text.id, Piece(text.id))
             pieces[text.id] = Piece(
-                text.id, before.text + shown, before.tokens + tokens, reason, text.cached_tokens if reason else 0
-            )
+                text.id, before.text + shown, before.tokens + tokens, reason, text.cached_tokens if reason else 0,
+                text.error if reason == "error" else "",
+            )  # fmt: skip
         return list(pieces.values())

@@ -130,6 +130,31 @@ def test_few_of_many_rows_are_stepped_alone(model, monkeypatch):
     assert late.tokens == same.tokens
 
 
+def test_a_text_without_numbers_ends_alone(model):
+    """One prompt that the model answers with NaN costs its neighbours nothing."""
+    with torch.no_grad():
+        model.backbone.embeddings.weight[60] = float("nan")
+
+    def request(prompt, seed=3):
+        return Request(prompt, Sampling(temperature=0.8, seed=seed), max_new_tokens=8, keep_state=True)
+
+    good = [p.clamp(max=59) for p in prompts(4)]
+    engine = Engine(model, 3)
+    alone_ = [engine.write([request(p)])[0].tokens for p in good]
+    poison = request(torch.tensor([5, 60, 7]))
+    requests = [request(good[0]), poison, *map(request, good[1:])]
+    for one in requests:
+        engine.submit(one)
+    assert poison not in [one for one, _ in engine.run()]
+    assert (poison.finish_reason, poison.tokens, poison.final_state) == ("error", [], None)
+    assert "NaN or infinite" in poison.error
+    requests.remove(poison)
+    assert [one.tokens for one in requests] == alone_
+    assert all(one.finish_reason == "length" and not one.error for one in requests)
+    with pytest.raises(RuntimeError, match="NaN or infinite, nothing can be drawn"):
+        engine.write([request(good[0]), request(torch.tensor([60]))])
+
+
 def test_cancelled_and_submitted_meanwhile(model):
     engine = Engine(model, 2)
     long, waiting = (engine.submit(Request(p, max_new_tokens=50)) for p in prompts(2))

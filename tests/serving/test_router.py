@@ -84,6 +84,21 @@ def test_without_a_ready_replica():
     assert router.health()["status"] == "loading"
 
 
+def test_a_text_that_went_wrong_fails_its_request_alone(router):
+    lost, kept = Inbox(), Inbox()
+    router.submit([job(lost)])
+    router.submit([job(kept)])
+    (bad,), (good,) = sent(router)
+    router._heard(router.replicas[0], Batch(0, 0, [Piece(bad.id, finish_reason="error", error="no numbers")]))
+    router._heard(router.replicas[1], Batch(0, 0, [Piece(good.id, "text", 1, "length")]))
+    with pytest.raises(ApiError, match="text 0 of this request could not be written: no numbers") as failed:
+        asyncio.run(lost.take())
+    assert failed.value.status == 500
+    assert asyncio.run(kept.take())[0][1].text == "text"
+    assert not any(replica.jobs for replica in router.replicas)
+    assert 'outcome="failed",replica="0"} 1.0' in router.metrics.text().decode()
+
+
 def test_a_dead_replica_fails_its_texts_alone():
     async def scenario() -> None:
         router = Router(

@@ -12,7 +12,8 @@ import torch
 import mambakit
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
-from tests.serving.conftest import wait_until
+from tests.models.tiny import save_tiny
+from tests.serving.conftest import serving, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -144,6 +145,26 @@ def test_a_client_that_goes_away_frees_its_row(server):
     wait_until(lambda: not any(r["busy"] for r in server.health()["replicas"]), "the row is free", 5)
     cancelled = sum(count for name, count in server.metrics().items() if 'requests_total{outcome="cancelled"' in name)
     assert cancelled == 2
+
+
+def test_a_text_without_numbers_is_an_error_of_its_own(tmp_path):
+    broken = save_tiny(tmp_path / "model", eos_token_id=303, tie_word_embeddings=False)
+    with torch.no_grad():
+        broken.backbone.embeddings.weight[302] = float("nan")
+    broken.save_pretrained(tmp_path / "model")
+    options = ("--model", str(tmp_path / "model"), "--rows", "2")
+    with serving(tmp_path / "log", *options) as server:
+        server.ready()
+        asked = {"prompt": "The cat", "temperature": 0, "max_tokens": 200}
+        alone = server.complete(**asked)["choices"][0]["text"]
+        with ThreadPoolExecutor() as pool:
+            beside = pool.submit(server.complete, **asked)
+            answer = server.post(prompt=[302], seed=1)
+            assert beside.result()["choices"][0]["text"] == alone
+        assert answer.status_code == 500
+        assert "could not be written: the model's logits are NaN" in answer.json()["error"]["message"]
+        assert server.health()["status"] == "ok"
+        assert server.complete(**asked)["choices"][0]["text"] == alone
 
 
 def test_refusals(server):
