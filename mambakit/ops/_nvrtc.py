@@ -48,6 +48,14 @@ def _check(result):
     return values[0] if len(values) == 1 else values
 
 
+@functools.cache
+def shared_memory(device: int) -> int:
+    """How many bytes of shared memory a block may have: 227 KB of Hopper and the large Blackwell, 163 of an A100, 99 of Ada."""
+    driver, _ = _bindings()
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    return int(_check(driver.cuDeviceGetAttribute(attribute, _check(driver.cuDeviceGet(device)))))
+
+
 def _cache_folder() -> Path:
     if "MAMBAKIT_CACHE" in os.environ:
         return Path(os.environ["MAMBAKIT_CACHE"]) / "kernels"

@@ -28,10 +28,7 @@ _DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 @functools.cache
 def _limits(device: int) -> tuple[int, int]:
     """(multiprocessors, shared bytes of a block)."""
-    driver, _ = _nvrtc._bindings()
-    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-    shared = _nvrtc._check(driver.cuDeviceGetAttribute(attribute, _nvrtc._check(driver.cuDeviceGet(device))))
-    return torch.cuda.get_device_properties(device).multi_processor_count, int(shared)
+    return torch.cuda.get_device_properties(device).multi_processor_count, _nvrtc.shared_memory(device)
 
 
 @functools.cache

@@ -42,37 +42,10 @@ def _module(
         "MIN_BLOCKS": plan.min_blocks,
     }  # fmt: skip
     if kind == "forward":
-        macros |= {"FORWARD": 1, "ROUND": _round(plan, dtype)}
+        macros |= {"FORWARD": 1, "ROUND": plan.tokens(dtype.itemsize)}
     else:
         macros |= {"SEGMENT": plan.segment, "SUB": plan.sub, "SAVE": plan.save}
     return _nvrtc.Module(_FOLDER, "kernel.cu", macros, device)
-
-
-def _round(plan: Plan, dtype: torch.dtype) -> int:
-    return 8 if plan.lanes * plan.states > 32 else max(8, plan.round * 2 // dtype.itemsize)
-
-
-def _forward_shared_bytes(plan: Plan, dtype: torch.dtype, gated: bool) -> int:
-    """sizeof(ForwardShared)."""
-    tokens, tile = _round(plan, dtype), 8
-    inputs = 2 * (2 + gated) * tokens * plan.block_channels * dtype.itemsize
-    rows = 2 * tokens * 2 * plan.lanes * plan.states
-    steps = 2 * tokens * (plan.block_channels + 2 * plan.warps)
-    shares = plan.lanes if plan.lanes <= 4 else 1
-    outputs = tile * (shares * plan.block_channels + 16 * plan.warps * (shares > 1))
-    return inputs + 4 * (rows + steps + outputs)
-
-
-def _backward_shared_bytes(plan: Plan) -> int:
-    """sizeof(BackwardShared)."""
-    padded, tile = plan.lanes * plan.states, 8
-    rows = plan.segment * 2 * padded
-    saved = plan.segment // plan.save * plan.channels * plan.states * plan.warps * 32
-    partial = 2 * plan.warps * tile * 2 * padded
-    elements = tile * plan.block_channels
-    padding = 2 * 2 * 2 * tile * plan.warps
-    exchanged = plan.warps * (2 * 2 * 32 * plan.states if plan.lanes < 32 else 4)
-    return 4 * (rows + saved + partial + exchanged + (2 * (2 + 1) + 3) * elements + padding)
 
 
 @functools.cache
@@ -109,6 +82,19 @@ def _elsewhere(u: Tensor, A: Tensor):
 
         return portable_gpu
     return fallback
+
+
+def _gradient_elsewhere(u: Tensor, A: Tensor):
+    """As `_elsewhere`: many states ask for more shared memory than a block has on cards before Hopper."""
+    other = _elsewhere(u, A)
+    if other is None:
+        b, length, d = u.shape
+        shared = _nvrtc.shared_memory(u.device.index)
+        if backward_plan(b, length, d, A.shape[1], _multiprocessors(u.device.index), shared).backward_bytes > shared:
+            from mambakit.ops.selective_scan import portable_gpu
+
+            return portable_gpu
+    return other
 
 
 def _on_its_device(function):
@@ -229,7 +215,7 @@ def _forward_call(
     tiles = -(-d // plan.block_channels)
     module = _module("forward", plan._replace(chunks=1), dtype, gated, softplus, packed, whole, device)
     return _ForwardCall(
-        module.kernel("selective_scan_forward", _forward_shared_bytes(plan, dtype, gated)),
+        module.kernel("selective_scan_forward", plan.forward_bytes(dtype.itemsize, gated)),
         module.kernel("selective_scan_sequences"),
         b * tiles * (chunks if in_parts else max(chunks - 1, 1)), 32 * plan.warps, tiles, chunk_length, chunks,
         plan.lanes * plan.states,
@@ -348,11 +334,17 @@ class _BackwardCall(NamedTuple):
 
 @functools.lru_cache(4096)
 def _backward_call(b, length, d, n, dtype, gated, softplus, packed, whole, device, interval) -> _BackwardCall:
-    plan = backward_plan(b, length, d, n, _multiprocessors(device))
+    shared = _nvrtc.shared_memory(device)
+    plan = backward_plan(b, length, d, n, _multiprocessors(device), shared)
+    if plan.backward_bytes > shared:  # of a row in parts alone: other gradients are elsewhere by now
+        raise RuntimeError(
+            f"the gradient of {n} states in a row that is spread over GPUs takes {plan.backward_bytes} bytes of shared memory, and a "
+            f"block of this one has {shared}: give each GPU whole rows"
+        )
     chunk_length = _chunk_length(length, plan.chunks, interval)
     module = _module("backward", plan._replace(chunks=1), dtype, gated, softplus, packed, whole, device)
     return _BackwardCall(
-        module.kernel("selective_scan_backward", _backward_shared_bytes(plan)),
+        module.kernel("selective_scan_backward", plan.backward_bytes),
         module.kernel("selective_scan_arrive"),
         module.kernel("selective_scan_finish"),
         module.kernel("selective_scan_sequences"),
@@ -454,7 +446,7 @@ def backward(
     Its channels are adjacent and its tokens fewer than 2**26 elements apart; where d is a multiple of 4, its other strides and its place
     in memory are, too.
     """
-    other = _elsewhere(u, A)
+    other = _gradient_elsewhere(u, A)
     if other is not None:
         found = other.backward(
             dy, dfinal, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints,

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+_TILE = 8  # tokens, as in common.cuh
+
 
 class Plan(NamedTuple):
     """How a kernel is laid out; the first four are macros of `common.cuh`."""
@@ -26,6 +28,32 @@ class Plan(NamedTuple):
     @property
     def block_channels(self) -> int:
         return 32 // self.lanes * self.channels * self.warps
+
+    def tokens(self, itemsize: int) -> int:
+        """Of a round of the forward kernel."""
+        return _TILE if self.lanes * self.states > 32 else max(_TILE, self.round * 2 // itemsize)
+
+    def forward_bytes(self, itemsize: int, gated: bool) -> int:
+        """sizeof(ForwardShared)."""
+        tokens = self.tokens(itemsize)
+        inputs = 2 * (2 + gated) * tokens * self.block_channels * itemsize
+        rows = 2 * tokens * 2 * self.lanes * self.states
+        steps = 2 * tokens * (self.block_channels + 2 * self.warps)
+        shares = self.lanes if self.lanes <= 4 else 1
+        outputs = _TILE * (shares * self.block_channels + 16 * self.warps * (shares > 1))
+        return inputs + 4 * (rows + steps + outputs)
+
+    @property
+    def backward_bytes(self) -> int:
+        """sizeof(BackwardShared)."""
+        padded = self.lanes * self.states
+        rows = self.segment * 2 * padded
+        saved = self.segment // self.save * self.channels * self.states * self.warps * 32
+        partial = 2 * self.warps * _TILE * 2 * padded
+        elements = _TILE * self.block_channels
+        padding = 2 * 2 * 2 * _TILE * self.warps
+        exchanged = self.warps * (2 * 2 * 32 * self.states if self.lanes < 32 else 4)
+        return 4 * (rows + saved + partial + exchanged + (2 * (2 + 1) + 3) * elements + padding)
 
 
 def _lanes(n: int) -> tuple[int, int]:
@@ -89,8 +117,9 @@ _ROUND = {0: 0.0, 1: 0.72, 2: 1.0, 3: 1.48}
 
 
 @functools.lru_cache(1024)
-def backward_plan(b: int, length: int, d: int, n: int, multiprocessors: int) -> Plan:
-    """Three blocks per multiprocessor do a little more; two keep twice the states, so that none is computed a third time."""
+def backward_plan(b: int, length: int, d: int, n: int, multiprocessors: int, shared: int) -> Plan:
+    """Three blocks per multiprocessor do a little more; two keep twice the states, so that none is computed a third time, where a
+    block's ``shared`` bytes suffice."""
     lanes, states = _lanes(n)
     segment = 64 if lanes * states <= 32 else 32
     plan = Plan(lanes, states, 2 if 1 < lanes < 32 else 1, 4, 2, 1, segment=segment, sub=4)
@@ -105,6 +134,7 @@ def backward_plan(b: int, length: int, d: int, n: int, multiprocessors: int) -> 
         full, rest = divmod(tiles * chunks, share * multiprocessors)
         return full * _ROUND[share] + _ROUND[-(-rest // multiprocessors)]
 
-    if lanes == 4 and rounds(2) <= rounds(3):
-        return plan._replace(chunks=chunks, save=4)
+    twice = plan._replace(chunks=chunks, save=4)
+    if lanes == 4 and rounds(2) <= rounds(3) and twice.backward_bytes <= shared:
+        return twice
     return plan._replace(chunks=chunks, min_blocks=3)

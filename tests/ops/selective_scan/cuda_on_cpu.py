@@ -116,6 +116,7 @@ def install(monkeypatch, folder: Path, multiprocessors: int = 132) -> None:
     monkeypatch.setattr(gpu._nvrtc, "Module", lambda _folder, _source, macros, _device: Module(folder, macros))
     monkeypatch.setattr(gpu, "_fallback", lambda: None)
     monkeypatch.setattr(gpu, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(gpu._nvrtc, "shared_memory", lambda device: 227 * 1024)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
 
