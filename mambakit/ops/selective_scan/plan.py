@@ -137,4 +137,6 @@ def backward_plan(b: int, length: int, d: int, n: int, multiprocessors: int, sha
     twice = plan._replace(chunks=chunks, save=4)
     if lanes == 4 and rounds(2) <= rounds(3) and twice.backward_bytes <= shared:
         return twice
-    return plan._replace(chunks=chunks, min_blocks=3)
+    # A multiprocessor has what a block may have and 1 KB, and keeps 1 KB of each block's to itself.
+    together = (shared + 1024) // (plan.backward_bytes + 1024)
+    return plan._replace(chunks=chunks, min_blocks=max(1, min(3, together)))

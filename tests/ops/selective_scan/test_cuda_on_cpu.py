@@ -98,6 +98,16 @@ def test_gradients_of_many_states_go_where_shared_memory_suffices(on_cpu, monkey
             gpu._backward_call(2, 300, 64, 256, F32, True, True, False, 4, None, 64)
 
 
+def test_registers_are_left_to_as_many_blocks_as_fit():
+    def plan(n, shared):
+        return plans.backward_plan(16, 2048, 1536, n, 132, shared * 1024)
+
+    assert [plan(n, 227).min_blocks for n in (8, 16, 32)] == [2, 3, 2]
+    assert [plan(16, shared).min_blocks for shared in (163, 99)] == [2, 1]
+    assert plans.backward_plan(8, 2048, 4096, 16, 132, 227 * 1024).save == 4
+    assert plans.backward_plan(8, 2048, 4096, 16, 132, 99 * 1024).save == 8
+
+
 def read_within_bounds(folder: str, case: tuple, before: bool) -> None:
     """Every input beside memory that cannot be read: a read outside of one ends the process."""
     with pytest.MonkeyPatch.context() as patch:
