@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mambakit.generation.stream import Sampling
+from mambakit.generation.stream import Sampling, drawn
 from mambakit.models.graph_step import GraphStep, graphs_serve
 from mambakit.models.step import token_step
 from mambakit.modules import MambaCache
@@ -133,7 +133,7 @@ class DraftModel:
                 tokens.append(int(scores.argmax()))
             else:
                 rows.append(scores.softmax(-1))
-                tokens.append(int(torch.multinomial(rows[-1], 1, generator=self._generator)))
+                tokens.append(drawn(rows[-1][0], self._generator))
         return Draft(tokens, torch.cat(rows) if rows else None)
 
     def _advance(self, token: int) -> Tensor:

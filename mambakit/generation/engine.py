@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mambakit.generation.stream import NOTHING, Sampling, _end_tokens
-from mambakit.models.choosing import NOTHING_TO_DRAW
+from mambakit.models.choosing import NO_CHOICE
 from mambakit.models.prompt import read_prompt
 from mambakit.models.rows import DecodingRows
 from mambakit.modules import MambaCache
@@ -186,8 +186,9 @@ class Engine:
         last = last.to(self.model.device)
         plain = Sampling(temperature=0)
         if all(row.request.sampling == plain for _, row in going):
-            best = self._pool.likeliest(last, 1)[:, 0].tolist()
-            return [(i, row, best[i]) for i, row in going]
+            best = self._pool.likeliest(last, 1)[:, 0]
+            tokens = best.masked_fill(~self._pool.are_numbers(best), NOTHING).tolist()
+            return [(i, row, tokens[i]) for i, row in going]
         logits = self._pool.step(last)
         tokens = torch.cat([row.choose(row.read, logits[i : i + 1]) for i, row in going]).tolist()
         return [(i, row, token) for (i, row), token in zip(going, tokens, strict=True)]
@@ -196,7 +197,7 @@ class Engine:
         """Note a row's token; False where it is the end of the text, or none could be chosen."""
         request = row.request
         if token == NOTHING:
-            request.error = NOTHING_TO_DRAW
+            request.error = NO_CHOICE
             self._finish(index, "error")
             return False
         if token in self._ends:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mambakit.generation.constrain import ConstrainedSampling
 from mambakit.generation.drafters import Draft, Drafter, DraftModel, PromptLookup
-from mambakit.generation.stream import Sampling, StoppingDecoder, Stream, _end_tokens
+from mambakit.generation.stream import Sampling, StoppingDecoder, Stream, _end_tokens, drawn, likeliest, token_number
 from mambakit.generation.verify import verifier
 from mambakit.ops.linear.api import MOST_ROWS
 
@@ -127,9 +127,9 @@ class _Rule:
         if not self._by_text:
             scores = self.by_row(text, logits)
             if self.greedy:
-                best = scores.argmax(-1).tolist()
+                best = likeliest(scores).tolist()
                 kept = next((i for i, guess in enumerate(draft.tokens) if guess != best[i]), len(draft.tokens))
-                return best[: kept + 1]
+                return [token_number(token) for token in best[: kept + 1]]
             return self._draw(draft, lambda i: scores[i])
 
         def score(i: int) -> Tensor:
@@ -140,7 +140,7 @@ class _Rule:
             return self._draw(draft, score)
         chosen = []
         for i in range(len(draft.tokens) + 1):
-            chosen.append(int(score(i).argmax()))
+            chosen.append(token_number(int(likeliest(score(i)[None]))))
             if draft.tokens[i : i + 1] != chosen[-1:]:
                 break
         return chosen
@@ -156,12 +156,9 @@ class _Rule:
                 q = draft.probabilities[i].to(p.device)
             chance = torch.rand((), device=p.device, generator=self.generator)
             if bool(chance * q[guess] >= p[guess]):
-                return [*draft.tokens[:i], self._sample((p - q).clamp(min=0))]
+                return [*draft.tokens[:i], drawn((p - q).clamp(min=0), self.generator)]
         p = score(len(draft.tokens)).float().softmax(-1)
-        return [*draft.tokens, self._sample(p)]
-
-    def _sample(self, weights: Tensor) -> int:
-        return int(torch.multinomial(weights, 1, generator=self.generator))
+        return [*draft.tokens, drawn(p, self.generator)]
 
 
 class _Assembly:

@@ -9,19 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.models.choosing import NOTHING_TO_DRAW, draw
+from mambakit.models.choosing import NO_CHOICE, draw
 from mambakit.models.prompt import read_prompt
 from mambakit.models.step import token_step
 from mambakit.modules import MambaCache
 
-NOTHING = -1  # what is chosen where nothing can be drawn
+NOTHING = -1  # what is chosen where no token can be chosen
 
 
 def token_number(chosen: int) -> int:
     """The token that a chooser chose, on the host; RuntimeError where the logits were no numbers."""
     if chosen == NOTHING:
-        raise RuntimeError(NOTHING_TO_DRAW)
+        raise RuntimeError(NO_CHOICE)
     return chosen
+
+
+def likeliest(scores: Tensor) -> Tensor:
+    """(b,) the most probable tokens by ``scores`` (b, v), `NOTHING` where they are no numbers."""
+    token = scores.argmax(-1)
+    return token.masked_fill(scores.gather(-1, token[:, None])[:, 0].isnan(), NOTHING)
+
+
+def drawn(weights: Tensor, generator: torch.Generator) -> int:
+    """A token drawn by ``weights`` (v,), which need not add up to 1: `torch.multinomial`'s; the device is waited for once."""
+    token, sane = draw(weights[None], generator)
+    return token_number(int(token.masked_fill(~sane, NOTHING)))
 
 
 @dataclass
@@ -75,7 +87,7 @@ class Sampling:
         def choose(ids: Tensor, logits: Tensor) -> Tensor:
             scores = by_row(ids, by_text(ids, logits))
             if self.temperature == 0:
-                return scores.argmax(-1)
+                return likeliest(scores)
             token, sane = draw(scores.softmax(-1), generator)
             return token.masked_fill(~sane, NOTHING)
 

@@ -18,8 +18,8 @@ WITHOUT_WAITING = frozenset({
 })  # fmt: skip
 
 
-NOTHING_TO_DRAW = (
-    "the model's logits are NaN or infinite, nothing can be drawn from them; check its weights, or load it in a dtype with a "
+NO_CHOICE = (
+    "the model's logits are NaN or infinite, no token can be chosen from them; check its weights, or load it in a dtype with a "
     "larger range (float16 ends at 65,504: bfloat16 or float32)"
 )
 
@@ -83,5 +83,5 @@ class Choosing:
     def check(self) -> None:
         """Wait for the device, and raise RuntimeError where a token since the last check was drawn from what is no distribution."""
         if self._sane and not bool(torch.stack(self._sane).all()):
-            raise RuntimeError(NOTHING_TO_DRAW)
+            raise RuntimeError(NO_CHOICE)
         self._sane.clear()

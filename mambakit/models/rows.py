@@ -37,6 +37,7 @@ class DecodingRows:
         self.elastic = most <= MOST_ROWS and native_serves(model, alike)
         self._graph: GraphStep | None = None
         self._given, self._steps = states, 0
+        self._last: Tensor | None = None  # (size, v), the logits of the last step
         self._began: list[int] = []  # tokens that each row had seen when it came, less the steps taken until then
         if states is None:
             self.states = model.backbone.new_cache(0)
@@ -66,9 +67,11 @@ class DecodingRows:
         """Each row reads its one of ``tokens`` (size,); the logits (size, v) after it, valid until the next step."""
         self._steps += 1
         if self._graph is None:
-            return self._step(tokens)
-        self._graph.tokens.copy_(tokens)
-        return self._graph()
+            self._last = self._step(tokens)
+        else:
+            self._graph.tokens.copy_(tokens)
+            self._last = self._graph()
+        return self._last
 
     def likeliest(self, tokens: Tensor, count: int) -> Tensor:
         """(size, count) the most probable tokens after ``tokens`` (size,); all but the last are read. A graph chooses them itself, at
@@ -83,9 +86,16 @@ class DecodingRows:
         self._graph.tokens.copy_(tokens)
         self._graph.position.zero_()
         for _ in range(count):
-            self._graph()
+            self._last = self._graph()
         self._steps += count
         return self._graph.history[:, :count].clone()
+
+    def are_numbers(self, tokens: Tensor) -> Tensor:
+        """(size,) bool: whether the last step's logits of these likeliest ``tokens`` (size,) are numbers; a text that has ended may have
+        padding there, a negative one too. A row with NaN in its state has no other logits ever after."""
+        if self._last is None:
+            return torch.ones_like(tokens, dtype=torch.bool)
+        return ~self._last.gather(1, tokens.clamp(min=0)[:, None])[:, 0].isnan()
 
     def grow(self) -> int:
         """Add rows, which are empty until `put`; returns how many."""
@@ -108,6 +118,7 @@ class DecodingRows:
         if not self.elastic or 2 * len(kept) > self.size:
             return False
         self._began = [self._began[row] for row in kept] if self._began else []
+        self._last = None if self._last is None else self._last[kept]
         self._over(self.states.select(kept))
         return True
 

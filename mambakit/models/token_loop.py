@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.models.choosing import Choosing
+from mambakit.models.choosing import NO_CHOICE, Choosing
 from mambakit.models.rows import DecodingRows
 from mambakit.modules import MambaCache
 
@@ -72,14 +72,20 @@ def write_tokens(
             and at most half go on, and a GPU need not take back what it has read too much.
 
     Raises:
-        RuntimeError: logits from which no token can be drawn.
+        RuntimeError: logits that are no numbers.
     """
     rows = DecodingRows(model, text.shape[0], cache)
-    loop = _Loop(rows, text, choose(text, logits), choose, cache_is_kept)
+    first = choose(text, logits)
+    loop = _Loop(rows, text, first, choose, cache_is_kept)
     per_look = _MOST_UNSEEN if choose.ends is None else _TOKENS_PER_LOOK[model.device.type]
     while len(loop.written) < most and loop.going:
         loop.write(min(most - len(loop.written), per_look))
     rows.close()
+    if not choose.sample:  # what is sampled has been looked at
+        last = loop.token if loop.of is None else loop.token[loop.of]
+        numbers = ~logits.gather(1, first[:, None]).isnan().any() & rows.are_numbers(last).all()
+        if not bool(numbers):
+            raise RuntimeError(NO_CHOICE)
     return torch.stack(loop.written, 1)
 
 

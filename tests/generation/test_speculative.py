@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 
@@ -92,6 +93,22 @@ def test_greedy_is_plain_decoding(both, draft, ids, kind, most):
     if kind == "half wrong":
         assert 0 < stream.accepted < stream.proposed or most == 1
     assert len(stream.tokens) == stream.accepted + stream.rounds + 1
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, seed=1)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("broken", ["model", "draft"])
+def test_logits_that_are_no_numbers(both, draft, ids, broken, sampling):
+    model, tokenizer = both
+    good = model
+    model, draft = copy.deepcopy(model), copy.deepcopy(draft)
+    with torch.no_grad():
+        (model if broken == "model" else draft).backbone.norm_f.weight[0] = float("nan")
+    stream = SpeculativeStream(model, tokenizer, ids, sampling, 12, drafter=DraftModel(draft))
+    if broken == "draft" and sampling is GREEDY:  # its guesses are wrong, and that is all
+        assert "".join(stream) == "".join(Stream(good, tokenizer, ids, GREEDY, 12))
+    else:
+        with pytest.raises(RuntimeError, match="no token can be chosen"):
+            list(stream)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])

@@ -73,10 +73,11 @@ def test_nothing_to_draw_from(both, ids):
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.backbone.norm_f.weight[0] = float("nan")
-    with pytest.raises(RuntimeError, match="NaN or infinite, nothing can be drawn"):
-        list(Stream(broken, tokenizer, ids, Sampling(seed=1)))
-    with pytest.raises(RuntimeError, match="NaN or infinite, nothing can be drawn"):
-        Engine(broken).write([Request(ids, Sampling(seed=1))])
+    for sampling in (Sampling(seed=1), Sampling(temperature=0)):
+        with pytest.raises(RuntimeError, match="NaN or infinite, no token can be chosen"):
+            list(Stream(broken, tokenizer, ids, sampling))
+        with pytest.raises(RuntimeError, match="NaN or infinite, no token can be chosen"):
+            Engine(broken).write([Request(ids, sampling)])
 
 
 def test_filters_are_transformers(both, ids):

@@ -159,13 +159,26 @@ def test_a_text_within_the_choice_of_anothers_token(way, model):
     assert all(torch.equal(text, alone) for text in within)
 
 
+@pytest.mark.parametrize("sample", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 30])
-def test_logits_that_are_no_numbers_are_refused(way, model, count):
+def test_logits_that_are_no_numbers_are_refused(way, model, count, sample):
     with torch.no_grad():
         model.backbone.norm_f.weight[0] = float("nan")
     for ends in (None, [3]):
-        with pytest.raises(RuntimeError, match="nothing can be drawn"):
-            model.generate(tokens(2, 5), max_new_tokens=count, do_sample=True, eos_token_id=ends, pad_token_id=0)
+        with pytest.raises(RuntimeError, match="no token can be chosen"):
+            model.generate(tokens(2, 5), max_new_tokens=count, do_sample=sample, eos_token_id=ends, pad_token_id=0)
+
+
+@pytest.mark.parametrize("ends", [None, [3]])
+def test_a_state_that_turns_to_no_numbers_is_refused_at_the_end(way, model, ends):
+    """The first token is well; the state is not from the second on."""
+    ids = tokens(2, 5)
+    chosen = model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=ends, pad_token_id=0)[:, 5:]
+    with torch.no_grad():
+        model.backbone.embeddings.weight[chosen[0, 0]] = float("nan")
+    assert not (ids == chosen[0, 0]).any()
+    with pytest.raises(RuntimeError, match="no token can be chosen"):
+        model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=ends, pad_token_id=0)
 
 
 class Waits(TorchDispatchMode):

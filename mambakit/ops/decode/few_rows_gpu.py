@@ -254,7 +254,7 @@ def _head(
     tl.store(logits + row * V + n[:, None], total, mask=n_mask[:, None] & (b < rows)[None, :])
     candidates = tl.where(n_mask[:, None], total, float("-inf"))
     largest = tl.max(candidates, axis=0)
-    token = tl.min(tl.where(candidates == largest[None, :], n[:, None], V), axis=0)
+    token = tl.min(tl.where(candidates == largest[None, :], n[:, None], V - 1), axis=0)
     place = b * BLOCKS + tl.program_id(0)
     tl.store(best + place, largest, mask=b < rows)
     tl.store(best_token + place, token, mask=b < rows)

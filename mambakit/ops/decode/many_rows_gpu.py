@@ -190,7 +190,7 @@ def _head(
     tl.store(logits + b[:, None].to(tl.int64) * V + n[None, :], total, mask=n_mask & (b < rows)[:, None])
     candidates = tl.where(n_mask, total, float("-inf"))
     largest = tl.max(candidates, axis=1)
-    token = tl.min(tl.where(candidates == largest[:, None], n[None, :], V), axis=1)
+    token = tl.min(tl.where(candidates == largest[:, None], n[None, :], V - 1), axis=1)
     place = b * BLOCKS + tl.program_id(0)
     tl.store(best + place, largest, mask=b < rows)
     tl.store(best_token + place, token, mask=b < rows)

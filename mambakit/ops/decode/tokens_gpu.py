@@ -19,6 +19,7 @@ def _choose(
     values = tl.load(best + b * BLOCKS + i, mask=i < BLOCKS, other=float("-inf"))
     numbers = tl.load(best_token + b * BLOCKS + i, mask=i < BLOCKS, other=2147483647)
     token = tl.min(tl.where(values == tl.max(values, axis=0), numbers, 2147483647), axis=0).to(tl.int64)
+    token = tl.where(token < 2147483647, token, 0)  # of logits that are no numbers: a token that has an embedding
     tl.store(tokens + b, token)
     at = tl.load(position) - 1  # _embed has counted this step
     tl.store(history + b * capacity + at, token, mask=at < capacity)

@@ -82,6 +82,19 @@ def test_the_models_logits_and_states(device, shape, kind, rows, small):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("kind", "rows"), [(few.FewRowsStep, 2), (many.ManyRowsStep, 2)])
+@torch.no_grad()
+def test_logits_that_are_no_numbers_choose_a_token_that_there_is(device, kind, rows):
+    """The next step reads that token's embedding."""
+    model = made({}, torch.float32, device)
+    model.backbone.norm_f.weight[0] = float("nan")
+    step = step_of(model, model.backbone.new_cache(rows), kind, SMALL[kind], capacity=4)
+    for _ in range(2):
+        assert step(choose=True).isnan().all()
+        assert ((step.tokens >= 0) & (step.tokens < 97)).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("format", ["int8", "int4"])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("shape", [{}, {"hidden_size": 100, "use_bias": True}], ids=["plain", "odd"])
