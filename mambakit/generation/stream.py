@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.models.choosing import NO_CHOICE, draw
+from mambakit.models.choosing import NO_CHOICE, are_numbers, draw
 from mambakit.models.prompt import read_prompt
 from mambakit.models.step import token_step
 from mambakit.modules import MambaCache
@@ -27,7 +27,7 @@ def token_number(chosen: int) -> int:
 def likeliest(scores: Tensor) -> Tensor:
     """(b,) the most probable tokens by ``scores`` (b, v), `NOTHING` where they are no numbers."""
     token = scores.argmax(-1)
-    return token.masked_fill(scores.gather(-1, token[:, None])[:, 0].isnan(), NOTHING)
+    return token.masked_fill(~are_numbers(scores, token), NOTHING)
 
 
 def drawn(weights: Tensor, generator: torch.Generator) -> int:

@@ -36,6 +36,12 @@ def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> tup
     return token[:, 0], (times.gather(-1, token) > 0)[:, 0]
 
 
+def are_numbers(logits: Tensor, tokens: Tensor) -> Tensor:
+    """(b,) bool: whether ``logits`` (b, v) of the likeliest ``tokens`` (b,) are numbers. A text that has ended may have padding in the
+    token's place, a negative one too."""
+    return ~logits.gather(-1, tokens.clamp(min=0)[:, None])[:, 0].isnan()
+
+
 @dataclass
 class Choosing:
     """The choice of one token after another for b texts, as transformers' loop makes it.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.models.choosing import are_numbers
 from mambakit.models.graph_step import GraphStep, graph_step, graphs_serve
 from mambakit.models.step import forward_step, native_serves, native_step
 from mambakit.modules import MambaCache
@@ -91,11 +92,8 @@ class DecodingRows:
         return self._graph.history[:, :count].clone()
 
     def are_numbers(self, tokens: Tensor) -> Tensor:
-        """(size,) bool: whether the last step's logits of these likeliest ``tokens`` (size,) are numbers; a text that has ended may have
-        padding there, a negative one too. A row with NaN in its state has no other logits ever after."""
-        if self._last is None:
-            return torch.ones_like(tokens, dtype=torch.bool)
-        return ~self._last.gather(1, tokens.clamp(min=0)[:, None])[:, 0].isnan()
+        """(size,) bool: `choosing.are_numbers` of the last step. A row with NaN in its state has no other logits ever after."""
+        return torch.ones_like(tokens, dtype=torch.bool) if self._last is None else are_numbers(self._last, tokens)
 
     def grow(self) -> int:
         """Add rows, which are empty until `put`; returns how many."""

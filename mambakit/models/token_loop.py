@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.models.choosing import NO_CHOICE, Choosing
+from mambakit.models.choosing import NO_CHOICE, Choosing, are_numbers
 from mambakit.models.rows import DecodingRows
 from mambakit.modules import MambaCache
 
@@ -83,8 +83,7 @@ def write_tokens(
     rows.close()
     if not choose.sample:  # what is sampled has been looked at
         last = loop.token if loop.of is None else loop.token[loop.of]
-        numbers = ~logits.gather(1, first[:, None]).isnan().any() & rows.are_numbers(last).all()
-        if not bool(numbers):
+        if not bool(are_numbers(logits, first).all() & rows.are_numbers(last).all()):
             raise RuntimeError(NO_CHOICE)
     return torch.stack(loop.written, 1)
 

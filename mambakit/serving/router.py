@@ -160,14 +160,20 @@ class Router:
                 self.metrics.first.labels(name).observe(now - job.created)
             job.tokens += piece.tokens
             self.metrics.tokens.labels(name).inc(piece.tokens)
+        if piece.error and not job.ended:
+            del replica.jobs[job.id]
+            if piece.text:
+                job.inbox.put(job.index, piece._replace(finish_reason="", error=""))
+            _log.error(
+                "%s could not write a text of %d prompt tokens: %s", replica.name, job.prompt_tokens, piece.error
+            )
+            self._fail(job, ApiError(500, f"text {job.index} of this request could not be written: {piece.error}"))
+            return
         if not job.ended:
-            if piece.error:
-                job.inbox.fail(ApiError(500, f"text {job.index} of this request could not be written: {piece.error}"))
-            else:
-                job.inbox.put(job.index, piece)
+            job.inbox.put(job.index, piece)
         if piece.finish_reason:
             del replica.jobs[job.id]
-            outcome = "cancelled" if job.ended else "failed" if piece.error else piece.finish_reason
+            outcome = "cancelled" if job.ended else piece.finish_reason
             job.ended = True
             each = (now - job.first) / (job.tokens - 1) if job.tokens > 1 else None
             self.metrics.ended(name, outcome, job.prompt_tokens, piece.cached_tokens, each)

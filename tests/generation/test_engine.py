@@ -141,7 +141,7 @@ def test_a_text_without_numbers_ends_alone(model, temperature):
 
     good = [p.clamp(max=59) for p in prompts(4)]
     engine = Engine(model, 3)
-    alone_ = [engine.write([request(p)])[0].tokens for p in good]
+    by_themselves = [engine.write([request(p)])[0].tokens for p in good]
     poison = request(torch.tensor([5, 60, 7]))
     requests = [request(good[0]), poison, *map(request, good[1:])]
     for one in requests:
@@ -150,7 +150,7 @@ def test_a_text_without_numbers_ends_alone(model, temperature):
     assert (poison.finish_reason, poison.tokens, poison.final_state) == ("error", [], None)
     assert "NaN or infinite" in poison.error
     requests.remove(poison)
-    assert [one.tokens for one in requests] == alone_
+    assert [one.tokens for one in requests] == by_themselves
     assert all(one.finish_reason == "length" and not one.error for one in requests)
     with pytest.raises(RuntimeError, match="NaN or infinite, no token can be chosen"):
         engine.write([request(good[0]), request(torch.tensor([60]))])

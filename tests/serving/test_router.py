@@ -89,8 +89,10 @@ def test_a_text_that_went_wrong_fails_its_request_alone(router):
     router.submit([job(lost)])
     router.submit([job(kept)])
     (bad,), (good,) = sent(router)
-    router._heard(router.replicas[0], Batch(0, 0, [Piece(bad.id, finish_reason="error", error="no numbers")]))
+    router._heard(router.replicas[0], Batch(0, 0, [Piece(bad.id, "so far", 2, "error", error="no numbers")]))
     router._heard(router.replicas[1], Batch(0, 0, [Piece(good.id, "text", 1, "length")]))
+    ((_, before),) = asyncio.run(lost.take())
+    assert (before.text, before.finish_reason) == ("so far", "")
     with pytest.raises(ApiError, match="text 0 of this request could not be written: no numbers") as failed:
         asyncio.run(lost.take())
     assert failed.value.status == 500

@@ -369,10 +369,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
         delta.tile -= 2 * TILE * p.delta_t;
         put_steps(last_tile, now);
         put_gradients(now);
-        Place<T> du, ddelta, dz;
-        du.set(p.du + (i64)row * l * d, last_tile, d, warp_channel, mine);
-        ddelta.set(p.ddelta + (i64)row * l * d, last_tile, d, warp_channel, mine);
-        if (HAS_Z) dz.set(p.dz + row * p.dz_b, last_tile, p.dz_t, warp_channel, mine);
+        Place<T> du_at, ddelta_at, dz_at;
+        du_at.set(p.du + (i64)row * l * d, last_tile, d, warp_channel, mine);
+        ddelta_at.set(p.ddelta + (i64)row * l * d, last_tile, d, warp_channel, mine);
+        if (HAS_Z) dz_at.set(p.dz + row * p.dz_b, last_tile, p.dz_t, warp_channel, mine);
         float* exchanged = shared.exchanged[warp];
         float* partial_to = p.partial + ((i64)tile * p.rows + (i64)row * l + last_tile) * 2 * NP;
         __syncwarp();
@@ -533,7 +533,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                 if (TILE * ROW_VECS % 32 != 0 && mine.token[v] >= TILE) continue;
                 const int j = mine.token[v], column = mine.column[v];
                 const bool exists = t + j < t1;
-                float y[VEC], gB[VEC], gA[VEC], step[2 * VEC], out[VEC], du_is[VEC], ddelta_is[VEC], dz_is[VEC];
+                float y[VEC], gB[VEC], gA[VEC], step[2 * VEC], out[VEC], du[VEC], ddelta[VEC], dz[VEC];
                 read_floats<VEC>(y, &shared.sums[warp][0][j][column]);
                 read_floats<VEC>(gB, &shared.sums[warp][1][j][column]);
                 read_floats<VEC>(gA, &shared.sums[warp][2][j][column]);
@@ -543,23 +543,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
 #pragma unroll
                 for (int i = 0; i < VEC; i++) {
                     float u_i = u_now[v].get(i);
-                    du_is[i] = fmaf(gB[i], step[2 * i], D[v][i] * out[i]);
-                    ddelta_is[i] = fmaf(gA[i], LN2, gB[i] * u_i);
-                    if (SOFTPLUS) ddelta_is[i] *= sigmoid(delta_now[v].get(i) + bias[v][i]);
+                    du[i] = fmaf(gB[i], step[2 * i], D[v][i] * out[i]);
+                    ddelta[i] = fmaf(gA[i], LN2, gB[i] * u_i);
+                    if (SOFTPLUS) ddelta[i] *= sigmoid(delta_now[v].get(i) + bias[v][i]);
                     if (HAS_Z) {
                         float gate = z_now[v].get(i), s = sigmoid(gate);
-                        dz_is[i] = dy_now[v].get(i) * fmaf(D[v][i], u_i, y[i]) * s * fmaf(gate, 1.f - s, 1.f);
+                        dz[i] = dy_now[v].get(i) * fmaf(D[v][i], u_i, y[i]) * s * fmaf(gate, 1.f - s, 1.f);
                     }
                     dD[i] = fmaf(out[i], u_i, dD[i]);  // zero past the end: dy is
-                    if (exists) dbias[i] += ddelta_is[i];
+                    if (exists) dbias[i] += ddelta[i];
                 }
-                store<VEC>(du.at(v), du_is, count);
-                store<VEC>(ddelta.at(v), ddelta_is, count);
-                if (HAS_Z) store<VEC>(dz.at(v), dz_is, count);
+                store<VEC>(du_at.at(v), du, count);
+                store<VEC>(ddelta_at.at(v), ddelta, count);
+                if (HAS_Z) store<VEC>(dz_at.at(v), dz, count);
             }
-            du.tile -= (i64)TILE * d;
-            ddelta.tile -= (i64)TILE * d;
-            if (HAS_Z) dz.tile -= TILE * p.dz_t;
+            du_at.tile -= (i64)TILE * d;
+            ddelta_at.tile -= (i64)TILE * d;
+            if (HAS_Z) dz_at.tile -= TILE * p.dz_t;
             __syncwarp();
         }
     }

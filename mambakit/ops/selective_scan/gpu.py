@@ -49,17 +49,21 @@ def _module(
 
 
 @functools.cache
-def _fallback():
-    """The Triton kernels when CUDA C++ cannot be compiled here, else None."""
-    reason = _nvrtc.available()
-    if reason is None:
-        return None
+def _portable(reason: str):
+    """The Triton kernels, after one warning for every reason."""
     warnings.warn(
         f"mambakit: the selective scan runs on its slower Triton kernels: {reason}", UserWarning, stacklevel=4
     )
     from mambakit.ops.selective_scan import portable_gpu
 
     return portable_gpu
+
+
+@functools.cache
+def _fallback():
+    """The Triton kernels when CUDA C++ cannot be compiled here, else None."""
+    reason = _nvrtc.available()
+    return None if reason is None else _portable(reason)
 
 
 @functools.cache
@@ -78,23 +82,22 @@ def _elsewhere(u: Tensor, A: Tensor):
         return reference
     fallback = _fallback()
     if fallback is None and A.shape[1] > 256:
-        from mambakit.ops.selective_scan import portable_gpu
-
-        return portable_gpu
+        return _portable(f"A has {A.shape[1]} states, the CUDA C++ kernels take 256")
     return fallback
 
 
 def _gradient_elsewhere(u: Tensor, A: Tensor):
     """As `_elsewhere`: many states ask for more shared memory than a block has on cards before Hopper."""
     other = _elsewhere(u, A)
-    if other is None:
-        b, length, d = u.shape
-        shared = _nvrtc.shared_memory(u.device.index)
-        if backward_plan(b, length, d, A.shape[1], _multiprocessors(u.device.index), shared).backward_bytes > shared:
-            from mambakit.ops.selective_scan import portable_gpu
-
-            return portable_gpu
-    return other
+    if other is not None:
+        return other
+    shared = _nvrtc.shared_memory(u.device.index)
+    needed = backward_plan(*u.shape, A.shape[1], _multiprocessors(u.device.index), shared).backward_bytes
+    if needed <= shared:
+        return None
+    return _portable(
+        f"the gradient of {A.shape[1]} states takes {needed} bytes of shared memory, and a block of this GPU has {shared}"
+    )
 
 
 def _on_its_device(function):
