@@ -135,6 +135,15 @@ def _in_proj(
     b = tl.arange(0, BB)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     n_mask = n < 2 * D
+    row = b[None, :].to(tl.int64)
+    valid = (b < rows)[None, :]
+    is_x = n < D
+    mask = is_x[:, None] & valid
+    # What the product does not need is asked for before it, so that nothing is waited for at its end.
+    window = conv_state + (row * D + n[:, None]) * (WIDTH - 1)
+    moved = ()
+    for j in tl.static_range(WIDTH - 1):
+        moved = moved + (tl.load(window + j, mask=mask, other=0.0).to(tl.float32),)
     xz, squares = _products(
         residual, H, norm, weight, scales, n, n_mask, rows, H, BITS, GROUP, BB, BK, BN, True, STAGES
     )  # fmt: skip
@@ -143,19 +152,11 @@ def _in_proj(
         xz += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
     dtype = u.dtype.element_ty
     xz = xz.to(dtype).to(tl.float32)
-    row = b[None, :].to(tl.int64)
-    valid = (b < rows)[None, :]
-    is_x = n < D
-    mask = is_x[:, None] & valid
     y = xz * tl.load(conv + n * WIDTH + (WIDTH - 1), mask=is_x, other=0.0).to(tl.float32)[:, None]
     if HAS_CONV_BIAS:
         y += tl.load(conv_bias + n, mask=is_x, other=0.0).to(tl.float32)[:, None]
-    window = conv_state + (row * D + n[:, None]) * (WIDTH - 1)
-    moved = ()
     for j in tl.static_range(WIDTH - 1):
-        past = tl.load(window + j, mask=mask, other=0.0).to(tl.float32)
-        y += past * tl.load(conv + n * WIDTH + j, mask=is_x, other=0.0).to(tl.float32)[:, None]
-        moved = moved + (past,)
+        y += moved[j] * tl.load(conv + n * WIDTH + j, mask=is_x, other=0.0).to(tl.float32)[:, None]
     moved = moved + (xz,)
     tl.debug_barrier()  # all have read what is written over: several threads hold each element of a small tile
     for j in tl.static_range(WIDTH - 1):
@@ -190,13 +191,15 @@ def _scan(
     d_mask = d < D
     j = tl.arange(0, BR)
     i = tl.arange(0, BS)
-    w = tl.load(dt_proj + d[:, None] * RANK + j[None, :], mask=d_mask[:, None] & (j < RANK)[None, :], other=0.0)
+    b = tl.program_id(1).to(tl.int64)
     n_mask = d_mask[:, None] & (i < N)[None, :]
+    place = state + (b * D + d)[:, None] * N + i[None, :]
+    h = tl.load(place, mask=n_mask, other=0.0)
+    w = tl.load(dt_proj + d[:, None] * RANK + j[None, :], mask=d_mask[:, None] & (j < RANK)[None, :], other=0.0)
     A = -tl.exp(tl.load(A_log + d[:, None] * N + i[None, :], mask=n_mask, other=0.0).to(tl.float32))
     bias = tl.load(dt_bias + d, mask=d_mask, other=0.0).to(tl.float32)
     skip = tl.load(D_skip + d, mask=d_mask, other=0.0).to(tl.float32)
     dtype = y.dtype.element_ty
-    b = tl.program_id(1).to(tl.int64)
     p = sums + b * R
     dt = tl.load(p + j, mask=j < RANK, other=0.0).to(dtype).to(tl.float32)
     B = tl.load(p + RANK + i, mask=i < N, other=0.0).to(dtype).to(tl.float32)
@@ -205,8 +208,6 @@ def _scan(
     delta = tl.where(delta > 20.0, delta, tl.log(1.0 + tl.exp(delta)))
     x = tl.load(u + b * D + d, mask=d_mask, other=0.0).to(tl.float32)
     gate = tl.load(z + b * D + d, mask=d_mask, other=0.0).to(tl.float32)
-    place = state + (b * D + d)[:, None] * N + i[None, :]
-    h = tl.load(place, mask=n_mask, other=0.0)
     h = tl.exp(delta[:, None] * A) * h + (delta * x)[:, None] * B[None, :]
     tl.debug_barrier()  # as in _in_proj
     tl.store(place, h, mask=n_mask)
@@ -224,16 +225,17 @@ def _out_proj(
     b = tl.arange(0, BB)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     n_mask = n < H
+    place = residual + b[None, :] * H + n[:, None]
+    mask = n_mask[:, None] & (b < rows)[None, :]
+    stream = tl.load(place, mask=mask, other=0.0)
     total, _ = _products(
         y, D, y, weight, scales, n, n_mask, rows, D, BITS, GROUP, BB, BK, BN, False, STAGES
     )  # fmt: skip
     if HAS_BIAS:
         total += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
-    place = residual + b[None, :] * H + n[:, None]
-    mask = n_mask[:, None] & (b < rows)[None, :]
-    total = tl.load(place, mask=mask, other=0.0) + total.to(y.dtype.element_ty).to(tl.float32)
+    stream += total.to(y.dtype.element_ty).to(tl.float32)
     tl.debug_barrier()  # as in _in_proj
-    tl.store(place, total, mask=mask)
+    tl.store(place, stream, mask=mask)
 
 
 @triton.jit
