@@ -278,15 +278,19 @@ def time_head(variant="", shapes=tuple(HEAD)):
 
 
 def sweep_head():
-    chosen = head.CHUNK_LOGITS, head.softmax_block
+    chosen = head.CHUNK_LOGITS, head.HELD_BLOCKS, head.softmax_plan
     for exponent in (25, 26, 28):
         head.CHUNK_LOGITS = 2**exponent
         time_head(f"2^{exponent} logits", HEAD[:1])
     head.CHUNK_LOGITS = chosen[0]
-    for block in ((1024, 4), (2048, 8), (4096, 8), (8192, 16), (16384, 32)):
-        head.softmax_block = lambda v, b=block: b
-        time_head(f"block {block[0]}, {block[1]} warps", HEAD[:1])
-    head.softmax_block = chosen[1]
+    for held in (1, 12, 24, 28, 32):
+        head.HELD_BLOCKS = held
+        time_head(f"{held} blocks held", HEAD)
+    head.HELD_BLOCKS = chosen[1]
+    for warps in (8, 32):
+        head.softmax_plan = lambda v, w=warps: (*chosen[2](v)[:2], w)
+        time_head(f"{warps} warps", HEAD)
+    head.softmax_plan = chosen[2]
 
 
 def main():

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,23 @@ from mambakit.training.throughput import flops_per_token, peak_flops
 def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     """Run a training from start (or checkpoint) to exported model; returns the summary that the model card holds.
 
-    With ``config.parallel``, torchrun starts several of these, which share ``config.out``.
+    With ``config.parallel``, torchrun starts several of these, which share ``config.out``. How PyTorch multiplies float32 matrices is the
+    recipe's while it runs (TensorFloat-32 beside bfloat16) and the caller's afterwards; the random state is left where the run left it.
     """
-    with processes(config.parallel, config.context_parallel) as team:
+    precision = "high" if config.autocast == "bfloat16" else "highest"
+    with _float32_products(precision), processes(config.parallel, config.context_parallel) as team:
         team.require_even(config.batch_size // config.accumulate, "batch_size / accumulate")
         return _train(config, console if team.first else Console(quiet=True), team)
+
+
+@contextlib.contextmanager
+def _float32_products(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _train(config: TrainConfig, console: Console, team: Processes) -> dict[str, Any]:
@@ -49,7 +62,6 @@ def _train(config: TrainConfig, console: Console, team: Processes) -> dict[str, 
         (out / "config.json.tmp").replace(out / "train_config.json")
         record_environment(out, team.device)
     torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision("high" if config.autocast == "bfloat16" else "highest")
 
     # The first process writes the vocabulary and the tokens; the others read them.
     data = prepare(config, out, console) if team.first else None

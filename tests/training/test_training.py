@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -149,6 +150,27 @@ def test_an_interrupted_run_continues_exactly(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="at step"):
         train(small_config(tmp_path, learning_rate=1e30, clip=1e30, warmup=0.0), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("before", "autocast", "during"), [("highest", "bfloat16", "high"), ("high", "float32", "highest")]
+)
+@pytest.mark.parametrize("learning_rate", [1e-3, 1e30])
+def test_the_callers_float32_products_are_as_before(tmp_path, before, autocast, during, learning_rate, monkeypatch):
+    seen = []
+    run = TrainingStep.run
+    monkeypatch.setattr(
+        TrainingStep, "run", lambda *given: (seen.append(torch.get_float32_matmul_precision()), run(*given))[1]
+    )
+    torch.set_float32_matmul_precision(before)
+    try:
+        config = small_config(tmp_path, autocast=autocast, learning_rate=learning_rate, clip=1e30, warmup=0.0)
+        with pytest.raises(FloatingPointError) if learning_rate > 1 else contextlib.nullcontext():
+            train(config, QUIET)
+        assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {during}
 
 
 def test_fresh_rows_reach_the_step(tmp_path):

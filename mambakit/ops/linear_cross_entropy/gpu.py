@@ -2,8 +2,8 @@
 
 Forward and backward need three products of 2 tokens v h operations; what is added to them is traffic of the logits. The
 head's product is written in float32 (a bfloat16 logit of 10 is off by up to 0.03, its probability by 3 %), the kernel
-reads each row twice (maximum and sum together; then the gradient, from L2 for the most part) and writes
-softmax - onehot in the inputs' dtype for the other two products. That gradient is not divided by the number of tokens
+reads a row once as far as a multiprocessor's registers hold it (51,200 logits; the rest twice, and rows of more than 90,000 twice as
+a whole) and writes softmax - onehot in the inputs' dtype for the other two products. That gradient is not divided by the number of tokens
 here: in float16 it would vanish. dweight is added over chunks in float32 inside cuBLAS (beta = 1), which reads and
 writes it once a chunk, so chunks are as large as memory reasonably allows. dhidden is a sum over the vocabulary: cuBLAS splits
 one that long among blocks and, for a bfloat16 result, may add their parts in bfloat16 (4.4e-3 at v = 50277 on an H100, where
@@ -11,8 +11,12 @@ rounding the result once is 1.7e-3), so it too is written in float32 and rounded
 
 Liger-Kernel's fused linear cross-entropy was the candidate to depend on. It reads the number of targets back to the
 host at every call (no CUDA graphs), keeps logits in the inputs' dtype, is not a torch.library op and has no path
-without Triton; the kernel it would save is the forty lines below.
+without Triton; the kernel it would save is the sixty lines below.
 """
+
+# A kernel's tuple of tensors grows by concatenation, the form Triton compiles; types there are Triton's.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 import torch
 import triton
@@ -23,13 +27,17 @@ from mambakit.ops.linear_cross_entropy import reference
 
 # Logits of a chunk: 512 MiB of float32, half of it again for their gradient, and as much at most for dhidden in float32.
 CHUNK_LOGITS = 2**27
+# Blocks of 2,048 logits that the registers of 16 warps hold, and the longest row of which they hold a part. docs/kernels.md has the rivals.
+HELD_BLOCKS = 25
+LONGEST_HELD = 90000
 
 
 @triton.jit
 def _softmax_kernel(
     logits, targets, losses, dlogits, stride_l, stride_d, ignore_index,
-    V: tl.constexpr, BLOCK_V: tl.constexpr, NEED_GRADIENT: tl.constexpr,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, REST: tl.constexpr, NEED_GRADIENT: tl.constexpr,
 ):  # fmt: skip
+    """A row's logits from REST on stay in registers; those before it are read again for the gradient."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     logits += row * stride_l
@@ -48,27 +56,55 @@ def _softmax_kernel(
         # The start is finite, so that a lane which sees only the row's end (-inf) stays free of NaN.
         peak = tl.full((BLOCK_V,), -1.0e30, tl.float32)
         mass = tl.zeros((BLOCK_V,), tl.float32)
-        for begin in range(0, V, BLOCK_V):
-            z = tl.load(logits + begin + i, mask=begin + i < V, other=float("-inf"))
+        for begin in range(0, REST, BLOCK_V):
+            z = tl.load(logits + begin + i)
             higher = tl.maximum(peak, z)
             mass = mass * tl.exp(peak - higher) + tl.exp(z - higher)
             peak = higher
-        top = tl.max(peak, axis=0)
-        lse = top + tl.log(tl.sum(mass * tl.exp(peak - top), axis=0))
+        kept = ()
+        for begin in tl.static_range(REST, V, BLOCK_V):
+            if begin + BLOCK_V <= V:  # without a mask, which keeps loads from being whole vectors where V is odd
+                z = tl.load(logits + begin + i)
+            else:
+                z = tl.load(logits + begin + i, mask=begin + i < V, other=float("-inf"))
+            kept = kept + (z,)
+        higher = peak
+        for k in tl.static_range((V - REST + BLOCK_V - 1) // BLOCK_V):
+            higher = tl.maximum(higher, kept[k])
+        top = tl.max(higher, axis=0)
+        if REST:
+            mass *= tl.exp(peak - top)
+        powers = ()
+        for k in tl.static_range((V - REST + BLOCK_V - 1) // BLOCK_V):
+            powers = powers + (tl.exp(kept[k] - top),)
+            mass += powers[k]
+        total = tl.sum(mass, axis=0)
+        lse = top + tl.log(total)
         tl.store(losses + row, tl.where(known, lse - aimed, float("nan")))
         if NEED_GRADIENT:
+            scale = 1.0 / total
+            for k in tl.static_range((V - REST + BLOCK_V - 1) // BLOCK_V):
+                begin = REST + k * BLOCK_V
+                g = powers[k] * scale
+                if begin + BLOCK_V <= V:
+                    tl.store(dlogits + begin + i, g.to(dlogits.dtype.element_ty))
+                else:
+                    tl.store(dlogits + begin + i, g.to(dlogits.dtype.element_ty), mask=begin + i < V)
             # Backwards: what was read last is what L2 still holds.
-            for block in range(0, V, BLOCK_V):
-                j = (V - 1) // BLOCK_V * BLOCK_V - block + i
-                z = tl.load(logits + j, mask=j < V, other=float("-inf"))
-                g = tl.exp(z - lse) - tl.where(j == target, 1.0, 0.0)
-                tl.store(dlogits + j, g.to(dlogits.dtype.element_ty), mask=j < V)
+            for block in range(BLOCK_V, REST + BLOCK_V, BLOCK_V):
+                j = REST - block + i
+                g = tl.exp(tl.load(logits + j) - lse)
+                tl.store(dlogits + j, g.to(dlogits.dtype.element_ty))
+            tl.debug_barrier()  # the target's place is written twice
+            tl.store(dlogits + target, (tl.exp(aimed - lse) - 1.0).to(dlogits.dtype.element_ty), mask=known)
 
 
-def softmax_block(v: int) -> tuple[int, int]:
-    """(BLOCK_V, warps): 8 logits per thread, so that few lanes idle at a small vocabulary."""
-    block = min(triton.next_power_of_2(v), 4096)
-    return block, max(1, block // 256)
+def softmax_plan(v: int) -> tuple[int, int, int]:
+    """(BLOCK_V, REST, warps). Registers hold as many blocks as there is room for, of each 4 logits a thread; where most of a row would be
+    read twice all the same, more rows at a time are worth more, and they hold one block only."""
+    block = min(triton.next_power_of_2(v), 2048)
+    held = HELD_BLOCKS if v <= LONGEST_HELD else 1
+    return block, max(0, triton.cdiv(v, block) - held) * block, max(1, block // 128)
 
 
 def forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
@@ -97,7 +133,7 @@ def forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
     wide = torch.empty(
         (step, h) if need_dhidden and dtype != torch.float32 else (0,), dtype=torch.float32, device=device
     )
-    block, num_warps = softmax_block(v)
+    block, rest, num_warps = softmax_plan(v)
     with torch.cuda.device_of(hidden):
         for begin in range(0, tokens, max(step, 1)):
             count = min(step, tokens - begin)
@@ -105,7 +141,7 @@ def forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
             product(x, w.T, z)
             _softmax_kernel[(count,)](
                 z, targets[begin:], losses[begin:], dz, z.stride(0), dz.stride(0), ignore_index,
-                V=v, BLOCK_V=block, NEED_GRADIENT=need, num_warps=num_warps,
+                V=v, BLOCK_V=block, REST=rest, NEED_GRADIENT=need, num_warps=num_warps,
             )  # fmt: skip
             if need_dhidden:
                 part = dhidden[begin : begin + count]

@@ -160,5 +160,8 @@ def backward(dy, dresidual_out, residual_out, weight, eps, x_dtype, has_residual
                 HAS_RESIDUAL=has_residual, num_warps=num_warps,
             )  # fmt: skip
             if weight is not None:
-                _sum_partials_kernel[(triton.cdiv(h, 32),)](partials, dweight, programs, h, ROWS=32, BLOCK_H=32)
+                # Few programs with many loads each in flight: what this takes is the time of one load after the other.
+                _sum_partials_kernel[(triton.cdiv(h, 16),)](
+                    partials, dweight, programs, h, ROWS=512, BLOCK_H=16, num_warps=8
+                )
     return dx, dweight, dresidual

@@ -70,6 +70,14 @@ def test_matches_reference(device, case, dtype, chunk_logits, monkeypatch):
     check(*inputs(case, dtype, device))
 
 
+@pytest.mark.parametrize("held", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_longer_than_what_registers_hold(device, dtype, held, monkeypatch):
+    monkeypatch.setattr(gpu, "HELD_BLOCKS", held)
+    check(*inputs((13, 8, 4500), dtype, device))  # three blocks
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_master_weight_keeps_a_float32_gradient(device):
     check(*inputs(CASES[1], torch.bfloat16, device, weight_dtype=torch.float32))
@@ -118,12 +126,17 @@ def compile_for_hopper(kernel, constants, **types):
     return compiled
 
 
+def constants(v, need_gradient):
+    block, rest, _ = gpu.softmax_plan(v)
+    return {"V": v, "BLOCK_V": block, "REST": rest, "NEED_GRADIENT": need_gradient}
+
+
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize("need_gradient", [False, True])
-def test_kernel_compiles(need_gradient):
+@pytest.mark.parametrize("v", [50277, 130001])
+def test_kernel_compiles(v, need_gradient):
     types = {"logits": "*fp32", "targets": "*i64", "losses": "*fp32", "dlogits": "*bf16"}
-    constants = {"V": 50277, "BLOCK_V": 4096, "NEED_GRADIENT": need_gradient}
-    compile_for_hopper(gpu._softmax_kernel, constants, **types)
+    compile_for_hopper(gpu._softmax_kernel, constants(v, need_gradient), **types)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
@@ -131,12 +144,21 @@ def test_the_targets_logit_is_read_before_a_gradient_can_take_its_place():
     """In float32 they share memory: a warp past the reductions' barrier writes what a later one would still read."""
     types = {"logits": "*fp32", "targets": "*i64", "losses": "*fp32", "dlogits": "*fp32"}
     code = compile_for_hopper(
-        gpu._softmax_kernel, {"V": 50277, "BLOCK_V": 4096, "NEED_GRADIENT": True}, **types
+        gpu._softmax_kernel, constants(130001, True), **types
     ).asm["ttgir"].splitlines()  # fmt: skip
     reductions = [i for i, line in enumerate(code) if '"tt.reduce"' in line]
     one = [i for i, line in enumerate(code) if " tt.load " in line and "tensor<" not in line and "ptr<f32>" in line]
     assert len(one) == 1
     assert one[0] < reductions[0]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("v", [50277, 130001])
+def test_the_targets_gradient_is_written_after_what_others_write_there(v):
+    types = {"logits": "*fp32", "targets": "*i64", "losses": "*fp32", "dlogits": "*bf16"}
+    code = compile_for_hopper(gpu._softmax_kernel, constants(v, True), **types).asm["ptx"].splitlines()
+    stores = [i for i, line in enumerate(code) if "st.global" in line]
+    assert any("bar.sync" in line for line in code[stores[-2] : stores[-1]])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own run")

@@ -122,7 +122,7 @@ def test_kernels_compile():
     single = dict.fromkeys(("weight", "residual", "kept", "dkept", "dresidual", "partials", "dweight"), "*fp32")
     compile_for_hopper(gpu._forward_kernel, flags, **half, **single)
     compile_for_hopper(gpu._backward_kernel, {"HAS_DKEPT": True, **flags}, **half, **single)
-    compile_for_hopper(gpu._sum_partials_kernel, {"ROWS": 32, "BLOCK_H": 32}, **single)
+    compile_for_hopper(gpu._sum_partials_kernel, {"ROWS": 512, "BLOCK_H": 16}, **single)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own run")
