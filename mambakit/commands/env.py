@@ -41,7 +41,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for package in ("mambakit", "torch", "transformers", "tokenizers", "safetensors", "triton", "cuda-core", "peft"):
+    for package in (
+        "mambakit",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "triton",
+        "cuda-bindings",
+        "peft",
+    ):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

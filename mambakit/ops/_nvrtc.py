@@ -83,6 +83,17 @@ def compile_cubin(source: str, name: str, headers: dict[str, str], arch: str, op
     return cubin
 
 
+def machine_code(folder: Path, source: str, macros: dict[str, int], arch: str) -> bytes:
+    """`compile_cubin` of a file beside its headers, with its macros. Needs no GPU."""
+    files = {path.name: path.read_text() for path in sorted(folder.glob("*.cuh"))}
+    options = (
+        "--std=c++17",
+        "--device-as-default-execution-space",
+        *(f"-D{name}={value}" for name, value in macros.items()),
+    )
+    return compile_cubin((folder / source).read_text(), source, files, arch, options)
+
+
 def _compile(nvrtc, source, name, headers, options) -> bytes:
     texts, names = [h.encode() for h in headers.values()], [h.encode() for h in headers]
     program = _check(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), len(headers), texts, names))
@@ -177,14 +188,8 @@ class Module:
 
     def __init__(self, folder: Path, source: str, macros: dict[str, int], device: int):
         driver, _ = _bindings()
-        files = {path.name: path.read_text() for path in sorted(folder.glob("*.cuh"))}
         major, minor = torch.cuda.get_device_capability(device)
-        options = (
-            "--std=c++17",
-            "--device-as-default-execution-space",
-            *(f"-D{name}={value}" for name, value in macros.items()),
-        )
-        cubin = compile_cubin((folder / source).read_text(), source, files, f"sm_{major}{minor}", options)
+        cubin = machine_code(folder, source, macros, f"sm_{major}{minor}")
         with torch.cuda.device(device):
             _use_context(device)
             self._module = _check(driver.cuModuleLoadData(cubin))

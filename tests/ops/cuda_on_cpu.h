@@ -79,10 +79,10 @@ inline unsigned exchange(unsigned value, unsigned from) {
     return values[warp][p][from & 31];
 }
 template <typename V> V shuffle(V v, unsigned from) {
-    unsigned bits;
-    memcpy(&bits, &v, 4);
-    bits = exchange(bits, from);
-    memcpy(&v, &bits, 4);
+    unsigned bits[sizeof(V) / 4];
+    memcpy(bits, &v, sizeof(V));
+    for (unsigned& word : bits) word = exchange(word, from);
+    memcpy(&v, bits, sizeof(V));
     return v;
 }
 template <typename V> V __shfl_xor_sync(unsigned, V v, int mask) { return shuffle(v, (current % 32) ^ mask); }

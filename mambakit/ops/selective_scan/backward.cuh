@@ -252,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
     Elements mine;
     mine.set(lane, warp_channel, d);
     Stream dy, u, delta, z;
-    float D[VECS][VEC], bias[VECS][VEC], dD[VEC], dbias[VEC];
+    float D[VECS][VEC], bias[VECS][VEC], dD[VEC], dbias[VEC], sum_D[VEC], lost_D[VEC];
 #pragma unroll
     for (int v = 0; v < VECS; v++)
 #pragma unroll
@@ -260,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
             int c = warp_channel + mine.column[v] + i;
             D[v][i] = p.D && i < mine.count[v] ? p.D[c] : 0.f;
             bias[v][i] = p.bias && i < mine.count[v] ? p.bias[c] : 0.f;
-            dD[i] = dbias[i] = 0.f;
+            dD[i] = dbias[i] = sum_D[i] = lost_D[i] = 0.f;
         }
     const T *B = p.B + row * p.B_b, *C = p.C + row * p.C_b;
 
@@ -562,23 +562,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
             if (HAS_Z) dz_at.tile -= TILE * p.dz_t;
             __syncwarp();
         }
+        // A segment's dD to those of the segments before (Kahan): a sum of a whole chunk in one register loses what a rounding is
+        // worth in every token.
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+            float add = dD[i] - lost_D[i], sum = sum_D[i] + add;
+            lost_D[i] = (sum - sum_D[i]) - add, sum_D[i] = sum, dD[i] = 0.f;
+        }
     }
     if (!PACKED && chunk == 0) store_dinitial(row);
     const i64 at = (i64)row * p.chunks + chunk;
     place.store(p.dA + at * d * n, dA);
 #pragma unroll
-    for (int w = ROW_VECS; w < 32; w *= 2)
+    for (int i = 0; i < VEC; i++) {
+        double all_D = (double)sum_D[i] - lost_D[i];
 #pragma unroll
-        for (int i = 0; i < VEC; i++) {
-            dD[i] += __shfl_xor_sync(ALL, dD[i], w);
+        for (int w = ROW_VECS; w < 32; w *= 2) {
+            all_D += __shfl_xor_sync(ALL, all_D, w);
             dbias[i] += __shfl_xor_sync(ALL, dbias[i], w);
         }
-    if (lane < ROW_VECS)
-#pragma unroll
-        for (int i = 0; i < VEC; i++) {
-            int c = warp_channel + mine.column[0] + i;
-            if (c < d) p.dD[at * d + c] = dD[i], p.dbias[at * d + c] = dbias[i];
-        }
+        const int c = warp_channel + mine.column[0] + i;
+        if (lane < ROW_VECS && c < d) p.dD[at * d + c] = (float)all_D, p.dbias[at * d + c] = dbias[i];
+    }
 }
 
 // The partial sums of dB and dC over blocks of channels, and of dA, dD and ddelta_bias over rows and chunks.
@@ -622,8 +627,8 @@ extern "C" __global__ void __launch_bounds__(256) selective_scan_finish(const __
     } else {
         return;
     }
-    float total = 0.f;
+    double total = 0.;
 #pragma unroll 8
     for (i64 i = 0; i < p.parts; i++) total += from[i * stride];
-    *to = total;
+    *to = (float)total;
 }

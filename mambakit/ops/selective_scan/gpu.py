@@ -32,10 +32,10 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.cache
-def _module(
-    kind: str, plan: Plan, dtype: torch.dtype, gated: bool, softplus: bool, packed: bool, whole: int, device: int
-):
+def _macros(
+    kind: str, plan: Plan, dtype: torch.dtype, gated: bool, softplus: bool, packed: bool, whole: int
+) -> dict[str, int]:
+    """What `kernel.cu` is compiled with, ``kind`` forward or backward."""
     macros = {
         "DTYPE": _DTYPES[dtype], "LANES": plan.lanes, "NS": plan.states, "K": plan.channels, "WARPS": plan.warps,
         "HAS_Z": int(gated), "SOFTPLUS": int(softplus), "PACKED": int(packed), "WHOLE": whole,
@@ -45,6 +45,14 @@ def _module(
         macros |= {"FORWARD": 1, "ROUND": plan.tokens(dtype.itemsize)}
     else:
         macros |= {"SEGMENT": plan.segment, "SUB": plan.sub, "SAVE": plan.save}
+    return macros
+
+
+@functools.cache
+def _module(
+    kind: str, plan: Plan, dtype: torch.dtype, gated: bool, softplus: bool, packed: bool, whole: int, device: int
+):
+    macros = _macros(kind, plan, dtype, gated, softplus, packed, whole)
     return _nvrtc.Module(_FOLDER, "kernel.cu", macros, device)
 
 

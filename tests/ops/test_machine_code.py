@@ -1,0 +1,80 @@
+"""The CUDA C++ kernels compiled by NVRTC for every architecture they are meant for. Needs no GPU, and says nothing of what they compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import mambakit
+from mambakit.models.graph_step import gpu_weights
+from mambakit.ops import _nvrtc
+from mambakit.ops.decode import persistent
+from mambakit.ops.selective_scan import gpu
+from mambakit.ops.selective_scan.plan import backward_plan, forward_plan
+
+pytestmark = pytest.mark.skipif(_nvrtc.available() is not None, reason=f"NVRTC: {_nvrtc.available()}")
+# Ampere, Ada, Hopper and Blackwell: multiprocessors and shared bytes of a block.
+CARDS = {
+    "sm_80": (108, 163 * 1024),
+    "sm_86": (84, 99 * 1024),
+    "sm_89": (128, 99 * 1024),
+    "sm_90": (132, 227 * 1024),
+    "sm_100": (148, 227 * 1024),
+    "sm_120": (170, 99 * 1024),
+}
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def compile_only(monkeypatch, tmp_path):
+    monkeypatch.setenv("MAMBAKIT_CACHE", str(tmp_path))
+
+
+def compile_scan(kind: str, arch: str, n: int, *, whole: int = 8, packed: bool = False, dtype=BF16, gated: bool = True):
+    multiprocessors, shared = CARDS[arch]
+    plan = (
+        forward_plan(16, 2048, 1536, n, multiprocessors)
+        if kind == "forward"
+        else backward_plan(16, 2048, 1536, n, multiprocessors, shared)
+    )
+    taken = plan.forward_bytes(dtype.itemsize, gated) if kind == "forward" else plan.backward_bytes
+    assert taken <= shared
+    macros = gpu._macros(kind, plan, dtype, gated, True, packed, whole)
+    return _nvrtc.machine_code(gpu._FOLDER, "kernel.cu", macros, arch)
+
+
+@pytest.mark.parametrize("arch", CARDS)
+@pytest.mark.parametrize("n", [16, 64])
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_the_scan(kind, n, arch):
+    assert compile_scan(kind, arch, n)
+
+
+@pytest.mark.parametrize(
+    ("n", "options"),
+    [
+        (1, {"whole": 0, "packed": True, "dtype": F32, "gated": False}),
+        (8, {"whole": 4, "dtype": F16}),
+        (16, {"whole": 4, "packed": True, "dtype": F32}),
+        (200, {"packed": True}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_the_scans_variants(kind, n, options):
+    assert compile_scan(kind, "sm_90", n, **options)
+
+
+@pytest.mark.parametrize("arch", CARDS)
+@pytest.mark.parametrize("kind", ["plain", "int8", "int4"])
+def test_the_decode_step(kind, arch):
+    model = mambakit.MambaForCausalLM(mambakit.MambaConfig(vocab_size=512, hidden_size=768, num_hidden_layers=1)).to(
+        BF16
+    )
+    if kind != "plain":
+        model.quantize(kind)
+    plan = persistent._plan(gpu_weights(model), 1, BF16, CARDS[arch])
+    assert isinstance(plan, dict), plan
+    assert _nvrtc.machine_code(Path(persistent.__file__).parent, "persistent.cu", plan, arch)
