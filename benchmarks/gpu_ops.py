@@ -16,7 +16,6 @@ errors too; else RECORDED at commit e9594ce on the same kind of card on 2026-11-
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import statistics
@@ -100,7 +99,7 @@ def time_shape(shape, interval, variant="", kinds=("forward", "both"), repeats=2
         run = {"forward": forward, "both": both}[kind]
         ms = replayed(run, repeats, inner)
         loose = median(lambda run=run: [run() for _ in range(inner)], repeats) / inner if eager else float("nan")
-        source, their_ms = "recorded", SHAPES.get(shape, (float("nan"),) * 2)[kind == "both"]
+        source, their_ms = "recorded", SHAPES[shape][kind == "both"]
         if theirs is not None:
             source, their_ms = "measured", replayed(getattr(theirs, kind), repeats, inner)
         rate = elements / ms * 1e3
@@ -184,31 +183,8 @@ def sweep(interval):
     gpu._backward_call.cache_clear()
 
 
-def sweep_relays(interval):
-    """Rows that fill the card unevenly, each walked by its own block and handed on between few or many."""
-    chosen = gpu.forward_plan, gpu.backward_plan
-    for shape in ((4, 5120, 4096), (12, 1536, 2048), (20, 1536, 2048)):
-        b, d, length = shape
-        for layout in (FORWARD_LAYOUTS[1], gpu.Plan(1, 16, 1, 2, 6, 1, round=16)):
-            for resident, chunks in ((0, 1), *itertools.product((4, 6), (4, 5, 9, 16))):
-                if resident < layout.min_blocks and resident * 132 < b * -(-d // layout.block_channels):
-                    plan = layout._replace(chunks=chunks, resident=resident)
-                    gpu.forward_plan = lambda *_, plan=plan: plan
-                    gpu._forward_call.cache_clear()
-                    time_shape(shape, interval, describe(plan), ("forward",), 5, eager=False)
-        gpu.forward_plan = chosen[0]
-        gpu._forward_call.cache_clear()
-        own = chosen[1](b, length, d, 16, 132, 227 * 1024)._replace(chunks=1, resident=0)
-        for plan in (own, *(BACKWARD_LAYOUTS[1]._replace(chunks=c, resident=2) for c in (4, 5, 8, 9, 11, 16))):
-            gpu.backward_plan = lambda *_, plan=plan: plan
-            gpu._backward_call.cache_clear()
-            time_shape(shape, interval, describe(plan), ("both",), 4, eager=False)
-        gpu.backward_plan = chosen[1]
-        gpu._backward_call.cache_clear()
-
-
 def describe(plan):
-    return "{}x{}x{} {}w /{} {}c r{} {}/{}/{} {}".format(*plan)
+    return "{}x{}x{} {}w /{} {}c r{} {}/{}/{}".format(*plan)
 
 
 FORWARD_LAYOUTS = [
@@ -236,7 +212,6 @@ SWEEP_BACKWARD = [(16, 1536, 2048), (8, 4096, 2048), (1, 4096, 32768), (1, 1024,
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="time other layouts too")
-    parser.add_argument("--relays", action="store_true", help="time rows that are handed on between blocks")
     parser.add_argument("--quick", action="store_true", help="check every fourth case only")
     parser.add_argument("--interval", type=int, default=INTERVAL, help="tokens between checkpoints")
     parser.add_argument(
@@ -255,8 +230,6 @@ def main():
             time_shape(shape, options.interval, module=module)
         if options.sweep:
             sweep(options.interval)
-        if options.relays:
-            sweep_relays(options.interval)
     else:
         print("selective_scan: WRONG, not timed")
     if options.json:
