@@ -277,20 +277,46 @@ def time_head(variant="", shapes=tuple(HEAD)):
                   f"{rate / 1e12:5.0f} TFLOP/s {rate / MATMUL:5.0%}  peak {peak:6.0f} MiB", flush=True)  # fmt: skip
 
 
+def time_softmax(v, dtype, variant):
+    """The head's kernel between its products, alone: a chunk's float32 logits to losses and the logits' gradient."""
+    width = -(-v // 64) * 64
+    rows = min(head.CHUNK_LOGITS // width // 256 * 256, 65536)
+    logits = torch.randn(rows, width, device="cuda")[:, :v] * 3
+    targets = torch.randint(v, (rows,), device="cuda")
+    losses = torch.full((rows,), torch.nan, device="cuda")
+    dlogits = torch.full((rows, width), torch.nan, dtype=dtype, device="cuda")[:, :v]
+    block, rest, warps = head.softmax_plan(v)
+
+    def run():
+        head._softmax_kernel[(rows,)](
+            logits, targets, losses, dlogits, logits.stride(0), dlogits.stride(0), -100,
+            V=v, BLOCK_V=block, REST=rest, NEED_GRADIENT=True, num_warps=warps,
+        )  # fmt: skip
+
+    run()
+    some = slice(0, 64)
+    want = logits[some].double().softmax(1)
+    want[torch.arange(64), targets[some]] -= 1
+    error = relative(dlogits[some], want)
+    assert error < (4e-3 if dtype == torch.bfloat16 else 1e-6), f"{variant}: the gradient is {error:.1e} off"
+    assert not torch.cat([dlogits.flatten(), losses]).isnan().any(), f"{variant}: something is not written"
+    ms = _median(run, 30)
+    report("head softmax", (rows, v), f"{variant} {str(dtype)[6:]}", ms, rows * v * (4 + dlogits.element_size()))
+
+
 def sweep_head():
-    chosen = head.CHUNK_LOGITS, head.HELD_BLOCKS, head.softmax_plan
+    chosen = head.CHUNK_LOGITS, head.HELD_BLOCKS, head.LONGEST_HELD
     for exponent in (25, 26, 28):
         head.CHUNK_LOGITS = 2**exponent
         time_head(f"2^{exponent} logits", HEAD[:1])
     head.CHUNK_LOGITS = chosen[0]
-    for held in (1, 12, 24, 28, 32):
-        head.HELD_BLOCKS = held
-        time_head(f"{held} blocks held", HEAD)
-    head.HELD_BLOCKS = chosen[1]
-    for warps in (8, 32):
-        head.softmax_plan = lambda v, w=warps: (*chosen[2](v)[:2], w)
-        time_head(f"{warps} warps", HEAD)
-    head.softmax_plan = chosen[2]
+    head.LONGEST_HELD = 2**30
+    for v in (256, 4096, 32000, 50277, 50280, 65024, 80000, 90000, 102400, 130001, 151936):
+        for held in (1, 12, 24, 25, 27):  # 1: all but a row's end is read twice
+            head.HELD_BLOCKS = held
+            for dtype in (torch.bfloat16, torch.float32) if v in (50280, 151936) else (torch.bfloat16,):
+                time_softmax(v, dtype, f"{held} blocks held")
+    _, head.HELD_BLOCKS, head.LONGEST_HELD = chosen
 
 
 def main():

@@ -41,16 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for package in (
-        "mambakit",
-        "torch",
-        "transformers",
-        "tokenizers",
-        "safetensors",
-        "triton",
-        "cuda-bindings",
-        "peft",
-    ):
+    packages = "mambakit torch transformers tokenizers safetensors triton cuda-bindings peft"
+    for package in packages.split():
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

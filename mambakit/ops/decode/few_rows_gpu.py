@@ -141,9 +141,9 @@ def _in_proj(
     mask = is_x[:, None] & valid
     # What the product does not need is asked for before it, so that nothing is waited for at its end.
     window = conv_state + (row * D + n[:, None]) * (WIDTH - 1)
-    moved = ()
+    inputs = ()
     for j in tl.static_range(WIDTH - 1):
-        moved = moved + (tl.load(window + j, mask=mask, other=0.0).to(tl.float32),)
+        inputs = inputs + (tl.load(window + j, mask=mask, other=0.0).to(tl.float32),)
     xz, squares = _products(
         residual, H, norm, weight, scales, n, n_mask, rows, H, BITS, GROUP, BB, BK, BN, True, STAGES
     )  # fmt: skip
@@ -156,11 +156,11 @@ def _in_proj(
     if HAS_CONV_BIAS:
         y += tl.load(conv_bias + n, mask=is_x, other=0.0).to(tl.float32)[:, None]
     for j in tl.static_range(WIDTH - 1):
-        y += moved[j] * tl.load(conv + n * WIDTH + j, mask=is_x, other=0.0).to(tl.float32)[:, None]
-    moved = moved + (xz,)
+        y += inputs[j] * tl.load(conv + n * WIDTH + j, mask=is_x, other=0.0).to(tl.float32)[:, None]
+    inputs = inputs + (xz,)
     tl.debug_barrier()  # all have read what is written over: several threads hold each element of a small tile
     for j in tl.static_range(WIDTH - 1):
-        tl.store(window + j, moved[j + 1].to(conv_state.dtype.element_ty), mask=mask)
+        tl.store(window + j, inputs[j + 1].to(conv_state.dtype.element_ty), mask=mask)
     y = y / (1.0 + tl.exp(-y))
     tl.store(u + row * D + n[:, None], y.to(dtype), mask=mask)
     tl.store(z + row * D + (n[:, None] - D), xz.to(dtype), mask=(n_mask & (n >= D))[:, None] & valid)

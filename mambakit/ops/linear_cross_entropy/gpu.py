@@ -61,6 +61,7 @@ def _softmax_kernel(
             higher = tl.maximum(peak, z)
             mass = mass * tl.exp(peak - higher) + tl.exp(z - higher)
             peak = higher
+        BLOCKS: tl.constexpr = (V - REST + BLOCK_V - 1) // BLOCK_V  # that stay in registers
         kept = ()
         for begin in tl.static_range(REST, V, BLOCK_V):
             if begin + BLOCK_V <= V:  # without a mask, which keeps loads from being whole vectors where V is odd
@@ -69,13 +70,13 @@ def _softmax_kernel(
                 z = tl.load(logits + begin + i, mask=begin + i < V, other=float("-inf"))
             kept = kept + (z,)
         higher = peak
-        for k in tl.static_range((V - REST + BLOCK_V - 1) // BLOCK_V):
+        for k in tl.static_range(BLOCKS):
             higher = tl.maximum(higher, kept[k])
         top = tl.max(higher, axis=0)
         if REST:
             mass *= tl.exp(peak - top)
         powers = ()
-        for k in tl.static_range((V - REST + BLOCK_V - 1) // BLOCK_V):
+        for k in tl.static_range(BLOCKS):
             powers = powers + (tl.exp(kept[k] - top),)
             mass += powers[k]
         total = tl.sum(mass, axis=0)
@@ -83,7 +84,7 @@ def _softmax_kernel(
         tl.store(losses + row, tl.where(known, lse - aimed, float("nan")))
         if NEED_GRADIENT:
             scale = 1.0 / total
-            for k in tl.static_range((V - REST + BLOCK_V - 1) // BLOCK_V):
+            for k in tl.static_range(BLOCKS):
                 begin = REST + k * BLOCK_V
                 g = powers[k] * scale
                 if begin + BLOCK_V <= V:
