@@ -16,6 +16,7 @@ errors too; else RECORDED at commit e9594ce on the same kind of card on 2026-11-
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import peer
 from mambakit.ops.selective_scan import gpu, reference
+from mambakit.ops.selective_scan import plan as plans
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
 from tests.ops.selective_scan import test_gpu
 
@@ -99,7 +101,7 @@ def time_shape(shape, interval, variant="", kinds=("forward", "both"), repeats=2
         run = {"forward": forward, "both": both}[kind]
         ms = replayed(run, repeats, inner)
         loose = median(lambda run=run: [run() for _ in range(inner)], repeats) / inner if eager else float("nan")
-        source, their_ms = "recorded", SHAPES[shape][kind == "both"]
+        source, their_ms = "recorded", SHAPES.get(shape, (float("nan"),) * 2)[kind == "both"]
         if theirs is not None:
             source, their_ms = "measured", replayed(getattr(theirs, kind), repeats, inner)
         rate = elements / ms * 1e3
@@ -183,8 +185,32 @@ def sweep(interval):
     gpu._backward_call.cache_clear()
 
 
+def sweep_relays(interval):
+    """Rows that fill the card unevenly: each walked by its own block, as plan.py chooses, and handed on between other numbers of blocks."""
+
+    def time(kind, variant, choose):
+        setattr(gpu, f"{kind}_plan", choose)
+        getattr(gpu, f"_{kind}_call").cache_clear()
+        time_shape(shape, interval, variant, ("forward" if kind == "forward" else "both",), 5, eager=False)
+
+    for kind, shape in itertools.product(("forward", "backward"), UNEVEN):
+        b, d, _ = shape
+        chosen = getattr(plans, f"{kind}_plan")
+        gains, plans._RELAY_GAINS = plans._RELAY_GAINS, 0.0
+        time(kind, "whole rows", chosen.__wrapped__)
+        plans._RELAY_GAINS = gains
+        time(kind, "chosen", chosen.__wrapped__)
+        layouts = [layout for layout, *_ in plans._LAYOUTS] if kind == "forward" else [BACKWARD_LAYOUTS[1]]
+        for layout, resident, chunks in itertools.product(layouts, (2, 4, 6), (4, 8, 16)):
+            most = layout.min_blocks - (kind == "forward")  # more than those are not resident, or are all whole rows
+            if resident <= most and resident * 132 < b * -(-d // layout.block_channels):
+                relay = layout._replace(chunks=chunks, resident=resident)
+                time(kind, describe(relay), lambda *_, relay=relay: relay)
+        time(kind, "chosen, again", chosen)
+
+
 def describe(plan):
-    return "{}x{}x{} {}w /{} {}c r{} {}/{}/{}".format(*plan)
+    return "{}x{}x{} {}w /{} {}c r{} {}/{}/{} {}".format(*plan)
 
 
 FORWARD_LAYOUTS = [
@@ -206,12 +232,22 @@ BACKWARD_LAYOUTS = [
     gpu.Plan(4, 4, 2, 4, 4, 1, segment=32, sub=2),
     gpu.Plan(4, 4, 2, 2, 6, 1, segment=32, sub=4, save=4),
 ]
+UNEVEN = [
+    (4, 5120, 4096),
+    (12, 1536, 2048),
+    (20, 1536, 2048),
+    (24, 1536, 2048),
+    (10, 2048, 1024),
+    (6, 4096, 2048),
+    (3, 5120, 2048),
+]
 SWEEP_BACKWARD = [(16, 1536, 2048), (8, 4096, 2048), (1, 4096, 32768), (1, 1024, 2048)]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="time other layouts too")
+    parser.add_argument("--relays", action="store_true", help="time rows that are handed on between blocks")
     parser.add_argument("--quick", action="store_true", help="check every fourth case only")
     parser.add_argument("--interval", type=int, default=INTERVAL, help="tokens between checkpoints")
     parser.add_argument(
@@ -230,6 +266,8 @@ def main():
             time_shape(shape, options.interval, module=module)
         if options.sweep:
             sweep(options.interval)
+        if options.relays:
+            sweep_relays(options.interval)
     else:
         print("selective_scan: WRONG, not timed")
     if options.json:

@@ -71,6 +71,9 @@ static unsigned part_of_block;
 inline void meet_in_part(unsigned threads) { part_of_block = threads; pause_fiber(PART); }  // of the block's first threads
 inline void __syncwarp() { pause_fiber(WARP); }
 inline void let_others() { pause_fiber(LATER); }
+inline int atomicAdd(int* at, int by) { int before = *at; *at += by; return before; }
+inline void __threadfence() {}
+inline void __nanosleep(unsigned) { let_others(); }
 inline unsigned exchange(unsigned value, unsigned from) {
     Fiber& f = fibers[current];
     unsigned warp = current / 32, p = f.parity++ & 1;

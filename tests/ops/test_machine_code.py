@@ -37,7 +37,9 @@ def compile_only(monkeypatch, tmp_path):
     monkeypatch.setenv("MAMBAKIT_CACHE", str(tmp_path))
 
 
-def compile_scan(kind: str, arch: str, n: int, *, whole: int = 8, packed: bool = False, dtype=BF16, gated: bool = True):
+def compile_scan(
+    kind: str, arch: str, n: int, *, whole: int = 8, packed: bool = False, dtype=BF16, gated: bool = True, resident=0
+):
     multiprocessors, shared = CARDS[arch]
     plan = (
         forward_plan(16, 2048, 1536, n, multiprocessors)
@@ -46,7 +48,7 @@ def compile_scan(kind: str, arch: str, n: int, *, whole: int = 8, packed: bool =
     )
     taken = plan.forward_bytes(dtype.itemsize, gated) if kind == "forward" else plan.backward_bytes
     assert taken <= shared
-    macros = gpu._macros(kind, plan, dtype, gated, True, packed, whole)
+    macros = gpu._macros(kind, plan._replace(resident=resident), dtype, gated, True, packed, whole)
     return _nvrtc.machine_code(gpu._FOLDER, "kernel.cu", macros, arch)
 
 
@@ -63,6 +65,7 @@ def test_the_scan(kind, n, arch):
         (1, {"whole": 0, "packed": True, "dtype": F32, "gated": False}),
         (8, {"whole": 4, "dtype": F16}),
         (16, {"whole": 4, "packed": True, "dtype": F32}),
+        (16, {"resident": 2}),
         (200, {"packed": True}),
     ],
     ids=str,

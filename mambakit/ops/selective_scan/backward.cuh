@@ -12,7 +12,7 @@
 // When b * d is too small to fill the card, rows are cut into `chunks`: `arrive` first finds, for all chunks but the first,
 // the gradient that leaves it to the left when nothing enters from the right, and sum(delta). For a caller that learns the
 // gradient of a row's final state only from that (in_parts_gpu.py) `arrive` visits every chunk (`first` is 0) without dfinal, which
-// the walk adds then.
+// the walk adds then. In a RELAY (common.cuh) the chunks of a row are walked one after the other, last first.
 
 struct BackwardParams {
     const T *dy, *u, *delta, *z, *B, *C;
@@ -20,6 +20,7 @@ struct BackwardParams {
     const int *ids, *cu;
     T *du, *ddelta, *dz;
     float *dinitial, *local, *sums, *partial, *dA, *dD, *dbias;
+    int* turns;
     i64 dy_b, u_b, delta_b, z_b, B_b, C_b, dy_t, u_t, delta_t, z_t, B_t, C_t;
     i64 dz_b, dz_t, l, d, n, tiles, chunk_length, chunks, first, rows, interval;
 };
@@ -197,10 +198,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int part = lane % LANES, group = lane / LANES;
     const int l = (int)p.l, d = (int)p.d, n = (int)p.n;
+#if RELAY
+    const int number = number_of_block(p.turns, memory), relays = (int)(gridDim.x / p.chunks), relay = number % relays;
+    const int chunk = (int)p.chunks - 1 - number / relays, row = relay / (int)p.tiles, tile = relay % (int)p.tiles;
+#else
     i64 block = blockIdx.x;
     const int tile = (int)(block % p.tiles);
     block /= p.tiles;
     const int chunk = (int)(block % p.chunks), row = (int)(block / p.chunks);
+#endif
     const int t0 = chunk * (int)p.chunk_length, t1 = min(l, t0 + (int)p.chunk_length);
     const int warp_channel = tile * BLOCK_CHANNELS + warp * WARP_CHANNELS;
     const StatePlace place{warp_channel + group * K, d, n, part * NS};
@@ -228,6 +234,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
     };
     if (t1 == l) {
         if (!PACKED) load_dfinal(row);
+    } else if (RELAY) {
+        wait_for_turn(p.turns + 1 + row * p.tiles + tile, (int)p.chunks - 1 - chunk);
+        place.load(g, p.local + ((i64)row * p.chunks + chunk + 1) * d * n);
     } else {
         // What arrives from the right: through the chunks up to the one where the sequence of token t1 ends.
         int last = (int)p.chunks - 1, s = row;
@@ -572,6 +581,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
     }
     if (!PACKED && chunk == 0) store_dinitial(row);
     const i64 at = (i64)row * p.chunks + chunk;
+    if (RELAY) {
+        if (chunk > 0) place.store(p.local + at * d * n, g);
+        hand_on(p.turns + 1 + row * p.tiles + tile, (int)p.chunks - chunk);
+    }
     place.store(p.dA + at * d * n, dA);
 #pragma unroll
     for (int i = 0; i < VEC; i++) {

@@ -5,7 +5,7 @@
 //   NS       states of a channel in each of those lanes, a multiple of 4; LANES * NS >= n, the rest is padding with A = B = C = 0
 //   K        channels of each thread
 //   WARPS    warps of a block
-//   HAS_Z, SOFTPLUS, PACKED: 0 or 1
+//   HAS_Z, SOFTPLUS, PACKED, RELAY: 0 or 1
 //   WHOLE    4 or 8 when every four or eight neighbours of a row of u, delta, z, B, C and the gradients can be read at once: their
 //            strides, d and n are multiples of it and their addresses of as many elements; else 0
 //
@@ -280,6 +280,28 @@ struct StatePlace {
         }
     }
 };
+
+// RELAY: a row's chunks are walked by different blocks, each of which waits for the state that the one before it hands on. So no block
+// lasts a whole row, and rows fill the card evenly whatever their number. turns[0] numbers the blocks in the order in which
+// they start, so that who is waited for has started; turns[1 + b] counts the chunks done of block of channels b.
+DEVICE int number_of_block(int* turns, char* memory) {
+    if (threadIdx.x == 0) *(int*)memory = atomicAdd(turns, 1);
+    __syncthreads();
+    const int number = *(int*)memory;
+    __syncthreads();
+    return number;
+}
+
+DEVICE void wait_for_turn(const int* turn, int done) {
+    while (*(const volatile int*)turn < done) __nanosleep(100);
+    __threadfence();
+}
+
+DEVICE void hand_on(int* turn, int done) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) *(volatile int*)turn = done;
+}
 
 // Sequence starts of a packed row, for one tile: bit j says that token t + j begins another sequence than token t + j - 1
 // (bit j + 1: that token t + j is the last of its sequence), and of(j) is the sequence of token t + j.

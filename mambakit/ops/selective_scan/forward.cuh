@@ -7,6 +7,7 @@
 //
 // For a caller that learns the state which enters a row only from what its chunks add (in_parts_gpu.py) there are two other passes:
 // 3 finds what every chunk adds to a zero state, 4 walks all of them for good, from the initial state that is known by then.
+// In a RELAY (common.cuh) every chunk is walked once, for good.
 
 struct ForwardParams {
     const T *u, *delta, *z, *B, *C;
@@ -14,6 +15,7 @@ struct ForwardParams {
     const int *slots, *ids, *cu;
     T* y;
     float *final, *checkpoints, *local, *sums;
+    int* turns;
     i64 u_b, delta_b, z_b, B_b, C_b, u_t, delta_t, z_t, B_t, C_t;
     i64 l, d, n, tiles, chunk_length, chunks, pass, interval;
 };
@@ -73,7 +75,7 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
     };
     if (chunk == 0) {
         if (!PACKED) load_initial(row);
-    } else if (FULL) {
+    } else if (FULL && !RELAY) {
         const int s = PACKED ? __ldg(p.ids + t0 - 1) : row, begin = PACKED ? __ldg(p.cu + s) : 0;
         int c = begin / (int)p.chunk_length;
         if (p.pass == 4 && begin == 0) {
@@ -211,6 +213,10 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
     int buffer = 0;
     int check = FULL && p.interval ? t0 : t1;  // where the next checkpoint is
     float* check_at = p.checkpoints;
+    if (RELAY && chunk > 0) {
+        wait_for_turn(p.turns + 1 + row * p.tiles + tile, chunk);
+        padded.load(h, p.local + ((i64)row * p.chunks + chunk - 1) * d * NP);
+    }
     if (check < t1) check_at += ((i64)row * ((l + p.interval - 1) / p.interval) + t0 / (int)p.interval) * d * n;
     for (int tb = t0; tb < t1; tb += ROUND, buffer ^= 1) {
         rows.put(shared.rows[buffer]);
@@ -291,7 +297,8 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
     }
     if (FULL) {
         if (!PACKED && t1 == l) store_final(row);
-        if (p.pass == 1) padded.store(p.local + (i64)row * p.chunks * d * NP, h);
+        if (p.pass == 1 || (RELAY && t1 < l)) padded.store(p.local + ((i64)row * p.chunks + chunk) * d * NP, h);
+        if (RELAY) hand_on(p.turns + 1 + row * p.tiles + tile, chunk + 1);
         return;
     }
     padded.store(p.local + ((i64)row * p.chunks + chunk) * d * NP, h);
@@ -305,6 +312,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
     const __grid_constant__ ForwardParams p) {
     extern __shared__ __align__(16) char memory[];
     ForwardShared& shared = *(ForwardShared*)memory;
+#if RELAY
+    const int number = number_of_block(p.turns, memory), relays = (int)(gridDim.x / p.chunks), relay = number % relays;
+    walk<true>(p, shared, relay / (int)p.tiles, number / relays, relay % (int)p.tiles);
+#else
     i64 block = blockIdx.x;
     int tile = (int)(block % p.tiles);
     block /= p.tiles;
@@ -316,4 +327,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
     } else {
         walk<true>(p, shared, row, chunk, tile);
     }
+#endif
 }

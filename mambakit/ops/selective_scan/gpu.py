@@ -39,7 +39,7 @@ def _macros(
     macros = {
         "DTYPE": _DTYPES[dtype], "LANES": plan.lanes, "NS": plan.states, "K": plan.channels, "WARPS": plan.warps,
         "HAS_Z": int(gated), "SOFTPLUS": int(softplus), "PACKED": int(packed), "WHOLE": whole,
-        "MIN_BLOCKS": plan.min_blocks,
+        "MIN_BLOCKS": plan.min_blocks, "RELAY": int(plan.resident > 0),
     }  # fmt: skip
     if kind == "forward":
         macros |= {"FORWARD": 1, "ROUND": plan.tokens(dtype.itemsize)}
@@ -174,6 +174,11 @@ def _scratch(device: torch.device, *sizes: int) -> tuple[Tensor, list[int]]:
     return memory, [address + start for start in starts]
 
 
+def _turns_of(relays: int, device: torch.device) -> Tensor:
+    """`turns` of a relay's kernel."""
+    return torch.zeros(1 + relays, dtype=torch.int32, device=device)
+
+
 def shared_floats(memory: Tensor, *shapes: tuple[int, ...], start: int = 0) -> list[Tensor]:
     """The arrays of `_scratch` as tensors, from the byte ``start`` on."""
     found = []
@@ -210,6 +215,7 @@ class _ForwardCall(NamedTuple):
     chunk_length: int
     chunks: int
     padded: int  # states of a channel with padding
+    relay: bool
 
 
 # One look-up per call instead of the plan, the macros and the arithmetic: host time is what small calls wait for.
@@ -218,6 +224,8 @@ def _forward_call(
     b, length, d, n, dtype, gated, softplus, packed, whole, device, interval, one_chunk, in_parts
 ) -> _ForwardCall:  # fmt: skip
     plan = forward_plan(b, length, d, n, _multiprocessors(device))
+    if plan.resident and (packed or in_parts):
+        plan = plan._replace(chunks=1, resident=0)
     wanted = (
         1 if one_chunk else max(plan.chunks - in_parts, 1)
     )  # in parts all chunks are walked at once, else all but one
@@ -225,11 +233,13 @@ def _forward_call(
     chunks = -(-length // chunk_length)
     tiles = -(-d // plan.block_channels)
     module = _module("forward", plan._replace(chunks=1), dtype, gated, softplus, packed, whole, device)
+    shared = plan.forward_bytes(dtype.itemsize, gated)
+    if plan.resident:
+        shared = max(shared, plan.relay_bytes(_nvrtc.shared_memory(device)))
     return _ForwardCall(
-        module.kernel("selective_scan_forward", plan.forward_bytes(dtype.itemsize, gated)),
-        module.kernel("selective_scan_sequences"),
-        b * tiles * (chunks if in_parts else max(chunks - 1, 1)), 32 * plan.warps, tiles, chunk_length, chunks,
-        plan.lanes * plan.states,
+        module.kernel("selective_scan_forward", shared), module.kernel("selective_scan_sequences"),
+        b * tiles * (chunks if in_parts or plan.resident else max(chunks - 1, 1)), 32 * plan.warps, tiles, chunk_length,
+        chunks, plan.lanes * plan.states, plan.resident > 0,
     )  # fmt: skip
 
 
@@ -252,11 +262,23 @@ class ForwardLaunch:
         self.scratch, local, sums = None, 0, 0
         if chunks > 1 or in_parts:
             self.scratch, (local, sums) = _scratch(device, b * chunks * d * call.padded, b * chunks * d)
+        self.turns = _turns_of(b * call.tiles, device) if call.relay else None
         self.cu_seqlens = cu_seqlens.contiguous() if packed else None
         self.ids = torch.empty(length, dtype=torch.int32, device=device) if packed else None
         self.kept = inputs, A, D, delta_bias  # the launches read them
         self.before = (*inputs.addresses, A.data_ptr(), _address(D), _address(delta_bias))
-        self.after = (local, sums, *inputs.steps, length, d, n, call.tiles, call.chunk_length, chunks)
+        self.after = (
+            local,
+            sums,
+            _address(self.turns),
+            *inputs.steps,
+            length,
+            d,
+            n,
+            call.tiles,
+            call.chunk_length,
+            chunks,
+        )
         self.interval, self.state_size = interval, d * n
 
     def number_sequences(self, from_state: Tensor | None, to_state: Tensor | None) -> None:
@@ -293,7 +315,7 @@ def _launch_forward(u, delta, A, B, C, D, z, delta_bias, softplus, cu_seqlens, i
     )  # fmt: skip
     y, checkpoints = new_outputs(u, A.shape[1], interval)
     launch.number_sequences(initial, None if initial is final else final)
-    launch.launch((0,) if launch.call.chunks == 1 else (1, 2), initial, y, final, checkpoints)
+    launch.launch((0,) if launch.call.chunks == 1 or launch.call.relay else (1, 2), initial, y, final, checkpoints)
     return y, checkpoints
 
 
@@ -341,12 +363,15 @@ class _BackwardCall(NamedTuple):
     chunk_length: int
     chunks: int
     padded: int  # states of a channel with padding
+    relay: bool
 
 
 @functools.lru_cache(4096)
-def _backward_call(b, length, d, n, dtype, gated, softplus, packed, whole, device, interval) -> _BackwardCall:
+def _backward_call(b, length, d, n, dtype, gated, softplus, packed, whole, device, interval, in_parts) -> _BackwardCall:
     shared = _nvrtc.shared_memory(device)
     plan = backward_plan(b, length, d, n, _multiprocessors(device), shared)
+    if plan.resident and (packed or in_parts):
+        plan = plan._replace(chunks=1, resident=0)
     if plan.backward_bytes > shared:  # of a row in parts alone: other gradients are elsewhere by now
         raise RuntimeError(
             f"the gradient of {n} states in a row that is spread over GPUs takes {plan.backward_bytes} bytes of shared memory, and a "
@@ -360,6 +385,7 @@ def _backward_call(b, length, d, n, dtype, gated, softplus, packed, whole, devic
         module.kernel("selective_scan_finish"),
         module.kernel("selective_scan_sequences"),
         32 * plan.warps, -(-d // plan.block_channels), chunk_length, -(-length // chunk_length), plan.lanes * plan.states,
+        plan.resident > 0,
     )  # fmt: skip
 
 
@@ -379,6 +405,7 @@ class BackwardLaunch:
         self.sequences = cu_seqlens.shape[0] - 1 if packed else b
         self.call = call = _backward_call(
             b, length, d, n, u.dtype, z is not None, delta_softplus, packed, min(inputs.whole, 4), device.index, interval,
+            in_parts,
         )  # fmt: skip
         self.stream = torch._C._cuda_getCurrentRawStream(device.index)
         self.shape, self.first, self.interval = (b, length, d, n), 0 if in_parts else 1, interval
@@ -399,6 +426,7 @@ class BackwardLaunch:
             device, call.tiles * b * length * 2 * call.padded, parts * d * n, parts * d, parts * d, between * d * n,
             between * d,
         )  # fmt: skip
+        self.turns = _turns_of(b * call.tiles, device) if call.relay else None
         self.cu_seqlens = cu_seqlens.contiguous() if packed else None
         self.ids = torch.empty(length, dtype=torch.int32, device=device) if packed else None
         self.kept = inputs, A, D, delta_bias, initial, checkpoints  # the launches read them
@@ -413,7 +441,7 @@ class BackwardLaunch:
             *inputs.addresses,
             *map(_address, (A, D, delta_bias, initial, dfinal, checkpoints, self.ids, self.cu_seqlens)),
             *map(_address, (self.du, self.ddelta, self.dz, to)), local, sums, partial, dA_parts, dD_parts, dbias_parts,
-            *inputs.steps, *self.dz_steps, length, d, n, call.tiles, call.chunk_length, call.chunks, self.first, b * length,
+            _address(self.turns), *inputs.steps, *self.dz_steps, length, d, n, call.tiles, call.chunk_length, call.chunks, self.first, b * length,
             self.interval,
         )  # fmt: skip
 
@@ -470,6 +498,6 @@ def backward(
     )  # fmt: skip
     dfinal = _dense(dfinal)
     launch.number_sequences(dfinal)
-    if launch.call.chunks > 1:
+    if launch.call.chunks > 1 and not launch.call.relay:
         launch.arrive(dfinal)
     return launch.finish(dfinal)

@@ -6,6 +6,8 @@ Measured choices; docs/kernels.md has what was tried, `benchmarks/gpu_ops.py --s
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _TILE = 8  # tokens, as in common.cuh
@@ -24,6 +26,9 @@ class Plan(NamedTuple):
     segment: int = 0  # backward: tokens whose states are kept at once
     sub: int = 0  # backward: tokens whose states and decays are in registers
     save: int = 8  # backward: a state is kept at every so many tokens of the segment
+    resident: int = (
+        0  # blocks of a multiprocessor between which rows are handed on (RELAY in `common.cuh`); 0: each walks its own
+    )
 
     @property
     def block_channels(self) -> int:
@@ -42,6 +47,10 @@ class Plan(NamedTuple):
         shares = self.lanes if self.lanes <= 4 else 1
         outputs = _TILE * (shares * self.block_channels + 16 * self.warps * (shares > 1))
         return inputs + 4 * (rows + steps + outputs)
+
+    def relay_bytes(self, shared: int) -> int:
+        """What a block of a relay must ask for, so that no more than ``resident`` of them share a multiprocessor."""
+        return ((shared + 1024) // (self.resident + 1) - 1024) // 128 * 128 + 128
 
     @property
     def backward_bytes(self) -> int:
@@ -75,16 +84,20 @@ _LAYOUTS = (
 )
 _SCHEDULERS = 4  # of a multiprocessor
 _LAUNCH = 5000.0  # nanoseconds
+_TURN = 2000.0  # nanoseconds that a block of a relay takes beside its tokens; forward
+_TURN_TOKENS = 4  # backward, in tokens
+_RELAY_GAINS = 0.96  # a relay is chosen below this share of the other plan's time
 
 
 @functools.lru_cache(1024)
 def forward_plan(b: int, length: int, d: int, n: int, multiprocessors: int) -> Plan:
     """The layout and the number of chunks that take the least time: rows are cut when whole ones leave the card idle."""
     if 8 < n <= 16:
-        return min(
-            (_timed(b, length, d, multiprocessors, cut, *layout) for layout in _LAYOUTS for cut in (False, True)),
-            key=lambda timed: timed[0],
-        )[1]
+        timed = [_timed(b, length, d, multiprocessors, cut, *layout) for layout in _LAYOUTS for cut in (False, True)]
+        relays = [r for layout in _LAYOUTS for r in _timed_relays(b, length, d, multiprocessors, *layout)]
+        best = min(timed, key=lambda t: t[0])
+        relay = min(relays, key=lambda t: t[0], default=best)
+        return relay[1] if relay[0] < _RELAY_GAINS * best[0] else best[1]
     lanes, states = _lanes(n)
     plan = Plan(lanes, states, 2 if 1 < lanes < 32 else 1, 4, 4 if lanes in (2, 4, 8) else 3, 1)
     blocks = b * -(-d // plan.block_channels)
@@ -112,6 +125,26 @@ def _timed(b, length, d, multiprocessors, cut, plan, alone, each, shortest) -> t
     return time, plan._replace(chunks=chunks)
 
 
+def _turns(relays: int, length: int, blocks: int) -> Iterator[tuple[int, int, int]]:
+    """(chunks of a row, tokens of each, how many of them ``blocks`` at a time walk one after the other), for what a relay may choose."""
+    for wanted in range(2, min(32, length // 128) + 1):
+        chunk = -(-length // (wanted * 64)) * 64
+        chunks = -(-length // chunk)
+        yield chunks, chunk, -(-relays * chunks // blocks)
+
+
+def _timed_relays(b, length, d, multiprocessors, plan, alone, each, _) -> Iterator[tuple[float, Plan]]:
+    """(predicted nanoseconds, plan)"""
+    relays = b * -(-d // plan.block_channels)
+    beside = _SCHEDULERS // plan.warps
+    for resident in range(beside, plan.min_blocks, beside):
+        blocks = resident * multiprocessors
+        if relays > blocks:  # else each may as well walk its own
+            for chunks, chunk, turns in _turns(relays, length, blocks):
+                time = 2 * _LAUNCH + turns * (_TURN + max(alone, each * resident) * chunk)
+                yield time, plan._replace(chunks=chunks, resident=resident)
+
+
 # What a round of 1, 2 or 3 blocks per multiprocessor takes, relative to 2 (measured, n = 16).
 _ROUND = {0: 0.0, 1: 0.72, 2: 1.0, 3: 1.48}
 
@@ -135,8 +168,17 @@ def backward_plan(b: int, length: int, d: int, n: int, multiprocessors: int, sha
         return full * _ROUND[share] + _ROUND[-(-rest // multiprocessors)]
 
     twice = plan._replace(chunks=chunks, save=4)
-    if lanes == 4 and rounds(2) <= rounds(3) and twice.backward_bytes <= shared:
-        return twice
+    if lanes == 4 and twice.backward_bytes <= shared:
+        if chunks == 1 and tiles > 2 * multiprocessors:
+            turns = (
+                (turn * (chunk + _TURN_TOKENS) / length, c)
+                for c, chunk, turn in _turns(tiles, length, 2 * multiprocessors)
+            )
+            time, relayed = min(turns, default=(math.inf, 1))
+            if time * _ROUND[2] < _RELAY_GAINS * min(rounds(2), rounds(3)):
+                return twice._replace(chunks=relayed, resident=2)
+        if rounds(2) <= rounds(3):
+            return twice
     # A multiprocessor has what a block may have and 1 KB, and keeps 1 KB of each block's to itself.
     together = (shared + 1024) // (plan.backward_bytes + 1024)
     return plan._replace(chunks=chunks, min_blocks=max(1, min(3, together)))

@@ -6,6 +6,7 @@ The full list of shapes is `test_gpu.CASES`, which the GPU runs; here are the on
 from __future__ import annotations
 
 import contextlib
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,53 @@ def test_every_layout_whole_and_cut(on_cpu, monkeypatch, layout, multiprocessors
     expected = reference.forward(*map(test_gpu.exact, arguments), 64)
     for ours, theirs in zip(gpu.forward(*arguments, 64), expected, strict=True):
         assert relative_error(ours, theirs) < 1e-5
+
+
+RELAYED = [(2, 300, 40, 16, F32, None, True, False), (1, 200, 130, 16, BF16, None, True, True)]
+
+
+@pytest.mark.parametrize("case", RELAYED, ids=test_gpu.name_of)
+@pytest.mark.parametrize("layout", range(len(plans._LAYOUTS)))
+def test_a_row_that_is_handed_on_has_the_bits_of_a_whole_one(on_cpu, monkeypatch, layout, case):
+    """All blocks at once, later ones first: those that come too early wait."""
+    _, length, _, n, *_ = case
+    arguments, dy, dfinal = test_gpu.make(case, "cpu")
+    found = []
+    for resident in (0, 2):
+        forward = plans._LAYOUTS[layout][0]._replace(chunks=4 if resident else 1, resident=resident)
+        backward = plans.backward_plan(16, length, 4096, n, 132, 227 * 1024)
+        backward = backward._replace(chunks=4 if resident else 1, resident=resident)
+        monkeypatch.setattr(gpu, "forward_plan", lambda *_, plan=forward: plan)
+        monkeypatch.setattr(gpu, "backward_plan", lambda *_, plan=backward: plan)
+        cuda_on_cpu.forget()
+        y, final, checkpoints = gpu.forward(*arguments, 32)
+        found.append((y, final, checkpoints, *gpu.backward(dy, dfinal, *arguments, checkpoints, 32)))
+    names = ("y", "final", "checkpoints", *test_gpu.OUTPUTS[2:])
+    for name, whole, relayed in zip(names, *found, strict=True):
+        if name in ("dA", "dD", "dbias"):  # summed for every chunk, then over chunks
+            assert relative_error(relayed, whole.double()) < 2e-6
+        else:
+            assert torch.equal(whole, relayed), name
+
+
+def test_rows_are_handed_on_where_they_fill_the_card_unevenly():
+    choose = {
+        "forward": plans.forward_plan.__wrapped__,
+        "backward": lambda *shape: plans.backward_plan.__wrapped__(*shape, 227 * 1024),
+    }
+    shapes = {
+        True: [(4, 4096, 5120), (12, 2048, 1536)],
+        False: [(16, 2048, 1536), (8, 2048, 4096), (1, 32768, 4096), (1, 1, 5120)],
+    }
+    for uneven, every in shapes.items():
+        for kind, (b, length, d) in itertools.product(choose, every):
+            plan = choose[kind](b, length, d, 16, 132)
+            assert (plan.resident > 0) == uneven, (kind, b, length, d)
+            if uneven:
+                assert plan.resident * 132 < b * -(-d // plan.block_channels)
+                assert 2 <= plan.chunks <= length // 64
+                taken = plan.backward_bytes if kind == "backward" else plan.relay_bytes(227 * 1024)
+                assert plan.resident * (taken + 1024) <= 228 * 1024 < (plan.resident + 1) * (taken + 1024)
 
 
 def test_tokens_too_far_apart_for_the_kernels_are_copied(on_cpu, monkeypatch):
@@ -114,7 +162,7 @@ def test_gradients_of_many_states_go_where_shared_memory_suffices(on_cpu, monkey
             assert gpu._gradient_elsewhere(u, A).__name__.endswith("portable_gpu")
     if most < 256:
         with pytest.raises(RuntimeError, match="gradient of 256 states in a row .* shared memory, .* whole rows"):
-            gpu._backward_call(2, 300, 64, 256, F32, True, True, False, 4, None, 64)
+            gpu._backward_call(2, 300, 64, 256, F32, True, True, False, 4, None, 64, True)
 
 
 def test_registers_are_left_to_as_many_blocks_as_fit():

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from mambakit.ops.selective_scan import gpu, reference
+from mambakit.ops.selective_scan import gpu, plan, reference
 from tests.ops.oracles import relative_error
 
 pytestmark = [
@@ -168,6 +168,31 @@ def test_same_inputs_same_bits(case):
         runs.append((y, final, *gpu.backward(dy, dfinal, *arguments, checkpoints, 128)))
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("layout", [0, 1])
+def test_a_row_that_is_handed_on_has_the_bits_of_a_whole_one(monkeypatch, layout):
+    arguments, dy, dfinal = make((4, 640, 5120, 16, BF16, None, True, False))
+    found = []
+    for resident in (0, 2, 2, 2):
+        forward = plan._LAYOUTS[layout][0]._replace(chunks=5 if resident else 1, resident=resident)
+        backward = plan.backward_plan(16, 640, 4096, 16, 132, 227 * 1024)
+        backward = backward._replace(chunks=5 if resident else 1, resident=resident)
+        monkeypatch.setattr(gpu, "forward_plan", lambda *_, plan=forward: plan)
+        monkeypatch.setattr(gpu, "backward_plan", lambda *_, plan=backward: plan)
+        gpu._forward_call.cache_clear()
+        gpu._backward_call.cache_clear()
+        poison()
+        y, final, checkpoints = gpu.forward(*arguments, 64)
+        found.append((y, final, *gpu.backward(dy, dfinal, *arguments, checkpoints, 64)))
+    gpu._forward_call.cache_clear()
+    gpu._backward_call.cache_clear()
+    for name, whole, *relayed in zip(OUTPUTS, *found, strict=True):
+        if name in ("dA", "dD", "dbias"):  # summed for every chunk, then over chunks
+            assert relative_error(relayed[0], whole.double()) < 2e-6
+            assert all(torch.equal(relayed[0], again) for again in relayed[1:]), name
+        else:
+            assert all(torch.equal(whole, again) for again in relayed), name
 
 
 @pytest.mark.parametrize("length", [1, 5, 700])
