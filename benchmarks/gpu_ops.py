@@ -200,7 +200,7 @@ def sweep_relays(interval):
         time(kind, "whole rows", chosen.__wrapped__)
         plans._RELAY_GAINS = gains
         time(kind, "chosen", chosen.__wrapped__)
-        layouts = [layout for layout, *_ in plans._LAYOUTS] if kind == "forward" else [BACKWARD_LAYOUTS[1]]
+        layouts = [layout.plan for layout in plans._LAYOUTS] if kind == "forward" else [BACKWARD_LAYOUTS[1]]
         for layout, resident, chunks in itertools.product(layouts, (2, 4, 6), (4, 8, 16)):
             most = layout.min_blocks - (kind == "forward")  # more than those are not resident, or are all whole rows
             if resident <= most and resident * 132 < b * -(-d // layout.block_channels):

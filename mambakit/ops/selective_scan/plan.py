@@ -75,16 +75,28 @@ def _lanes(n: int) -> tuple[int, int]:
     return lanes, 4
 
 
-# Layouts for 9 to 16 states, the nanoseconds that a token of a block takes: where few blocks share a multiprocessor, and per block where
-# many do (fitted to whole rows on an H100), and the shortest chunk worth a block's start. A thread with all 16 states exchanges
-# nothing; with 8, few blocks do more.
+class _Layout(NamedTuple):
+    """A forward layout for 9 to 16 states and the nanoseconds that a token takes a block on an H100 (fitted, docs/kernels.md):
+    `alone`, or fixed + each * (blocks of the busiest multiprocessor) where that is more."""
+
+    plan: Plan
+    alone: float
+    whole: tuple[float, float]  # fixed, each; of whole rows
+    cut: tuple[float, float]  # of chunks, which are walked for their sums and then for good
+    together: tuple[int, ...]  # chunks are tried for so many blocks of a multiprocessor
+    shortest: int  # tokens of a chunk
+
+
+# A thread with all 16 states exchanges nothing; with 8, few blocks do more. Of chunks with 16 in two waves, the second one fills in where
+# the first ends.
 _LAYOUTS = (
-    (Plan(2, 8, 1, 2, 8, 1, round=16), 86.0, 27.3, 64),
-    (Plan(1, 16, 1, 2, 6, 1, round=16), 200.0, 51.0, 128),
+    _Layout(Plan(2, 8, 1, 2, 8, 1, round=16), 86.0, (16.0, 24.9), (13.6, 22.6), (4, 8), 64),
+    _Layout(Plan(1, 16, 1, 2, 6, 1, round=16), 190.0, (8.0, 49.2), (13.6, 44.4), (4, 12), 128),
 )
 _SCHEDULERS = 4  # of a multiprocessor
 _LAUNCH = 5000.0  # nanoseconds
-_TURN = 2000.0  # nanoseconds that a block of a relay takes beside its tokens; forward
+_START = 16  # tokens that a chunk's start is worth
+_TURN = 1000.0  # nanoseconds that a block of a relay takes beside its tokens; forward
 _TURN_TOKENS = 4  # backward, in tokens
 _RELAY_GAINS = 0.96  # a relay is chosen below this share of the other plan's time
 
@@ -93,8 +105,8 @@ _RELAY_GAINS = 0.96  # a relay is chosen below this share of the other plan's ti
 def forward_plan(b: int, length: int, d: int, n: int, multiprocessors: int) -> Plan:
     """The layout and the number of chunks that take the least time: rows are cut when whole ones leave the card idle."""
     if 8 < n <= 16:
-        timed = [_timed(b, length, d, multiprocessors, cut, *layout) for layout in _LAYOUTS for cut in (False, True)]
-        relays = [r for layout in _LAYOUTS for r in _timed_relays(b, length, d, multiprocessors, *layout)]
+        timed = [t for layout in _LAYOUTS for t in _timed(b, length, d, multiprocessors, layout)]
+        relays = [r for layout in _LAYOUTS for r in _timed_relays(b, length, d, multiprocessors, layout)]
         best = min(timed, key=lambda t: t[0])
         relay = min(relays, key=lambda t: t[0], default=best)
         return relay[1] if relay[0] < _RELAY_GAINS * best[0] else best[1]
@@ -111,18 +123,26 @@ def _chunks(length: int, blocks: int, together: int, shortest: int = 64) -> int:
     return max(min(together // blocks + 1, length // shortest), 1)
 
 
-def _timed(b, length, d, multiprocessors, cut, plan, alone, each, shortest) -> tuple[float, Plan]:
+def _timed(b: int, length: int, d: int, multiprocessors: int, layout: _Layout) -> Iterator[tuple[float, Plan]]:
     """(predicted nanoseconds, plan)"""
+    plan = layout.plan
     blocks = b * -(-d // plan.block_channels)
-    # Blocks of many channels in two waves: the second one fills in where the first ends.
-    together = (2 if plan.lanes == 1 else 1) * plan.min_blocks * multiprocessors
-    chunks = _chunks(length, blocks, together, shortest) if cut and length > 256 else 1
-    # The busiest multiprocessor's blocks, in so many as give each scheduler a warp.
     beside = _SCHEDULERS // plan.warps
-    share = -(-blocks * max(chunks - 1, 1) // (multiprocessors * beside)) * beside
-    launches = 1 if chunks == 1 else 2
-    time = launches * (_LAUNCH + max(alone, each * share) * length / chunks)
-    return time, plan._replace(chunks=chunks)
+    wanted = {_chunks(length, blocks, share * multiprocessors, layout.shortest) for share in layout.together}
+    for chunks in sorted({1, *wanted} if length > 256 else {1}):
+        # The busiest multiprocessor's blocks, in so many as give each scheduler a warp.
+        share = -(-blocks * max(chunks - 1, 1) // (multiprocessors * beside)) * beside
+        whole, cut = (max(layout.alone, fixed + each * share) for fixed, each in (layout.whole, layout.cut))
+        if chunks == 1:
+            time = _LAUNCH + whole * length
+        else:  # the first chunk is walked for good at once
+            time = 2 * (_LAUNCH + (cut + (whole - cut) / (chunks - 1)) * (length / chunks + _START))
+        yield time, _with_registers(plan, share)._replace(chunks=chunks)
+
+
+def _with_registers(plan: Plan, resident: int) -> Plan:
+    """What threads of 8 states gain by the registers of blocks that are not there; those of 16 lose by more than they need."""
+    return plan._replace(min_blocks=max(min(resident, plan.min_blocks), 4)) if plan.lanes == 2 else plan
 
 
 def _turns(relays: int, length: int, blocks: int) -> Iterator[tuple[int, int, int]]:
@@ -133,16 +153,18 @@ def _turns(relays: int, length: int, blocks: int) -> Iterator[tuple[int, int, in
         yield chunks, chunk, -(-relays * chunks // blocks)
 
 
-def _timed_relays(b, length, d, multiprocessors, plan, alone, each, _) -> Iterator[tuple[float, Plan]]:
+def _timed_relays(b: int, length: int, d: int, multiprocessors: int, layout: _Layout) -> Iterator[tuple[float, Plan]]:
     """(predicted nanoseconds, plan)"""
+    plan, (fixed, each) = layout.plan, layout.whole
     relays = b * -(-d // plan.block_channels)
     beside = _SCHEDULERS // plan.warps
     for resident in range(beside, plan.min_blocks, beside):
         blocks = resident * multiprocessors
         if relays > blocks:  # else each may as well walk its own
+            token = max(layout.alone, fixed + each * resident)
             for chunks, chunk, turns in _turns(relays, length, blocks):
-                time = 2 * _LAUNCH + turns * (_TURN + max(alone, each * resident) * chunk)
-                yield time, plan._replace(chunks=chunks, resident=resident)
+                time = 2 * _LAUNCH + turns * (_TURN + token * chunk)
+                yield time, _with_registers(plan, resident)._replace(chunks=chunks, resident=resident)
 
 
 # What a round of 1, 2 or 3 blocks per multiprocessor takes, relative to 2 (measured, n = 16).

@@ -46,11 +46,10 @@ def test_against_the_float64_reference(on_cpu, case):
 
 
 @pytest.mark.parametrize("layout", range(len(plans._LAYOUTS)))
-@pytest.mark.parametrize("multiprocessors", [1, 132])
-def test_every_layout_whole_and_cut(on_cpu, monkeypatch, layout, multiprocessors):
-    chosen = plans._LAYOUTS[layout]
-    plan = plans._timed(1, 300, 40, multiprocessors, multiprocessors > 1, *chosen)[1]
-    assert (plan.chunks > 1) == (multiprocessors > 1)
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+def test_every_layout_whole_and_cut(on_cpu, monkeypatch, layout, cut):
+    offered = [plan for _, plan in plans._timed(1, 300, 40, 132, plans._LAYOUTS[layout])]
+    plan = next(plan for plan in offered if (plan.chunks > 1) == cut)
     monkeypatch.setattr(gpu, "forward_plan", lambda *_: plan)
     case = (1, 300, 40, 16, F32, None, True, False)
     arguments, _, _ = test_gpu.make(case, "cpu")
@@ -70,7 +69,7 @@ def test_a_row_that_is_handed_on_has_the_bits_of_a_whole_one(on_cpu, monkeypatch
     arguments, dy, dfinal = test_gpu.make(case, "cpu")
     found = []
     for resident in (0, 2):
-        forward = plans._LAYOUTS[layout][0]._replace(chunks=4 if resident else 1, resident=resident)
+        forward = plans._LAYOUTS[layout].plan._replace(chunks=4 if resident else 1, resident=resident)
         backward = plans.backward_plan(16, length, 4096, n, 132, 227 * 1024)
         backward = backward._replace(chunks=4 if resident else 1, resident=resident)
         monkeypatch.setattr(gpu, "forward_plan", lambda *_, plan=forward: plan)
