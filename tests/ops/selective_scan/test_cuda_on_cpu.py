@@ -170,6 +170,11 @@ def test_registers_are_left_to_as_many_blocks_as_fit():
 
     assert [plan(n, 227).min_blocks for n in (8, 16, 32)] == [2, 3, 2]
     assert [plan(16, shared).min_blocks for shared in (163, 99)] == [2, 1]
+    forward = {
+        shape: plans.forward_plan(*shape, 16, 132) for shape in [(16, 2048, 1536), (1, 32768, 4096), (4, 4096, 5120)]
+    }
+    assert [p.min_blocks for p in forward.values()] == [6, 4, 6]
+    assert [(p.chunks, p.resident, p.round) for p in forward.values()] == [(1, 0, 16), (5, 0, 16), (4, 4, 32)]
     assert plans.backward_plan(8, 2048, 4096, 16, 132, 227 * 1024).save == 4
     assert plans.backward_plan(8, 2048, 4096, 16, 132, 99 * 1024).save == 8
 
