@@ -196,11 +196,12 @@ def sweep_relays(interval):
     for kind, shape in itertools.product(("forward", "backward"), UNEVEN):
         b, d, _ = shape
         chosen = getattr(plans, f"{kind}_plan")
-        gains, plans._RELAY_GAINS = plans._RELAY_GAINS, 0.0
-        time(kind, "whole rows", chosen.__wrapped__)
-        plans._RELAY_GAINS = gains
-        time(kind, "chosen", chosen.__wrapped__)
-        layouts = [layout.plan for layout in plans._LAYOUTS] if kind == "forward" else [BACKWARD_LAYOUTS[1]]
+        time(kind, "whole rows", lambda *given, chosen=chosen: chosen(*given[:-1], False))
+        time(kind, "chosen", chosen)
+        layouts = [BACKWARD_LAYOUTS[1]]
+        if kind == "forward":
+            layouts = [layout.plan for layout in plans._LAYOUTS]
+            layouts += [layouts[0]._replace(min_blocks=6, round=tokens) for tokens in (16, 32)]
         for layout, resident, chunks in itertools.product(layouts, (2, 4, 6), (4, 8, 16)):
             most = layout.min_blocks - (kind == "forward")  # more than those are not resident, or are all whole rows
             if resident <= most and resident * 132 < b * -(-d // layout.block_channels):
@@ -215,9 +216,10 @@ def describe(plan):
 
 FORWARD_LAYOUTS = [
     *(gpu.Plan(2, 8, 1, 2, 8, 1, round=tokens) for tokens in (8, 16, 32)),
+    *(gpu.Plan(2, 8, 1, 2, blocks, 1, round=16) for blocks in (4, 6)),
     gpu.Plan(2, 8, 1, 4, 4, 1, round=16),
     gpu.Plan(2, 8, 1, 1, 16, 1, round=16),
-    *(gpu.Plan(1, 16, 1, 2, blocks, 1, round=16) for blocks in (6, 7)),
+    *(gpu.Plan(1, 16, 1, 2, blocks, 1, round=16) for blocks in (4, 5, 6, 7)),
     gpu.Plan(1, 16, 1, 2, 8, 1, round=8),
     gpu.Plan(1, 16, 1, 4, 3, 1, round=16),
     gpu.Plan(1, 16, 1, 1, 12, 1, round=16),

@@ -147,14 +147,16 @@ static void run_blocks(unsigned begin, unsigned count, unsigned by, unsigned thr
     }
     std::vector<bool> started(all, false);
     unsigned done = 0, idle = 0;
-    // Each warp runs as far ahead as barriers let it, first to last and then last to first; its lanes likewise.
-    for (bool forwards = true; done < all; forwards = !forwards) {
+    // Each warp runs as far ahead as barriers let it, first to last and then last to first (every other block the other way round);
+    // its lanes likewise. One warp of every block before the next one, blocks in either order, so that those which wait for each other meet with some warps behind.
+    for (unsigned sweep = 0; done < all; sweep++) {
         bool moved = false;
-        for (unsigned j = 0; j < count; j++) {
-            const unsigned block = forwards ? j : count - 1 - j;
-            shared_memory = memories[block];
-            blockIdx = {begin + block, by, 0};
-            for (unsigned k = 0; k < threads / 32; k++) {
+        for (unsigned k = 0; k < threads / 32; k++) {
+            for (unsigned j = 0; j < count; j++) {
+                const unsigned block = sweep & 2 ? count - 1 - j : j;
+                const bool forwards = (sweep + block) % 2 == 0;
+                shared_memory = memories[block];
+                blockIdx = {begin + block, by, 0};
                 const unsigned warp = block * threads + (forwards ? k : threads / 32 - 1 - k) * 32;
                 for (bool ready = true, upwards = forwards; ready; upwards = !upwards) {
                     ready = false;
@@ -177,6 +179,8 @@ static void run_blocks(unsigned begin, unsigned count, unsigned by, unsigned thr
                         for (unsigned i = warp; i < warp + 32; i++) fibers[i].state = READY;
                 }
             }
+        }
+        for (unsigned block = 0; block < count; block++) {
             bool met = true;
             for (unsigned i = 0; i < threads; i++) met &= fibers[block * threads + i].state == BLOCK;
             if (met)

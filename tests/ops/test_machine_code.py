@@ -38,17 +38,27 @@ def compile_only(monkeypatch, tmp_path):
 
 
 def compile_scan(
-    kind: str, arch: str, n: int, *, whole: int = 8, packed: bool = False, dtype=BF16, gated: bool = True, resident=0
+    kind: str,
+    arch: str,
+    n: int,
+    *,
+    whole=8,
+    packed=False,
+    dtype=BF16,
+    gated=True,
+    shape=(16, 2048, 1536),
+    relayed=False,
 ):
     multiprocessors, shared = CARDS[arch]
     plan = (
-        forward_plan(16, 2048, 1536, n, multiprocessors)
+        forward_plan(*shape, n, multiprocessors)
         if kind == "forward"
-        else backward_plan(16, 2048, 1536, n, multiprocessors, shared)
+        else backward_plan(*shape, n, multiprocessors, shared)
     )
+    assert plan.resident or not relayed
     taken = plan.forward_bytes(dtype.itemsize, gated) if kind == "forward" else plan.backward_bytes
     assert taken <= shared
-    macros = gpu._macros(kind, plan._replace(resident=resident), dtype, gated, True, packed, whole)
+    macros = gpu._macros(kind, plan, dtype, gated, True, packed, whole)
     return _nvrtc.machine_code(gpu._FOLDER, "kernel.cu", macros, arch)
 
 
@@ -65,7 +75,7 @@ def test_the_scan(kind, n, arch):
         (1, {"whole": 0, "packed": True, "dtype": F32, "gated": False}),
         (8, {"whole": 4, "dtype": F16}),
         (16, {"whole": 4, "packed": True, "dtype": F32}),
-        (16, {"resident": 2}),
+        (16, {"shape": (4, 4096, 5120), "relayed": True}),
         (200, {"packed": True}),
     ],
     ids=str,

@@ -223,9 +223,7 @@ class _ForwardCall(NamedTuple):
 def _forward_call(
     b, length, d, n, dtype, gated, softplus, packed, whole, device, interval, one_chunk, in_parts
 ) -> _ForwardCall:  # fmt: skip
-    plan = forward_plan(b, length, d, n, _multiprocessors(device))
-    if plan.resident and (packed or in_parts):
-        plan = plan._replace(chunks=1, resident=0)
+    plan = forward_plan(b, length, d, n, _multiprocessors(device), not (packed or in_parts))
     wanted = (
         1 if one_chunk else max(plan.chunks - in_parts, 1)
     )  # in parts all chunks are walked at once, else all but one
@@ -268,17 +266,8 @@ class ForwardLaunch:
         self.kept = inputs, A, D, delta_bias  # the launches read them
         self.before = (*inputs.addresses, A.data_ptr(), _address(D), _address(delta_bias))
         self.after = (
-            local,
-            sums,
-            _address(self.turns),
-            *inputs.steps,
-            length,
-            d,
-            n,
-            call.tiles,
-            call.chunk_length,
-            chunks,
-        )
+            local, sums, _address(self.turns), *inputs.steps, length, d, n, call.tiles, call.chunk_length, chunks,
+        )  # fmt: skip
         self.interval, self.state_size = interval, d * n
 
     def number_sequences(self, from_state: Tensor | None, to_state: Tensor | None) -> None:
@@ -369,9 +358,7 @@ class _BackwardCall(NamedTuple):
 @functools.lru_cache(4096)
 def _backward_call(b, length, d, n, dtype, gated, softplus, packed, whole, device, interval, in_parts) -> _BackwardCall:
     shared = _nvrtc.shared_memory(device)
-    plan = backward_plan(b, length, d, n, _multiprocessors(device), shared)
-    if plan.resident and (packed or in_parts):
-        plan = plan._replace(chunks=1, resident=0)
+    plan = backward_plan(b, length, d, n, _multiprocessors(device), shared, not (packed or in_parts))
     if plan.backward_bytes > shared:  # of a row in parts alone: other gradients are elsewhere by now
         raise RuntimeError(
             f"the gradient of {n} states in a row that is spread over GPUs takes {plan.backward_bytes} bytes of shared memory, and a "

@@ -26,9 +26,7 @@ class Plan(NamedTuple):
     segment: int = 0  # backward: tokens whose states are kept at once
     sub: int = 0  # backward: tokens whose states and decays are in registers
     save: int = 8  # backward: a state is kept at every so many tokens of the segment
-    resident: int = (
-        0  # blocks of a multiprocessor between which rows are handed on (RELAY in `common.cuh`); 0: each walks its own
-    )
+    resident: int = 0  # of a multiprocessor's blocks, between which rows are handed on (RELAY in `common.cuh`); 0: each walks its own
 
     @property
     def block_channels(self) -> int:
@@ -76,8 +74,8 @@ def _lanes(n: int) -> tuple[int, int]:
 
 
 class _Layout(NamedTuple):
-    """A forward layout for 9 to 16 states and the nanoseconds that a token takes a block on an H100 (fitted, docs/kernels.md):
-    `alone`, or fixed + each * (blocks of the busiest multiprocessor) where that is more."""
+    """A forward layout for 9 to 16 states and the nanoseconds that a token takes a block: `alone` or fixed + each * (blocks of the busiest
+    multiprocessor), whichever is more; fitted to an H100's times (docs/kernels.md has how well)."""
 
     plan: Plan
     alone: float
@@ -102,13 +100,14 @@ _RELAY_GAINS = 0.96  # a relay is chosen below this share of the other plan's ti
 
 
 @functools.lru_cache(1024)
-def forward_plan(b: int, length: int, d: int, n: int, multiprocessors: int) -> Plan:
-    """The layout and the number of chunks that take the least time: rows are cut when whole ones leave the card idle."""
+def forward_plan(b: int, length: int, d: int, n: int, multiprocessors: int, relays: bool = True) -> Plan:
+    """The layout and the number of chunks that take the least time: rows are cut when whole ones leave the card idle, and handed on
+    between blocks where they fill it unevenly, if ``relays`` are possible."""
     if 8 < n <= 16:
-        timed = [t for layout in _LAYOUTS for t in _timed(b, length, d, multiprocessors, layout)]
-        relays = [r for layout in _LAYOUTS for r in _timed_relays(b, length, d, multiprocessors, layout)]
-        best = min(timed, key=lambda t: t[0])
-        relay = min(relays, key=lambda t: t[0], default=best)
+        shape = b, length, d, multiprocessors
+        best = min((t for layout in _LAYOUTS for t in _timed(*shape, layout)), key=lambda t: t[0])
+        offered = (t for layout in _LAYOUTS for t in _timed_relays(*shape, layout)) if relays else ()
+        relay = min(offered, key=lambda t: t[0], default=best)
         return relay[1] if relay[0] < _RELAY_GAINS * best[0] else best[1]
     lanes, states = _lanes(n)
     plan = Plan(lanes, states, 2 if 1 < lanes < 32 else 1, 4, 4 if lanes in (2, 4, 8) else 3, 1)
@@ -175,9 +174,9 @@ _ROUND = {0: 0.0, 1: 0.72, 2: 1.0, 3: 1.48}
 
 
 @functools.lru_cache(1024)
-def backward_plan(b: int, length: int, d: int, n: int, multiprocessors: int, shared: int) -> Plan:
+def backward_plan(b: int, length: int, d: int, n: int, multiprocessors: int, shared: int, relays: bool = True) -> Plan:
     """Three blocks per multiprocessor do a little more; two keep twice the states, so that none is computed a third time, where a
-    block's ``shared`` bytes suffice."""
+    block's ``shared`` bytes suffice, and rows that fill the card unevenly are handed on between those, if ``relays`` are possible."""
     lanes, states = _lanes(n)
     segment = 64 if lanes * states <= 32 else 32
     plan = Plan(lanes, states, 2 if 1 < lanes < 32 else 1, 4, 2, 1, segment=segment, sub=4)
@@ -194,7 +193,7 @@ def backward_plan(b: int, length: int, d: int, n: int, multiprocessors: int, sha
 
     twice = plan._replace(chunks=chunks, save=4)
     if lanes == 4 and twice.backward_bytes <= shared:
-        if chunks == 1 and tiles > 2 * multiprocessors:
+        if relays and chunks == 1 and tiles > 2 * multiprocessors:
             turns = (
                 (turn * (chunk + _TURN_TOKENS) / length, c)
                 for c, chunk, turn in _turns(tiles, length, 2 * multiprocessors)

@@ -105,6 +105,23 @@ def test_rows_are_handed_on_where_they_fill_the_card_unevenly():
                 assert plan.resident * (taken + 1024) <= 228 * 1024 < (plan.resident + 1) * (taken + 1024)
 
 
+def test_packed_rows_and_rows_in_parts_are_planned_without_relays(on_cpu, monkeypatch):
+    whole = plans.forward_plan(4, 4096, 5120, 16, 132, False)
+    assert (whole.chunks, whole.resident, whole.round, whole.min_blocks) == (1, 0, 16, 6)
+    assert plans.backward_plan(4, 4096, 5120, 16, 132, 227 * 1024, False).resident == 0
+    asked = []
+    for kind in ("forward", "backward"):
+        chosen = getattr(plans, f"{kind}_plan")
+        monkeypatch.setattr(
+            gpu, f"{kind}_plan", lambda *shape, chosen=chosen: asked.append(shape[-1]) or chosen(*shape)
+        )
+    for packed, in_parts in ((False, False), (True, False), (False, True)):
+        common = (4, 4096, 5120, 16, BF16, True, True, packed, 4, None, 64)
+        forward, backward = gpu._forward_call(*common, False, in_parts), gpu._backward_call(*common, in_parts)
+        assert forward.relay == backward.relay == (not packed and not in_parts)
+    assert asked == [True, True, False, False, False, False]
+
+
 def test_tokens_too_far_apart_for_the_kernels_are_copied(on_cpu, monkeypatch):
     b, length, d = 2, 5, 24
     u = torch.randn(b, length, d)
