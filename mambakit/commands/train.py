@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,15 +22,21 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from mambakit.training.config import load_config
-    from mambakit.training.loop import train
+    from mambakit.training.loop import RunInterrupted, train
 
     config = load_config(args.config, args.overrides)
     if not config.train_files:
         raise ValueError("train_files is empty; name files: 'train_files=[\"my_text.txt\"]'")
     transformers.utils.logging.disable_progress_bar()  # the run has its own
     try:
-        train(config, Console(stderr=True))
+        train(config, Console(stderr=True), Console())
+    except RunInterrupted as stop:
+        if str(stop):
+            kept = [text for text in args.overrides if text.partition("=")[0].strip() not in ("resume", "overwrite")]
+            command = shlex.join(["mambakit", "train", args.config, *kept, "resume=true"])
+            print(f"{stop}\ncontinue with it: {command}", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"stopped; continue with resume=true (the latest in {config.out}/checkpoints)")
+        print(f"stopped before the first step: nothing in {config.out} has changed", file=sys.stderr)
         return 130
     return 0

@@ -1,44 +1,79 @@
-"""What a run needs to continue exactly, written all or not at all, and the latest few kept."""
+"""What a run needs to continue exactly: written all or not at all, marked with its run, the latest few kept.
+
+A checkpoint is a folder ``step-<step>``. Its ``run.json`` is written last and says whose it is (the run's id and whole
+configuration) and how long each of its files is, so that one that was cut short is known without reading it.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from mambakit.training.distributed import Processes
 
-_PREFIX = "step-"
+_NAME = re.compile(r"step-(\d{8,})(\.tmp)?")
+_MARK = "run.json"
 _SHARDS = "shards"
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in ``folder``, oldest first. One that was being written has a temporary name."""
-    return sorted(path.parent for path in folder.glob(f"{_PREFIX}*/state.pt") if path.parent.suffix != ".tmp")
+class Found(NamedTuple):
+    """A folder among a run's checkpoints: ``problem`` says why it is none to resume from, and is empty where it is one."""
+
+    path: Path
+    step: int
+    run: str | None
+    problem: str
+
+
+def find_checkpoints(folder: Path) -> list[Found]:
+    """Every checkpoint in ``folder``, whatever its state and whosever it is, oldest first."""
+    if not folder.is_dir():
+        return []
+    named = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    return sorted(Found(path, int(match[1]), *_state_of(path)) for match, path in named)
+
+
+def checkpoints(folder: Path, run: str | None = None) -> list[Path]:
+    """The complete checkpoints in ``folder``, oldest first; those of one run, where its id is given."""
+    return [f.path for f in find_checkpoints(folder) if not f.problem and run in (None, f.run)]
+
+
+def remove_checkpoints(folder: Path, runs: Collection[str]) -> None:
+    """Remove what these runs left in ``folder``, unfinished checkpoints included, and nothing else."""
+    for found in find_checkpoints(folder):
+        if found.run in runs:
+            shutil.rmtree(found.path, ignore_errors=True)
 
 
 def save_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: dict[str, Any], keep: int = 2,
-    processes: Processes | None = None,
+    processes: Processes | None = None, run: str = "", config: dict[str, Any] | None = None,
 ) -> Path:  # fmt: skip
-    """Write ``folder/step-<step>`` under a temporary name, put it in its place, then remove all but the latest ``keep``.
+    """Write ``folder/step-<step>`` under a temporary name, put it in its place, then remove all but the run's latest ``keep``.
 
     Args:
         extra: what else the run needs: numbers, strings, tensors, and lists and dictionaries of them.
         processes: those that train together; all of them make the call. A sharded model is written in shards, each process
             its own (torch.distributed.checkpoint); otherwise the first process writes everything.
+        run: the run's id. Checkpoints of other runs are neither removed nor replaced: one in the way is renamed.
+        config: the run's whole configuration, as JSON has it.
     """
-    target = folder / f"{_PREFIX}{step:08d}"
+    target = folder / f"step-{step:08d}"
     temporary = target.with_name(target.name + ".tmp")
     first = processes is None or processes.first
+    mark = {"run": run, "step": step, "config": config or {}}
     if first:
-        for leftover in (*folder.glob(f"{_PREFIX}*.tmp"), target):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _make_way(temporary, run)
         temporary.mkdir(parents=True)
+        _write_mark(temporary, mark)
     state = {"step": step, "extra": extra}
     if processes is not None and processes.mode == "fsdp":
         import torch.distributed.checkpoint as dcp
@@ -52,9 +87,16 @@ def save_checkpoint(
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())  # the name must not outlive a crash of the machine that the contents do not
+        sizes = {p.relative_to(temporary).as_posix(): p.stat().st_size for p in temporary.rglob("*") if p.is_file()}
+        del sizes[_MARK]
+        _write_mark(temporary, {**mark, "files": sizes})
+        _make_way(target, run)
         os.replace(temporary, target)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        mine = [f for f in find_checkpoints(folder) if f.run == run]
+        kept = [f.path for f in mine if not f.problem][-keep:]
+        for old in mine:
+            if old.path not in kept:
+                shutil.rmtree(old.path, ignore_errors=True)
     if processes is not None:
         processes.barrier()
     return target
@@ -68,9 +110,13 @@ def load_checkpoint(
     The number of processes may differ from the one that wrote it.
 
     Raises:
-        ValueError: it is a sharded model's and this one is not, or the other way round.
+        ValueError: it is damaged, or a sharded model's and this one is not, or the other way round.
     """
-    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:  # what torch.load raises for bytes that changed
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged ({reason}); remove it to continue from an earlier checkpoint") from error
     sharded = processes is not None and processes.mode == "fsdp"
     if sharded != ("model" not in state):
         wrote = "none or ddp" if sharded else "fsdp"
@@ -87,6 +133,41 @@ def load_checkpoint(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["extra"]
+
+
+def _state_of(path: Path) -> tuple[str | None, str]:
+    """(the run's id, why it cannot be resumed from); None for a folder that does not say whose it is."""
+    try:
+        mark = json.loads((path / _MARK).read_text(encoding="utf-8"))
+        run, sizes = str(mark["run"]), mark.get("files")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, "it does not say which run wrote it"
+    if sizes is None or path.suffix == ".tmp":
+        return run, "it was not finished"
+    for name, size in sizes.items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            return run, f"{name} has {found:,} of {size:,} bytes" if found is not None else f"{name} is missing"
+    return run, ""
+
+
+def _write_mark(folder: Path, mark: dict[str, Any]) -> None:
+    temporary = folder / (_MARK + ".tmp")
+    temporary.write_text(json.dumps(mark, indent=2), encoding="utf-8")
+    temporary.replace(folder / _MARK)
+
+
+def _make_way(path: Path, run: str) -> None:
+    """Remove what this run left at ``path``; what is not this run's is renamed."""
+    if not path.exists():
+        return
+    begun = path.suffix == ".tmp" and {inside.name for inside in path.iterdir()} <= {_MARK + ".tmp"}
+    if begun or _state_of(path)[0] == run:
+        shutil.rmtree(path)
+        return
+    free = (path.with_name(f"{path.name}.kept{number}") for number in range(1, 10**6))
+    path.rename(next(other for other in free if not other.exists()))
 
 
 def _sharded_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class TrainConfig:
 
     # -- run -----------------------------------------------------------------------------------------------------------
     out: str = "runs/model"
-    """Folder of the run: the model, metrics.jsonl, config.json, the loss curve and checkpoint/."""
+    """Folder of the run, and of no other: the model, metrics.jsonl, the configuration, the loss curve and checkpoints/."""
     log_every: int = 20
     eval_every: int = 1000
     """Steps between evaluations on a sample of the held-out text; the whole of it is scored at the end."""
@@ -132,7 +132,10 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the latest checkpoints stay."""
     resume: bool = False
-    """Continue from the run's latest checkpoint."""
+    """Continue the run in `out` from its latest checkpoint, with the settings that it was started with (docs/training.md says
+    which may change)."""
+    overwrite: bool = False
+    """Where `out` holds a run already: remove what that run left there, nothing else, and start anew."""
     export_only: bool = False
     """With resume: train no further, write the model of the latest checkpoint."""
     tensorboard: bool = False
@@ -189,6 +192,10 @@ class TrainConfig:
             raise ValueError(
                 "fresh_rows is for stateful rows: all others start from a zero state; drop it, or set stateful"
             )
+        if self.resume and self.overwrite:
+            raise ValueError("resume continues the run in out and overwrite removes it; drop one of them")
+        if not str(self.out).strip():
+            raise ValueError("out is empty; name the folder of the run")
         if self.export_only and not self.resume:
             raise ValueError("export_only writes the model of a run's latest checkpoint; add resume=true")
         if self.lora_rank and not self.init_from:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from mambakit.generation.score import Score
 from mambakit.training.config import TrainConfig
 from mambakit.training.evaluate import score_documents
+from mambakit.training.folder import RunFolder
 from mambakit.training.prepare import Prepared
+from mambakit.training.report import generate_command
 from mambakit.training.tokenizer import Vocabulary
 
 _CARD = """---
@@ -36,6 +37,7 @@ trained by `mambakit train` on {date}.
 | time | {minutes:.1f} minutes on {device} |
 | weights | {dtype}; A_log, D and dt_proj.bias float32 |
 | held out | {heldout_files} |
+| training loss | {training_loss} |
 | held-out bits per {unit} | {bits} |
 | held-out perplexity per token | {perplexity} |
 
@@ -65,39 +67,53 @@ Prompt in bold; temperature 0.8, top-p 0.95, seed 0, not chosen among several.
 
 @torch.no_grad()
 def export(
-    model: Any, data: Prepared, config: TrainConfig, out: Path, console: Console, *, steps: int, seconds: float
-) -> dict[str, Any]:
+    model: Any, data: Prepared, config: TrainConfig, folder: RunFolder, *, steps: int, seconds: float,
+    training_loss: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Save the model in ``export_dtype``, score the held-out documents with what was saved, write README.md (the card).
 
     Returns the summary, which is also in summary.json; the score's key is ``heldout_bits_per_`` and the vocabulary's unit.
+    All of it is put in the run's folder together: weights, configuration, card and summary are of one model.
     """
-    vocabulary = data.vocabulary
     device = next(model.parameters()).device
     model = model.eval().to(getattr(torch, config.export_dtype))
     model.generation_config.pad_token_id = model.config.pad_token_id
-    model.save_pretrained(out, max_shard_size=config.max_shard_size)
-    # Score what was saved: the rounded weights, with float32 arithmetic.
-    model = model.float()
+    summary: dict[str, Any] = {}
+
+    def write(temporary: Path) -> None:
+        model.save_pretrained(temporary, max_shard_size=config.max_shard_size)
+        summary.update(_summary(model.float(), data, config, folder.path, steps, seconds, training_loss))
+        (temporary / "README.md").write_text(_card(model, config, summary, data, device), encoding="utf-8")
+        (temporary / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+
+    folder.place("model", write)
+    return summary
+
+
+def _summary(
+    model: Any, data: Prepared, config: TrainConfig, out: Path, steps: int, seconds: float, training_loss: float | None
+) -> dict[str, Any]:
+    """Scores of what was saved: the rounded weights, with float32 arithmetic."""
+    vocabulary, measured = data.vocabulary, data.heldout is not None
+    device = next(model.parameters()).device
     total = Score()
     if data.heldout is not None:
         chunk_size = 8192 if device.type == "cuda" else 1024
         total = score_documents(model, data.heldout, vocabulary, config.ambiguous == "mask", chunk_size)
-    measured = data.heldout is not None
-    summary = {
+    return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": steps,
         "tokens": steps * config.batch_size * config.sequence_length,
         "seconds": round(seconds, 1),
+        "training_loss": None if training_loss is None else round(training_loss, 4),
+        "heldout_loss": round(total.nats_per_token, 4) if measured else None,
         f"heldout_bits_per_{vocabulary.unit}": round(total.bits_per_character, 4) if measured else None,
         "heldout_perplexity": round(total.perplexity, 3) if measured else None,
         f"heldout_{vocabulary.unit}s": total.characters,
+        "model": str(config.out),
+        "generate": generate_command(config, vocabulary),
         "sample": _sample(model, config, out, device) if vocabulary.kind == "text" else None,
     }
-    (out / "README.md").write_text(_card(model, config, summary, data, device), encoding="utf-8")
-    (out / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    bits = summary[f"heldout_bits_per_{vocabulary.unit}"]
-    console.print(f"held out: {bits} bits per {vocabulary.unit}; model in {out}" if measured else f"model in {out}")
-    return summary
 
 
 def _sample(model: Any, config: TrainConfig, out: Path, device: torch.device) -> str:
@@ -115,7 +131,7 @@ def _card(model: Any, config: TrainConfig, summary: dict[str, Any], data: Prepar
     recipe = {
         k: v
         for k, v in vars(config).items()
-        if k not in ("train_files", "heldout_files", "token_cache", "out", "resume")
+        if k not in ("train_files", "heldout_files", "token_cache", "out", "resume", "overwrite", "export_only")
     }
     bits = summary[f"heldout_bits_per_{vocabulary.unit}"]
     heldout = names(config.heldout_files)
@@ -137,6 +153,7 @@ def _card(model: Any, config: TrainConfig, summary: dict[str, Any], data: Prepar
         schedule=config.schedule, weight_decay=config.weight_decay, clip=config.clip, minutes=summary["seconds"] / 60,
         dtype=config.export_dtype, heldout_files=heldout,
         device=torch.cuda.get_device_name() if device.type == "cuda" else "a CPU",
+        training_loss="not on record" if summary["training_loss"] is None else f"{summary['training_loss']:.4f} nats per token",
         bits="not measured" if bits is None else f"{bits:.3f}",
         perplexity=summary["heldout_perplexity"] or "not measured", sample=sample, recipe=json.dumps(recipe, indent=2),
     )  # fmt: skip

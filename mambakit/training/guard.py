@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mambakit.training.distributed import Processes, local
 
 # The running mean of the gradient's norm means something after this many updates.
 _SETTLING = 50
@@ -60,3 +62,11 @@ class UpdateGuard:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, value in self.state_dict().items():
             value.copy_(state[name])
+
+
+def weights_are_finite(model: nn.Module, team: Processes) -> bool:
+    """Whether every parameter is a number, at every process, so that all answer alike. All of them make the call."""
+    finite = torch.ones((), device=team.device)
+    for parameter in model.parameters():
+        finite *= torch.isfinite(local(parameter.detach())).all()
+    return float(team.mean(finite)) == 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,33 +13,54 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mambakit.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from mambakit.training.checkpoint import load_checkpoint, save_checkpoint
 from mambakit.training.config import TrainConfig
 from mambakit.training.curve import sparkline, write_curve
 from mambakit.training.data import ShuffledRows, StatefulRows, TokenStore
 from mambakit.training.data.rows import cut_rows
+from mambakit.training.data.store import remove_tokens
 from mambakit.training.distributed import Processes, processes
 from mambakit.training.evaluate import sample_loss
 from mambakit.training.export import export
+from mambakit.training.folder import RunFolder, claim
+from mambakit.training.guard import weights_are_finite
 from mambakit.training.lora import merge_adapters, save_adapters
 from mambakit.training.model import make_model
 from mambakit.training.optimizer import make_optimizer, rates_to_device, schedule_factor, set_learning_rate
 from mambakit.training.prepare import Prepared, prepare
+from mambakit.training.report import announce, interrupted, remedy, say, say_end
+from mambakit.training.resumption import plain_config, require_same_contents, to_resume_from
 from mambakit.training.step import CapturedStep, Objective, TrainingStep
-from mambakit.training.telemetry import Telemetry, record_environment
+from mambakit.training.telemetry import Telemetry, check_tensorboard, record_environment
 from mambakit.training.throughput import flops_per_token, peak_flops
 
 
-def train(config: TrainConfig, console: Console) -> dict[str, Any]:
+class RunInterrupted(KeyboardInterrupt):
+    """Ctrl-C after a run had begun; the text says where it stands, and that resume=true continues it."""
+
+
+def train(config: TrainConfig, console: Console, report: Console | None = None) -> dict[str, Any]:
     """Run a training from start (or checkpoint) to exported model; returns the summary that the model card holds.
 
     With ``config.parallel``, torchrun starts several of these, which share ``config.out``. How PyTorch multiplies float32 matrices is the
     recipe's while it runs (TensorFloat-32 beside bfloat16) and the caller's afterwards; the random state is left where the run left it.
+
+    Args:
+        console: what is said along the way.
+        report: what is said at the end (see `mambakit.training.report`); ``console`` when absent.
+
+    Raises:
+        ValueError: the configuration does not fit the files, the processes, or the folder ``config.out``, which holds one run alone.
+        FloatingPointError: the loss or the weights are not finite; no model is written.
+        RunInterrupted: Ctrl-C after the first step.
     """
     precision = "high" if config.autocast == "bfloat16" else "highest"
     with _float32_products(precision), processes(config.parallel, config.context_parallel) as team:
         team.require_even(config.batch_size // config.accumulate, "batch_size / accumulate")
-        return _train(config, console if team.first else Console(quiet=True), team)
+        if not team.first:
+            console = report = Console(quiet=True)
+        with claim(config, team) as folder:
+            return _train(config, folder, console, report or console, team)
 
 
 @contextlib.contextmanager
@@ -52,61 +73,58 @@ def _float32_products(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _train(config: TrainConfig, console: Console, team: Processes) -> dict[str, Any]:
+def _train(
+    config: TrainConfig, folder: RunFolder | None, console: Console, report: Console, team: Processes
+) -> dict[str, Any]:
+    """``folder`` is the first process's alone: the others write nothing but their shards of a checkpoint."""
     out = Path(config.out)
-    if config.resume and not (out / "train_config.json").is_file():
-        raise ValueError(f"resume=true, but no run was ever started in {out}; start without resume, or correct out")
-    if team.first:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json.tmp").write_text(json.dumps(dataclasses.asdict(config), indent=2))
-        (out / "config.json.tmp").replace(out / "train_config.json")
-        record_environment(out, team.device)
     torch.manual_seed(config.seed)
-
-    # The first process writes the vocabulary and the tokens; the others read them.
-    data = prepare(config, out, console) if team.first else None
-    team.barrier()
-    data = data or prepare(config, out, console, written=True)
+    # The first process makes the vocabulary and the tokens; the others read them.
+    data = prepare(config, out, console) if folder is not None else None
+    vocabulary = team.share(None if data is None else dataclasses.replace(data.vocabulary, source=None))
+    data = data or prepare(config, out, console, vocabulary)
     model = make_model(config, data.vocabulary, console).to(team.device)
-    run = _Run(config, model, data, out, console, team)
-    _announce(run, data)
-    run.go()
-    summary = None
+    run = _Run(config, model, data, folder, console, team)
+    # Whatever may be refused has been. From here on the folder is this run's.
+    if folder is not None:
+        folder.begin()
+        folder.place("tokenizer", data.vocabulary.save)
+        record_environment(out, team.device)
+        if not config.token_cache:
+            remove_tokens(out / "tokens", data.cached)
+    announce(model, data, config, team, run.rows.steps_per_epoch, console)
+    try:
+        run.go()
+    except KeyboardInterrupt as error:
+        raise RunInterrupted(interrupted(run.step, run.saved)) from error
+    summary: dict[str, Any] | None = None
     whole = team.whole(model)
-    if whole is not None:
+    if whole is not None and folder is not None:
         if config.lora_rank:
-            save_adapters(whole, out / "adapter")
+            folder.place("adapter", lambda temporary: save_adapters(whole, temporary / "adapter"))
             merge_adapters(whole)
-        summary = export(whole, data, config, out, console, steps=run.step, seconds=run.seconds)
+        summary = export(
+            whole, data, config, folder, steps=run.step, seconds=run.seconds, training_loss=run.final_loss()
+        )
+        say_end(summary, config, data.vocabulary, report)
     return team.share(summary)
-
-
-def _announce(run: _Run, data: Prepared) -> None:
-    every = sum(p.numel() for p in run.model.parameters())
-    learning = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    characters = int(data.train.characters.sum())
-    only = "" if learning == every else f" ({learning:,} of them learn)"
-    if not run.team.capturable:
-        count = "1 process" if run.team.world == 1 else f"{run.team.world} processes"
-        spread = f", a row over {run.team.context_size}" if run.team.context_size > 1 else ""
-        run.console.print(f"{count}, {run.team.mode}{spread}; the step runs without a CUDA graph")
-    if run.config.max_minutes:
-        run.console.print(f"the run ends after max_minutes={run.config.max_minutes:g}; steps and epochs do not count")
-    run.console.print(
-        f"{every:,} parameters{only} on {run.plain.device}; {data.train.tokens:,} tokens of {characters:,} "
-        f"{data.vocabulary.unit}s in {len(data.train):,} documents; {run.rows.steps_per_epoch:,.1f} steps an epoch"
-    )
 
 
 class _Run:
     """The loop's own state: where it is, what it has seen, and when to do what."""
 
     def __init__(
-        self, config: TrainConfig, model: Any, data: Prepared, out: Path, console: Console, team: Processes
+        self, config: TrainConfig, model: Any, data: Prepared, folder: RunFolder | None, console: Console, team: Processes
     ):  # fmt: skip
-        self.config, self.model, self.out, self.console, self.team = config, model, out, console, team
+        self.config, self.model, self.folder, self.console, self.team = config, model, folder, console, team
+        self.out = Path(config.out)
+        self.run = team.share(None if folder is None else folder.run)
         self.heldout: TokenStore | None = data.heldout
-        self.fingerprint = data.train.fingerprint
+        self.contents = {
+            "train_files": data.train.fingerprint,
+            "heldout_files": "" if data.heldout is None else data.heldout.fingerprint,
+            "tokenizer": data.vocabulary.fingerprint,
+        }
         device = next(model.parameters()).device
         how = (
             data.train, config.sequence_length, config.batch_size, config.seed, device,
@@ -127,41 +145,48 @@ class _Run:
         self.step, self.seconds = 0, 0.0
         self.losses: list[torch.Tensor] = []
         self.skipped = 0
+        self.telemetry: Telemetry | None = None
+        self.saved = 0  # the step of the latest checkpoint
         self.peak = peak_flops(device, config.autocast)
         self.flops = flops_per_token(model)
         if config.resume:
             self._restore()
-        self.telemetry = Telemetry(out, console, config.tensorboard, self.step) if team.first else None
+        if team.first:
+            check_tensorboard(config.tensorboard)
 
     def _restore(self) -> None:
-        found = checkpoints(self.out / "checkpoints")
-        if not found:
-            self.console.print("the run had not come to its first checkpoint: it starts from the beginning")
+        latest, ignored = self.team.share(None if self.folder is None else self.folder.latest())
+        if not to_resume_from(latest, ignored, self.run, self.out, self.console):
             return
-        self.step, extra = load_checkpoint(found[-1], self.model, self.optimizer, self.team)
-        if extra["data"] != self.fingerprint:
-            raise ValueError(
-                f"the documents differ from those that the run in {self.out} was started with, so that it cannot go on; "
-                "give the same files, tokenizer and separator, or start a new run with init_from"
-            )
+        self.step, extra = load_checkpoint(latest, self.model, self.optimizer, self.team)
+        require_same_contents(extra["contents"], self.contents, self.out)
         rates_to_device(self.optimizer, self.plain.device)
-        self.seconds, self.skipped = extra["seconds"], extra["skipped"]
+        self.seconds, self.skipped, self.saved = extra["seconds"], extra["skipped"], self.step
         self.losses = [loss.to(self.plain.device) for loss in extra["losses"]]
         self.plain.load_state_dict(extra["stepper"])
-        self.console.print(f"continuing from step {self.step}")
+        say(self.console, f"continuing from step {self.step}")
 
     def _save(self) -> None:
         if int(self.plain.guard.in_a_row):
-            self.console.print(f"step {self.step}: no checkpoint, since the latest update was skipped")
+            say(self.console, f"step {self.step}: no checkpoint, since the latest update was skipped")
+            return
+        if not weights_are_finite(self.model, self.team):
+            say(self.console, f"step {self.step}: no checkpoint, since the weights are not finite any more")
             return
         extra = {
-            "data": self.fingerprint,
+            "contents": self.contents,
             "seconds": self.seconds, "skipped": self.skipped, "losses": self.losses, "stepper": self.plain.state_dict(),
         }  # fmt: skip
         save_checkpoint(
             self.out / "checkpoints", self.model, self.optimizer, self.step, extra, self.config.keep_checkpoints,
-            self.team,
+            self.team, self.run, plain_config(self.config),
         )  # fmt: skip
+        self.saved = self.step
+
+    def final_loss(self) -> float | None:
+        """The last training loss on record: the mean of `log_every` steps, or of fewer at the run's end."""
+        history = self.telemetry.history if self.telemetry is not None else []
+        return next((r["loss"] for r in reversed(history) if r["loss"] is not None), None)
 
     def progress(self) -> float:
         """How much of the run is over: by steps, or by time where there is a budget."""
@@ -178,7 +203,12 @@ class _Run:
         config = self.config
         began = time.monotonic() - self.seconds
         self._last = time.monotonic(), self.step
-        saved = self.step
+        if self.team.first:
+            self.telemetry = Telemetry(self.out, self.console, config.tensorboard, self.step)
+        if self.over() and self.step:
+            what = "written" if config.export_only else "nothing left to train: the model is written again"
+            say(self.console, f"step {self.step}: {what}")
+        first, rate, norm = self.step, 0.0, torch.zeros(())
         with self.telemetry or contextlib.nullcontext():
             while not self.over():
                 progress = self.progress()
@@ -194,9 +224,11 @@ class _Run:
                     self._log(rate, norm, began)
                 if config.checkpoint_every and self.step % config.checkpoint_every == 0:
                     self._save()
-                    saved = self.step
+            if self.losses and self.step > first:  # the clock ended the run between two records
+                self._log(rate, norm, began)
+        self._require_finite(rate)
         self.seconds = self.team.agree(time.monotonic() - began)
-        if config.checkpoint_every and saved != self.step:
+        if config.checkpoint_every and self.saved != self.step:
             self._save()
         if self.telemetry is None:
             return
@@ -206,6 +238,18 @@ class _Run:
             f"{self.seconds:.0f} s"
         )
         write_curve(history, self.out / "loss.png", self.console)
+
+    def _require_finite(self, rate: float) -> None:
+        """A run whose weights give no numbers ends with an error about its loss: no checkpoint, no model."""
+        few = self.team.data_size
+        rows, begins = self.rows.batch(max(0, self.step - 1))
+        loss = float(self.plain.loss(rows[:few], begins[:few]))
+        if math.isfinite(loss) and weights_are_finite(self.model, self.team):
+            return
+        raise FloatingPointError(
+            f"the loss is {loss} at step {self.step} (learning rate {rate:.2e}) and no model is written: the weights give no finite "
+            f"numbers any more; {remedy(self.saved)}"
+        )
 
     def _log(self, rate: float, norm: torch.Tensor, began: float) -> None:
         losses = torch.stack(self.losses)  # one wait for the device in log_every steps

@@ -11,7 +11,7 @@ from rich.console import Console
 from mambakit.training.config import TrainConfig
 from mambakit.training.data import FileOptions, TokenStore, expand, read_pieces, tokenize_files
 from mambakit.training.data.files import format_of
-from mambakit.training.data.store import with_rate
+from mambakit.training.data.store import cache_names, with_rate
 from mambakit.training.tokenizer import Vocabulary, make_vocabulary, train_tokenizer
 
 
@@ -19,20 +19,23 @@ class Prepared(NamedTuple):
     vocabulary: Vocabulary
     train: TokenStore
     heldout: TokenStore | None
+    cached: set[str]
+    """Names of the tokenised files."""
 
 
-def prepare(config: TrainConfig, out: Path, console: Console, written: bool = False) -> Prepared:
-    """Choose or train the vocabulary (saved in ``out``) and tokenise the files; with ``written`` another process has."""
+def prepare(config: TrainConfig, out: Path, console: Console, vocabulary: Vocabulary | None = None) -> Prepared:
+    """Choose or train the vocabulary and tokenise the files; with ``vocabulary`` another process has done both.
+
+    Nothing in ``out`` changes but its cache of tokens.
+    """
     options = FileOptions(config.format, config.text_field, config.separator, config.ambiguous, config.sample_rate)
     options = with_rate(expand(config.train_files), options)  # held-out sounds must have it too
     with console.status("reading") as status:
-        vocabulary = _vocabulary(config, options, out, config.resume or written)
+        vocabulary = vocabulary or _vocabulary(config, options, out)
         if config.reverse_complement and vocabulary.kind != "nucleotides":
             raise ValueError(
                 f'reverse_complement reads DNA, but the tokens are {vocabulary.kind}; tokenizer="nucleotides"'
             )
-        if not written:
-            vocabulary.save(out)
         cache = Path(config.token_cache) if config.token_cache else out / "tokens"
 
         def progress(name: str, tokens: int) -> None:
@@ -43,11 +46,14 @@ def prepare(config: TrainConfig, out: Path, console: Console, written: bool = Fa
         if config.heldout_files:
             heldout = tokenize_files(config.heldout_files, options, vocabulary, cache, progress)
         elif config.validation_fraction:
-            train, heldout = train.split(config.validation_fraction, config.seed)
-    return Prepared(vocabulary, train, heldout)
+            train, heldout = train.split(config.validation_fraction, config.seed, vocabulary.characters)
+        cached = cache_names(config.train_files, options, vocabulary)
+        if config.heldout_files:
+            cached |= cache_names(config.heldout_files, options, vocabulary)
+    return Prepared(vocabulary, train, heldout, cached)
 
 
-def _vocabulary(config: TrainConfig, options: FileOptions, out: Path, saved: bool) -> Vocabulary:
+def _vocabulary(config: TrainConfig, options: FileOptions, out: Path) -> Vocabulary:
     if config.tokenizer or config.init_from:
         return make_vocabulary(config.tokenizer or config.init_from)
     files = expand(config.train_files)
@@ -57,7 +63,7 @@ def _vocabulary(config: TrainConfig, options: FileOptions, out: Path, saved: boo
             return make_vocabulary(name)
         if kind in formats:
             raise ValueError(f"train_files mix {' and '.join(sorted(formats))}; name the tokenizer that reads them all")
-    if saved and (out / "tokenizer.json").is_file():
+    if config.resume and all((out / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return make_vocabulary(str(out))
     return Vocabulary(train_tokenizer(_texts(files, options), config.vocab_size))
 

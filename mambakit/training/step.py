@@ -188,10 +188,14 @@ class TrainingStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.guard.load_state_dict(state["guard"])
-        for cache, (conv, ssm, seen) in zip(self.carried, state["carried"], strict=True):
+        if not self.carried:
+            return
+        # (layers, rows, ...) of the whole batch: it may be computed in another number of parts now.
+        convs, ssms = (torch.cat([part[i] for part in state["carried"]], 1).chunk(self.accumulate, 1) for i in (0, 1))
+        for cache, conv, ssm in zip(self.carried, convs, ssms, strict=True):
             cache.conv_states.copy_(self.processes.rows(conv.transpose(0, 1)).transpose(0, 1))
             cache.ssm_states.copy_(self.processes.rows(ssm.transpose(0, 1)).transpose(0, 1))
-            cache.advance(seen - cache.get_seq_length())
+            cache.advance(state["carried"][0][2] - cache.get_seq_length())
 
 
 class CapturedStep:

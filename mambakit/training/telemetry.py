@@ -33,8 +33,6 @@ class Telemetry:
     """
 
     def __init__(self, out: Path, console: Console, tensorboard: bool, step: int):
-        if tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise ValueError('tensorboard=true needs TensorBoard: pip install "mambakit[train]"')
         self.path = out / "metrics.jsonl"
         self.history = _records_until(self.path, step) if step else []
         _replace(self.path, "".join(json.dumps(record) + "\n" for record in self.history))
@@ -73,6 +71,12 @@ class Telemetry:
         mfu = f", {record['mfu']:.1%} MFU" if "mfu" in record else ""
         text = f"step {record['step']}, loss {loss}, {record['tokens_per_second']:,.0f} tokens/s{mfu}"
         self._bar.update(self._task, completed=progress, description=text)
+
+
+def check_tensorboard(wanted: bool) -> None:
+    """Raises a ValueError where TensorBoard is wanted and not installed."""
+    if wanted and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError('tensorboard=true needs TensorBoard: pip install "mambakit[train]"')
 
 
 def record_environment(out: Path, device: torch.device) -> None:

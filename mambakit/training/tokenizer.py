@@ -79,6 +79,10 @@ class Vocabulary:
             table[_id(self.tokenizer, a)] = _id(self.tokenizer, b)
         return table
 
+    def characters(self, ids: np.ndarray) -> int:
+        """How many characters (bytes, nucleotides) these tokens stand for."""
+        return len(self.tokenizer.decode(ids.tolist())) if self.kind == "text" else len(ids)
+
     def encode(self, pieces: list[str] | list[bytes] | list[str | bytes]) -> list[np.ndarray]:
         """Token ids (int32) of each piece of a document, without the end token.
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mambakit.training.tokenizer import Vocabulary
 
 # Pieces are tokenised together up to this many characters: work for all cores, and a bound on memory.
 _BATCH_CHARACTERS = 4_000_000
+_TOKENISED = re.compile(r"([0-9a-f]{20})\.(?:bin|npz)(?:\.tmp)?")
 _INDEX = ("lengths", "keys", "characters", "bytes")
 
 
@@ -74,12 +76,21 @@ class TokenStore:
         parts = (self.file, self.starts, self.lengths, self.keys, self.characters, self.bytes)
         return TokenStore(self.files, *(part[chosen] for part in parts))
 
-    def split(self, fraction: float, seed: int) -> tuple[TokenStore, TokenStore]:
+    def split(
+        self, fraction: float, seed: int, characters: Callable[[np.ndarray], int] = len
+    ) -> tuple[TokenStore, TokenStore]:
         """(training, held out): a document's contents and the seed decide, so that its copies stay together.
+
+        Of a single document its end is held out, cut between two tokens.
+
+        Args:
+            characters: how many characters some tokens stand for.
 
         Raises:
             ValueError: one side would be empty.
         """
+        if len(self) == 1:
+            return self._split_document(fraction, characters)
         mixed = self.keys ^ np.uint64(_number(hashlib.blake2b(str(seed).encode(), digest_size=8)))
         # The keys are uniform; a multiplication makes the choice differ between seeds in more than single bits.
         held = (mixed * np.uint64(0x9E3779B97F4A7C15)) < np.uint64(min(fraction, 1.0) * (2**64 - 2048))
@@ -89,6 +100,30 @@ class TokenStore:
                 "or split the text into more documents (separator)"
             )
         return self.select(~held), self.select(held)
+
+    def _split_document(
+        self, fraction: float, characters: Callable[[np.ndarray], int]
+    ) -> tuple[TokenStore, TokenStore]:
+        length = int(self.lengths[0])
+        held = round(fraction * (length - 1)) + 1  # the end token goes with the end
+        if held < 2 or held > length - 2:
+            raise ValueError(
+                f"validation_fraction {fraction} of one document of {length - 1:,} tokens holds out {held - 1:,} and leaves "
+                f"{length - held:,}; give heldout_files, or more text"
+            )
+        size = characters(self.read(0, length - held, length - 1))
+        bytes_ = round(int(self.bytes[0]) * size / max(1, int(self.characters[0])))
+        parts = []
+        for start, count, letters, raw in (
+            (0, length - held, int(self.characters[0]) - size, int(self.bytes[0]) - bytes_),
+            (length - held, held, size, bytes_),
+        ):
+            key = _number(hashlib.blake2b(f"{int(self.keys[0])} {start} {count}".encode(), digest_size=8))
+            integers = (np.array([n], dtype=np.int64) for n in (int(self.starts[0]) + start, count, letters, raw))
+            begin, tokens, letter_count, byte_count = integers
+            keys = np.array([key], dtype=np.uint64)
+            parts.append(TokenStore(self.files, self.file, begin, tokens, keys, letter_count, byte_count))
+        return parts[0], parts[1]
 
 
 def tokenize_files(
@@ -123,6 +158,21 @@ def tokenize_files(
     file = np.repeat(np.arange(len(files), dtype=np.int32), [len(index["lengths"]) for index in indices])
     starts = np.concatenate([np.cumsum(index["lengths"]) - index["lengths"] for index in indices])
     return TokenStore(files, file, starts, lengths, keys, characters, size)
+
+
+def cache_names(names: list[str], options: FileOptions, vocabulary: Vocabulary) -> set[str]:
+    """What `tokenize_files` calls the tokenised files of these."""
+    paths = expand(names)
+    options = with_rate(paths, options)
+    return {_name(path, options, vocabulary) for path in paths}
+
+
+def remove_tokens(folder: Path, kept: set[str]) -> None:
+    """Remove tokenised files but those of these names; what is no tokenised file stays."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _TOKENISED.fullmatch(path.name)
+        if match and match[1] not in kept:
+            path.unlink()
 
 
 def with_rate(paths: list[Path], options: FileOptions) -> FileOptions:

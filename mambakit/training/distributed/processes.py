@@ -192,6 +192,11 @@ def full(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def local(x: Tensor) -> Tensor:
+    """This process's shard of a sharded tensor; any other tensor itself."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 @contextlib.contextmanager
 def processes(mode: str, context_size: int = 1) -> Iterator[Processes]:
     """The processes that torchrun started this one among; their connection is closed at the end.

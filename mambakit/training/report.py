@@ -1,0 +1,87 @@
+"""What a run says at its beginning and at its end, in plain lines that a pipe and a terminal show alike."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from rich.console import Console
+
+from mambakit.training.config import TrainConfig
+from mambakit.training.distributed import Processes
+from mambakit.training.prepare import Prepared
+from mambakit.training.tokenizer import Vocabulary
+
+
+def say(console: Console, line: str) -> None:
+    """A line as it is: no markup is read in it, and it is not broken at the console's width."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def announce(
+    model: Any, data: Prepared, config: TrainConfig, team: Processes, steps_per_epoch: float, console: Console
+) -> None:
+    every = sum(p.numel() for p in model.parameters())
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    characters = int(data.train.characters.sum())
+    only = "" if learning == every else f" ({learning:,} of them learn)"
+    if not team.capturable:
+        count = "1 process" if team.world == 1 else f"{team.world} processes"
+        spread = f", a row over {team.context_size}" if team.context_size > 1 else ""
+        say(console, f"{count}, {team.mode}{spread}; the step runs without a CUDA graph")
+    if config.max_minutes:
+        say(console, f"the run ends after max_minutes={config.max_minutes:g}; steps and epochs do not count")
+    say(
+        console,
+        f"{every:,} parameters{only} on {team.device}; {data.train.tokens:,} tokens of {characters:,} "
+        f"{data.vocabulary.unit}s in {len(data.train):,} documents; {steps_per_epoch:,.1f} steps an epoch",
+    )
+
+
+def generate_command(config: TrainConfig, vocabulary: Vocabulary) -> str:
+    """The command line that writes with the model of a run, quoted for a shell."""
+    prompt = "ACGTACGT" if vocabulary.kind == "nucleotides" else config.sample_prompt or "Once upon a time"
+    out = str(config.out)
+    folder = shlex.quote(f"./{out}" if out.startswith("-") else out)
+    return f"mambakit generate --model {folder} {'-- ' if prompt.startswith('-') else ''}{_quoted(prompt)}"
+
+
+def _quoted(text: str) -> str:
+    """In double quotes where that is safe, as one writes a prompt by hand."""
+    return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
+
+
+def say_end(summary: dict[str, Any], config: TrainConfig, vocabulary: Vocabulary, console: Console) -> None:
+    """The losses, where the model is, and how to write with it."""
+    training, heldout = summary["training_loss"], summary["heldout_loss"]
+    known = "not on record" if training is None else f"{training:.4f} nats per token"
+    say(console, f"training loss: {known} (mean of the last steps on record, up to step {summary['steps']})")
+    if heldout is None:
+        how = "validation_fraction=0.05 holds a part out, heldout_files names other files"
+        say(console, f"held-out loss: not measured; {how}")
+    else:
+        unit = vocabulary.unit
+        say(
+            console,
+            f"held-out loss: {heldout:.4f} nats per token, {summary[f'heldout_bits_per_{unit}']:.4f} bits per {unit}, of "
+            f"{summary[f'heldout_{unit}s']:,} {unit}s",
+        )
+    say(console, f"model written to {config.out}")
+    say(console, f"write with it: {summary['generate']}")
+
+
+def interrupted(step: int, saved: int) -> str:
+    """What a user who has stopped a run must know; ``saved`` is the step of the latest checkpoint, 0 without one."""
+    if not saved:
+        return f"stopped at step {step}, before the first checkpoint: resume=true starts from the beginning"
+    return f"stopped at step {step}: resume=true continues from the checkpoint of step {saved}"
+
+
+def remedy(saved: int) -> str:
+    """What to do about a loss that is not a number."""
+    if not saved:
+        return "there is no checkpoint: start anew (overwrite=true) with a lower learning_rate or clip"
+    return (
+        f"the latest checkpoint is of step {saved}: resume=true export_only=true writes its model, and a new run (init_from, "
+        "another out) goes on from there with a lower learning_rate or clip"
+    )
