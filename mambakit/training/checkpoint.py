@@ -49,8 +49,8 @@ def checkpoints(folder: Path, run: str | None = None) -> list[Path]:
 def remove_checkpoints(folder: Path, runs: Collection[str]) -> None:
     """Remove what these runs left in ``folder``, unfinished checkpoints included, and nothing else."""
     for found in find_checkpoints(folder):
-        if found.run in runs:
-            shutil.rmtree(found.path, ignore_errors=True)
+        if found.run in runs or _is_empty(found.path):
+            _remove(found.path)
 
 
 def save_checkpoint(
@@ -96,7 +96,7 @@ def save_checkpoint(
         kept = [f.path for f in mine if not f.problem][-keep:]
         for old in mine:
             if old.path not in kept:
-                shutil.rmtree(old.path, ignore_errors=True)
+                _remove(old.path)
     if processes is not None:
         processes.barrier()
     return target
@@ -163,11 +163,26 @@ def _make_way(path: Path, run: str) -> None:
     if not path.exists():
         return
     begun = path.suffix == ".tmp" and {inside.name for inside in path.iterdir()} <= {_MARK + ".tmp"}
-    if begun or _state_of(path)[0] == run:
-        shutil.rmtree(path)
+    if begun or _is_empty(path) or _state_of(path)[0] == run:
+        _remove(path)
         return
     free = (path.with_name(f"{path.name}.kept{number}") for number in range(1, 10**6))
     path.rename(next(other for other in free if not other.exists()))
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, its mark last: what a crash leaves of it still says whose it is."""
+    for inside in path.iterdir():
+        if inside.is_dir():
+            shutil.rmtree(inside)
+        elif inside.name != _MARK:
+            inside.unlink()
+    (path / _MARK).unlink(missing_ok=True)
+    path.rmdir()
+
+
+def _is_empty(path: Path) -> bool:
+    return not any(path.iterdir())
 
 
 def _sharded_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

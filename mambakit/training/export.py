@@ -14,7 +14,7 @@ from mambakit.training.config import TrainConfig
 from mambakit.training.evaluate import score_documents
 from mambakit.training.folder import RunFolder
 from mambakit.training.prepare import Prepared
-from mambakit.training.report import generate_command
+from mambakit.training.report import FinalLoss, generate_command
 from mambakit.training.tokenizer import Vocabulary
 
 _CARD = """---
@@ -68,7 +68,7 @@ Prompt in bold; temperature 0.8, top-p 0.95, seed 0, not chosen among several.
 @torch.no_grad()
 def export(
     model: Any, data: Prepared, config: TrainConfig, folder: RunFolder, *, steps: int, seconds: float,
-    training_loss: float | None = None,
+    training_loss: FinalLoss,
 ) -> dict[str, Any]:  # fmt: skip
     """Save the model in ``export_dtype``, score the held-out documents with what was saved, write README.md (the card).
 
@@ -91,7 +91,7 @@ def export(
 
 
 def _summary(
-    model: Any, data: Prepared, config: TrainConfig, out: Path, steps: int, seconds: float, training_loss: float | None
+    model: Any, data: Prepared, config: TrainConfig, out: Path, steps: int, seconds: float, training_loss: FinalLoss
 ) -> dict[str, Any]:
     """Scores of what was saved: the rounded weights, with float32 arithmetic."""
     vocabulary, measured = data.vocabulary, data.heldout is not None
@@ -105,7 +105,8 @@ def _summary(
         "steps": steps,
         "tokens": steps * config.batch_size * config.sequence_length,
         "seconds": round(seconds, 1),
-        "training_loss": None if training_loss is None else round(training_loss, 4),
+        "training_loss": None if training_loss.mean is None else round(training_loss.mean, 4),
+        "training_loss_steps": [training_loss.first, training_loss.last],
         "heldout_loss": round(total.nats_per_token, 4) if measured else None,
         f"heldout_bits_per_{vocabulary.unit}": round(total.bits_per_character, 4) if measured else None,
         "heldout_perplexity": round(total.perplexity, 3) if measured else None,

@@ -30,7 +30,8 @@ _EVENTS = "tensorboard/events.out.tfevents.*"
 # What a run writes, as patterns: where these lie in a folder that no run has marked, they are somebody else's.
 _WRITTEN = (
     *_DIARY, "checkpoints", "tensorboard", "adapter", "summary.json", "README.md", "config.json", "generation_config.json",
-    "model.safetensors*", "model-*-of-*.safetensors", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
+    "model.safetensors", "model.safetensors.index.json",
+    "model-*-of-*.safetensors", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 

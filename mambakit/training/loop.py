@@ -28,7 +28,7 @@ from mambakit.training.lora import merge_adapters, save_adapters
 from mambakit.training.model import make_model
 from mambakit.training.optimizer import make_optimizer, rates_to_device, schedule_factor, set_learning_rate
 from mambakit.training.prepare import Prepared, prepare
-from mambakit.training.report import announce, interrupted, remedy, say, say_end
+from mambakit.training.report import FinalLoss, announce, interrupted, remedy, say, say_end
 from mambakit.training.resumption import plain_config, require_same_contents, to_resume_from
 from mambakit.training.step import CapturedStep, Objective, TrainingStep
 from mambakit.training.telemetry import Telemetry, check_tensorboard, record_environment
@@ -183,10 +183,14 @@ class _Run:
         )  # fmt: skip
         self.saved = self.step
 
-    def final_loss(self) -> float | None:
-        """The last training loss on record: the mean of `log_every` steps, or of fewer at the run's end."""
+    def final_loss(self) -> FinalLoss:
+        """The last training loss on record, and the steps that it is the mean of."""
         history = self.telemetry.history if self.telemetry is not None else []
-        return next((r["loss"] for r in reversed(history) if r["loss"] is not None), None)
+        for number in range(len(history) - 1, -1, -1):
+            if history[number]["loss"] is not None:
+                first = history[number - 1]["step"] + 1 if number else 1
+                return FinalLoss(history[number]["loss"], first, history[number]["step"])
+        return FinalLoss(None, 0, 0)
 
     def progress(self) -> float:
         """How much of the run is over: by steps, or by time where there is a budget."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -11,6 +11,14 @@ from mambakit.training.config import TrainConfig
 from mambakit.training.distributed import Processes
 from mambakit.training.prepare import Prepared
 from mambakit.training.tokenizer import Vocabulary
+
+
+class FinalLoss(NamedTuple):
+    """The mean training loss (nats per token) of the last steps on record, first to last; None where nothing is on record."""
+
+    mean: float | None
+    first: int
+    last: int
 
 
 def say(console: Console, line: str) -> None:
@@ -54,8 +62,11 @@ def _quoted(text: str) -> str:
 def say_end(summary: dict[str, Any], config: TrainConfig, vocabulary: Vocabulary, console: Console) -> None:
     """The losses, where the model is, and how to write with it."""
     training, heldout = summary["training_loss"], summary["heldout_loss"]
-    known = "not on record" if training is None else f"{training:.4f} nats per token"
-    say(console, f"training loss: {known} (mean of the last steps on record, up to step {summary['steps']})")
+    first, last = summary["training_loss_steps"]
+    steps = f"step {last}" if first == last else f"mean of steps {first} to {last}"
+    say(
+        console, f"training loss: {'not on record' if training is None else f'{training:.4f} nats per token ({steps})'}"
+    )
     if heldout is None:
         how = "validation_fraction=0.05 holds a part out, heldout_files names other files"
         say(console, f"held-out loss: not measured; {how}")
