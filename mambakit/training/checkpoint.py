@@ -53,6 +53,15 @@ def remove_checkpoints(folder: Path, runs: Collection[str]) -> None:
             _remove(found.path)
 
 
+def keep_latest(folder: Path, run: str, keep: int) -> None:
+    """Remove the run's checkpoints but the latest ``keep`` that are whole."""
+    mine = [f for f in find_checkpoints(folder) if f.run == run]
+    kept = [f.path for f in mine if not f.problem][-keep:]
+    for old in mine:
+        if old.path not in kept:
+            _remove(old.path)
+
+
 def save_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: dict[str, Any], keep: int = 2,
     processes: Processes | None = None, run: str = "", config: dict[str, Any] | None = None,
@@ -92,11 +101,7 @@ def save_checkpoint(
         _write_mark(temporary, {**mark, "files": sizes})
         _make_way(target, run)
         os.replace(temporary, target)
-        mine = [f for f in find_checkpoints(folder) if f.run == run]
-        kept = [f.path for f in mine if not f.problem][-keep:]
-        for old in mine:
-            if old.path not in kept:
-                _remove(old.path)
+        keep_latest(folder, run, keep)
     if processes is not None:
         processes.barrier()
     return target

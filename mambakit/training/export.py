@@ -117,11 +117,13 @@ def _summary(
     }
 
 
-def _sample(model: Any, config: TrainConfig, out: Path, device: torch.device) -> str:
+def _sample(model: Any, config: TrainConfig, out: Path, device: torch.device) -> str | None:
     from transformers import AutoTokenizer
 
     fast = AutoTokenizer.from_pretrained(out)
     prompt = fast(config.sample_prompt, return_tensors="pt").input_ids.to(device)
+    if not prompt.numel():
+        return None
     sample = model.generate(prompt, max_new_tokens=160, do_sample=True, temperature=0.8, top_p=0.95, top_k=0, seed=0)
     return config.sample_prompt + fast.decode(sample[0, prompt.shape[1] :], skip_special_tokens=True)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mambakit.training.checkpoint import Found, checkpoints, find_checkpoints, remove_checkpoints
+from mambakit.training.checkpoint import Found, checkpoints, find_checkpoints, keep_latest, remove_checkpoints
 from mambakit.training.config import TrainConfig
 from mambakit.training.distributed import Processes
 from mambakit.training.resumption import differences, plain_config
@@ -97,6 +97,7 @@ class RunFolder:
             self._save()
         for unfinished in self.path.glob(f".writing-{self.run}-*"):
             shutil.rmtree(unfinished, ignore_errors=True)
+        keep_latest(self.checkpoints, self.run, self.config.keep_checkpoints)
         if self._unmarked:
             for unfinished in self.checkpoints.glob("step-*.tmp"):
                 shutil.rmtree(unfinished, ignore_errors=True)

@@ -156,7 +156,7 @@ class _Run:
 
     def _restore(self) -> None:
         latest, ignored = self.team.share(None if self.folder is None else self.folder.latest())
-        if not to_resume_from(latest, ignored, self.run, self.out, self.console):
+        if not to_resume_from(latest, ignored, self.run, self.config, self.console):
             return
         self.step, extra = load_checkpoint(latest, self.model, self.optimizer, self.team)
         require_same_contents(extra["contents"], self.contents, self.out)

@@ -48,7 +48,7 @@ def announce(
 
 def generate_command(config: TrainConfig, vocabulary: Vocabulary) -> str:
     """The command line that writes with the model of a run, quoted for a shell."""
-    prompt = "ACGTACGT" if vocabulary.kind == "nucleotides" else config.sample_prompt or "Once upon a time"
+    prompt = "ACGTACGT" if vocabulary.kind == "nucleotides" else config.sample_prompt.strip() or "Once upon a time"
     out = str(config.out)
     folder = shlex.quote(f"./{out}" if out.startswith("-") else out)
     return f"mambakit generate --model {folder} {'-- ' if prompt.startswith('-') else ''}{_quoted(prompt)}"

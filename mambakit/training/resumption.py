@@ -58,11 +58,13 @@ def require_same_contents(saved: dict[str, str], now: dict[str, str], out: Path)
             )
 
 
-def to_resume_from(latest: Path | None, ignored: Sequence[Found], run: str, out: Path, console: Console) -> bool:
+def to_resume_from(
+    latest: Path | None, ignored: Sequence[Found], run: str, config: TrainConfig, console: Console
+) -> bool:
     """Say what is passed over, and whether there is a checkpoint to go on from; without one the run starts from its beginning.
 
     Raises:
-        ValueError: the run has checkpoints and none of them is whole.
+        ValueError: the run has checkpoints and none of them is whole, or has none and a checkpoint's model is asked for.
     """
     for found in ignored:
         say(console, f"{found.path.name} is passed over: {found.problem}")
@@ -70,7 +72,11 @@ def to_resume_from(latest: Path | None, ignored: Sequence[Found], run: str, out:
         return True
     if any(found.run == run and found.path.suffix != ".tmp" for found in ignored):
         raise ValueError(
-            f"no checkpoint in {out / 'checkpoints'} is whole, so that the run cannot go on; overwrite=true starts it anew"
+            f"no checkpoint in {config.out}/checkpoints is whole, so that the run cannot go on; overwrite=true starts it anew"
+        )
+    if config.export_only:
+        raise ValueError(
+            f"export_only=true, but the run in {config.out} had not come to its first checkpoint; train it on"
         )
     say(console, "the run had not come to its first checkpoint: it starts from the beginning")
     return False

@@ -91,7 +91,7 @@ def test_the_command_is_what_the_shell_and_the_parser_read(tmp_path, prompt, tok
     parsed = cli._parser().parse_args(arguments[1:])
     assert arguments[0] == "mambakit"
     assert parsed.model == "./-o [x]"
-    text = " ".join(parsed.prompt) if isinstance(parsed.prompt, list) else parsed.prompt
+    text = " ".join(parsed.prompts)
     assert text == ("ACGTACGT" if tokenizer == "nucleotides" else prompt or "Once upon a time")
 
 
@@ -108,7 +108,9 @@ def test_a_short_run_whose_loss_is_no_number_says_so(tmp_path, steps, log_every,
         tmp_path, steps=steps, log_every=log_every, tokenizer=tokenizer, vocab_size=270, learning_rate=1e30, clip=1e30, warmup=0.0,
         checkpoint_every=0,
     )  # fmt: skip
-    with pytest.raises(FloatingPointError, match=rf"loss is (nan|inf) at step {steps} .*no model is written.*no checkpoint"):
+    with pytest.raises(
+        FloatingPointError, match=rf"loss is (nan|inf) at step {steps} .*no model is written.*no checkpoint"
+    ):
         train(config)
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
@@ -150,6 +152,15 @@ def test_a_last_update_that_was_skipped_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingStep, "run", once)
     said = lines(train(config_of(tmp_path, log_every=1)))
     assert said["training loss"].endswith("(step 4)"), "the last loss that is a number"
+
+
+def test_there_is_no_model_before_the_first_checkpoint(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(loop.RunInterrupted, match="stopped at step 1"):
+            train(config_of(tmp_path))
+    with pytest.raises(ValueError, match="had not come to its first checkpoint; train it on"):
+        train(config_of(tmp_path, resume=True, export_only=True))
 
 
 def test_nothing_left_to_do(tmp_path):
@@ -208,11 +219,13 @@ def test_ctrl_c(tmp_path):
 
     process = start(config_of(tmp_path, steps=10**6, log_every=10**5), tmp_path)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("run/checkpoints/*/state.pt")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("run/checkpoints/step-????????/state.pt")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130
-    assert "continuing from step" in train(config_of(tmp_path, steps=10**6, log_every=10**5, resume=True, export_only=True))
+    assert "continuing from step" in train(
+        config_of(tmp_path, steps=10**6, log_every=10**5, resume=True, export_only=True)
+    )
 
 
 # -- held out --------------------------------------------------------------------------------------------------------------
