@@ -43,6 +43,7 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
         past_key_values: MambaCache | None = None,
         output_attentions: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        cache: MambaCache | None = None,
     ) -> MambaSequenceClassifierOutput | tuple:
         """Class scores (b, labels) from the last token that ``attention_mask`` keeps.
 
@@ -65,6 +66,7 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
             return_dict=True,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
+            cache=cache,
             output_attentions=output_attentions,
         )
         hidden = output.last_hidden_state
@@ -80,7 +82,7 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
         logits = self.score(pooled)
         loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
         result = MambaSequenceClassifierOutput(
-            loss=loss, logits=logits, cache_params=output.cache_params, hidden_states=output.hidden_states
+            loss=loss, logits=logits, cache=output.cache, hidden_states=output.hidden_states
         )
         return result if return_dict else result.to_tuple()
 

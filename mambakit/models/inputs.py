@@ -13,7 +13,17 @@ from mambakit.modules.packing import Packing, document_starts
 IGNORE = -100
 
 
-def require_mamba_cache(cache: Any) -> MambaCache | None:
+def one_cache(**given: Any) -> MambaCache | None:
+    """The state among the names of one argument.
+
+    Raises:
+        ValueError: two names with two states.
+        TypeError: something that is no `MambaCache`.
+    """
+    caches = {name: cache for name, cache in given.items() if cache is not None}
+    cache = next(iter(caches.values()), None)
+    if any(other is not cache for other in caches.values()):
+        raise ValueError(f"{' and '.join(caches)} are two names of one argument; give one")
     if cache is not None and not isinstance(cache, MambaCache):
         raise TypeError(f"the cache is a {type(cache).__name__}; a Mamba model continues from a mambakit.MambaCache")
     return cache

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mambakit.models.configuration import MambaConfig
 from mambakit.models.generate import GenerativeMambaModel
-from mambakit.models.inputs import packing_of, require_mamba_cache, shifted_labels
+from mambakit.models.inputs import one_cache, packing_of, shifted_labels
 from mambakit.models.outputs import MambaCausalLMOutput, MambaOutput
 from mambakit.models.pretrained import MambaPreTrainedModel
 from mambakit.modules import MambaBlock, MambaCache, RMSNorm
@@ -48,13 +48,14 @@ class MambaModel(MambaPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         past_key_values: MambaCache | None = None,
         output_attentions: bool | None = None,
+        cache: MambaCache | None = None,
     ) -> MambaOutput | tuple:
         """Run the model over new tokens.
 
         Args:
             input_ids: (b, l) int64; or ``inputs_embeds`` (b, l, h) in its place.
             cache_params: the state before the first of these tokens, any number of them; it is brought up to date.
-                ``past_key_values`` is another name of it.
+                ``cache`` and ``past_key_values`` are other names of it.
             use_cache: make and return a state when none is given; the configuration's value, off while training.
             output_hidden_states: return the residual stream after each layer.
             return_dict: False for a tuple.
@@ -72,9 +73,7 @@ class MambaModel(MambaPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if output_attentions:
             raise ValueError("output_attentions=True: a Mamba model has no attentions; ask for output_hidden_states")
-        if cache_params is not None and past_key_values is not None and cache_params is not past_key_values:
-            raise ValueError("cache_params and past_key_values are two names of one argument; give one")
-        cache = require_mamba_cache(cache_params if cache_params is not None else past_key_values)
+        cache = one_cache(cache=cache, cache_params=cache_params, past_key_values=past_key_values)
         config = self.config
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return_dict = config.return_dict if return_dict is None else return_dict
@@ -109,7 +108,7 @@ class MambaModel(MambaPreTrainedModel):
         hidden_states = None
         if output_hidden_states:
             hidden_states = (*(unpack(t) for t in [*streams[1:], residual][: len(streams)]), x)
-        output = MambaOutput(last_hidden_state=x, cache_params=cache, hidden_states=hidden_states)
+        output = MambaOutput(last_hidden_state=x, cache=cache, hidden_states=hidden_states)
         return output if return_dict else output.to_tuple()
 
 
@@ -146,6 +145,7 @@ class MambaForCausalLM(GenerativeMambaModel):
         past_key_values: MambaCache | None = None,
         output_attentions: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        cache: MambaCache | None = None,
     ) -> MambaCausalLMOutput | tuple:
         """Next-token logits, and the loss when ``labels`` are given. Arguments not listed are `MambaModel.forward`'s.
 
@@ -159,23 +159,23 @@ class MambaForCausalLM(GenerativeMambaModel):
             `MambaCausalLMOutput` with ``logits`` (b, l, v) in float32.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        others = (attention_mask, inputs_embeds, labels, position_ids, cu_seqlens, past_key_values)
+        cache = one_cache(cache=cache, cache_params=cache_params, past_key_values=past_key_values)
+        others = (attention_mask, inputs_embeds, labels, position_ids, cu_seqlens)
         if all(t is None for t in others) and not (output_hidden_states or output_attentions):
-            logits = self.next_logits(input_ids, cache_params)
+            logits = self.next_logits(input_ids, cache)
             if logits is not None:
-                result = MambaCausalLMOutput(logits=logits[:, None], cache_params=cache_params)
+                result = MambaCausalLMOutput(logits=logits[:, None], cache=cache)
                 return result if return_dict else result.to_tuple()
         output = self.backbone(
             input_ids,
             inputs_embeds=inputs_embeds,
-            cache_params=cache_params,
+            cache_params=cache,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cu_seqlens=cu_seqlens,
-            past_key_values=past_key_values,
             output_attentions=output_attentions,
         )
         hidden = output.last_hidden_state
@@ -198,7 +198,5 @@ class MambaForCausalLM(GenerativeMambaModel):
             )
             if num_items_in_batch is not None:
                 loss = loss / num_items_in_batch
-        result = MambaCausalLMOutput(
-            loss=loss, logits=logits, cache_params=output.cache_params, hidden_states=output.hidden_states
-        )
+        result = MambaCausalLMOutput(loss=loss, logits=logits, cache=output.cache, hidden_states=output.hidden_states)
         return result if return_dict else result.to_tuple()

@@ -43,7 +43,7 @@ def context_parallel(model: nn.Module, group: dist.ProcessGroup) -> None:
 
 
 def _refuse(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    for name in ("attention_mask", "position_ids", "cache_params", "past_key_values"):
+    for name in ("attention_mask", "position_ids", "cache_params", "past_key_values", "cache"):
         if kwargs.get(name) is not None:
             raise ValueError(f"a context-parallel model takes no {name}; pack documents and give cu_seqlens instead")
     if kwargs.get("use_cache"):
