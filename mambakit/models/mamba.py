@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.models.configuration import MambaConfig
+from mambakit.models.documents import Marks
 from mambakit.models.generate import GenerativeMambaModel
 from mambakit.models.inputs import one_cache, packing_of, shifted_labels
 from mambakit.models.outputs import MambaCausalLMOutput, MambaOutput
@@ -49,6 +50,11 @@ class MambaModel(MambaPreTrainedModel):
         past_key_values: MambaCache | None = None,
         output_attentions: bool | None = None,
         cache: MambaCache | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> MambaOutput | tuple:
         """Run the model over new tokens.
 
@@ -64,6 +70,8 @@ class MambaModel(MambaPreTrainedModel):
             position_ids: (b, l). Positions that restart begin a new document: no state passes into it.
             cu_seqlens: (s + 1,) int32; ``input_ids`` is one row of s packed sequences. With a cache, sequence i
                 continues row i.
+            seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: documents as collators mark them for other
+                layers; all that is given must mark the same (`mambakit.models.documents`).
             output_attentions: must be false; there are no attentions.
 
         Returns:
@@ -82,9 +90,10 @@ class MambaModel(MambaPreTrainedModel):
             use_cache = config.use_cache and not self.training
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         b, length = x.shape[:2]
-        packing = packing_of((b, length), x.device, attention_mask, position_ids, cu_seqlens, cache)
+        marks = Marks(position_ids, cu_seqlens, seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        packing = packing_of((b, length), x.device, attention_mask, marks, cache)
         if cache is None and use_cache and not checkpointing:
-            cache = self.new_cache(b if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+            cache = self.new_cache(b if cu_seqlens is None else len(cu_seqlens) - 1)
         if cache is not None and checkpointing:
             raise ValueError("gradient checkpointing runs layers twice and would move the state twice; drop the cache")
 
@@ -146,6 +155,11 @@ class MambaForCausalLM(GenerativeMambaModel):
         output_attentions: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         cache: MambaCache | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> MambaCausalLMOutput | tuple:
         """Next-token logits, and the loss when ``labels`` are given. Arguments not listed are `MambaModel.forward`'s.
 
@@ -160,8 +174,9 @@ class MambaForCausalLM(GenerativeMambaModel):
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         cache = one_cache(cache=cache, cache_params=cache_params, past_key_values=past_key_values)
-        others = (attention_mask, inputs_embeds, labels, position_ids, cu_seqlens)
-        if all(t is None for t in others) and not (output_hidden_states or output_attentions):
+        marks = Marks(position_ids, cu_seqlens, seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        others = (attention_mask, inputs_embeds, labels)
+        if all(t is None for t in others) and not (marks.given or output_hidden_states or output_attentions):
             logits = self.next_logits(input_ids, cache)
             if logits is not None:
                 result = MambaCausalLMOutput(logits=logits[:, None], cache=cache)
@@ -174,9 +189,8 @@ class MambaForCausalLM(GenerativeMambaModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
             attention_mask=attention_mask,
-            position_ids=position_ids,
-            cu_seqlens=cu_seqlens,
             output_attentions=output_attentions,
+            **marks.given,
         )
         hidden = output.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
@@ -192,7 +206,7 @@ class MambaForCausalLM(GenerativeMambaModel):
                     f"labels cover {labels.shape[1]} positions but logits_to_keep left {logits.shape[1]}; "
                     "leave logits_to_keep at 0 when training"
                 )
-            targets = shifted_labels(labels, attention_mask, position_ids, cu_seqlens)
+            targets = shifted_labels(labels, attention_mask, marks)
             loss = nn.functional.cross_entropy(
                 logits.flatten(0, 1), targets.flatten(), reduction="mean" if num_items_in_batch is None else "sum"
             )
