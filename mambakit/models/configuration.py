@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import transformers
@@ -12,11 +14,13 @@ from mambakit.models.initialization import UNSET_RANGE, uses_mamba_ssm_recipe
 class MambaConfig(transformers.MambaConfig):
     """Configuration of a Mamba model. Every field is transformers' `MambaConfig`'s, with its default and meaning.
 
-    Two notes on meaning:
+    Three notes on meaning:
 
     - ``initializer_range``: when it is given (by the caller or by a loaded file), a new model's linear layers and
       embeddings are drawn from N(0, initializer_range), as in transformers. When it is not, a new model starts as
       mamba_ssm's does, whose first loss is near ln(vocab_size); see `mambakit.models.initialization`.
+    - ``rescale_prenorm_residual``: of new weights alone, like ``time_step_min`` and the others that start them. A model is saved with
+      false, so a configuration read from a checkpoint starts a new model without it unless it is set again.
     - ``use_mambapy`` and ``use_associative_scan`` choose between transformers' slow paths. mambakit has one forward;
       the fields are read and kept, and change nothing.
     """
@@ -48,6 +52,21 @@ class FalconMambaConfig(transformers.FalconMambaConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         return _without_unset_range(super().to_diff_dict())
+
+
+@contextmanager
+def for_weights_that_exist(config: Any) -> Iterator[None]:
+    """Within it ``config`` is what a checkpoint's config.json is to say: every reader leaves the weights as they are stored.
+
+    Of the fields that start weights, transformers (5.17 to 5.24) applies one to weights that it has loaded: where
+    ``rescale_prenorm_residual`` is true, out_proj is divided by sqrt(layers) each time.
+    """
+    given = config.rescale_prenorm_residual
+    config.rescale_prenorm_residual = False
+    try:
+        yield
+    finally:
+        config.rescale_prenorm_residual = given
 
 
 def _check(config: MambaConfig | FalconMambaConfig) -> None:

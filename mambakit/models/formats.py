@@ -83,7 +83,6 @@ def from_original_fields(fields: dict[str, Any], path: Path) -> dict[str, Any]:
         "vocab_size": -(-fields.get("vocab_size", 50277) // multiple) * multiple,
         "residual_in_fp32": fields.get("residual_in_fp32", True),
         "tie_word_embeddings": fields.get("tie_embeddings", True),
-        "rescale_prenorm_residual": True,
     }
     for key, value in ssm.items():
         if key in _SSM:

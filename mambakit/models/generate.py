@@ -17,7 +17,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from mambakit.models.choosing import WITHOUT_WAITING, Choosing
 from mambakit.models.graph_step import graphs_serve
-from mambakit.models.inputs import require_mamba_cache
+from mambakit.models.inputs import one_cache
+from mambakit.models.outputs import CACHE_NAMES
 from mambakit.models.pretrained import MambaPreTrainedModel
 from mambakit.models.prompt import read_prompt, reads_in_pieces
 from mambakit.models.token_loop import GeneratingSteps, write_tokens
@@ -25,6 +26,12 @@ from mambakit.modules import MambaCache
 
 # Tokens of all rows that a prefill reads at once: enough to keep the device busy, and a bound on its memory.
 _TOKENS_AT_ONCE = {"cuda": 2**14, "cpu": 2**10}
+# What this release of transformers calls the state: in its token loops' arguments, and in what generate() returns.
+_ARGUMENT, _RESULT = (
+    ("cache", "cache")
+    if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__
+    else ("cache_params", "past_key_values")
+)
 # Of the `generate` call under way in this thread of work.
 _steps: ContextVar[GeneratingSteps | None] = ContextVar("steps", default=None)
 
@@ -42,7 +49,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         Args:
             inputs: (b, l) prompt ids, padded on either side as ``attention_mask`` says; each row continues after its
                 last real token.
-            cache_params: a `MambaCache` to continue from (``past_key_values`` is another name). ``inputs`` are then the
+            cache_params: a `MambaCache` to continue from (``cache`` and ``past_key_values`` are other names). ``inputs`` are then the
                 tokens after it; or everything from the first token on, where the cache came from `generate` and the
                 attention mask is no longer than ``inputs``. It is brought up to date in place, unless rows are
                 multiplied (beams, several return sequences).
@@ -56,7 +63,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
                 torch.manual_seed(seed)
                 return self.generate(inputs, generation_config, *args, **kwargs)
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        cache = require_mamba_cache(_one_of(kwargs, "cache_params", "past_key_values"))
+        cache = one_cache(**{name: kwargs.pop(name, None) for name in CACHE_NAMES})
         mask = kwargs.pop("attention_mask", None)
         chunk = kwargs.pop("prefill_chunk_size", None)
         chunk = getattr(generation_config, "prefill_chunk_size", None) if chunk is None else chunk
@@ -68,8 +75,9 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
             if mask is not None:
                 _require_left_padding(mask)
             if cache is not None:
-                kwargs["cache_params"] = cache
-            return super().generate(inputs, generation_config, *args, attention_mask=mask, **kwargs)
+                kwargs[_ARGUMENT] = cache
+            result = super().generate(inputs, generation_config, *args, attention_mask=mask, **kwargs)
+            return result if isinstance(result, Tensor) else _with_each_name(result)
 
         given = input_ids
         cached = 0 if cache is None else _cached_columns(cache, input_ids, mask)
@@ -112,7 +120,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
                     cache = cache.clone()
                     cache.batch_repeat_interleave(copies)
                 steps.own_cache = None if cache is given_cache else cache
-                kwargs["cache_params"] = cache
+                kwargs[_ARGUMENT] = cache
                 kwargs["cached_columns"] = cached
             result = super().generate(input_ids, generation_config, *args, attention_mask=mask, **kwargs)
         finally:
@@ -123,9 +131,11 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         if given is not input_ids:
             repeats = sequences.shape[0] // given.shape[0]
             sequences[:, : given.shape[1]] = given.repeat_interleave(repeats, 0)  # the prompt as it was given
-        if not isinstance(result, Tensor) and (final := getattr(result, "past_key_values", None)) is not None:
+        if isinstance(result, Tensor):
+            return result
+        if (final := getattr(result, _RESULT)) is not None:
             final.remember_tail(sequences)
-        return result
+        return _with_each_name(result)
 
     def next_logits(self, input_ids: Tensor | None, cache: MambaCache | None) -> Tensor | None:
         """(b, v) logits of one more token per row by the fast step of the `generate` under way; None where there is none."""
@@ -161,7 +171,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         output = self(
             **self.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs), return_dict=True
         )
-        cache, logits = output.cache_params, output.logits[:, -1]
+        cache, logits = output.cache, output.logits[:, -1]
         ends = [c.eos_token_id.to(self.device) for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
         most = min(c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)) - input_ids.shape[1]
         choose = Choosing(
@@ -170,14 +180,14 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
             ends=torch.cat(ends) if ends else None,
             padding=int(generation_config._pad_token_tensor) if ends else 0,
         )
-        given, steps = kwargs.get("cache_params"), _steps.get()
+        given, steps = kwargs.get(_ARGUMENT), _steps.get()
         own = given is None or (steps is not None and steps.own_cache is given)
         kept = bool(generation_config.return_dict_in_generate) or not own
         tokens = write_tokens(self, cache, input_ids, logits, most, choose, kept)
         sequences = torch.cat([input_ids, tokens], 1)
         if not generation_config.return_dict_in_generate:
             return sequences
-        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+        return GenerateDecoderOnlyOutput(sequences=sequences, **{_RESULT: cache})
 
     def _prefill_in_chunks(
         self, ids: Tensor, mask: Tensor | None, cache: MambaCache, cached: int, chunk: int, last_too: bool
@@ -197,6 +207,14 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
                 logits = self(ids[:, start:stop], logits_to_keep=1, return_dict=True, **read).logits[:, -1]
         return ids.shape[1] - 1, logits
 
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> dict[str, Any]:
+        """transformers' hook: the state goes on under the one name that this release's loops look for."""
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        cache = one_cache(**{name: model_kwargs.pop(name, None) for name in CACHE_NAMES})
+        return model_kwargs if cache is None else {**model_kwargs, _ARGUMENT: cache}
+
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """transformers' hook: nothing to prepare, the first forward makes a `MambaCache` of the right size."""
 
@@ -210,9 +228,12 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         cached_columns: int = 0,
         is_first_iteration: bool | None = False,
         next_sequence_length: int | None = None,
+        cache: MambaCache | None = None,
+        past_key_values: MambaCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The inputs of one step: the prompt's columns that are not in the cache at first, then the last token."""
+        cache_params = one_cache(cache=cache, cache_params=cache_params, past_key_values=past_key_values)
         step: dict[str, Any] = {"use_cache": use_cache, "cache_params": cache_params}
         steps = _steps.get()
         steps = steps if is_first_iteration and steps is not None and steps.model is self else None
@@ -236,11 +257,12 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         return step
 
 
-def _one_of(kwargs: dict[str, Any], *names: str) -> Any:
-    given = [kwargs.pop(name) for name in names if kwargs.get(name) is not None]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(names)} are two names of one argument; give one")
-    return given[0] if given else None
+def _with_each_name(result: Any) -> Any:
+    """transformers' result, whose final state answers to every name that it has had."""
+    for name in CACHE_NAMES:
+        if name != _RESULT and not hasattr(type(result), name):
+            object.__setattr__(result, name, getattr(result, _RESULT))
+    return result
 
 
 def _setting(kwargs: dict[str, Any], settings: Any, name: str, default: Any) -> Any:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.models.configuration import MambaConfig
+from mambakit.models.documents import Marks
 from mambakit.models.generate import GenerativeMambaModel
-from mambakit.models.inputs import packing_of, require_mamba_cache, shifted_labels
+from mambakit.models.inputs import one_cache, packing_of, shifted_labels
 from mambakit.models.outputs import MambaCausalLMOutput, MambaOutput
 from mambakit.models.pretrained import MambaPreTrainedModel
 from mambakit.modules import MambaBlock, MambaCache, RMSNorm
@@ -48,13 +49,19 @@ class MambaModel(MambaPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         past_key_values: MambaCache | None = None,
         output_attentions: bool | None = None,
+        cache: MambaCache | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> MambaOutput | tuple:
         """Run the model over new tokens.
 
         Args:
             input_ids: (b, l) int64; or ``inputs_embeds`` (b, l, h) in its place.
             cache_params: the state before the first of these tokens, any number of them; it is brought up to date.
-                ``past_key_values`` is another name of it.
+                ``cache`` and ``past_key_values`` are other names of it.
             use_cache: make and return a state when none is given; the configuration's value, off while training.
             output_hidden_states: return the residual stream after each layer.
             return_dict: False for a tuple.
@@ -63,6 +70,8 @@ class MambaModel(MambaPreTrainedModel):
             position_ids: (b, l). Positions that restart begin a new document: no state passes into it.
             cu_seqlens: (s + 1,) int32; ``input_ids`` is one row of s packed sequences. With a cache, sequence i
                 continues row i.
+            seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: documents as collators mark them for other
+                layers; all that is given must mark the same (`mambakit.models.documents`).
             output_attentions: must be false; there are no attentions.
 
         Returns:
@@ -72,9 +81,7 @@ class MambaModel(MambaPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if output_attentions:
             raise ValueError("output_attentions=True: a Mamba model has no attentions; ask for output_hidden_states")
-        if cache_params is not None and past_key_values is not None and cache_params is not past_key_values:
-            raise ValueError("cache_params and past_key_values are two names of one argument; give one")
-        cache = require_mamba_cache(cache_params if cache_params is not None else past_key_values)
+        cache = one_cache(cache=cache, cache_params=cache_params, past_key_values=past_key_values)
         config = self.config
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return_dict = config.return_dict if return_dict is None else return_dict
@@ -83,9 +90,10 @@ class MambaModel(MambaPreTrainedModel):
             use_cache = config.use_cache and not self.training
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         b, length = x.shape[:2]
-        packing = packing_of((b, length), x.device, attention_mask, position_ids, cu_seqlens, cache)
+        marks = Marks(position_ids, cu_seqlens, seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        packing = packing_of((b, length), x.device, attention_mask, marks, cache)
         if cache is None and use_cache and not checkpointing:
-            cache = self.new_cache(b if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+            cache = self.new_cache(b if cu_seqlens is None else len(cu_seqlens) - 1)
         if cache is not None and checkpointing:
             raise ValueError("gradient checkpointing runs layers twice and would move the state twice; drop the cache")
 
@@ -109,7 +117,7 @@ class MambaModel(MambaPreTrainedModel):
         hidden_states = None
         if output_hidden_states:
             hidden_states = (*(unpack(t) for t in [*streams[1:], residual][: len(streams)]), x)
-        output = MambaOutput(last_hidden_state=x, cache_params=cache, hidden_states=hidden_states)
+        output = MambaOutput(last_hidden_state=x, cache=cache, hidden_states=hidden_states)
         return output if return_dict else output.to_tuple()
 
 
@@ -146,6 +154,12 @@ class MambaForCausalLM(GenerativeMambaModel):
         past_key_values: MambaCache | None = None,
         output_attentions: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        cache: MambaCache | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> MambaCausalLMOutput | tuple:
         """Next-token logits, and the loss when ``labels`` are given. Arguments not listed are `MambaModel.forward`'s.
 
@@ -159,24 +173,24 @@ class MambaForCausalLM(GenerativeMambaModel):
             `MambaCausalLMOutput` with ``logits`` (b, l, v) in float32.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        others = (attention_mask, inputs_embeds, labels, position_ids, cu_seqlens, past_key_values)
-        if all(t is None for t in others) and not (output_hidden_states or output_attentions):
-            logits = self.next_logits(input_ids, cache_params)
+        cache = one_cache(cache=cache, cache_params=cache_params, past_key_values=past_key_values)
+        marks = Marks(position_ids, cu_seqlens, seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        others = (attention_mask, inputs_embeds, labels)
+        if all(t is None for t in others) and not (marks.given or output_hidden_states or output_attentions):
+            logits = self.next_logits(input_ids, cache)
             if logits is not None:
-                result = MambaCausalLMOutput(logits=logits[:, None], cache_params=cache_params)
+                result = MambaCausalLMOutput(logits=logits[:, None], cache=cache)
                 return result if return_dict else result.to_tuple()
         output = self.backbone(
             input_ids,
             inputs_embeds=inputs_embeds,
-            cache_params=cache_params,
+            cache_params=cache,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
             attention_mask=attention_mask,
-            position_ids=position_ids,
-            cu_seqlens=cu_seqlens,
-            past_key_values=past_key_values,
             output_attentions=output_attentions,
+            **marks.given,
         )
         hidden = output.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
@@ -192,13 +206,11 @@ class MambaForCausalLM(GenerativeMambaModel):
                     f"labels cover {labels.shape[1]} positions but logits_to_keep left {logits.shape[1]}; "
                     "leave logits_to_keep at 0 when training"
                 )
-            targets = shifted_labels(labels, attention_mask, position_ids, cu_seqlens)
+            targets = shifted_labels(labels, attention_mask, marks)
             loss = nn.functional.cross_entropy(
                 logits.flatten(0, 1), targets.flatten(), reduction="mean" if num_items_in_batch is None else "sum"
             )
             if num_items_in_batch is not None:
                 loss = loss / num_items_in_batch
-        result = MambaCausalLMOutput(
-            loss=loss, logits=logits, cache_params=output.cache_params, hidden_states=output.hidden_states
-        )
+        result = MambaCausalLMOutput(loss=loss, logits=logits, cache=output.cache, hidden_states=output.hidden_states)
         return result if return_dict else result.to_tuple()

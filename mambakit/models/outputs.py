@@ -1,45 +1,102 @@
-"""What the models return: transformers' ModelOutput, so that fields, keys and tuples all work."""
+"""What the models return: transformers' ModelOutput, so that fields, keys and tuples all work.
+
+The state has three names there: ``cache`` since transformers 5.24, ``cache_params`` before it, and ``past_key_values``, which code
+for Transformers says. The field is ``cache``, and each name means it: as an attribute, a key, in ``in``, `get` and the constructor.
+"""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers.utils import ModelOutput
 
 from mambakit.modules import MambaCache
 
+CACHE_NAMES = ("cache", "cache_params", "past_key_values")
+_Output = TypeVar("_Output", bound=type)
 
+
+def _name(key: Any) -> Any:
+    return "cache" if isinstance(key, str) and key in CACHE_NAMES else key
+
+
+def _takes_each_name(cls: _Output) -> _Output:
+    """Let the constructor of a dataclass take the field ``cache`` under its other names."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: N807, the method itself
+        init(self, *args, **{_name(key): value for key, value in kwargs.items()})
+
+    cls.__init__ = __init__
+    return cls
+
+
+class _WithCache(ModelOutput):
+    """The names of ``cache``. Abstract."""
+
+    cache: MambaCache | None
+
+    @property
+    def cache_params(self) -> MambaCache | None:  # type: ignore[override]
+        return self.cache
+
+    @property
+    def past_key_values(self) -> MambaCache | None:  # type: ignore[override]
+        return self.cache
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(_name(key))
+
+    def __contains__(self, key: Any) -> bool:
+        return super().__contains__(_name(key))
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return super().get(_name(key), default)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(_name(key), value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(_name(name), value)
+
+
+@_takes_each_name
 @dataclass
-class MambaOutput(ModelOutput):
+class MambaOutput(_WithCache):
     """Output of `MambaModel`.
 
     Attributes:
         last_hidden_state: (b, l, h), after the final norm.
-        cache_params: the state after the last token.
+        cache: the state after the last token; also ``cache_params`` and ``past_key_values``.
         hidden_states: layers + 1 tensors (b, l, h): the residual stream after each layer, then ``last_hidden_state``.
     """
 
     last_hidden_state: Tensor | None = None
-    cache_params: MambaCache | None = None
+    cache: MambaCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
+@_takes_each_name
 @dataclass
-class MambaCausalLMOutput(ModelOutput):
+class MambaCausalLMOutput(_WithCache):
     """Output of `MambaForCausalLM`: ``loss`` (), ``logits`` (b, l, v) float32, and the fields of `MambaOutput`."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    cache_params: MambaCache | None = None
+    cache: MambaCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
+@_takes_each_name
 @dataclass
-class MambaSequenceClassifierOutput(ModelOutput):
+class MambaSequenceClassifierOutput(_WithCache):
     """Output of `MambaForSequenceClassification`: ``loss`` (), ``logits`` (b, labels), and the fields of `MambaOutput`."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    cache_params: MambaCache | None = None
+    cache: MambaCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mambakit.models.checkpoints import load_pretrained, save_original
-from mambakit.models.configuration import FalconMambaConfig, MambaConfig
+from mambakit.models.configuration import FalconMambaConfig, MambaConfig, for_weights_that_exist
 from mambakit.models.initialization import initialize
 from mambakit.models.packed_checkpoints import stored_tensors
 from mambakit.models.quantization import dequantize, quantize
@@ -66,8 +66,13 @@ class MambaPreTrainedModel(PreTrainedModel):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Save in transformers' format, with its arguments; a model with packed weights in mambakit's own."""
-        super().save_pretrained(save_directory, is_main_process, stored_tensors(self, state_dict), *args, **kwargs)
+        """Save in transformers' format, with its arguments; a model with packed weights in mambakit's own.
+
+        config.json says ``rescale_prenorm_residual: false`` whatever the configuration says: the field is of weights that are
+        yet to be drawn, and transformers applies it to those that it has just read.
+        """
+        with for_weights_that_exist(self.config):
+            super().save_pretrained(save_directory, is_main_process, stored_tensors(self, state_dict), *args, **kwargs)
 
     def save_original(self, folder: str | os.PathLike) -> None:
         """Save in the original state-spaces format; `save_pretrained` saves in transformers'. Packed weights: `dequantize` first."""

@@ -253,8 +253,6 @@ def test_wrong_caches_are_refused(model):
 
 def test_wrong_arguments_are_refused(model):
     ids = tokens(1, 4)
-    with pytest.raises(TypeError, match="seq_idx"):
-        model(ids, seq_idx=torch.zeros(1, 4))
     with pytest.raises(TypeError, match="attention_maks"):
         model(ids, attention_maks=torch.ones(1, 4))
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):

@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mambakit import ops
+from mambakit.models.documents import Marks
 from mambakit.models.mamba import MambaModel
+from mambakit.models.outputs import CACHE_NAMES
 from mambakit.modules import MambaMixer
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
 from mambakit.training.distributed.segment import scan_in_parts
@@ -43,8 +45,8 @@ def context_parallel(model: nn.Module, group: dist.ProcessGroup) -> None:
 
 
 def _refuse(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    for name in ("attention_mask", "position_ids", "cache_params", "past_key_values"):
-        if kwargs.get(name) is not None:
+    for name in ("attention_mask", *CACHE_NAMES, *Marks._fields):
+        if name != "cu_seqlens" and kwargs.get(name) is not None:
             raise ValueError(f"a context-parallel model takes no {name}; pack documents and give cu_seqlens instead")
     if kwargs.get("use_cache"):
         raise ValueError("a context-parallel model keeps no cache: its state is spread over processes; use_cache=False")
