@@ -80,7 +80,7 @@ def observed() -> bool:
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
-class NotPlainMemory(TypeError):
+class PlainMemoryError(TypeError):
     """A tensor whose address a kernel cannot take."""
 
 
@@ -91,7 +91,7 @@ def address(tensor: Tensor, dtypes: tuple[torch.dtype, ...], count: int, device:
         device: -1 for the CPU, else the GPU's index.
 
     Raises:
-        NotPlainMemory: any other tensor.
+        PlainMemoryError: any other tensor.
     """
     try:
         if (
@@ -107,7 +107,7 @@ def address(tensor: Tensor, dtypes: tuple[torch.dtype, ...], count: int, device:
                 return place
     except RuntimeError:  # what torch answers where there is no memory: sparse, mkldnn, functorch's
         pass
-    raise NotPlainMemory(_refusal(tensor, dtypes, f"{count} contiguous elements", device))
+    raise PlainMemoryError(_refusal(tensor, dtypes, f"{count} contiguous elements", device))
 
 
 def address_of_rows(tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], device: int = -1) -> int:
@@ -126,7 +126,7 @@ def address_of_rows(tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tupl
                 return place
     except RuntimeError:
         pass
-    raise NotPlainMemory(_refusal(tensor, dtypes, f"shape {tuple(shape)} with adjacent channels", device))
+    raise PlainMemoryError(_refusal(tensor, dtypes, f"shape {tuple(shape)} with adjacent channels", device))
 
 
 def _refusal(tensor: Tensor, dtypes: tuple[torch.dtype, ...], layout: str, device: int) -> str:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambakit.ops._memory import NotPlainMemory, observed, transformed, zeros
+from mambakit.ops._memory import PlainMemoryError, observed, transformed, zeros
 from mambakit.ops.linear import lossless, reference
 
 FORMATS = ("float32", "bfloat16", "int8", "int4", "lossless32", "lossless16")
@@ -192,6 +192,6 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
         if rows <= MOST_ROWS and not in_training:
             return matvec.linear(x, weight, bias)
         widened = matvec.widen(weight)
-    except NotPlainMemory:
+    except PlainMemoryError:
         return reference.linear(x, weight, bias)
     return reference.linear(x, weight, bias, widened)
