@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mambakit.generation.stream import Sampling, drawn
 from mambakit.models.graph_step import GraphStep, graphs_serve
-from mambakit.models.step import token_step
+from mambakit.models.step import forward_step, token_step
 from mambakit.modules import MambaCache
+from mambakit.modules.interception import Watch, modules_of
 
 # Places that prompt lookup compares, from the latest back.
 _CANDIDATES = 64
@@ -106,7 +107,7 @@ class DraftModel:
             if self._graph is None or not self._graph.current:
                 self._graph = GraphStep(self.model, 1)
             self._graph.load(self._cache)
-            self._cache = self._graph.cache
+            self._cache, self._watch = self._graph.cache, Watch(modules_of(self.model))
         else:
             self._graph, self._step = None, token_step(self.model, self._cache)
         self._read: list[int] = ids[:-1].tolist()
@@ -122,7 +123,7 @@ class DraftModel:
         self._keep()
         for token in text[known:-1]:
             self._advance(token)
-        if self._graph is not None and self._greedy:
+        if self._graph is not None and self._greedy and self._watch.holds():
             return Draft(self._guesses(self._graph, text[-1], most))
         tokens: list[int] = []
         rows: list[Tensor] = []
@@ -137,8 +138,11 @@ class DraftModel:
         return Draft(tokens, torch.cat(rows) if rows else None)
 
     def _advance(self, token: int) -> Tensor:
+        ids = torch.tensor([token], dtype=torch.int64, device=self.model.device)
         if self._graph is None:
-            logits = self._step(torch.tensor([token], device=self.model.device))
+            logits = self._step(ids)
+        elif not self._watch.holds():  # somebody has put a hook or a forward on a module since
+            logits = forward_step(self.model, self._cache)(ids)
         else:
             self._graph.tokens.fill_(token)
             logits = self._graph()

@@ -18,6 +18,7 @@ from mambakit.generation.constrain import ConstrainedSampling
 from mambakit.generation.drafters import Draft, Drafter, DraftModel, PromptLookup
 from mambakit.generation.stream import Sampling, StoppingDecoder, Stream, _end_tokens, drawn, likeliest, token_number
 from mambakit.generation.verify import verifier
+from mambakit.modules.interception import Watch, modules_of
 from mambakit.ops.linear.api import MOST_ROWS
 
 
@@ -76,7 +77,7 @@ class SpeculativeStream(Stream):
         text: list[int] = known.tolist()  # all tokens so far
         assembly = _Assembly(self.tokenizer, self.stop, _end_tokens(model))
         logits = self._read(ids[None])
-        verify = verifier(model, cache, 1 + self.draft_tokens)
+        verify, watch = verifier(model, cache, 1 + self.draft_tokens), Watch(modules_of(model))
         draft = Draft([])
         reading = False  # whether the text's last token and the draft are on trial in the verifier
         while len(self.tokens) < self.max_new_tokens:
@@ -100,6 +101,8 @@ class SpeculativeStream(Stream):
                 break
             if left := self.max_new_tokens - len(self.tokens):
                 draft = self.drafter.propose(text, min(self.draft_tokens, left - 1))
+                if not watch.holds():  # somebody has put a hook or a forward on a module, or taken one away
+                    verify, watch = verifier(model, cache, 1 + self.draft_tokens), Watch(modules_of(model))
                 logits, reading = verify([text[-1], *draft.tokens]), True
         self.finish_reason = self.finish_reason or "length"
         if rest := assembly.rest():

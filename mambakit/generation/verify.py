@@ -10,12 +10,14 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mambakit.models.graph_step import TrialStep, trial_step
+from mambakit.models.graph_step import TrialStep, graphs_serve, trial_step
 from mambakit.models.step import native_serves, native_weights
-from mambakit.modules import MambaCache
+from mambakit.modules import MambaBlock, MambaCache, MambaMixer
+from mambakit.modules.interception import is_ours, untouched
 from mambakit.ops import causal_conv1d, selective_scan, selective_scan_
+from mambakit.ops._memory import transformed
 from mambakit.ops.linear.api import MOST_ROWS
 from mambakit.ops.native.verify import VerifyStep
 
@@ -38,7 +40,8 @@ def verifier(model: Any, cache: MambaCache, tokens: int) -> Verifier:
 
     Where a step of the model is one native call on the CPU, so is a verification, and its bits are those of decoding token by
     token. So it is on CUDA where the persistent decode kernel serves the model, up to 8 tokens. Elsewhere it runs the model's own
-    layers; on CUDA as two graphs, captured here.
+    projections and norms; on CUDA as two graphs, captured here. A model whose layers are not known (a hook or a forward of its own on a
+    block, a mixer, its convolution or the model; subclasses) is read by its forward, and again for the tokens that are kept.
 
     Args:
         cache: of one row; it must not be replaced while the verifier is in use.
@@ -52,7 +55,22 @@ def verifier(model: Any, cache: MambaCache, tokens: int) -> Verifier:
         return _NativeVerifier(model, cache, tokens)
     if (step := trial_step(model, tokens)) is not None:
         return _TrialVerifier(step, cache)
-    return _GraphVerifier(model, cache, tokens) if model.device.type == "cuda" else _ModelVerifier(model, cache)
+    if not _layers_are_known(model):
+        return _ForwardVerifier(model, cache)
+    return _GraphVerifier(model, cache, tokens) if graphs_serve(model) else _ModelVerifier(model, cache)
+
+
+def _layers_are_known(model: Any) -> bool:
+    """Whether the layers may be run projection by projection, without a call of the model, its blocks, mixers and convolutions."""
+    if transformed() or not is_ours(model) or not is_ours(model.backbone):
+        return False
+    for i, block in enumerate(model.backbone.layers):
+        m = block.mixer
+        if not (untouched(block, MambaBlock) and untouched(m, MambaMixer) and untouched(m.conv1d, nn.Conv1d)):
+            return False
+        if m.layer_idx != i or m.causal_conv1d is not causal_conv1d or m.selective_scan is not selective_scan:
+            return False
+    return True
 
 
 class _NativeVerifier:
@@ -65,7 +83,7 @@ class _NativeVerifier:
         )  # fmt: skip
 
     def __call__(self, tokens: list[int]) -> Tensor:
-        return self._step(self._embeddings(torch.tensor(tokens))).clone()
+        return self._step(self._embeddings(torch.tensor(tokens, dtype=torch.int64, device="cpu"))).clone()
 
     def commit(self, m: int) -> None:
         self._step.commit(m)
@@ -93,6 +111,34 @@ class _TrialVerifier:
         self._step.keep(m, self._cache)
 
 
+class _ForwardVerifier:
+    """The model's forward on a copy of the state; tokens that are kept are read again."""
+
+    def __init__(self, model: Any, cache: MambaCache):
+        self.model, self.cache = model, cache
+        self._ids: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, tokens: list[int]) -> Tensor:
+        self._ids = torch.tensor([tokens], dtype=torch.int64, device=self.model.device)
+        self._trial = self.cache.clone()
+        return self.model(self._ids, cache_params=self._trial).logits[0]
+
+    @torch.no_grad()
+    def commit(self, m: int) -> None:
+        read = 0 if self._ids is None else self._ids.shape[1]
+        if not 0 <= m <= read:
+            raise ValueError(f"commit of {m} tokens, but {read} are on trial")
+        if m == read and m:
+            self.cache.conv_states.copy_(self._trial.conv_states)
+            self.cache.ssm_states.copy_(self._trial.ssm_states)
+            self.cache.advance(m)
+        elif m:
+            assert self._ids is not None
+            self.model(self._ids[:, :m], cache_params=self.cache, logits_to_keep=1)
+        self._ids = None
+
+
 class _ModelVerifier:
     """The model's own layers, with the ops that do not write the state."""
 
@@ -104,14 +150,14 @@ class _ModelVerifier:
     @torch.no_grad()
     def __call__(self, tokens: list[int]) -> Tensor:
         self._read = len(tokens)
-        return self._verify(torch.tensor([tokens], device=self.model.device))
+        return self._verify(torch.tensor([tokens], dtype=torch.int64, device=self.model.device))
 
     @torch.no_grad()
     def commit(self, m: int) -> None:
         if not 0 <= m <= self._read:
             raise ValueError(f"commit of {m} tokens, but {self._read} are on trial")
         self._read = 0
-        self._replay(torch.tensor([m], device=self.model.device))
+        self._replay(torch.tensor([m], dtype=torch.int64, device=self.model.device))
         self.cache.advance(m)
 
     def _verify(self, ids: Tensor) -> Tensor:
@@ -140,8 +186,10 @@ class _ModelVerifier:
         for i, (conv_input, (u, delta, *rest)) in enumerate(self._inputs):
             conv_state, ssm_state = self.cache.conv_states[i], self.cache.ssm_states[i]
             windows = torch.cat([conv_state, conv_input.transpose(1, 2).to(conv_state.dtype)], 2)  # (1, d, k - 1 + t)
-            conv_state.copy_(windows.index_select(2, m + torch.arange(conv_state.shape[2], device=m.device)))
-            kept = torch.arange(delta.shape[1], device=m.device) < m
+            conv_state.copy_(
+                windows.index_select(2, m + torch.arange(conv_state.shape[2], dtype=torch.int64, device=m.device))
+            )
+            kept = torch.arange(delta.shape[1], dtype=torch.int64, device=m.device) < m
             selective_scan_(u, torch.where(kept[:, None], delta, _NO_STEP), *rest, state=ssm_state)
 
 
@@ -161,7 +209,7 @@ class _GraphVerifier(_ModelVerifier):
     def __call__(self, tokens: list[int]) -> Tensor:
         self._read = len(tokens)
         filled = tokens + tokens[-1:] * (self._ids.shape[1] - len(tokens))
-        self._ids.copy_(torch.tensor([filled]), non_blocking=True)
+        self._ids.copy_(torch.tensor([filled], dtype=torch.int64, device="cpu"), non_blocking=True)
         self._run_verify()
         return self._logits[: len(tokens)].clone()
 

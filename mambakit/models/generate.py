@@ -23,6 +23,7 @@ from mambakit.models.pretrained import MambaPreTrainedModel
 from mambakit.models.prompt import read_prompt, reads_in_pieces
 from mambakit.models.token_loop import GeneratingSteps, write_tokens
 from mambakit.modules import MambaCache
+from mambakit.modules.interception import is_ours
 
 # Tokens of all rows that a prefill reads at once: enough to keep the device busy, and a bound on its memory.
 _TOKENS_AT_ONCE = {"cuda": 2**14, "cpu": 2**10}
@@ -101,7 +102,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         limit = _TOKENS_AT_ONCE.get(self.device.type, 2**14)
         whole = bool(_setting(kwargs, settings, "output_hidden_states", False))  # asks for the whole prompt's
         alone = copies == 1 and use_cache and not whole and reads_in_pieces(self, input_ids.shape[0])
-        if alone and not _forward_is_replaced(self) and (mask is None or bool(mask[:, -new:].all())):
+        if alone and is_ours(self) and (mask is None or bool(mask[:, -new:].all())):
             cache = self.backbone.new_cache(1) if cache is None else cache
             steps.longest_piece, chunk = int(chunk or limit), None
         elif not chunk and use_cache and not whole and input_ids.shape[0] * new > limit:
@@ -112,7 +113,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         try:
             if chunk:
                 cache = self.backbone.new_cache(input_ids.shape[0]) if cache is None else cache
-                last_too = copies == 1 and not whole and not _forward_is_replaced(self)
+                last_too = copies == 1 and not whole and is_ours(self)
                 cached, logits = self._prefill_in_chunks(input_ids, mask, cache, cached, int(chunk), last_too)
                 steps.after_prompt = logits
             if cache is not None:
@@ -163,7 +164,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         looked_at = looked_at or any(type(p) not in WITHOUT_WAITING for p in logits_processor)
         looked_at = looked_at or any(getattr(generation_config, name, None) for name in wanted)
         looked_at = looked_at or any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in stopping_criteria)
-        looked_at = looked_at or bool(self._forward_hooks or self._forward_pre_hooks)
+        looked_at = looked_at or not is_ours(self)
         if looked_at or not (graphs_serve(self) or self.device.type == "cpu"):
             return super()._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **kwargs
@@ -283,13 +284,6 @@ def _cached_columns(cache: MambaCache, input_ids: Tensor, mask: Tensor | None) -
         f"first {seen} are not the tokens this cache was left with. If all are new, pass an attention_mask of shape "
         f"{(input_ids.shape[0], seen + length)}; if not, pass only the new ones"
     )
-
-
-def _forward_is_replaced(model: Any) -> bool:
-    """Whether something else than the library's own `forward` answers a call, or listens to it: it is given the whole prompt."""
-    theirs = type(model).forward.__module__.split(".")[0] != __name__.split(".")[0] or "forward" in vars(model)
-    compiled = getattr(model, "_compiled_call_impl", None) is not None
-    return theirs or compiled or bool(model._forward_hooks or model._forward_pre_hooks)
 
 
 def _require_left_padding(mask: Tensor) -> None:

@@ -9,23 +9,31 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mambakit.models.step import has_hooks, modules_of
-from mambakit.modules import MambaBlock, MambaCache, MambaMixer
-from mambakit.modules.mixer import TimeStepProjection
+from mambakit.models.step import forward_step, made_of_known, passed_by, tensors_of
+from mambakit.modules import MambaCache
+from mambakit.modules.interception import Watch, any_intercepted, modules_of
 from mambakit.modules.quantized_linear import QuantizedLinear
+from mambakit.ops._memory import PLAIN_TYPES, all_plain, observed, transformed
 from mambakit.ops.decode import persistent
 from mambakit.ops.decode.weights import LayerWeights, ModelWeights
 
 
-def graphs_serve(model: Any) -> bool:
-    """Whether a step of this model can be a graph: all on one CUDA device, nobody listening, outside autocast and capture."""
-    return (
-        model.device.type == "cuda" and {t.device for t in _tensors_of(modules_of(model))} == {model.device}
-        and model.dtype != torch.float64 and not has_hooks(model)
-        and not torch.is_autocast_enabled("cuda") and not torch.cuda.is_current_stream_capturing()
-    )  # fmt: skip
+def graphs_serve(model: Any, called: bool = False) -> bool:
+    """Whether a step of this model can be a graph: plain tensors on one CUDA device, nobody listening, outside autocast and capture.
+
+    Args:
+        called: the model is in its own forward, so that whoever listens to it has heard.
+    """
+    device = model.device
+    if device.type != "cuda" or model.dtype == torch.float64:
+        return False
+    if torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing() or transformed() or observed():
+        return False
+    modules = passed_by(model, called)
+    plain = all(type(t) in PLAIN_TYPES and t.device == device for t in tensors_of(modules))
+    return plain and not any_intercepted(modules)
 
 
 def gpu_weights(model: Any) -> ModelWeights:
@@ -80,7 +88,7 @@ class GraphStep:
             self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
             self.history = torch.zeros(rows, capacity, dtype=torch.int64, device=device)
             self.position = torch.zeros(1, dtype=torch.int64, device=device)
-            self.logits = torch.zeros(rows, model.config.vocab_size, device=device)
+            self.logits = torch.zeros(rows, model.config.vocab_size, dtype=torch.float32, device=device)
 
             def step() -> None:
                 self.logits.copy_(model(self.tokens[:, None], cache_params=self.cache).logits[:, -1])
@@ -170,7 +178,7 @@ class TrialStep:
     def __call__(self, tokens: list[int]) -> Tensor:
         """(t, v) float32, the logits after each token, valid until the next call; what fills the trial up comes after them."""
         filled = tokens + tokens[-1:] * (self.tokens - len(tokens))
-        self._step.tokens.copy_(torch.tensor(filled), non_blocking=True)
+        self._step.tokens.copy_(torch.tensor(filled, dtype=torch.int64, device="cpu"), non_blocking=True)
         return self._step()[: len(tokens)]
 
     def keep(self, m: int, cache: MambaCache) -> None:
@@ -204,12 +212,14 @@ def trial_step(model: Any, tokens: int) -> TrialStep | None:
 
 def _plain(model: Any, cache: MambaCache) -> bool:
     """Whether the model is made of what the kernels know, all in one dtype or packed alike."""
-    config, backbone = model.config, model.backbone
-    if has_hooks(model) or cache.ssm_states.dtype != torch.float32:
+    backbone = model.backbone
+    if (
+        not made_of_known(model)
+        or any_intercepted(modules_of(model)[1:])
+        or not all_plain(tensors_of(modules_of(model)))
+    ):
         return False
-    if config.conv_kernel < 2 or not config.residual_in_fp32 or config.num_hidden_layers == 0:
-        return False
-    if type(backbone.embeddings) is not nn.Embedding or config.state_size > 256:
+    if cache.ssm_states.dtype != torch.float32 or model.config.state_size > 256:
         return False
     dtype = backbone.embeddings.weight.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or backbone.norm_f.weight.dtype != dtype:
@@ -217,19 +227,17 @@ def _plain(model: Any, cache: MambaCache) -> bool:
     kinds = {_kind(model.lm_head)}
     for block in backbone.layers:
         m = block.mixer
-        if type(block) is not MambaBlock or type(m) is not MambaMixer or type(m.dt_proj) is not TimeStepProjection:
-            return False
-        if m.act is not None or m.mixer_rms_eps is not None or m.dt_proj.weight.dtype != dtype:
+        if m.dt_proj.weight.dtype != dtype:
             return False
         kinds |= {_kind(linear) for linear in (m.in_proj, m.x_proj, m.out_proj)}
     packed = {(format, group) for format in ("int8", "int4") for group in (32, 64, 128)}
     return len(kinds) == 1 and kinds <= {dtype, *packed}
 
 
-def _kind(linear: nn.Module) -> Any:
+def _kind(linear: Any) -> Any:
     if type(linear) is QuantizedLinear:
         return linear.format, linear.group
-    return linear.weight.dtype if type(linear) is nn.Linear else type(linear)
+    return linear.weight.dtype
 
 
 # Steps and prompts' graphs of each model, by what they serve; they go with the model. Few: each holds states for its rows.
@@ -244,11 +252,7 @@ def _place(model: Any) -> tuple[Any, ...]:
         (m.disable_adapters, tuple(m.active_adapters), tuple(getattr(m, "merged_adapters", ())))
         for m in modules if isinstance(getattr(type(m), "disable_adapters", None), property)
     ]  # fmt: skip
-    return (*(t.data_ptr() for t in _tensors_of(modules)), model.training, *switches)
-
-
-def _tensors_of(modules: list[nn.Module]) -> list[Tensor]:
-    return [t for m in modules for held in (m._parameters, m._buffers) for t in held.values() if t is not None]
+    return (*(t.data_ptr() for t in tensors_of(modules)), model.training, *switches)
 
 
 def kept_with(model: Any, key: tuple, make: Callable[[], Any]) -> Any:
@@ -274,8 +278,11 @@ def graph_token_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor
     """`mambakit.models.step.token_step` by the model's graph. Others use it too: the state moves in and out at every token, which
     takes about a hundredth of the time of reading the weights."""
     graph = graph_step(model, cache.max_batch_size)
+    watch, forward = Watch(modules_of(model)), forward_step(model, cache)
 
     def step(tokens: Tensor) -> Tensor:
+        if not watch.holds():
+            return forward(tokens)
         graph.load(cache)
         graph.tokens.copy_(tokens)
         logits = graph().clone()

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mambakit.models.choosing import are_numbers
 from mambakit.models.graph_step import GraphStep, graph_step, graphs_serve
-from mambakit.models.step import forward_step, native_serves, native_step
+from mambakit.models.step import forward_step, native_serves, native_step, passed_by
 from mambakit.modules import MambaCache
+from mambakit.modules.interception import Watch
 from mambakit.ops.linear.api import MOST_ROWS
 
 
@@ -30,19 +31,23 @@ class DecodingRows:
         most: how many rows there are at most.
         states: a cache of ``most`` rows to go on from. The native library and the forward write into it; a graph takes its states
             over, and they come back in `close`.
+        called: the model is in its own forward, so that whoever listens to it has heard.
+
+    A step passes the model's modules by where nobody listens; from the moment that somebody does, it is the model's forward.
     """
 
-    def __init__(self, model: Any, most: int, states: MambaCache | None = None):
-        self.model, self.most = model, most
+    def __init__(self, model: Any, most: int, states: MambaCache | None = None, called: bool = False):
+        self.model, self.most, self._called = model, most, called
+        self._watch = Watch(passed_by(model, called))
         alike = model.backbone.new_cache(1) if states is None else states
-        self.elastic = most <= MOST_ROWS and native_serves(model, alike)
+        self.elastic = most <= MOST_ROWS and native_serves(model, alike, called)
         self._graph: GraphStep | None = None
         self._given, self._steps = states, 0
         self._last: Tensor | None = None  # (size, v), the logits of the last step
         self._began: list[int] = []  # tokens that each row had seen when it came, less the steps taken until then
         if states is None:
             self.states = model.backbone.new_cache(0)
-        elif graphs_serve(model):
+        elif graphs_serve(model, called):
             self._graph = graph_step(model, most)  # kept with the model: the states are in it until `close`
             if (
                 self._graph.holder is not None and self._graph.holder() is not None
@@ -62,13 +67,15 @@ class DecodingRows:
     @property
     def by_forward(self) -> bool:
         """Whether a step of the rows that there are is nothing but a call of the model."""
-        return self._graph is None and not self.elastic
+        return (self._graph is None and not self.elastic) or not self._watch.holds()
 
     def step(self, tokens: Tensor) -> Tensor:
         """Each row reads its one of ``tokens`` (size,); the logits (size, v) after it, valid until the next step."""
         self._steps += 1
         if self._graph is None:
-            self._last = self._step(tokens)
+            self._last = self._step(tokens)  # watches for itself
+        elif not self._watch.holds():
+            self._last = forward_step(self.model, self.states)(tokens)
         else:
             self._graph.tokens.copy_(tokens)
             self._last = self._graph()
@@ -77,7 +84,7 @@ class DecodingRows:
     def likeliest(self, tokens: Tensor, count: int) -> Tensor:
         """(size, count) the most probable tokens after ``tokens`` (size,); all but the last are read. A graph chooses them itself, at
         most its ``capacity``, and the host does not wait."""
-        if self._graph is None:
+        if self._graph is None or not self._watch.holds():
             found = []
             for _ in range(count):
                 tokens = self.step(tokens).argmax(-1)
@@ -151,4 +158,4 @@ class DecodingRows:
 
     def _over(self, states: MambaCache) -> None:
         self.states = states
-        self._step = native_step(self.model, states) if self.elastic else forward_step(self.model, states)
+        self._step = native_step(self.model, states, self._called) if self.elastic else forward_step(self.model, states)

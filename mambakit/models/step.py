@@ -8,23 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambakit.modules import MambaBlock, MambaCache, MambaMixer
-from mambakit.modules.hooks import hooked, hooked_globally
+from mambakit.modules import MambaBlock, MambaCache, MambaMixer, RMSNorm
+from mambakit.modules.interception import Watch, any_intercepted, is_ours, modules_of
 from mambakit.modules.mixer import TimeStepProjection
 from mambakit.modules.quantized_linear import QuantizedLinear
-from mambakit.ops import native
+from mambakit.ops import causal_conv1d, native, selective_scan
+from mambakit.ops._memory import is_plain, observed, transformed
 from mambakit.ops.linear import pack
 from mambakit.ops.linear.api import MOST_ROWS, PackedWeight
 from mambakit.ops.native.decode import DecodeStep, LayerWeights
 
 _LINEAR = (nn.Linear, QuantizedLinear)
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def token_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:
     """``step(tokens (b,)) -> logits (b, v)``; the cache is brought up to date in place, and must not be replaced meanwhile.
 
     On a CPU a plain model's step is one call into the native library; on CUDA it is a graph. Anything else (on a CPU adapters or
-    replaced layers, other activations, FalconMamba, more than 16 rows, no native library) runs the model's own forward.
+    replaced or hooked layers, weights that are no plain tensors, other activations, FalconMamba, more than 16 rows, no native library) runs the model's own forward.
     """
     if native_serves(model, cache):
         return native_step(model, cache)
@@ -40,45 +42,62 @@ def forward_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:
     return step
 
 
-def native_serves(model: Any, cache: MambaCache) -> bool:
-    """Whether a token of this model, from this state, can be one call into the native library."""
-    config = model.config
-    if model.device.type != "cpu" or native.describe()["isa"] is None or torch.is_autocast_enabled("cpu"):
+def made_of_known(model: Any) -> bool:
+    """Whether the model is plain Mamba layers as they were built, which a step may read by their weights instead of calling them."""
+    config, backbone = model.config, model.backbone
+    layers = list(backbone.layers)
+    if not layers or len(layers) != config.num_hidden_layers or not config.residual_in_fp32:
         return False
-    if not 1 <= cache.max_batch_size <= MOST_ROWS or model.dtype not in (torch.float32, torch.bfloat16):
+    if not 2 <= config.conv_kernel <= 8 or type(backbone.embeddings) is not nn.Embedding:
         return False
-    if cache.dtype not in (torch.float32, torch.bfloat16) or config.num_hidden_layers == 0:
+    if type(model.lm_head) not in _LINEAR or model.lm_head.bias is not None or not is_ours(backbone):
         return False
-    if not 2 <= config.conv_kernel <= 8 or not config.residual_in_fp32:
+    if not _plain_norm(backbone.norm_f, config):
         return False
-    if type(model.lm_head) not in _LINEAR or type(model.backbone.embeddings) is not nn.Embedding:
-        return False
-    if has_hooks(model):
-        return False
-    for block in model.backbone.layers:
+    for i, block in enumerate(layers):
         m = block.mixer
-        if type(block) is not MambaBlock or type(m) is not MambaMixer:
+        if type(block) is not MambaBlock or not block.residual_in_fp32 or not _plain_norm(block.norm, config):
             return False
-        if m.act is not None or m.mixer_rms_eps is not None or type(m.dt_proj) is not TimeStepProjection:
+        if type(m) is not MambaMixer or type(m.conv1d) is not nn.Conv1d or type(m.dt_proj) is not TimeStepProjection:
+            return False
+        if m.layer_idx != i or m.act is not None or m.mixer_rms_eps is not None:
+            return False
+        if m.causal_conv1d is not causal_conv1d or m.selective_scan is not selective_scan:
             return False
         if any(type(linear) not in _LINEAR for linear in (m.in_proj, m.x_proj, m.out_proj)):
             return False
     return True
 
 
-def modules_of(module: nn.Module, found: list[nn.Module] | None = None) -> list[nn.Module]:
-    """``module.modules()`` in a tenth of the time; a shared module comes as often as it is named."""
-    found = [] if found is None else found
-    found.append(module)
-    for child in module._modules.values():
-        if child is not None:
-            modules_of(child, found)
-    return found
+def _plain_norm(norm: nn.Module, config: Any) -> bool:
+    return type(norm) is RMSNorm and norm.eps == config.layer_norm_epsilon
 
 
-def has_hooks(model: nn.Module) -> bool:
-    """Whether somebody listens to a module's calls, which one call into C would pass by."""
-    return hooked_globally() or any(hooked(m) for m in modules_of(model)[1:])
+def tensors_of(modules: list[nn.Module]) -> list[Tensor]:
+    return [t for m in modules for held in (m._parameters, m._buffers) for t in held.values() if t is not None]
+
+
+def passed_by(model: nn.Module, called: bool) -> list[nn.Module]:
+    """The modules that a step by weights does not call: without the model itself where it is in its own forward."""
+    return modules_of(model)[1:] if called else modules_of(model)
+
+
+def native_serves(model: Any, cache: MambaCache, called: bool = False) -> bool:
+    """Whether a token of this model, from this state, can be one call into the native library.
+
+    Args:
+        called: the model is in its own forward, so that whoever listens to it has heard.
+    """
+    if model.device.type != "cpu" or not native.library.is_available() or torch.is_autocast_enabled("cpu"):
+        return False
+    if not 1 <= cache.max_batch_size <= MOST_ROWS or model.dtype not in _DTYPES or cache.dtype not in _DTYPES:
+        return False
+    modules = passed_by(model, called)
+    if transformed() or observed() or not made_of_known(model) or any_intercepted(modules):
+        return False
+    tensors = tensors_of(modules)
+    plain = all(t.device.type == "cpu" and is_plain(t) for t in (*tensors, cache.conv_states, cache.ssm_states))
+    return plain and all(t.dtype in _DTYPES for t in tensors if t.dtype.is_floating_point)
 
 
 def native_weights(model: Any) -> tuple[list[LayerWeights], PackedWeight]:
@@ -100,7 +119,8 @@ def native_weights(model: Any) -> tuple[list[LayerWeights], PackedWeight]:
     return layers, packed(model.lm_head)
 
 
-def native_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:
+def native_step(model: Any, cache: MambaCache, called: bool = False) -> Callable[[Tensor], Tensor]:
+    """`token_step` by the native library; by the model's forward from the moment that somebody puts a hook or a forward on a module."""
     layers, head = native_weights(model)
     backbone = model.backbone
     run = DecodeStep(
@@ -108,7 +128,11 @@ def native_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:
         cache.conv_states, cache.ssm_states,
     )  # fmt: skip
 
+    watch, forward = Watch(passed_by(model, called)), forward_step(model, cache)
+
     def step(tokens: Tensor) -> Tensor:
+        if not watch.holds():
+            return forward(tokens)
         logits = run(backbone.embeddings(tokens))
         cache.advance(1)
         return logits.clone()

@@ -39,8 +39,9 @@ class GeneratingSteps:
             self._seen = place
             return None
         if self._rows is None:
-            self._rows = DecodingRows(self.model, cache.max_batch_size, cache)
+            self._rows = DecodingRows(self.model, cache.max_batch_size, cache, called=True)
         if self._rows.by_forward:
+            self.close()  # a graph may have read some tokens before somebody put a hook on a module
             return None
         logits = self._rows.step(tokens)
         return logits.clone() if logits.is_cuda else logits  # a graph's are gone with the next step

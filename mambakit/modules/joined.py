@@ -15,19 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mambakit.modules.hooks import hooked, hooked_globally
+from mambakit.modules.interception import untouched
+from mambakit.ops._memory import all_plain, transformed
 from mambakit.ops._products import product
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
 
 
-def untouched(module: nn.Module, kind: type) -> bool:
-    """Whether calling ``module`` is the forward of ``kind`` and nothing else: no wrapper, parametrisation or hook."""
-    return type(module) is kind and not hooked(module) and not hooked_globally()
-
-
 def in_training() -> bool:
     """Whether gradients are wanted, by plain autograd."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return torch.is_grad_enabled() and not transformed()
 
 
 def project(module: nn.Module, x: Tensor) -> Tensor:
@@ -35,7 +31,8 @@ def project(module: nn.Module, x: Tensor) -> Tensor:
     if in_training() and untouched(module, nn.Linear) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         weight, bias = module.weight, module.bias
-        if weight.dtype == torch.float32 and dtype.itemsize == 2 and x.dtype in (dtype, torch.float32):
+        fits = weight.dtype == torch.float32 and dtype.itemsize == 2 and x.dtype in (dtype, torch.float32)
+        if fits and all_plain((x, weight, bias)):
             return _Projection.apply(x.to(dtype), weight, bias)
     return module(x)
 

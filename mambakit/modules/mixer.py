@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambakit.modules.cache import MambaCache
-from mambakit.modules.joined import Weights, in_training, mix, project, untouched
+from mambakit.modules.convolution import convolve, convolve_
+from mambakit.modules.interception import untouched
+from mambakit.modules.joined import Weights, in_training, mix, project
 from mambakit.modules.packing import Packing
 from mambakit.modules.precision import keep_float32
 from mambakit.ops import causal_conv1d, causal_conv1d_, rms_norm, selective_scan, selective_scan_
+from mambakit.ops._memory import all_plain
 
 
 class TimeStepProjection(nn.Linear):
@@ -47,7 +50,8 @@ class MambaMixer(nn.Module):
         self.conv_kernel_size = config.conv_kernel
         self.time_step_rank = int(config.time_step_rank)
         self.in_proj = nn.Linear(h, 2 * d, bias=config.use_bias)
-        # The module holds the weights under their usual names; the op that runs is causal_conv1d.
+        # The module holds the weights under their usual names; the op that runs is causal_conv1d, unless somebody has put a hook,
+        # a forward or an adapter on it: then it is called (`convolution.py`).
         self.conv1d = nn.Conv1d(d, d, config.conv_kernel, groups=d, bias=config.use_conv_bias)
         self.x_proj = nn.Linear(d, self.time_step_rank + 2 * n, bias=False)
         self.dt_proj = TimeStepProjection(self.time_step_rank, d, bias=True)
@@ -91,25 +95,27 @@ class MambaMixer(nn.Module):
         if in_training() and self.joins():
             return project(self.out_proj, self._mix_joined(xz, cache_params, packing))
         x, z = xz.chunk(2, -1)
-        conv = (self.conv1d.weight.squeeze(1), self.conv1d.bias, self.conv_activation)
         if cache_params is not None and not torch.is_grad_enabled() and (packing is None or packing.in_place):
-            y = self._mix_in_place(x, z, conv, cache_params, packing)
+            y = self._mix_in_place(x, z, cache_params, packing)
         else:
-            y = self._mix(x, z, conv, cache_params, packing)
+            y = self._mix(x, z, cache_params, packing)
         return project(self.out_proj, y)
 
     def joins(self) -> bool:
         """Whether the ops between the projections may run as one function with a gradient of its own (`joined.py`)."""
         return (
-            self.act is None and self.mixer_rms_eps is None
+            type(self) is MambaMixer and self.act is None and self.mixer_rms_eps is None
             and self.causal_conv1d is causal_conv1d and self.selective_scan is selective_scan
-            and untouched(self.x_proj, nn.Linear) and untouched(self.dt_proj, TimeStepProjection)
+            and untouched(self.x_proj, nn.Linear) and untouched(self.dt_proj, TimeStepProjection) and untouched(self.conv1d, nn.Conv1d)
+            and all_plain((
+                self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias, self.conv1d.weight, self.conv1d.bias, self.A_log, self.D,
+            ))
         )  # fmt: skip
 
     def _mix_joined(self, xz: Tensor, cache: MambaCache | None, packing: Packing | None) -> Tensor:
         """As `_mix`, the ops as one function."""
         weights = Weights(
-            self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.A_log, self.D,
+            *self._filter()[:2], self.x_proj.weight, self.dt_proj.weight, self.A_log, self.D,
             self.dt_proj.bias,
         )  # fmt: skip
         cu_seqlens = None if packing is None else packing.cu_seqlens
@@ -126,23 +132,45 @@ class MambaMixer(nn.Module):
         if cache is not None:
             cache.update(self.layer_idx, conv_state, ssm_state, None if packing is None else packing.write)
 
-    def _mix(self, x: Tensor, z: Tensor, conv: tuple, cache: MambaCache | None, packing: Packing | None) -> Tensor:
+    def _mix(self, x: Tensor, z: Tensor, cache: MambaCache | None, packing: Packing | None) -> Tensor:
         """States go in and come out as values, and gradients flow through them."""
         conv_state, ssm_state = self._states(cache, packing)
         cu_seqlens = None if packing is None else packing.cu_seqlens
-        x, conv_state = self.causal_conv1d(x, *conv, initial_state=conv_state, cu_seqlens=cu_seqlens)
+        if untouched(self.conv1d, nn.Conv1d):
+            x, conv_state = self.causal_conv1d(x, *self._filter(), initial_state=conv_state, cu_seqlens=cu_seqlens)
+        else:
+            self._require_whole_rows()
+            x, conv_state = convolve(
+                self.conv1d, self.conv_kernel_size, x, self.conv_activation, conv_state, cu_seqlens
+            )
         y, ssm_state = self.selective_scan(*self._scan_inputs(x, z), initial_state=ssm_state, cu_seqlens=cu_seqlens)
         self._keep(cache, packing, conv_state, ssm_state)
         return y
 
-    def _mix_in_place(self, x: Tensor, z: Tensor, conv: tuple, cache: MambaCache, packing: Packing | None) -> Tensor:
+    def _mix_in_place(self, x: Tensor, z: Tensor, cache: MambaCache, packing: Packing | None) -> Tensor:
         """Inference: the ops read and write the cache's own memory."""
         cu_seqlens = None if packing is None else packing.cu_seqlens
         slots = None if packing is None else packing.read.to(torch.int32)
         conv_state, ssm_state = cache.conv_states[self.layer_idx], cache.ssm_states[self.layer_idx]
-        x, _ = causal_conv1d_(x, *conv, state=conv_state, slot_indices=slots, cu_seqlens=cu_seqlens)
+        if untouched(self.conv1d, nn.Conv1d):
+            x, _ = causal_conv1d_(x, *self._filter(), state=conv_state, slot_indices=slots, cu_seqlens=cu_seqlens)
+        else:
+            self._require_whole_rows()
+            rows = None if packing is None else packing.read
+            x = convolve_(self.conv1d, self.conv_kernel_size, x, self.conv_activation, conv_state, rows, cu_seqlens)
         y, _ = selective_scan_(*self._scan_inputs(x, z), state=ssm_state, slot_indices=slots, cu_seqlens=cu_seqlens)
         return y
+
+    def _filter(self) -> tuple[Tensor, Tensor | None, str | None]:
+        """(d, k), (d,) and the activation that runs inside the convolution."""
+        return self.conv1d.weight.squeeze(1), self.conv1d.bias, self.conv_activation
+
+    def _require_whole_rows(self) -> None:
+        if self.causal_conv1d is not causal_conv1d:
+            raise ValueError(
+                f"layer {self.layer_idx}: mixer.conv1d has a hook, a forward or an adapter of its own, and the row is spread over "
+                "processes, where the convolution runs without the module; take it off, or train without context parallelism"
+            )
 
     def _scan_inputs(self, x: Tensor, z: Tensor) -> tuple:
         """The selection: delta, B and C from the convolution's output (algorithm 2, lines 2 to 4)."""

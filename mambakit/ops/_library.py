@@ -7,14 +7,18 @@ from collections.abc import Callable
 
 import torch
 
+from mambakit.ops._memory import plain_arguments
+
 LIBRARY = torch.library.Library("mambakit", "FRAGMENT")
+_references: dict[str, Callable] = {}
 
 
 def define(schema: str, reference: Callable, fake: Callable) -> None:
     """Define ``mambakit::<schema>``; ``reference`` serves every device that has no implementation of its own."""
     name = schema.split("(", 1)[0]
+    _references[name] = without_autocast(reference)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, without_autocast(reference), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _references[name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"mambakit::{name}", fake, lib=LIBRARY)
 
 
@@ -40,4 +44,14 @@ def implement_on_cuda(name: str, module: str, function: str) -> None:
             loaded.append(getattr(importlib.import_module(module), function))
         return loaded[0](*args)
 
-    LIBRARY.impl(name, call, "CUDA")
+    implement(name, call, "CUDA")
+
+
+def implement(name: str, function: Callable, key: str) -> None:
+    """Serve ``mambakit::<name>`` on a dispatch key by kernels that read memory: of plain tensors; of others the reference serves."""
+    reference = _references[name]
+
+    def call(*args):
+        return function(*args) if plain_arguments(args) else reference(*args)
+
+    LIBRARY.impl(name, call, key)

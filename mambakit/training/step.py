@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mambakit.modules import MambaCache
+from mambakit.modules.interception import untouched
 from mambakit.ops import linear_cross_entropy
 from mambakit.training.distributed import Processes, full, stretch_of_packed
 from mambakit.training.guard import UpdateGuard
@@ -26,11 +28,13 @@ class Objective(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor, num_items: Tensor, **inputs: Any) -> Tensor:
         """Summed loss of tokens against targets, (b, l) int64 both, over ``num_items``; ``inputs`` are the backbone's."""
-        hidden = self.model.backbone(tokens, use_cache=False, **inputs).last_hidden_state
-        return linear_cross_entropy(
-            hidden.flatten(0, 1), self.model.get_output_embeddings().weight, targets.flatten().contiguous(),
-            num_items=num_items,
-        )  # fmt: skip
+        hidden = self.model.backbone(tokens, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
+        head, targets = self.model.get_output_embeddings(), targets.flatten().contiguous()
+        if untouched(head, nn.Linear) and head.bias is None:
+            return linear_cross_entropy(hidden, head.weight, targets, num_items=num_items)
+        return (
+            functional.cross_entropy(head(hidden).float(), targets, ignore_index=_IGNORE, reduction="sum") / num_items
+        )
 
 
 class TrainingStep:

@@ -24,10 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambakit.ops._memory import PlainMemoryError, observed, transformed, zeros
 from mambakit.ops.linear import lossless, reference
 
 FORMATS = ("float32", "bfloat16", "int8", "int4", "lossless32", "lossless16")
 GROUP = 64  # numbers per scale: half a bit of scale per weight
+GROUPS = (32, 64, 128)
 BLOCK, WORDS = 64, 16
 # Beyond this many rows of x the product is bound by arithmetic, and torch's matrix product is faster.
 MOST_ROWS = 16
@@ -44,6 +46,18 @@ class PackedWeight:
     group: int = GROUP
     exceptions: tuple[Tensor, Tensor, Tensor] | None = None  # of the lossless formats: starts, columns, values
 
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"PackedWeight: format {self.format!r} is not known; choose one of {FORMATS}")
+        if self.group not in GROUPS:
+            raise ValueError(f"PackedWeight: group is {self.group}; choose one of {GROUPS}")
+        if (self.scales is not None) != (self.format in ("int8", "int4")):
+            raise ValueError(f"PackedWeight: int8 and int4 have scales, and only they; the format is {self.format}")
+        if (self.exceptions is not None) != (self.format in lossless.DTYPES):
+            raise ValueError(
+                f"PackedWeight: the lossless formats list exceptions, and only they; this is {self.format}"
+            )
+
     @property
     def out_features(self) -> int:
         return self.data.shape[0]
@@ -51,6 +65,17 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors().values())
+
+    def row_sizes(self) -> tuple[int, int]:
+        """What a row has in ``data``, elements, and in ``scales``."""
+        if self.format in lossless.DTYPES:
+            return lossless.row_bytes(self.format, self.in_features), 0
+        if self.format == "int8":
+            return self.in_features, -(-self.in_features // self.group)
+        if self.format == "int4":
+            columns = _padded(self.in_features, self.group)
+            return columns // BLOCK * WORDS, columns // self.group
+        return self.in_features, 0
 
     def tensors(self) -> dict[str, Tensor]:
         """What there is to store, by name."""
@@ -81,7 +106,7 @@ def pack(weight: Tensor, format: str, group: int = GROUP) -> PackedWeight:
         raise ValueError(f"pack: weight has shape {tuple(weight.shape)}, expected (out, in)")
     if format not in FORMATS:
         raise ValueError(f"pack: format {format!r} is not known; choose one of {FORMATS}")
-    if group not in (32, 64, 128):
+    if group not in GROUPS:
         raise ValueError(f"pack: group is {group}; choose 32, 64 or 128")
     columns = weight.shape[1]
     weight = weight.detach()
@@ -117,21 +142,29 @@ def _divisor(scales: Tensor) -> Tensor:
     return torch.where(scales == 0, 1.0, scales)[..., None]
 
 
-def blank(format: str, out_features: int, in_features: int, group: int = GROUP) -> PackedWeight:
-    """A weight of zeros in a format that is not torch's own, for a checkpoint to fill."""
+def _padded(in_features: int, group: int) -> int:
+    """Columns of an int4 row with its padding: whole blocks and whole groups."""
+    step = max(BLOCK, group)
+    return -(-in_features // step) * step
+
+
+def blank(
+    format: str, out_features: int, in_features: int, group: int = GROUP, device: torch.device | str | None = None
+) -> PackedWeight:
+    """A weight of zeros in a format that is not torch's own, for a checkpoint to fill; on torch's default device when None."""
+    device = torch.get_default_device() if device is None else device
     scales = exceptions = None
     if format in lossless.DTYPES:
-        data = torch.zeros(out_features, lossless.row_bytes(format, in_features), dtype=torch.uint8)
-        starts = torch.zeros(out_features + 1, dtype=torch.int32)
-        exceptions = (starts, torch.zeros(0, dtype=torch.int32), torch.zeros(0))
+        data = zeros(out_features, lossless.row_bytes(format, in_features), dtype=torch.uint8, device=device)
+        starts = zeros(out_features + 1, dtype=torch.int32, device=device)
+        exceptions = (starts, zeros(0, dtype=torch.int32, device=device), zeros(0, dtype=torch.float32, device=device))
     elif format == "int8":
-        data = torch.zeros(out_features, in_features, dtype=torch.int8)
-        scales = torch.zeros(out_features, -(-in_features // group))
+        data = zeros(out_features, in_features, dtype=torch.int8, device=device)
+        scales = zeros(out_features, -(-in_features // group), dtype=torch.float32, device=device)
     else:
-        step = max(BLOCK, group)
-        columns = -(-in_features // step) * step
-        data = torch.zeros(out_features, columns // BLOCK * WORDS, dtype=torch.int16)
-        scales = torch.zeros(out_features, columns // group)
+        columns = _padded(in_features, group)
+        data = zeros(out_features, columns // BLOCK * WORDS, dtype=torch.int16, device=device)
+        scales = zeros(out_features, columns // group, dtype=torch.float32, device=device)
     return PackedWeight(format, data, scales, in_features, group, exceptions)
 
 
@@ -148,9 +181,17 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
         raise ValueError(f"linear: x has shape {tuple(x.shape)}, but the weight takes {weight.in_features} features")
     from mambakit.ops.native import library, matvec
 
+    if x.device.type != "cpu" or x.dtype == torch.float64 or not library.is_available():
+        return reference.linear(x, weight, bias)
+    # Addresses are read here without torch's dispatcher, which would have told who transforms or follows the call.
+    if transformed() or observed():
+        return reference.linear(x, weight, bias)
     rows = x.numel() // max(1, x.shape[-1])
-    if x.device.type == "cpu" and x.dtype != torch.float64 and library.is_available():
-        if rows <= MOST_ROWS and not x.requires_grad:
+    in_training = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    try:
+        if rows <= MOST_ROWS and not in_training:
             return matvec.linear(x, weight, bias)
-        return reference.linear(x, weight, bias, matvec.widen(weight))
-    return reference.linear(x, weight, bias)
+        widened = matvec.widen(weight)
+    except PlainMemoryError:
+        return reference.linear(x, weight, bias)
+    return reference.linear(x, weight, bias, widened)

@@ -7,9 +7,15 @@ import ctypes
 import torch
 from torch import Tensor
 
+from mambakit.ops import _checks
+from mambakit.ops._memory import empty
 from mambakit.ops.native import library
 from mambakit.ops.native.structures import (
+    FLOAT32,
+    FLOAT32_OR_BFLOAT16,
+    INT32,
     address,
+    address_of_rows,
     as_float32,
     channels_adjacent,
     check,
@@ -53,6 +59,8 @@ class _Call:
     """The inputs of one call as the kernels take them; float16 becomes float32."""
 
     def __init__(self, x, weight, bias, activation, initial, cu_seqlens):
+        if cu_seqlens is not None:  # the kernel reads where it says, and not every caller comes through the op's checks
+            _checks.cu_seqlens("causal_conv1d", cu_seqlens, x.shape[0], x.shape[1])
         self.dtype = x.dtype
         self.x = channels_adjacent(_without_float16(x))
         self.weight, self.bias = as_float32(weight), as_float32(bias)
@@ -66,9 +74,16 @@ class _Call:
 
     def arguments(self, initial, slots, final_state, y):
         state = final_state if initial is None else initial
+        # In place the states are a pool, of which there may be more than rows.
+        rows = initial.shape[0] if initial is not None and initial is final_state else self.sequences
+        states, dtype = rows * self.d * (self.k - 1), (self.x.dtype,)
+        state_dtype = FLOAT32_OR_BFLOAT16 if state is None else (state.dtype,)
         return Arguments(
-            address(self.x), address(self.weight), address(self.bias), address(initial), address(slots),
-            address(self.cu), address(final_state), address(y), self.b, self.l, self.d, self.k, self.sequences,
+            address_of_rows(self.x, FLOAT32_OR_BFLOAT16, (self.b, self.l, self.d)),
+            address(self.weight, FLOAT32, self.d * self.k), address(self.bias, FLOAT32, self.d),
+            address(initial, FLOAT32_OR_BFLOAT16, states), address(slots, INT32, self.sequences),
+            address(self.cu, INT32, self.sequences + 1), address(final_state, state_dtype, states),
+            address(y, dtype, self.b * self.l * self.d), self.b, self.l, self.d, self.k, self.sequences,
             self.silu, state is not None and is_half(state), library.threads(), *row_strides(self.x),
         )  # fmt: skip
 
@@ -81,8 +96,8 @@ def forward(x, weight, bias, activation, initial_state, cu_seqlens):
     # The kernel reads and writes states of one dtype; the final state is x's.
     initial = None if initial_state is None else initial_state.to(x.dtype)
     call = _Call(x, weight, bias, activation, initial, cu_seqlens)
-    y = torch.empty(call.x.shape, dtype=call.x.dtype)
-    final = torch.empty((call.sequences, call.d, call.k - 1), dtype=call.x.dtype)
+    y = empty(*call.x.shape, dtype=call.x.dtype)
+    final = empty(call.sequences, call.d, call.k - 1, dtype=call.x.dtype)
     call.run(call.arguments(call.initial, None, final, y))
     return y.to(call.dtype), final.to(call.dtype)
 
@@ -91,8 +106,9 @@ def forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens):
     """`mambakit::causal_conv1d_`."""
     call = _Call(x, weight, bias, activation, state, cu_seqlens)
     pool = call.initial
+    _checks.slots("causal_conv1d_", slot_indices, call.sequences, pool.shape[0])
     slots = None if slot_indices is None else slot_indices.contiguous()
-    y = torch.empty(call.x.shape, dtype=call.x.dtype)
+    y = empty(*call.x.shape, dtype=call.x.dtype)
     call.run(call.arguments(pool, slots, pool, y))
     if pool is not state:
         state.copy_(pool)
@@ -105,13 +121,17 @@ def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens)
     b, d, k = call.b, call.d, call.k
     dy = channels_adjacent(dy.to(call.x.dtype))
     dfinal = None if dfinal is None else dfinal.to(call.x.dtype).contiguous()
-    dx = torch.empty(call.x.shape, dtype=call.x.dtype)
-    dweight, dweight_rows = torch.empty(d, k), torch.empty(b, d, k)
-    dbias, dbias_rows = None if bias is None else torch.empty(d), torch.empty(b, d)
-    dinitial = None if call.initial is None else torch.empty(call.initial.shape, dtype=call.initial.dtype)
+    dx = empty(*call.x.shape, dtype=call.x.dtype)
+    wide = torch.float32
+    dweight, dweight_rows = empty(d, k, dtype=wide), empty(b, d, k, dtype=wide)
+    dbias, dbias_rows = None if bias is None else empty(d, dtype=wide), empty(b, d, dtype=wide)
+    dinitial = None if call.initial is None else empty(*call.initial.shape, dtype=call.initial.dtype)
+    states, kernel_dtype = call.sequences * d * (k - 1), (call.x.dtype,)
     gradients = _Gradients(
-        address(dy), address(dfinal), address(dx), address(dweight), address(dbias), address(dinitial),
-        address(dweight_rows), address(dbias_rows), *row_strides(dy),
+        address_of_rows(dy, kernel_dtype, call.x.shape), address(dfinal, kernel_dtype, states),
+        address(dx, kernel_dtype, dx.numel()), address(dweight, FLOAT32, d * k), address(dbias, FLOAT32, d),
+        address(dinitial, FLOAT32_OR_BFLOAT16, states), address(dweight_rows, FLOAT32, b * d * k),
+        address(dbias_rows, FLOAT32, b * d), *row_strides(dy),
     )  # fmt: skip
     arguments = call.arguments(call.initial, None, None, None)
     check(library.kernel("causal_conv1d_backward")(ctypes.byref(arguments), ctypes.byref(gradients), call.half))

@@ -12,9 +12,23 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mambakit.ops._memory import zeros
 from mambakit.ops.linear.api import MOST_ROWS, PackedWeight
 from mambakit.ops.native import conv, library, matvec, norm, scan
-from mambakit.ops.native.structures import address, as_float32, check, is_half
+from mambakit.ops.native.structures import (
+    FLOAT32,
+    FLOAT32_OR_BFLOAT16,
+    address,
+    address_of_rows,
+    as_float32,
+    check,
+    is_half,
+)
+
+
+def buffer(*shape: int) -> Tensor:
+    """Activations are float32 on the CPU."""
+    return zeros(*shape, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,7 @@ class DecodeStep:
 
     Raises:
         ValueError: states that the kernels cannot use in place, or a batch outside 1 to 16.
+        TypeError: weights or states that are not plain memory on the CPU.
     """
 
     def __init__(
@@ -96,17 +111,17 @@ class DecodeStep:
         h, d = final_norm.shape[0], ssm_states.shape[2]
         r, n = layers[0].dt_proj.in_features, ssm_states.shape[3]
         # Every layer uses the same buffers: they stay in cache.
-        self._x, self._residual, normed = (torch.zeros(b, h) for _ in range(3))
-        xz, p = torch.zeros(b, 2 * d), torch.zeros(b, r + 2 * n)
-        u, delta, y = (torch.zeros(b, d) for _ in range(3))
-        self.logits = torch.zeros(b, head.out_features)
+        self._x, self._residual, normed = (buffer(b, h) for _ in range(3))
+        xz, p = buffer(b, 2 * d), buffer(b, r + 2 * n)
+        u, delta, y = (buffer(b, d) for _ in range(3))
+        self.logits = buffer(b, head.out_features)
         program.held += [conv_states, ssm_states, layers, head, normed, xz, p, u, delta, y]
         for i, w in enumerate(layers):
             self._norm(w.norm, eps, normed)
             self._linear(normed, w.in_proj, w.in_proj_bias, xz)
-            self._conv(xz, w, conv_states[i], u)
+            self._conv(xz[:, :d], w, conv_states[i], u)
             self._linear(u, w.x_proj, None, p)
-            self._linear(p, w.dt_proj, None, delta)
+            self._linear(p[:, :r], w.dt_proj, None, delta)
             self._scan(u, delta, p[:, r:], xz[:, d:], w, ssm_states[i], y)
             self._linear(y, w.out_proj, w.out_proj_bias, self._x)
         self._norm(final_norm, eps, normed)
@@ -124,10 +139,12 @@ class DecodeStep:
     def _norm(self, weight: Tensor, eps: float, y: Tensor) -> None:
         """The residual stream takes up x, in place, and y is its norm."""
         x, residual = self._x, self._residual
+        b, h = x.shape
         scale = self._program.hold(as_float32(weight))
+        stream = address(residual, FLOAT32, b * h)
         arguments = norm.Arguments(
-            address(x), address(scale), address(residual), address(y), address(residual),
-            x.shape[0], x.shape[1], 0, 0, 0, 0, self._threads, x.stride(0), x.stride(0), eps,
+            address(x, FLOAT32, b * h), address(scale, FLOAT32, h), stream, address(y, FLOAT32, b * h), stream,
+            b, h, 0, 0, 0, 0, self._threads, x.stride(0), x.stride(0), eps,
         )  # fmt: skip
         self._program.add("rms_norm", arguments, 0)
 
@@ -135,12 +152,14 @@ class DecodeStep:
         bias = self._program.hold(as_float32(bias))
         self._program.add("linear", matvec.arguments(x, weight, bias, y), matvec.KINDS[weight.format])
 
-    def _conv(self, xz: Tensor, w: LayerWeights, state: Tensor, u: Tensor) -> None:
+    def _conv(self, x: Tensor, w: LayerWeights, state: Tensor, u: Tensor) -> None:
         weight, bias = self._program.hold(as_float32(w.conv)), self._program.hold(as_float32(w.conv_bias))
-        b, d = u.shape
+        (b, d), k = u.shape, w.conv.shape[1]
+        window = address(state, FLOAT32_OR_BFLOAT16, b * d * (k - 1))
         arguments = conv.Arguments(
-            address(xz), address(weight), address(bias), address(state), None, None, address(state), address(u),
-            b, 1, d, w.conv.shape[1], b, 1, is_half(state), self._threads, xz.stride(0), 0,
+            address_of_rows(x, FLOAT32, (b, d)), address(weight, FLOAT32, d * k), address(bias, FLOAT32, d), window,
+            None, None, window, address(u, FLOAT32, b * d),
+            b, 1, d, k, b, 1, is_half(state), self._threads, x.stride(0), 0,
         )  # fmt: skip
         self._program.add("causal_conv1d", arguments, 0)
 
@@ -148,9 +167,12 @@ class DecodeStep:
         A, D, bias = (self._program.hold(as_float32(t)) for t in (w.A, w.D, w.dt_bias))
         b, d = u.shape
         n = state.shape[2]
+        held = address(state, FLOAT32, b * d * n)
         arguments = scan.Arguments(
-            address(u), address(delta), address(A), address(BC), address(BC[:, n:]), address(D), address(z),
-            address(bias), address(state), None, None, address(state), None, address(y),
+            address(u, FLOAT32, b * d), address(delta, FLOAT32, b * d), address(A, FLOAT32, d * n),
+            address_of_rows(BC[:, :n], FLOAT32, (b, n)), address_of_rows(BC[:, n:], FLOAT32, (b, n)), address(D, FLOAT32, d),
+            address_of_rows(z, FLOAT32, (b, d)), address(bias, FLOAT32, d), held, None, None, held, None,
+            address(y, FLOAT32, b * d),
             b, 1, d, n, b, 0, 1, self._threads,
             u.stride(0), 0, delta.stride(0), 0, z.stride(0), 0, BC.stride(0), 0, BC.stride(0), 0,
         )  # fmt: skip

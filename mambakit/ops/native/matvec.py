@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mambakit.ops._memory import empty
 from mambakit.ops.native import library
-from mambakit.ops.native.structures import address, as_float32, check, structure
+from mambakit.ops.native.structures import FLOAT32, INT32, address, address_of_rows, as_float32, check, structure
 
 if TYPE_CHECKING:
     from mambakit.ops.linear.api import PackedWeight
@@ -18,22 +19,39 @@ Arguments = structure(
     "Arguments", "x weight scales bias y starts columns values", "b in_ out group threads x_stride y_stride"
 )
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "lossless32": 4, "lossless16": 5}
+_DATA = {
+    "float32": (torch.float32,), "bfloat16": (torch.bfloat16,), "int8": (torch.int8,), "int4": (torch.int16,),
+    "lossless32": (torch.uint8,), "lossless16": (torch.uint8,),
+}  # fmt: skip
 
 
 def arguments(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> ctypes.Structure:
     """One product: x (b, in) and y (b, out) float32 with adjacent columns, bias (out,) float32."""
-    starts, columns, values = weight.exceptions or (None, None, None)
+    rows = x.shape[0]
+    return _arguments(
+        weight, address_of_rows(x, FLOAT32, (rows, weight.in_features)), address(bias, FLOAT32, weight.out_features),
+        address_of_rows(y, FLOAT32, (rows, weight.out_features)), rows, x.stride(0), y.stride(0),
+    )  # fmt: skip
+
+
+def _arguments(
+    weight: PackedWeight, x: int | None, bias: int | None, y: int | None, rows: int, x_stride: int, y_stride: int
+) -> ctypes.Structure:  # fmt: skip
+    out = weight.out_features
+    columns, groups = weight.row_sizes()
+    starts, listed, values = weight.exceptions or (None, None, None)
+    count = 0 if listed is None else listed.shape[0]
     return Arguments(
-        address(x), address(weight.data), address(weight.scales), address(bias), address(y),
-        address(starts), address(columns), address(values), x.shape[0],
-        weight.in_features, weight.out_features, weight.group, library.threads(), x.stride(0), y.stride(0),
+        x, address(weight.data, _DATA[weight.format], out * columns), address(weight.scales, FLOAT32, out * groups), bias, y,
+        address(starts, INT32, out + 1), address(listed, INT32, count), address(values, FLOAT32, count),
+        rows, weight.in_features, out, weight.group, library.threads(), x_stride, y_stride,
     )  # fmt: skip
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` for a few rows of x (..., in)."""
     flat = x.reshape(-1, weight.in_features).float().contiguous()
-    y = torch.empty(flat.shape[0], weight.out_features)
+    y = empty(flat.shape[0], weight.out_features, dtype=torch.float32)
     bias = as_float32(bias)
     call = arguments(flat, weight, bias, y)
     check(library.kernel("linear")(ctypes.byref(call), ctypes.c_int64(KINDS[weight.format])))
@@ -44,7 +62,7 @@ def widen(weight: PackedWeight) -> Tensor:
     """The weight (out, in) in float32."""
     if weight.format in ("float32", "bfloat16"):
         return weight.data.float()
-    y = torch.empty(weight.out_features, weight.in_features)
-    call = arguments(y[:0], weight, None, y)
+    y = empty(weight.out_features, weight.in_features, dtype=torch.float32)
+    call = _arguments(weight, None, None, address(y, FLOAT32, y.numel()), 0, 0, weight.in_features)  # x is not read
     check(library.kernel("widen")(ctypes.byref(call), ctypes.c_int64(KINDS[weight.format])))
     return y

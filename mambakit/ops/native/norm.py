@@ -8,8 +8,18 @@ import math
 import torch
 from torch import Tensor
 
+from mambakit.ops._memory import empty
 from mambakit.ops.native import library
-from mambakit.ops.native.structures import address, as_float32, check, is_half, structure
+from mambakit.ops.native.structures import (
+    FLOAT32,
+    FLOAT32_OR_BFLOAT16,
+    address,
+    address_of_rows,
+    as_float32,
+    check,
+    is_half,
+    structure,
+)
 
 Arguments = structure(
     "Arguments",
@@ -63,15 +73,17 @@ def forward(x, weight, residual, eps, residual_dtype, out_dtype):
     rows, stride = _rows(x)
     kept, kept_stride = _optional_rows(residual)
     weight = as_float32(weight)
-    y = torch.empty(x.shape, dtype=_kernel_dtype(out_dtype))
+    y = empty(*x.shape, dtype=_kernel_dtype(out_dtype))
     # Rounding to float16 before the norm, as the reference does, is exact only if what is kept is float16.
     if residual_dtype == torch.float16:
         total = rows.float() if kept is None else rows.float() + kept.float()
         rows, stride = _rows(total.half())
         kept, kept_stride = None, 0
-    residual_out = torch.empty(x.shape, dtype=_kernel_dtype(residual_dtype))
+    residual_out = empty(*x.shape, dtype=_kernel_dtype(residual_dtype))
     arguments = Arguments(
-        address(rows), address(weight), address(kept), address(y), address(residual_out), count, h, is_half(rows),
+        address_of_rows(rows, FLOAT32_OR_BFLOAT16, x.shape), address(weight, FLOAT32, h),
+        address_of_rows(kept, FLOAT32_OR_BFLOAT16, x.shape), address(y, FLOAT32_OR_BFLOAT16, count * h),
+        address(residual_out, FLOAT32_OR_BFLOAT16, count * h), count, h, is_half(rows),
         kept is not None and is_half(kept), is_half(y), is_half(residual_out), library.threads(), stride, kept_stride,
         eps,
     )  # fmt: skip
@@ -87,13 +99,16 @@ def backward(dy, dresidual_out, residual_out, weight, eps, x_dtype, has_residual
     (dy, dy_stride), (total, stride) = _rows(dy), _rows(residual_out)
     dout, dout_stride = _optional_rows(dresidual_out)
     scale = as_float32(weight)
-    dx = torch.empty(total.shape, dtype=_kernel_dtype(x_dtype))
-    dresidual = torch.empty(total.shape, dtype=total.dtype) if has_residual else None
-    dweight = None if weight is None else torch.empty(h)
-    dweight_parts = None if weight is None else torch.empty(parts, h)
+    shape = total.shape
+    dx = empty(*shape, dtype=_kernel_dtype(x_dtype))
+    dresidual = empty(*shape, dtype=total.dtype) if has_residual else None
+    dweight = None if weight is None else empty(h, dtype=torch.float32)
+    dweight_parts = None if weight is None else empty(parts, h, dtype=torch.float32)
     gradients = _Gradients(
-        address(dy), address(dout), address(total), address(scale), address(dx), address(dresidual),
-        address(dweight), address(dweight_parts), count, h, parts, is_half(dy), dout is not None and is_half(dout),
+        *(address_of_rows(t, FLOAT32_OR_BFLOAT16, shape) for t in (dy, dout, total)), address(scale, FLOAT32, h),
+        address(dx, FLOAT32_OR_BFLOAT16, count * h), address(dresidual, (total.dtype,), count * h),
+        address(dweight, FLOAT32, h), address(dweight_parts, FLOAT32, parts * h),
+        count, h, parts, is_half(dy), dout is not None and is_half(dout),
         is_half(total), is_half(dx), library.threads(), dy_stride, dout_stride, stride, eps,
     )  # fmt: skip
     check(library.kernel("rms_norm_backward")(ctypes.byref(gradients)))

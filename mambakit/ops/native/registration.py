@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mambakit.ops._library import LIBRARY, without_autocast
+from mambakit.ops._library import implement, without_autocast
 from mambakit.ops.causal_conv1d import reference as conv_reference
 from mambakit.ops.native import conv, library, norm, scan
 from mambakit.ops.rms_norm import reference as norm_reference
@@ -30,7 +30,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable, Callable, Callable]] = {
 def register() -> None:
     """Serve every op's "CPU" dispatch key from the native library. Call it once, after the ops are defined."""
     for name, (native, reference, serves) in _IMPLEMENTATIONS.items():
-        LIBRARY.impl(name, _choice(native, without_autocast(reference), serves), "CPU")
+        implement(name, _choice(native, without_autocast(reference), serves), "CPU")
 
 
 def _choice(native: Callable, reference: Callable, serves: Callable[..., bool]) -> Callable:

@@ -7,9 +7,15 @@ import ctypes
 import torch
 from torch import Tensor
 
+from mambakit.ops import _checks
+from mambakit.ops._memory import empty
 from mambakit.ops.native import library
 from mambakit.ops.native.structures import (
+    FLOAT32,
+    FLOAT32_OR_BFLOAT16,
+    INT32,
     address,
+    address_of_rows,
     as_float32,
     channels_adjacent,
     check,
@@ -39,6 +45,8 @@ class _Call:
     """The inputs of one call as the kernels take them; float16 becomes float32."""
 
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, softplus, cu_seqlens):
+        if cu_seqlens is not None:  # the kernel reads where it says, and not every caller comes through the op's checks
+            _checks.cu_seqlens("selective_scan", cu_seqlens, u.shape[0], u.shape[1])
         inputs = [u, delta, B, C] if z is None else [u, delta, B, C, z]
         self.dtype = u.dtype
         if u.dtype == torch.float16:
@@ -56,16 +64,24 @@ class _Call:
         self.half = ctypes.c_int64(is_half(self.u))
 
     def empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.u.dtype)
+        return empty(*shape, dtype=self.u.dtype)
 
     def out(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype)
 
     def arguments(self, initial, slots, final_state, checkpoints, y, interval):
+        channels, states, dtype = (self.b, self.l, self.d), (self.b, self.l, self.n), (self.u.dtype,)
+        size = self.d * self.n
+        # In place the states are a pool, of which there may be more than rows.
+        rows = initial.shape[0] if initial is not None and initial is final_state else self.sequences
+        count = -(-self.l // interval) if interval else 0
         return Arguments(
-            address(self.u), address(self.delta), address(self.A), address(self.B), address(self.C), address(self.D),
-            address(self.z), address(self.bias), address(initial), address(slots), address(self.cu),
-            address(final_state), address(checkpoints), address(y),
+            address_of_rows(self.u, FLOAT32_OR_BFLOAT16, channels), address_of_rows(self.delta, dtype, channels),
+            address(self.A, FLOAT32, size), address_of_rows(self.B, dtype, states), address_of_rows(self.C, dtype, states),
+            address(self.D, FLOAT32, self.d), address_of_rows(self.z, dtype, channels), address(self.bias, FLOAT32, self.d),
+            address(initial, FLOAT32, rows * size), address(slots, INT32, self.sequences),
+            address(self.cu, INT32, self.sequences + 1), address(final_state, FLOAT32, rows * size),
+            address(checkpoints, FLOAT32, self.b * count * size), address(y, dtype, self.b * self.l * self.d),
             self.b, self.l, self.d, self.n, self.sequences, interval, self.softplus, library.threads(),
             *row_strides(self.u), *row_strides(self.delta), *row_strides(self.z), *row_strides(self.B),
             *row_strides(self.C),
@@ -79,13 +95,13 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, 
     """`mambakit::selective_scan`."""
     call = _Call(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens)
     initial = as_float32(initial_state)
-    final = torch.empty(call.sequences, call.d, call.n)
+    final = empty(call.sequences, call.d, call.n, dtype=torch.float32)
     y = call.empty(call.b, call.l, call.d)
     if checkpoint_interval:
         count = -(-call.l // checkpoint_interval)
-        checkpoints = torch.empty(call.b, count, call.d, call.n)
+        checkpoints = empty(call.b, count, call.d, call.n, dtype=torch.float32)
     else:
-        checkpoints = torch.empty(0)
+        checkpoints = empty(0, dtype=torch.float32)
     call.run(call.arguments(initial, None, final, checkpoints, y, checkpoint_interval))
     return call.out(y), final, checkpoints
 
@@ -94,6 +110,7 @@ def forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_sof
     """`mambakit::selective_scan_`."""
     call = _Call(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens)
     pool = state.contiguous()
+    _checks.slots("selective_scan_", slot_indices, call.sequences, pool.shape[0])
     slots = None if slot_indices is None else slot_indices.contiguous()
     y = call.empty(call.b, call.l, call.d)
     call.run(call.arguments(pool, slots, pool, None, y, 0))
@@ -117,6 +134,8 @@ def backward(
     dy, dfinal, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval
 ):  # fmt: skip
     """`mambakit::selective_scan_backward`."""
+    if interval < 1:
+        raise ValueError(f"selective_scan_backward: the interval of checkpoints is {interval}; it must be 1 or more")
     call = _Call(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens)
     b, length, d, n = call.b, call.l, call.d, call.n
     dy = channels_adjacent(dy.to(call.u.dtype))
@@ -124,17 +143,23 @@ def backward(
     groups = _groups(-(-d // _VECTOR), b)
     du, ddelta = call.empty(b, length, d), call.empty(b, length, d)
     dB, dC = call.empty(b, length, n), call.empty(b, length, n)
-    absent = torch.empty(0)
+    wide = torch.float32
+    absent = empty(0, dtype=wide)
     dz = None if z is None else call.empty(b, length, d)
-    dA, dA_rows = torch.empty(d, n), torch.empty(b, d, n)
-    dD, dD_rows = None if D is None else torch.empty(d), torch.empty(b, d)
-    dbias, dbias_rows = None if delta_bias is None else torch.empty(d), torch.empty(b, d)
-    dinitial = None if initial is None else torch.empty(initial.shape)
-    partial = torch.empty(2, groups, b, n, length)
+    dA, dA_rows = empty(d, n, dtype=wide), empty(b, d, n, dtype=wide)
+    dD, dD_rows = None if D is None else empty(d, dtype=wide), empty(b, d, dtype=wide)
+    dbias, dbias_rows = None if delta_bias is None else empty(d, dtype=wide), empty(b, d, dtype=wide)
+    dinitial = None if initial is None else empty(*initial.shape, dtype=wide)
+    partial = empty(2, groups, b, n, length, dtype=wide)
+    dtype, channels, states = (call.u.dtype,), b * length * d, call.sequences * d * n
     gradients = _Gradients(
-        address(dy), address(dfinal), address(checkpoints), address(du), address(ddelta), address(dA), address(dB),
-        address(dC), address(dD), address(dz), address(dbias), address(dinitial), address(partial), address(dA_rows),
-        address(dD_rows), address(dbias_rows), groups, *row_strides(dy),
+        address_of_rows(dy, dtype, (b, length, d)), address(dfinal, FLOAT32, states),
+        address(checkpoints, FLOAT32, b * -(-length // interval) * d * n), address(du, dtype, channels),
+        address(ddelta, dtype, channels), address(dA, FLOAT32, d * n), address(dB, dtype, b * length * n),
+        address(dC, dtype, b * length * n), address(dD, FLOAT32, d), address(dz, dtype, channels),
+        address(dbias, FLOAT32, d), address(dinitial, FLOAT32, states), address(partial, FLOAT32, partial.numel()),
+        address(dA_rows, FLOAT32, b * d * n), address(dD_rows, FLOAT32, b * d), address(dbias_rows, FLOAT32, b * d),
+        groups, *row_strides(dy),
     )  # fmt: skip
     arguments = call.arguments(initial, None, None, None, None, interval)
     check(library.kernel("selective_scan_backward")(ctypes.byref(arguments), ctypes.byref(gradients), call.half))

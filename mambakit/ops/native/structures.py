@@ -7,6 +7,14 @@ import ctypes
 import torch
 from torch import Tensor
 
+from mambakit.ops import _memory
+from mambakit.ops._memory import FLOAT32, FLOAT32_OR_BFLOAT16, INT32
+
+__all__ = [
+    "FLOAT32", "FLOAT32_OR_BFLOAT16", "INT32", "address", "address_of_rows", "as_float32", "channels_adjacent", "check", "is_half",
+    "row_strides", "structure",
+]  # fmt: skip
+
 
 def structure(name: str, pointers: str, integers: str, doubles: str = ""):
     """A ctypes structure: pointers, then 64-bit integers, then doubles."""
@@ -16,8 +24,14 @@ def structure(name: str, pointers: str, integers: str, doubles: str = ""):
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def address(tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], count: int) -> int | None:
+    """`_memory.address` on the CPU; null where there is no tensor."""
+    return None if tensor is None else _memory.address(tensor, dtypes, count)
+
+
+def address_of_rows(tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> int | None:
+    """`_memory.address_of_rows` on the CPU; null where there is no tensor."""
+    return None if tensor is None else _memory.address_of_rows(tensor, dtypes, shape)
 
 
 def row_strides(tensor: Tensor | None) -> tuple[int, int]:

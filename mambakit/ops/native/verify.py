@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mambakit.ops.linear.api import MOST_ROWS, PackedWeight
 from mambakit.ops.native import conv, library, scan
-from mambakit.ops.native.decode import DecodeStep, LayerWeights, _Call, _Program
-from mambakit.ops.native.structures import address, as_float32, check, is_half
+from mambakit.ops.native.decode import DecodeStep, LayerWeights, _Call, _Program, buffer
+from mambakit.ops.native.structures import FLOAT32, FLOAT32_OR_BFLOAT16, address, as_float32, check, is_half
 
 
 class VerifyStep(DecodeStep):
@@ -62,13 +62,13 @@ class VerifyStep(DecodeStep):
         self._r = layers[0].dt_proj.in_features
         count = len(layers)
         # Kept for the replay, so apart for each layer.
-        self._xz = torch.zeros(count, tokens, 2 * self._d)
-        self._p = torch.zeros(count, tokens, self._r + 2 * self._n)
-        self._u, self._delta = (torch.zeros(count, tokens, self._d) for _ in range(2))
+        self._xz = buffer(count, tokens, 2 * self._d)
+        self._p = buffer(count, tokens, self._r + 2 * self._n)
+        self._u, self._delta = (buffer(count, tokens, self._d) for _ in range(2))
         # Of one layer and used again by the next: the state after each token on trial, and what else a layer makes.
         self._conv_trial, self._ssm_trial = torch.zeros_like(conv_states[0]), torch.zeros_like(ssm_states[0])
-        self._rows = [torch.zeros(tokens, self._h) for _ in range(3)]
-        self._y, self._logits = torch.zeros(tokens, self._d), torch.zeros(tokens, head.out_features)
+        self._rows = [buffer(tokens, self._h) for _ in range(3)]
+        self._y, self._logits = buffer(tokens, self._d), buffer(tokens, head.out_features)
         self._by_length: dict[int, tuple[_Program, ctypes.Array, ctypes.c_int64]] = {}
         self._replay = self._replay_program()
         self._read = 0
@@ -114,7 +114,7 @@ class VerifyStep(DecodeStep):
             for j in range(t):
                 self._convolve_token(w, xz[j], self._conv_states[i] if j == 0 else self._conv_trial, u[j])
             self._linear(u, w.x_proj, None, p)
-            self._linear(p, w.dt_proj, None, delta)
+            self._linear(p[:, : self._r], w.dt_proj, None, delta)
             for j in range(t):
                 state = self._ssm_states[i] if j == 0 else self._ssm_trial
                 self._scan_token(w, u[j], delta[j], p[j], xz[j], state, self._ssm_trial, y[j])
@@ -139,9 +139,12 @@ class VerifyStep(DecodeStep):
 
     def _convolve_token(self, w: LayerWeights, xz: Tensor, state: Tensor, u: Tensor) -> None:
         weight, bias = self._program.hold(as_float32(w.conv)), self._program.hold(as_float32(w.conv_bias))
+        d, k = self._d, w.conv.shape[1]
+        window = (FLOAT32_OR_BFLOAT16, d * (k - 1))
         arguments = conv.Arguments(
-            address(xz), address(weight), address(bias), address(state), None, None, address(self._conv_trial),
-            address(u), 1, 1, self._d, w.conv.shape[1], 1, 1, is_half(state), self._threads, 0, 0,
+            address(xz[:d], FLOAT32, d), address(weight, FLOAT32, d * k), address(bias, FLOAT32, d), address(state, *window),
+            None, None, address(self._conv_trial, *window), address(u, FLOAT32, d),
+            1, 1, d, k, 1, 1, is_half(state), self._threads, 0, 0,
         )  # fmt: skip
         self._program.add("causal_conv1d", arguments, 0)
 
@@ -149,10 +152,12 @@ class VerifyStep(DecodeStep):
         self, w: LayerWeights, u: Tensor, delta: Tensor, p: Tensor, xz: Tensor, state: Tensor, final: Tensor, y: Tensor
     ) -> None:
         A, D, bias = (self._program.hold(as_float32(t)) for t in (w.A, w.D, w.dt_bias))
-        B, C, z = p[self._r :], p[self._r + self._n :], xz[self._d :]
+        d, n = self._d, self._n
+        _, B, C = p.split([self._r, n, n])
         arguments = scan.Arguments(
-            address(u), address(delta), address(A), address(B), address(C), address(D), address(z), address(bias),
-            address(state), None, None, address(final), None, address(y),
-            1, 1, self._d, self._n, 1, 0, 1, self._threads, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+            address(u, FLOAT32, d), address(delta, FLOAT32, d), address(A, FLOAT32, d * n), address(B, FLOAT32, n),
+            address(C, FLOAT32, n), address(D, FLOAT32, d), address(xz[d:], FLOAT32, d), address(bias, FLOAT32, d),
+            address(state, FLOAT32, d * n), None, None, address(final, FLOAT32, d * n), None, address(y, FLOAT32, d),
+            1, 1, d, n, 1, 0, 1, self._threads, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
         )  # fmt: skip
         self._program.add("selective_scan", arguments, 0)

@@ -1,0 +1,118 @@
+"""Whether calling a module is its class's own forward and nothing else: the one test before a fast path passes modules by.
+
+A fast path (a layer's joined training pass, a step of the whole model as one native call, a CUDA graph, a verification) reads a
+module's weights and does not call it. That is the same only where nobody has put anything on the call: a hook of any kind on the module
+or on all modules, a ``forward`` of its own (accelerate's and others' wrappers), a compiled call, a patched class, a subclass, a
+parametrisation (which is a subclass). Else the module is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as base
+
+# What an instance's own dictionary replaces a call with.
+_REPLACING = frozenset({"forward", "_compiled_call_impl", "_call_impl", "_slow_forward", "_conv_forward"})
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Packages whose forwards are work for the device alone. What a forward of others does besides, a graph would do once.
+_PURE = ("torch", "mambakit", "transformers", "peft")
+
+
+def hooked_globally() -> bool:
+    """Whether there are hooks on the calls of every module."""
+    return bool(
+        base._global_forward_hooks or base._global_forward_pre_hooks
+        or base._global_backward_hooks or base._global_backward_pre_hooks
+    )  # fmt: skip
+
+
+def intercepted(module: nn.Module) -> bool:
+    """Whether a call of this very module does something else than its class's forward."""
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return True
+    if _REPLACING.isdisjoint(own):
+        return False
+    replaced = [own[name] for name in _REPLACING if own.get(name) is not None]
+    # Who takes a wrapper away again may leave the class's own method in its place.
+    return any(getattr(f, "__func__", None) is not type(module).forward or f.__self__ is not module for f in replaced)
+
+
+def patched(kind: type[nn.Module]) -> bool:
+    """Whether the class's call or forward was replaced by one that was not written in its module."""
+    calls: tuple[Any, ...] = (kind.__call__, kind._call_impl)
+    if any(getattr(call, "__globals__", None) is not vars(base) for call in calls):
+        return True
+    owner = next(c for c in kind.__mro__ if "forward" in vars(c))
+    return _home(kind.forward) != owner.__module__
+
+
+def untouched(module: Any, *kinds: type[nn.Module]) -> bool:
+    """Whether calling ``module`` is the forward of one of these classes, and nothing else."""
+    kind = type(module)
+    return kind in kinds and not intercepted(module) and not patched(kind) and not hooked_globally()
+
+
+def is_ours(module: Any) -> bool:
+    """Whether calling ``module`` is a forward of this package, and nothing else; a subclass may have changed other things."""
+    kind = type(module)
+    ours = _home(kind.forward).partition(".")[0] == __name__.partition(".")[0]
+    return ours and not intercepted(module) and not patched(kind) and not hooked_globally()
+
+
+def any_intercepted(modules: Iterable[nn.Module]) -> bool:
+    """Whether a call of any of these does something else than its class's forward, or may do more than work for the device."""
+    if hooked_globally():
+        return True
+    kinds = set()
+    for module in modules:
+        if intercepted(module):
+            return True
+        kinds.add(type(module))
+    return any(patched(kind) or _home(kind.forward).partition(".")[0] not in _PURE for kind in kinds)
+
+
+def modules_of(module: nn.Module, found: list[nn.Module] | None = None) -> list[nn.Module]:
+    """``module.modules()`` in a tenth of the time; a shared module comes as often as it is named."""
+    found = [] if found is None else found
+    found.append(module)
+    for child in module._modules.values():
+        if child is not None:
+            modules_of(child, found)
+    return found
+
+
+class Watch:
+    """A model's modules when a step was made that passes them by; `holds` says in microseconds whether it still may."""
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        self._modules = list(modules)
+        self._own = [m.__dict__ for m in modules]
+        self._hooks = [own[name] for own in self._own for name in _HOOKS]
+        self._children = [(m._modules, list(m._modules.values())) for m in modules if m._modules]
+        kinds = {type(m) for m in modules}
+        self._patched = any(map(patched, kinds))
+        self._calls = [(kind, kind.forward, kind.__call__, kind._call_impl) for kind in kinds]
+
+    def holds(self) -> bool:
+        """Nobody has put anything on a call since, and the modules are the same."""
+        if self._patched or any(self._hooks) or hooked_globally():
+            return False
+        for kind, *calls in self._calls:
+            if [kind.forward, kind.__call__, kind._call_impl] != calls:
+                return False
+        for now, children in self._children:
+            if list(now.values()) != children:
+                return False
+        for own in self._own:
+            if "forward" in own or "_compiled_call_impl" in own or "_call_impl" in own:
+                return not any(map(intercepted, self._modules))
+        return True
+
+
+def _home(function: Any) -> str:
+    """The module that a function was written in, also where a wrapper borrows its name."""
+    return getattr(function, "__globals__", {}).get("__name__", "")
