@@ -12,7 +12,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mambakit"
 # From the bottom up: a layer may import itself and the layers before it.
-LAYERS = ["ops", "modules", "models", "assets", "generation", "evaluation", "training", "serving", "commands", "cli"]
+LAYERS = [
+    "quoting",
+    "ops",
+    "modules",
+    "models",
+    "assets",
+    "generation",
+    "evaluation",
+    "training",
+    "serving",
+    "commands",
+    "cli",
+]
 # What each of the lower layers may import from outside, besides the standard library.
 OUTSIDE = {"ops": {"torch", "triton", "numpy", "cuda"}, "modules": {"torch", "safetensors", "transformers"}}
 

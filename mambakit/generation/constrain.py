@@ -17,11 +17,16 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from mambakit.generation.parameters import SAMPLING
 from mambakit.generation.stream import Sampling, token_number
+from mambakit.quoting import cut
 
 # Between the tokens of a JSON text exactly what Python's json.dumps writes: a small model left to choose white space can
 # go on choosing it. A schema's own "x-guidance" overrides these.
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+_MESSAGE = 500  # characters of a message of llguidance, which may hold the whole grammar
 
 
 class Constraint:
@@ -76,10 +81,10 @@ class Constraint:
             else:
                 self._grammar = compiler.grammar_from_lark(grammar)
             failed, messages = compiler.validate_grammar_with_warnings(self._grammar, self._tokens)
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             failed, messages = True, [str(error)]
         if failed:
-            raise ValueError(f"the {chosen[0]} cannot be used: {' '.join(' '.join(messages).split())}")
+            raise ValueError(f"the {chosen[0]} cannot be used: {cut(' '.join(' '.join(messages).split()), _MESSAGE)}")
         self._matcher = compiler(self._tokens, self._grammar, log_level=0)
 
     def matcher(self) -> Matcher:
@@ -92,7 +97,8 @@ class Constraint:
 
     def sampling(self, sampling: Sampling | None = None) -> ConstrainedSampling:
         """For ``Stream(..., sampling=constraint.sampling(Sampling(...)))``; every text made with it keeps the constraint."""
-        return ConstrainedSampling(**vars(sampling or Sampling()), constraint=self)
+        numbers: dict[str, Any] = {name: getattr(sampling, name, None) for name in SAMPLING}
+        return ConstrainedSampling(**numbers, constraint=self)
 
 
 class Matcher:
@@ -177,7 +183,7 @@ def mask_logits_(logits: Tensor, matchers: Sequence[Matcher]) -> Tensor:
             bits[i, end // 32] |= -(1 << 31) if end % 32 == 31 else 1 << end % 32
     errors = [m._matcher.get_error() for m in matchers if m._matcher.is_error()]
     if errors:
-        raise ValueError(f"the constraint became too complex to follow: {' '.join(errors[0].split())[:300]}")
+        raise ValueError(f"the constraint became too complex to follow: {cut(' '.join(errors[0].split()), _MESSAGE)}")
     bits = bits.to(logits.device, non_blocking=True)
     allowed = (bits[:, :, None] >> torch.arange(32, device=bits.device, dtype=torch.int32)) & 1  # (b, words, 32)
     return logits.masked_fill_(allowed.flatten(1)[:, :v] == 0, -float("inf"))

@@ -14,17 +14,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mambakit.generation.parameters import CHUNK_SIZE, INT64, NEW_TOKENS, Number
 from mambakit.generation.stream import NOTHING, Sampling, _end_tokens
+from mambakit.generation.token_ids import require_in_vocabulary, token_ids
 from mambakit.models.choosing import NO_CHOICE
 from mambakit.models.prompt import read_prompt
 from mambakit.models.rows import DecodingRows
 from mambakit.modules import MambaCache
+from mambakit.quoting import cut, quoted
 
 
 @dataclass(eq=False)
@@ -42,7 +45,8 @@ class Request:
     Attributes:
         tokens: what was written, without the end-of-text token.
         finish_reason: "" while it runs; then "stop", "length", "cancelled", or "error".
-        error: after "error", what went wrong: the model's logits were no numbers. The texts beside it go on.
+        error: after "error", what went wrong: the model's logits were no numbers, say. The texts beside it go on.
+        exception: after "error", what was raised for this request, if anything was.
         final_state: a `MambaCache` of one row that has read the prompt and all of ``tokens`` but the last; all of them
             after "stop". Only where ``keep_state`` is set.
     """
@@ -57,13 +61,16 @@ class Request:
     tokens: list[int] = field(default_factory=list, init=False)
     finish_reason: str = field(default="", init=False)
     error: str = field(default="", init=False)
+    exception: Exception | None = field(default=None, init=False, repr=False)
     final_state: MambaCache | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if self.prompt_ids.dim() != 1 or not len(self.prompt_ids):
-            raise ValueError(f"prompt_ids has shape {tuple(self.prompt_ids.shape)}, expected (l,) with l >= 1")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more")
+        self.prompt_ids = token_ids("prompt_ids", self.prompt_ids)
+        self.max_new_tokens = NEW_TOKENS.read("max_new_tokens", self.max_new_tokens)
+        if self.context is not None and len(self.context):
+            self.context = token_ids("context", self.context)
+        if not isinstance(self.sampling, Sampling):
+            raise TypeError(f"sampling is {quoted(self.sampling)}; give a Sampling")
         if self.state is not None and self.state.max_batch_size != 1:
             raise ValueError(f"the state has {self.state.max_batch_size} rows; a request continues one: select a row")
 
@@ -102,9 +109,8 @@ class Engine:
     """
 
     def __init__(self, model: Any, rows: int = 8, chunk_size: int = 512):
-        for name, value in (("rows", rows), ("chunk_size", chunk_size)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more")
+        rows = Number(8, 1, INT64[1], whole=True).read("rows", rows)
+        chunk_size = replace(CHUNK_SIZE, default=512).read("chunk_size", chunk_size)
         self.model, self.rows, self.chunk_size = model, rows, chunk_size
         self.waiting: deque[Request] = deque()
         self._ends = _end_tokens(model)
@@ -118,7 +124,14 @@ class Engine:
         return sum(row is not None for row in self._active) + (self._reading is not None)
 
     def submit(self, request: Request) -> Request:
-        """Queue a request; it starts as soon as a row is free."""
+        """Queue a request; it starts as soon as a row is free.
+
+        Raises:
+            ValueError: a token that the model does not have.
+        """
+        require_in_vocabulary("prompt_ids", request.prompt_ids, self.model.config.vocab_size)
+        if request.context is not None:
+            require_in_vocabulary("context", request.context, self.model.config.vocab_size)
         self.waiting.append(request)
         return request
 
@@ -134,7 +147,7 @@ class Engine:
             pass
         for request in requests:
             if request.error:
-                raise RuntimeError(request.error)
+                raise RuntimeError(request.error) from request.exception
         return requests
 
     @torch.no_grad()
@@ -151,26 +164,43 @@ class Engine:
     def _admit(self) -> list[tuple[Request, int]]:
         chosen, budget = [], self.chunk_size
         while budget > 0 and (self._reading or (self.waiting and self.busy < self.rows)):
-            reading = self._reading or self._begin(self.waiting.popleft())
-            if reading is None:
+            request = self._reading.request if self._reading else self.waiting.popleft()
+            try:
+                reading = self._reading = self._reading or self._begin(request)
+                if reading is None:
+                    continue
+                part = reading.ids[:, reading.done : reading.done + self.chunk_size]
+                budget -= part.shape[1]
+                logits = read_prompt(self.model, part, reading.cache)
+                reading.done += part.shape[1]
+                if reading.done < reading.ids.shape[1]:
+                    continue
+                self._reading = None
+                row, token = self._first(request, reading, logits)
+            except Exception as error:
+                self._reading = None
+                self._fail(request, error)
                 continue
-            self._reading = reading
-            part = reading.ids[:, reading.done : reading.done + self.chunk_size]
-            logits = read_prompt(self.model, part, reading.cache)
-            reading.done += part.shape[1]
-            budget -= part.shape[1]
-            if reading.done < reading.ids.shape[1]:
-                continue
-            self._reading = None
-            request, index = reading.request, self._free_row()
+            index = self._free_row()
             self._pool.put(index, reading.cache)
-            context = () if request.context is None else (request.context.to(reading.ids.device)[None],)
-            read = torch.cat([*context, reading.ids], 1)
-            row = self._active[index] = _Row(request, request.sampling.chooser(read.device), read)
-            token = int(row.choose(row.read, logits))
+            self._active[index] = row
             if self._take(index, row, token):
                 chosen.append((request, token))
         return chosen
+
+    def _first(self, request: Request, reading: _Reading, logits: Tensor) -> tuple[_Row, int]:
+        """The row of a prompt that has been read, and its first token."""
+        context = () if request.context is None else (request.context.to(reading.ids.device)[None],)
+        read = torch.cat([*context, reading.ids], 1)
+        row = _Row(request, request.sampling.chooser(read.device), read)
+        return row, int(row.choose(read, logits))
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """End with an error the one request that raised it; raise what no request survives."""
+        if isinstance(error, torch.AcceleratorError):  # the device answers nobody any more
+            raise error
+        request.exception, request.error = error, f"{type(error).__name__}: {cut(str(error), 500)}"
+        request.finish_reason = request.finish_reason or "error"
 
     def _begin(self, request: Request) -> _Reading | None:
         if request.finish_reason:
@@ -190,8 +220,17 @@ class Engine:
             tokens = best.masked_fill(~self._pool.are_numbers(best), NOTHING).tolist()
             return [(i, row, tokens[i]) for i, row in going]
         logits = self._pool.step(last)
-        tokens = torch.cat([row.choose(row.read, logits[i : i + 1]) for i, row in going]).tolist()
-        return [(i, row, token) for (i, row), token in zip(going, tokens, strict=True)]
+        chosen: list[Tensor] = []
+        able: list[tuple[int, _Row]] = []
+        for i, row in going:
+            try:  # a constraint, say, raises for its own text
+                chosen.append(row.choose(row.read, logits[i : i + 1]))
+                able.append((i, row))
+            except Exception as error:
+                self._fail(row.request, error)
+                self._active[i] = None
+        tokens = torch.cat(chosen).tolist() if chosen else []
+        return [(i, row, token) for (i, row), token in zip(able, tokens, strict=True)]
 
     def _take(self, index: int, row: _Row, token: int) -> bool:
         """Note a row's token; False where it is the end of the text, or none could be chosen."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mambakit.generation.constrain import ConstrainedSampling
 from mambakit.generation.drafters import Draft, Drafter, DraftModel, PromptLookup
+from mambakit.generation.parameters import INT64, Number
 from mambakit.generation.stream import Sampling, StoppingDecoder, Stream, _end_tokens, drawn, likeliest, token_number
 from mambakit.generation.verify import verifier
 from mambakit.modules.interception import Watch, modules_of
@@ -49,6 +50,7 @@ class SpeculativeStream(Stream):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.draft_tokens = Number(4, *INT64, whole=True).read("draft_tokens", self.draft_tokens)
         if not 1 <= self.draft_tokens < MOST_ROWS:
             raise ValueError(f"draft_tokens is {self.draft_tokens}; it must be between 1 and {MOST_ROWS - 1}")
         if isinstance(self.drafter, DraftModel):
@@ -108,6 +110,8 @@ class SpeculativeStream(Stream):
         if rest := assembly.rest():
             self.text += rest
             yield rest
+        if assembly.stopped:
+            self.finish_reason = "stop"
 
 
 class _Rule:
@@ -186,3 +190,8 @@ class _Assembly:
     def rest(self) -> str:
         """What was held back, once the text is over."""
         return self._shown.rest()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self._shown.stopped

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mambakit.generation.parameters import CHUNK_SIZE, NEW_TOKENS, SAMPLING
+from mambakit.generation.stopping import StopSearch, read_stops
+from mambakit.generation.token_ids import require_in_vocabulary, token_ids
 from mambakit.models.choosing import NO_CHOICE, are_numbers, draw
 from mambakit.models.prompt import read_prompt
+from mambakit.models.scaling import processors
 from mambakit.models.step import token_step
 from mambakit.modules import MambaCache
 
@@ -38,7 +42,11 @@ def drawn(weights: Tensor, generator: torch.Generator) -> int:
 
 @dataclass
 class Sampling:
-    """How the next token is chosen. ``temperature`` 0 is greedy; a filter at its default is off."""
+    """How the next token is chosen. ``temperature`` 0 is greedy; a filter at its default is off.
+
+    Raises:
+        TypeError, ValueError: a field that is no number, or outside of its range (`mambakit.generation.parameters`).
+    """
 
     temperature: float = 1.0
     top_k: int = 0
@@ -48,25 +56,14 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("temperature", 0.0, float("inf")), ("top_k", 0, float("inf")), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0),
-        ):  # fmt: skip
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be between {low} and {high}")
-        if self.top_p == 0:
-            raise ValueError("top_p is 0, which keeps no token; use temperature 0 for greedy text")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0 (1 is off)")
+        for name, number in SAMPLING.items():
+            setattr(self, name, number.read(name, getattr(self, name)))
 
     def filters(self) -> tuple[Any, Any]:
         """transformers' processors in its order: those that look at the tokens before, and those of one row of logits alone."""
         from transformers import generation
 
-        by_text, by_row = generation.LogitsProcessorList(), generation.LogitsProcessorList()
-        if self.repetition_penalty != 1:
-            by_text.append(generation.RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if self.temperature not in (0, 1):
-            by_row.append(generation.TemperatureLogitsWarper(float(self.temperature)))
+        by_text, by_row = processors(self.repetition_penalty, self.temperature)
         if self.top_k:
             by_row.append(generation.TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
@@ -126,14 +123,11 @@ class Stream:
     """"stop" (end-of-text or a stop string) or "length"."""
 
     def __post_init__(self) -> None:
-        if self.prompt_ids.dim() != 1 or not len(self.prompt_ids):
-            raise ValueError(f"prompt_ids has shape {tuple(self.prompt_ids.shape)}, expected (l,) with l >= 1")
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"chunk_size is {self.chunk_size}; it must be 1 or more")
-        if self.max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be 0 or more")
-        if any(not s for s in self.stop):
-            raise ValueError("a stop string is empty; every text would end at once")
+        self.prompt_ids = token_ids("prompt_ids", self.prompt_ids)
+        require_in_vocabulary("prompt_ids", self.prompt_ids, self.model.config.vocab_size)
+        self.chunk_size = CHUNK_SIZE.read("chunk_size", self.chunk_size)
+        self.max_new_tokens = replace(NEW_TOKENS, low=0).read("max_new_tokens", self.max_new_tokens)
+        self.stop = read_stops(self.stop)
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[str]:
@@ -168,6 +162,8 @@ class Stream:
         if rest := shown.rest():
             self.text += rest
             yield rest
+        if shown.stopped:  # in the text of what looked like half a character
+            self.finish_reason = "stop"
 
     def _read(self, ids: Tensor) -> Tensor:
         """Read the prompt in chunks; the logits (1, v) after it."""
@@ -182,6 +178,10 @@ class Stream:
         return logits
 
 
+# A character has at most 4 bytes, and so many tokens. Where more wait for their text, their bytes are no text.
+_LONGEST_CHARACTER = 4
+
+
 class _TextDecoder:
     """Tokens to text, a piece at a time, never half a character.
 
@@ -190,54 +190,58 @@ class _TextDecoder:
     """
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self.tokens: list[int] = []
-        self.shown = 0  # tokens whose text has been given out
-        self.context = 0  # where decoding starts: the tokens of the last piece
+        self._tokenizer = tokenizer
+        self._window: list[int] = []  # the tokens of the last piece, and those after it
+        self._known = 0  # tokens of the window that have been shown
+        self._shown = 0  # characters of the window's text that have been shown
 
     def push(self, token: int) -> str:
-        self.tokens.append(token)
-        return self._take(final=False)
+        self._window.append(token)
+        text = self._text(self._window)
+        incomplete = text.endswith("\ufffd")  # the bytes of a character that is not complete, or of none
+        if len(text) > self._shown and not incomplete:
+            piece = text[self._shown :]
+            self._window = self._window[self._known :]
+            self._known, self._shown = len(self._window), len(self._text(self._window))
+            return piece
+        # Nothing yet. The window must not grow for ever: its text would be made again with every token.
+        if len(self._window) - self._known <= 2 * _LONGEST_CHARACTER:
+            return ""
+        if not incomplete or not self._text([token]):
+            self._window.pop()  # a token without a text: special ones have none
+            return ""
+        piece = text[self._shown : -1]
+        self._window = [t for t in self._window if self._text([t])][-_LONGEST_CHARACTER:]
+        self._known, self._shown = 0, max(0, len(self._text(self._window)) - 1)
+        return piece
 
     def flush(self) -> str:
-        return self._take(final=True)
+        """What is left, when no more tokens come."""
+        return self._text(self._window)[self._shown :]
 
-    def _take(self, final: bool) -> str:
-        before = self._decode(self.tokens[self.context : self.shown])
-        after = self._decode(self.tokens[self.context :])
-        if len(after) <= len(before) or (after.endswith("\ufffd") and not final):
-            return ""  # nothing yet, or the bytes of a character that is not complete
-        self.context, self.shown = self.shown, len(self.tokens)
-        return after[len(before) :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+    def _text(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 class StoppingDecoder:
     """Tokens to text that may be shown: up to the first of the stop strings, and never the beginning of one."""
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]):
-        self.stopped = False
-        self._decoder, self._stop = _TextDecoder(tokenizer), stop
-        self._held = ""  # text that may turn out to be the start of a stop string
+        self._decoder, self._search = _TextDecoder(tokenizer), StopSearch(stop)
+
+    @property
+    def stopped(self) -> bool:
+        return self._search.stopped
 
     def push(self, token: int) -> str:
-        self._held += self._decoder.push(token)
-        cut = min((at for s in self._stop if (at := self._held.find(s)) >= 0), default=None)
-        self.stopped = cut is not None
-        ready = len(self._held) - _overlap(self._held, self._stop) if cut is None else cut
-        piece, self._held = self._held[:ready], self._held[ready:]
-        return piece
+        return self._search.push(self._decoder.push(token))
 
     def rest(self) -> str:
         """What was held back, when no more tokens come; nothing after a stop string."""
-        return "" if self.stopped else self._held + self._decoder.flush()
-
-
-def _overlap(text: str, stops: tuple[str, ...]) -> int:
-    """Length of the longest end of ``text`` that begins one of ``stops``."""
-    return max((n for s in stops for n in range(1, min(len(s), len(text)) + 1) if text.endswith(s[:n])), default=0)
+        if self.stopped:
+            return ""
+        last = self._search.push(self._decoder.flush())
+        return last + self._search.rest()
 
 
 def _end_tokens(model: Any) -> set[int]:

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 from transformers import generation
 
+from mambakit.models.scaling import WidePenalty, WideTemperature
+
 # Processors whose work is all on the device. Not among them: EtaLogitsWarper and TopHLogitsWarper, for which torch.distributions
 # checks its arguments on the host, and whatever reads token ids as Python numbers.
 WITHOUT_WAITING = frozenset({
     generation.RepetitionPenaltyLogitsProcessor, generation.TemperatureLogitsWarper, generation.TopKLogitsWarper,
     generation.TopPLogitsWarper, generation.MinPLogitsWarper, generation.TypicalLogitsWarper, generation.EpsilonLogitsWarper,
+    WidePenalty, WideTemperature,
 })  # fmt: skip
 
 
@@ -67,7 +70,7 @@ class Choosing:
     @property
     def reads_text(self) -> bool:
         """Whether the tokens so far matter."""
-        return any(type(p) is generation.RepetitionPenaltyLogitsProcessor for p in self.processors)
+        return any(isinstance(p, generation.RepetitionPenaltyLogitsProcessor) for p in self.processors)
 
     def __call__(self, text: Tensor, logits: Tensor) -> Tensor:
         """(b,) the next tokens, after ``text`` (b, l) and from ``logits`` (b, v), which stay as they are."""

@@ -21,6 +21,7 @@ from mambakit.models.inputs import one_cache
 from mambakit.models.outputs import CACHE_NAMES
 from mambakit.models.pretrained import MambaPreTrainedModel
 from mambakit.models.prompt import read_prompt, reads_in_pieces
+from mambakit.models.scaling import widened
 from mambakit.models.token_loop import GeneratingSteps, write_tokens
 from mambakit.modules import MambaCache
 from mambakit.modules.interception import is_ours
@@ -146,6 +147,11 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         if steps is None or steps.model is not self or input_ids is None or cache is None or input_ids.shape[1] != 1:
             return None
         return steps.logits(input_ids[:, 0], cache)
+
+    def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' processors, those of extreme numbers computed in float64: its own overflow float32 there."""
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        return widened(processors, beams=generation_config.num_beams or 1)
 
     def _sample(
         self,

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from mambakit.quoting import cut
 from mambakit.serving import protocol
 from mambakit.serving.jobs import Inbox, Job
 from mambakit.serving.messages import Piece
@@ -44,10 +45,8 @@ class _Call:
     echoed: list[str] = field(default_factory=list)
     """For each text, what stands before it."""
 
-    def count(self, piece: Piece) -> None:
-        self.usage.completion_tokens += piece.tokens
-        if self.usage.cached_tokens is not None:
-            self.usage.cached_tokens += piece.cached_tokens
+    def count(self, index: int, piece: Piece) -> None:
+        self.usage.count(index, piece.tokens, piece.cached_tokens if piece.finish_reason else None)
 
 
 class App:
@@ -158,23 +157,24 @@ class App:
 
     async def _call(self, asked: Asked, tokenizer: Any, limits: Limits) -> _Call:
         run = functools.partial(asyncio.get_running_loop().run_in_executor, self._tokenizing)
-        inbox, total = Inbox(), 0
+        inbox = Inbox()
+        lengths: list[int] = []
         jobs: list[Job] = []
         echoed: list[str] = []
         for prompt in asked.prompts:
             ids = await run(_ids, tokenizer, prompt) if isinstance(prompt, str) else prompt
-            protocol.check_length(len(ids), limits)
-            total += len(ids)
+            protocol.check_tokens(ids, limits)
+            lengths.append(len(ids))
             before = ""
             if asked.echo:
                 before = prompt if isinstance(prompt, str) else await run(tokenizer.decode, ids)
             data = array("q", ids).tobytes()
             for copy in range(asked.n):
                 sampling = asked.sampling_of(copy)
-                jobs.append(Job(inbox, len(jobs), data, len(ids), sampling, asked.max_tokens, asked.stop))
+                jobs.append(Job(inbox, len(jobs), data, len(ids), sampling, asked.max_tokens, asked.stop, copy))
                 echoed.append(before)
-        cached = 0 if self.router.options.prefix_cache_bytes else None
-        return _Call(asked, Answer(self.name), inbox, jobs, Usage(total, cached), echoed)
+        usage = Usage(lengths, asked.n, caching=bool(self.router.options.prefix_cache_bytes))
+        return _Call(asked, Answer(self.name), inbox, jobs, usage, echoed)
 
     async def _whole(self, call: _Call) -> Response:
         texts: list[list[str]] = [[before] for before in call.echoed]
@@ -183,7 +183,7 @@ class App:
             for index, piece in await call.inbox.take():
                 texts[index].append(piece.text)
                 reasons[index] = piece.finish_reason
-                call.count(piece)
+                call.count(index, piece)
         joined = ["".join(parts) for parts in texts]
         return JSONResponse(call.answer.whole(zip(joined, reasons, strict=True), call.usage))
 
@@ -199,7 +199,7 @@ class App:
             while True:
                 gained: dict[int, tuple[str, str]] = {}
                 for index, piece in pieces:
-                    call.count(piece)
+                    call.count(index, piece)
                     gained[index] = (gained.get(index, ("", ""))[0] + piece.text, piece.finish_reason)
                 left -= sum(bool(reason) for _, reason in gained.values())
                 yield b"".join(
@@ -279,7 +279,7 @@ async def _refusal(_: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    what = f"{request.method} {request.url.path}: {error.detail}; there are POST /v1/completions, GET /v1/models, /health and /metrics"
+    what = f"{cut(request.method)} {cut(request.url.path)}: {error.detail}; there are POST /v1/completions, GET /v1/models, /health and /metrics"
     return JSONResponse(ApiError(error.status_code, what).body, error.status_code, error.headers)
 
 

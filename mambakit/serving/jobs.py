@@ -57,6 +57,8 @@ class Job:
     sampling: dict[str, Any]
     max_new_tokens: int
     stop: tuple[str, ...] = ()
+    copy: int = 0
+    """Which of the n texts after its prompt it is; the prompt is counted with the first."""
 
     id: int = field(default_factory=itertools.count().__next__, init=False)
     created: float = field(default_factory=time.monotonic, init=False)
@@ -65,6 +67,12 @@ class Job:
     replica: Replica | None = field(default=None, init=False)
     ended: bool = field(default=False, init=False)
     """Nobody waits for it any more."""
+
+    @property
+    def work(self) -> int:
+        """A number that is the same for every text that asks for the same, whatever its seed."""
+        sampling = tuple((name, value) for name, value in self.sampling.items() if name != "seed")
+        return hash((self.prompt_ids, sampling, self.max_new_tokens, self.stop))
 
     @property
     def left(self) -> float:

@@ -77,6 +77,8 @@ class Piece(NamedTuple):
     """Of the prompt, those whose state was known; said with the end."""
     error: str = ""
     """What went wrong with this text; those beside it go on."""
+    status: int = 500
+    """Of HTTP, with an error: 400 where the request was at fault."""
 
 
 class Batch(NamedTuple):

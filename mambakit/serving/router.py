@@ -23,6 +23,7 @@ from mambakit.serving.jobs import Job
 from mambakit.serving.messages import Batch, Cancel, Failed, Piece, Ready, Stop, Task, WorkerOptions
 from mambakit.serving.metrics import Metrics
 from mambakit.serving.protocol import ApiError
+from mambakit.serving.suspects import Suspects
 
 _log = logging.getLogger("mambakit.serving")
 
@@ -82,6 +83,7 @@ class Router:
         self.options, self.max_waiting, self.metrics, self._failed = options, max_waiting, metrics, failed
         self.replicas = [Replica(number, device) for number, device in enumerate(devices)]
         self._queue: deque[Job] = deque()
+        self._suspects = Suspects()
         self._stopping = False
 
     # -- texts -----------------------------------------------------------------------------------------------------
@@ -101,8 +103,9 @@ class Router:
         """Take all of these texts, or none.
 
         Raises:
-            ApiError: too many wait already, or no replica is ready.
+            ApiError: too many wait already, no replica is ready, or replicas die of such a text.
         """
+        self._suspects.refuse(jobs)
         self.require_ready()
         free = sum(max(0, self.options.rows - len(r.jobs)) for r in self.replicas if r.state == "ready")
         if self.waiting + len(jobs) - free > self.max_waiting:
@@ -167,7 +170,8 @@ class Router:
             _log.error(
                 "%s could not write a text of %d prompt tokens: %s", replica.name, job.prompt_tokens, piece.error
             )
-            self._fail(job, ApiError(500, f"text {job.index} of this request could not be written: {piece.error}"))
+            message = f"text {job.index} of this request could not be written: {piece.error}"
+            self._fail(job, ApiError(piece.status, message))
             return
         if not job.ended:
             job.inbox.put(job.index, piece)
@@ -176,7 +180,8 @@ class Router:
             outcome = "cancelled" if job.ended else piece.finish_reason
             job.ended = True
             each = (now - job.first) / (job.tokens - 1) if job.tokens > 1 else None
-            self.metrics.ended(name, outcome, job.prompt_tokens, piece.cached_tokens, each)
+            read = (0, 0) if job.copy else (job.prompt_tokens, piece.cached_tokens)  # each prompt counts once
+            self.metrics.ended(name, outcome, *read, each)
 
     def _fail(self, job: Job, error: ApiError) -> None:
         self.metrics.ended("" if job.replica is None else str(job.replica.number), "failed")
@@ -247,10 +252,13 @@ class Router:
         delay = replica.deaths[0] + WINDOW - now if often else 0.0
         _log.error("%s died (%s); it is started again in %.0f s", replica.name, replica.error, delay)
         jobs, replica.jobs = list(replica.jobs.values()), {}
+        suspected = self._suspects.died(jobs)
         for job in jobs:
             if not job.ended:
-                message = f"{replica.name} died while it wrote this text ({replica.error}); send the request again"
-                self._fail(job, ApiError(503, message, retry_after=1))
+                message = f"{replica.name} died while it wrote this text ({replica.error})"
+                self._fail(
+                    job, suspected.get(job.id) or ApiError(503, f"{message}; send the request again", retry_after=1)
+                )
         if all(r.state == "dead" for r in self.replicas) and often:
             self.fail_all(f"no replica is left; the last to die was {replica.name} ({replica.error})")
         self._loop.call_later(delay, self._relaunch, replica)

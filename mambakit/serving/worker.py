@@ -7,15 +7,16 @@ tokens into text, looks for stop strings, and tells the front: it works while th
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import signal
 import threading
+import traceback
 from collections import deque
 from multiprocessing.connection import Connection
-from typing import Any, TypeAlias
+from typing import Any
 
-from mambakit.serving.messages import Batch, Cancel, Failed, Piece, Ready, Stop, Task, WorkerOptions
+from mambakit.serving.messages import Failed, Ready, Stop, Task, WorkerOptions
+from mambakit.serving.outbox import Event, Outbox, Text, end_of_process
 
 
 def main(options: WorkerOptions, connection: Connection) -> None:
@@ -37,10 +38,9 @@ def main(options: WorkerOptions, connection: Connection) -> None:
 
 def _hear(connection: Connection, inbox: queue.SimpleQueue[Any]) -> None:
     """Everything the front says. Without a front there is nothing left to do, whatever the other threads are at."""
-    with contextlib.suppress(EOFError, OSError):
+    with end_of_process():
         while not isinstance(message := connection.recv(), Stop):
             inbox.put(message)
-    os._exit(0)
 
 
 def _load(options: WorkerOptions) -> tuple[Any, Any]:
@@ -75,9 +75,9 @@ class _Worker:
             if options.prefix_cache_bytes
             else None
         )
-        self.inbox, self.outbox = inbox, _Outbox(connection, inbox)
+        self.inbox, self.outbox = inbox, Outbox(connection, inbox)
         self.pending: deque[Task] = deque()
-        self.running: dict[Any, _Text] = {}  # by `Request`
+        self.running: dict[Any, Text] = {}  # by `Request`
         self.preparing: Task | None = None
         self.cancelled = False  # the one that is being prepared
         self._warm(chunk_size if not on_cpu else 4)
@@ -118,48 +118,64 @@ class _Worker:
         for task in self.pending:
             if task.id == id:
                 self.pending.remove(task)
-                self._tell([(_Text(task, self.tokenizer), None, "cancelled")])
+                self._tell([(Text(task, self.tokenizer), None, "cancelled")])
                 return
         for request, text in self.running.items():
             if text.id == id:
                 request.cancel()
 
     def _start(self, task: Task) -> None:
+        text = Text(task, self.tokenizer)
+        try:
+            self.running[self._submit(task, text)] = text
+        except _CancelledError:
+            self._tell([(text, None, "cancelled")])
+        except _StepError as error:  # of the texts that went on meanwhile
+            raise error.__cause__ or error from None
+        except Exception as error:
+            if isinstance(error, _device_error()):
+                raise
+            text.fail(error)
+            self._tell([(text, None, "error")])
+
+    def _submit(self, task: Task, text: Text) -> Any:
         import torch
 
         from mambakit.generation.engine import Request
         from mambakit.generation.stream import Sampling
+        from mambakit.generation.token_ids import require_in_vocabulary
 
         ids = torch.frombuffer(bytearray(task.prompt_ids), dtype=torch.int64)
-        text = _Text(task, self.tokenizer)
+        with text.blamed():
+            sampling = Sampling(**task.sampling)
+            require_in_vocabulary("prompt", ids, self.model.config.vocab_size)
         options: dict[str, Any] = {"prompt_ids": ids}
         if self.prefix_cache is not None:
             saved = self.prefix_cache.statistics.tokens_saved
             self.preparing, self.cancelled = task, False
             try:
                 state = self.prefix_cache.read(ids, progress=self._meanwhile)
-            except _CancelledError:
-                self._tell([(text, None, "cancelled")])
-                return
             finally:
                 self.preparing = None
             text.cached_tokens = self.prefix_cache.statistics.tokens_saved - saved
             options = {
                 "prompt_ids": state.pending[0], "state": state.cache, "context": ids[:-1], "keep_state": True,
             }  # fmt: skip
-        sampling = Sampling(**task.sampling)
-        request = Request(sampling=sampling, max_new_tokens=task.max_new_tokens, **options)
-        self.running[self.engine.submit(request)] = text
+        with text.blamed():
+            return self.engine.submit(Request(sampling=sampling, max_new_tokens=task.max_new_tokens, **options))
 
     def _meanwhile(self, _read: int) -> None:
         """Between the chunks of a prompt that the prefix cache reads, the other texts go on."""
         self._hear()
         if self.cancelled:
             raise _CancelledError
-        self._step()
+        try:
+            self._step()
+        except Exception as error:
+            raise _StepError from error
 
     def _step(self) -> None:
-        events: list[_Event] = [(self.running[request], token, "") for request, token in self.engine.step()]
+        events: list[Event] = [(self.running[request], token, "") for request, token in self.engine.step()]
         for request in [r for r in self.running if r.finish_reason]:
             text = self.running.pop(request)
             text.error = request.error
@@ -168,10 +184,19 @@ class _Worker:
                 # A text's last token is not read, unless the end of the text was chosen after it.
                 tokens = request.tokens if request.finish_reason == "stop" else request.tokens[:-1]
                 read = [*request.context.tolist(), *request.prompt_ids.tolist(), *tokens]
-                self.prefix_cache.store(read, request.final_state)
+                self._store(read, request.final_state)
         self._tell(events)
 
-    def _tell(self, events: list[_Event]) -> None:
+    def _store(self, tokens: list[int], state: Any) -> None:
+        assert self.prefix_cache is not None
+        try:
+            self.prefix_cache.store(tokens, state)
+        except Exception as error:  # the text is whole all the same
+            if isinstance(error, _device_error()):
+                raise
+            traceback.print_exception(error)
+
+    def _tell(self, events: list[Event]) -> None:
         self.outbox.put(self.engine.busy, len(self.pending), events)
 
 
@@ -179,71 +204,12 @@ class _CancelledError(Exception):
     """The prompt that is being read belongs to nobody any more."""
 
 
-class _Text:
-    """One text on its way out."""
-
-    def __init__(self, task: Task, tokenizer: Any):
-        from mambakit.generation.stream import StoppingDecoder
-
-        self.id = task.id
-        self.cached_tokens = 0
-        self.error = ""
-        self.ended = False
-        self._shown = StoppingDecoder(tokenizer, task.stop)
-
-    def add(self, token: int) -> str:
-        """What can be shown now; a stop string ends the text."""
-        piece = self._shown.push(token)
-        self.ended = self._shown.stopped
-        return piece
-
-    def rest(self) -> str:
-        """What was held back, when no more tokens come."""
-        self.ended = True
-        return self._shown.rest()
+class _StepError(Exception):
+    """A step of the other texts failed, while a prompt was read."""
 
 
-# (text, token, "") or (text, None, why it ended)
-_Event: TypeAlias = "tuple[_Text, int | None, str]"
+def _device_error() -> type[Exception]:
+    """What a device raises that answers nobody any more."""
+    import torch
 
-
-class _Outbox:
-    """The thread that tells the front. Whatever piles up while it decodes and sends goes out together."""
-
-    def __init__(self, connection: Connection, inbox: queue.SimpleQueue[Any]):
-        self._connection, self._inbox = connection, inbox
-        self._queue: queue.SimpleQueue[tuple[int, int, list[_Event]]] = queue.SimpleQueue()
-        self._said = (0, 0)
-
-    def put(self, busy: int, waiting: int, events: list[_Event]) -> None:
-        if events or (busy, waiting) != self._said:
-            self._said = (busy, waiting)
-            self._queue.put((busy, waiting, events))
-
-    def run(self) -> None:
-        with contextlib.suppress(OSError):  # the front is gone, and so is this process at once
-            while True:
-                busy, waiting, events = self._queue.get()
-                while not self._queue.empty():
-                    busy, waiting, more = self._queue.get()
-                    events = events + more
-                self._connection.send(Batch(busy, waiting, self._pieces(events)))
-
-    def _pieces(self, events: list[_Event]) -> list[Piece]:
-        pieces: dict[int, Piece] = {}
-        for text, token, reason in events:
-            if text.ended:
-                continue  # tokens after a stop string, until the engine has heard of it
-            if token is None:
-                shown, tokens = text.rest() if reason in ("stop", "length") else "", 0
-            else:
-                shown, tokens = text.add(token), 1
-                if text.ended:
-                    reason = "stop"
-                    self._inbox.put(Cancel(text.id))
-            before = pieces.get(text.id, Piece(text.id))
-            pieces[text.id] = Piece(
-                text.id, before.text + shown, before.tokens + tokens, reason, text.cached_tokens if reason else 0,
-                text.error if reason == "error" else "",
-            )  # fmt: skip
-        return list(pieces.values())
+    return torch.AcceleratorError

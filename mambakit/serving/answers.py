@@ -1,0 +1,85 @@
+"""The shapes of an answer, whole or in events, and what it says of tokens."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Usage:
+    """Tokens of one request. Each prompt counts once, however many texts follow it.
+
+    Attributes:
+        prompts: tokens of each prompt.
+        copies: texts after each.
+        caching: whether known prefixes are kept.
+    """
+
+    prompts: Sequence[int]
+    copies: int = 1
+    caching: bool = False
+    completion_tokens: int = 0
+    _cached: dict[int, int] = field(default_factory=dict)
+
+    def count(self, index: int, tokens: int, cached_tokens: int | None = None) -> None:
+        """Text ``index`` has gained ``tokens``; of its prompt ``cached_tokens`` were known, which is said with its end.
+
+        The first of a prompt's texts to be read makes the others' prompt known: what counts is what the least of them knew.
+        """
+        self.completion_tokens += tokens
+        if cached_tokens is not None:
+            prompt = index // self.copies
+            self._cached[prompt] = min(cached_tokens, self._cached.get(prompt, self.prompts[prompt]))
+
+    @property
+    def body(self) -> dict[str, Any]:
+        prompt_tokens = sum(self.prompts)
+        counts: dict[str, Any] = {
+            "prompt_tokens": prompt_tokens, "completion_tokens": self.completion_tokens,
+            "total_tokens": prompt_tokens + self.completion_tokens,
+        }  # fmt: skip
+        if self.caching:
+            counts["prompt_tokens_details"] = {"cached_tokens": sum(self._cached.values())}
+        return counts
+
+
+@dataclass
+class Answer:
+    """The shapes of one answer, whole or in events."""
+
+    model: str
+    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def _body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id, "object": "text_completion", "created": self.created, "model": self.model, "choices": choices,
+        }  # fmt: skip
+
+    def whole(self, texts: Iterable[tuple[str, str]], usage: Usage) -> dict[str, Any]:
+        """All (text, finish_reason), in order."""
+        choices = [_choice(index, text, reason) for index, (text, reason) in enumerate(texts)]
+        return self._body(choices) | {"usage": usage.body}
+
+    def event(self, index: int, text: str, finish_reason: str, usage: bool) -> bytes:
+        """``usage``: whether the stream ends with a usage event, of which the others then say that they have none."""
+        return event(self._body([_choice(index, text, finish_reason)]) | ({"usage": None} if usage else {}))
+
+    def usage_event(self, usage: Usage) -> bytes:
+        return event(self._body([]) | {"usage": usage.body})
+
+
+def _choice(index: int, text: str, finish_reason: str) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason or None}
+
+
+def event(body: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
