@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -85,17 +87,23 @@ class MambaModel(MambaPreTrainedModel):
         config = self.config
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return_dict = config.return_dict if return_dict is None else return_dict
-        checkpointing = self.gradient_checkpointing and self.training
+        # Without gradients there is no backward pass to compute anything again for: `generate` in train mode keeps its state.
+        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if use_cache is None:
             use_cache = config.use_cache and not self.training
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         b, length = x.shape[:2]
         marks = Marks(position_ids, cu_seqlens, seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         packing = packing_of((b, length), x.device, attention_mask, marks, cache)
-        if cache is None and use_cache and not checkpointing:
+        if checkpointing and cache is not None:
+            raise ValueError(
+                "gradient checkpointing runs layers twice and would move the state twice; drop the cache, or call "
+                "gradient_checkpointing_disable()"
+            )
+        if checkpointing and use_cache:
+            warnings.warn("use_cache=True: gradient checkpointing keeps no state, cache_params is None", stacklevel=2)
+        elif cache is None and use_cache:
             cache = self.new_cache(b if cu_seqlens is None else len(cu_seqlens) - 1)
-        if cache is not None and checkpointing:
-            raise ValueError("gradient checkpointing runs layers twice and would move the state twice; drop the cache")
 
         if packing is not None:
             x = packing.pack(x)
