@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from mambakit.models.checkpoints import load_pretrained, save_original
 from mambakit.models.configuration import FalconMambaConfig, MambaConfig, for_weights_that_exist
-from mambakit.models.initialization import initialize
+from mambakit.models.initialization import initialize, initialize_in_turn
 from mambakit.models.packed_checkpoints import stored_tensors
-from mambakit.models.quantization import dequantize, quantize
+from mambakit.models.quantization import dequantize, is_quantized, quantize
 
 
 class MambaPreTrainedModel(PreTrainedModel):
@@ -32,7 +32,22 @@ class MambaPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["A_log", "mixer.D", "dt_proj.bias"]
 
     def _init_weights(self, module: nn.Module) -> None:
-        initialize(module, self.config)
+        initialize_in_turn(module, self.config)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, as a new model's: after ``to_empty``, say.
+
+        Raises:
+            ValueError: the weights are packed.
+        """
+        if is_quantized(self.config):
+            raise ValueError("packed weights are not drawn; dequantize() the model first")
+        for parameter in self.parameters():
+            if getattr(parameter, "_is_hf_initialized", False):  # what a checkpoint has filled is passed over, else
+                del parameter._is_hf_initialized
+        for module in self.modules():
+            initialize(module, self.config)
+        self.tie_weights()  # to_empty makes two tensors of one
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:

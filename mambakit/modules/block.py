@@ -23,6 +23,11 @@ class MambaBlock(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = MambaMixer(config, layer_idx)
 
+    def reset_parameters(self) -> None:
+        """Draw every parameter of the layer anew."""
+        self.norm.reset_parameters()
+        self.mixer.reset_parameters()
+
     def forward(
         self,
         x: Tensor,

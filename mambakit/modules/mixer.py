@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mambakit.modules.cache import MambaCache
 from mambakit.modules.convolution import convolve, convolve_
+from mambakit.modules.initialization import TimeSteps, initial_a_log
 from mambakit.modules.interception import untouched
 from mambakit.modules.joined import Weights, in_training, mix, project
 from mambakit.modules.packing import Packing
@@ -22,8 +23,26 @@ from mambakit.ops._memory import all_plain
 class TimeStepProjection(nn.Linear):
     """(r) -> (d) without adding its bias: the scan adds it in float32, right before the softplus.
 
-    The bias stays float32 when the model is cast to a half dtype.
+    The bias stays float32 when the model is cast to a half dtype. A new layer's steps are those that ``steps`` names.
     """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, steps: TimeSteps | None = None, **factory: Any
+    ):
+        self.steps = steps or TimeSteps()  # nn.Linear draws its parameters when it is made
+        super().__init__(in_features, out_features, bias, **factory)
+        if self.bias is not None and self.bias.dtype.itemsize == 2:  # made in half: its rounding would move the steps
+            self.bias = nn.Parameter(self.steps.bias(self.bias))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        bound = self.steps.bound(self.in_features)
+        if self.steps.scheme == "constant":
+            nn.init.constant_(self.weight, bound)
+        else:
+            nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            self.bias.copy_(self.steps.bias(self.bias))
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight)
@@ -54,10 +73,12 @@ class MambaMixer(nn.Module):
         # a forward or an adapter on it: then it is called (`convolution.py`).
         self.conv1d = nn.Conv1d(d, d, config.conv_kernel, groups=d, bias=config.use_conv_bias)
         self.x_proj = nn.Linear(d, self.time_step_rank + 2 * n, bias=False)
-        self.dt_proj = TimeStepProjection(self.time_step_rank, d, bias=True)
-        self.A_log = nn.Parameter(torch.log(torch.arange(1, n + 1, dtype=torch.float32)).repeat(d, 1))
-        self.D = nn.Parameter(torch.ones(d, dtype=torch.float32))
+        self.dt_proj = TimeStepProjection(self.time_step_rank, d, bias=True, steps=TimeSteps.of(config))
+        self.A_log = nn.Parameter(torch.empty(d, n, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(d, dtype=torch.float32))
         self.out_proj = nn.Linear(d, h, bias=config.use_bias)
+        # A model of many layers starts the end of each residual branch smaller (`mambakit.models.initialization`).
+        self.out_proj.ends_residual_branch = True
         # FalconMamba normalises dt, B and C without weights; plain Mamba has no such field.
         self.mixer_rms_eps: float | None = getattr(config, "mixer_rms_eps", None)
         self._set_activation(config.hidden_act)
@@ -65,6 +86,19 @@ class MambaMixer(nn.Module):
         self.recompute_selection = False
         # Context parallelism puts ops of the same contract in their place, which pass the state between processes.
         self.causal_conv1d, self.selective_scan = causal_conv1d, selective_scan
+        self._reset_own()  # its layers did when they were made
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter of the layer anew, as mamba_ssm's `Mamba` starts."""
+        for child in self.children():
+            if callable(reset := getattr(child, "reset_parameters", None)):
+                reset()
+        self._reset_own()
+
+    @torch.no_grad()
+    def _reset_own(self) -> None:
+        self.A_log.copy_(initial_a_log(self.A_log))
+        self.D.fill_(1)
 
     def _set_activation(self, name: str) -> None:
         """SiLU runs inside the convolution; any other activation of transformers' table follows it."""
