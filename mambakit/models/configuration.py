@@ -10,6 +10,9 @@ import transformers
 
 from mambakit.models.initialization import UNSET_RANGE, uses_mamba_ssm_recipe
 
+# Of the fields of an output those that Trainer cannot gather, whatever a release of transformers calls them.
+_CACHE_NAMES = ["cache_params", "past_key_values", "cache"]
+
 
 class MambaConfig(transformers.MambaConfig):
     """Configuration of a Mamba model. Every field is transformers' `MambaConfig`'s, with its default and meaning.
@@ -25,6 +28,7 @@ class MambaConfig(transformers.MambaConfig):
       the fields are read and kept, and change nothing.
     """
 
+    keys_to_ignore_at_inference = _CACHE_NAMES
     initializer_range: float = UNSET_RANGE
 
     def __post_init__(self, **kwargs):
@@ -41,6 +45,7 @@ class MambaConfig(transformers.MambaConfig):
 class FalconMambaConfig(transformers.FalconMambaConfig):
     """Configuration of a FalconMamba model: Mamba with a weight-less RMSNorm (``mixer_rms_eps``) on dt, B and C."""
 
+    keys_to_ignore_at_inference = _CACHE_NAMES
     initializer_range: float = UNSET_RANGE
 
     def __post_init__(self, **kwargs):

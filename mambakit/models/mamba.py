@@ -89,6 +89,10 @@ class MambaModel(MambaPreTrainedModel):
         return_dict = config.return_dict if return_dict is None else return_dict
         # Without gradients there is no backward pass to compute anything again for: `generate` in train mode keeps its state.
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        only_tensors = self._returns_only_tensors()
+        if use_cache and cache is None and (checkpointing or only_tensors):
+            why = "gradient checkpointing keeps no state" if checkpointing else f"{only_tensors} returns tensors alone"
+            warnings.warn(f"use_cache=True: {why}, cache_params is None", stacklevel=2)
         if use_cache is None:
             use_cache = config.use_cache and not self.training
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -100,9 +104,7 @@ class MambaModel(MambaPreTrainedModel):
                 "gradient checkpointing runs layers twice and would move the state twice; drop the cache, or call "
                 "gradient_checkpointing_disable()"
             )
-        if checkpointing and use_cache:
-            warnings.warn("use_cache=True: gradient checkpointing keeps no state, cache_params is None", stacklevel=2)
-        elif cache is None and use_cache:
+        if cache is None and use_cache and not (checkpointing or only_tensors):
             cache = self.new_cache(b if cu_seqlens is None else len(cu_seqlens) - 1)
 
         if packing is not None:
@@ -125,8 +127,16 @@ class MambaModel(MambaPreTrainedModel):
         hidden_states = None
         if output_hidden_states:
             hidden_states = (*(unpack(t) for t in [*streams[1:], residual][: len(streams)]), x)
-        output = MambaOutput(last_hidden_state=x, cache=cache, hidden_states=hidden_states)
+        output = MambaOutput(
+            last_hidden_state=x, cache=None if only_tensors else cache, hidden_states=hidden_states
+        )
         return output if return_dict else output.to_tuple()
+
+    def _returns_only_tensors(self) -> str:
+        """Who calls forward and takes tensors alone, so that the state cannot be among its results; "" for nobody."""
+        if getattr(self, "_is_replica", False):
+            return "a replica of DataParallel"
+        return "an exported program" if torch.compiler.is_exporting() or torch.jit.is_tracing() else ""
 
 
 class MambaForCausalLM(GenerativeMambaModel):
