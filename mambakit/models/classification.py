@@ -14,6 +14,7 @@ from mambakit.models.mamba import MambaModel
 from mambakit.models.outputs import MambaSequenceClassifierOutput
 from mambakit.models.pretrained import MambaPreTrainedModel
 from mambakit.modules import MambaCache
+from mambakit.modules.tracing import values_are_hidden
 
 
 class MambaForSequenceClassification(MambaPreTrainedModel):
@@ -66,7 +67,8 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
             padding = input_ids == self.config.pad_token_id
             # Trailing padding only: the same id may well be a real token (a separator) further in front.
             trailing = padding.flip(1).cumprod(1).flip(1).bool()
-            attention_mask = (~trailing).to(torch.int64) if bool(trailing.any()) else None
+            needed = values_are_hidden(trailing) or bool(trailing.any())
+            attention_mask = (~trailing).to(torch.int64) if needed else None
         marks = Marks(position_ids, cu_seqlens, seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         cache = one_cache(cache=cache, cache_params=cache_params, past_key_values=past_key_values)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
@@ -89,7 +91,7 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
             pooled = hidden[:, -1]
         else:
             keep = attention_mask[:, -length:].to(hidden.device).bool()
-            if not bool(keep.any(1).all()):
+            if not values_are_hidden(keep) and not bool(keep.any(1).all()):
                 raise ValueError("a row has no real token to pool on; drop the row or correct attention_mask")
             positions = torch.arange(length, device=hidden.device)
             pooled = hidden[torch.arange(b, device=hidden.device), (positions * keep).argmax(1)]
@@ -123,7 +125,7 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
 def _require_one_document(
     tokens: Tensor, attention_mask: Tensor | None, marks: Marks, cache: MambaCache | None
 ) -> None:
-    if torch.compiler.is_compiling():
+    if values_are_hidden(tokens, attention_mask, *marks):
         return
     seen = 0 if cache is None else cache.get_seq_length()
     keep, starts = documents_of((tokens.shape[0], tokens.shape[1]), tokens.device, attention_mask, marks, seen)

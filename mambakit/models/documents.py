@@ -19,6 +19,12 @@ import torch
 from torch import Tensor
 
 from mambakit.modules.packing import document_starts
+from mambakit.modules.tracing import values_are_hidden
+
+
+_ONLY_A_MASK = (
+    "attention_mask has other values than 0 and 1, and this program was traced for padding alone; give cu_seqlens"
+)
 
 
 class Marks(NamedTuple):
@@ -62,14 +68,14 @@ def documents_of(
     Raises:
         ValueError: a wrong shape or value, or two marks that disagree.
     """
-    visible = not torch.compiler.is_compiling()
+    visible = not values_are_hidden(attention_mask, *marks)
     check = check and visible
     length = shape[1]
     found: dict[str, Tensor] = {}
     wide_keep = keep = None
     if attention_mask is not None:
         mask = _columns("attention_mask", attention_mask, shape, seen, device)
-        wide_keep = mask.bool()
+        wide_keep = mask.bool() if visible or mask.dtype == torch.bool else _only_a_mask(mask)
         keep = _last(wide_keep, length)
         if visible and mask.dtype != torch.bool and _numbers_documents(mask):
             found["attention_mask"] = _last(_changes(mask, wide_keep), length)
@@ -155,6 +161,18 @@ def _numbers_documents(mask: Tensor) -> bool:
             "token's document), not what is added to attention scores"
         )
     return most > 1
+
+
+def _only_a_mask(mask: Tensor) -> Tensor:
+    """``mask`` as bool; a traced program looks at each mask whether that is all that it says."""
+    sound = ((mask == 0) | (mask == 1)).all()
+    if (
+        torch.jit.is_tracing() and mask.device.type == "cpu"
+    ):  # its dead code elimination takes a statement without a result away
+        token = torch.ops.aten._functional_assert_async.msg(sound, _ONLY_A_MASK, torch.ones_like(sound))
+        return mask.bool() & token
+    torch._assert_async(sound, _ONLY_A_MASK)
+    return mask.bool()
 
 
 def _as_wide(keep: Tensor | None, like: Tensor) -> Tensor | None:

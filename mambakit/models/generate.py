@@ -141,7 +141,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
 
     def next_logits(self, input_ids: Tensor | None, cache: MambaCache | None) -> Tensor | None:
         """(b, v) logits of one more token per row by the fast step of the `generate` under way; None where there is none."""
-        if torch.compiler.is_compiling():  # a trace is of the forward
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a trace is of the forward
             return None
         steps = _steps.get()
         if steps is None or steps.model is not self or input_ids is None or cache is None or input_ids.shape[1] != 1:

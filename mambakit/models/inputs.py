@@ -10,6 +10,7 @@ from torch import Tensor
 from mambakit.models.documents import Marks, as_lengths, documents_of, require_cumulative
 from mambakit.modules.cache import MambaCache
 from mambakit.modules.packing import Packing
+from mambakit.modules.tracing import values_are_hidden
 
 IGNORE = -100
 
@@ -42,11 +43,11 @@ def packing_of(
                 f"cu_seqlens packs sequences into one row, but the batch has {b}; flatten it to (1, {b * length})"
             )
         if attention_mask is None and len(marks.given) == 1:
-            if not torch.compiler.is_compiling():
+            if not values_are_hidden(cu_seqlens):
                 require_cumulative("cu_seqlens", cu_seqlens, shape)
         else:
             keep, _ = documents_of(shape, device, attention_mask, marks)
-            if keep is not None and not bool(keep.all()):
+            if keep is not None and (values_are_hidden(keep) or not bool(keep.all())):
                 raise ValueError("cu_seqlens packs sequences without padding; drop what attention_mask leaves out")
         if cache is not None and cache.max_batch_size < cu_seqlens.shape[0] - 1:
             raise ValueError(

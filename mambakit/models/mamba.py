@@ -127,9 +127,7 @@ class MambaModel(MambaPreTrainedModel):
         hidden_states = None
         if output_hidden_states:
             hidden_states = (*(unpack(t) for t in [*streams[1:], residual][: len(streams)]), x)
-        output = MambaOutput(
-            last_hidden_state=x, cache=None if only_tensors else cache, hidden_states=hidden_states
-        )
+        output = MambaOutput(last_hidden_state=x, cache=None if only_tensors else cache, hidden_states=hidden_states)
         return output if return_dict else output.to_tuple()
 
     def _returns_only_tensors(self) -> str:

@@ -132,10 +132,9 @@ class MambaCache:
         """
         conv, ssm = conv.to(self._conv.dtype), ssm.to(self._ssm.dtype)
         if rows is not None:
-            keep = rows >= 0
-            at = (rows[keep],)
             old_conv, old_ssm = self.layer(index)
-            conv, ssm = old_conv.index_put(at, conv[keep]), old_ssm.index_put(at, ssm[keep])
+            at = torch.where(rows >= 0, rows, old_conv.shape[0])  # a row beyond the last takes what is dropped
+            conv, ssm = _put(old_conv, at, conv), _put(old_ssm, at, ssm)
         self._replaced[index] = (conv, ssm)
 
     def _stack(self) -> None:
@@ -270,6 +269,11 @@ class MambaCache:
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < limit):
             raise ValueError(f"{name} {index.tolist()} reach outside the {limit} rows of the cache")
         return index
+
+
+def _put(old: Tensor, at: Tensor, new: Tensor) -> Tensor:
+    """``old`` (b, d, k) with rows ``at`` replaced, b for none."""
+    return torch.cat([old, torch.zeros_like(new[:1])]).index_put((at,), new)[: old.shape[0]]
 
 
 def _identity(config: Any) -> dict[str, Any]:

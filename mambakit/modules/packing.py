@@ -3,6 +3,8 @@
 A batch with an attention mask, position_ids that restart, or cu_seqlens becomes one row (1, total, h) of the real
 tokens and the places where sequences start. That is exact for any mask (left, right, ragged, holes), costs no work
 on padding, and is what the ops understand.
+
+Where a call is traced no shape may depend on the mask: the row then has all b * l tokens, and its last sequence is the padding.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from mambakit.modules.tracing import values_are_hidden
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Packing:
         write: (s,) int64, the cache row its final state goes to; -1 drops it.
         tokens: (total,) int64, the flat position b*l of each packed token; None when the batch is the packed row.
         shape: (b, l) of the batch.
+        in_place: ``read`` and ``write`` are the same rows, so that the in-place ops serve.
+        keep: (b, l) bool, the real tokens, where the row has the padding too; else None.
     """
 
     cu_seqlens: Tensor
@@ -30,7 +36,8 @@ class Packing:
     write: Tensor
     tokens: Tensor | None
     shape: tuple[int, int]
-    in_place: bool  # read and write are the same rows, so the in-place ops serve
+    in_place: bool
+    keep: Tensor | None = None
 
     @staticmethod
     def from_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> Packing:
@@ -52,33 +59,23 @@ class Packing:
         Returns:
             None where nothing has to be packed: every token is real and no document begins inside a row.
         """
-        keep_all = keep is None or bool(keep.all())
-        if keep_all and (starts is None or not bool((starts if continues else starts[:, 1:]).any())):
-            return None
-        length = shape[1]
         given = keep if keep is not None else starts
         assert given is not None
-        device = given.device
-        if keep is None:
-            keep = torch.ones(shape, dtype=torch.bool, device=device)
-        tokens = keep.flatten().nonzero().squeeze(1)  # (total,)
-        row = tokens // length
-        total = tokens.shape[0]
-        first_of_row = torch.ones(total, dtype=torch.bool, device=device)
-        first_of_row[1:] = row[1:] != row[:-1]
-        fresh = torch.zeros_like(first_of_row) if starts is None else starts.flatten()[tokens]
-        begins = (first_of_row | fresh).nonzero().squeeze(1)  # (s,) packed positions
-        cu_seqlens = torch.cat([begins, begins.new_tensor([total])]).to(torch.int32)
-        owner = row[begins]
-        last_of_row = torch.ones_like(owner, dtype=torch.bool)
-        last_of_row[:-1] = owner[1:] != owner[:-1]
-        read = torch.where(first_of_row[begins] & ~fresh[begins], owner, -1)
-        write = torch.where(last_of_row, owner, -1)
-        return Packing(cu_seqlens, read, write, tokens, shape, starts is None)
+        if not values_are_hidden(given):
+            return _by_values(keep, starts, continues, shape)
+        if starts is None:
+            return _by_shape(given, shape)
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return _outside_the_graph(keep, starts, continues, shape)  # which fullgraph=True refuses
+        raise ValueError(_NOT_TRACED)
 
     def pack(self, x: Tensor) -> Tensor:
         """(b, l, h) -> (1, total, h)."""
-        return x if self.tokens is None else x.reshape(-1, x.shape[-1])[self.tokens][None]
+        if self.tokens is None:
+            return x
+        if self.keep is not None:  # padding takes part: whatever stands there must not reach a gradient
+            x = torch.where(self.keep[..., None], x, 0)
+        return x.reshape(-1, x.shape[-1])[self.tokens][None]
 
     def unpack(self, x: Tensor) -> Tensor:
         """(1, total, h) -> (b, l, h), zero where there was no token."""
@@ -86,7 +83,53 @@ class Packing:
             return x
         b, length = self.shape
         flat = x.new_zeros(b * length, x.shape[-1])
-        return flat.index_put((self.tokens,), x[0]).view(b, length, -1)
+        out = flat.index_put((self.tokens,), x[0]).view(b, length, -1)
+        return out if self.keep is None else torch.where(self.keep[..., None], out, 0)
+
+
+def _by_values(keep: Tensor | None, starts: Tensor | None, continues: bool, shape: tuple[int, int]) -> Packing | None:
+    """`Packing.from_batch` of the real tokens alone."""
+    keep_all = keep is None or bool(keep.all())
+    if keep_all and (starts is None or not bool((starts if continues else starts[:, 1:]).any())):
+        return None
+    length = shape[1]
+    if keep is None:
+        assert starts is not None
+        keep = torch.ones(shape, dtype=torch.bool, device=starts.device)
+    device = keep.device
+    tokens = keep.flatten().nonzero().squeeze(1)  # (total,)
+    row = tokens // length
+    total = tokens.shape[0]
+    first_of_row = torch.ones(total, dtype=torch.bool, device=device)
+    first_of_row[1:] = row[1:] != row[:-1]
+    fresh = torch.zeros_like(first_of_row) if starts is None else starts.flatten()[tokens]
+    begins = (first_of_row | fresh).nonzero().squeeze(1)  # (s,) packed positions
+    cu_seqlens = torch.cat([begins, begins.new_tensor([total])]).to(torch.int32)
+    owner = row[begins]
+    last_of_row = torch.ones_like(owner, dtype=torch.bool)
+    last_of_row[:-1] = owner[1:] != owner[:-1]
+    read = torch.where(first_of_row[begins] & ~fresh[begins], owner, -1)
+    write = torch.where(last_of_row, owner, -1)
+    return Packing(cu_seqlens, read, write, tokens, shape, starts is None)
+
+
+def _by_shape(keep: Tensor, shape: tuple[int, int]) -> Packing:
+    """`Packing.from_batch` by operations whose shapes depend on ``keep``'s shape alone: b sequences, which may be empty, and the padding
+    as one more that belongs to no cache row."""
+    ones = torch.ones_like(keep, dtype=torch.int64)
+    tokens = torch.argsort(~keep.flatten(), stable=True)  # the real ones first, in their order
+    ends = keep.sum(1).cumsum(0)
+    cu_seqlens = torch.cat([torch.zeros_like(ends[:1]), ends, ones.sum()[None]]).to(torch.int32)
+    rows = ones[:, 0].cumsum(0)
+    rows = torch.cat([rows - 1, -rows[:1]])  # 0, ..., b - 1, and -1
+    return Packing(cu_seqlens, rows, rows, tokens, shape, True, keep)
+
+
+_NOT_TRACED = (
+    "position_ids, seq_idx, cu_seq_lens_q and cu_seq_lens_k: how many documents begin in a row is a matter of values, which a trace "
+    "cannot follow; give cu_seqlens, whose shape says it, or none of them where every row is one document"
+)
+_outside_the_graph = torch.compiler.disable(_by_values, reason=_NOT_TRACED)
 
 
 def document_starts(position_ids: Tensor, keep: Tensor | None = None) -> Tensor:
