@@ -63,6 +63,23 @@ def test_a_prefix_cache(strict, server):
     assert strict.complete(**body | {"prompt": more})["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
 
 
+def test_usage_counts_each_prompt_once(strict):
+    """However many texts follow it, and whole as well as in events."""
+    body = {
+        "prompt": "The dog slept by the fire, and the naïve cat sat there. " * 3,
+        "n": 2,
+        "max_tokens": 3,
+        "temperature": 0,
+    }
+    usages = [strict.complete(**body)["usage"]]
+    *_, last, _done = strict.stream(**body, stream_options={"include_usage": True})
+    usages.append(last["usage"])
+    length = strict.complete(**body | {"n": 1})["usage"]["prompt_tokens"]
+    assert [usage["prompt_tokens"] for usage in usages] == [length, length]
+    assert [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages] == [0, length - 1]
+    assert [usage["completion_tokens"] for usage in usages] == [6, 6]
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
 def test_a_full_queue_and_a_graceful_end(strict):
     stream = strict.stream(max_tokens=100_000, **BODY)
