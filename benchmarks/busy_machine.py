@@ -154,7 +154,7 @@ def table(records: list[dict[str, Any]], bounds: list[int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--spins", type=int, nargs="+", default=[0, 1_000, 10_000, 30_000, 100_000, 300_000])
+    parser.add_argument("--spins", type=int, nargs="+", default=[0, 300, 1_000, 3_000, 10_000, 300_000])
     parser.add_argument("--neighbours", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.5, help="for each case; a call that has begun is finished")
