@@ -7,6 +7,8 @@ import importlib
 import os
 import sys
 
+from mambakit.threads import bound_spinning
+
 # name -> one line of help. The module is mambakit.commands.<name>; it imports torch only when it runs.
 COMMANDS = {
     "generate": "write text that continues a prompt",
@@ -40,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command. 0: done; 2: a mistake in what was asked, told in one line; 130: interrupted."""
+    bound_spinning()  # before torch is loaded: the commands load it
     args = _parser().parse_args(argv)
     try:
         return args.run(args)

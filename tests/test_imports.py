@@ -14,6 +14,7 @@ PACKAGE = ROOT / "mambakit"
 # From the bottom up: a layer may import itself and the layers before it.
 LAYERS = [
     "quoting",
+    "threads",
     "ops",
     "modules",
     "models",
@@ -26,7 +27,11 @@ LAYERS = [
     "cli",
 ]
 # What each of the lower layers may import from outside, besides the standard library.
-OUTSIDE = {"ops": {"torch", "triton", "numpy", "cuda"}, "modules": {"torch", "safetensors", "transformers"}}
+OUTSIDE = {
+    "threads": set(),
+    "ops": {"torch", "triton", "numpy", "cuda"},
+    "modules": {"torch", "safetensors", "transformers"},
+}
 
 
 def imports(path: Path) -> list[tuple[str, int]]:

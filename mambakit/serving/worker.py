@@ -17,10 +17,12 @@ from typing import Any
 
 from mambakit.serving.messages import Failed, Ready, Stop, Task, WorkerOptions
 from mambakit.serving.outbox import Event, Outbox, Text, end_of_process
+from mambakit.threads import bound_spinning
 
 
 def main(options: WorkerOptions, connection: Connection) -> None:
     """The process, from its first line to its last. It ends when the front says so, or is gone."""
+    bound_spinning()  # a server that was started from Python has not
     # A signal to the whole process group is the front's to handle: it lets the texts under way end first.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

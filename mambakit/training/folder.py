@@ -162,10 +162,20 @@ class RunFolder:
                     f"them back, or start a new run in another out (init_from={out} starts from its model)"
                 )
         elif config.overwrite:
+            for field in ("init_from", "tokenizer"):
+                place = Path(getattr(config, field))
+                if (
+                    getattr(config, field)
+                    and place.exists()
+                    and out.resolve() in (place.resolve(), *place.resolve().parents)
+                ):
+                    raise ValueError(
+                        f"{field} is {place}, which overwrite=true removes; choose another out, or move {place} away"
+                    )
             self._refuse_foreign(_files(record))
         else:
             made = checkpoints(self.checkpoints, str(record["id"]))
-            state = f"its latest checkpoint is {made[-1].name}" if made else "it has no checkpoint yet"
+            state = f"its latest checkpoint is {made[-1].name}" if made else "it has no checkpoint"
             raise ValueError(
                 f"{out} holds a run (started {record.get('started', '?')}; {state}); resume=true continues it, overwrite=true "
                 "removes it and starts anew, or choose another out"

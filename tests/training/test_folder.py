@@ -207,6 +207,37 @@ def test_a_start_that_fails_leaves_the_old_run(tmp_path):
     assert contents(tmp_path / "run") == before
 
 
+@pytest.mark.parametrize("field", ["init_from", "tokenizer"])
+def test_a_run_does_not_overwrite_what_it_starts_from(tmp_path, field):
+    train(config_of(tmp_path, tokenizer="", vocab_size=270, steps=1))
+    before = contents(tmp_path / "run")
+    place = str(tmp_path / "run" / ("tokenizer.json" if field == "tokenizer" else ""))
+    with pytest.raises(ValueError, match=f"{field} is .*which overwrite=true removes"):
+        train(config_of(tmp_path, **{"tokenizer": "", field: place}, overwrite=True))
+    assert contents(tmp_path / "run") == before
+    train(config_of(tmp_path, **{"tokenizer": "", field: place}, steps=1, out=str(tmp_path / "other")))
+
+
+def test_one_cache_of_tokens_for_two_runs_at_a_time(tmp_path, monkeypatch):
+    """A second run fills the cache while the first one is writing it."""
+    from mambakit.training.data import store
+
+    cache = str(tmp_path / "cache")
+    original, calls = store._batches, []
+
+    def slow(pieces):
+        for batch in original(pieces):
+            yield batch
+            calls.append(1)
+            if len(calls) == 1:
+                train(config_of(tmp_path, token_cache=cache, out=str(tmp_path / "second")))
+
+    monkeypatch.setattr(store, "_batches", slow)
+    train(config_of(tmp_path, token_cache=cache))
+    assert weights(tmp_path / "run") == weights(tmp_path / "second")
+    assert len(list(Path(cache).iterdir())) == 2
+
+
 # -- what a resumption may change ------------------------------------------------------------------------------------------
 
 

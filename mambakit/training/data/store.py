@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import re
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mambakit.training.tokenizer import Vocabulary
 
 # Pieces are tokenised together up to this many characters: work for all cores, and a bound on memory.
 _BATCH_CHARACTERS = 4_000_000
-_TOKENISED = re.compile(r"([0-9a-f]{20})\.(?:bin|npz)(?:\.tmp)?")
+_TOKENISED = re.compile(r"([0-9a-f]{20})\.(?:bin|npz)(?:\.[0-9a-f]+\.tmp)?")
 _INDEX = ("lengths", "keys", "characters", "bytes")
 
 
@@ -204,7 +205,8 @@ def _write(
     index: dict[str, list[int]] = {name: [] for name in _INDEX}
     tokens = characters = size = total = 0
     content = hashlib.blake2b(digest_size=8)
-    temporary = base.with_suffix(".bin.tmp")
+    own = uuid.uuid4().hex  # two runs may fill one cache at a time: the later one replaces what is the same
+    temporary = base.with_suffix(f".bin.{own}.tmp")
     with open(temporary, "wb") as out:
         for pieces in _batches(read_pieces(path, options)):
             try:
@@ -227,7 +229,7 @@ def _write(
             if progress is not None:
                 progress(path.name, total + tokens)
     temporary.replace(base.with_suffix(".bin"))
-    temporary = base.with_suffix(".npz.tmp")
+    temporary = base.with_suffix(f".npz.{own}.tmp")
     with open(temporary, "wb") as out:
         arrays = {n: np.array(v, dtype=np.uint64 if n == "keys" else np.int64) for n, v in index.items()}
         np.savez(out, allow_pickle=False, **arrays)
