@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mambakit.modules.interception import untouched
 from mambakit.ops._memory import all_plain, transformed
+from mambakit.ops._once import differentiated_once
 from mambakit.ops._products import product
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
 
@@ -43,14 +43,19 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         w = weight.to(x.dtype)
-        ctx.save_for_backward(x, w)
+        ctx.save_for_backward(x, w, weight, bias)
         ctx.dtype = weight.dtype
         return F.linear(x, w, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor):
-        x, w = ctx.saved_tensors
+        x, w, weight, bias = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = _Projection._gradients(ctx, dy, x, w)
+        return differentiated_once("linear", gradients, (dy, x, weight, bias))
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor | None, ...]:
         rows = dy.reshape(-1, dy.shape[-1])
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
@@ -109,6 +114,7 @@ class _Mix(torch.autograd.Function):
         selected = F.linear(x, x_w)
         dt, B, C = selected.split([r, n, n], -1)
         delta = F.linear(dt, dt_w)
+        D_given = D
         A, D, bias = -torch.exp(A_log.to(wide)), D.to(wide), dt_bias.to(wide)
         interval = CHECKPOINT_INTERVAL if any(ctx.needs_input_grad) else 0
         y, ssm_final, checkpoints = torch.ops.mambakit.selective_scan(
@@ -116,19 +122,26 @@ class _Mix(torch.autograd.Function):
         )
         kept = (None, None) if recompute else (x, delta)
         ctx.save_for_backward(
-            xz, *kept, selected, checkpoints, conv_weight, conv_bias, x_w, dt_w, A, D, bias, conv_state, ssm_state, cu_seqlens
+            xz, *kept, selected, checkpoints, conv_weight, conv_bias, x_w, dt_w, A, D, bias, conv_state, ssm_state, cu_seqlens,
+            x_weight, dt_weight, A_log, D_given, dt_bias,
         )  # fmt: skip
         ctx.weight_dtypes = x_weight.dtype, dt_weight.dtype
         ctx.set_materialize_grads(False)
         return y, conv_final, ssm_final
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None):
+        *saved, x_weight, dt_weight, A_log, D, dt_bias = ctx.saved_tensors
+        xz, conv_weight, conv_bias, conv_state, ssm_state = (saved[i] for i in (0, 5, 6, 12, 13))
+        with torch.no_grad():
+            found = _Mix._gradients(ctx, gradients, saved)
+        origins = (xz, conv_weight, conv_bias, x_weight, dt_weight, A_log, D, dt_bias, conv_state, ssm_state)
+        return differentiated_once("selective_scan", found, (*gradients, *origins))
+
+    @staticmethod
+    def _gradients(ctx: Any, gradients: tuple[Tensor | None, ...], saved: list[Tensor | None]) -> tuple[Tensor | None, ...]:
         dy, dconv_final, dssm_final = gradients
-        (
-            xz, x, delta, selected, checkpoints, conv_weight, conv_bias, x_w, dt_w, A, D, bias, conv_state, ssm_state, cu_seqlens
-        ) = ctx.saved_tensors  # fmt: skip
+        xz, x, delta, selected, checkpoints, conv_weight, conv_bias, x_w, dt_w, A, D, bias, conv_state, ssm_state, cu_seqlens = saved
         r, n = dt_w.shape[1], A.shape[1]
         before, z = xz.chunk(2, -1)
         dt, B, C = selected.split([r, n, n], -1)

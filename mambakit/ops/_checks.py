@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -80,4 +81,15 @@ def no_grad_needed(op: str, *tensors: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(
             f"{op} updates its state in place and is for inference; use torch.no_grad(), or {op.rstrip('_')}"
+        )
+
+
+def no_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """The ops have a backward pass alone; a tangent would come out as nothing, in silence."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            f"{op} has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); use reverse mode (torch.autograd.grad, backward), "
+            f"or mambakit.ops.{op}.reference.forward, which is plain PyTorch"
         )

@@ -46,6 +46,7 @@ def causal_conv1d(
         _checks.shape(op, "initial_state", initial_state, (rows, x.shape[2], weight.shape[1] - 1), letters)
         _checks.dtype(op, "initial_state", initial_state, _checks.FLOATING)
         _checks.same_device(op, x.device, initial_state=initial_state)
+    _checks.no_forward_mode(op, x, weight, bias, initial_state)
     return torch.ops.mambakit.causal_conv1d(x, weight, bias, name, initial_state, cu_seqlens)
 
 

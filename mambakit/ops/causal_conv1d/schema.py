@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from mambakit.ops._library import LIBRARY, define, implement_on_cuda
+from mambakit.ops._once import differentiated_once
 from mambakit.ops.causal_conv1d import reference
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, str activation"
@@ -61,9 +62,10 @@ def _backward(ctx, dy, dfinal):
     x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
     if dy is None:
         dy = x.new_zeros(x.shape)
-    dx, dweight, dbias, dinitial = torch.ops.mambakit.causal_conv1d_backward(
+    gradients = torch.ops.mambakit.causal_conv1d_backward(
         dy, dfinal, x, weight, bias, ctx.activation, initial_state, cu_seqlens
     )
+    dx, dweight, dbias, dinitial = differentiated_once("causal_conv1d", gradients, (dy, dfinal, x, weight, bias, initial_state))
     return dx, dweight, None if bias is None else dbias, None, None if initial_state is None else dinitial, None
 
 

@@ -57,6 +57,7 @@ def linear_cross_entropy(
     _checks.shape(op, "targets", targets, (hidden.shape[0],), "(tokens,)")
     _checks.dtype(op, "targets", targets, (torch.int64,))
     _checks.same_device(op, hidden.device, weight=weight, targets=targets)
+    _checks.no_forward_mode(op, hidden, weight)
     if isinstance(num_items, Tensor):
         _checks.require(
             num_items.numel() == 1, f"{op}: num_items has shape {tuple(num_items.shape)}, expected one element"

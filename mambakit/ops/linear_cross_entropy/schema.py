@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from mambakit.ops._library import LIBRARY, define, implement_on_cuda
+from mambakit.ops._once import differentiated_once
 from mambakit.ops.linear_cross_entropy import reference
 
 
@@ -31,12 +32,13 @@ define(
 def _setup_context(ctx, inputs, output):
     *_, ctx.need_dhidden, ctx.need_dweight = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], output[2])
+    ctx.save_for_backward(*output)
     ctx.mark_non_differentiable(output[1], output[2])
 
 
 def _backward(ctx, dloss, _dhidden, _dweight):
-    dhidden, dweight = ctx.saved_tensors
+    loss, *gradients = ctx.saved_tensors
+    dhidden, dweight = differentiated_once("linear_cross_entropy", tuple(gradients), (loss,))
     given = dloss is not None
     # dloss stays a tensor: reading it would stall the stream.
     return (

@@ -45,6 +45,7 @@ def rms_norm(
         _checks.shape(op, "residual", residual, tuple(x.shape), "the shape of x")
         _checks.dtype(op, "residual", residual, _checks.FLOATING)
     _checks.same_device(op, x.device, weight=weight, residual=residual)
+    _checks.no_forward_mode(op, x, weight, residual)
     if residual_dtype is None:
         residual_dtype = x.dtype if residual is None else residual.dtype
     return torch.ops.mambakit.rms_norm(x, weight, residual, eps, residual_dtype, out_dtype or x.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mambakit.ops._library import LIBRARY, define, implement_on_cuda
+from mambakit.ops._once import differentiated_once
 from mambakit.ops.rms_norm import reference
 
 
@@ -45,9 +46,10 @@ def _backward(ctx, dy, dresidual_out):
     residual_out, weight = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(residual_out)
-    dx, dweight, dresidual = torch.ops.mambakit.rms_norm_backward(
+    gradients = torch.ops.mambakit.rms_norm_backward(
         dy, dresidual_out, residual_out, weight, ctx.eps, ctx.x_dtype, ctx.has_residual
     )
+    dx, dweight, dresidual = differentiated_once("rms_norm", gradients, (dy, dresidual_out, residual_out, weight))
     return dx, None if weight is None else dweight, dresidual if ctx.has_residual else None, None, None, None
 
 

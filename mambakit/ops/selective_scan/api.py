@@ -57,6 +57,7 @@ def selective_scan(
         _checks.dtype("selective_scan", "initial_state", initial_state, _parameter_dtype(u))
         _checks.same_device("selective_scan", u.device, initial_state=initial_state)
     differentiable = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    _checks.no_forward_mode("selective_scan", *differentiable)
     # An exported program is for inference (its gradient still works: it recomputes the checkpoints).
     needs_grad = (
         torch.is_grad_enabled()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from mambakit.ops._library import LIBRARY, define, implement_on_cuda
+from mambakit.ops._once import differentiated_once
 from mambakit.ops.selective_scan import reference
 
 # 64 bytes of state per channel every 64 tokens is 1 byte per element, against 2 for one bfloat16 activation; the CUDA
@@ -92,10 +93,13 @@ def _backward(ctx, dy, dfinal, _):
         _, _, checkpoints = torch.ops.mambakit.selective_scan(
             u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus, initial_state, cu_seqlens, interval
         )
-    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = torch.ops.mambakit.selective_scan_backward(
+    gradients = torch.ops.mambakit.selective_scan_backward(
         dy, dfinal, u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus,
         initial_state, cu_seqlens, checkpoints, interval,
     )  # fmt: skip
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = differentiated_once(
+        "selective_scan", gradients, (dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state)
+    )
     present = lambda x, grad: None if x is None else grad  # noqa: E731
     return (
         du, ddelta, dA, dB, dC, present(D, dD), present(z, dz), present(delta_bias, dbias), None,
