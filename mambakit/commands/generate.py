@@ -227,7 +227,7 @@ class _Writer:
         start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         if start is None:
             raise ValueError("the prompt is empty and the tokenizer has no bos token to start from; give a prompt")
-        return torch.tensor([start])
+        return torch.tensor([start], dtype=torch.int64, device="cpu")
 
     def _read(self, ids: Any) -> Any:
         """The state after the prompt, with its last token unread."""
@@ -281,12 +281,14 @@ class _Writer:
             return echo(
                 self.model,
                 self.tokenizer,
-                torch.cat([ids, torch.tensor(tokens, dtype=torch.long)]),
+                torch.cat([ids, torch.tensor(tokens, dtype=torch.long, device="cpu")]),
                 top=self.args.logprobs,
             )
         if not tokens:
             return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        scored = token_log_probs(self.model, torch.tensor(tokens), top=self.args.logprobs, state=state)
+        scored = token_log_probs(
+            self.model, torch.tensor(tokens, dtype=torch.int64, device="cpu"), top=self.args.logprobs, state=state
+        )
         return as_logprobs(self.tokenizer, scored)
 
 
@@ -311,4 +313,4 @@ def _after(stream: Any, before: Any) -> Any:
     if not stream.tokens:
         return before
     last = stream.tokens[-1:] if stream.finish_reason == "length" else []
-    return State(stream.cache, torch.tensor([last], dtype=torch.long).reshape(1, len(last)))
+    return State(stream.cache, torch.tensor([last], dtype=torch.long, device="cpu").reshape(1, len(last)))

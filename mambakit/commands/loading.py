@@ -28,7 +28,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     name = args.model or default_model_path()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"--device {device}: {str(error).splitlines()[0]}; use one that `mambakit env` lists"

@@ -90,7 +90,7 @@ class MambaHarnessLM(TemplateLM):
         results = []
         for request in tqdm(requests, desc="documents", disable=disable_tqdm):
             scorer = TokenScorer(self.model, self.eot_token_id)
-            ids = torch.tensor(self.tok_encode(request.args[0]))
+            ids = torch.tensor(self.tok_encode(request.args[0]), dtype=torch.int64, device="cpu")
             total = sum(float(scorer(part).double().sum()) for part in ids.split(self.batch_tokens) if len(part))
             results.append(total)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -116,7 +116,7 @@ class MambaHarnessLM(TemplateLM):
             if not sampled:
                 options["temperature"] = 0.0
             stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
-            ids = torch.tensor(self.tok_encode(context) or [self.eot_token_id])
+            ids = torch.tensor(self.tok_encode(context) or [self.eot_token_id], dtype=torch.int64, device="cpu")
             stream = Stream(self.model, self.tokenizer, ids, Sampling(**options), int(limit), stop)
             for _ in stream:
                 pass

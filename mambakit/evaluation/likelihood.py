@@ -110,10 +110,10 @@ def _packed(model: Any, pairs: list[tuple[Sequence[int], Sequence[int]]]) -> lis
         cuts.append(len(tokens))
     device = model.device
     hidden = model.backbone(
-        torch.tensor([tokens], device=device), use_cache=False,
+        torch.tensor([tokens], dtype=torch.int64, device=device), use_cache=False,
         cu_seqlens=torch.tensor(cuts, dtype=torch.int32, device=device),
     ).last_hidden_state[0]  # fmt: skip
-    return _score(model, hidden[torch.tensor(predicting, device=device)], [c for _, c in pairs])
+    return _score(model, hidden[torch.tensor(predicting, dtype=torch.int64, device=device)], [c for _, c in pairs])
 
 
 def _after_context(
@@ -122,18 +122,18 @@ def _after_context(
     """Continuations of one context: it is read once, in chunks, and each of them goes on from a copy of its state."""
     device = model.device
     cache = model.backbone.new_cache(1)
-    for part in torch.tensor([list(context)], device=device).split(chunk, 1):
+    for part in torch.tensor([list(context)], dtype=torch.int64, device=device).split(chunk, 1):
         last = model.backbone(part, cache_params=cache).last_hidden_state[0, -1:]
     more = [c for c in continuations if len(c) > 1]
     rows: list[Tensor] = []
     if len(more) == 1:  # of any length: in chunks too
-        ids = torch.tensor([list(more[0][:-1])], device=device)
+        ids = torch.tensor([list(more[0][:-1])], dtype=torch.int64, device=device)
         parts = [model.backbone(part, cache_params=cache).last_hidden_state[0] for part in ids.split(chunk, 1)]
         rows = [torch.cat(parts)]
     elif more:
         lengths = [len(c) - 1 for c in more]
-        ids = torch.tensor([[token for c in more for token in c[:-1]]], device=device)
-        cuts = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+        ids = torch.tensor([[token for c in more for token in c[:-1]]], dtype=torch.int64, device=device)
+        cuts = torch.tensor([0, *lengths], dtype=torch.int64, device=device).cumsum(0).to(torch.int32)
         forks = cache.select([0] * len(more))
         hidden = model.backbone(ids, cache_params=forks, cu_seqlens=cuts).last_hidden_state[0]
         rows = list(hidden.split(lengths))
@@ -145,7 +145,7 @@ def _after_context(
 def _score(model: Any, hidden: Tensor, continuations: Iterable[Sequence[int]]) -> list[Likelihood]:
     """Likelihoods from the hidden states (tokens, h) that predict the continuations' tokens, one after the other."""
     continuations = list(continuations)
-    targets = torch.tensor([token for c in continuations for token in c], device=hidden.device)
+    targets = torch.tensor([token for c in continuations for token in c], dtype=torch.int64, device=hidden.device)
     log_probs, likeliest = [], []
     for rows, wanted in zip(hidden.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True):
         scores = model.lm_head(rows).float().log_softmax(-1)

@@ -19,6 +19,7 @@ from transformers import LogitsProcessor
 
 from mambakit.generation.parameters import SAMPLING
 from mambakit.generation.stream import Sampling, token_number
+from mambakit.ops._memory import INT32, address
 from mambakit.quoting import cut
 
 # Between the tokens of a JSON text exactly what Python's json.dumps writes: a small model left to choose white space can
@@ -172,12 +173,12 @@ def mask_logits_(logits: Tensor, matchers: Sequence[Matcher]) -> Tensor:
         sizes = sorted({m.constraint.vocab_size for m in matchers})
         raise ValueError(f"logits are of {v} tokens, but the constraint was compiled for {sizes}")
     words = -(-v // 32)
-    bits = torch.zeros(b, words, dtype=torch.int32, pin_memory=logits.is_cuda)
+    bits = torch.zeros(b, words, dtype=torch.int32, pin_memory=logits.is_cuda, device="cpu")
     going = [(m._matcher, i) for i, m in enumerate(matchers) if not m.ended]
     if len(going) == 1:
-        going[0][0].unsafe_compute_mask_ptr(bits[going[0][1]].data_ptr(), words * 4)
+        going[0][0].unsafe_compute_mask_ptr(address(bits[going[0][1]], INT32, words), words * 4)
     elif going:
-        _executor().unsafe_compute_mask_ptr(going, bits.data_ptr(), words * 4, b)
+        _executor().unsafe_compute_mask_ptr(going, address(bits, INT32, b * words), words * 4, b)
     for i, m in enumerate(matchers):
         for end in m.constraint.end_tokens if m.ended else ():
             bits[i, end // 32] |= -(1 << 31) if end % 32 == 31 else 1 << end % 32

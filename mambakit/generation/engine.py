@@ -210,7 +210,7 @@ class Engine:
 
     def _write(self, going: list[tuple[int, _Row]]) -> list[tuple[int, _Row, int]]:
         """Each row's next token; where all want the likeliest, the step chooses. The device is waited for once."""
-        last = torch.zeros(len(self._active), dtype=torch.int64)
+        last = torch.zeros(len(self._active), dtype=torch.int64, device="cpu")
         for i, row in going:
             last[i] = row.request.tokens[-1]
         last = last.to(self.model.device)
@@ -244,7 +244,7 @@ class Engine:
             return False
         request.tokens.append(token)
         if request.sampling.repetition_penalty != 1:
-            row.read = torch.cat([row.read, torch.tensor([[token]], device=row.read.device)], 1)
+            row.read = torch.cat([row.read, torch.tensor([[token]], dtype=torch.int64, device=row.read.device)], 1)
         if len(request.tokens) == request.max_new_tokens:
             self._finish(index, "length")
         return True

@@ -71,8 +71,8 @@ def token_log_probs(
     inputs, targets = torch.cat([lead, ids])[:-1], ids[1 - len(lead) :]
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     if not len(lead):
-        nothing = torch.full((1, top), math.nan)
-        parts.append((torch.full((1,), math.nan), torch.full((1, top), -1), nothing))
+        nothing = torch.full((1, 1 + top), math.nan, dtype=torch.float32, device="cpu")
+        parts.append((nothing[:, 0], torch.full((1, top), -1, dtype=torch.int64, device="cpu"), nothing[:, 1:]))
     done = 0
     for part, wanted in zip(inputs.split(chunk_size), targets.split(chunk_size), strict=True):
         if not len(part):

@@ -117,14 +117,14 @@ class PrefixCache:
         position, cache = self._find(tokens, keys)
         end = len(tokens) - 1  # the last token stays unread
         for stop in self._stops(position, end):
-            part = torch.tensor([tokens[position:stop]], device=device)
+            part = torch.tensor([tokens[position:stop]], dtype=torch.int64, device=device)
             self.model.backbone(part, cache_params=cache)
             position = stop
             if stop == end or stop % self._stride(end) == 0:
                 self._keep(keys(stop), cache, 0)
             if progress is not None:
                 progress(position)
-        return State(cache, torch.tensor([tokens[end:]], device=device))
+        return State(cache, torch.tensor([tokens[end:]], dtype=torch.int64, device=device))
 
     def lookup(self, ids: Tensor | Sequence[int]) -> tuple[int, MambaCache]:
         """(p, a cache of one row that has read the first p tokens), for the largest known p below l; p may be 0."""

@@ -68,7 +68,7 @@ class TokenScorer:
     def __init__(self, model: Any, first_token: int):
         self.model = model
         self.cache: MambaCache = model.backbone.new_cache(1)
-        self.last = torch.tensor([first_token], device=model.device)
+        self.last = torch.tensor([first_token], dtype=torch.int64, device=model.device)
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def score_text(
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be 1 or more")
     scorer, score = TokenScorer(model, _first_token(tokenizer)), Score()
-    pending = torch.empty(0, dtype=torch.long)
+    pending = torch.empty(0, dtype=torch.long, device="cpu")
 
     def take(ids: Tensor) -> None:
         log_probs = scorer(ids)
@@ -207,9 +207,12 @@ def score_continuations(
     for group in _groups([tokens.to(model.device, torch.long) for tokens in continuations], most):
         rows = [tokens[:-1] for tokens in group]  # read; each of these predicts the token after it
         targets = torch.cat([tokens[1:] for tokens in group])
-        log_probs, greedy = torch.empty(0, device=model.device), torch.empty(0, dtype=torch.bool, device=model.device)
+        log_probs, greedy = (
+            torch.empty(0, dtype=torch.float32, device=model.device),
+            torch.empty(0, dtype=torch.bool, device=model.device),
+        )
         if len(targets):
-            ends = torch.tensor([0, *map(len, rows)], device=model.device).cumsum(0).to(torch.int32)
+            ends = torch.tensor([0, *map(len, rows)], dtype=torch.int64, device=model.device).cumsum(0).to(torch.int32)
             forks = cache.select([0] * len(group))
             hidden = model.backbone(torch.cat(rows)[None], cache_params=forks, cu_seqlens=ends).last_hidden_state[0]
             log_probs, greedy = _log_probs(model, hidden, targets)
@@ -244,11 +247,15 @@ def score_choices(model: Any, tokenizer: Any, prefix: str, choices: Sequence[str
         if len(whole) <= split:
             raise ValueError(f"choice {number} ({choice!r}) adds no token to the prefix; give a longer one")
         before = whole[:split] if split else [_first_token(tokenizer)]
-        requests.setdefault(tuple(before), []).append((number, torch.tensor(whole[split:])))
+        requests.setdefault(tuple(before), []).append(
+            (number, torch.tensor(whole[split:], dtype=torch.int64, device="cpu"))
+        )
     scores: dict[int, ContinuationScore] = {}
     # One group, unless the tokenizer splits the prefix differently before some of the choices.
     for read, members in requests.items():
-        results = score_continuations(model, torch.tensor(read), [tokens for _, tokens in members])
+        results = score_continuations(
+            model, torch.tensor(read, dtype=torch.int64, device="cpu"), [tokens for _, tokens in members]
+        )
         scores.update(zip((number for number, _ in members), results, strict=True))
     return [scores[number] for number in range(len(choices))]
 

@@ -140,7 +140,7 @@ class _Rule:
             return self._draw(draft, lambda i: scores[i])
 
         def score(i: int) -> Tensor:
-            ids = torch.tensor([text + draft.tokens[:i]], device=logits.device)
+            ids = torch.tensor([text + draft.tokens[:i]], dtype=torch.int64, device=logits.device)
             return self.by_row(text, self._by_text(ids, logits[i : i + 1]))[0]
 
         if not self.greedy:
@@ -161,7 +161,7 @@ class _Rule:
                 q[guess] = 1
             else:
                 q = draft.probabilities[i].to(p.device)
-            chance = torch.rand((), device=p.device, generator=self.generator)
+            chance = torch.rand((), dtype=torch.float32, device=p.device, generator=self.generator)
             if bool(chance * q[guess] >= p[guess]):
                 return [*draft.tokens[:i], drawn((p - q).clamp(min=0), self.generator)]
         p = score(len(draft.tokens)).float().softmax(-1)

@@ -99,7 +99,11 @@ class State:
             left = sum(1 for row in unread if len(row))
             share = max(1, chunk_size // left)
             parts, unread = [row[:share] for row in unread], [row[share:] for row in unread]
-            ends = torch.tensor([0, *map(len, parts)], device=self.cache.device).cumsum(0).to(torch.int32)
+            ends = (
+                torch.tensor([0, *map(len, parts)], dtype=torch.int64, device=self.cache.device)
+                .cumsum(0)
+                .to(torch.int32)
+            )
             packed = None if len(parts) == 1 else ends  # a single row needs no packing
             model.backbone(torch.cat(parts)[None], cache_params=self.cache, cu_seqlens=packed)
             done += sum(map(len, parts))
@@ -139,13 +143,13 @@ class State:
     def select(self, rows: Tensor | list[int]) -> State:
         """A new state of these rows, in this order, any of them several times."""
         chosen = self.cache.select(rows)
-        return State(chosen, self.pending[torch.as_tensor(rows, device=self.cache.device)])
+        return State(chosen, self.pending[torch.as_tensor(rows, dtype=torch.int64, device=self.cache.device)])
 
     def fork(self, n: int) -> State:
         """Every row n times, next to each other: n continuations of what was read once."""
         if n < 1:
             raise ValueError(f"fork into {n}; it must be 1 or more")
-        return self.select(torch.arange(self.rows).repeat_interleave(n))
+        return self.select(torch.arange(self.rows, dtype=torch.int64, device="cpu").repeat_interleave(n))
 
     # -- going on from it ------------------------------------------------------------------------------------------
 
@@ -198,7 +202,7 @@ class State:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     cache = MambaCache.load(path, model.config, model.device)  # or says why it is none
-                    return cls(cache, torch.empty(cache.max_batch_size, 0, dtype=torch.long))
+                    return cls(cache, torch.empty(cache.max_batch_size, 0, dtype=torch.int64, device=cache.device))
                 if metadata["fingerprint"] != fingerprint(model):
                     raise ValueError(
                         f"{path} was saved by a model of other weights or another configuration; load it with that model"

@@ -93,8 +93,8 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
             keep = attention_mask[:, -length:].to(hidden.device).bool()
             if not values_are_hidden(keep) and not bool(keep.any(1).all()):
                 raise ValueError("a row has no real token to pool on; drop the row or correct attention_mask")
-            positions = torch.arange(length, device=hidden.device)
-            pooled = hidden[torch.arange(b, device=hidden.device), (positions * keep).argmax(1)]
+            positions = torch.arange(length, dtype=torch.int64, device=hidden.device)
+            pooled = hidden[torch.arange(b, dtype=torch.int64, device=hidden.device), (positions * keep).argmax(1)]
         logits = self.score(pooled)
         loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
         result = MambaSequenceClassifierOutput(

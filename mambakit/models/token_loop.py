@@ -150,7 +150,7 @@ class _Loop:
             self.text = torch.cat([self.text, torch.stack(new, 1)], 1)
         self.choose.check()
         if self.rows.elastic and not self.cache_is_kept and 0 < 2 * going <= self.rows.size:
-            of = torch.arange(len(ended), device=ended.device) if self.of is None else self.of
+            of = torch.arange(len(ended), dtype=torch.int64, device=ended.device) if self.of is None else self.of
             kept = (~ended[of]).nonzero()[:, 0]
             if self.rows.shrink(kept.tolist()):
                 self.of = of[kept]

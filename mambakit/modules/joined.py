@@ -139,9 +139,27 @@ class _Mix(torch.autograd.Function):
         return differentiated_once("selective_scan", found, (*gradients, *origins))
 
     @staticmethod
-    def _gradients(ctx: Any, gradients: tuple[Tensor | None, ...], saved: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    def _gradients(
+        ctx: Any, gradients: tuple[Tensor | None, ...], saved: list[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
         dy, dconv_final, dssm_final = gradients
-        xz, x, delta, selected, checkpoints, conv_weight, conv_bias, x_w, dt_w, A, D, bias, conv_state, ssm_state, cu_seqlens = saved
+        (
+            xz,
+            x,
+            delta,
+            selected,
+            checkpoints,
+            conv_weight,
+            conv_bias,
+            x_w,
+            dt_w,
+            A,
+            D,
+            bias,
+            conv_state,
+            ssm_state,
+            cu_seqlens,
+        ) = saved
         r, n = dt_w.shape[1], A.shape[1]
         before, z = xz.chunk(2, -1)
         dt, B, C = selected.split([r, n, n], -1)

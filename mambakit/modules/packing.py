@@ -42,7 +42,7 @@ class Packing:
     @staticmethod
     def from_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> Packing:
         """Sequences the caller packed; sequence i belongs to cache row i."""
-        rows = torch.arange(cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
+        rows = torch.arange(cu_seqlens.shape[0] - 1, dtype=torch.int64, device=cu_seqlens.device)
         return Packing(cu_seqlens, rows, rows, None, shape, True)
 
     @staticmethod

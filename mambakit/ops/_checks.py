@@ -78,6 +78,7 @@ def slots(op: str, slot_indices: Tensor | None, rows: int, pool: int) -> None:
 
 
 def no_grad_needed(op: str, *tensors: Tensor | None) -> None:
+    no_forward_mode(op.rstrip("_"), *tensors)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(
             f"{op} updates its state in place and is for inference; use torch.no_grad(), or {op.rstrip('_')}"

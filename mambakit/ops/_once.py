@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 
-def differentiated_once(op: str, gradients: tuple[Tensor | None, ...], origins: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def differentiated_once(
+    op: str, gradients: tuple[Tensor | None, ...], origins: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
     """``gradients`` that raise when autograd goes back through them; as they are where nobody records (``create_graph=False``).
 
     Args:

@@ -90,7 +90,9 @@ class _Worker:
 
         from mambakit.generation.engine import Request
 
-        self.engine.write(Request(torch.zeros(n, dtype=torch.int64), max_new_tokens=2) for n in {4, length})
+        self.engine.write(
+            Request(torch.zeros(n, dtype=torch.int64, device="cpu"), max_new_tokens=2) for n in {4, length}
+        )
         if self.prefix_cache is not None:
             self.prefix_cache.lookup([0])  # hashes the weights
 

@@ -75,8 +75,14 @@ def _scored(model: Any, store: TokenStore, end: int, chunk_size: int) -> Iterato
 def _packed(model: Any, documents: list[Tensor], end: int) -> tuple[Tensor, Tensor]:
     """Documents side by side in one row, each from a zero state, the end token before it."""
     ids = torch.cat(documents)
-    inputs = torch.cat([torch.cat([torch.tensor([end]), document[:-1]]) for document in documents])
-    cuts = torch.tensor([0, *(len(document) for document in documents)]).cumsum(0).to(torch.int32)
+    inputs = torch.cat(
+        [torch.cat([torch.tensor([end], dtype=torch.int64, device="cpu"), document[:-1]]) for document in documents]
+    )
+    cuts = (
+        torch.tensor([0, *(len(document) for document in documents)], dtype=torch.int64, device="cpu")
+        .cumsum(0)
+        .to(torch.int32)
+    )
     device = model.device
     hidden = model.backbone(inputs[None].to(device), use_cache=False, cu_seqlens=cuts.to(device)).last_hidden_state[0]
     targets = ids.to(device)

@@ -30,12 +30,12 @@ class UpdateGuard:
 
     def __init__(self, device: torch.device, spike_factor: float = 0.0):
         self.spike_factor = spike_factor
-        self.skip = torch.zeros((), device=device)
-        self.mean = torch.zeros((), device=device)
+        self.skip = torch.zeros((), dtype=torch.float32, device=device)
+        self.mean = torch.zeros((), dtype=torch.float32, device=device)
         self.accepted = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self.worst = torch.zeros((), device=device)
+        self.worst = torch.zeros((), dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def check(self, norm: Tensor) -> None:

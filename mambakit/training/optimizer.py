@@ -29,7 +29,7 @@ def make_optimizer(
     """Fused AdamW. On CUDA the rate is a tensor, so that a captured step reads the schedule's current value."""
     device = next(model.parameters()).device
     on_cuda = device.type == "cuda"
-    rate = torch.tensor(learning_rate, device=device) if on_cuda else learning_rate
+    rate = torch.tensor(learning_rate, dtype=torch.float32, device=device) if on_cuda else learning_rate
     groups = parameter_groups(model, weight_decay)
     return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=1e-8, fused=True, capturable=on_cuda)
 

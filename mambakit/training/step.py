@@ -126,7 +126,7 @@ class TrainingStep:
         """One update from rows (b, l + 1) int64 and (b, l + 1) bool, true where a document begins."""
         self._settle(rows, begins)
         count = self._count(rows, begins)
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
         for part, (tokens, starts) in enumerate(
             zip(rows.chunk(self.accumulate), begins.chunk(self.accumulate), strict=True)
         ):
@@ -263,6 +263,6 @@ def _positions(begins: Tensor, continues: bool = False) -> Tensor:
 
     With ``continues`` a row that begins inside a document goes on from a state: its first position is not 0.
     """
-    index = torch.arange(begins.shape[1], device=begins.device).expand(begins.shape)
+    index = torch.arange(begins.shape[1], dtype=torch.int64, device=begins.device).expand(begins.shape)
     start = torch.where(begins, index, -1 if continues else 0).cummax(1).values
     return index - start

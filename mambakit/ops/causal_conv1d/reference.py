@@ -23,18 +23,22 @@ class _Extended:
         if cu_seqlens is None:
             state = x.new_zeros(b, lead, d) if initial_state is None else initial_state.transpose(1, 2)
             self.values = torch.cat([state.to(dtype), x.to(dtype)], 1)
-            self.tokens = torch.arange(lead, lead + length, device=device)  # where the tokens are
-            self.state_rows = torch.arange(b, device=device)[:, None]
-            self.before = torch.arange(lead, device=device)[None]  # where each sequence's initial state is
-            self.last = torch.arange(length, length + lead, device=device)[None]  # where its final state is
+            self.tokens = torch.arange(lead, lead + length, dtype=torch.int64, device=device)  # where the tokens are
+            self.state_rows = torch.arange(b, dtype=torch.int64, device=device)[:, None]
+            self.before = torch.arange(lead, dtype=torch.int64, device=device)[
+                None
+            ]  # where each sequence's initial state is
+            self.last = torch.arange(length, length + lead, dtype=torch.int64, device=device)[
+                None
+            ]  # where its final state is
         else:
             cu = cu_seqlens.long()
             s = cu.shape[0] - 1
-            sequence = torch.repeat_interleave(torch.arange(s, device=device), cu[1:] - cu[:-1])
-            self.tokens = torch.arange(length, device=device) + lead * (sequence + 1)
-            offsets = torch.arange(lead, device=device)
-            self.before = (cu[:-1] + lead * torch.arange(s, device=device))[:, None] + offsets
-            self.last = (cu[1:] + lead * torch.arange(s, device=device))[:, None] + offsets
+            sequence = torch.repeat_interleave(torch.arange(s, dtype=torch.int64, device=device), cu[1:] - cu[:-1])
+            self.tokens = torch.arange(length, dtype=torch.int64, device=device) + lead * (sequence + 1)
+            offsets = torch.arange(lead, dtype=torch.int64, device=device)
+            self.before = (cu[:-1] + lead * torch.arange(s, dtype=torch.int64, device=device))[:, None] + offsets
+            self.last = (cu[1:] + lead * torch.arange(s, dtype=torch.int64, device=device))[:, None] + offsets
             self.state_rows = torch.zeros(s, 1, dtype=torch.long, device=device)
             self.values = torch.zeros(1, length + lead * s, d, dtype=dtype, device=device)
             self.values[:, self.tokens] = x.to(dtype)

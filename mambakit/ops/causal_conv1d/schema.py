@@ -65,7 +65,9 @@ def _backward(ctx, dy, dfinal):
     gradients = torch.ops.mambakit.causal_conv1d_backward(
         dy, dfinal, x, weight, bias, ctx.activation, initial_state, cu_seqlens
     )
-    dx, dweight, dbias, dinitial = differentiated_once("causal_conv1d", gradients, (dy, dfinal, x, weight, bias, initial_state))
+    dx, dweight, dbias, dinitial = differentiated_once(
+        "causal_conv1d", gradients, (dy, dfinal, x, weight, bias, initial_state)
+    )
     return dx, dweight, None if bias is None else dbias, None, None if initial_state is None else dinitial, None
 
 

@@ -32,7 +32,7 @@ _ROWS = 4096  # packed at a time: a bound on the memory that packing takes
 
 def _orders(device: torch.device) -> tuple[Tensor, Tensor]:
     """Columns of a half block (32): in the order of the bytes, and in that of the lower 16 bits."""
-    i = torch.arange(32, device=device)
+    i = torch.arange(32, dtype=torch.int64, device=device)
     k = i % 16
     order = 8 * (k // 4) + 4 * (i // 16) + k % 4
     halves = 16 * ((i % 16) // 8) + 8 * (i // 16) + i % 8  # where byte i's number has its lower bits
@@ -103,6 +103,8 @@ def unpack(data: Tensor, exceptions: tuple[Tensor, Tensor, Tensor], format: str,
         bits[..., lower] |= low[..., 0] | low[..., 1] << 8
     weight = bits.flatten(1)[:, :in_features].contiguous().view(torch.float32)
     starts, columns, values = exceptions
-    rows = torch.repeat_interleave(torch.arange(len(starts) - 1, device=data.device), starts.diff().long())
+    rows = torch.repeat_interleave(
+        torch.arange(len(starts) - 1, dtype=torch.int64, device=data.device), starts.diff().long()
+    )
     weight[rows, columns.long()] = values
     return weight

@@ -47,7 +47,7 @@ class Forward:
         shares = torch.exp(after[..., None] * A) * local[..., :n]
         if cu_seqlens is not None:
             begin = cu_seqlens[-2]
-            counts = torch.arange(1, chunks + 1, device=u.device) * launch.call.chunk_length > begin
+            counts = torch.arange(1, chunks + 1, dtype=torch.int64, device=u.device) * launch.call.chunk_length > begin
             shares = torch.where((counts & (begin < length))[:, None, None], shares, 0.0)
             if self._sequences > 1:
                 self.decay = torch.zeros_like(self.decay)
@@ -94,7 +94,7 @@ class Backward:
         before[:, 1:] = sums[:, :-1].cumsum(1)
         shares = torch.exp(before[..., None] * A) * local
         if cu_seqlens is not None:
-            counts = torch.arange(chunks, device=u.device) * launch.call.chunk_length < cu_seqlens[1]
+            counts = torch.arange(chunks, dtype=torch.int64, device=u.device) * launch.call.chunk_length < cu_seqlens[1]
             shares = torch.where(counts[:, None, None], shares, 0.0)
         self.gradient = shares.sum(1)
 

@@ -88,7 +88,10 @@ class _Row:
                 continue  # nothing moves an empty sequence's state
             starts[start % self.T].append((row, start // self.T, sequence))
             ends[(end - 1) % self.T].append((row, (end - 1) // self.T, sequence))
-        as_index = lambda places: {t: torch.tensor(p, device=device).unbind(1) for t, p in places.items()}  # noqa: E731
+
+        def as_index(places: dict[int, list]) -> dict[int, tuple[Tensor, ...]]:
+            return {t: torch.tensor(p, dtype=torch.int64, device=device).unbind(1) for t, p in places.items()}
+
         self.starts, self.ends = as_index(starts), as_index(ends)
         for rows, chunks, _ in self.starts.values():
             self.has_start[rows, chunks] = True

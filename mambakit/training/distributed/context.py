@@ -94,7 +94,9 @@ def causal_conv1d(
         )
     tail = x[:, length - reach :]  # (b, k - 1, d)
     if cu_seqlens is not None:
-        tail = tail * (torch.arange(length - reach, length, device=x.device) >= cu_seqlens[-2])[:, None]
+        tail = (
+            tail * (torch.arange(length - reach, length, dtype=torch.int64, device=x.device) >= cu_seqlens[-2])[:, None]
+        )
     state = _FromPrevious.apply(tail, group).transpose(1, 2)  # (b, d, k - 1)
     return ops.causal_conv1d(
         x, weight, bias, activation, initial_state=_for_first(state, cu_seqlens), cu_seqlens=cu_seqlens

@@ -51,7 +51,7 @@ def segment_map(
         part = slice(max(0, stop - _chunk(b, A)), stop)
         step = _steps(delta[:, part], delta_bias, delta_softplus, dtype)
         if start is not None:
-            step = step * (torch.arange(part.start, stop, device=u.device) >= start)[:, None]
+            step = step * (torch.arange(part.start, stop, dtype=torch.int64, device=u.device) >= start)[:, None]
         within = step.flip(1).cumsum(1).flip(1)  # (b, t, d), this token to the chunk's end
         later = after[:, None] + F.pad(within[:, 1:], (0, 0, 0, 1))
         state += _weighted(later, A, step * u[:, part].to(dtype), B[:, part].to(dtype))
@@ -81,7 +81,7 @@ def segment_gradient(
         if z is not None:
             weight = weight * F.silu(z[:, part].to(dtype))
         if end is not None:
-            weight = weight * (torch.arange(begin, part.stop, device=dy.device) < end)[:, None]
+            weight = weight * (torch.arange(begin, part.stop, dtype=torch.int64, device=dy.device) < end)[:, None]
         until = before[:, None] + step.cumsum(1)
         gradient += _weighted(until, A, weight, C[:, part].to(dtype))
         before = until[:, -1]
