@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mambakit.modules.quantized_linear import QuantizedLinear
+from mambakit.ops._memory import PLAIN_TYPES
 from mambakit.ops.linear import lossless
 
 METHOD = "mambakit"
@@ -41,6 +42,11 @@ def quantize(model: Any, format: str, group: int = 64) -> Any:
         layer = getattr(parent, name)
         if type(layer) is not nn.Linear:
             raise ValueError(f"{name} is a {type(layer).__name__}, not a plain linear layer; merge adapters first")
+        if type(layer.weight) not in PLAIN_TYPES:
+            raise ValueError(
+                f"{name}.weight is a {type(layer.weight).__name__}, not a plain tensor; load the model without what another library has "
+                "made of its weights (torchao, bitsandbytes, a sharding), and quantise that"
+            )
     if format == "lossless":
         format = _lossless_format({getattr(parent, name).weight.dtype for parent, name in targets})
     tied = has_head(model) and model.lm_head.weight is model.get_input_embeddings().weight

@@ -101,6 +101,7 @@ def address(tensor: Tensor, dtypes: tuple[torch.dtype, ...], count: int, device:
             and tensor.is_contiguous()
             and tensor.numel() == count
             and not tensor.is_neg()
+            and not tensor.is_nested
         ):
             place = tensor.data_ptr()
             if place or not count:
@@ -120,6 +121,7 @@ def address_of_rows(tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tupl
             and tensor.shape == shape
             and (tensor.stride(-1) == 1 or shape[-1] <= 1)
             and not tensor.is_neg()
+            and not tensor.is_nested
         ):
             place = tensor.data_ptr()
             if place or not tensor.numel():

@@ -13,6 +13,7 @@ from torch.nn import functional
 from mambakit.modules import MambaCache
 from mambakit.modules.interception import untouched
 from mambakit.ops import linear_cross_entropy
+from mambakit.ops._memory import PLAIN_TYPES
 from mambakit.training.distributed import Processes, full, stretch_of_packed
 from mambakit.training.guard import UpdateGuard
 
@@ -30,7 +31,7 @@ class Objective(nn.Module):
         """Summed loss of tokens against targets, (b, l) int64 both, over ``num_items``; ``inputs`` are the backbone's."""
         hidden = self.model.backbone(tokens, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
         head, targets = self.model.get_output_embeddings(), targets.flatten().contiguous()
-        if untouched(head, nn.Linear) and head.bias is None:
+        if untouched(head, nn.Linear) and head.bias is None and type(head.weight) in PLAIN_TYPES:
             return linear_cross_entropy(hidden, head.weight, targets, num_items=num_items)
         return (
             functional.cross_entropy(head(hidden).float(), targets, ignore_index=_IGNORE, reduction="sum") / num_items

@@ -42,8 +42,8 @@ def decode_by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "native_serves", lambda *_: False)
     if way == "graph":
         kept: dict[int, EagerGraph] = {}
-        monkeypatch.setattr(rows, "graphs_serve", lambda _: True)
-        monkeypatch.setattr(generate, "graphs_serve", lambda _: True)
+        monkeypatch.setattr(rows, "graphs_serve", lambda *_: True)
+        monkeypatch.setattr(generate, "graphs_serve", lambda *_: True)
         monkeypatch.setattr(rows, "GraphStep", EagerGraph)
         monkeypatch.setattr(rows, "graph_step", lambda model, n: kept.setdefault(n, EagerGraph(model, n)))
         monkeypatch.setitem(token_loop._TOKENS_PER_LOOK, "cpu", 16)
