@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{stop}\ncontinue with it: {command}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print(f"stopped before the first step: nothing in {config.out} has changed", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # torchrun starts several of these
+            print(f"stopped before the first step: nothing in {config.out} has changed", file=sys.stderr)
         return 130
     return 0

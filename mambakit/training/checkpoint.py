@@ -46,6 +46,11 @@ def checkpoints(folder: Path, run: str | None = None) -> list[Path]:
     return [f.path for f in find_checkpoints(folder) if not f.problem and run in (None, f.run)]
 
 
+def written_with(path: Path) -> dict[str, Any]:
+    """The configuration of the run when it wrote one of `checkpoints`."""
+    return json.loads((path / _MARK).read_text(encoding="utf-8"))["config"]
+
+
 def remove_checkpoints(folder: Path, runs: Collection[str]) -> None:
     """Remove what these runs left in ``folder``, unfinished checkpoints included, and nothing else."""
     for found in find_checkpoints(folder):

@@ -19,7 +19,7 @@ class TrainConfig:
     """Files to evaluate on, never learned from."""
     validation_fraction: float = 0.0
     """Without heldout_files: the fraction of train_files' documents held out. A document's own text decides, so that the
-    copies of a document fall on one side, whatever the order of the files."""
+    copies of a document fall on one side, whatever the order of the files. Of a single document its end is held out."""
     format: str = "auto"
     """"text", "jsonl", "parquet", "fasta" or "wav"; "auto" goes by the file's name (.txt, .jsonl, .parquet, .fa, .wav)."""
     text_field: str = "text"

@@ -1,4 +1,4 @@
-"""The folder of a run belongs to that run: its id, its configuration, what it wrote, and a lock while it goes on.
+"""The folder of a run belongs to that run: its id, its configuration, and what it wrote.
 
 ``run.json`` names the run and every file that it has written or is about to write. Only those are replaced and removed; what
 else lies in the folder is the user's and stays.
@@ -13,17 +13,22 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from mambakit.training.checkpoint import Found, checkpoints, find_checkpoints, keep_latest, remove_checkpoints
+from mambakit.training.checkpoint import (
+    Found,
+    checkpoints,
+    find_checkpoints,
+    keep_latest,
+    remove_checkpoints,
+    written_with,
+)
 from mambakit.training.config import TrainConfig
-from mambakit.training.distributed import Processes
 from mambakit.training.resumption import differences, plain_config
 
 _RECORD = "run.json"
-_LOCK = "run.lock"
 # Written while the run goes on; a group of its own in run.json.
 _DIARY = ("train_config.json", "environment.json", "metrics.jsonl", "loss.png")
 _EVENTS = "tensorboard/events.out.tfevents.*"
@@ -41,7 +46,7 @@ _BEGUN = (*_DIARY, "checkpoints", "tensorboard", "tokenizer.json", "tokenizer_co
 
 
 class RunFolder:
-    """``config.out``, checked; nothing in it changes before `begin`. Made by `claim`.
+    """``config.out``, checked; nothing in it changes before `begin`. Made by `mambakit.training.claim`.
 
     Args:
         config: of the run that is to write there.
@@ -156,6 +161,11 @@ class RunFolder:
             return
         if config.resume:
             changed = differences(record["config"], plain_config(config))
+            made = checkpoints(self.checkpoints, str(record["id"]))
+            if made and ((wrote := written_with(made[-1])["parallel"]) == "fsdp") != (config.parallel == "fsdp"):
+                changed.append(
+                    f"{made[-1].name} was written with parallel={wrote}, which parallel={config.parallel} does not read"
+                )
             if changed:
                 raise ValueError(
                     f"resume=true continues the run in {out}, which was started with other settings: {'; '.join(changed)}. Set "
@@ -245,46 +255,6 @@ def _files(record: dict[str, Any]) -> set[str]:
     """Everything that the run has written or was about to, and what it was about to remove."""
     listed = {name for names in record["files"].values() for name in names}
     return listed.union(record.get("replaces", {}).get("files", ()))
-
-
-@contextlib.contextmanager
-def claim(config: TrainConfig, team: Processes) -> Iterator[RunFolder | None]:
-    """The folder of a run, held by this process alone until the end; None in all processes but the first.
-
-    The lock is the operating system's: it ends with the process that holds it, however that ends.
-
-    Raises:
-        ValueError: another process holds it, or `RunFolder` refuses; in every process.
-    """
-    with contextlib.ExitStack() as stack:
-        folder: RunFolder | None = None
-        refusal: Exception | None = None
-        if team.first:
-            try:
-                folder = stack.enter_context(_locked(config))
-            except (ValueError, OSError) as error:
-                refusal = error
-        refusal = team.share(refusal)
-        if refusal is not None:
-            raise refusal
-        yield folder
-
-
-@contextlib.contextmanager
-def _locked(config: TrainConfig) -> Iterator[RunFolder]:
-    import filelock
-
-    out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out is {out}, which is a file; choose another out")
-    RunFolder(config)  # what is refused leaves nothing behind
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = filelock.FileLock(out / _LOCK, is_singleton=False).acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise ValueError(f"another process is training in {out}; wait until it ends, or choose another out") from error
-    with lock:
-        yield RunFolder(config)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from mambakit.training.checkpoint import load_checkpoint, save_checkpoint
+from mambakit.training.claim import claim
 from mambakit.training.config import TrainConfig
 from mambakit.training.curve import sparkline, write_curve
 from mambakit.training.data import ShuffledRows, StatefulRows, TokenStore
@@ -22,7 +23,7 @@ from mambakit.training.data.store import remove_tokens
 from mambakit.training.distributed import Processes, processes
 from mambakit.training.evaluate import sample_loss
 from mambakit.training.export import export
-from mambakit.training.folder import RunFolder, claim
+from mambakit.training.folder import RunFolder
 from mambakit.training.guard import weights_are_finite
 from mambakit.training.lora import merge_adapters, save_adapters
 from mambakit.training.model import make_model
@@ -36,14 +37,14 @@ from mambakit.training.throughput import flops_per_token, peak_flops
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """Ctrl-C after a run had begun; the text says where it stands, and that resume=true continues it."""
+    """Ctrl-C after a run had begun; the text of the first process says where it stands, and that resume=true continues it."""
 
 
 def train(config: TrainConfig, console: Console, report: Console | None = None) -> dict[str, Any]:
     """Run a training from start (or checkpoint) to exported model; returns the summary that the model card holds.
 
-    With ``config.parallel``, torchrun starts several of these, which share ``config.out``. How PyTorch multiplies float32 matrices is the
-    recipe's while it runs (TensorFloat-32 beside bfloat16) and the caller's afterwards; the random state is left where the run left it.
+    With ``config.parallel``, torchrun starts several of these, which share ``config.out``. How PyTorch multiplies float32 matrices is
+    the recipe's while it runs (TensorFloat-32 beside bfloat16) and the caller's afterwards; the random state is left as it is.
 
     Args:
         console: what is said along the way.
@@ -78,11 +79,11 @@ def _train(
 ) -> dict[str, Any]:
     """``folder`` is the first process's alone: the others write nothing but their shards of a checkpoint."""
     out = Path(config.out)
-    torch.manual_seed(config.seed)
     # The first process makes the vocabulary and the tokens; the others read them.
     data = prepare(config, out, console) if folder is not None else None
     vocabulary = team.share(None if data is None else dataclasses.replace(data.vocabulary, source=None))
     data = data or prepare(config, out, console, vocabulary)
+    torch.manual_seed(config.seed)
     model = make_model(config, data.vocabulary, console).to(team.device)
     run = _Run(config, model, data, folder, console, team)
     # Whatever may be refused has been. From here on the folder is this run's.
@@ -96,16 +97,15 @@ def _train(
     try:
         run.go()
     except KeyboardInterrupt as error:
-        raise RunInterrupted(interrupted(run.step, run.saved)) from error
+        raise RunInterrupted(interrupted(run.step, run.saved) if team.first else "") from error
     summary: dict[str, Any] | None = None
     whole = team.whole(model)
     if whole is not None and folder is not None:
         if config.lora_rank:
             folder.place("adapter", lambda temporary: save_adapters(whole, temporary / "adapter"))
             merge_adapters(whole)
-        summary = export(
-            whole, data, config, folder, steps=run.step, seconds=run.seconds, training_loss=run.final_loss()
-        )
+        loss = run.final_loss()
+        summary = export(whole, data, config, folder, steps=run.step, seconds=run.seconds, training_loss=loss)
         say_end(summary, config, data.vocabulary, report)
     return team.share(summary)
 
@@ -209,9 +209,8 @@ class _Run:
         self._last = time.monotonic(), self.step
         if self.team.first:
             self.telemetry = Telemetry(self.out, self.console, config.tensorboard, self.step)
-        if self.over() and self.step:
-            what = "written" if config.export_only else "nothing left to train: the model is written again"
-            say(self.console, f"step {self.step}: {what}")
+        if self.over() and self.step and not config.export_only:
+            say(self.console, f"step {self.step}: nothing left to train: the model is written again")
         first, rate, norm = self.step, 0.0, torch.zeros(())
         with self.telemetry or contextlib.nullcontext():
             while not self.over():
