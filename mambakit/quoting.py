@@ -14,6 +14,11 @@ def quoted(value: Any, limit: int = LIMIT) -> str:
     return cut(_spelled(value, limit), limit)
 
 
+def brief(value: Any, limit: int = LIMIT) -> str:
+    """``value`` as Python's `repr` spells it, cut likewise."""
+    return cut(repr(value[: limit + 1]) if isinstance(value, str) else _bounded(value), limit)
+
+
 def cut(text: str, limit: int = LIMIT) -> str:
     """``text`` without its end beyond ``limit`` characters, and without halves of surrogate pairs."""
     text = printable(text[: limit + 1])
@@ -49,6 +54,10 @@ def _spelled(value: Any, limit: int, depth: int = 4) -> str:
                 item = value[item]
             text += _spelled(item, limit, depth - 1)
         return text + closing
+    return _bounded(value)
+
+
+def _bounded(value: Any) -> str:
     try:
         return _BOUNDED.repr(value)
     except Exception:  # whatever a value's own __repr__ raises, the error that quotes it is the one to tell

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from mambakit.commands.loading import add_model_arguments
+from mambakit.quoting import brief
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +125,7 @@ def _devices(args: argparse.Namespace) -> tuple[str, ...]:
     for device in devices:
         kind, _, index = device.partition(":")
         if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-            raise ValueError(f"there is no device {device!r}; give cpu, cuda:0, cuda:1, ...")
+            raise ValueError(f"there is no device {brief(device)}; give cpu, cuda:0, cuda:1, ...")
         if kind == "cuda" and int(index) >= gpus:
             raise ValueError(f"{device} is not here: there are {gpus} NVIDIA GPUs; use one that `mambakit env` lists")
     count = args.replicas or len(devices)

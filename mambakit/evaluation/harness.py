@@ -20,6 +20,7 @@ from mambakit.evaluation.likelihood import log_likelihoods
 from mambakit.generation.score import TokenScorer
 from mambakit.generation.stream import Sampling, Stream
 from mambakit.models.auto import AutoModelForCausalLM, AutoTokenizer
+from mambakit.quoting import brief
 
 # What a task may ask of generation, besides where to stop.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -111,7 +112,9 @@ class MambaHarnessLM(TemplateLM):
             sampled = options.pop("do_sample", options.get("temperature", 0.0) > 0)
             unknown = sorted(set(options) - set(_SAMPLING))
             if unknown:
-                raise ValueError(f"generation option {unknown[0]!r} is not known; use {', '.join(_SAMPLING)} and until")
+                raise ValueError(
+                    f"generation option {brief(unknown[0])} is not known; use {', '.join(_SAMPLING)} and until"
+                )
             options.setdefault("temperature", 1.0)
             if not sampled:
                 options["temperature"] = 0.0

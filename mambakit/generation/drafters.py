@@ -15,6 +15,7 @@ from mambakit.models.graph_step import GraphStep, graphs_serve
 from mambakit.models.step import forward_step, token_step
 from mambakit.modules import MambaCache
 from mambakit.modules.interception import Watch, modules_of
+from mambakit.quoting import brief
 
 # Places that prompt lookup compares, from the latest back.
 _CANDIDATES = 64
@@ -52,7 +53,9 @@ class PromptLookup:
 
     def __init__(self, longest: int = 4, shortest: int = 2):
         if not 1 <= shortest <= longest:
-            raise ValueError(f"shortest is {shortest} and longest {longest}; they must be 1 <= shortest <= longest")
+            raise ValueError(
+                f"shortest is {brief(shortest)} and longest {brief(longest)}; they must be 1 <= shortest <= longest"
+            )
         self.longest, self.shortest = longest, shortest
 
     def begin(self, ids: Tensor, sampling: Sampling, scores: _Scores | None, generator: torch.Generator) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mambakit.generation.state import State
 from mambakit.generation.stream import _TextDecoder
+from mambakit.quoting import brief
 
 # Logits are formed for this many tokens at a time: with a vocabulary of 50,280 that is 51 MB of float32.
 _LOGIT_ROWS = 256
@@ -60,9 +61,9 @@ def token_log_probs(
     if ids.dim() != 1 or not len(ids):
         raise ValueError(f"ids have shape {tuple(ids.shape)}, expected (l,) with l >= 1")
     if not 0 <= top <= vocabulary:
-        raise ValueError(f"top is {top}; it must be between 0 and the vocabulary's {vocabulary}")
+        raise ValueError(f"top is {brief(top)}; it must be between 0 and the vocabulary's {vocabulary}")
     if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it must be 1 or more")
+        raise ValueError(f"chunk_size is {brief(chunk_size)}; it must be 1 or more")
     if before is not None and state is not None:
         raise ValueError("before and state both say what comes first; give one")
     ids = ids.to(model.device, torch.long)

@@ -9,6 +9,7 @@ import transformers
 
 from mambakit.assets import default_model_path
 from mambakit.models.auto import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from mambakit.quoting import brief
 
 _MODELS = {
     "text-generation": AutoModelForCausalLM,
@@ -46,11 +47,11 @@ def pipeline(
     """
     task = task or "text-generation"
     if task not in _MODELS:
-        raise ValueError(f"task is {task!r}; mambakit has {', '.join(_MODELS)}")
+        raise ValueError(f"task is {brief(task)}; mambakit has {', '.join(_MODELS)}")
     dtype = torch_dtype if dtype is None else dtype
     if model is None:
         if task != "text-generation":
-            raise ValueError(f"no model ships with mambakit for {task!r}; name one with model=")
+            raise ValueError(f"no model ships with mambakit for {brief(task)}; name one with model=")
         model = default_model_path()
         if dtype is None and not _on_gpu(device, device_map):
             dtype = "float32"  # processors without bfloat16 arithmetic emulate it

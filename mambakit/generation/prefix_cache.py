@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mambakit.generation.state import State, fill_cache, fingerprint, write_tensors
 from mambakit.modules import MambaCache
+from mambakit.quoting import brief
 
 _FORMAT = "mambakit.PrefixCache/1"
 # Snapshots of one prompt, besides the one at its end: a prompt of a million tokens does not push out everything else.
@@ -88,9 +89,9 @@ class PrefixCache:
     ):
         for name, value in (("memory_bytes", memory_bytes), ("disk_bytes", disk_bytes)):
             if value < 0:
-                raise ValueError(f"{name} is {value}; it must be 0 or more")
+                raise ValueError(f"{name} is {brief(value)}; it must be 0 or more")
         if chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}; it must be 1 or more")
+            raise ValueError(f"chunk_size is {brief(chunk_size)}; it must be 1 or more")
         self.model, self.memory_bytes, self.disk_bytes, self.chunk_size = model, memory_bytes, disk_bytes, chunk_size
         self.device = torch.device(device)
         self.statistics = Statistics()
@@ -135,7 +136,7 @@ class PrefixCache:
         """Keep row ``row`` of a cache that has read exactly ``ids`` (l,): after a text was written, say."""
         tokens = _tokens(ids)
         if not 0 <= row < cache.max_batch_size:
-            raise ValueError(f"row is {row}, but the cache has {cache.max_batch_size} rows")
+            raise ValueError(f"row is {brief(row)}, but the cache has {cache.max_batch_size} rows")
         self._keep(self._keys(tokens)(len(tokens)), cache, row)
 
     def clear(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mambakit.generation.state import State
 from mambakit.modules import MambaCache
+from mambakit.quoting import brief
 
 # Logits are formed for this many tokens at a time: with a vocabulary of 50,280 that is 51 MB of float32.
 _LOGIT_ROWS = 256
@@ -107,7 +108,7 @@ def score_text(
         ValueError: chunk_size below 1, or a tokenizer without a token to start from.
     """
     if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it must be 1 or more")
+        raise ValueError(f"chunk_size is {brief(chunk_size)}; it must be 1 or more")
     scorer, score = TokenScorer(model, _first_token(tokenizer)), Score()
     pending = torch.empty(0, dtype=torch.long, device="cpu")
 
@@ -245,7 +246,7 @@ def score_choices(model: Any, tokenizer: Any, prefix: str, choices: Sequence[str
         whole = _encode(tokenizer, prefix + choice)
         split = len(_encode(tokenizer, prefix.rstrip()))
         if len(whole) <= split:
-            raise ValueError(f"choice {number} ({choice!r}) adds no token to the prefix; give a longer one")
+            raise ValueError(f"choice {number} ({brief(choice)}) adds no token to the prefix; give a longer one")
         before = whole[:split] if split else [_first_token(tokenizer)]
         requests.setdefault(tuple(before), []).append(
             (number, torch.tensor(whole[split:], dtype=torch.int64, device="cpu"))

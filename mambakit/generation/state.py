@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mambakit.modules import MambaCache
+from mambakit.quoting import brief
 
 _FORMAT = "mambakit.State/1"
 # What a model computes besides its weights and their shapes.
@@ -92,7 +93,7 @@ class State:
     def _read(self, model: Any, rows: list[Tensor], chunk_size: int, progress: Callable[[int], None] | None) -> State:
         """Bring this state's cache to the last token but one of ``rows``."""
         if chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}; it must be 1 or more")
+            raise ValueError(f"chunk_size is {brief(chunk_size)}; it must be 1 or more")
         unread = [row[:-1] for row in rows]
         done, total = 0, sum(map(len, unread))
         while done < total:

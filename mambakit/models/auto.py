@@ -8,6 +8,7 @@ from typing import Any
 from mambakit.models import classification, falcon_mamba, mamba
 from mambakit.models.formats import is_original, read_config
 from mambakit.models.storage import HUB_ARGUMENTS, CheckpointError, read_json, resolve, small_files
+from mambakit.quoting import brief
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt",
@@ -51,7 +52,7 @@ class _AutoModel:
     @classmethod
     def _class_of(cls, model_type: str) -> Any:
         if model_type not in cls._classes:
-            raise ValueError(f"model_type is {model_type!r}; mambakit has {' and '.join(cls._classes)}")
+            raise ValueError(f"model_type is {brief(model_type)}; mambakit has {' and '.join(cls._classes)}")
         return cls._classes[model_type]
 
 

@@ -27,6 +27,7 @@ from mambakit.models.storage import (
     resolve,
     weight_files,
 )
+from mambakit.quoting import brief
 
 __all__ = ["CheckpointError", "CheckpointInfo", "convert", "describe", "load_pretrained", "save_original"]
 
@@ -220,7 +221,7 @@ def convert(
     from mambakit.models.auto import AutoModelForCausalLM
 
     if format not in ("transformers", "original"):
-        raise ValueError(f"format is {format!r}; choose 'transformers' or 'original'")
+        raise ValueError(f"format is {brief(format)}; choose 'transformers' or 'original'")
     target = Path(target)
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; name a new folder")

@@ -9,6 +9,7 @@ from typing import Any
 import transformers
 
 from mambakit.models.initialization import UNSET_RANGE, uses_mamba_ssm_recipe
+from mambakit.quoting import brief
 
 # Of the fields of an output those that Trainer cannot gather, whatever a release of transformers calls them.
 _CACHE_NAMES = ["cache_params", "past_key_values", "cache"]
@@ -81,7 +82,7 @@ def _check(config: MambaConfig | FalconMambaConfig) -> None:
     if config.num_hidden_layers < 0:
         raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}; it must be 0 or more")
     if config.time_step_init_scheme not in ("random", "constant"):
-        raise ValueError(f"time_step_init_scheme is {config.time_step_init_scheme!r}; use 'random' or 'constant'")
+        raise ValueError(f"time_step_init_scheme is {brief(config.time_step_init_scheme)}; use 'random' or 'constant'")
     if not 0 < config.time_step_min <= config.time_step_max:
         raise ValueError(
             f"time_step_min {config.time_step_min} and time_step_max {config.time_step_max} must satisfy 0 < min <= max"

@@ -25,6 +25,7 @@ from mambakit.models.scaling import widened
 from mambakit.models.token_loop import GeneratingSteps, write_tokens
 from mambakit.modules import MambaCache
 from mambakit.modules.interception import is_ours
+from mambakit.quoting import brief
 
 # Tokens of all rows that a prefill reads at once: enough to keep the device busy, and a bound on its memory.
 _TOKENS_AT_ONCE = {"cuda": 2**14, "cpu": 2**10}
@@ -70,7 +71,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         chunk = kwargs.pop("prefill_chunk_size", None)
         chunk = getattr(generation_config, "prefill_chunk_size", None) if chunk is None else chunk
         if chunk is not None and chunk < 1:
-            raise ValueError(f"prefill_chunk_size is {chunk}; it must be 1 or more")
+            raise ValueError(f"prefill_chunk_size is {brief(chunk)}; it must be 1 or more")
         if input_ids is None:  # from inputs_embeds, or from a bos token alone
             if chunk:
                 raise ValueError("prefill_chunk_size reads input_ids in chunks; give the prompt as input_ids")
@@ -95,7 +96,9 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
 
         settings = generation_config or self.generation_config
         if implementation := _setting(kwargs, settings, "cache_implementation", None):
-            raise ValueError(f"cache_implementation={implementation!r}: a Mamba state has one form; drop the argument")
+            raise ValueError(
+                f"cache_implementation={brief(implementation)}: a Mamba state has one form; drop the argument"
+            )
         copies = max(_setting(kwargs, settings, "num_beams", 1), _setting(kwargs, settings, "num_return_sequences", 1))
         use_cache = _setting(kwargs, settings, "use_cache", True)
         steps = GeneratingSteps(self)

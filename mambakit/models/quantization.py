@@ -15,6 +15,7 @@ from torch import nn
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops._memory import PLAIN_TYPES
 from mambakit.ops.linear import lossless
+from mambakit.quoting import brief
 
 METHOD = "mambakit"
 FORMATS = ("int8", "int4", "lossless")
@@ -34,7 +35,7 @@ def quantize(model: Any, format: str, group: int = 64) -> Any:
             lossless packing of a model in neither float32 nor bfloat16.
     """
     if format not in FORMATS:
-        raise ValueError(f"format is {format!r}; choose one of {', '.join(FORMATS)}")
+        raise ValueError(f"format is {brief(format)}; choose one of {', '.join(FORMATS)}")
     if is_quantized(model.config):
         dequantize(model)
     targets = targets_of(model)

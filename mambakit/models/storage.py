@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.quoting import brief
+
 # The arguments of from_pretrained that say where a checkpoint is.
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 _SMALL = ["*.json", "*.txt", "*.model"]
@@ -70,16 +72,16 @@ def _download(name: str, hub: dict[str, Any], weights: bool = True) -> Path:
         if weights and not list(folder.rglob("*.safetensors")) and not list(folder.rglob("*.bin")):
             folder = Path(snapshot_download(name, allow_patterns=[*_PATTERNS, "*.bin"], **hub))
     except HFValidationError as error:
-        raise CheckpointError(f"{name!r} is neither a folder here nor a hub id (owner/name)") from error
+        raise CheckpointError(f"{brief(name)} is neither a folder here nor a hub id (owner/name)") from error
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"{name!r} is not a folder here, and the hub's cache does not hold it (revision "
+            f"{brief(name)} is not a folder here, and the hub's cache does not hold it (revision "
             f"{hub.get('revision', 'main')!r}) while offline; download it once with a connection (and without "
             "HF_HUB_OFFLINE=1 and local_files_only)"
         ) from error
     except HfHubHTTPError as error:
         raise CheckpointError(
-            f"the hub has no readable {name!r} ({error}); check the id, the revision and your token"
+            f"the hub has no readable {brief(name)} ({error}); check the id, the revision and your token"
         ) from error
     return folder
 

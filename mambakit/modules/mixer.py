@@ -18,6 +18,7 @@ from mambakit.modules.packing import Packing
 from mambakit.modules.precision import keep_float32
 from mambakit.ops import causal_conv1d, causal_conv1d_, rms_norm, selective_scan, selective_scan_
 from mambakit.ops._memory import all_plain
+from mambakit.quoting import brief
 
 
 class TimeStepProjection(nn.Linear):
@@ -109,7 +110,7 @@ class MambaMixer(nn.Module):
         from transformers.activations import ACT2FN
 
         if name not in ACT2FN:
-            raise ValueError(f"hidden_act {name!r} is not known; choose one of {sorted(ACT2FN)}")
+            raise ValueError(f"hidden_act {brief(name)} is not known; choose one of {sorted(ACT2FN)}")
         self.conv_activation, self.act = None, ACT2FN[name]
 
     def forward(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mambakit.quoting import cut, printable
+from mambakit.quoting import cut
+
+MOST_CHARACTERS = 1000  # of a message, whatever it quotes
 
 
 class ApiError(Exception):
@@ -27,7 +29,7 @@ class ApiError(Exception):
         retry_after: int | None = None,
     ):
         super().__init__(message)
-        self.status, self.message, self.code = status, printable(message), code
+        self.status, self.message, self.code = status, cut(message, MOST_CHARACTERS), code
         self.param = None if param is None else cut(param)
         self.retry_after = retry_after
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from mambakit.quoting import brief
+
 
 @dataclasses.dataclass
 class TrainConfig:
@@ -162,7 +164,7 @@ class TrainConfig:
             ("parallel", ("none", "ddp", "fsdp")),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+                raise ValueError(f"{name} is {brief(getattr(self, name))}; choose one of {', '.join(choices)}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
         if not 0 <= self.warmup < 1:

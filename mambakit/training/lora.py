@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from mambakit.models.quantization import is_quantized
+from mambakit.quoting import brief
 
 _PEFT_PREFIX = "base_model.model."
 _FILE = "adapter_model.safetensors"
@@ -35,7 +36,9 @@ def add_adapters(model: Any, rank: int, alpha: float, targets: list[str]) -> Non
     known = {name.rsplit(".", 1)[-1] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
     for target in targets:
         if target not in known:
-            raise ValueError(f"lora_targets: {target!r} is no linear layer; choose among {', '.join(sorted(known))}")
+            raise ValueError(
+                f"lora_targets: {brief(target)} is no linear layer; choose among {', '.join(sorted(known))}"
+            )
     if not targets:
         raise ValueError(f"lora_targets is empty; choose among {', '.join(sorted(known))}")
     model.requires_grad_(False)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mambakit.ops._memory import PlainMemoryError, observed, transformed, zeros
 from mambakit.ops.linear import lossless, reference
+from mambakit.quoting import brief
 
 FORMATS = ("float32", "bfloat16", "int8", "int4", "lossless32", "lossless16")
 GROUP = 64  # numbers per scale: half a bit of scale per weight
@@ -48,9 +49,9 @@ class PackedWeight:
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise ValueError(f"PackedWeight: format {self.format!r} is not known; choose one of {FORMATS}")
+            raise ValueError(f"PackedWeight: format {brief(self.format)} is not known; choose one of {FORMATS}")
         if self.group not in GROUPS:
-            raise ValueError(f"PackedWeight: group is {self.group}; choose one of {GROUPS}")
+            raise ValueError(f"PackedWeight: group is {brief(self.group)}; choose one of {GROUPS}")
         if (self.scales is not None) != (self.format in ("int8", "int4")):
             raise ValueError(f"PackedWeight: int8 and int4 have scales, and only they; the format is {self.format}")
         if (self.exceptions is not None) != (self.format in lossless.DTYPES):
@@ -105,9 +106,9 @@ def pack(weight: Tensor, format: str, group: int = GROUP) -> PackedWeight:
     if weight.dim() != 2:
         raise ValueError(f"pack: weight has shape {tuple(weight.shape)}, expected (out, in)")
     if format not in FORMATS:
-        raise ValueError(f"pack: format {format!r} is not known; choose one of {FORMATS}")
+        raise ValueError(f"pack: format {brief(format)} is not known; choose one of {FORMATS}")
     if group not in GROUPS:
-        raise ValueError(f"pack: group is {group}; choose 32, 64 or 128")
+        raise ValueError(f"pack: group is {brief(group)}; choose 32, 64 or 128")
     columns = weight.shape[1]
     weight = weight.detach()
     if format in ("float32", "bfloat16"):
