@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import importlib
 import os
 import sys
+from typing import Any, NoReturn
 
+from mambakit.commands.options import Parser
+from mambakit.errors import MambakitError
+from mambakit.output import error_line
 from mambakit.threads import bound_spinning
 
 # name -> one line of help. The module is mambakit.commands.<name>; it imports torch only when it runs.
@@ -21,41 +25,74 @@ COMMANDS = {
     "quantize": "rewrite a checkpoint with int8, int4 or losslessly packed weights",
     "env": "versions, devices, and what serves each op",
 }
+# What is the user's to mend, and ends with status 2; whatever else is raised ends with 1.
+_MISTAKES = (MambakitError, ValueError, TypeError, OSError, ArithmeticError, NotImplementedError)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the whole line, and those of the commands."""
     from mambakit import __version__
 
-    parser = argparse.ArgumentParser(
-        prog="mambakit", description="Run, train and score Mamba (selective state space) models."
-    )
+    parser = Parser(prog="mambakit", description="Run, train and score Mamba (selective state space) models.")
     parser.add_argument("--version", action="version", version=f"mambakit {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = {}
     for name, text in COMMANDS.items():
         module = importlib.import_module(f"mambakit.commands.{name}")
-        sub = subparsers.add_parser(name, help=text, description=module.__doc__)
+        sub = commands[name] = subparsers.add_parser(name, help=text, description=module.__doc__)
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
-    return parser
+    return parser, commands
+
+
+def _parse(argv: list[str]) -> Any:
+    parser, commands = _parser()
+    before = next((i for i, a in enumerate(argv) if a in commands), len(argv))
+    for argument in argv[:before]:
+        if argument.startswith("-") and argument.partition("=")[0] not in (*parser.option_names(), "-h", "--"):
+            _misplaced(parser, commands, argument.partition("=")[0])
+    word = next((a for a in argv if not a.startswith("-")), "")
+    near = difflib.get_close_matches(word, commands, 1)
+    if word and word not in commands and near:
+        parser.error(f"there is no command {word!r}; did you mean {near[0]!r}?")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        args.parser.unknown(unknown)
+    return args
+
+
+def _misplaced(parser: Parser, commands: dict[str, Parser], option: str) -> NoReturn:
+    """Refuse an option before the command: it belongs to one, or to none."""
+    known = {option: name for name, command in reversed(commands.items()) for option in command.option_names()}
+    near = difflib.get_close_matches(option, known, 1)
+    if near:
+        name = known[near[0]]
+        commands[name].error(f"unrecognized arguments: {option}; did you mean `mambakit {name} {near[0]} ...`?")
+    parser.error(f"unrecognized arguments: {option}; options come after the command")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command. 0: done; 2: a mistake in what was asked, told in one line; 130: interrupted."""
+    """Run a command. 0: done; 2: a mistake in what was asked; 1: any other error, each in one line; 130: interrupted."""
     bound_spinning()  # before torch is loaded: the commands load it
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command = next((a for a in argv if a in COMMANDS), None)
+    name, debug = f"mambakit {command}" if command else "mambakit", "--debug" in argv
     try:
-        return args.run(args)
+        args = _parse(argv)
+        name, debug = args.parser.prog, hasattr(args, "debug")
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError, ArithmeticError, NotImplementedError) as error:
-        if args.debug:
+    except Exception as error:
+        if debug:
             raise
-        print(f"mambakit {args.command}: {error}", file=sys.stderr)
-        return 2
+        print(f"{name}: error: {error_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, _MISTAKES) else 1
 
 
 if __name__ == "__main__":

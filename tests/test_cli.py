@@ -208,7 +208,7 @@ def test_info_and_convert(model, tmp_path):
     ("arguments", "message"),
     [
         (("generate", "x", "--model", "no/such/model/folder"), "neither a folder here nor a hub id"),
-        (("generate", "x", "--top-p", "7"), "top_p is 7.0"),
+        (("generate", "x", "--top-p", "7"), "--top-p is 7.0"),
         (("generate", "x", "--device", "cuda:99"), "--device cuda:99"),
         (("generate", "--file", "no-such-file"), "no-such-file"),
         (("generate", "x", "--load-state", "no-such-state"), "make one with --save-state"),

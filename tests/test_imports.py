@@ -13,8 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mambakit"
 # From the bottom up: a layer may import itself and the layers before it.
 LAYERS = [
+    "errors",
     "quoting",
     "threads",
+    "output",
+    "reading",
     "ops",
     "modules",
     "models",
@@ -28,6 +31,9 @@ LAYERS = [
 ]
 # What each of the lower layers may import from outside, besides the standard library.
 OUTSIDE = {
+    "errors": set(),
+    "output": {"rich"},
+    "reading": {"torch", "safetensors"},
     "threads": set(),
     "ops": {"torch", "triton", "numpy", "cuda"},
     "modules": {"torch", "safetensors", "transformers"},

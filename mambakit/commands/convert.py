@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import argparse
 
+from mambakit.commands.options import check_output_folder
+from mambakit.output import say, terminal
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="hub id or folder, in either format; packed weights are unpacked")
@@ -16,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import sys
+    check_output_folder("target", args.target, new=True)
 
     import torch
     import transformers
@@ -30,6 +33,6 @@ def run(args: argparse.Namespace) -> int:
     config = AutoConfig.from_pretrained(args.source)
     if is_quantized(config):
         format = config.quantization_config["format"]
-        print(f"{args.source} is quantised ({format}): dequantised to plain weights", file=sys.stderr)
-    print(folder)
+        say(terminal(stderr=True), f"{args.source} is quantised ({format}): dequantised to plain weights")
+    say(terminal(), str(folder))
     return 0

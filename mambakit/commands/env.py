@@ -8,6 +8,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
+from mambakit.output import table, terminal
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
@@ -16,9 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from rich.console import Console
-    from rich.table import Table
-
     from mambakit.ops.implementations import implementations
 
     versions, devices, rows = _versions(), _devices(), implementations()
@@ -26,16 +25,13 @@ def run(args: argparse.Namespace) -> int:
         report = {"versions": versions, "devices": devices, "implementations": [asdict(row) for row in rows]}
         print(json.dumps(report, indent=2))
         return 0
-    console = Console()
+    console = terminal()
     for title, columns, lines in (
         ("Versions", ("package", "version"), list(versions.items())),
         ("Devices", ("device", "what it is"), list(devices.items())),
         ("Ops", ("op", "device", "served by", "remedy"), [(r.op, r.device, r.serves, r.remedy) for r in rows]),
     ):
-        table = Table(*columns, title=title, title_justify="left")
-        for line in lines:
-            table.add_row(*line)
-        console.print(table)
+        table(columns, lines, title, console)
     return 0
 
 

@@ -9,27 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from mambakit.commands.loading import add_model_arguments, load
+from mambakit.commands.options import integer, text
+from mambakit.commands.texts import require_file
+from mambakit.errors import UsageError
+from mambakit.output import description_column, table, terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
-    for name, text, files in (
+    for name, what, files in (
         ("blimp", "grammar: which of two sentences is likelier", "JSON lines: sentence_good, sentence_bad, UID, field"),
         ("lambada", "the last word of a passage", "JSON lines: text"),
         ("bpb", "bits per byte and per character of text", "UTF-8 text"),
     ):
-        sub = kinds.add_parser(name, help=text, description=text)
-        sub.add_argument("files", nargs="+", metavar="FILE", type=Path, help=f"{files}; plain, .gz or .xz")
+        sub = kinds.add_parser(name, help=what, description=what)
+        sub.add_argument("files", nargs="+", metavar="FILE", help=f"{files}; plain, .gz or .xz")
         add_model_arguments(sub)
-        sub.add_argument("--batch-tokens", type=int, default=4096, help="tokens of a forward pass (default 4096)")
+        sub.add_argument(
+            "--batch-tokens", type=integer(1), default=4096, help="tokens of a forward pass (default 4096)"
+        )
         sub.add_argument("--json", action="store_true", help="everything measured, as one JSON object")
         if name == "bpb":
             sub.add_argument(
-                "--separator", default="", help="what stands between the documents of a file (default: none)"
+                "--separator", type=text, help="what stands between the documents of a file (default: none)"
             )
         else:
-            what = "pairs of a paradigm" if name == "blimp" else "passages"
-            sub.add_argument("--limit", type=int, default=0, help=f"only the first {what}, this many (default: all)")
+            items = "pairs of a paradigm" if name == "blimp" else "passages"
+            sub.add_argument(
+                "--limit", type=integer(0), default=0, help=f"only the first {items}, this many (default: all)"
+            )
     sub = kinds.add_parser("harness", help="the lm-evaluation-harness, with --model mambakit")
     sub.add_argument("arguments", nargs=argparse.REMAINDER, help="the harness's own: run --model mambakit --tasks ...")
 
@@ -37,30 +45,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.benchmark == "harness":
         if importlib.util.find_spec("lm_eval") is None:
-            raise ValueError('the lm-evaluation-harness is not installed: pip install "mambakit[eval]"')
+            raise UsageError('the lm-evaluation-harness is not installed: pip install "mambakit[eval]"')
         from mambakit.evaluation.harness import run_harness
 
         run_harness(args.arguments)
         return 0
-    for path in args.files:
-        if not path.is_file():
-            raise ValueError(f"there is no file {path}")
-    if args.batch_tokens < 1:
-        raise ValueError(f"--batch-tokens is {args.batch_tokens}; it must be 1 or more")
+    for name in args.files:
+        require_file(name, "data")
+    args.files = [Path(name) for name in args.files]
 
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     model, tokenizer = load(args)
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}"), TimeElapsedColumn())
+    console = terminal(stderr=True)
+    columns = (description_column(), BarColumn(), TextColumn("{task.completed:,}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(args.benchmark, total=None)
         measured, rows = _MEASURES[args.benchmark](args, model, tokenizer, lambda done: bar.advance(task, done))
     if args.json:
         print(json.dumps({"benchmark": args.benchmark, "model": model.config.name_or_path, **measured}))
     else:
-        _print(rows)
+        table(rows[0], rows[1:])
     return 0
 
 
@@ -91,7 +96,7 @@ def _bits(args: argparse.Namespace, model: Any, tokenizer: Any, progress: Any) -
     from mambakit.evaluation.benchmarks import bits
 
     found = bits(
-        model, tokenizer, args.files, separator=args.separator, chunk_size=args.batch_tokens, progress=progress
+        model, tokenizer, args.files, separator=args.separator or "", chunk_size=args.batch_tokens, progress=progress
     )
     scores = dict(found.files)
     if len(scores) > 1:
@@ -109,13 +114,3 @@ def _bits(args: argparse.Namespace, model: Any, tokenizer: Any, progress: Any) -
 
 
 _MEASURES = {"blimp": _blimp, "lambada": _lambada, "bpb": _bits}
-
-
-def _print(rows: list[tuple]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*rows[0])
-    for row in rows[1:]:
-        table.add_row(*row)
-    Console().print(table)

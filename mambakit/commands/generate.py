@@ -3,39 +3,61 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
-from pathlib import Path
-from typing import Any
 
 from mambakit.commands.loading import add_model_arguments, load
+from mambakit.commands.options import (
+    LARGEST_SEED,
+    any_text,
+    check_output_file,
+    check_output_folder,
+    integer,
+    real,
+    text,
+)
+from mambakit.commands.texts import read_text, require_file
+from mambakit.commands.writing import Writer
+from mambakit.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "prompts", nargs="*", metavar="PROMPT", help='text to continue; "-" or none reads standard input'
+        "prompts", nargs="*", metavar="PROMPT", type=any_text, help='text to continue; "-" or none reads standard input'
     )
     parser.add_argument("--file", action="append", default=[], metavar="FILE", help="a file as a prompt (repeatable)")
     add_model_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="at most this many tokens (default 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
-    parser.add_argument("--top-k", type=int, default=0, help="choose among the k likeliest tokens (default: off)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="among the likeliest that make up p (default 0.95)")
-    parser.add_argument("--min-p", type=float, default=0.0, help="among those at least this fraction of the likeliest")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 discourages tokens used before")
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
+    parser.add_argument("--max-new-tokens", type=integer(0), default=200, help="at most this many tokens (default 200)")
+    parser.add_argument("--temperature", type=real(0), default=0.8, help="0 is greedy (default 0.8)")
     parser.add_argument(
-        "--num-return-sequences", type=int, default=1, metavar="N", help="N texts for every prompt, which is read once"
+        "--top-k", type=integer(0), default=0, help="choose among the k likeliest tokens (default: off)"
     )
     parser.add_argument(
-        "--prefill-chunk-size", type=int, default=2048, metavar="N", help="prompt tokens read at a time"
+        "--top-p", type=real(0, 1, above=True), default=0.95, help="among the likeliest that make up p (default 0.95)"
+    )
+    parser.add_argument(
+        "--min-p", type=real(0, 1), default=0.0, help="among those at least this fraction of the likeliest"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=real(0, above=True), default=1.0, help="above 1 discourages tokens used before"
+    )
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    parser.add_argument("--seed", type=integer(0, LARGEST_SEED), help="the same seed gives the same text")
+    parser.add_argument(
+        "--stop", type=text, action="append", default=[], metavar="TEXT", help="end before this text (repeatable)"
+    )
+    parser.add_argument(
+        "--num-return-sequences",
+        type=integer(1),
+        default=1,
+        metavar="N",
+        help="N texts for every prompt, which is read once",
+    )
+    parser.add_argument(
+        "--prefill-chunk-size", type=integer(1), default=2048, metavar="N", help="prompt tokens read at a time"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object for each text, nothing streamed")
     parser.add_argument(
-        "--logprobs", type=int, metavar="K", help="log-probabilities of the tokens and of K others (with --json)"
+        "--logprobs", type=integer(0), metavar="K", help="log-probabilities of the tokens and of K others (with --json)"
     )
     parser.add_argument(
         "--echo", action="store_true", help="the prompt's tokens, too, in text and logprobs (with --json)"
@@ -49,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     state.add_argument("--prefix-cache", metavar="FOLDER", help="keep states of prompts here, and find them again")
     state.add_argument(
         "--prefix-cache-mb",
-        type=int,
+        type=integer(1),
         default=4096,
         metavar="MB",
         help="size of the folder for one model (default 4096)",
@@ -63,26 +85,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speed = parser.add_argument_group("speculation: tokens are guessed, and verified several at a time")
     speed.add_argument("--draft-model", metavar="MODEL", help="guess with this smaller model of the same vocabulary")
     speed.add_argument("--prompt-lookup", action="store_true", help="guess what followed the same tokens before")
-    speed.add_argument("--draft-tokens", type=int, default=4, metavar="N", help="guesses at a time (default 4)")
+    speed.add_argument("--draft-tokens", type=integer(1), default=4, metavar="N", help="guesses at a time (default 4)")
 
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
     prompts = _prompts(args)
     if args.save_state and (len(prompts) > 1 or args.num_return_sequences > 1):
-        raise ValueError("--save-state keeps the state of one text; give one prompt and one return sequence")
+        raise UsageError("--save-state keeps the state of one text; give one prompt and one return sequence")
 
     from mambakit.generation.state import State
 
     model, tokenizer = load(args)
     loaded = None
     if args.load_state:
-        if not Path(args.load_state).is_file():
-            raise ValueError(f"there is no state file {args.load_state}; make one with --save-state")
         loaded = State.load(args.load_state, model)
         if loaded.rows != 1:
-            raise ValueError(f"{args.load_state} holds {loaded.rows} rows; select one and save it alone")
-    writer = _Writer(args, model, tokenizer, loaded)
+            raise UsageError(f"{args.load_state} holds {loaded.rows} rows; select one and save it alone")
+    writer = Writer(args, model, tokenizer, loaded)
     for number, prompt in enumerate(prompts):
         if number and not args.json:
             print("\n---")
@@ -91,22 +111,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.num_return_sequences < 1:
-        raise ValueError(f"--num-return-sequences is {args.num_return_sequences}; it must be 1 or more")
     if (args.logprobs is not None or args.echo) and not args.json:
-        raise ValueError("--logprobs and --echo are parts of a JSON object; add --json")
+        raise UsageError("--logprobs and --echo are parts of a JSON object; add --json")
     if args.load_state and args.echo:
-        raise ValueError(
+        raise UsageError(
             "--echo gives the prompt back, which a saved state does not hold; drop one of --echo and --load-state"
         )
     if args.load_state and args.prefix_cache:
-        raise ValueError(
+        raise UsageError(
             "--prefix-cache finds a prompt by all of its tokens, which a saved state does not hold; drop one"
         )
     if args.draft_model and args.prompt_lookup:
-        raise ValueError("--draft-model and --prompt-lookup are two ways to guess; give one")
-    if args.prefix_cache_mb < 1:
-        raise ValueError(f"--prefix-cache-mb is {args.prefix_cache_mb}; it must be 1 or more")
+        raise UsageError("--draft-model and --prompt-lookup are two ways to guess; give one")
+    if args.load_state:
+        require_file(args.load_state, "state", "make one with --save-state")
+    if args.save_state:
+        check_output_file("--save-state", args.save_state)
+    if args.prefix_cache:
+        check_output_folder("--prefix-cache", args.prefix_cache)
+    if sum(value is not None for value in (args.json_schema, args.regex, args.grammar)) > 1:
+        raise UsageError("--json-schema, --regex and --grammar are three ways to give a form; give exactly one")
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -116,201 +140,6 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         if prompt == "-":
             if sys.stdin.isatty():
                 print("reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
-            prompt = sys.stdin.read()
+            prompt = read_text("-", "prompt")
         prompts.append(prompt)
-    for name in args.file:
-        try:
-            prompts.append(Path(name).read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name} is not UTF-8 text ({error})") from error
-    return prompts
-
-
-def _text_or_file(value: str | None) -> str | None:
-    if value is None or "\n" in value or len(value) > 255 or not Path(value).is_file():
-        return value
-    return Path(value).read_text(encoding="utf-8")
-
-
-class _Writer:
-    """Reads a prompt once, and writes as many texts after it as were asked for."""
-
-    def __init__(self, args: argparse.Namespace, model: Any, tokenizer: Any, loaded: Any):
-        from rich.console import Console
-
-        self.args, self.model, self.tokenizer, self.loaded = args, model, tokenizer, loaded
-        self.console = Console(stderr=True)
-        self.constraint = self._constraint()
-        self.drafter = self._drafter()
-        self.prefix_cache = self._prefix_cache()
-
-    def _constraint(self) -> Any:
-        names = ("json_schema", "regex", "grammar")
-        given = {name: _text_or_file(getattr(self.args, name)) for name in names}
-        if all(value is None for value in given.values()):
-            return None
-        from mambakit.generation.constrain import Constraint
-
-        try:
-            return Constraint(self.model, self.tokenizer, **given)
-        except ImportError as error:
-            raise ValueError(str(error)) from error
-
-    def _drafter(self) -> Any:
-        if not (self.args.draft_model or self.args.prompt_lookup):
-            return None
-        from mambakit.generation.drafters import DraftModel, PromptLookup
-
-        if self.args.prompt_lookup:
-            return PromptLookup()
-        small = argparse.Namespace(model=self.args.draft_model, device=self.args.device, dtype=self.args.dtype)
-        return DraftModel(load(small)[0])
-
-    def _prefix_cache(self) -> Any:
-        if not self.args.prefix_cache:
-            return None
-        from mambakit.generation.prefix_cache import PrefixCache
-
-        return PrefixCache(self.model, folder=self.args.prefix_cache, disk_bytes=self.args.prefix_cache_mb << 20)
-
-    def write(self, prompt: str) -> None:
-        args = self.args
-        began = time.perf_counter()
-        ids = self._ids(prompt)
-        saved = 0 if self.prefix_cache is None else self.prefix_cache.statistics.tokens_saved
-        state = self._read(ids)
-        cached = None if self.prefix_cache is None else self.prefix_cache.statistics.tokens_saved - saved
-        for copy in range(args.num_return_sequences):
-            if copy and not args.json:
-                print("\n---")
-            if not args.json:
-                print(prompt, end="", flush=True)
-            stream = self._stream(state, ids, copy)
-            for piece in stream:
-                if not args.json:
-                    print(piece, end="", flush=True)
-            seconds = time.perf_counter() - began
-            if self.prefix_cache is not None:  # what follows this text later need not read it either
-                read = [*ids.tolist(), *stream.tokens][: stream.cache.get_seq_length()]
-                self.prefix_cache.store(read, stream.cache)
-            if args.save_state:
-                _after(stream, state).save(args.save_state, self.model)
-            rate = len(stream.tokens) / seconds if seconds else 0.0
-            if args.json:
-                result = {
-                    "prompt": prompt, "text": (prompt if args.echo else "") + stream.text, "tokens": stream.tokens,
-                    "finish_reason": stream.finish_reason, "prompt_tokens": len(ids), "seconds": round(seconds, 4),
-                    "tokens_per_second": round(rate, 2),
-                }  # fmt: skip
-                if cached is not None:
-                    result["cached_tokens"] = cached
-                if self.drafter is not None:
-                    result |= {"guessed_tokens": stream.proposed, "accepted_tokens": stream.accepted}
-                if args.logprobs is not None:
-                    result["logprobs"] = self._logprobs(prompt, ids, state, stream.tokens)
-                print(json.dumps(result, ensure_ascii=False), flush=True)
-            else:
-                print(flush=True)
-                if self.console.is_terminal:
-                    line = f"{len(ids)} tokens read, {len(stream.tokens)} written, {rate:.1f} a second in all"
-                    if self.drafter is not None:
-                        line += f", {stream.accepted} of {stream.proposed} guesses right"
-                    self.console.print(f"[dim]{line}[/dim]")
-            began = time.perf_counter()
-
-    def _ids(self, prompt: str) -> Any:
-        import torch
-
-        ids = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0].long()
-        if len(ids) or self.loaded is not None:
-            return ids
-        start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
-        if start is None:
-            raise ValueError("the prompt is empty and the tokenizer has no bos token to start from; give a prompt")
-        return torch.tensor([start], dtype=torch.int64, device="cpu")
-
-    def _read(self, ids: Any) -> Any:
-        """The state after the prompt, with its last token unread."""
-        from contextlib import nullcontext
-
-        from mambakit.generation.state import State
-
-        chunk = self.args.prefill_chunk_size
-        status = self.console.status("reading the prompt") if self.console.is_terminal and len(ids) > chunk else None
-
-        def progress(done: int) -> None:
-            if status is not None:
-                status.update(f"reading the prompt: {done:,} of {len(ids):,} tokens")
-
-        with status or nullcontext():
-            if self.loaded is not None:
-                if not len(ids):
-                    return self.loaded
-                return self.loaded.extend(self.model, ids, chunk_size=chunk, progress=progress)
-            if self.prefix_cache is not None:
-                return self.prefix_cache.read(ids, progress=progress)
-            return State.read(self.model, ids, chunk_size=chunk, progress=progress)
-
-    def _stream(self, state: Any, ids: Any, copy: int) -> Any:
-        """The text number ``copy`` after the prompt: a fork of its state."""
-        from mambakit.generation.speculative import SpeculativeStream
-        from mambakit.generation.stream import Sampling, Stream
-
-        args = self.args
-        sampling = Sampling(
-            0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
-            None if args.seed is None else args.seed + copy,
-        )  # fmt: skip
-        if self.constraint is not None:
-            sampling = self.constraint.sampling(sampling)
-        options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "stop": tuple(args.stop), **state.prompt()}
-        context = ids[:-1]  # what a repetition penalty counts, too; the state's last token comes with its prompt
-        if self.drafter is not None:
-            guesses = {"drafter": self.drafter, "draft_tokens": args.draft_tokens, "context": context}
-            return SpeculativeStream(self.model, self.tokenizer, sampling=sampling, **guesses, **options)
-        if args.repetition_penalty != 1 and len(context):
-            sampling = _after_context(sampling, context)
-        return Stream(self.model, self.tokenizer, sampling=sampling, **options)
-
-    def _logprobs(self, prompt: str, ids: Any, state: Any, tokens: list[int]) -> dict[str, list]:
-        import torch
-
-        from mambakit.generation.logprobs import as_logprobs, echo, token_log_probs
-
-        if self.args.echo:
-            return echo(
-                self.model,
-                self.tokenizer,
-                torch.cat([ids, torch.tensor(tokens, dtype=torch.long, device="cpu")]),
-                top=self.args.logprobs,
-            )
-        if not tokens:
-            return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        scored = token_log_probs(
-            self.model, torch.tensor(tokens, dtype=torch.int64, device="cpu"), top=self.args.logprobs, state=state
-        )
-        return as_logprobs(self.tokenizer, scored)
-
-
-def _after_context(sampling: Any, context: Any) -> Any:
-    """The same sampling, for a stream that is given only the last of the tokens read: its filters see the others, too."""
-    import torch
-
-    class AfterContext(type(sampling)):  # type: ignore[misc]
-        def chooser(self, device: Any) -> Any:
-            choose, before = super().chooser(device), context.to(device)[None]
-            return lambda ids, logits: choose(torch.cat([before, ids], 1), logits)
-
-    return AfterContext(**vars(sampling))
-
-
-def _after(stream: Any, before: Any) -> Any:
-    """The state after a whole text. A text cut off by its length goes on from its last token, which is not read yet."""
-    import torch
-
-    from mambakit.generation.state import State
-
-    if not stream.tokens:
-        return before
-    last = stream.tokens[-1:] if stream.finish_reason == "length" else []
-    return State(stream.cache, torch.tensor([last], dtype=torch.long, device="cpu").reshape(1, len(last)))
+    return prompts + [read_text(name, "prompt") for name in args.file]

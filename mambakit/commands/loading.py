@@ -18,22 +18,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
     """(model in eval mode on its device, tokenizer)."""
-    import torch
     import transformers
 
     from mambakit.assets import default_model_path
-    from mambakit.models.auto import AutoModelForCausalLM, AutoTokenizer
+    from mambakit.models.auto import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from mambakit.models.devices import default_device, usable_device
 
     transformers.utils.logging.disable_progress_bar()
-    name = args.model or default_model_path()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, dtype=torch.float32, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device {device}: {str(error).splitlines()[0]}; use one that `mambakit env` lists"
-        ) from error
-    dtype = args.dtype or ("float32" if device == "cpu" else "auto")
+    name = default_model_path() if args.model is None else args.model
+    device = default_device() if args.device is None else usable_device(args.device, "--device")
+    dtype = args.dtype or ("float32" if device.type == "cpu" else "auto")
+    AutoConfig.from_pretrained(name)  # what the checkpoint is comes before what it lacks
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
     return model, tokenizer

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from mambakit.commands.options import check_output_folder
+from mambakit.output import say, terminal
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -17,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import sys
+    check_output_folder("target", args.target, new=True)
+
     from pathlib import Path
 
     import transformers
@@ -29,15 +33,14 @@ def run(args: argparse.Namespace) -> int:
 
     transformers.utils.logging.disable_progress_bar()
     target = Path(args.target)
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty; name a new folder")
     folder = resolve(args.source)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     if is_quantized(model.config):
         format = model.config.quantization_config["format"]
-        print(f"{args.source} is quantised ({format}): its rounded weights are packed anew", file=sys.stderr)
+        say(terminal(stderr=True), f"{args.source} is quantised ({format}): its rounded weights are packed anew")
     model.quantize(args.to, args.group)
     model.save_pretrained(target)
     copy_tokenizer(folder, target)
-    print(f"{target}: {sum(f.stat().st_size for f in target.glob('*.safetensors')) / 2**20:.1f} MiB of weights")
+    size = sum(file.stat().st_size for file in target.glob("*.safetensors")) / 2**20
+    say(terminal(), f"{target}: {size:.1f} MiB of weights")
     return 0

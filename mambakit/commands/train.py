@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import sys
+
+from mambakit.commands.options import check_output_folder
+from mambakit.errors import UsageError
+from mambakit.output import say, terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,25 +23,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import transformers
-    from rich.console import Console
 
     from mambakit.training.config import load_config
     from mambakit.training.loop import RunInterrupted, train
 
     config = load_config(args.config, args.overrides)
     if not config.train_files:
-        raise ValueError("train_files is empty; name files: 'train_files=[\"my_text.txt\"]'")
+        raise UsageError("train_files is empty; name files: 'train_files=[\"my_text.txt\"]'")
+    check_output_folder("out", config.out)
     transformers.utils.logging.disable_progress_bar()  # the run has its own
     try:
-        train(config, Console(stderr=True), Console())
+        train(config, terminal(stderr=True), terminal())
     except RunInterrupted as stop:
         if str(stop):
             kept = [text for text in args.overrides if text.partition("=")[0].strip() not in ("resume", "overwrite")]
             command = shlex.join(["mambakit", "train", args.config, *kept, "resume=true"])
-            print(f"{stop}\ncontinue with it: {command}", file=sys.stderr)
+            say(terminal(stderr=True), str(stop))
+            say(terminal(stderr=True), f"continue with it: {command}")
         return 130
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":  # torchrun starts several of these
-            print(f"stopped before the first step: nothing in {config.out} has changed", file=sys.stderr)
+            say(terminal(stderr=True), f"stopped before the first step: nothing in {config.out} has changed")
         return 130
     return 0

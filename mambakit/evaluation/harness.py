@@ -6,7 +6,9 @@ through ours: `mambakit evaluate harness run --model mambakit --tasks lambada_op
 
 from __future__ import annotations
 
+import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from mambakit.evaluation.likelihood import log_likelihoods
 from mambakit.generation.score import TokenScorer
 from mambakit.generation.stream import Sampling, Stream
 from mambakit.models.auto import AutoModelForCausalLM, AutoTokenizer
+from mambakit.models.devices import default_device, usable_device
 from mambakit.quoting import brief
 
 # What a task may ask of generation, besides where to stop.
@@ -50,8 +53,8 @@ class MambaHarnessLM(TemplateLM):
         max_batch_size: int | None = None,
     ):
         super().__init__()
-        name = pretrained or str(default_model_path())
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        name = str(default_model_path()) if pretrained is None else pretrained
+        self._device = default_device() if device is None else usable_device(device)
         if dtype == "auto" and self._device.type == "cpu":
             dtype = "float32"
         self.tokenizer = AutoTokenizer.from_pretrained(name)
@@ -139,5 +142,32 @@ def run_harness(arguments: list[str]) -> None:
     """The harness's own command line, with mambakit registered."""
     from lm_eval.__main__ import cli_evaluate
 
-    sys.argv = ["lm_eval", *arguments]
+    sys.argv = ["lm_eval", *with_device(arguments)]
     cli_evaluate()
+
+
+def with_device(arguments: list[str]) -> list[str]:
+    """The arguments with the device that there is, where neither they nor their --config name one: the harness's own default is
+    "cuda:0" on any machine."""
+    runs = bool(arguments) and (arguments[0] == "run" or arguments[0].startswith("-"))
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=True)
+    known.add_argument("--device")
+    known.add_argument("--config", "-C")
+    known.add_argument("--help", "-h", action="store_true")
+    given, _ = known.parse_known_args(arguments)
+    if not runs or given.help or given.device or _names_device(given.config):
+        return arguments
+    return [*arguments, "--device", str(default_device())]
+
+
+def _names_device(config: str | None) -> bool:
+    """Whether the harness's YAML file names a device. A file that cannot be read is the harness's to refuse."""
+    import yaml
+
+    if config is None or not Path(config).is_file():
+        return False
+    try:
+        settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False
+    return isinstance(settings, dict) and bool(settings.get("device"))

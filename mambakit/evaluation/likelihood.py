@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mambakit.models.choosing import require_numbers
+
 # Logits are formed for this many tokens at a time: with a vocabulary of 50,280 that is 51 MB of float32.
 _LOGIT_ROWS = 256
 # A context shorter than this is cheaper to read again than its state is to copy.
@@ -152,6 +154,6 @@ def _score(model: Any, hidden: Tensor, continuations: Iterable[Sequence[int]]) -
         log_probs.append(scores.gather(1, wanted[:, None]).squeeze(1))
         likeliest.append(scores.argmax(-1) == wanted)
     lengths = [len(c) for c in continuations]
-    sums = [float(part.sum()) for part in torch.cat(log_probs).double().cpu().split(lengths)]
+    sums = [float(part.sum()) for part in require_numbers(torch.cat(log_probs)).double().cpu().split(lengths)]
     greedy = [bool(part.all()) for part in torch.cat(likeliest).cpu().split(lengths)]
     return [Likelihood(*values) for values in zip(sums, lengths, greedy, strict=True)]

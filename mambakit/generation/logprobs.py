@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mambakit.generation.state import State
 from mambakit.generation.stream import _TextDecoder
+from mambakit.models.choosing import require_numbers
 from mambakit.quoting import brief
 
 # Logits are formed for this many tokens at a time: with a vocabulary of 50,280 that is 51 MB of float32.
@@ -82,7 +83,8 @@ def token_log_probs(
         for rows, these in zip(hidden.split(_LOGIT_ROWS), wanted.split(_LOGIT_ROWS), strict=True):
             log_probs = model.lm_head(rows).float().log_softmax(-1)
             best = log_probs.topk(top)
-            parts.append((log_probs.gather(1, these[:, None])[:, 0].cpu(), best.indices.cpu(), best.values.cpu()))
+            own = require_numbers(log_probs.gather(1, these[:, None])[:, 0].cpu())
+            parts.append((own, best.indices.cpu(), best.values.cpu()))
         done += len(part)
         if progress is not None:
             progress(done)

@@ -45,7 +45,7 @@ def pipeline(
     Returns:
         transformers' pipeline object: call it with a prompt, a list of prompts, or chat messages.
     """
-    task = task or "text-generation"
+    task = "text-generation" if task is None else task
     if task not in _MODELS:
         raise ValueError(f"task is {brief(task)}; mambakit has {', '.join(_MODELS)}")
     dtype = torch_dtype if dtype is None else dtype
@@ -60,7 +60,7 @@ def pipeline(
         options = {k: v for k, v in options.items() if v is not None} | (model_kwargs or {})
         if tokenizer is None:
             tokenizer = model
-        model = _MODELS[task].from_pretrained(model, dtype=dtype or "auto", **options)
+        model = _MODELS[task].from_pretrained(model, dtype="auto" if dtype is None else dtype, **options)
     if tokenizer is None:
         tokenizer = model.config.name_or_path
     if isinstance(tokenizer, (str, os.PathLike)):

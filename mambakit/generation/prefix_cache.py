@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import time
 import warnings
 from array import array
@@ -22,11 +23,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mambakit.errors import CheckpointError
 from mambakit.generation.state import State, fill_cache, fingerprint, write_tensors
 from mambakit.modules import MambaCache
 from mambakit.quoting import brief
+from mambakit.reading import open_safetensors
 
 _FORMAT = "mambakit.PrefixCache/1"
+_NAME = re.compile(r"\d+-[0-9a-f]{64}\.safetensors")
 # Snapshots of one prompt, besides the one at its end: a prompt of a million tokens does not push out everything else.
 _SNAPSHOTS = 16
 # A temporary file this old (seconds) belongs to a process that was killed while it wrote.
@@ -247,7 +251,7 @@ class PrefixCache:
     def _files(self, model: str) -> list[Path]:
         if self._root is None or not (self._root / model).is_dir():
             return []
-        return [file for file in (self._root / model).iterdir() if file.suffix == ".safetensors"]
+        return [file for file in (self._root / model).iterdir() if _NAME.fullmatch(file.name)]
 
     def _to_disk(self, key: _Key, tensors: dict[str, Tensor]) -> None:
         path = self._path(key)
@@ -277,17 +281,15 @@ class PrefixCache:
             self.statistics.evictions += 1
 
     def _from_disk(self, key: _Key) -> dict[str, Tensor] | None:
-        from safetensors import SafetensorError, safe_open
-
         path = self._path(key)
         try:
-            with safe_open(path, "pt", device="cpu") as file:
+            with open_safetensors(path) as file:
                 if (file.metadata() or {}).get("key") != "-".join(map(str, key)):
-                    raise SafetensorError("it holds the state of other tokens")
+                    raise CheckpointError("it holds the state of other tokens")
                 tensors = {name: file.get_tensor(name).to(self.device, copy=True) for name in _TENSORS}
         except FileNotFoundError:  # deleted by another process since the folder was listed
             return None
-        except SafetensorError as error:
+        except CheckpointError as error:
             warnings.warn(f"{path} is not usable ({error}); it is deleted, and the prompt read again", stacklevel=2)
             path.unlink(missing_ok=True)
             return None

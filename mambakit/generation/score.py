@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambakit.generation.state import State
+from mambakit.models.choosing import require_numbers
 from mambakit.modules import MambaCache
 from mambakit.quoting import brief
 
@@ -82,7 +83,7 @@ class TokenScorer:
         for rows, targets in zip(hidden.split(_LOGIT_ROWS), ids.split(_LOGIT_ROWS), strict=True):
             logits = self.model.lm_head(rows).float()
             parts.append(-F.cross_entropy(logits, targets, reduction="none"))
-        return torch.cat(parts).cpu()
+        return require_numbers(torch.cat(parts).cpu())
 
 
 def score_text(
@@ -223,7 +224,7 @@ def score_continuations(
             at = later.stop
             own = torch.cat([first_log_probs[tokens[:1]], log_probs[later]])
             surely = bool((tokens[:1] == likeliest).all() & greedy[later].all())
-            results.append(ContinuationScore(own.cpu(), surely))
+            results.append(ContinuationScore(require_numbers(own.cpu()), surely))
         if progress is not None:
             progress(len(results))
     return results

@@ -18,9 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.errors import CheckpointError
 from mambakit.modules import MambaCache
 from mambakit.quoting import brief
+from mambakit.reading import open_safetensors
 
+_AGAIN = "save the state again"
 _FORMAT = "mambakit.State/1"
 # What a model computes besides its weights and their shapes.
 _COMPUTATION = ("model_type", "hidden_act", "layer_norm_epsilon", "residual_in_fp32", "mixer_rms_eps")
@@ -196,27 +199,37 @@ class State:
         Raises:
             ValueError: the file is not a saved state, is damaged, or belongs to another model.
         """
-        from safetensors import SafetensorError, safe_open
-
+        with open_safetensors(path, _AGAIN) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                cache = MambaCache.load(path, model.config, model.device)  # or says why it is none
+                return cls(cache, torch.empty(cache.max_batch_size, 0, dtype=torch.int64, device=cache.device))
+            if metadata.get("fingerprint") != fingerprint(model):
+                raise CheckpointError(
+                    f"{path} was saved by a model of other weights or another configuration; load it with that model"
+                )
+            tensors = {name: file.get_tensor(name) for name in ("conv_states", "ssm_states", "pending")}
+        seen = metadata.get("seen_tokens", "")
+        if not seen.isdecimal() or len(seen) > 18:
+            raise CheckpointError(f"{path}: seen_tokens is {seen[:40]!r}, not a number of tokens; {_AGAIN}")
+        pending = tensors["pending"]
+        if pending.dtype != torch.long or (len(pending) and not _in_vocabulary(pending, model)):
+            raise CheckpointError(f"{path}: its unread tokens are not of the model's vocabulary; {_AGAIN}")
         try:
-            with safe_open(path, "pt", device="cpu") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    cache = MambaCache.load(path, model.config, model.device)  # or says why it is none
-                    return cls(cache, torch.empty(cache.max_batch_size, 0, dtype=torch.int64, device=cache.device))
-                if metadata["fingerprint"] != fingerprint(model):
-                    raise ValueError(
-                        f"{path} was saved by a model of other weights or another configuration; load it with that model"
-                    )
-                tensors = {name: file.get_tensor(name) for name in ("conv_states", "ssm_states", "pending")}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or not a safetensors file ({error}); save the state again") from error
-        return cls(fill_cache(model, tensors, int(metadata["seen_tokens"])), tensors["pending"])
+            return cls(fill_cache(model, tensors, int(seen)), pending)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}; {_AGAIN}") from error
+
+
+def _in_vocabulary(tokens: Tensor, model: Any) -> bool:
+    return bool(((tokens >= 0) & (tokens < model.config.vocab_size)).all())
 
 
 def fill_cache(model: Any, tensors: dict[str, Tensor], seen_tokens: int) -> MambaCache:
     """A cache on the model's device with these ``conv_states`` and ``ssm_states``."""
     conv, ssm = tensors["conv_states"], tensors["ssm_states"]
+    if conv.dim() != 4 or ssm.dim() != 4 or not conv.shape[1]:
+        raise ValueError(f"states {tuple(conv.shape)} and {tuple(ssm.shape)} are not those of a model's layers")
     cache: MambaCache = model.backbone.new_cache(conv.shape[1])
     if conv.shape != cache.conv_states.shape or ssm.shape != cache.ssm_states.shape:
         raise ValueError(f"states {tuple(conv.shape)} and {tuple(ssm.shape)} do not fit {cache!r}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.errors import LogitsError
 from mambakit.generation.parameters import CHUNK_SIZE, NEW_TOKENS, SAMPLING
 from mambakit.generation.stopping import StopSearch, read_stops
 from mambakit.generation.token_ids import require_in_vocabulary, token_ids
@@ -24,7 +25,7 @@ NOTHING = -1  # what is chosen where no token can be chosen
 def token_number(chosen: int) -> int:
     """The token that a chooser chose, on the host; RuntimeError where the logits were no numbers."""
     if chosen == NOTHING:
-        raise RuntimeError(NO_CHOICE)
+        raise LogitsError(NO_CHOICE)
     return chosen
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from mambakit.errors import CheckpointError
 from mambakit.models import classification, falcon_mamba, mamba
-from mambakit.models.formats import is_original, read_config
-from mambakit.models.storage import HUB_ARGUMENTS, CheckpointError, read_json, resolve, small_files
+from mambakit.models.formats import CONFIGS, is_original, read_config
+from mambakit.models.storage import HUB_ARGUMENTS, resolve, small_files
 from mambakit.quoting import brief
+from mambakit.reading import read_json, require_whole
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt",
@@ -85,12 +87,30 @@ class AutoTokenizer:
         import transformers
 
         folder = small_files(name, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
-        if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-            config = folder / "config.json"
-            if config.is_file() and is_original(read_json(config)):
+        # A tokenizer may come from a model of another architecture; what has a Mamba model's configuration must be one.
+        fields = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+        found = [folder / file for file in _TOKENIZER_FILES if (folder / file).exists()]
+        if fields and (not found or is_original(fields) or fields.get("model_type") in tuple(CONFIGS)):
+            read_config(folder)
+        if not found:
+            if is_original(fields):
                 raise CheckpointError(
                     f"{name} holds no tokenizer: models in state-spaces' original format use GPT-NeoX's; load it from "
                     '"EleutherAI/gpt-neox-20b", or save its files into the folder'
                 )
             raise CheckpointError(f"{name} holds no tokenizer (tokenizer.json); give the folder or id that does")
-        return transformers.AutoTokenizer.from_pretrained(name, *args, **kwargs)
+        for path in (
+            *found,
+            *(p for p in (folder / "special_tokens_map.json", folder / "added_tokens.json") if p.exists()),
+        ):
+            if path.suffix == ".json":
+                read_json(path)
+            elif path.suffix == ".model":
+                require_whole(path)
+        try:
+            return transformers.AutoTokenizer.from_pretrained(name, *args, **kwargs)
+        except Exception as error:  # tokenizers raises plain Exceptions
+            raise CheckpointError(
+                f"the tokenizer in {folder} ({', '.join(path.name for path in found)}) cannot be used: "
+                f"{' '.join(str(error).split()) or type(error).__name__}; fetch it again"
+            ) from error

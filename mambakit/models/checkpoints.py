@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from mambakit.models.formats import is_original, read_config, to_original_fields
+from mambakit.errors import UsageError
+from mambakit.models.formats import is_original, read_config, read_generation_config, to_original_fields
 from mambakit.models.packed_checkpoints import load_quantized, packed_weights, require_packed_arguments
 from mambakit.models.quantization import is_quantized
 from mambakit.models.storage import (
@@ -42,7 +43,8 @@ def load_pretrained(cls: Any, name: str | os.PathLike, *args: Any, config: Any =
     """`cls.from_pretrained`: check every tensor's name and shape first, then load. Nothing is left at random values."""
     folder = resolve(name, **{key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs})
     # Taken out first: a configuration would take the argument for its own field.
-    dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+    dtype, older = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
+    dtype = older if dtype is None else dtype
     if config is None:
         config, kwargs = read_config(folder, cls.config_class, **kwargs)
     elif isinstance(config, (str, os.PathLike)):
@@ -73,8 +75,8 @@ def load_pretrained(cls: Any, name: str | os.PathLike, *args: Any, config: Any =
         state = {wanted: tensors[stored] for stored, wanted in mapping.items()}
         result = load(None, *args, config=config, state_dict=state, **kwargs)
     model = result[0] if isinstance(result, tuple) else result
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if model.can_generate() and (generation := read_generation_config(folder)) is not None:
+        model.generation_config = generation
     model.config.name_or_path = model.name_or_path = str(name)
     return result
 
@@ -223,9 +225,14 @@ def convert(
     if format not in ("transformers", "original"):
         raise ValueError(f"format is {brief(format)}; choose 'transformers' or 'original'")
     target = Path(target)
+    if not str(target).strip():
+        raise UsageError("target is empty; name a new folder")
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target} is a file; name a new folder")
     if target.exists() and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty; name a new folder")
+        raise UsageError(f"{target} is not empty; name a new folder")
     folder = resolve(source)
+    read_config(folder)
     heads = [name for name in read_headers(weight_files(folder)) if name.startswith("score.")]
     if heads:
         raise CheckpointError(f"{folder} holds a classifier ({heads[0]}), which convert would lose; load and save it")

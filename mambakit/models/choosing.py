@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import generation
 
+from mambakit.errors import LogitsError
 from mambakit.models.scaling import WidePenalty, WideTemperature
 
 # Processors whose work is all on the device. Not among them: EtaLogitsWarper and TopHLogitsWarper, for which torch.distributions
@@ -25,6 +26,23 @@ NO_CHOICE = (
     "the model's logits are NaN or infinite, no token can be chosen from them; check its weights, or load it in a dtype with a "
     "larger range (float16 ends at 65,504: bfloat16 or float32)"
 )
+
+
+NO_SCORE = (
+    "the model's log-probabilities are NaN; check its weights, or load it in a dtype with a larger range (float16 ends at 65,504: "
+    "bfloat16 or float32)"
+)
+
+
+def require_numbers(log_probs: Tensor) -> Tensor:
+    """The same log-probabilities.
+
+    Raises:
+        LogitsError: some are NaN. It waits for the device.
+    """
+    if bool(log_probs.isnan().any()):
+        raise LogitsError(NO_SCORE)
+    return log_probs
 
 
 def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -92,5 +110,5 @@ class Choosing:
     def check(self) -> None:
         """Wait for the device, and raise RuntimeError where a token since the last check was drawn from what is no distribution."""
         if self._sane and not bool(torch.stack(self._sane).all()):
-            raise RuntimeError(NO_CHOICE)
+            raise LogitsError(NO_CHOICE)
         self._sane.clear()

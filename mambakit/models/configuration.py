@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +37,11 @@ class MambaConfig(transformers.MambaConfig):
         super().__post_init__(**kwargs)
         _check(self)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """The configuration of a checkpoint in either format, checked; see `mambakit.models.formats`."""
+        return _read(cls, pretrained_model_name_or_path, kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         return _without_unset_range(super().to_dict())
 
@@ -52,6 +58,11 @@ class FalconMambaConfig(transformers.FalconMambaConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         _check(self)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """The configuration of a checkpoint in either format, checked; see `mambakit.models.formats`."""
+        return _read(cls, pretrained_model_name_or_path, kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         return _without_unset_range(super().to_dict())
@@ -73,6 +84,19 @@ def for_weights_that_exist(config: Any) -> Iterator[None]:
         yield
     finally:
         config.rescale_prenorm_residual = given
+
+
+def _read(cls: Any, name: str | os.PathLike, kwargs: dict[str, Any]) -> Any:
+    from mambakit.models.formats import read_config  # which makes these classes
+    from mambakit.models.storage import HUB_ARGUMENTS, small_files
+
+    hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+    wants_unused = kwargs.pop("return_unused_kwargs", False)
+    for internal in ("_from_auto", "_from_pipeline", "_commit_hash", "trust_remote_code", "proxies"):
+        kwargs.pop(internal, None)
+    config, unused = read_config(small_files(name, **hub), cls, **kwargs)
+    config.name_or_path = str(name)
+    return (config, unused) if wants_unused else config
 
 
 def _check(config: MambaConfig | FalconMambaConfig) -> None:

@@ -21,7 +21,6 @@ from torch import Tensor
 from mambakit.modules.packing import document_starts
 from mambakit.modules.tracing import values_are_hidden
 
-
 _ONLY_A_MASK = (
     "attention_mask has other values than 0 and 1, and this program was traced for padding alone; give cu_seqlens"
 )

@@ -9,10 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig
+from transformers.activations import ACT2FN
 
+from mambakit.errors import CheckpointError
 from mambakit.models.configuration import FalconMambaConfig, MambaConfig
-from mambakit.models.storage import CheckpointError, read_json
+from mambakit.models.fields import check_config, check_generation, check_original, shown
+from mambakit.models.quantization import METHOD, PACKED_FORMATS
+from mambakit.reading import read_json
 
 CONFIGS: dict[str, Any] = {"mamba": MambaConfig, "falcon_mamba": FalconMambaConfig}
 
@@ -26,13 +30,16 @@ def read_config(folder: Path, config_class: Any = None, **overrides: Any) -> tup
     path = folder / "config.json"
     fields = read_json(path)
     if is_original(fields):
-        fields = from_original_fields(fields, path)
+        fields = from_original_fields(check_original(fields, path), path)
     model_type = fields.get("model_type")
-    if model_type not in CONFIGS:
+    if not isinstance(model_type, str) or model_type not in CONFIGS:
         raise CheckpointError(
-            f"{path}: model_type is {model_type!r}; mambakit loads {' and '.join(CONFIGS)}; load others with transformers"
+            f"{path}: model_type is {shown(model_type)}; mambakit loads {' and '.join(CONFIGS)}; load others with "
+            "transformers"
         )
     chosen = CONFIGS[model_type]
+    fields = check_config(fields, path, chosen)
+    _check_packing(fields, path)
     if config_class is not None and not issubclass(chosen, config_class):
         wanted = config_class.model_type
         raise CheckpointError(
@@ -41,11 +48,47 @@ def read_config(folder: Path, config_class: Any = None, **overrides: Any) -> tup
         )
     try:
         config, unused = chosen.from_dict(fields, return_unused_kwargs=True, **overrides)
-    except (ValueError, TypeError, StrictDataclassError) as error:  # a value that the configuration refuses
-        raise CheckpointError(f"{path}: {error}; correct it there or fetch it again") from error
-    if (folder / "generation_config.json").is_file():
-        read_json(folder / "generation_config.json")
+    except Exception as error:  # a value that the configuration refuses: transformers raises any type
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}; correct it there or fetch it again") from error
+    if config.hidden_act not in ACT2FN:
+        raise CheckpointError(
+            f"{path}: hidden_act is {shown(config.hidden_act)}; it must be an activation of transformers' (silu, say); "
+            "correct it there or fetch it again"
+        )
+    read_generation_config(folder)
     return config, unused
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """The checked contents of a checkpoint's generation_config.json; None where there is none."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return None
+    check_generation(read_json(path), path, GenerationConfig)
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}; correct it there or fetch it again") from error
+
+
+def _check_packing(fields: dict[str, Any], path: Path) -> None:
+    """What `mambakit.models.packed_checkpoints` relies on of a quantization_config."""
+    settings = fields.get("quantization_config")
+    if settings is None:
+        return
+    if not isinstance(settings.get("quant_method"), str):
+        raise CheckpointError(
+            f"{path}: quantization_config.quant_method is {shown(settings.get('quant_method'))}; it must be the name of a "
+            "method; correct it there or fetch it again"
+        )
+    if settings["quant_method"] != METHOD:
+        return
+    for name, choices in (("format", PACKED_FORMATS), ("group", (32, 64, 128))):
+        if not any(type(settings.get(name)) is type(c) and settings[name] == c for c in choices):
+            raise CheckpointError(
+                f"{path}: quantization_config.{name} is {shown(settings.get(name))}; it must be one of "
+                f"{', '.join(map(str, choices))}; correct it there or quantise the original checkpoint again"
+            )
 
 
 # -- the original format's configuration -------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
+from mambakit.models.formats import read_generation_config
 from mambakit.models.initialization import initialize
 from mambakit.models.quantization import LAYERS, has_head, is_quantized, shares_table, targets_of
 from mambakit.models.storage import CheckpointError, read_tensors, weight_files
@@ -108,8 +108,8 @@ def load_quantized(cls: Any, config: Any, folder: Path, name: str, dtype: Any, d
         model.score = nn.Linear(config.hidden_size, config.num_labels, bias=False, dtype=dtype)
         initialize(model.score, config)
         warnings.warn(f"{name} holds no score.weight: it is drawn anew, and needs training", stacklevel=4)
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if model.can_generate() and (generation := read_generation_config(folder)) is not None:
+        model.generation_config = generation
     model.config.name_or_path = model.name_or_path = name
     return model.to(_device(device_map)).eval()
 

@@ -19,6 +19,7 @@ from mambakit.quoting import brief
 
 METHOD = "mambakit"
 FORMATS = ("int8", "int4", "lossless")
+PACKED_FORMATS = ("int8", "int4", *lossless.DTYPES)  # as configurations name them
 LAYERS = ("in_proj", "x_proj", "out_proj")
 
 

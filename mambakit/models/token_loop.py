@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.errors import LogitsError
 from mambakit.models.choosing import NO_CHOICE, Choosing, are_numbers
 from mambakit.models.rows import DecodingRows
 from mambakit.modules import MambaCache
@@ -85,7 +86,7 @@ def write_tokens(
     if not choose.sample:  # what is sampled has been looked at
         last = loop.token if loop.of is None else loop.token[loop.of]
         if not bool(are_numbers(logits, first).all() & rows.are_numbers(last).all()):
-            raise RuntimeError(NO_CHOICE)
+            raise LogitsError(NO_CHOICE)
     return torch.stack(loop.written, 1)
 
 

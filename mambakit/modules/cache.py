@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.errors import CheckpointError
+from mambakit.reading import open_safetensors
+
 # What must agree between the model that wrote a state and the one that reads it.
 _IDENTITY = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "state_size", "conv_kernel",
@@ -235,23 +238,26 @@ class MambaCache:
         Raises:
             ValueError: the file is not a saved state, is damaged, or belongs to a model of another configuration.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt", device="cpu") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"{path} is not a saved mambakit state (format {metadata.get('format')!r})")
-                _require_same_model(path, json.loads(metadata["config"]), _identity(config))
-                conv, ssm = file.get_tensor("conv_states"), file.get_tensor("ssm_states")
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or not a safetensors file ({error}); save the state again") from error
+        with open_safetensors(path, "save the state again") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise CheckpointError(f"{path} is not a saved mambakit state (format {metadata.get('format')!r})")
+            try:
+                saved, seen = json.loads(metadata["config"]), int(metadata["seen_tokens"])
+            except (KeyError, ValueError) as error:
+                raise CheckpointError(
+                    f"{path}: its description of the state is damaged; save the state again"
+                ) from error
+            _require_same_model(path, saved if isinstance(saved, dict) else {}, _identity(config))
+            conv, ssm = file.get_tensor("conv_states"), file.get_tensor("ssm_states")
+        if conv.dim() != 4 or not conv.dtype.is_floating_point:
+            raise CheckpointError(f"{path}: states {tuple(conv.shape)} are not those of a model; save the state again")
         cache = cls(config, conv.shape[1], device, conv.dtype)
         if conv.shape != cache.conv_states.shape or ssm.shape != cache.ssm_states.shape:
             raise ValueError(f"{path}: states {tuple(conv.shape)}, {tuple(ssm.shape)} do not fit {cache!r}")
         cache.conv_states.copy_(conv)
         cache.ssm_states.copy_(ssm)
-        cache._seen_tokens = int(metadata["seen_tokens"])
+        cache._seen_tokens = seen
         return cache
 
     # -- helpers ---------------------------------------------------------------------------------------------------

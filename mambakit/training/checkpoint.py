@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from mambakit.errors import CheckpointError
+from mambakit.reading import read_pickle
 from mambakit.training.distributed import Processes
 
 _NAME = re.compile(r"step-(\d{8,})(\.tmp)?")
@@ -122,11 +124,14 @@ def load_checkpoint(
     Raises:
         ValueError: it is damaged, or a sharded model's and this one is not, or the other way round.
     """
-    try:
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:  # what torch.load raises for bytes that changed
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged ({reason}); remove it to continue from an earlier checkpoint") from error
+    remedy = f"remove {path.name} to continue from an earlier checkpoint"
+    state = read_pickle(path / "state.pt", remedy)
+    if (
+        not isinstance(state, dict)
+        or not isinstance(state.get("extra"), dict)
+        or not isinstance(state.get("step"), int)
+    ):
+        raise CheckpointError(f"{path / 'state.pt'} is not a checkpoint of a run; {remedy}")
     sharded = processes is not None and processes.mode == "fsdp"
     if sharded != ("model" not in state):
         wrote = "none or ddp" if sharded else "fsdp"

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from mambakit.errors import UsageError
 from mambakit.quoting import brief
+from mambakit.training.limits import check_limits
 
 
 @dataclasses.dataclass
@@ -149,12 +151,7 @@ class TrainConfig:
     """Prompt of the sample in the model card."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "sequence_length", "batch_size", "log_every", "vocab_size", "accumulate", "max_skipped", "keep_checkpoints",
-            "context_parallel",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        check_limits(self)
         for name, choices in (
             ("schedule", ("cosine", "wsd")),
             ("autocast", ("bfloat16", "float32")),
@@ -165,12 +162,6 @@ class TrainConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {brief(getattr(self, name))}; choose one of {', '.join(choices)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is {self.warmup}; it is a fraction of the run, from 0 up to but not 1")
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction is {self.validation_fraction}; it must be from 0 up to but not 1")
         if self.validation_fraction and self.heldout_files:
             raise ValueError("validation_fraction holds out documents of train_files; drop it, or heldout_files")
         if self.batch_size % self.accumulate:
@@ -188,8 +179,6 @@ class TrainConfig:
             raise ValueError(
                 "stateful carries the state of whole rows, which context_parallel spreads; drop one of them"
             )
-        if not 0 <= self.fresh_rows <= 1:
-            raise ValueError(f"fresh_rows is {self.fresh_rows}; it is a fraction of the rows, 0 to 1")
         if self.fresh_rows and not self.stateful:
             raise ValueError(
                 "fresh_rows is for stateful rows: all others start from a zero state; drop it, or set stateful"
@@ -239,8 +228,10 @@ def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
     values = _read_toml(Path(path))
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"override {override!r} is not of the form key=value")
+        if not equals or not key.strip():
+            raise UsageError(f"override {override!r} is not of the form key=value")
+        if not text.strip():
+            raise UsageError(f"{key.strip()}= is empty; give it a value, or leave it out (is a variable not set?)")
         values[key.strip()] = _literal(text)
     return make_config(values, str(path))
 
@@ -251,7 +242,7 @@ def make_config(values: dict[str, Any], source: str) -> TrainConfig:
         if key not in hints:
             near = difflib.get_close_matches(key, hints, 1)
             meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{source}: unknown field {key!r}{meant}")
+            raise UsageError(f"{source}: unknown field {key!r}{meant}")
         values[key] = _typed(source, key, value, hints[key])
     return TrainConfig(**values)
 
@@ -267,7 +258,7 @@ def _typed(source: str, key: str, value: Any, hint: Any) -> Any:
     elif type(value) is hint:
         return value
     expected = "list of strings" if hint == list[str] else hint.__name__
-    raise ValueError(f"{source}: {key} is {value!r}, expected a {expected}")
+    raise UsageError(f"{source}: {key} is {value!r}, expected a {expected}")
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -278,9 +269,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"there is no configuration file {path}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from error
+        raise UsageError(f"there is no configuration file {path}") from error
+    except OSError as error:
+        raise UsageError(f"the configuration file {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8
+        raise UsageError(f"{path} is not valid TOML: {error}") from error
 
 
 def _literal(text: str) -> Any:
@@ -289,5 +282,5 @@ def _literal(text: str) -> Any:
         return text == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text

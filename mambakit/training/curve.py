@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
+from mambakit.output import say
+
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -26,7 +28,7 @@ def sparkline(values: list[float], width: int = 60) -> str:
 
 def write_curve(history: list[dict[str, Any]], path: Path, console: Console) -> None:
     if importlib.util.find_spec("matplotlib") is None:
-        console.print('no picture of the loss curve: install it with pip install "mambakit[train]"')
+        say(console, 'no picture of the loss curve: install it with pip install "mambakit[train]"')
         return
     import matplotlib
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from mambakit.output import say
 from mambakit.training.checkpoint import load_checkpoint, save_checkpoint
 from mambakit.training.claim import claim
 from mambakit.training.config import TrainConfig
@@ -29,7 +30,7 @@ from mambakit.training.lora import merge_adapters, save_adapters
 from mambakit.training.model import make_model
 from mambakit.training.optimizer import make_optimizer, rates_to_device, schedule_factor, set_learning_rate
 from mambakit.training.prepare import Prepared, prepare
-from mambakit.training.report import FinalLoss, announce, interrupted, remedy, say, say_end
+from mambakit.training.report import FinalLoss, announce, interrupted, remedy, say_end
 from mambakit.training.resumption import plain_config, require_same_contents, to_resume_from
 from mambakit.training.step import CapturedStep, Objective, TrainingStep
 from mambakit.training.telemetry import Telemetry, check_tensorboard, record_environment
@@ -236,9 +237,10 @@ class _Run:
         if self.telemetry is None:
             return
         history = self.telemetry.history
-        self.console.print(
+        say(
+            self.console,
             f"loss {sparkline([r['loss'] for r in history if r['loss'] is not None])} {self.step} steps, "
-            f"{self.seconds:.0f} s"
+            f"{self.seconds:.0f} s",
         )
         write_curve(history, self.out / "loss.png", self.console)
 
@@ -277,7 +279,7 @@ class _Run:
         if self.heldout is not None and self.step % self.config.eval_every < self.config.log_every:
             record["heldout_loss"] = sample_loss(self.plain, self.heldout, self.config.sequence_length)
             shown = "not finite" if mean is None else f"{mean:.4f}"
-            self.console.print(f"step {self.step}: loss {shown}, held out {record['heldout_loss']:.4f}")
+            say(self.console, f"step {self.step}: loss {shown}, held out {record['heldout_loss']:.4f}")
         if self.telemetry is not None:
             self.telemetry.write(record, self.progress())
 
@@ -288,9 +290,10 @@ class _Run:
         if skipped == self.skipped:
             return
         what = f"gradient norm up to {float(guard.worst):.2e} against a mean of {float(guard.mean):.2e}"
-        self.console.print(
+        say(
+            self.console,
             f"step {self.step}: {skipped - self.skipped} of the last updates skipped ({what}); parameters and optimiser "
-            "are as they were before them"
+            "are as they were before them",
         )
         self.skipped = skipped
         guard.worst.zero_()

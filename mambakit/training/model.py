@@ -14,6 +14,7 @@ from mambakit.models.configuration import MambaConfig
 from mambakit.models.mamba import MambaForCausalLM
 from mambakit.models.quantization import is_quantized
 from mambakit.modules import MambaMixer
+from mambakit.output import say
 from mambakit.training.config import TrainConfig
 from mambakit.training.lora import add_adapters
 from mambakit.training.tokenizer import Vocabulary
@@ -53,7 +54,7 @@ def _load(config: TrainConfig, vocabulary: Vocabulary, console: Console) -> Any:
     if is_quantized(model.config):
         packing = model.config.quantization_config["format"]
         model.dequantize()
-        console.print(f"{config.init_from} is quantised ({packing}): dequantised to float32, which learns")
+        say(console, f"{config.init_from} is quantised ({packing}): dequantised to float32, which learns")
     if model.config.vocab_size < vocabulary.size:
         raise ValueError(
             f"the tokenizer has {vocabulary.size} tokens but {config.init_from} only {model.config.vocab_size}; "

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from mambakit.output import literal
 from mambakit.training.config import TrainConfig
 from mambakit.training.data import FileOptions, TokenStore, expand, read_pieces, tokenize_files
 from mambakit.training.data.files import format_of
@@ -30,7 +31,7 @@ def prepare(config: TrainConfig, out: Path, console: Console, vocabulary: Vocabu
     """
     options = FileOptions(config.format, config.text_field, config.separator, config.ambiguous, config.sample_rate)
     options = with_rate(expand(config.train_files), options)  # held-out sounds must have it too
-    with console.status("reading") as status:
+    with console.status(literal("reading")) as status:
         vocabulary = vocabulary or _vocabulary(config, options, out)
         if config.reverse_complement and vocabulary.kind != "nucleotides":
             raise ValueError(
@@ -39,7 +40,7 @@ def prepare(config: TrainConfig, out: Path, console: Console, vocabulary: Vocabu
         cache = Path(config.token_cache) if config.token_cache else out / "tokens"
 
         def progress(name: str, tokens: int) -> None:
-            status.update(f"tokenising {name}: {tokens:,} tokens")
+            status.update(literal(f"tokenising {name}: {tokens:,} tokens"))
 
         train = tokenize_files(config.train_files, options, vocabulary, cache, progress)
         heldout = None

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from mambakit.output import say
 from mambakit.training.config import TrainConfig
 from mambakit.training.distributed import Processes
 from mambakit.training.prepare import Prepared
@@ -19,11 +20,6 @@ class FinalLoss(NamedTuple):
     mean: float | None
     first: int
     last: int
-
-
-def say(console: Console, line: str) -> None:
-    """A line as it is: no markup is read in it, and it is not broken at the console's width."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def announce(

@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
+from mambakit.output import say
 from mambakit.training.checkpoint import Found
 from mambakit.training.config import TrainConfig
-from mambakit.training.report import say
 
 # Everything else decides what the model learns, from what, or how that is measured: a run has it once.
 MAY_CHANGE = frozenset({

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mambakit.output import description_column
 
 _PACKAGES = ("mambakit", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "peft", "pyarrow")
 
@@ -42,7 +44,7 @@ class Telemetry:
 
             self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
         self._bar = Progress(
-            SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn(),
+            SpinnerColumn(), BarColumn(), description_column(), TimeElapsedColumn(), TimeRemainingColumn(),
             console=console, transient=True,
         )  # fmt: skip
         self._task = self._bar.add_task("training", total=1.0)
@@ -108,6 +110,8 @@ def _records_until(path: Path, step: int) -> list[dict[str, Any]]:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
+                break
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 break
             if record["step"] <= step:
                 records.append(record)

@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from mambakit.errors import CheckpointError, UsageError
+from mambakit.reading import read_json
+
 END = "<|endoftext|>"
 # A BPE of a few thousand merges is settled long before this much text; more only costs time.
 _SAMPLE_CHARACTERS = 30_000_000
@@ -136,8 +139,13 @@ def make_vocabulary(name: str) -> Vocabulary:
         return Vocabulary(_nucleotide_tokenizer(), kind="nucleotides")
     if name.endswith(".json"):
         if not Path(name).is_file():
-            raise ValueError(f"there is no tokenizer {name}; give a tokenizer.json, a folder or a hub id")
-        return Vocabulary(Tokenizer.from_file(name), kind=_kind(Tokenizer.from_file(name)))
+            raise UsageError(f"there is no tokenizer {name}; give a tokenizer.json, a folder or a hub id")
+        read_json(Path(name))
+        try:
+            tokenizer = Tokenizer.from_file(name)
+        except Exception as error:  # tokenizers raises plain Exceptions
+            raise CheckpointError(f"{name} is not a tokenizer ({error}); fetch it again") from error
+        return Vocabulary(tokenizer, kind=_kind(tokenizer))
     from mambakit.models.auto import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(name)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from mambakit.errors import UsageError
+
 _COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
 _FORMATS = {
     ".txt": "text", ".text": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
@@ -46,6 +48,8 @@ def expand(names: list[str]) -> list[Path]:
     """
     found: list[Path] = []
     for name in names:
+        if not name.strip():
+            raise UsageError(f"a file's name is empty ({name!r}); remove it (is a variable not set?)")
         path = Path(name)
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in _FORMATS)

@@ -8,11 +8,14 @@ import hashlib
 import json
 import re
 import uuid
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from mambakit.errors import CheckpointError
 from mambakit.training.data.audio import wav_rate
 from mambakit.training.data.files import FileOptions, Piece, expand, format_of, read_pieces
 from mambakit.training.tokenizer import Vocabulary
@@ -148,8 +151,7 @@ def tokenize_files(
         base = folder / _name(path, options, vocabulary)
         if not base.with_suffix(".npz").is_file():
             _write(path, options, vocabulary, base, dtype, progress)
-        with np.load(base.with_suffix(".npz")) as index:
-            indices.append({name: index[name] for name in _INDEX})
+        indices.append(_read_index(base, dtype))
         # An empty file cannot be mapped.
         empty = not len(indices[-1]["lengths"])
         files.append(np.empty(0, dtype) if empty else np.memmap(base.with_suffix(".bin"), dtype, mode="r"))
@@ -174,6 +176,29 @@ def remove_tokens(folder: Path, kept: set[str]) -> None:
         match = _TOKENISED.fullmatch(path.name)
         if match and match[1] not in kept:
             path.unlink()
+
+
+def _read_index(base: Path, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """What the index of a tokenised file says, which must be of the tokens beside it.
+
+    Raises:
+        CheckpointError: one of the two files is damaged.
+    """
+    path = base.with_suffix(".npz")
+    try:
+        with np.load(path) as index:
+            found = {name: index[name] for name in _INDEX}
+        size = base.with_suffix(".bin").stat().st_size
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointError(
+            f"{path} is truncated or damaged ({error}); delete it, and the file is tokenised again"
+        ) from error
+    if size != int(found["lengths"].sum()) * dtype.itemsize:
+        raise CheckpointError(
+            f"{base.with_suffix('.bin')} has {size} bytes, which are not the tokens that {path.name} lists; delete both, and the "
+            "file is tokenised again"
+        )
+    return found
 
 
 def with_rate(paths: list[Path], options: FileOptions) -> FileOptions:

@@ -1,0 +1,208 @@
+"""Texts after one prompt after another, as `mambakit generate` writes them: streamed, or as JSON objects."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from mambakit.commands.loading import load
+from mambakit.commands.texts import read_text
+from mambakit.errors import UsageError
+from mambakit.output import literal, say, terminal
+
+
+def _text_or_file(value: str | None) -> str | None:
+    if value is None or "\n" in value or len(value) > 255 or not Path(value).is_file():
+        return value
+    return read_text(value, "form")
+
+
+class Writer:
+    """Reads a prompt once, and writes as many texts after it as were asked for."""
+
+    def __init__(self, args: argparse.Namespace, model: Any, tokenizer: Any, loaded: Any):
+        self.args, self.model, self.tokenizer, self.loaded = args, model, tokenizer, loaded
+        self.console = terminal(stderr=True)
+        if args.logprobs is not None and args.logprobs > model.config.vocab_size:
+            raise UsageError(f"--logprobs is {args.logprobs}; the model has {model.config.vocab_size} tokens")
+        self.constraint = self._constraint()
+        self.drafter = self._drafter()
+        self.prefix_cache = self._prefix_cache()
+
+    def _constraint(self) -> Any:
+        names = ("json_schema", "regex", "grammar")
+        given = {name: _text_or_file(getattr(self.args, name)) for name in names}
+        if all(value is None for value in given.values()):
+            return None
+        from mambakit.generation.constrain import Constraint
+
+        try:
+            return Constraint(self.model, self.tokenizer, **given)
+        except ImportError as error:
+            raise UsageError(str(error)) from error
+
+    def _drafter(self) -> Any:
+        if not (self.args.draft_model or self.args.prompt_lookup):
+            return None
+        from mambakit.generation.drafters import DraftModel, PromptLookup
+
+        if self.args.prompt_lookup:
+            return PromptLookup()
+        small = argparse.Namespace(model=self.args.draft_model, device=self.args.device, dtype=self.args.dtype)
+        return DraftModel(load(small)[0])
+
+    def _prefix_cache(self) -> Any:
+        if not self.args.prefix_cache:
+            return None
+        from mambakit.generation.prefix_cache import PrefixCache
+
+        return PrefixCache(self.model, folder=self.args.prefix_cache, disk_bytes=self.args.prefix_cache_mb << 20)
+
+    def write(self, prompt: str) -> None:
+        args = self.args
+        began = time.perf_counter()
+        ids = self._ids(prompt)
+        saved = 0 if self.prefix_cache is None else self.prefix_cache.statistics.tokens_saved
+        state = self._read(ids)
+        cached = None if self.prefix_cache is None else self.prefix_cache.statistics.tokens_saved - saved
+        for copy in range(args.num_return_sequences):
+            if copy and not args.json:
+                print("\n---")
+            if not args.json:
+                print(prompt, end="", flush=True)
+            stream = self._stream(state, ids, copy)
+            for piece in stream:
+                if not args.json:
+                    print(piece, end="", flush=True)
+            seconds = time.perf_counter() - began
+            if self.prefix_cache is not None:  # what follows this text later need not read it either
+                read = [*ids.tolist(), *stream.tokens][: stream.cache.get_seq_length()]
+                self.prefix_cache.store(read, stream.cache)
+            if args.save_state:
+                _after(stream, state).save(args.save_state, self.model)
+            rate = len(stream.tokens) / seconds if seconds else 0.0
+            if args.json:
+                result = {
+                    "prompt": prompt, "text": (prompt if args.echo else "") + stream.text, "tokens": stream.tokens,
+                    "finish_reason": stream.finish_reason, "prompt_tokens": len(ids), "seconds": round(seconds, 4),
+                    "tokens_per_second": round(rate, 2),
+                }  # fmt: skip
+                if cached is not None:
+                    result["cached_tokens"] = cached
+                if self.drafter is not None:
+                    result |= {"guessed_tokens": stream.proposed, "accepted_tokens": stream.accepted}
+                if args.logprobs is not None:
+                    result["logprobs"] = self._logprobs(prompt, ids, state, stream.tokens)
+                print(json.dumps(result, ensure_ascii=False), flush=True)
+            else:
+                print(flush=True)
+                if self.console.is_terminal:
+                    line = f"{len(ids)} tokens read, {len(stream.tokens)} written, {rate:.1f} a second in all"
+                    if self.drafter is not None:
+                        line += f", {stream.accepted} of {stream.proposed} guesses right"
+                    say(self.console, line, "dim")
+            began = time.perf_counter()
+
+    def _ids(self, prompt: str) -> Any:
+        import torch
+
+        ids = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0].long()
+        if len(ids) or self.loaded is not None:
+            return ids
+        start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+        if start is None:
+            raise UsageError("the prompt is empty and the tokenizer has no bos token to start from; give a prompt")
+        return torch.tensor([start], dtype=torch.int64, device="cpu")
+
+    def _read(self, ids: Any) -> Any:
+        """The state after the prompt, with its last token unread."""
+        from contextlib import nullcontext
+
+        from mambakit.generation.state import State
+
+        chunk = self.args.prefill_chunk_size
+        status = (
+            self.console.status(literal("reading the prompt"))
+            if self.console.is_terminal and len(ids) > chunk
+            else None
+        )
+
+        def progress(done: int) -> None:
+            if status is not None:
+                status.update(literal(f"reading the prompt: {done:,} of {len(ids):,} tokens"))
+
+        with status or nullcontext():
+            if self.loaded is not None:
+                if not len(ids):
+                    return self.loaded
+                return self.loaded.extend(self.model, ids, chunk_size=chunk, progress=progress)
+            if self.prefix_cache is not None:
+                return self.prefix_cache.read(ids, progress=progress)
+            return State.read(self.model, ids, chunk_size=chunk, progress=progress)
+
+    def _stream(self, state: Any, ids: Any, copy: int) -> Any:
+        """The text number ``copy`` after the prompt: a fork of its state."""
+        from mambakit.generation.speculative import SpeculativeStream
+        from mambakit.generation.stream import Sampling, Stream
+
+        args = self.args
+        sampling = Sampling(
+            0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
+            None if args.seed is None else args.seed + copy,
+        )  # fmt: skip
+        if self.constraint is not None:
+            sampling = self.constraint.sampling(sampling)
+        options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "stop": tuple(args.stop), **state.prompt()}
+        context = ids[:-1]  # what a repetition penalty counts, too; the state's last token comes with its prompt
+        if self.drafter is not None:
+            guesses = {"drafter": self.drafter, "draft_tokens": args.draft_tokens, "context": context}
+            return SpeculativeStream(self.model, self.tokenizer, sampling=sampling, **guesses, **options)
+        if args.repetition_penalty != 1 and len(context):
+            sampling = _after_context(sampling, context)
+        return Stream(self.model, self.tokenizer, sampling=sampling, **options)
+
+    def _logprobs(self, prompt: str, ids: Any, state: Any, tokens: list[int]) -> dict[str, list]:
+        import torch
+
+        from mambakit.generation.logprobs import as_logprobs, echo, token_log_probs
+
+        if self.args.echo:
+            return echo(
+                self.model,
+                self.tokenizer,
+                torch.cat([ids, torch.tensor(tokens, dtype=torch.long, device="cpu")]),
+                top=self.args.logprobs,
+            )
+        if not tokens:
+            return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        scored = token_log_probs(
+            self.model, torch.tensor(tokens, dtype=torch.int64, device="cpu"), top=self.args.logprobs, state=state
+        )
+        return as_logprobs(self.tokenizer, scored)
+
+
+def _after_context(sampling: Any, context: Any) -> Any:
+    """The same sampling, for a stream that is given only the last of the tokens read: its filters see the others, too."""
+    import torch
+
+    class AfterContext(type(sampling)):  # type: ignore[misc]
+        def chooser(self, device: Any) -> Any:
+            choose, before = super().chooser(device), context.to(device)[None]
+            return lambda ids, logits: choose(torch.cat([before, ids], 1), logits)
+
+    return AfterContext(**vars(sampling))
+
+
+def _after(stream: Any, before: Any) -> Any:
+    """The state after a whole text. A text cut off by its length goes on from its last token, which is not read yet."""
+    import torch
+
+    from mambakit.generation.state import State
+
+    if not stream.tokens:
+        return before
+    last = stream.tokens[-1:] if stream.finish_reason == "length" else []
+    return State(stream.cache, torch.tensor([last], dtype=torch.long, device="cpu").reshape(1, len(last)))
