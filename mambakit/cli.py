@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 from typing import Any, NoReturn
@@ -77,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     command = next((a for a in argv if a in COMMANDS), None)
     name, debug = f"mambakit {command}" if command else "mambakit", "--debug" in argv
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal's encoding lacks is shown escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = _parse(argv)
         name, debug = args.parser.prog, hasattr(args, "debug")

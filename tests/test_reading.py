@@ -102,11 +102,31 @@ def load_vocabulary(path: Path, model) -> None:
     make_vocabulary(str(path))
 
 
+def adapters(folder: Path, model) -> Path:
+    from mambakit.training.lora import add_adapters, save_adapters
+
+    base = save_tiny(folder / "base")
+    add_adapters(base, 2, 4.0, ["in_proj"])
+    save_adapters(base, folder)
+    return folder / "adapter_model.safetensors"
+
+
+def adapters_configuration(folder: Path, model) -> Path:
+    return adapters(folder, model).with_name("adapter_config.json")
+
+
+def load_adapters_of(path: Path, model) -> None:
+    from mambakit.training.lora import load_adapters
+
+    load_adapters(mambakit.AutoModelForCausalLM.from_pretrained(path.parent / "base"), path.parent)
+
+
 FORMATS = {
     "safetensors": (single, load), "a shard": (sharded, load), "an index": (index, load), "packed": (packed, load),
     "a pickle": (pickled, load), "config.json": (configuration, load), "a state": (state, load_state), "a cache": (cache, load_cache),
     "a training checkpoint": (training, load_training), "a tokenizer": (tokenizer, load_tokenizer),
-    "a vocabulary": (tokenizer, load_vocabulary),
+    "a vocabulary": (tokenizer, load_vocabulary), "adapters": (adapters, load_adapters_of),
+    "adapter_config.json": (adapters_configuration, load_adapters_of),
 }  # fmt: skip
 
 
@@ -198,3 +218,18 @@ def test_an_index_that_points_elsewhere(weight_map, model, tmp_path):
     path.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match=r"model.safetensors.index.json"):
         load(path, model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": "8"}, "r is '8'"), ({"r": 0}, "r is 0; it must be 1 or more"), ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"target_modules": [3]}, r"target_modules is \[3\]"), ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"use_rslora": "yes"}, "use_rslora is 'yes'"), ({"rank_pattern": [1]}, r"rank_pattern is \[1\]"),
+    ],
+)  # fmt: skip
+def test_fields_of_an_adapter(changes, message, model, tmp_path):
+    path = adapters_configuration(tmp_path, model)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(CheckpointError, match=rf"adapter_config.json: {message}"):
+        load_adapters_of(path, model)

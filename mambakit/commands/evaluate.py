@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         run_harness(args.arguments)
         return 0
     for name in args.files:
-        require_file(name, "data")
+        require_file(name, "")
     args.files = [Path(name) for name in args.files]
 
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

@@ -107,6 +107,8 @@ class _Checked(argparse.Action):
                 and not (item if self.type is text else item.strip())
             ):
                 raise UsageError(f"{self._name} is empty; give it a value, or leave it out (is a variable not set?)")
+            if self.type in (text, any_text) and isinstance(item, str) and not _encodable(item):
+                raise UsageError(f"{self._name} holds bytes that are not UTF-8 text; convert it")
             if isinstance(self.type, Number) and item is not None:
                 self.type.check(self._name, item)
         return value
@@ -120,6 +122,10 @@ class _Store(_Checked):
 class _Append(_Checked):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), self._check(values)])
+
+
+def _encodable(value: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _short(value: str) -> str:

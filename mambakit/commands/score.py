@@ -146,9 +146,9 @@ def _score(args: argparse.Namespace, model: Any, tokenizer: Any, name: str) -> A
                     progress=lambda done: bar.update(task, completed=done),
                 )
         except UnicodeDecodeError as error:
-            raise UsageError(f"{name} is not UTF-8 text ({error})") from error
+            raise UsageError(f"{'standard input' if name == '-' else name} is not UTF-8 text ({error})") from error
     if not score.tokens:
-        raise UsageError(f"{name} holds no text")
+        raise UsageError(f"{'standard input' if name == '-' else name} holds no text")
     return score
 
 

@@ -12,13 +12,13 @@ from mambakit.errors import UsageError
 
 def require_file(name: str, what: str, remedy: str = "correct the name") -> None:
     """UsageError unless ``name`` is a file that can be read."""
-    path = Path(name)
+    path, kind = Path(name), f"{what} file".strip()
     if path.is_dir():
-        raise UsageError(f"{name} is a folder, not a {what} file")
+        raise UsageError(f"{name} is a folder, not a {kind}")
     if not path.exists():
-        raise UsageError(f"there is no {what} file {name}; {remedy}")
+        raise UsageError(f"there is no {kind} {name}; {remedy}")
     if not os.access(path, os.R_OK):
-        raise UsageError(f"the {what} file {name} cannot be read: permission denied")
+        raise UsageError(f"the {kind} {name} cannot be read: permission denied")
 
 
 def open_text(name: str) -> TextIO:

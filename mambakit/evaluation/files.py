@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from mambakit.errors import UsageError
+
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
-_DAMAGED = (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile, EOFError)
+_DAMAGED = (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError)
 
 
 def open_text(path: Path) -> IO[str]:
@@ -20,7 +23,7 @@ def open_text(path: Path) -> IO[str]:
         ValueError: there is no such file.
     """
     if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+        raise UsageError(f"there is no file {path}")
     return _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8", newline="")
 
 
@@ -28,7 +31,7 @@ def read_records(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """The objects of a JSON lines file.
 
     Raises:
-        ValueError: a line is no object, or has not all of ``keys``.
+        ValueError: a line is no object, or has not all of ``keys``, each of them text.
     """
     try:
         with open_text(path) as file:
@@ -37,14 +40,17 @@ def read_records(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
                     continue
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
+                except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
+                    raise UsageError(f"{path}, line {number}: not a JSON object ({error})") from error
                 missing = [key for key in keys if not isinstance(record, dict) or key not in record]
                 if missing:
-                    raise ValueError(f"{path}, line {number}: no {missing[0]!r}; expected {', '.join(keys)}")
+                    raise UsageError(f"{path}, line {number}: no {missing[0]!r}; expected {', '.join(keys)}")
+                for key in keys:
+                    if not isinstance(record[key], str) or not record[key].strip():
+                        raise UsageError(f"{path}, line {number}: {key} is {str(record[key])[:40]!r}; it must be text")
                 yield record
     except _DAMAGED as error:
-        raise ValueError(f"{path} cannot be read as UTF-8 text: {error}") from error
+        raise UsageError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
 def read_parts(path: Path, size: int = 1 << 16) -> Iterator[str]:
@@ -54,4 +60,4 @@ def read_parts(path: Path, size: int = 1 << 16) -> Iterator[str]:
             while part := file.read(size):
                 yield part
     except _DAMAGED as error:
-        raise ValueError(f"{path} cannot be read as UTF-8 text: {error}") from error
+        raise UsageError(f"{path} cannot be read as UTF-8 text: {error}") from error

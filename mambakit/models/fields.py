@@ -155,6 +155,18 @@ _GENERATION = {
     "suppress_tokens": _TOKENS, "begin_suppress_tokens": _TOKENS,
     "stop_strings": _any_of("a string, a list of them, or null", _STRING.or_null(), _list(_is_string, "")),
 }  # fmt: skip
+# adapter_config.json, PEFT's of LoRA.
+_ADAPTER = {
+    "peft_type": _one_of("LORA"), "r": _whole(1, 2**16), "lora_alpha": _real(0, 1e6, above=True), "lora_dropout": _real(0, 1),
+    "target_modules": _any_of(
+        "a name of layers, or a list of them", _STRING, _list(lambda v: isinstance(v, str) and bool(v.strip()), "", least=1)
+    ),
+    "base_model_name_or_path": _STRING.or_null(), "bias": _one_of("none", "all", "lora_only"),
+    **dict.fromkeys(("fan_in_fan_out", "use_rslora", "use_dora", "inference_mode"), _BOOLEAN.or_null()),
+    "rank_pattern": _object(_is_string, lambda v: type(v) is int and v > 0, "an object of ranks under names").or_null(),
+    "alpha_pattern": _object(_is_string, lambda v: type(v) in (int, float) and v > 0, "an object of numbers under names").or_null(),
+    "modules_to_save": _list(_is_string, "a list of names, or null").or_null(),
+}  # fmt: skip
 
 
 def check_config(fields: dict[str, Any], path: Path, config_class: Any) -> dict[str, Any]:
@@ -177,6 +189,11 @@ def check_original(fields: dict[str, Any], path: Path) -> dict[str, Any]:
 def check_generation(fields: dict[str, Any], path: Path, config_class: Any) -> dict[str, Any]:
     """The same of a generation_config.json."""
     return _checked(fields, _GENERATION, path, owner=config_class)
+
+
+def check_adapter(fields: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The same of an adapter_config.json."""
+    return _checked(fields, _ADAPTER, path)
 
 
 def shown(value: Any) -> str:

@@ -45,8 +45,6 @@ def resolve(name: str | os.PathLike, **hub: Any) -> Path:
     subfolder = hub.pop("subfolder", None) or ""
     folder = Path(name)
     if not folder.is_dir():
-        if folder.is_file():
-            raise CheckpointError(f"{name} is a file; give the folder that holds it and its config.json")
         folder = _download(str(name), {k: v for k, v in hub.items() if v is not None})
     folder = folder / subfolder
     if not (folder / "config.json").exists():
@@ -60,6 +58,8 @@ def _require_names(name: Any, hub: dict[str, Any]) -> None:
         raise UsageError(f"a checkpoint is named by a folder or a hub id, not by {name!r}")
     if not str(name).strip():
         raise UsageError(f"the name of a checkpoint is empty ({str(name)!r}); give a folder or a hub id")
+    if Path(name).is_file():
+        raise CheckpointError(f"{name} is a file; give the folder that holds it and its config.json")
     for key in ("revision", "cache_dir", "token"):
         value = hub.get(key)
         if isinstance(value, str) and not value.strip():

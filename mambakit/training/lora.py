@@ -10,8 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from mambakit.errors import CheckpointError
+from mambakit.models.fields import check_adapter
 from mambakit.models.quantization import is_quantized
 from mambakit.quoting import brief
+from mambakit.reading import read_file, read_json
 
 _PEFT_PREFIX = "base_model.model."
 _FILE = "adapter_model.safetensors"
@@ -89,16 +92,12 @@ def load_adapters(model: Any, folder: str | os.PathLike) -> None:
     Raises:
         ValueError: the folder holds none, or they do not fit the model.
     """
-    from safetensors.torch import load_file
-
     folder = Path(folder)
-    if not (folder / _FILE).is_file():
+    if not (folder / _FILE).exists():
         raise ValueError(f"there are no adapters {folder / _FILE}")
-    import peft
-
-    config = peft.LoraConfig.from_pretrained(str(folder))
+    config = _read_config(folder)
     add_adapters(model, config.r, config.lora_alpha, sorted(config.target_modules or []))
-    stored = load_file(folder / _FILE)
+    stored = read_file(folder / _FILE)
     wanted = {_PEFT_PREFIX + n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
     different = sorted(stored.keys() ^ wanted.keys()) or [k for k in wanted if wanted[k].shape != stored[k].shape]
     if different:
@@ -107,6 +106,19 @@ def load_adapters(model: Any, folder: str | os.PathLike) -> None:
         )
     for name, parameter in wanted.items():
         parameter.data.copy_(stored[name])
+
+
+def _read_config(folder: Path) -> Any:
+    import peft
+
+    path = folder / "adapter_config.json"
+    if not path.exists():
+        raise CheckpointError(f"there is no {path}; fetch the adapters again")
+    check_adapter(read_json(path), path)
+    try:
+        return peft.LoraConfig.from_pretrained(str(folder))
+    except Exception as error:
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}; correct it there or fetch it again") from error
 
 
 def _adapters(model: Any) -> Iterator[tuple[nn.Module, str, Any]]:

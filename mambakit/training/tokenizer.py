@@ -142,10 +142,10 @@ def make_vocabulary(name: str) -> Vocabulary:
             raise UsageError(f"there is no tokenizer {name}; give a tokenizer.json, a folder or a hub id")
         read_json(Path(name))
         try:
-            tokenizer = Tokenizer.from_file(name)
+            saved = Tokenizer.from_file(name)
         except Exception as error:  # tokenizers raises plain Exceptions
             raise CheckpointError(f"{name} is not a tokenizer ({error}); fetch it again") from error
-        return Vocabulary(tokenizer, kind=_kind(tokenizer))
+        return Vocabulary(saved, kind=_kind(saved))
     from mambakit.models.auto import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(name)

@@ -6,6 +6,7 @@ import dataclasses
 import glob
 import gzip
 import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -18,7 +19,7 @@ _FORMATS = {
     ".fa": "fasta", ".fasta": "fasta", ".fna": "fasta", ".ffn": "fasta", ".wav": "wav", ".wave": "wav",
 }  # fmt: skip
 # Errors of a stream that is not what its name says, or ends too early.
-DAMAGED = (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile, EOFError)
+DAMAGED = (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError)
 
 
 class Piece(NamedTuple):

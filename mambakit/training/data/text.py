@@ -43,7 +43,7 @@ def read_jsonl(path: Path, field: str) -> Iterator[Piece]:
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
                 raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
             if not isinstance(record, dict) or not isinstance(record.get(field), str):
                 keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
