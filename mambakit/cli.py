@@ -30,28 +30,27 @@ COMMANDS = {
 _MISTAKES = (MambakitError, ValueError, TypeError, OSError, ArithmeticError, NotImplementedError)
 
 
-def _parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser of the whole line, and those of the commands."""
+def _parser() -> Parser:
     from mambakit import __version__
 
     parser = Parser(prog="mambakit", description="Run, train and score Mamba (selective state space) models.")
     parser.add_argument("--version", action="version", version=f"mambakit {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands = {}
     for name, text in COMMANDS.items():
         module = importlib.import_module(f"mambakit.commands.{name}")
-        sub = commands[name] = subparsers.add_parser(name, help=text, description=module.__doc__)
+        sub = parser.commands[name] = subparsers.add_parser(name, help=text, description=module.__doc__)
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
-    return parser, commands
+    return parser
 
 
 def _parse(argv: list[str]) -> Any:
-    parser, commands = _parser()
+    parser = _parser()
+    commands = parser.commands
     before = next((i for i, a in enumerate(argv) if a in commands), len(argv))
     for argument in argv[:before]:
         if argument.startswith("-") and argument.partition("=")[0] not in (*parser.option_names(), "-h", "--"):
-            _misplaced(parser, commands, argument.partition("=")[0])
+            _misplaced(parser, argument.partition("=")[0])
     word = next((a for a in argv if not a.startswith("-")), "")
     near = difflib.get_close_matches(word, commands, 1)
     if word and word not in commands and near:
@@ -62,13 +61,13 @@ def _parse(argv: list[str]) -> Any:
     return args
 
 
-def _misplaced(parser: Parser, commands: dict[str, Parser], option: str) -> NoReturn:
+def _misplaced(parser: Parser, option: str) -> NoReturn:
     """Refuse an option before the command: it belongs to one, or to none."""
-    known = {option: name for name, command in reversed(commands.items()) for option in command.option_names()}
+    known = {option: name for name, command in reversed(parser.commands.items()) for option in command.option_names()}
     near = difflib.get_close_matches(option, known, 1)
     if near:
         name = known[near[0]]
-        commands[name].error(f"unrecognized arguments: {option}; did you mean `mambakit {name} {near[0]} ...`?")
+        parser.commands[name].error(f"unrecognized arguments: {option}; did you mean `mambakit {name} {near[0]} ...`?")
     parser.error(f"unrecognized arguments: {option}; options come after the command")
 
 

@@ -37,10 +37,11 @@ def terminal(stderr: bool = False) -> Console:
 
 
 def say(console: Console, text: str, style: str = "") -> None:
-    """Print a line, however wide: a terminal wraps it, a pipe gets it whole."""
+    """Print text, however wide its lines: a terminal wraps them, a pipe gets them whole."""
     from rich.text import Text
 
-    console.print(Text(printable(text), style=style), soft_wrap=True)
+    lines = "\n".join(printable(line) for line in text.split("\n"))
+    console.print(Text(lines, style=style), soft_wrap=True)
 
 
 def literal(text: str) -> Any:

@@ -71,10 +71,15 @@ def any_text(value: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, which checks values as they are read (UsageError) and says which option was meant."""
+    """argparse's, which checks values as they are read (UsageError) and says which option was meant.
+
+    Attributes:
+        commands: the parsers of the words that may come next, by word.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.commands: dict[str, Parser] = {}
         for name in (None, "store"):
             self.register("action", name, _Store)
         self.register("action", "append", _Append)

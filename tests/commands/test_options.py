@@ -50,7 +50,7 @@ def refused(capsys, reached):
 
 def leaves():
     """(the words that lead to it, its parser) of every command, evaluate's benchmarks each for itself."""
-    for name, parser in cli._parser()[1].items():
+    for name, parser in cli._parser().commands.items():
         inner = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
         if not inner:
             yield (name,), parser
