@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mambakit.errors import UsageError
+from mambakit.quoting import brief, cut
 
 _LARGEST_INTEGER = 2**31 - 1
 LARGEST_SEED = 2**63 - 1
@@ -36,7 +37,7 @@ class Number:
             return self.kind(text)
         except ValueError as error:
             what = "a whole number" if self.kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{_short(repr(text))} is not {what}") from error
+            raise argparse.ArgumentTypeError(f"{brief(text, 40)} is not {what}") from error
 
     def check(self, name: str, value: Any) -> None:
         if self.low <= value <= self.high and not (self.above and value == self.low):
@@ -49,7 +50,7 @@ class Number:
             limits = f"{least}, and at most {self.high}" if self.kind is int else f"a finite number, {least}"
         else:
             limits = f"{least}, and at most {self.high:g}" if self.kind is float else f"from {self.low} to {self.high}"
-        raise UsageError(f"{name} is {_short(str(value))}; it must be {limits}")
+        raise UsageError(f"{name} is {cut(str(value), 40)}; it must be {limits}")
 
 
 def integer(low: int, high: int = _LARGEST_INTEGER) -> Number:
@@ -131,10 +132,6 @@ class _Append(_Checked):
 
 def _encodable(value: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-def _short(value: str) -> str:
-    return value if len(value) <= 40 else value[:40] + "..."
 
 
 # -- paths that will be written ----------------------------------------------------------------------------------------

@@ -71,9 +71,9 @@ class Writer:
         for copy in range(args.num_return_sequences):
             if copy and not args.json:
                 print("\n---")
+            stream = self._stream(state, ids, copy)  # what it refuses is told before the prompt is shown
             if not args.json:
                 print(prompt, end="", flush=True)
-            stream = self._stream(state, ids, copy)
             for piece in stream:
                 if not args.json:
                     print(piece, end="", flush=True)
@@ -109,7 +109,10 @@ class Writer:
     def _ids(self, prompt: str) -> Any:
         import torch
 
+        from mambakit.generation.token_ids import require_in_vocabulary
+
         ids = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0].long()
+        require_in_vocabulary("the prompt", ids, self.model.config.vocab_size)  # the tokenizer may be another model's
         if len(ids) or self.loaded is not None:
             return ids
         start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id

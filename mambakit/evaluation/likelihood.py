@@ -50,7 +50,7 @@ def log_likelihoods(
         progress: called with the number of pairs done since the last call.
 
     Raises:
-        ValueError: an empty context or continuation, or batch_tokens below 1.
+        ValueError: an empty context or continuation, a token that is not the model's, or batch_tokens below 1.
     """
     if batch_tokens < 1 or batch_size < 0:
         raise ValueError(f"batch_tokens is {batch_tokens} and batch_size {batch_size}; use at least 1 and 0")
@@ -61,6 +61,9 @@ def log_likelihoods(
                 f"pair {index} has {len(context)} tokens of context and {len(continuation)} of continuation; give each at "
                 "least one (an end-of-text token begins a document)"
             )
+        largest = max(*context, *continuation)
+        if largest >= model.config.vocab_size:
+            raise ValueError(f"pair {index} has token {largest}; the model's are 0 to {model.config.vocab_size - 1}")
         groups.setdefault(tuple(context), []).append(index)
     results: list[Likelihood | None] = [None] * len(pairs)
 

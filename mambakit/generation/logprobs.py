@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mambakit.generation.state import State
 from mambakit.generation.stream import _TextDecoder
+from mambakit.generation.token_ids import require_in_vocabulary
 from mambakit.models.choosing import require_numbers
 from mambakit.quoting import brief
 
@@ -67,6 +68,7 @@ def token_log_probs(
         raise ValueError(f"chunk_size is {brief(chunk_size)}; it must be 1 or more")
     if before is not None and state is not None:
         raise ValueError("before and state both say what comes first; give one")
+    require_in_vocabulary("ids", ids, vocabulary)
     ids = ids.to(model.device, torch.long)
     after = {"prompt_ids": ids[:0], "cache": model.backbone.new_cache(1)} if state is None else state.prompt()
     lead = after["prompt_ids"] if before is None else ids.new_tensor([before])

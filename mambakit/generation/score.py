@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambakit.generation.state import State
+from mambakit.generation.token_ids import require_in_vocabulary
 from mambakit.models.choosing import require_numbers
 from mambakit.modules import MambaCache
 from mambakit.quoting import brief
@@ -122,6 +123,7 @@ def score_text(
 
     for piece in _pieces([text] if isinstance(text, str) else text):
         ids = tokenizer(piece, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0].long()
+        require_in_vocabulary("the text", ids, model.config.vocab_size)
         pending = torch.cat([pending, ids])
         while len(pending) >= chunk_size:
             take(pending[:chunk_size])
@@ -198,6 +200,9 @@ def score_continuations(
     for tokens in continuations:
         if tokens.dim() != 1:
             raise ValueError(f"a continuation has shape {tuple(tokens.shape)}, expected (l,)")
+        require_in_vocabulary("a continuation", tokens, model.config.vocab_size)
+    if isinstance(prefix, Tensor):
+        require_in_vocabulary("the prefix", prefix, model.config.vocab_size)
     state = prefix if isinstance(prefix, State) else State.read(model, prefix, chunk_size=chunk_size)
     after = state.prompt()
     cache: MambaCache = after["cache"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mambakit.errors import CheckpointError
+from mambakit.quoting import brief
 
 _REMEDY = "correct it there or fetch it again"
 
@@ -198,8 +199,7 @@ def check_adapter(fields: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def shown(value: Any) -> str:
     """A value as an error shows it."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + " ..."
+    return brief(value, 60)
 
 
 def _checked(
@@ -226,7 +226,7 @@ def _require_free(name: str, path: Path, owner: Any) -> None:
     """A field that no table knows is kept as it is, unless it would take the place of what the class itself has."""
     fields = getattr(owner, "__dataclass_fields__", {})
     if not name or name.startswith("__") or (hasattr(owner, name) and name not in fields):
-        raise CheckpointError(f"{path}: {name[:60]!r} is not a field of a {owner.__name__}; remove it there")
+        raise CheckpointError(f"{path}: {brief(name, 60)} is not a field of a {owner.__name__}; remove it there")
 
 
 def _require_numbers(name: str, value: Any, path: Path) -> None:

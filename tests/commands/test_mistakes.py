@@ -135,6 +135,22 @@ def test_weights_that_are_no_numbers(fails, copy, text, tmp_path):
         assert "the model's logits are NaN" in fails("generate", "x", "--json", "--model", copy, *option)
 
 
+def test_the_tokenizer_of_another_model(fails, tmp_path, text):
+    save_tiny(tmp_path / "m", vocab_size=40)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"sentence_good": "a cat", "sentence_bad": "cat a", "UID": "u", "field": "f"}) + "\n")
+    for command in (
+        ("generate", "The cat"), ("generate", "The cat", "--prefix-cache", tmp_path / "c"), ("score", text), ("score", "--echo", "The cat"),
+        ("score", "--prefix", "The", "--choice", " cat"), ("evaluate", "bpb", text), ("evaluate", "blimp", pairs),
+    ):  # fmt: skip
+        assert "the model's are 0 to 39" in fails(*command, "--model", tmp_path / "m")
+
+
+def test_a_draft_model_that_does_not_fit_is_told_before_the_prompt_is_shown(fails, model, tmp_path):
+    save_tiny(tmp_path / "m", vocab_size=40)
+    assert "vocabulary of 40" in fails("generate", "x", "--model", model, "--draft-model", tmp_path / "m")
+
+
 @pytest.mark.parametrize("device", ["meta", "cuda:99", "nonsense", "cpu:x", "cuda:-1", "CPU"])
 def test_devices(device, fails, unread, model):
     assert f"--device {device}: " in fails("generate", "x", "--model", model, "--device", device)
