@@ -183,4 +183,6 @@ class DecodingRows:
 
     def _over(self, states: MambaCache) -> None:
         self.states = states
-        self._step = native_step(self.model, states, self._called) if self.elastic else forward_step(self.model, states)
+        if states.max_batch_size:  # nothing is stepped before the next `grow` otherwise
+            native = self.elastic
+            self._step = native_step(self.model, states, self._called) if native else forward_step(self.model, states)

@@ -230,3 +230,27 @@ def test_on_a_gpu():
     model.cpu()
     for request, prompt in zip(requests, prompts(7), strict=True):
         assert request.tokens == alone(model, prompt, 8)
+
+
+def test_a_pool_that_grows_and_shrinks_before_the_next_step(model):
+    """A text that comes and ends at its first token leaves rows that never stepped."""
+    engine, prompt = Engine(model), prompts(1)[0]
+    first = engine.submit(Request(prompt, max_new_tokens=9))
+    engine.step()
+    second, _ = (engine.submit(Request(prompt, max_new_tokens=n)) for n in (9, 1))
+    for _ in engine.run():
+        pass
+    assert first.tokens == second.tokens == alone(model, prompt, 9)
+
+
+def test_a_request_runs_once(model):
+    engine, request = Engine(model, 1), Request(prompts(1)[0], max_new_tokens=3)
+    engine.submit(request)
+    with pytest.raises(ValueError, match="runs already"):
+        engine.submit(request)
+    with pytest.raises(ValueError, match="prompt_ids has token 61; the model's are 0 to 60"):
+        engine.submit(Request(torch.tensor([3, 61])))
+    assert engine.waiting == [request]
+    for _ in engine.run():
+        pass
+    assert len(request.tokens) == 3
