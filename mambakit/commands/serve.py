@@ -52,7 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-waiting", type=int, default=256, help="texts that may wait for a row (default 256)")
     limits.add_argument("--max-new-tokens", type=int, default=4096, help="of a text, at most (default 4096)")
-    limits.add_argument("--max-prompt-tokens", type=int, help="of a prompt, at most (default: any number)")
+    limits.add_argument("--max-prompt-tokens", type=int, default=65536, help="of a prompt, at most (default 65536)")
+    limits.add_argument(
+        "--max-texts", type=int, default=128, help="of a request: prompts times n, at most (default 128)"
+    )
     limits.add_argument(
         "--drain-seconds", type=float, default=30.0, help="time for texts under way after a signal to stop (default 30)"
     )
@@ -88,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
             max_waiting=args.max_waiting,
             max_new_tokens=args.max_new_tokens,
             max_prompt_tokens=args.max_prompt_tokens,
+            max_texts=args.max_texts,
             drain_seconds=args.drain_seconds,
             api_key=args.api_key or os.environ.get("MAMBAKIT_API_KEY") or None,
         )
@@ -98,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     least = {
         "replicas": 1, "rows": 1, "prefill_chunk_size": 1, "prefix_cache_mb": 1, "max_waiting": 0, "max_new_tokens": 1,
-        "max_prompt_tokens": 1, "drain_seconds": 0, "port": 0,
+        "max_prompt_tokens": 1, "max_texts": 1, "drain_seconds": 0, "port": 0,
     }  # fmt: skip
     for name, low in least.items():
         value = getattr(args, name)

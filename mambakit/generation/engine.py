@@ -1,99 +1,51 @@
-"""Many texts at once: prompts of any lengths, rows that end on their own and are filled again.
+"""Many texts at once: prompts of any lengths, rows that end on their own and are filled again, turns where there are too few.
 
 The rows are those that `generate` writes with, `mambakit.models.rows.DecodingRows`: a pool of states that decodes together, one token
-a row and step, by the model's fastest step. Here a finished row is free at once for the next request. Prompts are read a chunk
-between steps, so that a long one does not hold up those who write.
+a row and step, by the model's fastest step. Here a finished row is free at once for the next request. Prompts are read between
+steps, several in turn (`mambakit.generation.reading`), for so short a time that those who write are not held up.
+
+Requests whose ``share`` differs take turns (`mambakit.generation.turns`): a text whose time slice is over makes room where somebody
+else has fewer rows. It loses nothing: its state is copied out, and later back.
 
 A text does not depend on its neighbours: every request has its own random numbers, and each prompt is read on its own in chunks
 that start at its own beginning; on a CPU, where a row's step has the same bits in any batch, tokens are the same whatever else
 is there, and free rows are left out of the step where few of many write. Elsewhere the step always runs on all ``rows``, so that
-its products are cut the same way.
+its products are cut the same way. Whatever goes wrong with one request, its grammar or its state, ends that request alone.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import hashlib
+import math
+import time
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mambakit.generation.parameters import CHUNK_SIZE, INT64, NEW_TOKENS, Number
-from mambakit.generation.stream import NOTHING, Sampling, _end_tokens
-from mambakit.generation.token_ids import require_in_vocabulary, token_ids
+from mambakit.generation.parameters import CHUNK_SIZE, INT64, Number
+from mambakit.generation.prefix_cache import PrefixCache
+from mambakit.generation.reading import PromptReading, ReadingShare
+from mambakit.generation.request import Request, Text
+from mambakit.generation.stream import NOTHING, _end_tokens
+from mambakit.generation.token_ids import require_in_vocabulary
+from mambakit.generation.turns import Path, Turns
 from mambakit.models.choosing import NO_CHOICE
-from mambakit.models.prompt import read_prompt
 from mambakit.models.rows import DecodingRows
 from mambakit.modules import MambaCache
-from mambakit.quoting import cut, quoted
+from mambakit.quoting import cut
 
-
-@dataclass(eq=False)
-class Request:
-    """One text to write, and what became of it.
-
-    Args:
-        prompt_ids: (l,) int64, l >= 1: the tokens to read first (only the new ones, where a ``state`` continues).
-        sampling: how tokens are chosen; its seed makes the text repeatable.
-        max_new_tokens: when to stop at the latest.
-        state: a `MambaCache` of one row to continue from; it is copied, never changed.
-        keep_state: whether the request is to hold its state at the end.
-        context: (p,) int64, what the ``state`` has read: a repetition penalty counts its tokens, too.
-
-    Attributes:
-        tokens: what was written, without the end-of-text token.
-        finish_reason: "" while it runs; then "stop", "length", "cancelled", or "error".
-        error: after "error", what went wrong: the model's logits were no numbers, say. The texts beside it go on.
-        exception: after "error", what was raised for this request, if anything was.
-        final_state: a `MambaCache` of one row that has read the prompt and all of ``tokens`` but the last; all of them
-            after "stop". Only where ``keep_state`` is set.
-    """
-
-    prompt_ids: Tensor
-    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0))
-    max_new_tokens: int = 256
-    state: MambaCache | None = None
-    keep_state: bool = False
-    context: Tensor | None = None
-
-    tokens: list[int] = field(default_factory=list, init=False)
-    finish_reason: str = field(default="", init=False)
-    error: str = field(default="", init=False)
-    exception: Exception | None = field(default=None, init=False, repr=False)
-    final_state: MambaCache | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        self.prompt_ids = token_ids("prompt_ids", self.prompt_ids)
-        self.max_new_tokens = NEW_TOKENS.read("max_new_tokens", self.max_new_tokens)
-        if self.context is not None and len(self.context):
-            self.context = token_ids("context", self.context)
-        if not isinstance(self.sampling, Sampling):
-            raise TypeError(f"sampling is {quoted(self.sampling)}; give a Sampling")
-        if self.state is not None and self.state.max_batch_size != 1:
-            raise ValueError(f"the state has {self.state.max_batch_size} rows; a request continues one: select a row")
-
-    def cancel(self) -> None:
-        """Stop before the next token."""
-        self.finish_reason = self.finish_reason or "cancelled"
-
-
-@dataclass
-class _Row:
-    request: Request
-    choose: Callable[[Tensor, Tensor], Tensor]
-    read: Tensor  # (1, l) the prompt and, for the filter that looks at them, all tokens so far
-
-
-@dataclass
-class _Reading:
-    """A prompt on its way into a state."""
-
-    request: Request
-    cache: MambaCache
-    ids: Tensor  # (1, l)
-    done: int = 0
+# A prompt's token costs about this share of one that is written.
+_PROMPT_SHARE = 1 / 16
+# Requests whose prompts are read before there is a row for them: so many times the rows. Each holds a state.
+_AHEAD = 4
+# Prompts whose state is held for the other texts of the same prompt and share.
+_PROMPTS_HELD = 4
+_STEPS_PER_LOOK = 16  # steps after which it is looked again whose prompts are next, though nobody came or went
 
 
 class Engine:
@@ -102,42 +54,80 @@ class Engine:
     Args:
         model: a causal language model in eval mode.
         rows: how many texts are written together.
-        chunk_size: tokens of a prompt per forward, and about as many between two steps; memory does not grow with the prompt.
+        chunk_size: tokens of a prompt per forward, and at most about as many between two steps; memory does not grow with the prompt.
+        prefix_cache: where beginnings of prompts are looked up, and prompts and texts are kept.
+        read_seconds: the time for reading prompts between two steps. What cannot be interrupted may exceed it: on a CPU a chunk
+            in one layer, on a GPU a chunk.
+        slice_tokens: how many tokens a text writes at least before it makes room for one of another share.
+        clock: gives the time in seconds.
 
     Raises:
-        ValueError: fewer than one row or one token a chunk.
+        ValueError: fewer than one row, one token a chunk or one token a slice, or a time below 0.
     """
 
-    def __init__(self, model: Any, rows: int = 8, chunk_size: int = 512):
+    def __init__(
+        self,
+        model: Any,
+        rows: int = 8,
+        chunk_size: int = 512,
+        *,
+        prefix_cache: PrefixCache | None = None,
+        read_seconds: float = 0.02,
+        slice_tokens: int = 32,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
         rows = Number(8, 1, INT64[1], whole=True).read("rows", rows)
         chunk_size = replace(CHUNK_SIZE, default=512).read("chunk_size", chunk_size)
-        self.model, self.rows, self.chunk_size = model, rows, chunk_size
-        self.waiting: deque[Request] = deque()
+        slice_tokens = Number(32, 1, INT64[1], whole=True).read("slice_tokens", slice_tokens)
+        read_seconds = Number(0.02, 0, math.inf).read("read_seconds", read_seconds)
+        self.model, self.rows, self.chunk_size, self.slice_tokens = model, rows, chunk_size, slice_tokens
+        self.prefix_cache = prefix_cache
         self._ends = _end_tokens(model)
-        self._active: list[_Row | None] = []
-        self._reading: _Reading | None = None
-        self._pool = DecodingRows(model, rows)
+        self._vocab_size = model.config.vocab_size
+        self._share = ReadingShare[Text](read_seconds, chunk_size, clock)
+        self._pool = DecodingRows(model, rows)  # its rows hold their texts
+        self._turns = Turns[Text]()  # all texts
+        self._unread: dict[Text, None] = {}  # in the order in which they came
+        self._ready: dict[Text, None] = {}  # read, and without a row
+        self._next: list[Text] | None = None  # those whose prompts may be read now; None where that is to be found out
+        self._known: OrderedDict[Path, tuple[MambaCache, Tensor]] = OrderedDict()
+        self._steps = 0
+
+    @property
+    def waiting(self) -> list[Request]:
+        """Those of whom nothing has been read yet."""
+        return [text.request for text in self._unread if not text.reading.begun]
 
     @property
     def busy(self) -> int:
-        """Rows that are taken: those that write, and the one whose prompt is being read."""
-        return sum(row is not None for row in self._active) + (self._reading is not None)
+        """Rows that are taken: by those who write, and by those who will as soon as their prompt is read."""
+        begun = sum(text.reading.begun for text in self._unread)
+        return min(self.rows, len(self._writing()) + len(self._ready) + begun)
 
     def submit(self, request: Request) -> Request:
-        """Queue a request; it starts as soon as a row is free.
+        """Queue a request; it starts as soon as it is its turn.
 
         Raises:
-            ValueError: a token that the model does not have.
+            ValueError: a token that the model does not have, or a request that runs already.
         """
-        require_in_vocabulary("prompt_ids", request.prompt_ids, self.model.config.vocab_size)
+        if any(text.request is request for text in self._turns):
+            raise ValueError("this request runs already; make another Request of the same prompt")
+        if request.finish_reason:
+            return request
+        ids = request.prompt_ids.detach().cpu()
+        require_in_vocabulary("prompt_ids", ids, self._vocab_size)  # on a GPU another token would end the process
         if request.context is not None:
-            require_in_vocabulary("context", request.context, self.model.config.vocab_size)
-        self.waiting.append(request)
+            require_in_vocabulary("context", request.context, self._vocab_size)
+        alone = not request.share or request.state is not None or self.prefix_cache is not None
+        prompt = None if alone else (request.share, hashlib.sha256(ids.numpy().tobytes()).digest())
+        text = Text(request, PromptReading(self.model, ids, self.chunk_size, request.state, self.prefix_cache), prompt)
+        self._turns.add(text, request.share)
+        self._unread[text] = self._next = None
         return request
 
     def run(self) -> Iterator[tuple[Request, int]]:
         """(request, token) as they are chosen, until nothing is left; requests may be submitted meanwhile."""
-        while self.waiting or self.busy:
+        while len(self._turns):
             yield from self.step()
 
     def write(self, requests: Iterable[Request]) -> list[Request]:
@@ -152,125 +142,196 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[tuple[Request, int]]:
-        """Read a chunk of prompts into free rows, each of which then has its first token; then one token more for every row."""
-        self._drop_cancelled()
-        chosen = self._admit()
+        """Read prompts for a while, each of which then has its first token; then one token more for every row."""
+        self._steps += 1
+        for text in [text for text in self._turns if text.request.finish_reason]:
+            self._finish(text, "cancelled")
+        chosen: list[tuple[Request, int]] = []
+        if self._steps % _STEPS_PER_LOOK == 0:
+            self._next = None
+        self._share.step(self._may_be_read, lambda text: text.reading, lambda text: self._read_part(text, chosen))
+        self._give_rows()
         self._leave_out_free_rows()
-        going = [(i, row) for i, row in enumerate(self._active) if row is not None]
-        if going:
-            chosen += [(row.request, token) for i, row, token in self._write(going) if self._take(i, row, token)]
+        if writing := self._writing():
+            for text, token in self._write(writing):
+                if self._take(text, token):
+                    chosen.append((text.request, token))
+        if not len(self._turns):
+            self._known.clear()
         return chosen
 
-    def _admit(self) -> list[tuple[Request, int]]:
-        chosen, budget = [], self.chunk_size
-        while budget > 0 and (self._reading or (self.waiting and self.busy < self.rows)):
-            request = self._reading.request if self._reading else self.waiting.popleft()
-            try:
-                reading = self._reading = self._reading or self._begin(request)
-                if reading is None:
-                    continue
-                part = reading.ids[:, reading.done : reading.done + self.chunk_size]
-                budget -= part.shape[1]
-                logits = read_prompt(self.model, part, reading.cache)
-                reading.done += part.shape[1]
-                if reading.done < reading.ids.shape[1]:
-                    continue
-                self._reading = None
-                row, token = self._first(request, reading, logits)
-            except Exception as error:
-                self._reading = None
-                self._fail(request, error)
-                continue
-            index = self._free_row()
-            self._pool.put(index, reading.cache)
-            self._active[index] = row
-            if self._take(index, row, token):
-                chosen.append((request, token))
-        return chosen
+    # -- prompts ---------------------------------------------------------------------------------------------------
 
-    def _first(self, request: Request, reading: _Reading, logits: Tensor) -> tuple[_Row, int]:
-        """The row of a prompt that has been read, and its first token."""
-        context = () if request.context is None else (request.context.to(reading.ids.device)[None],)
-        read = torch.cat([*context, reading.ids], 1)
-        row = _Row(request, request.sampling.chooser(read.device), read)
-        return row, int(row.choose(read, logits))
+    def _may_be_read(self) -> list[Text]:
+        """Prompts of those whose turn it is to have a row, and the first of everybody who has none yet."""
+        if not self._unread:
+            return []
+        if self._next is None:
+            due = {
+                *self._turns.next(self.rows, _anybody),
+                *self._turns.next(_AHEAD * self.rows, _anybody, per_request=1),
+            }
+            able = [text for text in self._unread if text in due]
+            begun = {text.prompt for text in able if text.reading.begun}
+            found: list[Text] = []
+            for text in able:  # of several texts of one prompt, the others wait for the one that reads it
+                if text.reading.begun or text.prompt is None or text.prompt not in begun:
+                    begun.add(text.prompt)
+                    found.append(text)
+            self._next = found
+        return self._next
 
-    def _fail(self, request: Request, error: Exception) -> None:
-        """End with an error the one request that raised it; raise what no request survives."""
-        if isinstance(error, torch.AcceleratorError):  # the device answers nobody any more
-            raise error
-        request.exception, request.error = error, f"{type(error).__name__}: {cut(str(error), 500)}"
-        request.finish_reason = request.finish_reason or "error"
+    def _read_part(self, text: Text, chosen: list[tuple[Request, int]]) -> int:
+        reading, request, tokens = text.reading, text.request, 0
+        left = reading.left
+        try:
+            if text.prompt in self._known and not reading.begun:
+                assert text.prompt is not None
+                reading.finish(*self._known[text.prompt])
+            else:
+                tokens = reading.part()
+            self._turns.serve(text, (left - reading.left) * _PROMPT_SHARE)
+            if not reading.done:
+                return tokens
+            request.cached_tokens = reading.cached
+            text.begin(self.model.device)
+            assert reading.logits is not None
+            token = int(text.choose(reading.logits))
+        except Exception as error:
+            self._fail(text, error)
+            return tokens
+        del self._unread[text]
+        self._next = None
+        self._ready[text] = None
+        text.state = reading.cache
+        if text.prompt is not None and reading.cache is not None:
+            self._known[text.prompt] = reading.cache, reading.logits
+            while len(self._known) > _PROMPTS_HELD:
+                self._known.popitem(last=False)
+        if self._take(text, token):
+            chosen.append((request, token))
+        return tokens
 
-    def _begin(self, request: Request) -> _Reading | None:
-        if request.finish_reason:
-            return None
-        cache = self.model.backbone.new_cache(1) if request.state is None else request.state.clone()
-        return _Reading(request, cache, request.prompt_ids.to(self.model.device)[None])
+    # -- rows ------------------------------------------------------------------------------------------------------
 
-    def _write(self, going: list[tuple[int, _Row]]) -> list[tuple[int, _Row, int]]:
-        """Each row's next token; where all want the likeliest, the step chooses. The device is waited for once."""
-        last = torch.zeros(len(self._active), dtype=torch.int64, device="cpu")
-        for i, row in going:
-            last[i] = row.request.tokens[-1]
-        last = last.to(self.model.device)
-        plain = Sampling(temperature=0)
-        if all(row.request.sampling == plain for _, row in going):
-            best = self._pool.likeliest(last, 1)[:, 0]
-            tokens = best.masked_fill(~self._pool.are_numbers(best), NOTHING).tolist()
-            return [(i, row, tokens[i]) for i, row in going]
-        logits = self._pool.step(last)
-        chosen: list[Tensor] = []
-        able: list[tuple[int, _Row]] = []
-        for i, row in going:
-            try:  # a constraint, say, raises for its own text
-                chosen.append(row.choose(row.read, logits[i : i + 1]))
-                able.append((i, row))
-            except Exception as error:
-                self._fail(row.request, error)
-                self._active[i] = None
-        tokens = torch.cat(chosen).tolist() if chosen else []
-        return [(i, row, token) for (i, row), token in zip(able, tokens, strict=True)]
+    def _writing(self) -> list[tuple[int, Text]]:
+        return [(row, text) for row, text in enumerate(self._pool.held) if text is not None]
 
-    def _take(self, index: int, row: _Row, token: int) -> bool:
-        """Note a row's token; False where it is the end of the text, or none could be chosen."""
-        request = row.request
-        if token == NOTHING:
-            request.error = NO_CHOICE
-            self._finish(index, "error")
-            return False
-        if token in self._ends:
-            self._finish(index, "stop")
-            return False
-        request.tokens.append(token)
-        if request.sampling.repetition_penalty != 1:
-            row.read = torch.cat([row.read, torch.tensor([[token]], dtype=torch.int64, device=row.read.device)], 1)
-        if len(request.tokens) == request.max_new_tokens:
-            self._finish(index, "length")
-        return True
+    def _give_rows(self) -> None:
+        """To those who are ready; where they are too many, to those whose turn it is."""
+        if not self._ready:
+            return
+        due, writing = list(self._ready), self._writing()
+        if len(writing) + len(due) > self.rows:
+            staying = [text for _, text in writing if text.since < self.slice_tokens]
+            if len(staying) == self.rows:
+                return
+            able = {*self._ready, *(text for _, text in writing)}
+            due = self._turns.next(self.rows - len(staying), able.__contains__, staying)
+            going = {*staying, *due}
+            for row, text in writing:
+                if text not in going:  # its state is copied out, and it goes on from there later
+                    text.state = self._pool.copy_of(row)
+                    self._ready[text] = self._pool.held[row] = None
+        for text in due:
+            if text in self._ready:
+                self._give_row(text)
 
-    def _finish(self, index: int, reason: str) -> None:
-        row = self._active[index]
-        assert row is not None
-        row.request.finish_reason = row.request.finish_reason or reason
-        if row.request.keep_state and not row.request.error:
-            row.request.final_state = self._pool.copy_of(index)
-        self._active[index] = None
-
-    def _drop_cancelled(self) -> None:
-        if self._reading is not None and self._reading.request.finish_reason:
-            self._reading = None
-        for i, row in enumerate(self._active):
-            if row is not None and row.request.finish_reason:
-                self._finish(i, "cancelled")
-
-    def _free_row(self) -> int:
-        if None not in self._active:
-            self._active += [None] * self._pool.grow()
-        return self._active.index(None)
+    def _give_row(self, text: Text) -> None:
+        assert text.state is not None
+        if None not in self._pool.held:
+            self._pool.grow()
+        row = self._pool.held.index(None)
+        try:
+            self._pool.put(row, text.state)
+        except Exception as error:  # a state that was given may be of another model
+            self._fail(text, error)
+            return
+        del self._ready[text]
+        text.state, text.since, self._pool.held[row] = None, 0, text
 
     def _leave_out_free_rows(self) -> None:
         """Where few of many still write and nobody waits, a step need not be one of all rows."""
-        kept = [i for i, row in enumerate(self._active) if row is not None]
-        if kept and not self.waiting and self._reading is None and self._pool.shrink(kept):
-            self._active = [self._active[i] for i in kept]
+        kept = [row for row, _ in self._writing()]
+        if kept and len(kept) == len(self._turns):
+            self._pool.shrink(kept)
+
+    # -- tokens ----------------------------------------------------------------------------------------------------
+
+    def _write(self, writing: list[tuple[int, Text]]) -> list[tuple[Text, int]]:
+        """Each text's next token; where all want the likeliest, the step chooses. The device is waited for once."""
+        last = torch.zeros(self._pool.size, dtype=torch.int64, device="cpu")
+        for row, text in writing:
+            last[row] = text.request.tokens[-1]
+        last = last.to(self.model.device)
+        if all(text.greedy for _, text in writing):
+            best = self._pool.likeliest(last, 1)[:, 0]
+            numbers = best.masked_fill(~self._pool.are_numbers(best), NOTHING).tolist()
+            return [(text, numbers[row]) for row, text in writing]
+        logits = self._pool.step(last)
+        texts, tokens = [], []
+        for row, text in writing:
+            try:
+                tokens.append(text.choose(logits[row : row + 1]))
+                texts.append(text)
+            except Exception as error:  # a processor, or a grammar
+                self._fail(text, error)
+        return list(zip(texts, torch.cat(tokens).tolist(), strict=True)) if texts else []
+
+    def _take(self, text: Text, token: int) -> bool:
+        """Note a text's token; False where it is the end of the text, or none could be chosen."""
+        request = text.request
+        if token == NOTHING:
+            self._fail(text, None)
+            return False
+        if not 0 <= token < self._vocab_size:
+            self._fail(text, ValueError(f"token {token} was chosen; the model's are 0 to {self._vocab_size - 1}"))
+            return False
+        if token in self._ends:
+            self._finish(text, "stop")
+            return False
+        text.take(token)
+        self._turns.serve(text, 1)
+        if len(request.tokens) >= request.max_new_tokens:
+            self._finish(text, "length")
+        return True
+
+    def _fail(self, text: Text, error: Exception | None) -> None:
+        """End with an error the one request that raised it (None: its logits were no numbers); raise what no request survives."""
+        if isinstance(error, torch.AcceleratorError):  # the device answers nobody any more
+            raise error
+        request = text.request
+        request.exception = error
+        request.error = NO_CHOICE if error is None else f"{type(error).__name__}: {cut(str(error), 500)}"
+        self._finish(text, "error")
+
+    def _finish(self, text: Text, reason: str) -> None:
+        request = text.request
+        request.finish_reason = request.finish_reason or reason
+        row = self._pool.held.index(text) if text in self._pool.held else None
+        wanted = request.keep_state or (self.prefix_cache is not None and request.state is None)
+        if wanted and not request.error:
+            state = text.state.clone() if row is None and text.state is not None else None
+            state = state if row is None else self._pool.copy_of(row)
+            if state is not None:
+                self._keep(request, state)
+        if row is not None:
+            self._pool.held[row] = None
+        self._unread.pop(text, None)
+        self._ready.pop(text, None)
+        self._turns.remove(text)
+        self._next = None
+
+    def _keep(self, request: Request, state: MambaCache) -> None:
+        if request.keep_state:
+            request.final_state = state
+        if self.prefix_cache is not None and request.state is None:
+            read = [*request.prompt_ids.tolist(), *request.tokens][: state.get_seq_length()]
+            try:
+                self.prefix_cache.store(read, state)
+            except Exception as error:  # the text itself is whole
+                warnings.warn(f"a text's state could not be kept in the prefix cache: {error}", stacklevel=2)
+
+
+def _anybody(_text: Text) -> bool:
+    return True

@@ -58,6 +58,29 @@ class Statistics:
     evictions: int = 0
 
 
+class PrefixReading:
+    """A prompt on its way through a prefix cache: known up to ``position``, where ``cache`` is, and read up to there so far."""
+
+    def __init__(
+        self, owner: PrefixCache, tokens: list[int], keys: Callable[[int], _Key], position: int, cache: MambaCache
+    ):
+        self.tokens, self.position, self.cache = tokens, position, cache
+        self._owner, self._keys = owner, keys
+
+    def stops(self) -> Iterator[int]:
+        """Where to end each forward: at multiples of the chunk size, wherever reading begins, and before the last token."""
+        position, size, end = self.position, self._owner.chunk_size, len(self.tokens) - 1
+        while position < end:
+            position = min(end, (position // size + 1) * size)
+            yield position
+
+    def reached(self, position: int) -> None:
+        """``cache`` has read so many tokens."""
+        self.position, end = position, len(self.tokens) - 1
+        if position == end or (position < end and position % self._owner._stride(end) == 0):
+            self._owner._keep(self._keys(position), self.cache, 0)
+
+
 class PrefixCache:
     """The longest known beginning of a prompt, at the price of copying a state.
 
@@ -116,20 +139,22 @@ class PrefixCache:
         Raises:
             ValueError: an empty prompt.
         """
-        tokens = _tokens(ids)
+        reading = self.begin(ids)
         device = self.model.device
+        for stop in reading.stops():
+            part = torch.tensor([reading.tokens[reading.position : stop]], dtype=torch.int64, device=device)
+            self.model.backbone(part, cache_params=reading.cache)
+            reading.reached(stop)
+            if progress is not None:
+                progress(stop)
+        return State(reading.cache, torch.tensor([reading.tokens[-1:]], dtype=torch.int64, device=device))
+
+    def begin(self, ids: Tensor | Sequence[int]) -> PrefixReading:
+        """What `read` does, with the reading itself left to the caller, who may do something else in between."""
+        tokens = _tokens(ids)
         keys = self._keys(tokens)
         position, cache = self._find(tokens, keys)
-        end = len(tokens) - 1  # the last token stays unread
-        for stop in self._stops(position, end):
-            part = torch.tensor([tokens[position:stop]], dtype=torch.int64, device=device)
-            self.model.backbone(part, cache_params=cache)
-            position = stop
-            if stop == end or stop % self._stride(end) == 0:
-                self._keep(keys(stop), cache, 0)
-            if progress is not None:
-                progress(position)
-        return State(cache, torch.tensor([tokens[end:]], dtype=torch.int64, device=device))
+        return PrefixReading(self, tokens, keys, position, cache)
 
     def lookup(self, ids: Tensor | Sequence[int]) -> tuple[int, MambaCache]:
         """(p, a cache of one row that has read the first p tokens), for the largest known p below l; p may be 0."""
@@ -185,12 +210,6 @@ class PrefixCache:
         while length // stride > _SNAPSHOTS:
             stride *= 2
         return stride
-
-    def _stops(self, position: int, end: int) -> Iterator[int]:
-        """Where to end each forward: at multiples of the chunk size, wherever reading begins, and at the end."""
-        while position < end:
-            position = min(end, (position // self.chunk_size + 1) * self.chunk_size)
-            yield position
 
     # -- finding and keeping ---------------------------------------------------------------------------------------
 

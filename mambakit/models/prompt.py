@@ -7,13 +7,15 @@ graphs are there or not, so that a prompt's bits do not depend on what was read 
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mambakit.models.graph_step import graphs_serve, kept_with
-from mambakit.modules import MambaCache
+from mambakit.modules import MambaBlock, MambaCache
+from mambakit.modules.interception import is_ours
 
 LONGEST = 4096  # tokens of a piece: beyond, the card is the slower one, and memory grows with it
 
@@ -32,6 +34,36 @@ def read_prompt(model: Any, ids: Tensor, cache: MambaCache, longest: int = LONGE
         return model(ids, cache_params=cache, logits_to_keep=1).logits[:, -1]
     with torch.cuda.device(model.device):
         return kept_with(model, ("prompt",), lambda: _Pieces(model))(ids, cache, longest)
+
+
+def prompt_parts(model: Any, ids: Tensor, cache: MambaCache) -> Generator[None, None, Tensor]:
+    """`read_prompt` of one text with a pause after every layer, so that others need not wait for the whole: the same bits, and the
+    cache is right only at the end. On a GPU, and where somebody would miss the call of the model as a whole, it is one part.
+    """
+    if reads_in_pieces(model, ids.shape[0]) or not _is_its_layers(model):
+        return read_prompt(model, ids, cache)
+    backbone = model.backbone
+    x, residual = backbone.embeddings(ids), None
+    for block in backbone.layers:
+        x, residual = block(x, residual, cache, None)
+        yield
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x, _ = backbone.norm_f(x, residual, wide if model.config.residual_in_fp32 else None)
+    cache.advance(ids.shape[1])
+    logits = model.lm_head(x[:, -1:])[:, -1]
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _is_its_layers(model: Any) -> bool:
+    """Whether a call of the model is nothing but one of its layers after the other."""
+    from mambakit.models.mamba import MambaForCausalLM, MambaModel  # which imports `generate`, which imports from here
+
+    backbone = model.backbone
+    ours = type(model).forward is MambaForCausalLM.forward and type(backbone).forward is MambaModel.forward
+    return (
+        ours and is_ours(model) and is_ours(backbone) and not model.training and len(backbone.layers) > 0
+        and all(isinstance(block, MambaBlock) for block in backbone.layers)
+    )  # fmt: skip
 
 
 def pieces(length: int, longest: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ class DecodingRows:
         called: the model is in its own forward, so that whoever listens to it has heard.
 
     A step passes the model's modules by where nobody listens; from the moment that somebody does, it is the model's forward.
+
+    Attributes:
+        held: for each row, what its owner keeps with it; None where the row is free. It moves with the rows.
     """
 
     def __init__(self, model: Any, most: int, states: MambaCache | None = None, called: bool = False):
@@ -43,8 +47,11 @@ class DecodingRows:
         self.elastic = most <= MOST_ROWS and native_serves(model, alike, called)
         self._graph: GraphStep | None = None
         self._given, self._steps = states, 0
+        # What is kept per row, besides its state; `_resize` alone changes how many rows there are.
+        size = 0 if states is None else states.max_batch_size
+        self.held: list[Any] = [None] * size
+        self._began = [0 if states is None else states.get_seq_length()] * size  # less the steps taken until it came
         self._last: Tensor | None = None  # (size, v), the logits of the last step
-        self._began: list[int] = []  # tokens that each row had seen when it came, less the steps taken until then
         if states is None:
             self.states = model.backbone.new_cache(0)
         elif graphs_serve(model, called):
@@ -71,6 +78,7 @@ class DecodingRows:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Each row reads its one of ``tokens`` (size,); the logits (size, v) after it, valid until the next step."""
+        assert len(tokens) == self.size
         self._steps += 1
         if self._graph is None:
             self._last = self._step(tokens)  # watches for itself
@@ -103,18 +111,17 @@ class DecodingRows:
         return torch.ones_like(tokens, dtype=torch.bool) if self._last is None else are_numbers(self._last, tokens)
 
     def grow(self) -> int:
-        """Add rows, which are empty until `put`; returns how many."""
+        """Add rows, which are free and empty until `put`; returns how many."""
         before = self.size
         size = min(self.most, max(1, 2 * before)) if self.elastic else self.most
+        kept = list(range(before))
         if graphs_serve(self.model):
             assert before == 0
             self._graph = GraphStep(self.model, size)  # of its own: its rows stay, whatever else the model writes
-            self.states = self._graph.cache
+            self._resize(self._graph.cache, [None] * size)
         else:
-            rows = list(range(before))
             states = self.model.backbone.new_cache(size)
-            self._over(states.copy_(self.states, rows, rows) if rows else states)
-        self._began += [0] * (size - before)
+            self._resize(states.copy_(self.states, kept, kept) if kept else states, [*kept, *[None] * (size - before)])
         return size - before
 
     def shrink(self, kept: list[int]) -> bool:
@@ -122,13 +129,31 @@ class DecodingRows:
         nothing is done, where that could change bits or more than half of the rows are kept."""
         if not self.elastic or 2 * len(kept) > self.size:
             return False
-        self._began = [self._began[row] for row in kept] if self._began else []
-        self._last = None if self._last is None else self._last[kept]
-        self._over(self.states.select(kept))
+        self._resize(self.states.select(kept), list(kept))
         return True
 
+    def _resize(self, states: MambaCache, origins: Sequence[int | None]) -> None:
+        """Row i is from now on what row ``origins[i]`` was, or a new one: everything that is kept per row follows."""
+        self.held = [None if row is None else self.held[row] for row in origins]
+        self._began = [0 if row is None else self._began[row] for row in origins]
+        if self._last is not None:
+            last = self._last
+            self._last = last.new_zeros(len(origins), last.shape[1])  # numbers, where a row has made no step yet
+            for row, origin in enumerate(origins):
+                if origin is not None:
+                    self._last[row] = last[origin]
+        self.states = states
+        if self._graph is None:
+            self._over(states)
+
     def put(self, row: int, state: MambaCache) -> None:
-        """``row`` goes on from this state of one row, which is copied."""
+        """``row`` goes on from this state of one row, which is copied.
+
+        Raises:
+            ValueError: a state of another model, or of several rows.
+        """
+        if state.max_batch_size != 1:
+            raise ValueError(f"the state has {state.max_batch_size} rows; a row goes on from one: select it")
         self.states.copy_(state, [0], [row])
         self._began[row] = state.get_seq_length() - self._steps
 
@@ -158,4 +183,6 @@ class DecodingRows:
 
     def _over(self, states: MambaCache) -> None:
         self.states = states
-        self._step = native_step(self.model, states, self._called) if self.elastic else forward_step(self.model, states)
+        if states.max_batch_size:  # nothing is stepped before the next `grow` otherwise
+            native = self.elastic
+            self._step = native_step(self.model, states, self._called) if native else forward_step(self.model, states)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hashlib
 import hmac
+import itertools
 import time
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -74,6 +76,7 @@ class App:
         self.router, self.name, self.metrics = router, name, metrics
         self._load, self._failed, self._api_key = load, failed, api_key
         self._started = int(time.time())
+        self._requests = itertools.count()
         # Tokenizers are not safe to use from several threads; one keeps a long prompt off the event loop.
         self._tokenizing = ThreadPoolExecutor(1)
 
@@ -135,7 +138,8 @@ class App:
             self.router.require_ready()
             body = protocol.parse_body(await _body(request))
             tokenizer, limits = await asyncio.shield(self._loaded)
-            call = await self._call(protocol.parse(body, limits), tokenizer, limits)
+            share = self._share(request)
+            call = await self._call(protocol.parse(body, limits), tokenizer, limits, share)
             self.router.submit(call.jobs)
         except ApiError as error:
             self.metrics.requests.labels("", "rejected" if error.retry_after else "invalid").inc()
@@ -155,7 +159,15 @@ class App:
 
     # -- a request -----------------------------------------------------------------------------------------------------
 
-    async def _call(self, asked: Asked, tokenizer: Any, limits: Limits) -> _Call:
+    def _share(self, request: Request) -> tuple[Any, ...]:
+        """Whose texts take turns with whose: keys with keys, one key's addresses with each other, an address's requests likewise."""
+        key = (
+            request.headers.get("authorization", "") if self._api_key is not None else ""
+        )  # else anybody can make up many
+        client = "" if request.client is None else request.client.host
+        return hashlib.sha256(key.encode()).hexdigest()[:16], client, next(self._requests)
+
+    async def _call(self, asked: Asked, tokenizer: Any, limits: Limits, share: tuple[Any, ...]) -> _Call:
         run = functools.partial(asyncio.get_running_loop().run_in_executor, self._tokenizing)
         inbox = Inbox()
         lengths: list[int] = []
@@ -171,7 +183,7 @@ class App:
             data = array("q", ids).tobytes()
             for copy in range(asked.n):
                 sampling = asked.sampling_of(copy)
-                jobs.append(Job(inbox, len(jobs), data, len(ids), sampling, asked.max_tokens, asked.stop, copy))
+                jobs.append(Job(inbox, len(jobs), data, len(ids), sampling, asked.max_tokens, asked.stop, copy, share))
                 echoed.append(before)
         usage = Usage(lengths, asked.n, caching=bool(self.router.options.prefix_cache_bytes))
         return _Call(asked, Answer(self.name), inbox, jobs, usage, echoed)

@@ -23,15 +23,15 @@ class Limits:
         model: the name it goes by.
         vocab_size: token ids are below it.
         max_new_tokens: of one text.
-        max_prompt_tokens: of one prompt; None for any number, since a longer one takes no more memory.
-        most_texts: prompts times n: as many as can wait and run.
+        max_prompt_tokens: of one prompt; None for any number: a longer one takes no more memory, but time.
+        most_texts: prompts times n.
     """
 
     model: str
     vocab_size: int
     max_new_tokens: int = 4096
-    max_prompt_tokens: int | None = None
-    most_texts: int = 256
+    max_prompt_tokens: int | None = 65536
+    most_texts: int = 128
 
 
 def wrong(param: str, message: str) -> ApiError:
@@ -159,7 +159,7 @@ def _too_many_texts(prompts: int, n: int, limits: Limits) -> ApiError:
     return wrong(
         "prompt" if n == 1 else "n",
         f"{prompts} prompts with n {n} are {prompts * n} texts, but at most {limits.most_texts} can run and wait "
-        "here; send fewer at a time, or serve with a larger --max-waiting",
+        "here; send fewer at a time, or serve with a larger --max-texts and --max-waiting",
     )
 
 

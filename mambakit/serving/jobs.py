@@ -59,6 +59,8 @@ class Job:
     stop: tuple[str, ...] = ()
     copy: int = 0
     """Which of the n texts after its prompt it is; the prompt is counted with the first."""
+    share: tuple[Any, ...] = ()
+    """Whose it is, from the outside in: (key, client, request)."""
 
     id: int = field(default_factory=itertools.count().__next__, init=False)
     created: float = field(default_factory=time.monotonic, init=False)

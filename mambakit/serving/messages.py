@@ -39,6 +39,8 @@ class Task:
     sampling: dict[str, Any]
     max_new_tokens: int
     stop: tuple[str, ...] = ()
+    share: tuple[Any, ...] = ()
+    """Whose it is, from the outside in: rows are divided evenly at every level."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Which replica writes which text, and what becomes of a text when its replica dies. Knows neither torch nor HTTP.
 
-Texts wait here, not at the replicas: each goes to the replica with the least to do at the moment that one can take it. All
+Texts wait here, not at the replicas: each goes to the replica with the least to do at the moment that one can take it. Keys, their
+clients and their requests take turns, and each request soon has a text at a replica, where turns are taken for the rows. All
 methods run on the event loop's thread; two threads for each replica carry what is said to and from its process.
 """
 
@@ -24,13 +25,12 @@ from mambakit.serving.messages import Batch, Cancel, Failed, Piece, Ready, Stop,
 from mambakit.serving.metrics import Metrics
 from mambakit.serving.protocol import ApiError
 from mambakit.serving.suspects import Suspects
+from mambakit.serving.waiting import Waiting
 
 _log = logging.getLogger("mambakit.serving")
 
 # A replica that dies is started again at once, at most this often within so many seconds; then it waits.
 RESTARTS, WINDOW = 3, 60.0
-# Texts sent to a replica before a row is free, so that none stays empty while the next one is on its way.
-AHEAD = 2
 _PATIENCE = 5.0  # seconds for a process to exit when told to
 
 
@@ -66,7 +66,7 @@ class Router:
     Args:
         options: of every replica; ``device`` and ``sharers`` are filled in here.
         devices: one for each replica.
-        max_waiting: texts that may wait for a row.
+        max_waiting: texts that may wait for a row; up to twice as many where those who come have less than their share.
         metrics: where it counts.
         failed: called when a replica cannot even start the first time, with the reason: a model that does not load, say.
     """
@@ -82,8 +82,8 @@ class Router:
     ):
         self.options, self.max_waiting, self.metrics, self._failed = options, max_waiting, metrics, failed
         self.replicas = [Replica(number, device) for number, device in enumerate(devices)]
-        self._queue: deque[Job] = deque()
         self._suspects = Suspects()
+        self._queue = Waiting(options.rows)
         self._stopping = False
 
     # -- texts -----------------------------------------------------------------------------------------------------
@@ -107,14 +107,14 @@ class Router:
         """
         self._suspects.refuse(jobs)
         self.require_ready()
-        free = sum(max(0, self.options.rows - len(r.jobs)) for r in self.replicas if r.state == "ready")
-        if self.waiting + len(jobs) - free > self.max_waiting:
+        if jobs and not self._queue.lets_in(jobs, self.replicas, self.max_waiting):
             message = (
                 f"{self.waiting} texts wait already, and {len(jobs)} more are too many; at most {self.max_waiting} may "
                 "(--max-waiting): try again later"
             )
             raise ApiError(429, message, retry_after=1)
-        self._queue.extend(jobs)
+        for job in jobs:
+            self._queue.add(job)
         self._deal()
 
     def cancel(self, jobs: Sequence[Job]) -> None:
@@ -124,7 +124,7 @@ class Router:
                 continue
             job.ended = True
             if job.replica is None:
-                self._queue.remove(job)
+                self._queue.ended(job)
                 self.metrics.ended("", "cancelled")
             else:
                 job.replica.outgoing.put(Cancel(job.id))
@@ -137,21 +137,17 @@ class Router:
                 self._fail(job, ApiError(503, reason, retry_after=1))
                 if replica is not None:
                     replica.outgoing.put(Cancel(job.id))
-        self._queue.clear()
+        for job in list(self._queue):
+            self._queue.ended(job)
 
     def _deal(self) -> None:
         """Send waiting texts to the replicas that have room, the least busy first."""
-        while self._queue:
-            open_ = [r for r in self.replicas if r.state == "ready" and len(r.jobs) < self.options.rows + AHEAD]
-            if not open_:
-                return
+        while found := self._queue.take(self.replicas):
+            job, able = found
             full = self.options.rows
-            replica = min(
-                open_, key=lambda r: (len(r.jobs) >= full, sum(job.left for job in r.jobs.values()), r.number)
-            )
-            job = self._queue.popleft()
+            replica = min(able, key=lambda r: (len(r.jobs) >= full, sum(job.left for job in r.jobs.values()), r.number))
             job.replica, replica.jobs[job.id] = replica, job
-            replica.outgoing.put(Task(job.id, job.prompt_ids, job.sampling, job.max_new_tokens, job.stop))
+            replica.outgoing.put(Task(job.id, job.prompt_ids, job.sampling, job.max_new_tokens, job.stop, job.share))
 
     def _deliver(self, replica: Replica, piece: Piece) -> None:
         job = replica.jobs[piece.id]
@@ -162,9 +158,12 @@ class Router:
                 job.first = now
                 self.metrics.first.labels(name).observe(now - job.created)
             job.tokens += piece.tokens
+            self._queue.served(job, piece.tokens)
             self.metrics.tokens.labels(name).inc(piece.tokens)
-        if piece.error and not job.ended:
+        if piece.finish_reason:
             del replica.jobs[job.id]
+            self._queue.ended(job)
+        if piece.error and not job.ended:
             if piece.text:
                 job.inbox.put(job.index, piece._replace(finish_reason="", error=""))
             _log.error(
@@ -176,7 +175,6 @@ class Router:
         if not job.ended:
             job.inbox.put(job.index, piece)
         if piece.finish_reason:
-            del replica.jobs[job.id]
             outcome = "cancelled" if job.ended else piece.finish_reason
             job.ended = True
             each = (now - job.first) / (job.tokens - 1) if job.tokens > 1 else None
@@ -230,6 +228,8 @@ class Router:
             replica.busy, replica.waiting = message.busy, message.waiting
             for piece in message.pieces:
                 self._deliver(replica, piece)
+            if not any(piece.finish_reason for piece in message.pieces):
+                return  # there is no more room than before
         elif isinstance(message, Ready):
             replica.state, replica.been_ready = "ready", True
             _log.info("%s is ready", replica.name)
@@ -254,6 +254,7 @@ class Router:
         jobs, replica.jobs = list(replica.jobs.values()), {}
         suspected = self._suspects.died(jobs)
         for job in jobs:
+            self._queue.ended(job)
             if not job.ended:
                 message = f"{replica.name} died while it wrote this text ({replica.error})"
                 self._fail(

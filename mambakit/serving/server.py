@@ -29,6 +29,7 @@ class ServerOptions:
         devices: one for each replica.
         name: what the model goes by in the API.
         max_waiting: texts that may wait for a row.
+        max_texts: of one request.
         drain_seconds: how long texts under way may go on after a signal to stop.
     """
 
@@ -39,7 +40,8 @@ class ServerOptions:
     port: int = 8000
     max_waiting: int = 256
     max_new_tokens: int = 4096
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: int = 65536
+    max_texts: int = 128
     drain_seconds: float = 30.0
     api_key: str | None = None
 
@@ -111,7 +113,7 @@ def _load(options: ServerOptions) -> tuple[Any, Limits]:
         vocab_size=AutoConfig.from_pretrained(options.worker.model).vocab_size,
         max_new_tokens=options.max_new_tokens,
         max_prompt_tokens=options.max_prompt_tokens,
-        most_texts=options.max_waiting + options.worker.rows * len(options.devices),
+        most_texts=min(options.max_texts, options.max_waiting + options.worker.rows * len(options.devices)),
     )
     return AutoTokenizer.from_pretrained(options.worker.model), limits
 

@@ -10,8 +10,6 @@ import contextlib
 import queue
 import signal
 import threading
-import traceback
-from collections import deque
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -62,7 +60,7 @@ def _load(options: WorkerOptions) -> tuple[Any, Any]:
 
 
 class _Worker:
-    """The main thread: what is asked goes into the engine as rows become free, one step after another."""
+    """The main thread: what is asked goes into the engine, which gives all of it its turn, one step after another."""
 
     def __init__(self, options: WorkerOptions, connection: Connection, inbox: queue.SimpleQueue[Any]):
         from mambakit.generation.engine import Engine
@@ -78,11 +76,9 @@ class _Worker:
             else None
         )
         self.inbox, self.outbox = inbox, Outbox(connection, inbox)
-        self.pending: deque[Task] = deque()
         self.running: dict[Any, Text] = {}  # by `Request`
-        self.preparing: Task | None = None
-        self.cancelled = False  # the one that is being prepared
         self._warm(chunk_size if not on_cpu else 4)
+        self.engine.prefix_cache = self.prefix_cache  # of what is asked alone
 
     def _warm(self, length: int) -> None:
         """Compile kernels and capture graphs before anybody waits for them."""
@@ -99,9 +95,7 @@ class _Worker:
     def run(self) -> None:
         threading.Thread(target=self.outbox.run, daemon=True).start()
         while True:
-            self._hear(wait=not (self.pending or self.running))
-            while self.pending and len(self.running) < self.engine.rows:
-                self._start(self.pending.popleft())
+            self._hear(wait=not self.running)
             self._step()
 
     def _hear(self, wait: bool = False) -> None:
@@ -112,18 +106,11 @@ class _Worker:
                 return
             wait = False
             if isinstance(message, Task):
-                self.pending.append(message)
+                self._start(message)
             else:
                 self._cancel(message.id)
 
     def _cancel(self, id: int) -> None:
-        if self.preparing is not None and self.preparing.id == id:
-            self.cancelled = True
-        for task in self.pending:
-            if task.id == id:
-                self.pending.remove(task)
-                self._tell([(Text(task, self.tokenizer), None, "cancelled")])
-                return
         for request, text in self.running.items():
             if text.id == id:
                 request.cancel()
@@ -131,85 +118,34 @@ class _Worker:
     def _start(self, task: Task) -> None:
         text = Text(task, self.tokenizer)
         try:
-            self.running[self._submit(task, text)] = text
-        except _CancelledError:
-            self._tell([(text, None, "cancelled")])
-        except _StepError as error:  # of the texts that went on meanwhile
-            raise error.__cause__ or error from None
+            with text.blamed():
+                self.running[self._submit(task)] = text
         except Exception as error:
             if isinstance(error, _device_error()):
                 raise
             text.fail(error)
             self._tell([(text, None, "error")])
 
-    def _submit(self, task: Task, text: Text) -> Any:
+    def _submit(self, task: Task) -> Any:
         import torch
 
         from mambakit.generation.engine import Request
         from mambakit.generation.stream import Sampling
-        from mambakit.generation.token_ids import require_in_vocabulary
 
         ids = torch.frombuffer(bytearray(task.prompt_ids), dtype=torch.int64)
-        with text.blamed():
-            sampling = Sampling(**task.sampling)
-            require_in_vocabulary("prompt", ids, self.model.config.vocab_size)
-        options: dict[str, Any] = {"prompt_ids": ids}
-        if self.prefix_cache is not None:
-            saved = self.prefix_cache.statistics.tokens_saved
-            self.preparing, self.cancelled = task, False
-            try:
-                state = self.prefix_cache.read(ids, progress=self._meanwhile)
-            finally:
-                self.preparing = None
-            text.cached_tokens = self.prefix_cache.statistics.tokens_saved - saved
-            options = {
-                "prompt_ids": state.pending[0], "state": state.cache, "context": ids[:-1], "keep_state": True,
-            }  # fmt: skip
-        with text.blamed():
-            return self.engine.submit(Request(sampling=sampling, max_new_tokens=task.max_new_tokens, **options))
-
-    def _meanwhile(self, _read: int) -> None:
-        """Between the chunks of a prompt that the prefix cache reads, the other texts go on."""
-        self._hear()
-        if self.cancelled:
-            raise _CancelledError
-        try:
-            self._step()
-        except Exception as error:
-            raise _StepError from error
+        return self.engine.submit(Request(ids, Sampling(**task.sampling), task.max_new_tokens, share=task.share))
 
     def _step(self) -> None:
         events: list[Event] = [(self.running[request], token, "") for request, token in self.engine.step()]
         for request in [r for r in self.running if r.finish_reason]:
             text = self.running.pop(request)
-            text.error = request.error
+            text.error, text.cached_tokens = request.error, request.cached_tokens
             events.append((text, None, request.finish_reason))
-            if self.prefix_cache is not None and request.final_state is not None:
-                # A text's last token is not read, unless the end of the text was chosen after it.
-                tokens = request.tokens if request.finish_reason == "stop" else request.tokens[:-1]
-                read = [*request.context.tolist(), *request.prompt_ids.tolist(), *tokens]
-                self._store(read, request.final_state)
         self._tell(events)
 
-    def _store(self, tokens: list[int], state: Any) -> None:
-        assert self.prefix_cache is not None
-        try:
-            self.prefix_cache.store(tokens, state)
-        except Exception as error:  # the text is whole all the same
-            if isinstance(error, _device_error()):
-                raise
-            traceback.print_exception(error)
-
     def _tell(self, events: list[Event]) -> None:
-        self.outbox.put(self.engine.busy, len(self.pending), events)
-
-
-class _CancelledError(Exception):
-    """The prompt that is being read belongs to nobody any more."""
-
-
-class _StepError(Exception):
-    """A step of the other texts failed, while a prompt was read."""
+        busy = self.engine.busy
+        self.outbox.put(busy, len(self.running) - busy, events)
 
 
 def _device_error() -> type[Exception]:

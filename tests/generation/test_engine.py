@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -174,7 +176,7 @@ def test_cancelled_and_submitted_meanwhile(model):
 
 def test_a_long_prompt_does_not_hold_up_those_who_write(model):
     long_prompt = tokens(1, 40)[0].random_(1, 61, generator=torch.Generator().manual_seed(6))
-    engine = Engine(model, 3, chunk_size=4)
+    engine = Engine(model, 3, chunk_size=4, read_seconds=math.inf)  # however slow this machine is
     writing = engine.submit(Request(prompts(1)[0], max_new_tokens=30))
     assert [request for request, _ in engine.step()] == [writing, writing]
     long, gone = (engine.submit(Request(long_prompt, max_new_tokens=5)) for _ in range(2))
@@ -228,3 +230,27 @@ def test_on_a_gpu():
     model.cpu()
     for request, prompt in zip(requests, prompts(7), strict=True):
         assert request.tokens == alone(model, prompt, 8)
+
+
+def test_a_pool_that_grows_and_shrinks_before_the_next_step(model):
+    """A text that comes and ends at its first token leaves rows that never stepped."""
+    engine, prompt = Engine(model), prompts(1)[0]
+    first = engine.submit(Request(prompt, max_new_tokens=9))
+    engine.step()
+    second, _ = (engine.submit(Request(prompt, max_new_tokens=n)) for n in (9, 1))
+    for _ in engine.run():
+        pass
+    assert first.tokens == second.tokens == alone(model, prompt, 9)
+
+
+def test_a_request_runs_once(model):
+    engine, request = Engine(model, 1), Request(prompts(1)[0], max_new_tokens=3)
+    engine.submit(request)
+    with pytest.raises(ValueError, match="runs already"):
+        engine.submit(request)
+    with pytest.raises(ValueError, match="prompt_ids has token 61; the model's are 0 to 60"):
+        engine.submit(Request(torch.tensor([3, 61])))
+    assert engine.waiting == [request]
+    for _ in engine.run():
+        pass
+    assert len(request.tokens) == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -137,3 +139,48 @@ def test_rows_of_a_pool_are_not_those_of_generate():
     assert rows._graph is not module.graph_step(model, 2)
     assert worst(rows.step(ids[:, 7]), model(ids).logits[:, -1]) < 1e-4
     assert rows.copy_of(1).get_seq_length() == 8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(40))
+def test_random_growing_and_shrinking(seed, way, model):
+    """Whatever order rows come, step and go in, what is kept per row is as long as the pool, and each row's own."""
+    chance = random.Random(seed)
+    most = chance.choice([1, 3, 5, 8])
+    rows = DecodingRows(model, most)
+    texts: dict[int, list[int]] = {}  # name: its tokens
+    name = 0
+    for _ in range(25):
+        action = chance.choice(["put", "put", "step", "step", "likeliest", "leave", "shrink"])
+        if action == "put" and len(texts) < most:
+            if None not in rows.held:
+                rows.grow()
+            row = chance.choice([i for i, held in enumerate(rows.held) if held is None])
+            ids = tokens(1, chance.randrange(1, 6))
+            rows.put(row, model(ids, use_cache=True).cache_params)
+            rows.held[row], texts[name], name = name, ids[0].tolist(), name + 1
+        elif action == "leave" and texts:
+            gone = chance.choice(list(texts))
+            del texts[gone]
+            rows.held[rows.held.index(gone)] = None
+        elif action == "shrink" and rows.size:
+            rows.shrink([i for i, held in enumerate(rows.held) if held is not None])
+        elif texts:
+            new = [chance.randrange(1, 61) for _ in range(rows.size)]
+            for row, held in enumerate(rows.held):
+                if held is not None:
+                    texts[held].append(new[row])
+            if action == "likeliest":
+                best = rows.likeliest(torch.tensor(new), 1)[:, 0]
+                assert rows.are_numbers(best).all()
+            else:
+                rows.step(torch.tensor(new))
+        assert len(rows._began) == len(rows.held) == rows.size <= most
+        assert rows._last is None or rows.size in (0, len(rows._last))
+        for row, held in enumerate(rows.held):
+            if held is not None:
+                assert rows.copy_of(row).get_seq_length() == len(texts[held])
+    for row, held in enumerate(rows.held):
+        if held is not None:
+            expected = model(torch.tensor([texts[held]]), use_cache=True).cache_params
+            assert worst(rows.copy_of(row).ssm_states, expected.ssm_states) < 1e-5

@@ -1,0 +1,107 @@
+"""One text for the engine to write: what is asked, what became of it, and what is needed to choose its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mambakit.generation.parameters import NEW_TOKENS
+from mambakit.generation.reading import PromptReading
+from mambakit.generation.stream import Sampling
+from mambakit.generation.token_ids import token_ids
+from mambakit.generation.turns import Path
+from mambakit.modules import MambaCache
+from mambakit.quoting import quoted
+
+_GREEDY = Sampling(temperature=0)
+
+
+@dataclass(eq=False)
+class Request:
+    """One text to write, and what became of it.
+
+    Args:
+        prompt_ids: (l,) int64, l >= 1: the tokens to read first (only the new ones, where a ``state`` continues).
+        sampling: how tokens are chosen; its seed makes the text repeatable.
+        max_new_tokens: when to stop at the latest.
+        state: a `MambaCache` of one row to continue from; it is copied, never changed.
+        keep_state: whether the request is to hold its state at the end.
+        context: (p,) int64, what the ``state`` has read: a repetition penalty counts its tokens, too.
+        share: whose it is, from the outside in, such as (key, request): at every level rows are divided evenly among those who
+            want them. Requests of the same share, by default all, are in the order in which they were submitted. A prompt that
+            several requests of a share have is read once, unless the share is ().
+
+    Attributes:
+        tokens: what was written, without the end-of-text token.
+        finish_reason: "" while it runs; then "stop", "length", "cancelled", or "error".
+        error: after "error", what went wrong: the model's logits were no numbers, say. The texts beside it go on.
+        exception: after "error", what was raised for this request, if anything was.
+        cached_tokens: of the prompt, those whose state the engine's prefix cache knew.
+        final_state: a `MambaCache` of one row that has read the prompt and all of ``tokens`` but the last; all of them
+            after "stop". Only where ``keep_state`` is set.
+    """
+
+    prompt_ids: Tensor
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0))
+    max_new_tokens: int = 256
+    state: MambaCache | None = None
+    keep_state: bool = False
+    context: Tensor | None = None
+    share: Path = ()
+
+    tokens: list[int] = field(default_factory=list, init=False)
+    finish_reason: str = field(default="", init=False)
+    error: str = field(default="", init=False)
+    exception: Exception | None = field(default=None, init=False, repr=False)
+    cached_tokens: int = field(default=0, init=False)
+    final_state: MambaCache | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_ids = token_ids("prompt_ids", self.prompt_ids)
+        self.max_new_tokens = NEW_TOKENS.read("max_new_tokens", self.max_new_tokens)
+        if self.context is not None and len(self.context):
+            self.context = token_ids("context", self.context)
+        if not isinstance(self.sampling, Sampling):
+            raise TypeError(f"sampling is {quoted(self.sampling)}; give a Sampling")
+        if self.state is not None and self.state.max_batch_size != 1:
+            raise ValueError(f"the state has {self.state.max_batch_size} rows; a request continues one: select a row")
+
+    def cancel(self) -> None:
+        """Stop before the next token."""
+        self.finish_reason = self.finish_reason or "cancelled"
+
+
+@dataclass(eq=False)
+class Text:
+    """A request on its way: its prompt is being read; or it has a row; or it has a ``state``, and waits for a row."""
+
+    request: Request
+    reading: PromptReading
+    prompt: Path | None
+    """The same for texts whose prompt need be read once only; None where it is this one's alone."""
+    state: MambaCache | None = None
+    since: int = 0
+    """Tokens since it had its row."""
+    greedy: bool = False
+
+    def begin(self, device: torch.device) -> None:
+        """Its prompt has been read."""
+        request = self.request
+        self.greedy = type(request.sampling) is Sampling and request.sampling == _GREEDY
+        # (1, l) the prompt and, for what looks at them, all tokens so far
+        parts = [ids for ids in (request.context, request.prompt_ids) if ids is not None]
+        self._read = torch.cat([ids.to(device, torch.int64) for ids in parts])[None]
+        self._grows = type(request.sampling) is not Sampling or request.sampling.repetition_penalty != 1
+        self._choose = request.sampling.chooser(device)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """(1,) the next token, without waiting for the device."""
+        return self._choose(self._read, logits).reshape(1).to(logits.device, torch.int64)
+
+    def take(self, token: int) -> None:
+        self.request.tokens.append(token)
+        self.since += 1
+        if self._grows:
+            self._read = torch.cat([self._read, self._read.new_tensor([[token]])], 1)
