@@ -66,7 +66,7 @@ class UpdateGuard:
 
 def weights_are_finite(model: nn.Module, team: Processes) -> bool:
     """Whether every parameter is a number, at every process, so that all answer alike. All of them make the call."""
-    finite = torch.ones((), device=team.device)
+    finite = torch.ones((), dtype=torch.float32, device=team.device)
     for parameter in model.parameters():
         finite *= torch.isfinite(local(parameter.detach())).all()
     return float(team.mean(finite)) == 1.0

@@ -212,7 +212,7 @@ class _Run:
             self.telemetry = Telemetry(self.out, self.console, config.tensorboard, self.step)
         if self.over() and self.step and not config.export_only:
             say(self.console, f"step {self.step}: nothing left to train: the model is written again")
-        first, rate, norm = self.step, 0.0, torch.zeros(())
+        first, rate, norm = self.step, 0.0, torch.zeros((), dtype=torch.float32, device="cpu")
         with self.telemetry or contextlib.nullcontext():
             while not self.over():
                 progress = self.progress()
