@@ -18,6 +18,7 @@ LAYERS = [
     "threads",
     "output",
     "reading",
+    "number",
     "ops",
     "modules",
     "models",

@@ -25,6 +25,7 @@ from mambakit.models.scaling import widened
 from mambakit.models.token_loop import GeneratingSteps, write_tokens
 from mambakit.modules import MambaCache
 from mambakit.modules.interception import is_ours
+from mambakit.number import SEED
 from mambakit.quoting import brief
 
 # Tokens of all rows that a prefill reads at once: enough to keep the device busy, and a bound on its memory.
@@ -61,6 +62,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
                 a GPU in pieces of at most 4,096.
             seed: seeds this call's sampling alone; the global generator is left as it was.
         """
+        seed = SEED.read("seed", seed)
         if seed is not None:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(seed)

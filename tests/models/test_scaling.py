@@ -156,6 +156,12 @@ def test_streams_and_the_engine(model, ids, temperature):
     assert [request.tokens, *[s.tokens for s in streams]] == [expected] * 4
 
 
+@pytest.mark.parametrize("seed", [1 << 64, -(1 << 63) - 1, 1.5, float("nan"), True, "1"])
+def test_a_seed_is_refused_by_name(model, ids, seed):
+    with pytest.raises((TypeError, ValueError), match="^seed is "):
+        model.generate(ids, max_new_tokens=2, do_sample=True, seed=seed)
+
+
 def test_broken_logits_still_say_so():
     read = torch.tensor([[1, 2]])
     for broken in (torch.nan, torch.inf):
