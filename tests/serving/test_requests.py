@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 
 import pytest
 import torch
+from starlette.responses import JSONResponse
 
 import mambakit
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling, StoppingDecoder
-from mambakit.serving.app import _refusal
 from mambakit.serving.fields import _UNSERVED, FIELDS, MOST_STOP_CHARACTERS
 from mambakit.serving.protocol import ApiError, Limits, parse, parse_body
 
@@ -51,7 +50,7 @@ def answer(body: bytes) -> ApiError | object:
     assert 400 <= error.status < 500
     assert error.retry_after is None
     assert len(error.message) < 700
-    assert json.loads(asyncio.run(_refusal(None, error)).body)["error"]["message"] == error.message
+    assert json.loads(JSONResponse(error.body).body)["error"]["message"] == error.message
     return error
 
 
@@ -178,7 +177,9 @@ def test_over_http(server):
     before = [replica["restarts"] for replica in server.health()["replicas"]]
     statuses = set()
     for body in bodies:
-        response = server.client.post("/v1/completions", content=body.encode("latin-1"))
+        response = server.client.post(
+            "/v1/completions", content=body.encode("latin-1"), headers={"Content-Type": "application/json"}
+        )
         statuses.add(response.status_code)
         assert response.status_code in (200, 400, 404), (body[:200], response.text)
         assert len(response.content) < 2500
