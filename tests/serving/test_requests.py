@@ -174,6 +174,7 @@ def test_over_http(server):
     )
     values = ["2", "1e-300", "5e-324", "1.0", "NaN", "true", '"\\ud800"', "[1]", "1" * 500, '"' + "y" * 3000 + '"']
     bodies += [f'{{"prompt":"The cat","{name}":{value}}}' for name in names for value in values]
+    server.ready()
     before = [replica["restarts"] for replica in server.health()["replicas"]]
     statuses = set()
     for body in bodies:
