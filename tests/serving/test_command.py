@@ -76,7 +76,9 @@ def test_usage_counts_each_prompt_once(strict):
     usages.append(last["usage"])
     length = strict.complete(**body | {"n": 1})["usage"]["prompt_tokens"]
     assert [usage["prompt_tokens"] for usage in usages] == [length, length]
-    assert [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages] == [0, length - 1]
+    cold, warm = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+    assert cold <= 1, "another prompt may begin with the same token"
+    assert warm == length - 1
     assert [usage["completion_tokens"] for usage in usages] == [6, 6]
 
 
