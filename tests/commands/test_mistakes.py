@@ -73,9 +73,12 @@ def text(tmp_path) -> Path:
     return path
 
 
-def test_another_architecture_is_told_first(fails, unread, tmp_path, text):
+@pytest.mark.parametrize("tokenizer", [None, "{}"])
+def test_another_architecture_is_told_first(tokenizer, fails, unread, tmp_path, text):
     folder = tmp_path / "gpt2"
     folder.mkdir()
+    if tokenizer is not None:
+        (folder / "tokenizer.json").write_text(tokenizer)
     (folder / "config.json").write_text(
         json.dumps({"model_type": "gpt2", "n_embd": 768, "architectures": ["GPT2LMHeadModel"]})
     )

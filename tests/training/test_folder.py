@@ -334,7 +334,9 @@ def test_changed_bytes_are_named(tmp_path):
     train(config_of(tmp_path))
     path = tmp_path / "run" / "checkpoints" / "step-00000005" / "state.pt"
     path.write_bytes(b"\0" * path.stat().st_size)
-    with pytest.raises(ValueError, match=r"step-00000005/state.pt .*damaged.*; remove step-00000005 to continue from an earlier"):
+    with pytest.raises(
+        ValueError, match=r"step-00000005/state.pt .*damaged.*; remove step-00000005 to continue from an earlier"
+    ):
         train(config_of(tmp_path, resume=True))
 
 
