@@ -87,7 +87,7 @@ def test_a_full_queue_and_a_graceful_end(strict):
     stream = strict.stream(max_tokens=100_000, **BODY)
     next(stream)
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(strict.post, max_tokens=16, **BODY)
+        waiting = pool.submit(strict.post, max_tokens=100_000, **BODY)  # a short one would have its turn and be done
         wait_until(lambda: strict.health()["waiting"] == 1, "a text waits")
         full = strict.post(max_tokens=16, **BODY)
         assert full.status_code == 429

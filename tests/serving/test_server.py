@@ -147,6 +147,29 @@ def test_a_client_that_goes_away_frees_its_row(server):
     assert cancelled == 2
 
 
+def test_a_request_of_many_endless_texts_makes_nobody_wait(server):
+    """Four rows, sixty endless texts: others have theirs, and the tokens that they have alone."""
+    small = {"prompt": "The cat", "max_tokens": 80, "seed": 5}
+    alone = server.complete(**small)["choices"][0]
+    stream = server.stream(prompt=["The", "A"], n=30, max_tokens=LONG, temperature=0)
+    for _ in range(20):
+        next(stream)
+    with ThreadPoolExecutor(8) as pool:
+        for answer in pool.map(lambda _: server.complete(**small), range(8)):
+            assert answer["choices"][0] == alone
+    refused = server.post(prompt=["a", "b"], n=65)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+    assert "are 130 texts, but at most 128 can run and wait here" in refused.json()["error"]["message"]
+    assert "--max-texts" in refused.json()["error"]["message"]
+    long = server.post(prompt=[5] * 65537)
+    assert long.status_code == 400
+    assert "has 65,537 tokens; at most 65,536 are read here" in long.json()["error"]["message"]
+    assert "--max-prompt-tokens" in long.json()["error"]["message"]
+    next(stream)
+    stream.close()
+    wait_until(lambda: not any(r["busy"] for r in server.health()["replicas"]), "the rows are free", 20)
+
+
 def test_a_text_without_numbers_is_an_error_of_its_own(tmp_path):
     broken = save_tiny(tmp_path / "model", eos_token_id=303, tie_word_embeddings=False)
     with torch.no_grad():
