@@ -30,7 +30,16 @@ _IMMATERIAL = {"low_cpu_mem_usage", "use_safetensors", "weights_only", "trust_re
 
 
 def stored_tensors(model: Any, state: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What of a state dict (None: the model's, as it is) a checkpoint of ``model`` holds."""
+    """What of a state dict (None: the model's, as it is) a checkpoint of ``model`` holds.
+
+    Raises:
+        ValueError: plain weights for a model whose configuration says that they are packed.
+    """
+    plain = [name for name in state or () if name.endswith(tuple(f".{layer}.weight" for layer in LAYERS))]
+    if plain and is_quantized(model.config):
+        raise ValueError(
+            f"state_dict holds a plain {plain[0]}, the model's weights are packed; call model.dequantize() first"
+        )
     if not shares_table(model):
         return state
     state = model.state_dict() if state is None else state

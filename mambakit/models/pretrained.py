@@ -17,7 +17,7 @@ from mambakit.models.checkpoints import load_pretrained, save_original
 from mambakit.models.configuration import FalconMambaConfig, MambaConfig, for_weights_that_exist
 from mambakit.models.initialization import initialize, initialize_in_turn
 from mambakit.models.packed_checkpoints import stored_tensors
-from mambakit.models.quantization import dequantize, is_quantized, quantize
+from mambakit.models.quantization import dequantize, is_quantized, packed_numbers, quantize, require_plain
 
 
 class MambaPreTrainedModel(PreTrainedModel):
@@ -72,6 +72,18 @@ class MambaPreTrainedModel(PreTrainedModel):
         """Unpack the weights in place, to train the model or to save it for transformers; ``dtype`` is the model's own when None.
         See `mambakit.models.quantization`."""
         return dequantize(self, dtype)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the model has, packed ones too; with its arguments transformers'. A tied head counts as the embeddings."""
+        plain = super().num_parameters(only_trainable, exclude_embeddings)
+        return plain if only_trainable else plain + packed_numbers(self)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """transformers'. Packed weights: `dequantize` first."""
+        if new_num_tokens is None:
+            return self.get_input_embeddings()
+        require_plain(self, f"resize_token_embeddings({new_num_tokens})")
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def save_pretrained(
         self,

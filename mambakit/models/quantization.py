@@ -91,6 +91,47 @@ def dequantize(model: Any, dtype: torch.dtype | str | None = None) -> Any:
     return model.to(dtype).train(model.training)  # the new layers too
 
 
+def require_plain(model: Any, what: str) -> None:
+    """ValueError where ``model`` is quantised and is to do ``what``, which packed weights cannot."""
+    if is_quantized(model.config):
+        format = model.config.quantization_config["format"]
+        raise ValueError(f"{what}: the model's weights are packed ({format}); call model.dequantize() first")
+
+
+def require_learning(model: Any) -> None:
+    """ValueError where a quantised ``model`` in training would learn by what little of it is not packed.
+
+    Adapters may learn, and what PEFT was told to train beside them.
+    """
+    if is_quantized(model.config) and (name := _learning(model)) is not None:
+        format = model.config.quantization_config["format"]
+        raise ValueError(
+            f"training: the model's weights are packed ({format}) and do not learn, only {name} and the like would; call "
+            "model.dequantize() first, or freeze the model (requires_grad_(False)) and train adapters"
+        )
+
+
+def _learning(module: nn.Module, prefix: str = "") -> str | None:
+    """The name of a parameter that learns, outside PEFT's layers."""
+    if type(module).__module__.startswith("peft."):
+        return None
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.requires_grad:
+            return prefix + name
+    for name, child in module.named_children():
+        if (found := _learning(child, f"{prefix}{name}.")) is not None:
+            return found
+    return None
+
+
+def packed_numbers(model: Any) -> int:
+    """How many weights are in packed layers, but for a head whose rows are the embeddings."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    if shares_table(model):
+        layers.remove(model.lm_head)
+    return sum(layer.in_features * layer.out_features for layer in layers)
+
+
 def shares_table(model: Any) -> bool:
     """Whether the embeddings are the packed head's rows, so that a checkpoint needs the head alone."""
     if not model.config.tie_word_embeddings or not isinstance(getattr(model, "lm_head", None), QuantizedLinear):
