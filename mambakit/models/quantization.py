@@ -15,6 +15,7 @@ from torch import nn
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops._memory import PLAIN_TYPES
 from mambakit.ops.linear import lossless
+from mambakit.ops.linear.api import GROUP
 from mambakit.quoting import brief
 
 METHOD = "mambakit"
@@ -23,13 +24,13 @@ PACKED_FORMATS = ("int8", "int4", *lossless.DTYPES)  # as configurations name th
 LAYERS = ("in_proj", "x_proj", "out_proj")
 
 
-def quantize(model: Any, format: str, group: int = 64) -> Any:
+def quantize(model: Any, format: str, group: int | None = None) -> Any:
     """Replace ``model``'s large linear layers by quantised ones, in place; returns the model. Tied embeddings become the
     numbers that the packed head stands for. A quantised model is dequantised first, and keeps what its format had rounded.
 
     Args:
         format: "int8" or "int4"; or "lossless", which keeps every number to the last bit: bfloat16 in 12 bits, float32 in 28.
-        group: numbers of a row that share a scale: 32, 64 or 128.
+        group: numbers of a row that share a scale: 32, 64 (when None) or 128; lossless packing has no scales.
 
     Raises:
         ValueError: an unknown format or group, layers that are not plain linear layers (adapters: merge them first), or
@@ -37,6 +38,9 @@ def quantize(model: Any, format: str, group: int = 64) -> Any:
     """
     if format not in FORMATS:
         raise ValueError(f"format is {brief(format)}; choose one of {', '.join(FORMATS)}")
+    if format == "lossless" and group is not None:
+        raise ValueError(f"group is {group}: lossless packing has no scales to share; drop it, or choose int8 or int4")
+    group = GROUP if group is None else group
     if is_quantized(model.config):
         dequantize(model)
     targets = targets_of(model)

@@ -125,7 +125,7 @@ def load_adapters(model: Any, folder: str | os.PathLike) -> None:
             raise ValueError(
                 f"the adapters of {folder} do not fit the model: {different[0]} differs; load their base model"
             )
-        peft.set_peft_model_state_dict(bare, stored, adapter_name=_NAME)
+        peft.set_peft_model_state_dict(bare, given, adapter_name=_NAME)
     for name, parameter in model.named_parameters():
         if name in copies:
             parameter.data.copy_(given[name])
