@@ -72,7 +72,7 @@ def load_quantized(
     name: str,
     dtype: Any,
     device_map: Any,
-    generation: GenerationConfig | None = None,
+    generation: Any = None,
 ) -> Any:
     """A model saved after `quantize`: the class that was saved, or a language model's base model, or a new classifier on it."""
     settings = config.quantization_config
