@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mambakit._versions import check_versions
+
 __version__ = "0.1.0"
 
 _SUBPACKAGES = ("ops",)
@@ -57,6 +59,9 @@ if TYPE_CHECKING:
     from mambakit.models.registration import register
     from mambakit.modules.cache import MambaCache
     from mambakit.modules.mixer import MambaMixer
+
+
+check_versions()
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", help="a new folder")
     parser.add_argument("--to", choices=("int8", "int4", "lossless"), default="int8", help="default: int8")
     parser.add_argument(
-        "--group", type=int, choices=(32, 64, 128), default=64, help="weights to a scale (default 64; not for lossless)"
+        "--group", type=int, choices=(32, 64, 128), help="weights to a scale (default 64; not for lossless)"
     )
 
 
@@ -33,6 +33,10 @@ def run(args: argparse.Namespace) -> int:
 
     transformers.utils.logging.disable_progress_bar()
     target = Path(args.target)
+    if args.to == "lossless" and args.group is not None:  # before anything is loaded
+        raise ValueError(
+            f"--group {args.group}: lossless packing has no scales to share; drop it, or choose --to int8 or int4"
+        )
     folder = resolve(args.source)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     if is_quantized(model.config):

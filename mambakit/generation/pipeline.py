@@ -9,6 +9,7 @@ import transformers
 
 from mambakit.assets import default_model_path
 from mambakit.models.auto import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from mambakit.models.options import check_loading
 from mambakit.quoting import brief
 
 _MODELS = {
@@ -49,6 +50,15 @@ def pipeline(
     if task not in _MODELS:
         raise ValueError(f"task is {brief(task)}; mambakit has {', '.join(_MODELS)}")
     dtype = torch_dtype if dtype is None else dtype
+    if kwargs.get("use_fast") is False:
+        raise ValueError("use_fast=False cannot be followed: tokenizers are the fast ones; give your own as tokenizer=")
+    kwargs = check_loading(kwargs)
+    if model is not None and not isinstance(model, (str, os.PathLike)):
+        said = {"config": config, "dtype": dtype, "device_map": device_map, "model_kwargs": model_kwargs}
+        if given := [name for name, value in said.items() if value is not None]:
+            raise ValueError(
+                f"{' and '.join(given)}: for loading a model, and model is one already; load it so, or drop them"
+            )
     if model is None:
         if task != "text-generation":
             raise ValueError(f"no model ships with mambakit for {brief(task)}; name one with model=")

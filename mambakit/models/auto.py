@@ -8,6 +8,7 @@ from typing import Any
 from mambakit.errors import CheckpointError
 from mambakit.models import classification, falcon_mamba, mamba
 from mambakit.models.formats import CONFIGS, is_original, read_config
+from mambakit.models.options import check_loading
 from mambakit.models.storage import HUB_ARGUMENTS, resolve, small_files
 from mambakit.quoting import brief
 from mambakit.reading import read_json, require_whole
@@ -23,7 +24,7 @@ class AutoConfig:
     @staticmethod
     def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> Any:
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-        config, unused = read_config(resolve(name, **hub), **kwargs)
+        config, unused = read_config(resolve(name, **hub), **check_loading(kwargs))
         if unused:
             raise TypeError(f"AutoConfig.from_pretrained: {sorted(unused)} are not fields of {type(config).__name__}")
         config.name_or_path = str(name)

@@ -42,6 +42,8 @@ _TOKENIZER_FILES = (
 def load_pretrained(cls: Any, name: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any) -> Any:
     """`cls.from_pretrained`: check every tensor's name and shape first, then load. Nothing is left at random values."""
     folder = resolve(name, **{key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs})
+    generation = kwargs.pop("generation_config", None)
+    safe = kwargs.pop("use_safetensors", None)
     # Taken out first: a configuration would take the argument for its own field.
     dtype, older = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
     dtype = older if dtype is None else dtype
@@ -53,13 +55,17 @@ def load_pretrained(cls: Any, name: str | os.PathLike, *args: Any, config: Any =
         kwargs["dtype"] = dtype
     if is_quantized(config):
         require_packed_arguments(args, kwargs)
-        return load_quantized(cls, config, folder, str(name), dtype, kwargs.get("device_map"))
+        return load_quantized(cls, config, folder, str(name), dtype, kwargs.get("device_map"), generation)
     load = super(_owner(cls), cls).from_pretrained
     if getattr(config, "quantization_config", None) is not None or kwargs.get("state_dict") is not None:
         return load(
             str(folder), *args, config=config, **kwargs
         )  # names and shapes are the quantiser's, or the caller's
     files = weight_files(folder)
+    if safe is not None and safe != (files[0].suffix == ".safetensors"):
+        raise CheckpointError(
+            f"use_safetensors={safe}, but the weights of {folder} are {files[0].name}; convert them, or drop it"
+        )
     found = read_headers(files)
     mapping = _check(cls, config, found, folder, kwargs.get("ignore_mismatched_sizes", False))
     if kwargs.get("dtype") in (
@@ -75,7 +81,8 @@ def load_pretrained(cls: Any, name: str | os.PathLike, *args: Any, config: Any =
         state = {wanted: tensors[stored] for stored, wanted in mapping.items()}
         result = load(None, *args, config=config, state_dict=state, **kwargs)
     model = result[0] if isinstance(result, tuple) else result
-    if model.can_generate() and (generation := read_generation_config(folder)) is not None:
+    generation = read_generation_config(folder) if generation is None else generation
+    if model.can_generate() and generation is not None:
         model.generation_config = generation
     model.config.name_or_path = model.name_or_path = str(name)
     return result

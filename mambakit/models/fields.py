@@ -158,11 +158,11 @@ _GENERATION = {
 }  # fmt: skip
 # adapter_config.json, PEFT's of LoRA.
 _ADAPTER = {
-    "peft_type": _one_of("LORA"), "r": _whole(1, 2**16), "lora_alpha": _real(0, 1e6, above=True), "lora_dropout": _real(0, 1),
+    "peft_type": _STRING, "r": _whole(0, 2**16).or_null(), "lora_alpha": _real(0, 1e6, above=True), "lora_dropout": _real(0, 1),
     "target_modules": _any_of(
         "a name of layers, or a list of them", _STRING, _list(lambda v: isinstance(v, str) and bool(v.strip()), "", least=1)
-    ),
-    "base_model_name_or_path": _STRING.or_null(), "bias": _one_of("none", "all", "lora_only"),
+    ).or_null(),
+    "base_model_name_or_path": _STRING.or_null(), "bias": _STRING.or_null(),
     **dict.fromkeys(("fan_in_fan_out", "use_rslora", "use_dora", "inference_mode"), _BOOLEAN.or_null()),
     "rank_pattern": _object(_is_string, lambda v: type(v) is int and v > 0, "an object of ranks under names").or_null(),
     "alpha_pattern": _object(_is_string, lambda v: type(v) in (int, float) and v > 0, "an object of numbers under names").or_null(),

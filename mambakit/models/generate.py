@@ -18,6 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from mambakit.models.choosing import WITHOUT_WAITING, Choosing
 from mambakit.models.graph_step import graphs_serve
 from mambakit.models.inputs import one_cache
+from mambakit.models.options import check_generating, setting
 from mambakit.models.outputs import CACHE_NAMES
 from mambakit.models.pretrained import MambaPreTrainedModel
 from mambakit.models.prompt import read_prompt, reads_in_pieces
@@ -67,6 +68,8 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(seed)
                 return self.generate(inputs, generation_config, *args, **kwargs)
+        settings = generation_config or self.generation_config
+        check_generating(kwargs, settings)
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         cache = one_cache(**{name: kwargs.pop(name, None) for name in CACHE_NAMES})
         mask = kwargs.pop("attention_mask", None)
@@ -96,17 +99,12 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
             input_ids = torch.cat([input_ids[:, :cached], input_ids[:, cached:].gather(1, order)], 1)
             mask = torch.cat([mask[:, :-new], mask[:, -new:].gather(1, order)], 1)
 
-        settings = generation_config or self.generation_config
-        if implementation := _setting(kwargs, settings, "cache_implementation", None):
-            raise ValueError(
-                f"cache_implementation={brief(implementation)}: a Mamba state has one form; drop the argument"
-            )
-        copies = max(_setting(kwargs, settings, "num_beams", 1), _setting(kwargs, settings, "num_return_sequences", 1))
-        use_cache = _setting(kwargs, settings, "use_cache", True)
+        copies = max(setting(kwargs, settings, "num_beams", 1), setting(kwargs, settings, "num_return_sequences", 1))
+        use_cache = setting(kwargs, settings, "use_cache", True)
         steps = GeneratingSteps(self)
         given_cache = cache
         limit = _TOKENS_AT_ONCE.get(self.device.type, 2**14)
-        whole = bool(_setting(kwargs, settings, "output_hidden_states", False))  # asks for the whole prompt's
+        whole = bool(setting(kwargs, settings, "output_hidden_states", False))  # asks for the whole prompt's
         alone = copies == 1 and use_cache and not whole and reads_in_pieces(self, input_ids.shape[0])
         if alone and is_ours(self) and (mask is None or bool(mask[:, -new:].all())):
             cache = self.backbone.new_cache(1) if cache is None else cache
@@ -275,12 +273,6 @@ def _with_each_name(result: Any) -> Any:
         if name != _RESULT and not hasattr(type(result), name):
             object.__setattr__(result, name, getattr(result, _RESULT))
     return result
-
-
-def _setting(kwargs: dict[str, Any], settings: Any, name: str, default: Any) -> Any:
-    value = kwargs.get(name)
-    value = getattr(settings, name, None) if value is None else value
-    return default if value is None else value
 
 
 def _cached_columns(cache: MambaCache, input_ids: Tensor, mask: Tensor | None) -> int:

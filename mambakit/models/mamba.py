@@ -13,6 +13,7 @@ from mambakit.models.generate import GenerativeMambaModel
 from mambakit.models.inputs import one_cache, packing_of, shifted_labels
 from mambakit.models.outputs import MambaCausalLMOutput, MambaOutput
 from mambakit.models.pretrained import MambaPreTrainedModel
+from mambakit.models.quantization import require_learning
 from mambakit.modules import MambaBlock, MambaCache, RMSNorm
 
 
@@ -87,6 +88,8 @@ class MambaModel(MambaPreTrainedModel):
         config = self.config
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return_dict = config.return_dict if return_dict is None else return_dict
+        if self.training and torch.is_grad_enabled():
+            require_learning(self)
         # Without gradients there is no backward pass to compute anything again for: `generate` in train mode keeps its state.
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         only_tensors = self._returns_only_tensors()

@@ -16,22 +16,22 @@ from transformers.utils import ModelOutput
 from mambakit.modules import MambaCache
 
 CACHE_NAMES = ("cache", "cache_params", "past_key_values")
-_Output = TypeVar("_Output", bound=type)
+_Output = TypeVar("_Output")
 
 
 def _name(key: Any) -> Any:
     return "cache" if isinstance(key, str) and key in CACHE_NAMES else key
 
 
-def _takes_each_name(cls: _Output) -> _Output:
+def _takes_each_name(cls: type[_Output]) -> type[_Output]:
     """Let the constructor of a dataclass take the field ``cache`` under its other names."""
-    init = cls.__init__
+    init = vars(cls)["__init__"]
 
     @functools.wraps(init)
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: N807, the method itself
         init(self, *args, **{_name(key): value for key, value in kwargs.items()})
 
-    cls.__init__ = __init__
+    setattr(cls, "__init__", __init__)  # noqa: B010, which mypy takes for an instance's
     return cls
 
 
@@ -41,11 +41,11 @@ class _WithCache(ModelOutput):
     cache: MambaCache | None
 
     @property
-    def cache_params(self) -> MambaCache | None:  # type: ignore[override]
+    def cache_params(self) -> MambaCache | None:
         return self.cache
 
     @property
-    def past_key_values(self) -> MambaCache | None:  # type: ignore[override]
+    def past_key_values(self) -> MambaCache | None:
         return self.cache
 
     def __getitem__(self, key: Any) -> Any:

@@ -24,13 +24,20 @@ from mambakit.modules.quantized_linear import QuantizedLinear
 
 _BESIDE = ("scales", "starts", "columns", "values")  # stored beside a packed weight's `data`
 _EMBEDDINGS = "embeddings.weight"
-# Of transformers' arguments those that are followed, and those that change nothing where one file is read into one model.
-_FOLLOWED = {"dtype", "device_map"}
-_IMMATERIAL = {"low_cpu_mem_usage", "use_safetensors", "weights_only", "trust_remote_code", "attn_implementation"}
+_FOLLOWED = {"dtype", "device_map"}  # of transformers' arguments
 
 
 def stored_tensors(model: Any, state: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What of a state dict (None: the model's, as it is) a checkpoint of ``model`` holds."""
+    """What of a state dict (None: the model's, as it is) a checkpoint of ``model`` holds.
+
+    Raises:
+        ValueError: plain weights for a model whose configuration says that they are packed.
+    """
+    plain = [name for name in state or () if name.endswith(tuple(f".{layer}.weight" for layer in LAYERS))]
+    if plain and is_quantized(model.config):
+        raise ValueError(
+            f"state_dict holds a plain {plain[0]}, the model's weights are packed; call model.dequantize() first"
+        )
     if not shares_table(model):
         return state
     state = model.state_dict() if state is None else state
@@ -50,7 +57,7 @@ def packed_weights(name: str, shape: tuple[int, ...], config: Any) -> tuple[str,
 def require_packed_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """ValueError where `from_pretrained` of packed weights is asked for what only plain ones can be."""
     given = {k for k, v in kwargs.items() if v is not None and v is not False and not k.startswith("_")}
-    refused = sorted(given - _FOLLOWED - _IMMATERIAL) + [repr(a) for a in args]
+    refused = sorted(given - _FOLLOWED) + [repr(a) for a in args]
     if refused:
         raise ValueError(
             f"this checkpoint's weights are packed, and {', '.join(refused)} cannot be followed there, only {' and '.join(sorted(_FOLLOWED))}; "
@@ -58,7 +65,15 @@ def require_packed_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         )
 
 
-def load_quantized(cls: Any, config: Any, folder: Path, name: str, dtype: Any, device_map: Any) -> Any:
+def load_quantized(
+    cls: Any,
+    config: Any,
+    folder: Path,
+    name: str,
+    dtype: Any,
+    device_map: Any,
+    generation: Any = None,
+) -> Any:
     """A model saved after `quantize`: the class that was saved, or a language model's base model, or a new classifier on it."""
     settings = config.quantization_config
     files = weight_files(folder)
@@ -108,7 +123,8 @@ def load_quantized(cls: Any, config: Any, folder: Path, name: str, dtype: Any, d
         model.score = nn.Linear(config.hidden_size, config.num_labels, bias=False, dtype=dtype)
         initialize(model.score, config)
         warnings.warn(f"{name} holds no score.weight: it is drawn anew, and needs training", stacklevel=4)
-    if model.can_generate() and (generation := read_generation_config(folder)) is not None:
+    generation = read_generation_config(folder) if generation is None else generation
+    if model.can_generate() and generation is not None:
         model.generation_config = generation
     model.config.name_or_path = model.name_or_path = name
     return model.to(_device(device_map)).eval()

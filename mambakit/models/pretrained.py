@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from mambakit.models.checkpoints import load_pretrained, save_original
 from mambakit.models.configuration import FalconMambaConfig, MambaConfig, for_weights_that_exist
 from mambakit.models.initialization import initialize, initialize_in_turn
+from mambakit.models.options import check_loading
 from mambakit.models.packed_checkpoints import stored_tensors
-from mambakit.models.quantization import dequantize, is_quantized, quantize
+from mambakit.models.quantization import dequantize, is_quantized, packed_numbers, quantize, require_plain
 
 
 class MambaPreTrainedModel(PreTrainedModel):
@@ -55,16 +56,22 @@ class MambaPreTrainedModel(PreTrainedModel):
 
         ``quantization`` ("int8", "int4" or "lossless") packs the weights once they are loaded; a checkpoint saved after `quantize`
         needs no argument. The other arguments are transformers' (``dtype``, "auto" for the checkpoint's own; ``device_map``, ``revision``,
-        ``cache_dir``, ``local_files_only``, fields of the configuration, ...).
+        ``cache_dir``, ``local_files_only``, fields of the configuration, ...); those that mean nothing here are said or refused by name
+        (`mambakit.models.options`).
 
         Raises:
+            ValueError: an option that cannot be followed.
             CheckpointError: a file is missing, damaged, holds code, or does not fit the configuration.
         """
         quantization = kwargs.pop("quantization", None)
-        model = load_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
+        model = load_pretrained(cls, pretrained_model_name_or_path, *args, **check_loading(kwargs))
         return model if quantization is None else model.quantize(quantization)
 
-    def quantize(self, format: str, group: int = 64) -> MambaPreTrainedModel:
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return super()._from_config(config, **check_loading(kwargs))
+
+    def quantize(self, format: str, group: int | None = None) -> MambaPreTrainedModel:
         """Pack the weights in place, for inference: "int8", "int4" or "lossless"; see `mambakit.models.quantization`."""
         return quantize(self, format, group)
 
@@ -72,6 +79,18 @@ class MambaPreTrainedModel(PreTrainedModel):
         """Unpack the weights in place, to train the model or to save it for transformers; ``dtype`` is the model's own when None.
         See `mambakit.models.quantization`."""
         return dequantize(self, dtype)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the model has, packed ones too; with its arguments transformers'. A tied head counts as the embeddings."""
+        plain = super().num_parameters(only_trainable, exclude_embeddings)
+        return plain if only_trainable else plain + packed_numbers(self)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """transformers'. Packed weights: `dequantize` first."""
+        if new_num_tokens is None:
+            return self.get_input_embeddings()
+        require_plain(self, f"resize_token_embeddings({new_num_tokens})")
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def save_pretrained(
         self,

@@ -15,6 +15,7 @@ from torch import nn
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops._memory import PLAIN_TYPES
 from mambakit.ops.linear import lossless
+from mambakit.ops.linear.api import GROUP
 from mambakit.quoting import brief
 
 METHOD = "mambakit"
@@ -23,13 +24,13 @@ PACKED_FORMATS = ("int8", "int4", *lossless.DTYPES)  # as configurations name th
 LAYERS = ("in_proj", "x_proj", "out_proj")
 
 
-def quantize(model: Any, format: str, group: int = 64) -> Any:
+def quantize(model: Any, format: str, group: int | None = None) -> Any:
     """Replace ``model``'s large linear layers by quantised ones, in place; returns the model. Tied embeddings become the
     numbers that the packed head stands for. A quantised model is dequantised first, and keeps what its format had rounded.
 
     Args:
         format: "int8" or "int4"; or "lossless", which keeps every number to the last bit: bfloat16 in 12 bits, float32 in 28.
-        group: numbers of a row that share a scale: 32, 64 or 128.
+        group: numbers of a row that share a scale: 32, 64 (when None) or 128; lossless packing has no scales.
 
     Raises:
         ValueError: an unknown format or group, layers that are not plain linear layers (adapters: merge them first), or
@@ -37,6 +38,9 @@ def quantize(model: Any, format: str, group: int = 64) -> Any:
     """
     if format not in FORMATS:
         raise ValueError(f"format is {brief(format)}; choose one of {', '.join(FORMATS)}")
+    if format == "lossless" and group is not None:
+        raise ValueError(f"group is {group}: lossless packing has no scales to share; drop it, or choose int8 or int4")
+    group = GROUP if group is None else group
     if is_quantized(model.config):
         dequantize(model)
     targets = targets_of(model)
@@ -89,6 +93,47 @@ def dequantize(model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model.all_tied_weights_keys = {}  # what transformers read of the configuration when the model was made
     del model.config.quantization_config
     return model.to(dtype).train(model.training)  # the new layers too
+
+
+def require_plain(model: Any, what: str) -> None:
+    """ValueError where ``model`` is quantised and is to do ``what``, which packed weights cannot."""
+    if is_quantized(model.config):
+        format = model.config.quantization_config["format"]
+        raise ValueError(f"{what}: the model's weights are packed ({format}); call model.dequantize() first")
+
+
+def require_learning(model: Any) -> None:
+    """ValueError where a quantised ``model`` in training would learn by what little of it is not packed.
+
+    Adapters may learn, and what PEFT was told to train beside them.
+    """
+    if is_quantized(model.config) and (name := _learning(model)) is not None:
+        format = model.config.quantization_config["format"]
+        raise ValueError(
+            f"training: the model's weights are packed ({format}) and do not learn, only {name} and the like would; call "
+            "model.dequantize() first, or freeze the model (requires_grad_(False)) and train adapters"
+        )
+
+
+def _learning(module: nn.Module, prefix: str = "") -> str | None:
+    """The name of a parameter that learns, outside PEFT's layers."""
+    if type(module).__module__.startswith("peft."):
+        return None
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.requires_grad:
+            return prefix + name
+    for name, child in module.named_children():
+        if (found := _learning(child, f"{prefix}{name}.")) is not None:
+            return found
+    return None
+
+
+def packed_numbers(model: Any) -> int:
+    """How many weights are in packed layers, but for a head whose rows are the embeddings."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    if shares_table(model):
+        layers.remove(model.lm_head)
+    return sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def shares_table(model: Any) -> bool:

@@ -40,7 +40,11 @@ class MambaCache:
         dtype: dtype of ``conv_states``; the configuration's, else float32.
     """
 
-    is_compileable = False  # transformers' generate() would otherwise wrap each step in torch.compile
+    # What transformers' generate() asks of a cache: whether to wrap each step in torch.compile, and (since 5.24) whether a layer's
+    # part is a state, so that a prompt is not cut to the tokens after it, and may be cut back.
+    is_compileable = False
+    is_linear = (True,)
+    is_croppable = False
 
     def __init__(
         self,

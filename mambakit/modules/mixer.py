@@ -22,9 +22,11 @@ from mambakit.quoting import brief
 
 
 class TimeStepProjection(nn.Linear):
-    """(r) -> (d) without adding its bias: the scan adds it in float32, right before the softplus.
+    """(r) -> (d), a linear layer whose bias stays float32 when the model is cast to a half dtype.
 
-    The bias stays float32 when the model is cast to a half dtype. A new layer's steps are those that ``steps`` names.
+    With one, the sum is float32, too: near a softplus the rounding of a half would move the steps by per cents. The mixer takes the
+    product alone (`product`), and the scan adds the bias right before the softplus, where nobody listens to this module's call.
+    A new layer's steps are those that ``steps`` names.
     """
 
     def __init__(
@@ -46,6 +48,10 @@ class TimeStepProjection(nn.Linear):
             self.bias.copy_(self.steps.bias(self.bias))
 
     def forward(self, input: Tensor) -> Tensor:
+        product = self.product(input)
+        return product if self.bias is None else product + self.bias
+
+    def product(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight)
 
     def _apply(self, fn: Callable, recurse: bool = True):
@@ -217,21 +223,24 @@ class MambaMixer(nn.Module):
             dt, B, C = (rms_norm(t, None, self.mixer_rms_eps)[0] for t in (dt, B, C))
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         A = -torch.exp(self.A_log.to(dtype))
-        bias = self._time_step_bias()
-        if bias is not None:
-            bias = bias.to(dtype)
-        return x, self.dt_proj(dt), A, B, C, self.D.to(dtype), z, bias, True
+        delta, bias = self._time_steps(dt)
+        return x, delta.to(x.dtype), A, B, C, self.D.to(dtype), z, None if bias is None else bias.to(dtype), True
 
-    def _time_step_bias(self) -> Tensor | None:
-        """dt_proj's bias where dt_proj leaves it to the scan.
+    def _time_steps(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What goes into the softplus, as the scan takes it: a product, and a bias that it adds in float32.
 
-        A wrapper (LoRA) keeps the projection inside; a replacement that is a plain linear layer (a quantised one, say)
-        adds its bias itself.
+        A module in dt_proj's place (an adapter around it, a plain linear layer) adds the bias itself. Of a float32 sum that is
+        to be a half it is taken off again, and added in the scan.
         """
-        for module in self.dt_proj.modules():
-            if isinstance(module, TimeStepProjection):
-                return module.bias
-        return None
+        if untouched(self.dt_proj, TimeStepProjection):
+            return self.dt_proj.product(dt), self.dt_proj.bias
+        steps = self.dt_proj(dt)
+        if steps.dtype == dt.dtype:
+            return steps, None
+        own = next((m for m in self.dt_proj.modules() if isinstance(m, TimeStepProjection)), None)
+        if own is None or own.bias is None:
+            return steps, None
+        return steps - own.bias, own.bias
 
     def _apply(self, fn: Callable, recurse: bool = True):
         if recurse:

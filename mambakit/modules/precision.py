@@ -11,12 +11,14 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def keep_float32(fn: Callable, t: Tensor) -> Tensor:
-    """Apply ``fn`` (a cast, a move) without its cast of float32 to a half dtype.
+    """Apply ``fn`` (a cast, a move) without its cast of float32 (or float64) to a half dtype.
 
     A_log, D and the time step's bias steer the recurrence's decays: their rounding would compound over time. The scales of
     quantised weights multiply a whole group of them.
     """
     out = fn(t)
-    if t.dtype == torch.float32 and out.dtype in _HALF:
-        return torch.empty_like(t, device="meta") if out.device.type == "meta" else t.to(out.device)
+    if t.dtype in (torch.float32, torch.float64) and out.dtype in _HALF:
+        if out.device.type == "meta":
+            return torch.empty_like(t, device="meta", dtype=torch.float32)
+        return t.to(out.device, torch.float32)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,14 @@ class QuantizedLinear(nn.Module):
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                f"the weight of this layer is packed ({self.format}): `packed.dequantized()` gives its numbers, and "
+                "model.dequantize() plain layers"
+            )
+        return super().__getattr__(name)
+
     @property
     def packed(self) -> PackedWeight:
         exceptions = (self.starts, self.columns, self.values) if hasattr(self, "starts") else None
@@ -61,7 +70,19 @@ class QuantizedLinear(nn.Module):
         return linear(input, self.packed, self.bias)
 
     def _apply(self, fn: Callable, recurse: bool = True):
-        return super()._apply(lambda t: fn(t) if t is self.bias else keep_float32(fn, t), recurse)
+        def moved(t: Tensor) -> Tensor:
+            """The packed numbers and their float32 scales move, and are never cast: the kernels read them by their layout."""
+            out = keep_float32(fn, t)
+            return out if out.dtype == t.dtype else t.to(out.device)
+
+        return super()._apply(lambda t: fn(t) if t is self.bias else moved(t), recurse)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
+        if prefix + "weight" in state_dict:
+            raise ValueError(
+                f"load_state_dict: {prefix}weight is plain and the layer's is packed ({self.format}); call model.dequantize() first"
+            )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     def extra_repr(self) -> str:
         group = f", group={self.group}" if "scales" in self._buffers else ""

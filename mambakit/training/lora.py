@@ -1,9 +1,10 @@
-"""Low-rank adapters (arXiv 2106.09685) through PEFT, on every linear layer of a Mamba model: add, merge, save, load."""
+"""Adapters through PEFT on a Mamba model: add low-rank ones (arXiv 2106.09685), load any that PEFT saves, merge, save."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mambakit.reading import read_file, read_json
 
 _PEFT_PREFIX = "base_model.model."
 _FILE = "adapter_model.safetensors"
+_NAME = "default"
 
 
 def add_adapters(model: Any, rank: int, alpha: float, targets: list[str]) -> None:
@@ -29,12 +31,9 @@ def add_adapters(model: Any, rank: int, alpha: float, targets: list[str]) -> Non
     Raises:
         ValueError: PEFT is not installed, the model is quantised, or a target is no linear layer of it.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError('lora_rank needs PEFT: pip install "mambakit[peft]"')
+    _require(model)
     import peft
 
-    if is_quantized(model.config):
-        raise ValueError("the model is quantised, and packed weights take no adapters; call model.dequantize() first")
     layers = model.backbone.layers
     known = {name.rsplit(".", 1)[-1] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
     for target in targets:
@@ -44,17 +43,30 @@ def add_adapters(model: Any, rank: int, alpha: float, targets: list[str]) -> Non
             )
     if not targets:
         raise ValueError(f"lora_targets is empty; choose among {', '.join(sorted(known))}")
-    model.requires_grad_(False)
     scale: Any = alpha or 2 * rank  # a float is as good as the integer that PEFT asks for
-    config = peft.LoraConfig(r=rank, lora_alpha=scale, target_modules=list(targets), lora_dropout=0.0)
-    peft.inject_adapter_in_model(config, layers)
+    _inject(model, peft.LoraConfig(r=rank, lora_alpha=scale, target_modules=list(targets), task_type="CAUSAL_LM"))
 
 
 def merge_adapters(model: Any) -> None:
-    """Add every adapter's product to its layer's weight and drop the adapter: the model is a plain one again."""
+    """Add what every adapter does to its layer's weight and drop the adapter: the model is a plain one again.
+
+    Raises:
+        ValueError: adapters of a method that cannot be merged.
+    """
     for parent, name, adapter in list(_adapters(model)):
-        adapter.merge()
-        setattr(parent, name, adapter.get_base_layer())
+        if hasattr(adapter, "unload_and_optionally_merge_module"):  # modules_to_save, trainable tokens
+            plain = adapter.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        else:
+            try:
+                adapter.merge()
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"{name}: a {type(adapter).__name__} cannot be merged ({error}); keep the adapters"
+                ) from error
+            plain = adapter.get_base_layer()
+        setattr(parent, name, plain)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
     model.requires_grad_(True)
 
 
@@ -62,50 +74,99 @@ def save_adapters(model: Any, folder: str | os.PathLike) -> None:
     """Write the adapters alone, in PEFT's files and names: adapter_model.safetensors and adapter_config.json."""
     from safetensors.torch import save_file
 
-    adapters = list(_adapters(model))
-    if not adapters:
+    if not any(True for _ in _adapters(model)):
         raise ValueError("the model has no adapters to save; add_adapters puts them on, merge_adapters takes them off")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        _PEFT_PREFIX + name.replace(".default", ""): tensor.detach().cpu().contiguous()
-        for name, tensor in model.named_parameters()
-        if "lora_" in name
-    }
-    temporary = folder / (_FILE + ".tmp")
-    save_file(tensors, temporary)
-    os.replace(temporary, folder / _FILE)
-    layer = adapters[0][2]
+    import copy
+
     import peft
 
-    targets = sorted({name for _, name, _ in adapters})
-    config = peft.LoraConfig(
-        r=layer.r["default"], lora_alpha=layer.lora_alpha["default"], target_modules=targets, task_type="CAUSAL_LM",
-        base_model_name_or_path=model.config.name_or_path, inference_mode=True,
-    )  # fmt: skip
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = peft.get_peft_model_state_dict(_bare(model), adapter_name=_NAME, save_embedding_layers=False)
+    temporary = folder / (_FILE + ".tmp")
+    save_file({_PEFT_PREFIX + name: t.detach().cpu().clone().contiguous() for name, t in state.items()}, temporary)
+    os.replace(temporary, folder / _FILE)
+    config = copy.copy(model.peft_config[_NAME])
+    config.base_model_name_or_path, config.inference_mode = model.config.name_or_path, True
     config.save_pretrained(str(folder))
 
 
 def load_adapters(model: Any, folder: str | os.PathLike) -> None:
-    """Put adapters saved by `save_adapters` (or by PEFT, for a Mamba model) onto ``model``.
+    """Put adapters saved by `save_adapters`, or by PEFT, onto ``model``: PEFT injects them by the folder's own configuration.
 
     Raises:
-        ValueError: the folder holds none, or they do not fit the model.
+        ValueError: PEFT is not installed, the model is quantised or has adapters already, the folder holds none, its method is none that
+            is injected into layers, or they do not fit the model.
     """
     folder = Path(folder)
     if not (folder / _FILE).exists():
         raise ValueError(f"there are no adapters {folder / _FILE}")
+    _require(model)
+    import peft
+
     config = _read_config(folder)
-    add_adapters(model, config.r, config.lora_alpha, sorted(config.target_modules or []))
     stored = read_file(folder / _FILE)
-    wanted = {_PEFT_PREFIX + n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
-    different = sorted(stored.keys() ^ wanted.keys()) or [k for k in wanted if wanted[k].shape != stored[k].shape]
-    if different:
+    if config.is_prompt_learning or config.is_adaption_prompt:
         raise ValueError(
-            f"the adapters of {folder} do not fit the model: {different[0]} differs; load their base model"
+            f"{folder}: {config.peft_type.value} adapters put tokens before the text and are not injected into layers; load them with "
+            "peft.PeftModel.from_pretrained"
         )
-    for name, parameter in wanted.items():
-        parameter.data.copy_(stored[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice on how the folder ought to have been made
+        _inject(model, config, str(folder))
+        bare = _bare(model)
+        wanted = peft.get_peft_model_state_dict(bare, adapter_name=_NAME, save_embedding_layers=False)
+        given = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in stored.items()}
+        # Beside the adapters PEFT saves embeddings that it thinks were resized; of a model of the same size they are the base's.
+        copies = [n for n in given if n not in wanted and n.endswith(("embeddings.weight", "lm_head.weight"))]
+        different = sorted((given.keys() ^ wanted.keys()) - set(copies))
+        different = different or sorted(n for n in wanted if wanted[n].shape != given[n].shape)
+        if different:
+            raise ValueError(
+                f"the adapters of {folder} do not fit the model: {different[0]} differs; load their base model"
+            )
+        peft.set_peft_model_state_dict(bare, given, adapter_name=_NAME)
+    for name, parameter in model.named_parameters():
+        if name in copies:
+            parameter.data.copy_(given[name])
+
+
+def _require(model: Any) -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError('adapters (lora_rank) need PEFT: pip install "mambakit[peft]"')
+    if is_quantized(model.config):
+        raise ValueError("the model is quantised, and packed weights take no adapters; call model.dequantize() first")
+    if hasattr(model, "peft_config") or any(True for _ in _adapters(model)):
+        raise ValueError("the model has adapters already; merge_adapters(model) takes them in, then others go on")
+
+
+def _bare(model: Any) -> nn.Module:
+    """The model's children without its configuration, by whose type PEFT refuses out_proj and conv1d."""
+    bare = nn.Module()
+    for name, child in model.named_children():
+        bare.add_module(name, child)
+    if hasattr(model, "peft_config"):
+        bare.peft_config = model.peft_config
+    return bare
+
+
+def _inject(model: Any, config: Any, folder: str = "") -> None:
+    """Let PEFT put new adapters into ``model`` and freeze the rest.
+
+    Raises:
+        ValueError: PEFT finds the configuration wrong for this model.
+    """
+    import peft
+
+    model.requires_grad_(False)
+    bare = _bare(model)
+    try:
+        peft.inject_adapter_in_model(config, bare, _NAME)
+    except (ValueError, NotImplementedError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder or 'the adapters'}: PEFT cannot put them on this model ({error})") from error
+    for name, child in bare.named_children():  # a head that was wrapped
+        setattr(model, name, child)
+    model.peft_config = bare.peft_config
 
 
 def _read_config(folder: Path) -> Any:
@@ -116,14 +177,16 @@ def _read_config(folder: Path) -> Any:
         raise CheckpointError(f"there is no {path}; fetch the adapters again")
     check_adapter(read_json(path), path)
     try:
-        return peft.LoraConfig.from_pretrained(str(folder))
+        return peft.PeftConfig.from_pretrained(str(folder))
     except Exception as error:
         raise CheckpointError(f"{path}: {' '.join(str(error).split())}; correct it there or fetch it again") from error
 
 
 def _adapters(model: Any) -> Iterator[tuple[nn.Module, str, Any]]:
     """(parent, attribute, adapter) of every adapted layer; a model without PEFT's layers has none."""
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if type(child).__module__.startswith("peft.tuners.lora") and name != "default":
-                yield parent, name, child
+    for name, child in model.named_children():
+        module = type(child).__module__
+        if module.startswith("peft.") and hasattr(child, "active_adapters"):
+            yield model, name, child
+        else:
+            yield from _adapters(child)

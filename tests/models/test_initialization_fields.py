@@ -41,7 +41,8 @@ def assert_read_as_written(folder, model) -> None:
     ours = mambakit.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = model(ids).logits
-        assert worst(theirs(ids).logits, expected) < 1e-5
+        # Sums in another order, of large weights; out_proj divided by sqrt(layers) would be off by more than 1e-2.
+        assert worst(theirs(ids).logits, expected) < 1e-4
         assert worst(ours(ids).logits, expected) < 1e-5
     stored = dict(theirs.named_parameters())
     assert stored.keys() == dict(model.named_parameters()).keys()
