@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mambakit.errors import CheckpointError
 from mambakit.modules import MambaCache
+from mambakit.modules.placement import stored_value
 from mambakit.quoting import brief
 from mambakit.reading import open_safetensors
 
@@ -282,6 +283,13 @@ def fingerprint(model: Any) -> str:
     gigabyte and processor core).
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():  # hooks make two tensors of one
+        if (
+            name in tensors
+            and other in tensors
+            and (tensors[name].is_meta or torch.equal(tensors[name], tensors[other]))
+        ):
+            del tensors[name]
     config = json.dumps({field: getattr(model.config, field, None) for field in _COMPUTATION}, sort_keys=True)
     # What torch counts: a tensor replaced, or written in place.
     versions = [(name, t.data_ptr(), 0 if t.is_inference() else t._version) for name, t in tensors.items()]
@@ -289,9 +297,13 @@ def fingerprint(model: Any) -> str:
     if known is None or known[0] != (config, versions):
         total = hashlib.sha256(config.encode())
         names = sorted(tensors)
+
+        def digest(name: str) -> bytes:
+            return _digest(stored_value(model, name, tensors[name]))
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter's lock
-            for name, digest in zip(names, pool.map(_digest, (tensors[name] for name in names)), strict=True):
-                total.update(f"{name}:".encode() + digest)
+            for name, found in zip(names, pool.map(digest, names), strict=True):
+                total.update(f"{name}:".encode() + found)
         known = _known[model] = ((config, versions), total.hexdigest())
     return known[1]
 

@@ -28,6 +28,7 @@ from mambakit.models.storage import (
     resolve,
     weight_files,
 )
+from mambakit.modules.placement import stored_value
 from mambakit.quoting import brief
 
 __all__ = ["CheckpointError", "CheckpointInfo", "convert", "describe", "load_pretrained", "save_original"]
@@ -196,7 +197,8 @@ def save_original(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     fields = to_original_fields(model.config)
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        state[name.replace("embeddings.weight", "embedding.weight")] = tensor.detach().cpu().contiguous()
+        values = stored_value(model, name, tensor)
+        state[name.replace("embeddings.weight", "embedding.weight")] = values.detach().cpu().contiguous()
     if "lm_head.weight" not in state:
         raise CheckpointError(f"the original format holds causal language models, not a {type(model).__name__}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -96,7 +96,7 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
             positions = torch.arange(length, dtype=torch.int64, device=hidden.device)
             pooled = hidden[torch.arange(b, dtype=torch.int64, device=hidden.device), (positions * keep).argmax(1)]
         logits = self.score(pooled)
-        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+        loss = None if labels is None else self._loss(logits, labels.to(logits.device), num_items_in_batch)
         result = MambaSequenceClassifierOutput(
             loss=loss, logits=logits, cache=output.cache, hidden_states=output.hidden_states
         )

@@ -101,6 +101,8 @@ def documents_of(
 
 def as_lengths(name: str, cu: Any, device: torch.device | None = None) -> Tensor:
     """Cumulative lengths as a tensor (s + 1,) int32."""
+    if device is None:  # where it is: torch's default device may be another one
+        device = cu.device if isinstance(cu, Tensor) else torch.device("cpu")
     cu = torch.as_tensor(cu, device=device)
     if cu.dim() != 1 or cu.numel() < 2 or cu.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} is {tuple(cu.shape)} {cu.dtype}, expected (s + 1,) int32 with s >= 1")

@@ -15,6 +15,7 @@ from mambakit.models.outputs import MambaCausalLMOutput, MambaOutput
 from mambakit.models.pretrained import MambaPreTrainedModel
 from mambakit.models.quantization import require_learning
 from mambakit.modules import MambaBlock, MambaCache, RMSNorm
+from mambakit.modules.placement import InHand, computing_device, is_dispatched
 
 
 class MambaModel(MambaPreTrainedModel):
@@ -35,9 +36,11 @@ class MambaModel(MambaPreTrainedModel):
         self.embeddings = value
 
     def new_cache(self, batch_size: int) -> MambaCache:
-        """A zero state for ``batch_size`` rows, on this model's device and in its dtype."""
+        """A zero state for ``batch_size`` rows, in this model's dtype, where its layers compute."""
         weight = self.norm_f.weight
-        return MambaCache(self.config, batch_size, weight.device, weight.dtype)
+        devices = [computing_device(block) for block in self.layers]
+        place = devices if len(set(devices)) > 1 else next(iter(devices), weight.device)
+        return MambaCache(self.config, batch_size, place, weight.dtype)
 
     def forward(
         self,
@@ -112,14 +115,15 @@ class MambaModel(MambaPreTrainedModel):
 
         if packing is not None:
             x = packing.pack(x)
-        unpack = (lambda t: t) if packing is None else packing.unpack
+        unpack = (lambda t: t) if packing is None else (lambda t: packing.on(t.device).unpack(t))
         streams: list[Tensor] = []  # the residual stream that enters each layer; the first is the embeddings
         residual = None
         for block in self.layers:
             if checkpointing:
                 x, residual = self._gradient_checkpointing_func(block.__call__, x, residual, None, packing)
             else:
-                x, residual = block(x, residual, cache, packing)
+                state = InHand(cache) if cache is not None and is_dispatched(block) else cache
+                x, residual = block(x, residual, state, packing)
             if output_hidden_states:  # else they would all stay alive: 4 h bytes for each token and layer
                 streams.append(residual)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -225,7 +229,7 @@ class MambaForCausalLM(GenerativeMambaModel):
                     f"labels cover {labels.shape[1]} positions but logits_to_keep left {logits.shape[1]}; "
                     "leave logits_to_keep at 0 when training"
                 )
-            targets = shifted_labels(labels, attention_mask, marks)
+            targets = shifted_labels(labels.to(logits.device), attention_mask, marks)
             loss = nn.functional.cross_entropy(
                 logits.flatten(0, 1), targets.flatten(), reduction="mean" if num_items_in_batch is None else "sum"
             )

@@ -19,6 +19,7 @@ from mambakit.models.initialization import initialize, initialize_in_turn
 from mambakit.models.options import check_loading
 from mambakit.models.packed_checkpoints import stored_tensors
 from mambakit.models.quantization import dequantize, is_quantized, packed_numbers, quantize, require_plain
+from mambakit.modules.placement import KEPT_IN_PLACE, computing_device, keep_in_place, stored_value
 
 
 class MambaPreTrainedModel(PreTrainedModel):
@@ -31,6 +32,18 @@ class MambaPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MambaBlock"]
     _is_stateful = True
     _keep_in_fp32_modules_strict = ["A_log", "mixer.D", "dt_proj.bias"]
+    _skip_keys_device_placement = list(KEPT_IN_PLACE)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_hf_hook":  # accelerate puts a hook on the model
+            keep_in_place(value)
+        super().__setattr__(name, value)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs: where its first parameters are, or where accelerate's hooks bring them."""
+        device = super().device
+        return computing_device(self) if device.type == "meta" else device
 
     def _init_weights(self, module: nn.Module) -> None:
         initialize_in_turn(module, self.config)
@@ -105,6 +118,9 @@ class MambaPreTrainedModel(PreTrainedModel):
         config.json says ``rescale_prenorm_residual: false`` whatever the configuration says: the field is of weights that are
         yet to be drawn, and transformers applies it to those that it has just read.
         """
+        by_transformers = hasattr(self, "hf_device_map")  # it reads what a device_map has put elsewhere
+        if state_dict is None and not by_transformers and any(p.is_meta for p in self.parameters()):
+            state_dict = {name: stored_value(self, name, t) for name, t in self.state_dict().items()}
         with for_weights_that_exist(self.config):
             super().save_pretrained(save_directory, is_main_process, stored_tensors(self, state_dict), *args, **kwargs)
 

@@ -11,6 +11,7 @@ from mambakit.modules.cache import MambaCache
 from mambakit.modules.mixer import MambaMixer
 from mambakit.modules.norm import RMSNorm
 from mambakit.modules.packing import Packing
+from mambakit.modules.placement import InHand, is_dispatched
 
 
 class MambaBlock(nn.Module):
@@ -32,7 +33,7 @@ class MambaBlock(nn.Module):
         self,
         x: Tensor,
         residual: Tensor | None = None,
-        cache_params: MambaCache | None = None,
+        cache_params: MambaCache | InHand | None = None,
         packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(b, l, h) mixer output of the layer before (the embeddings at first) and the residual stream, or None at first.
@@ -42,4 +43,6 @@ class MambaBlock(nn.Module):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         residual_dtype = wide if self.residual_in_fp32 else self.norm.weight.dtype
         y, residual = self.norm(x, residual, residual_dtype)
+        if cache_params is not None and is_dispatched(self.mixer) and not isinstance(cache_params, InHand):
+            cache_params = InHand(cache_params)
         return self.mixer(y, cache_params, packing), residual

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mambakit.errors import CheckpointError
+from mambakit.modules.layered import exact_device, stack_layers, zeros_of_layers
 from mambakit.reading import open_safetensors
 
 # What must agree between the model that wrote a state and the one that reads it.
@@ -36,7 +38,8 @@ class MambaCache:
     Args:
         config: the model's configuration.
         max_batch_size: number of rows.
-        device: where the tensors live; torch's default device when absent.
+        device: where the tensors live; torch's default device when absent. A list of devices, one for each layer, for a model that
+            lies on several: ``conv_states`` and ``ssm_states`` are then a `LayeredTensor`.
         dtype: dtype of ``conv_states``; the configuration's, else float32.
     """
 
@@ -50,7 +53,7 @@ class MambaCache:
         self,
         config: Any,
         max_batch_size: int,
-        device: torch.device | str | None = None,
+        device: torch.device | str | Sequence[torch.device | str] | None = None,
         dtype: torch.dtype | None = None,
     ):
         if max_batch_size < 0:
@@ -59,8 +62,13 @@ class MambaCache:
         state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         layers, d = config.num_hidden_layers, config.intermediate_size
         self.config = config
-        self._conv = torch.zeros(layers, max_batch_size, d, config.conv_kernel - 1, device=device, dtype=dtype)
-        self._ssm = torch.zeros(layers, max_batch_size, d, config.state_size, device=device, dtype=state_dtype)
+        if isinstance(device, (list, tuple)) and len(device) != layers:
+            raise ValueError(
+                f"device names {len(device)} devices for {layers} layers; give one of each layer, or one of all"
+            )
+        conv, ssm = (max_batch_size, d, config.conv_kernel - 1), (max_batch_size, d, config.state_size)
+        self._conv: Any = zeros_of_layers(layers, conv, device, dtype)
+        self._ssm: Any = zeros_of_layers(layers, ssm, device, state_dtype)
         # Layers replaced out of place (where gradients flow) since the stacked tensors were last formed.
         self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
         self._seen_tokens = 0
@@ -69,12 +77,12 @@ class MambaCache:
     # -- what it holds ---------------------------------------------------------------------------------------------
 
     @property
-    def conv_states(self) -> Tensor:
+    def conv_states(self) -> Any:
         self._stack()
         return self._conv
 
     @property
-    def ssm_states(self) -> Tensor:
+    def ssm_states(self) -> Any:
         self._stack()
         return self._ssm
 
@@ -148,9 +156,18 @@ class MambaCache:
         """Form the stacked tensors anew from the layers that were replaced."""
         if self._replaced:
             layers = [self.layer(i) for i in range(self._ssm.shape[0])]
-            self._conv = torch.stack([conv for conv, _ in layers])
-            self._ssm = torch.stack([ssm for _, ssm in layers])
+            self._conv, self._ssm = stack_layers([c for c, _ in layers]), stack_layers([s for _, s in layers])
             self._replaced = {}
+
+    def place(self, index: int, device: torch.device) -> None:
+        """Have layer ``index``'s states on ``device``, where its layer computes; the other layers' stay where they are."""
+        if self.layer(index)[0].device == device:
+            return
+        self._stack()
+        self._conv, self._ssm = (
+            stack_layers([(t.to(device) if i == index else t.clone()) for i, t in enumerate(states)])
+            for states in (self._conv, self._ssm)
+        )
 
     # -- operations on whole states --------------------------------------------------------------------------------
 
@@ -173,7 +190,7 @@ class MambaCache:
         """Zero every state, or those of ``rows``."""
         if rows is None:
             self._replaced = {}
-            self._conv, self._ssm = torch.zeros_like(self._conv), torch.zeros_like(self._ssm)
+            self._conv, self._ssm = self._conv.detach().clone().zero_(), self._ssm.detach().clone().zero_()
             self._seen_tokens, self._tail = 0, None
             return
         index = self._index(rows, self.max_batch_size, "rows")
@@ -193,8 +210,10 @@ class MambaCache:
         self._seen_tokens = max(self._seen_tokens, source._seen_tokens)
         return self
 
-    def to(self, device: torch.device | str) -> MambaCache:
-        """This cache on another device."""
+    def to(self, device: torch.device | str | int | None) -> MambaCache:
+        """This cache, all of it on one device: itself where it lies there already."""
+        if device is None or (isinstance(self._conv, Tensor) and self._conv.device == exact_device(device)):
+            return self
         return self._with(self.conv_states.to(device), self.ssm_states.to(device))
 
     # -- names that transformers' generate() calls -----------------------------------------------------------------

@@ -56,7 +56,9 @@ def convolve_(
     owned = rows >= 0
     state = torch.where(owned[:, None, None], pool[rows.clamp(min=0)], 0)
     y, last = convolve(module, k, x, activation, state, cu_seqlens)
-    pool[rows[owned]] = last[owned].to(pool.dtype)
+    # By a shape that does not depend on the rows, for a call that is traced: what is dropped goes into a row beyond the last.
+    beyond = torch.cat([pool, torch.zeros_like(pool[:1])])
+    pool.copy_(beyond.index_put((torch.where(owned, rows, len(pool)),), last.to(pool.dtype))[: len(pool)])
     return y
 
 

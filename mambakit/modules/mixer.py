@@ -15,6 +15,7 @@ from mambakit.modules.initialization import TimeSteps, initial_a_log
 from mambakit.modules.interception import untouched
 from mambakit.modules.joined import Weights, in_training, mix, project
 from mambakit.modules.packing import Packing
+from mambakit.modules.placement import InHand
 from mambakit.modules.precision import keep_float32
 from mambakit.ops import causal_conv1d, causal_conv1d_, rms_norm, selective_scan, selective_scan_
 from mambakit.ops._memory import all_plain
@@ -40,10 +41,9 @@ class TimeStepProjection(nn.Linear):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         bound = self.steps.bound(self.in_features)
+        nn.init.uniform_(self.weight, -bound, bound)  # for a constant, too: what is drawn after it is the same
         if self.steps.scheme == "constant":
             nn.init.constant_(self.weight, bound)
-        else:
-            nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             self.bias.copy_(self.steps.bias(self.bias))
 
@@ -85,7 +85,7 @@ class MambaMixer(nn.Module):
         self.D = nn.Parameter(torch.empty(d, dtype=torch.float32))
         self.out_proj = nn.Linear(d, h, bias=config.use_bias)
         # A model of many layers starts the end of each residual branch smaller (`mambakit.models.initialization`).
-        self.out_proj.ends_residual_branch = True
+        self.out_proj.__dict__["ends_residual_branch"] = True
         # FalconMamba normalises dt, B and C without weights; plain Mamba has no such field.
         self.mixer_rms_eps: float | None = getattr(config, "mixer_rms_eps", None)
         self._set_activation(config.hidden_act)
@@ -120,7 +120,7 @@ class MambaMixer(nn.Module):
         self.conv_activation, self.act = None, ACT2FN[name]
 
     def forward(
-        self, hidden_states: Tensor, cache_params: MambaCache | None = None, packing: Packing | None = None
+        self, hidden_states: Tensor, cache_params: MambaCache | InHand | None = None, packing: Packing | None = None
     ) -> Tensor:
         """Mix over time.
 
@@ -132,14 +132,19 @@ class MambaMixer(nn.Module):
         Returns:
             (b, l, h).
         """
+        if isinstance(cache_params, InHand):
+            cache_params.held.place(self.layer_idx, hidden_states.device)
+        cache = cache_params.held if isinstance(cache_params, InHand) else cache_params
+        if packing is not None:
+            packing = packing.on(hidden_states.device)
         xz = project(self.in_proj, hidden_states)  # (b, l, 2 d)
         if in_training() and self.joins():
-            return project(self.out_proj, self._mix_joined(xz, cache_params, packing))
+            return project(self.out_proj, self._mix_joined(xz, cache, packing))
         x, z = xz.chunk(2, -1)
-        if cache_params is not None and not torch.is_grad_enabled() and (packing is None or packing.in_place):
-            y = self._mix_in_place(x, z, cache_params, packing)
+        if cache is not None and not torch.is_grad_enabled() and (packing is None or packing.in_place):
+            y = self._mix_in_place(x, z, cache, packing)
         else:
-            y = self._mix(x, z, cache_params, packing)
+            y = self._mix(x, z, cache, packing)
         return project(self.out_proj, y)
 
     def joins(self) -> bool:
@@ -186,7 +191,7 @@ class MambaMixer(nn.Module):
             )
         y, ssm_state = self.selective_scan(*self._scan_inputs(x, z), initial_state=ssm_state, cu_seqlens=cu_seqlens)
         self._keep(cache, packing, conv_state, ssm_state)
-        return y
+        return y.to(z.dtype)
 
     def _mix_in_place(self, x: Tensor, z: Tensor, cache: MambaCache, packing: Packing | None) -> Tensor:
         """Inference: the ops read and write the cache's own memory."""
@@ -200,7 +205,7 @@ class MambaMixer(nn.Module):
             rows = None if packing is None else packing.read
             x = convolve_(self.conv1d, self.conv_kernel_size, x, self.conv_activation, conv_state, rows, cu_seqlens)
         y, _ = selective_scan_(*self._scan_inputs(x, z), state=ssm_state, slot_indices=slots, cu_seqlens=cu_seqlens)
-        return y
+        return y.to(z.dtype)
 
     def _filter(self) -> tuple[Tensor, Tensor | None, str | None]:
         """(d, k), (d,) and the activation that runs inside the convolution."""
@@ -224,6 +229,10 @@ class MambaMixer(nn.Module):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         A = -torch.exp(self.A_log.to(dtype))
         delta, bias = self._time_steps(dt)
+        if (
+            bias is None and delta.dtype.itemsize > x.dtype.itemsize
+        ):  # a half would round the sum: the scan reads its dtype
+            x, B, C, z = (t.to(delta.dtype) for t in (x, B, C, z))
         return x, delta.to(x.dtype), A, B, C, self.D.to(dtype), z, None if bias is None else bias.to(dtype), True
 
     def _time_steps(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -238,7 +247,8 @@ class MambaMixer(nn.Module):
         if steps.dtype == dt.dtype:
             return steps, None
         own = next((m for m in self.dt_proj.modules() if isinstance(m, TimeStepProjection)), None)
-        if own is None or own.bias is None:
+        # On meta: accelerate's hooks brought it for the call alone.
+        if own is None or own.bias is None or own.bias.is_meta:
             return steps, None
         return steps - own.bias, own.bias
 

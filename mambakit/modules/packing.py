@@ -9,7 +9,7 @@ Where a call is traced no shape may depend on the mask: the row then has all b *
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Packing:
     shape: tuple[int, int]
     in_place: bool
     keep: Tensor | None = None
+    _elsewhere: dict[torch.device, Packing] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def from_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> Packing:
@@ -68,6 +69,19 @@ class Packing:
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return _outside_the_graph(keep, starts, continues, shape)  # which fullgraph=True refuses
         raise ValueError(_NOT_TRACED)
+
+    def on(self, device: torch.device) -> Packing:
+        """This packing where a layer computes, of a model on several devices."""
+        if self.cu_seqlens.device == device:
+            return self
+        if device not in self._elsewhere:
+            moved = {
+                name: value.to(device)
+                for name in ("cu_seqlens", "read", "write", "tokens", "keep")
+                if (value := getattr(self, name)) is not None
+            }
+            self._elsewhere[device] = replace(self, **moved, _elsewhere={})
+        return self._elsewhere[device]
 
     def pack(self, x: Tensor) -> Tensor:
         """(b, l, h) -> (1, total, h)."""
