@@ -73,7 +73,9 @@ def _load(options: WorkerOptions) -> tuple[Any, Any]:
 class _Worker:
     """The main thread: what is asked goes into the engine, which gives all of it its turn, one step after another."""
 
-    def __init__(self, options: WorkerOptions, channel: Channel, inbox: queue.SimpleQueue[Any], made: _Made):
+    def __init__(
+        self, options: WorkerOptions, channel: Channel, inbox: queue.SimpleQueue[Any], made: _Made | None = None
+    ):
         from mambakit.generation.engine import Engine
         from mambakit.generation.prefix_cache import PrefixCache
 
@@ -87,7 +89,7 @@ class _Worker:
             else None
         )
         self.inbox, self.outbox = inbox, Outbox(channel, inbox)
-        self.made = made
+        self.made = made or _Made()
         self.running: dict[Any, Text] = {}  # by `Request`
         self._warm(chunk_size if not on_cpu else 4)
         self.engine.prefix_cache = self.prefix_cache  # of what is asked alone
