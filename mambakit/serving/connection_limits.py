@@ -47,15 +47,22 @@ def connections_that_fit(asked: int | None, replicas: int) -> int:
         return asked or ConnectionLimits.connections
     import resource
 
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    limit = (1 << 20) if hard == resource.RLIM_INFINITY else hard
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = soft
+    # Without a hard limit the kernel has one of its own; macOS's is the lower of these.
+    for most in (1 << 20, 10240) if hard == resource.RLIM_INFINITY else (hard,):
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        except (ValueError, OSError):
+            continue
+        limit = most
+        break
     # The backlog is accepted at once, before a connection is refused; a replica has a pipe and a sentinel, and opens files to load.
     others = BACKLOG + 64 + 8 * replicas
     room = limit - others
     if room < (asked or 1):
         raise ValueError(
             f"--max-connections {asked or 1} and {replicas} replicas need {(asked or 1) + others} open files, and this process may "
-            f"have {limit} (ulimit -Hn); raise that, or lower --max-connections"
+            f"have {limit} (ulimit -n); raise that, or lower --max-connections"
         )
     return asked or min(ConnectionLimits.connections, room)

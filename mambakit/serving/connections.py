@@ -125,7 +125,8 @@ class Connection(HttpToolsProtocol):
 
         async def send(message: Any) -> None:
             if cycle.more_body and message["type"] == "http.response.start":
-                cycle.keep_alive = False  # the answer says that the rest of the body is not waited for
+                # The rest of the body is not waited for.
+                message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
             await sends(message)
 
         cycle.send = send  # type: ignore[method-assign]

@@ -22,7 +22,7 @@ from mambakit.serving.metrics import Metrics
 from mambakit.serving.protocol import ApiError, Limits
 from mambakit.serving.server import ServerOptions
 
-LIMITS = Limits(model="m", vocab_size=256, max_new_tokens=1000, most_texts=128)
+LIMITS = Limits(model="m", vocab_size=256, max_new_tokens=1000, max_prompt_tokens=10_000_000, most_texts=128)
 
 
 def byte_tokenizer() -> Any:

@@ -89,6 +89,14 @@ def test_keys_are_compared_whole(sent, known):
     AccessRules().require_key(sent)
 
 
+def test_a_key_is_one_client_however_it_is_written():
+    rules = AccessRules(keys=(KEY, OTHER))
+    assert len({rules.who(f"{kind} {KEY}") for kind in ("Bearer", "bearer", "BEARER ", "Bearer  ")}) == 1
+    assert rules.who(f"Bearer {KEY}") != rules.who(f"Bearer {OTHER}")
+    assert KEY not in rules.who(f"Bearer {KEY}")
+    assert AccessRules().who(f"Bearer {KEY}") == AccessRules().who("") == "", "without keys anybody could make some up"
+
+
 LOCAL = ["localhost", "localhost.", "LOCALHOST", "a.localhost", "127.0.0.1", "127.9.8.7", "[::1]", "[::ffff:127.0.0.1]"]
 FOREIGN = ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "0.0.0.0", "10.0.0.1", "[::]", "[::2]", "2130706433",
            "127.1", "127.0.0.1.", "0x7f000001"]  # fmt: skip

@@ -226,6 +226,9 @@ def test_room_for_connections(monkeypatch):
         connections_that_fit(4000, 2)
     limits.append((256, 1024))
     assert 500 < connections_that_fit(None, 2) < 1000
+    limits.append((2048, resource.RLIM_INFINITY))
+    assert connections_that_fit(None, 2) == 1000
+    assert limits[-1] == (1 << 20, resource.RLIM_INFINITY)
     limits.append((64, 64))
     with pytest.raises(ValueError, match="open files"):
         connections_that_fit(None, 2)
