@@ -6,10 +6,78 @@ import argparse
 import importlib.util
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mambakit.commands.loading import add_model_arguments
 from mambakit.quoting import brief
+
+_MOST = (1 << 31) - 1
+_WEEK = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class _Number:
+    """An option that is a number: its bounds are checked before anything is loaded."""
+
+    name: str
+    default: float | None
+    low: float
+    high: float
+    help: str
+
+    @property
+    def field(self) -> str:
+        return self.name[2:].replace("-", "_")
+
+
+# Whole numbers have whole bounds.
+_REPLICAS = (
+    _Number("--replicas", None, 1, 1024, "how many (default: one for each of --devices, else 1)"),
+    _Number("--rows", 8, 1, 1 << 16, "texts a replica writes together"),
+    _Number(
+        "--prefill-chunk-size", None, 1, _MOST, "prompt tokens read at a time (default 512 on a CPU, 2048 elsewhere)"
+    ),
+    _Number("--prefix-cache-mb", 1024, 1, 1 << 30, "memory for them, in each replica"),
+    _Number(
+        "--heartbeat-seconds", 20.0, 0.5, _WEEK, "a replica that says nothing for so long is killed and started again"
+    ),
+    _Number(
+        "--progress-seconds", 300.0, 1.0, _WEEK, "so is one that has work and does not get on with it, a step at a time"
+    ),
+    _Number("--load-seconds", 1800.0, 1.0, _WEEK, "so is one that takes longer to load the model"),
+)
+_LIMITS = (
+    _Number("--max-waiting", 256, 0, _MOST, "texts that may wait for a row"),
+    _Number("--max-new-tokens", 4096, 1, _MOST, "of a text, at most"),
+    _Number("--max-prompt-tokens", 65536, 1, _MOST, "of a prompt, at most"),
+    _Number("--max-texts", 128, 1, _MOST, "of a request: prompts times n, at most"),
+    _Number("--request-seconds", 1800.0, 0.1, _WEEK, "for a request, waiting included"),
+    _Number("--drain-seconds", 30.0, 0.0, _WEEK, "time for texts under way after a signal to stop"),
+)
+_CONNECTIONS = (
+    _Number("--max-connections", None, 1, 1 << 20, "in all (default 1000, or as many as open files allow)"),
+    _Number("--max-header-bytes", 16 << 10, 256, 1 << 20, "of a request's line and headers"),
+    _Number("--max-headers", 100, 1, 10_000, "of a request"),
+    _Number("--max-url-bytes", 8 << 10, 32, 1 << 16, "of a request's target"),
+    _Number("--max-body-mb", 4, 1, 1024, "of a request"),
+    _Number("--max-unfinished-mb", 64, 1, 1 << 20, "of all bodies that arrive or wait to be read"),
+    _Number("--header-seconds", 10.0, 0.1, _WEEK, "for the headers to arrive"),
+    _Number(
+        "--body-seconds", 20.0, 0.1, _WEEK, "for a body to arrive, and a second more for each --min-rate bytes of it"
+    ),
+    _Number("--idle-seconds", 15.0, 0.1, _WEEK, "between a connection's requests"),
+    _Number(
+        "--write-seconds", 30.0, 0.1, _WEEK, "for a client to read what waits for it, and more as with --body-seconds"
+    ),
+    _Number("--min-rate", 16 << 10, 1, _MOST, "bytes a second below which a client is too slow"),
+    _Number("--max-unread", 64, 1, _MOST, "whole bodies that may wait to be read"),
+    _Number("--parse-seconds", 30.0, 0.1, _WEEK, "to read a large body and turn its text into tokens"),
+    _Number("--parse-processes", 2, 1, 64, "that do so; the first starts with the first large body"),
+)
+_PORT = _Number("--port", 8000, 0, 65535, "port to listen on; 0: any that is free")
+_NUMBERS = (_PORT, *_REPLICAS, *_LIMITS, *_CONNECTIONS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,58 +86,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--served-model-name", metavar="NAME", help="what it goes by in the API (default: its own name)"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1; 0.0.0.0: all)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default 8000; 0: any that is free)")
-    parser.add_argument(
-        "--api-key",
-        metavar="KEY",
-        help="what clients must send as a bearer token (default: $MAMBAKIT_API_KEY, or none)",
-    )
+    _add(parser, (_PORT,))
+
+    access = parser.add_argument_group("access")
+    access.add_argument(
+        "--api-key", metavar="KEY", action="append",
+        help="what clients must send as a bearer token (default: $MAMBAKIT_API_KEY, or none); several times for several keys",
+    )  # fmt: skip
+    access.add_argument("--api-key-file", metavar="FILE", help="a file with a key on each line")
+    access.add_argument(
+        "--allowed-host", metavar="NAME", action="append", default=[],
+        help="a name of this server, besides its addresses and localhost; * for any",
+    )  # fmt: skip
+    access.add_argument(
+        "--allowed-origin", metavar="ORIGIN", action="append", default=[],
+        help="a web site whose pages may ask, as https://example.org (default: none); * for any",
+    )  # fmt: skip
 
     replicas = parser.add_argument_group("replicas: processes with a model each")
-    replicas.add_argument(
-        "--replicas", type=int, metavar="N", help="how many (default: one for each of --devices, else 1)"
-    )
     replicas.add_argument(
         "--devices",
         nargs="+",
         metavar="DEVICE",
         help="where; dealt to the replicas in turn (default: the GPUs, or the CPU)",
     )
-    replicas.add_argument("--rows", type=int, default=8, help="texts a replica writes together (default 8)")
-    replicas.add_argument(
-        "--prefill-chunk-size", type=int, metavar="N",
-        help="prompt tokens read at a time (default 512 on a CPU, 2048 elsewhere)",
-    )  # fmt: skip
     replicas.add_argument("--prefix-cache", action="store_true", help="keep states of prompts, and find them again")
-    replicas.add_argument(
-        "--prefix-cache-mb",
-        type=int,
-        default=1024,
-        metavar="MB",
-        help="memory for them, in each replica (default 1024)",
-    )
+    _add(replicas, _REPLICAS)
+    _add(parser.add_argument_group("limits of texts"), _LIMITS)
+    _add(parser.add_argument_group("limits of connections"), _CONNECTIONS)
 
-    limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-waiting", type=int, default=256, help="texts that may wait for a row (default 256)")
-    limits.add_argument("--max-new-tokens", type=int, default=4096, help="of a text, at most (default 4096)")
-    limits.add_argument("--max-prompt-tokens", type=int, default=65536, help="of a prompt, at most (default 65536)")
-    limits.add_argument(
-        "--max-texts", type=int, default=128, help="of a request: prompts times n, at most (default 128)"
-    )
-    limits.add_argument(
-        "--drain-seconds", type=float, default=30.0, help="time for texts under way after a signal to stop (default 30)"
-    )
+
+def _add(group: Any, numbers: tuple[_Number, ...]) -> None:
+    for number in numbers:
+        default = "" if number.default is None else f" (default {number.default:g})"
+        kind = float if isinstance(number.low, float) else int
+        group.add_argument(number.name, type=kind, default=number.default, metavar="N", help=number.help + default)
 
 
 def run(args: argparse.Namespace) -> int:
-    for package in ("starlette", "uvicorn", "prometheus_client"):
+    for package in ("starlette", "uvicorn", "httptools", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f'serving needs {package}, which is not installed: pip install "mambakit[serve]"')
     _check(args)
 
     from mambakit.assets import default_model_path
+    from mambakit.serving.access import AccessRules, check_hosts, check_origins, read_keys
+    from mambakit.serving.connection_limits import ConnectionLimits
+    from mambakit.serving.intake import IntakeOptions
     from mambakit.serving.messages import WorkerOptions
     from mambakit.serving.server import ServerOptions, serve
+
+    access = AccessRules(
+        keys=read_keys(args.api_key, args.api_key_file, os.environ),
+        hosts=check_hosts(args.allowed_host),
+        origins=check_origins(args.allowed_origin),
+    )
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for library in ("httpx", "huggingface_hub", "transformers"):
@@ -83,6 +154,9 @@ def run(args: argparse.Namespace) -> int:
                 rows=args.rows,
                 chunk_size=args.prefill_chunk_size,
                 prefix_cache_bytes=args.prefix_cache_mb << 20 if args.prefix_cache else 0,
+                heartbeat_seconds=args.heartbeat_seconds,
+                progress_seconds=args.progress_seconds,
+                load_seconds=args.load_seconds,
             ),
             devices=_devices(args),
             name=args.served_model_name or (Path(model).resolve().name if Path(model).is_dir() else model),
@@ -92,26 +166,51 @@ def run(args: argparse.Namespace) -> int:
             max_new_tokens=args.max_new_tokens,
             max_prompt_tokens=args.max_prompt_tokens,
             max_texts=args.max_texts,
+            max_connections=args.max_connections,
+            limits=ConnectionLimits(
+                header_bytes=args.max_header_bytes,
+                headers=args.max_headers,
+                url_bytes=args.max_url_bytes,
+                body_bytes=args.max_body_mb << 20,
+                header_seconds=args.header_seconds,
+                body_seconds=args.body_seconds,
+                idle_seconds=args.idle_seconds,
+                write_seconds=args.write_seconds,
+                rate=args.min_rate,
+            ),
+            intake=IntakeOptions(
+                processes=args.parse_processes,
+                waiting=args.max_unread,
+                seconds=args.parse_seconds,
+                unfinished_bytes=args.max_unfinished_mb << 20,
+            ),
             drain_seconds=args.drain_seconds,
-            api_key=args.api_key or os.environ.get("MAMBAKIT_API_KEY") or None,
+            request_seconds=args.request_seconds,
+            access=access,
         )
     )
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
-    least = {
-        "replicas": 1, "rows": 1, "prefill_chunk_size": 1, "prefix_cache_mb": 1, "max_waiting": 0, "max_new_tokens": 1,
-        "max_prompt_tokens": 1, "max_texts": 1, "drain_seconds": 0, "port": 0,
-    }  # fmt: skip
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not value >= low:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {low} or more")
-    if args.port > 65535:
-        raise ValueError(f"--port is {args.port}; it must be at most 65535")
+    for number in _NUMBERS:
+        value = getattr(args, number.field)
+        # Not a number is not within bounds, either.
+        if value is not None and not number.low <= value <= number.high:
+            low, high = (f"{bound:.10g}" for bound in (number.low, number.high))
+            bound = f"{low} or more" if value < number.low else f"at most {high}" if value > number.high else "a number"
+            raise ValueError(f"{number.name} is {value}; it must be {bound}")
+    for name in ("host", "served_model_name", "device"):
+        if getattr(args, name) == "":
+            raise ValueError(
+                f"--{name.replace('_', '-')} is empty, as an unset variable is; leave it out, or give a value"
+            )
     if args.device and args.devices:
         raise ValueError("--device and --devices both say where; give one")
+    if args.max_unfinished_mb < args.max_body_mb:
+        raise ValueError(
+            f"--max-unfinished-mb is {args.max_unfinished_mb}, less than --max-body-mb {args.max_body_mb}; make it that at least"
+        )
 
 
 def _devices(args: argparse.Namespace) -> tuple[str, ...]:

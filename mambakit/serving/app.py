@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import hashlib
-import hmac
 import itertools
 import time
-from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from mambakit.quoting import cut
 from mambakit.serving import protocol
+from mambakit.serving.access import Access, AccessRules
+from mambakit.serving.intake import Intake
 from mambakit.serving.jobs import Inbox, Job
 from mambakit.serving.messages import Piece
 from mambakit.serving.metrics import Metrics
-from mambakit.serving.protocol import Answer, ApiError, Asked, Limits, Usage
+from mambakit.serving.prompts import Prepared, check_echo
+from mambakit.serving.protocol import Answer, ApiError, Asked, Usage
+from mambakit.serving.refusals import bug, http_error, refusal, require_json
 from mambakit.serving.router import Router
 
-# A prompt of ten million tokens is about this long; what is longer is a mistake, or malice.
-MOST_BYTES = 64 << 20
 _T = TypeVar("_T")
 
 
@@ -57,28 +56,27 @@ class App:
     Args:
         router: where the texts are written.
         name: what the model goes by.
-        load: gives the model's tokenizer and what may be asked of it. It is called in a thread, since it takes as long as the
-            replicas take to load.
+        intake: reads what is asked.
         failed: called with the reason where it cannot.
         metrics: what /metrics shows.
-        api_key: what a client must send as a bearer token; None asks for none.
+        access: who may ask.
+        request_seconds: for a request, from its arrival to the end of its last text.
     """
 
     def __init__(
         self,
         router: Router,
         name: str,
-        load: Callable[[], tuple[Any, Limits]],
+        intake: Intake,
         failed: Callable[[str], None],
         metrics: Metrics,
-        api_key: str | None = None,
+        access: AccessRules,
+        request_seconds: float,
     ):
-        self.router, self.name, self.metrics = router, name, metrics
-        self._load, self._failed, self._api_key = load, failed, api_key
+        self.router, self.name, self.metrics, self.intake, self.access = router, name, metrics, intake, access
+        self._failed, self._request_seconds = failed, request_seconds
         self._started = int(time.time())
         self._requests = itertools.count()
-        # Tokenizers are not safe to use from several threads; one keeps a long prompt off the event loop.
-        self._tokenizing = ThreadPoolExecutor(1)
 
     def starlette(self) -> Starlette:
         """The ASGI application; the replicas start and stop with it."""
@@ -86,35 +84,43 @@ class App:
         @contextlib.asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
             self.router.start()
-            self._loaded = asyncio.get_running_loop().run_in_executor(self._tokenizing, self._load)
-            self._loaded.add_done_callback(self._report)
+            self.intake.loaded.add_done_callback(self._report)
+            self.intake.start()
             try:
                 yield
             finally:
+                self.intake.stop()
                 await self.router.stop()
 
+        middleware = [Middleware(Access, rules=self.access)]
+        if self.access.origins:  # browsers ask first, and are told
+            middleware.append(
+                Middleware(
+                    CORSMiddleware, allow_origins=self.access.origins, allow_methods=["GET", "POST"],
+                    allow_headers=["Authorization", "Content-Type"], expose_headers=["Retry-After"],
+                )
+            )  # fmt: skip
         return Starlette(
             routes=[
                 Route("/v1/completions", self._guarded(self.completions), methods=["POST"]),
                 Route("/v1/models", self._guarded(self.models)),
                 Route("/health", self.health),
+                Route("/live", self.live),
+                Route("/ready", self.ready),
                 Route("/metrics", self.show_metrics),
             ],
-            exception_handlers={ApiError: _refusal, HTTPException: _http_error, Exception: _bug},
+            exception_handlers={ApiError: refusal, HTTPException: http_error, Exception: bug},
             lifespan=lifespan,
+            middleware=middleware,
         )
 
-    def _report(self, loaded: asyncio.Future) -> None:
+    def _report(self, loaded: Future) -> None:
         if not loaded.cancelled() and (error := loaded.exception()) is not None:
             self._failed(str(error))
 
     def _guarded(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def guarded(request: Request) -> Response:
-            kind, _, key = request.headers.get("authorization", "").partition(" ")
-            known = kind.lower() == "bearer" and hmac.compare_digest(key.encode(), (self._api_key or "").encode())
-            if self._api_key is not None and not known:
-                message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
-                raise ApiError(401, message, code="invalid_api_key")
+            self.access.require_key(request.headers.get("authorization", ""))
             return await endpoint(request)
 
         return guarded
@@ -123,7 +129,20 @@ class App:
 
     async def health(self, _: Request) -> Response:
         health = self.router.health()
+        if health["status"] in ("ok", "degraded") and not self.intake.loaded.done():
+            health["status"] = "loading"
         return JSONResponse(health, 200 if health["status"] in ("ok", "degraded") else 503)
+
+    async def live(self, _: Request) -> Response:
+        """The front answers; its replicas may not."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        """Whether a request that comes now is answered."""
+        self.router.require_ready()
+        if not self.intake.loaded.done():
+            raise ApiError(503, "the tokenizer is being loaded; try again in a few seconds", retry_after=5)
+        return JSONResponse({"status": "ok"})
 
     async def show_metrics(self, _: Request) -> Response:
         self.router.measure()
@@ -135,55 +154,64 @@ class App:
 
     async def completions(self, request: Request) -> Response:
         try:
+            # What costs little is looked at before the body.
             self.router.require_ready()
-            body = protocol.parse_body(await _body(request))
-            tokenizer, limits = await asyncio.shield(self._loaded)
-            share = self._share(request)
-            call = await self._call(protocol.parse(body, limits), tokenizer, limits, share)
+            require_json(request)
+            await asyncio.shield(asyncio.wrap_future(self.intake.loaded))
+            async with self.intake.receive(request.stream()) as body:
+                prepared = await self.intake.prepare(body)
+            call = await self._call(prepared, self._share(request))
             self.router.submit(call.jobs)
         except ApiError as error:
             self.metrics.requests.labels("", "rejected" if error.retry_after else "invalid").inc()
             raise
         except ClientDisconnect:
             return _NOBODY
+        # Counted from here: until now the connection's and the intake's limits held.
+        late = asyncio.get_running_loop().call_later(self._request_seconds, self._expire, call)
         try:
             # Nothing is sent before the first token: a replica that dies until then is an HTTP error.
-            answered = await _while_connected(request, self._stream(call) if call.asked.stream else self._whole(call))
+            answered = await _while_connected(
+                request, self._stream(call, late) if call.asked.stream else self._whole(call)
+            )
         except BaseException:
+            late.cancel()
             self.router.cancel(call.jobs)
             raise
+        if not isinstance(answered, _EventStream):
+            late.cancel()
         if answered is None:
             self.router.cancel(call.jobs)
             return _NOBODY
         return answered
 
+    def _expire(self, call: _Call) -> None:
+        message = f"the request was not done within {self._request_seconds:g} seconds (--request-seconds); ask for fewer tokens"
+        call.inbox.fail(ApiError(504, message))
+        self.router.cancel(call.jobs)
+
     # -- a request -----------------------------------------------------------------------------------------------------
 
     def _share(self, request: Request) -> tuple[Any, ...]:
         """Whose texts take turns with whose: keys with keys, one key's addresses with each other, an address's requests likewise."""
-        key = (
-            request.headers.get("authorization", "") if self._api_key is not None else ""
-        )  # else anybody can make up many
         client = "" if request.client is None else request.client.host
-        return hashlib.sha256(key.encode()).hexdigest()[:16], client, next(self._requests)
+        return self.access.who(request.headers.get("authorization", "")), client, next(self._requests)
 
-    async def _call(self, asked: Asked, tokenizer: Any, limits: Limits, share: tuple[Any, ...]) -> _Call:
-        run = functools.partial(asyncio.get_running_loop().run_in_executor, self._tokenizing)
-        inbox = Inbox()
+    async def _call(self, prepared: Prepared, share: tuple[Any, ...]) -> _Call:
+        asked, inbox = prepared.asked, Inbox()
         lengths: list[int] = []
         jobs: list[Job] = []
         echoed: list[str] = []
-        for prompt in asked.prompts:
-            ids = await run(_ids, tokenizer, prompt) if isinstance(prompt, str) else prompt
-            protocol.check_tokens(ids, limits)
-            lengths.append(len(ids))
+        for ids, text in zip(prepared.prompts, prepared.texts, strict=True):
+            length = len(ids) // 8
+            lengths.append(length)
             before = ""
             if asked.echo:
-                before = prompt if isinstance(prompt, str) else await run(tokenizer.decode, ids)
-            data = array("q", ids).tobytes()
+                before = await self.intake.decode(ids) if text is None else text
+                check_echo(asked.n * len(before))
             for copy in range(asked.n):
                 sampling = asked.sampling_of(copy)
-                jobs.append(Job(inbox, len(jobs), data, len(ids), sampling, asked.max_tokens, asked.stop, copy, share))
+                jobs.append(Job(inbox, len(jobs), ids, length, sampling, asked.max_tokens, asked.stop, copy, share))
                 echoed.append(before)
         usage = Usage(lengths, asked.n, caching=bool(self.router.options.prefix_cache_bytes))
         return _Call(asked, Answer(self.name), inbox, jobs, usage, echoed)
@@ -199,9 +227,14 @@ class App:
         joined = ["".join(parts) for parts in texts]
         return JSONResponse(call.answer.whole(zip(joined, reasons, strict=True), call.usage))
 
-    async def _stream(self, call: _Call) -> Response:
+    async def _stream(self, call: _Call, late: asyncio.TimerHandle) -> Response:
         first = await call.inbox.take()
-        return _EventStream(self._events(call, first), lambda: self.router.cancel(call.jobs))
+
+        def ended() -> None:
+            late.cancel()
+            self.router.cancel(call.jobs)
+
+        return _EventStream(self._events(call, first), ended)
 
     async def _events(self, call: _Call, pieces: list[tuple[int, Piece]]) -> AsyncIterator[bytes]:
         with_usage = call.asked.include_usage
@@ -248,26 +281,6 @@ class _EventStream(StreamingResponse):
 _NOBODY = Response(status_code=499)  # what proxies write down for a client that went away; nobody reads it
 
 
-def _ids(tokenizer: Any, prompt: str) -> list[int]:
-    ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-    if ids:
-        return ids
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        message = "the prompt is empty and the tokenizer has no bos token to start from; give a prompt"
-        raise ApiError(400, message, param="prompt")
-    return [start]
-
-
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MOST_BYTES:
-            raise ApiError(413, f"the body has more than {MOST_BYTES >> 20} MiB; send a shorter prompt, or token ids")
-    return bytes(body)
-
-
 async def _while_connected(request: Request, answer: Awaitable[_T]) -> _T | None:
     """The answer, or None where the client went away first."""
 
@@ -282,19 +295,3 @@ async def _while_connected(request: Request, answer: Awaitable[_T]) -> _T | None
     finally:
         for one in (task, watch):
             one.cancel()
-
-
-async def _refusal(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return JSONResponse(error.body, error.status, error.headers)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    what = f"{cut(request.method)} {cut(request.url.path)}: {error.detail}; there are POST /v1/completions, GET /v1/models, /health and /metrics"
-    return JSONResponse(ApiError(error.status_code, what).body, error.status_code, error.headers)
-
-
-async def _bug(_: Request, error: Exception) -> Response:
-    message = f"the server failed on this request ({type(error).__name__}); its log says more"
-    return JSONResponse(ApiError(500, message).body, 500)

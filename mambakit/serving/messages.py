@@ -18,6 +18,9 @@ class WorkerOptions:
         sharers: how many replicas compute on this machine's processors; each takes its part of the threads.
         chunk_size: prompt tokens per forward; None is 512 on a CPU and 2,048 elsewhere.
         prefix_cache_bytes: budget of the states of known prefixes; 0 keeps none.
+        heartbeat_seconds: a replica that says nothing for so long is taken for dead.
+        progress_seconds: so is one that has work and does not get on with it.
+        load_seconds: so is one that takes longer to load.
     """
 
     model: str
@@ -27,6 +30,9 @@ class WorkerOptions:
     sharers: int = 1
     chunk_size: int | None = None
     prefix_cache_bytes: int = 0
+    heartbeat_seconds: float = 20.0
+    progress_seconds: float = 300.0
+    load_seconds: float = 1800.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,15 @@ class Failed:
     """Worker to front: why the process is about to end."""
 
     reason: str
+
+
+class Beat(NamedTuple):
+    """Worker to front, at short intervals: it runs."""
+
+    steps: int
+    """Of its main thread, so far."""
+    busy: bool
+    """Whether there is anything to do."""
 
 
 class Piece(NamedTuple):

@@ -7,10 +7,10 @@ import os
 import queue
 import traceback
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from typing import Any, TypeAlias
 
 from mambakit.quoting import cut
+from mambakit.serving.heartbeat import Channel
 from mambakit.serving.messages import Batch, Cancel, Piece, Task
 
 
@@ -77,7 +77,7 @@ Event: TypeAlias = "tuple[Text, int | None, str]"
 class Outbox:
     """The thread that tells the front. Whatever piles up while it decodes and sends goes out together."""
 
-    def __init__(self, connection: Connection, inbox: queue.SimpleQueue[Any]):
+    def __init__(self, connection: Channel, inbox: queue.SimpleQueue[Any]):
         self._connection, self._inbox = connection, inbox
         self._queue: queue.SimpleQueue[tuple[int, int, list[Event]]] = queue.SimpleQueue()
         self._said = (0, 0)

@@ -19,9 +19,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mambakit.serving import worker
+from mambakit.serving import heartbeat, worker
+from mambakit.serving.heartbeat import Watch
 from mambakit.serving.jobs import Job
-from mambakit.serving.messages import Batch, Cancel, Failed, Piece, Ready, Stop, Task, WorkerOptions
+from mambakit.serving.messages import Batch, Beat, Cancel, Failed, Piece, Ready, Stop, Task, WorkerOptions
 from mambakit.serving.metrics import Metrics
 from mambakit.serving.protocol import ApiError
 from mambakit.serving.suspects import Suspects
@@ -41,7 +42,7 @@ class Replica:
     number: int
     device: str
     state: str = "loading"
-    """"loading", "ready", or "dead" until it is started again."""
+    """"loading", "ready", "silent" while it is late to say that it runs, or "dead" until it is started again."""
     jobs: dict[int, Job] = field(default_factory=dict)
     busy: int = 0
     waiting: int = 0
@@ -52,6 +53,7 @@ class Replica:
     """Why its process is about to end, if it could say so."""
     been_ready: bool = False
     process: Any = None
+    watch: Watch | None = None
     outgoing: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
     deaths: deque[float] = field(default_factory=lambda: deque(maxlen=RESTARTS))
 
@@ -193,6 +195,28 @@ class Router:
         self._loop = asyncio.get_running_loop()
         for replica in self.replicas:
             self._launch(replica)
+        self._watching = self._loop.create_task(heartbeat.ticking(self.options, self._tick))
+
+    def _tick(self, seconds: float) -> None:
+        """Kill what is stopped or stuck; a replica that is late gets nothing more meanwhile."""
+        for replica in self.replicas:
+            if replica.state == "dead" or replica.watch is None:
+                continue
+            reason = replica.watch.tick(seconds, loading=replica.state == "loading")
+            if reason:
+                self._give_up(replica, f"{reason} and was killed")
+            elif replica.state == "ready" and replica.watch.silent:
+                replica.state = "silent"
+                _log.warning("%s is late to say that it runs", replica.name)
+            elif replica.state == "silent" and not replica.watch.silent:
+                replica.state = "ready"
+                self._deal()
+
+    def _give_up(self, replica: Replica, reason: str) -> None:
+        process, replica.watch, replica.last_words = replica.process, None, reason
+        process.kill()
+        # A process that hangs in the kernel outlives that; its texts do not wait for it.
+        self._loop.call_later(_PATIENCE, self._lost, replica, -9, process)
 
     def _launch(self, replica: Replica) -> None:
         if self._stopping:
@@ -203,25 +227,31 @@ class Router:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         replica.state, replica.busy, replica.waiting = "loading", 0, 0
-        replica.outgoing, replica.last_words = queue.SimpleQueue(), ""
+        replica.outgoing, replica.last_words, replica.watch = queue.SimpleQueue(), "", Watch(self.options)
         process = replica.process = context.Process(target=worker.main, args=(options, theirs), daemon=True)
         process.start()
         theirs.close()
-        for target, *arguments in ((self._listen, replica, process, ours), (_talk, replica.outgoing, ours)):
+        for target, *arguments in (
+            (self._listen, replica, process, replica.watch, ours),
+            (_talk, replica.outgoing, ours),
+        ):
             threading.Thread(target=target, args=arguments, daemon=True).start()
 
-    def _listen(self, replica: Replica, process: Any, connection: Any) -> None:
+    def _listen(self, replica: Replica, process: Any, watch: Watch, connection: Any) -> None:
         """A thread: everything that a replica's process says, until it ends."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the front is ending, too
             with contextlib.suppress(EOFError, OSError):
                 while True:
-                    self._loop.call_soon_threadsafe(self._heard, replica, connection.recv())
+                    message = connection.recv()
+                    watch.heard(message)
+                    if not isinstance(message, Beat):
+                        self._loop.call_soon_threadsafe(self._heard, replica, message)
             replica.outgoing.put(None)
             process.join(_PATIENCE)
             if process.exitcode is None:
                 process.kill()
                 process.join()
-            self._loop.call_soon_threadsafe(self._lost, replica, process.exitcode)
+            self._loop.call_soon_threadsafe(self._lost, replica, process.exitcode, process)
 
     def _heard(self, replica: Replica, message: Any) -> None:
         if isinstance(message, Batch):
@@ -237,7 +267,9 @@ class Router:
             replica.last_words = message.reason
         self._deal()
 
-    def _lost(self, replica: Replica, exitcode: int) -> None:
+    def _lost(self, replica: Replica, exitcode: int, process: Any = None) -> None:
+        if process is not None and (process is not replica.process or replica.state == "dead"):
+            return  # given up before it ended
         if self._stopping:
             replica.state = "dead"
             return
@@ -273,8 +305,11 @@ class Router:
     async def stop(self) -> None:
         """Tell every process to exit, and see that it does."""
         self._stopping = True
+        self._watching.cancel()
         for replica in self.replicas:
             replica.outgoing.put(Stop())
+            if replica.state == "silent" and replica.process is not None:
+                replica.process.kill()
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline and any(r.process.is_alive() for r in self.replicas if r.process):
             await asyncio.sleep(0.02)

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import uvicorn
 
+from mambakit.serving import connections
+from mambakit.serving.access import AccessRules, is_loopback
 from mambakit.serving.app import App
+from mambakit.serving.connection_limits import BACKLOG, ConnectionLimits, connections_that_fit
+from mambakit.serving.intake import Intake, IntakeOptions
 from mambakit.serving.messages import WorkerOptions
 from mambakit.serving.metrics import Metrics
 from mambakit.serving.protocol import Limits
 from mambakit.serving.router import Router
 
+_log = logging.getLogger("mambakit.serving")
+
+# When the time to drain is over each text ends with an error; so long a client has to read it.
+_LAST_WORDS = 1.0
+_SWEEP = 0.25  # seconds between looks at the connections' deadlines
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -30,7 +41,11 @@ class ServerOptions:
         name: what the model goes by in the API.
         max_waiting: texts that may wait for a row.
         max_texts: of one request.
+        max_connections: None for as many as the limit of open files has room for, up to the default.
+        limits: of each connection.
         drain_seconds: how long texts under way may go on after a signal to stop.
+        request_seconds: how long a request may take.
+        access: who may ask; whether the address is on loopback is filled in here.
     """
 
     worker: WorkerOptions
@@ -42,8 +57,12 @@ class ServerOptions:
     max_new_tokens: int = 4096
     max_prompt_tokens: int = 65536
     max_texts: int = 128
+    max_connections: int | None = None
+    limits: ConnectionLimits = field(default_factory=ConnectionLimits)
+    intake: IntakeOptions = field(default_factory=IntakeOptions)
     drain_seconds: float = 30.0
-    api_key: str | None = None
+    request_seconds: float = 1800.0
+    access: AccessRules = field(default_factory=AccessRules)
 
 
 class _Server(uvicorn.Server):
@@ -56,12 +75,34 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            self._sweeping = asyncio.create_task(self._sweep())
             self._listening()
 
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP)
+            connections.check_all(self.server_state.connections)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
         reason = f"the server is stopping, and {self._drain_seconds:g} seconds were not enough for this text"
-        asyncio.get_running_loop().call_later(self._drain_seconds, self._router.fail_all, reason)
+        loop.call_later(self._drain_seconds, self._router.fail_all, reason)
+        loop.call_later(self._drain_seconds + _LAST_WORDS, self._abort)
         await super().shutdown(sockets)
+        if self.force_exit:
+            # A second interrupt: requests end as those of clients that went away do, not in the middle of a line.
+            self._router.fail_all("the server was told to stop at once")
+            self._abort()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.gather(*self.server_state.tasks, return_exceptions=True), _LAST_WORDS)
+            await self.lifespan.shutdown()  # uvicorn leaves it out
+        self._sweeping.cancel()
+
+    def _abort(self) -> None:
+        """A client that does not read holds up nobody."""
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
 
 
 def serve(options: ServerOptions) -> None:
@@ -70,6 +111,7 @@ def serve(options: ServerOptions) -> None:
     Raises:
         ValueError: the address cannot be used, or a replica could not start.
     """
+    room = connections_that_fit(options.max_connections, len(options.devices))
     listener = _bind(options.host, options.port)
     failures: list[str] = []
 
@@ -79,18 +121,9 @@ def serve(options: ServerOptions) -> None:
 
     metrics = Metrics()
     router = Router(options.worker, options.devices, max_waiting=options.max_waiting, metrics=metrics, failed=failed)
-    app = App(router, options.name, lambda: _load(options), failed, metrics, options.api_key)
-    config = uvicorn.Config(
-        app.starlette(), log_config=None, access_log=False, lifespan="on",
-        timeout_graceful_shutdown=int(options.drain_seconds) + 5,
-    )  # fmt: skip
-    host, port = listener.getsockname()[:2]
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-    def listening() -> None:
-        print(f"{options.name} at {address}, replicas: {', '.join(options.devices)}", flush=True)
-
-    server = _Server(config, router, options.drain_seconds, listening)
+    intake = Intake(lambda: _load(options), options.intake)
+    options = replace(options, limits=replace(options.limits, connections=room))
+    server = make_server(options, listener, router, intake, metrics, failed)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     # uvicorn raises the signal again when it has stopped; by then all is done, and the exit status is to say so.
     before = {number: signal.signal(number, _nothing) for number in _SIGNALS}
@@ -102,6 +135,38 @@ def serve(options: ServerOptions) -> None:
             signal.signal(number, handler)
     if failures:
         raise ValueError(failures[0])
+
+
+def make_server(
+    options: ServerOptions,
+    listener: socket.socket,
+    router: Router,
+    intake: Intake,
+    metrics: Metrics,
+    failed: Callable[[str], None],
+) -> uvicorn.Server:
+    """The application on a socket, with who may ask and what a connection may take."""
+    host, port = listener.getsockname()[:2]
+    access = replace(options.access, loopback=is_loopback(host))
+    if not access.loopback and not access.keys:
+        _log.warning(
+            "--host %s is reached from other machines, and everybody there may use this server: ask for a key (--api-key-file), or "
+            "listen on 127.0.0.1",
+            options.host,
+        )
+    app = App(router, options.name, intake, failed, metrics, access, options.request_seconds)
+    config = uvicorn.Config(
+        app.starlette(), http=functools.partial(connections.Connection, limits=options.limits),  # type: ignore[arg-type]
+        ws="none", log_config=None, access_log=False, lifespan="on", proxy_headers=False, backlog=BACKLOG,
+        timeout_keep_alive=options.limits.idle_seconds,  # type: ignore[arg-type]
+        timeout_graceful_shutdown=int(options.drain_seconds) + 5,
+    )  # fmt: skip
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def listening() -> None:
+        print(f"{options.name} at {address}, replicas: {', '.join(options.devices)}", flush=True)
+
+    return _Server(config, router, options.drain_seconds, listening)
 
 
 def _load(options: ServerOptions) -> tuple[Any, Limits]:

@@ -1,7 +1,8 @@
 """A replica: one process with a model of its own, on its own device, that writes the texts it is sent.
 
-Three threads. The main one steps the engine, and nothing else, so that a device waits for nobody. One hears the front. One turns
-tokens into text, looks for stop strings, and tells the front: it works while the main thread waits for the device.
+Four threads. The main one steps the engine, and nothing else, so that a device waits for nobody. One hears the front. One turns
+tokens into text, looks for stop strings, and tells the front: it works while the main thread waits for the device. One says that the
+process runs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
+from mambakit.serving.heartbeat import BEATS, Channel, beat
 from mambakit.serving.messages import Failed, Ready, Stop, Task, WorkerOptions
 from mambakit.serving.outbox import Event, Outbox, Text, end_of_process
 from mambakit.threads import bound_spinning
@@ -26,14 +28,23 @@ def main(options: WorkerOptions, connection: Connection) -> None:
         signal.signal(number, signal.SIG_IGN)
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_hear, args=(connection, inbox), daemon=True).start()
+    channel, made = Channel(connection), _Made()
+    beat(channel, options.heartbeat_seconds / BEATS, lambda: (made.steps, made.busy))
     try:
-        worker = _Worker(options, connection, inbox)
-        connection.send(Ready())
+        worker = _Worker(options, channel, inbox, made)
+        channel.send(Ready())
         worker.run()
     except Exception as error:
         with contextlib.suppress(OSError):
-            connection.send(Failed(f"{type(error).__name__}: {error}"))
+            channel.send(Failed(f"{type(error).__name__}: {error}"))
         raise
+
+
+class _Made:
+    """What the main thread has done, for the one that says so."""
+
+    steps = 0
+    busy = False
 
 
 def _hear(connection: Connection, inbox: queue.SimpleQueue[Any]) -> None:
@@ -62,7 +73,9 @@ def _load(options: WorkerOptions) -> tuple[Any, Any]:
 class _Worker:
     """The main thread: what is asked goes into the engine, which gives all of it its turn, one step after another."""
 
-    def __init__(self, options: WorkerOptions, connection: Connection, inbox: queue.SimpleQueue[Any]):
+    def __init__(
+        self, options: WorkerOptions, channel: Channel, inbox: queue.SimpleQueue[Any], made: _Made | None = None
+    ):
         from mambakit.generation.engine import Engine
         from mambakit.generation.prefix_cache import PrefixCache
 
@@ -75,7 +88,8 @@ class _Worker:
             if options.prefix_cache_bytes
             else None
         )
-        self.inbox, self.outbox = inbox, Outbox(connection, inbox)
+        self.inbox, self.outbox = inbox, Outbox(channel, inbox)
+        self.made = made or _Made()
         self.running: dict[Any, Text] = {}  # by `Request`
         self._warm(chunk_size if not on_cpu else 4)
         self.engine.prefix_cache = self.prefix_cache  # of what is asked alone
@@ -95,7 +109,9 @@ class _Worker:
     def run(self) -> None:
         threading.Thread(target=self.outbox.run, daemon=True).start()
         while True:
-            self._hear(wait=not self.running)
+            self.made.busy = bool(self.running)
+            self._hear(wait=not self.made.busy)
+            self.made.busy = True
             self._step()
 
     def _hear(self, wait: bool = False) -> None:
@@ -136,6 +152,7 @@ class _Worker:
         return self.engine.submit(Request(ids, Sampling(**task.sampling), task.max_new_tokens, share=task.share))
 
     def _step(self) -> None:
+        self.made.steps += 1
         events: list[Event] = [(self.running[request], token, "") for request, token in self.engine.step()]
         for request in [r for r in self.running if r.finish_reason]:
             text = self.running.pop(request)

@@ -10,7 +10,10 @@ import httpx
 import pytest
 
 from mambakit import cli
+from mambakit.commands.serve import _NUMBERS
 from tests.serving.conftest import serving, wait_until
+
+KEY = "a-key-of-sixteen-or-more"
 
 
 def alive(pid: int) -> bool:
@@ -29,11 +32,11 @@ def strict(model, tmp_path_factory):
         "--drain-seconds", "1", "--prefix-cache", "--prefill-chunk-size", "16",
     )  # fmt: skip
     log = tmp_path_factory.mktemp("strict") / "log"
-    with serving(log, *options, MAMBAKIT_API_KEY="secret") as server:
+    with serving(log, *options, MAMBAKIT_API_KEY=KEY) as server:
         server.ready()
         assert server.post(prompt="x").status_code == 401
         assert server.client.get("/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
-        server.client.headers["Authorization"] = "Bearer secret"
+        server.client.headers["Authorization"] = f"Bearer {KEY}"
         yield server
 
 
@@ -168,3 +171,64 @@ def test_devices_are_dealt_in_turn(monkeypatch):
     assert devices(devices=["cuda:1", "cuda:0"]) == ("cuda:1", "cuda:0")
     assert devices(device="cuda", replicas=2) == ("cuda:0", "cuda:0")
     assert devices(device="cpu", replicas=2) == ("cpu", "cpu")
+
+
+BOUNDED = [number.name for number in _NUMBERS]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "1e30", "9" * 30, "0"])
+@pytest.mark.parametrize("option", BOUNDED)
+def test_numbers_are_checked_before_anything_is_loaded(option, value, monkeypatch, capsys):
+    monkeypatch.setattr("mambakit.serving.server.serve", lambda options: None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    try:
+        status = cli.main(["serve", option, value])
+    except SystemExit as ended:  # argparse's: no whole number
+        status = ended.code
+    if value == "0" and option in ("--port", "--max-waiting", "--drain-seconds"):
+        assert status == 0
+    else:
+        assert status == 2
+        assert option in capsys.readouterr().err
+
+
+def test_each_option_reaches_the_server(monkeypatch):
+    """A number of its own for each: none is mixed up with another, and none is passed over."""
+    served = []
+    monkeypatch.setattr("mambakit.serving.server.serve", served.append)
+    arguments, values = [], {}
+    for i, number in enumerate(_NUMBERS):
+        value = type(number.low)(number.low + 1000 + i if number.high > 1200 else min(number.high, 3 + i))
+        values[number.name] = value
+        arguments += [number.name, str(value)]
+    assert cli.main(["serve", "--device", "cpu", "--prefix-cache", *arguments]) == 0
+    (options,) = served
+    reached = str(options)
+    lost = [
+        name for name, value in values.items() if str(value) not in reached and str(int(value) << 20) not in reached
+    ]
+    assert lost in ([], ["--replicas"]), reached
+    assert len(options.devices) == values["--replicas"]
+
+
+def test_room_for_connections(monkeypatch):
+    import resource
+
+    from mambakit.serving.connection_limits import connections_that_fit
+
+    limits = [(1024, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both))
+    assert connections_that_fit(None, 2) == 1000
+    assert limits[-1] == (4096, 4096), "it is raised"
+    assert connections_that_fit(3000, 2) == 3000
+    with pytest.raises(ValueError, match=r"--max-connections 4000 and 2 replicas need 4\d\d\d open files.*have 4096"):
+        connections_that_fit(4000, 2)
+    limits.append((256, 1024))
+    assert 500 < connections_that_fit(None, 2) < 1000
+    limits.append((2048, resource.RLIM_INFINITY))
+    assert connections_that_fit(None, 2) == 1000
+    assert limits[-1] == (1 << 20, resource.RLIM_INFINITY)
+    limits.append((64, 64))
+    with pytest.raises(ValueError, match="open files"):
+        connections_that_fit(None, 2)

@@ -196,6 +196,8 @@ def test_refusals(server):
     error = response.json()["error"]
     assert error["param"] == "logprobs"
     assert error["type"] == "invalid_request_error"
+    json = {"Content-Type": "application/json"}
+    assert server.client.post("/v1/completions", content=b"{", headers=json).status_code == 400
     assert server.client.post("/v1/completions", content=b"{").status_code == 400
     assert server.post(prompt="x", model="gpt").status_code == 404
     missing = server.client.post("/v1/chat/completions", json={})

@@ -1,0 +1,68 @@
+"""How much each connection may take, and how many there is room for."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+BACKLOG = 128
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """
+    Attributes:
+        connections: in all. When they are taken, a newcomer gets the place of the one that has been without a whole request
+            longest, and a 503 where all have one.
+        header_bytes: of a request's line and headers; also of what surrounds the pieces of a body.
+        headers: how many.
+        url_bytes: of a request's target.
+        body_bytes: of a request.
+        header_seconds: for the headers to arrive, from the connection or the first byte on.
+        body_seconds: for a body to begin to arrive; it has a second more for each ``rate`` bytes that have come.
+        idle_seconds: between requests.
+        write_seconds: in which a client must read what waits for it; it has a second more for each ``rate`` bytes of it.
+        rate: bytes a second below which a client is too slow.
+    """
+
+    connections: int = 1000
+    header_bytes: int = 16 << 10
+    headers: int = 100
+    url_bytes: int = 8 << 10
+    body_bytes: int = 4 << 20
+    header_seconds: float = 10.0
+    body_seconds: float = 20.0
+    idle_seconds: float = 15.0
+    write_seconds: float = 30.0
+    rate: int = 16 << 10
+
+
+def connections_that_fit(asked: int | None, replicas: int) -> int:
+    """Raise the limit of open files as far as it goes, and give the number of connections that there is room for.
+
+    Raises:
+        ValueError: there is no room for as many as were asked for.
+    """
+    if sys.platform == "win32":  # has no such limit
+        return asked or ConnectionLimits.connections
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = soft
+    # Without a hard limit the kernel has one of its own; macOS's is the lower of these.
+    for most in (1 << 20, 10240) if hard == resource.RLIM_INFINITY else (hard,):
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        except (ValueError, OSError):
+            continue
+        limit = most
+        break
+    # The backlog is accepted at once, before a connection is refused; a replica has a pipe and a sentinel, and opens files to load.
+    others = BACKLOG + 64 + 8 * replicas
+    room = limit - others
+    if room < (asked or 1):
+        raise ValueError(
+            f"--max-connections {asked or 1} and {replicas} replicas need {(asked or 1) + others} open files, and this process may "
+            f"have {limit} (ulimit -n); raise that, or lower --max-connections"
+        )
+    return asked or min(ConnectionLimits.connections, room)

@@ -1,0 +1,38 @@
+"""Requests that are none, and errors as answers."""
+
+from __future__ import annotations
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from mambakit.quoting import cut
+from mambakit.serving.errors import ApiError
+
+
+def require_json(request: Request) -> None:
+    """A web page can send other types to any server without asking it first."""
+    sent = request.headers.get("content-type")
+    kind = (sent or "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        what = "the body has no Content-Type" if sent is None else f"the body's Content-Type is {cut(sent)!r}"
+        raise ApiError(400 if sent is None else 415, f"{what}; send JSON as Content-Type: application/json")
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.lower() != "identity":
+        raise ApiError(415, f"the body's Content-Encoding is {cut(coding)!r}; send it as it is")
+
+
+async def refusal(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+async def http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = f"{cut(request.method)} {cut(request.url.path)}: {error.detail}; there are POST /v1/completions, GET /v1/models, /health, /ready, /live and /metrics"
+    return JSONResponse(ApiError(error.status_code, what).body, error.status_code, error.headers)
+
+
+async def bug(_: Request, error: Exception) -> Response:
+    message = f"the server failed on this request ({type(error).__name__}); its log says more"
+    return JSONResponse(ApiError(500, message).body, 500)
