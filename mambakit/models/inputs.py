@@ -74,7 +74,9 @@ def shifted_labels(labels: Tensor, attention_mask: Tensor | None, marks: Marks) 
         for name, value in marks.given.items()
         if name in ("position_ids", "seq_idx")
     }
-    keep, starts = documents_of(tuple(labels.shape), labels.device, mask, marks._replace(**cut), check=False)
+    keep, starts = documents_of(
+        (labels.shape[0], labels.shape[1]), labels.device, mask, marks._replace(**cut), check=False
+    )
     if keep is not None:
         labels = labels.masked_fill(~keep, IGNORE)
     if starts is not None:
