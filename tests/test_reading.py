@@ -224,7 +224,7 @@ def test_an_index_that_points_elsewhere(weight_map, model, tmp_path):
     ("changes", "message"),
     [
         ({"r": "8"}, "r is '8'"), ({"r": 0}, "r is 0; it must be 1 or more"), ({"lora_alpha": None}, "lora_alpha is None"),
-        ({"target_modules": [3]}, r"target_modules is \[3\]"), ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"target_modules": [3]}, r"target_modules is \[3\]"), ({"peft_type": "IA4"}, "peft_type is 'IA4'"),
         ({"use_rslora": "yes"}, "use_rslora is 'yes'"), ({"rank_pattern": [1]}, r"rank_pattern is \[1\]"),
     ],
 )  # fmt: skip

@@ -85,7 +85,7 @@ def documents_of(
             found["position_ids"][:, :1] = False  # the first token has nothing to be cut from
     if marks.seq_idx is not None:
         idx = _columns("seq_idx", marks.seq_idx, shape, seen, device)
-        if check and bool(((idx < 0) if wide_keep is None else (idx < 0) & _as_wide(wide_keep, idx)).any()):
+        if check and bool(_real(idx < 0, _as_wide(wide_keep, idx)).any()):
             raise ValueError("seq_idx is negative at a token that attention_mask keeps; mark padding by attention_mask")
         found["seq_idx"] = _last(_changes(idx, _as_wide(wide_keep, idx)), length)
     for name in ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k"):
@@ -95,8 +95,7 @@ def documents_of(
     if check:
         _require_agreement(found, keep)
         _require_lengths(marks, next(iter(found.values()), None), keep, shape)
-    starts = found.get("position_ids", next(iter(found.values()), None))
-    return Documents(keep, starts)
+    return Documents(keep, found.get("position_ids", next(iter(found.values()), None)))
 
 
 def as_lengths(name: str, cu: Any, device: torch.device | None = None) -> Tensor:
@@ -183,6 +182,10 @@ def _as_wide(keep: Tensor | None, like: Tensor) -> Tensor | None:
     if keep.shape[1] > like.shape[1]:
         return keep[:, -like.shape[1] :]
     return torch.nn.functional.pad(keep, (like.shape[1] - keep.shape[1], 0), value=True)
+
+
+def _real(tokens: Tensor, keep: Tensor | None) -> Tensor:
+    return tokens if keep is None else tokens & keep
 
 
 def _changes(ids: Tensor, keep: Tensor | None) -> Tensor:

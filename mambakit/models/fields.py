@@ -158,7 +158,7 @@ _GENERATION = {
 }  # fmt: skip
 # adapter_config.json, PEFT's of LoRA.
 _ADAPTER = {
-    "peft_type": _STRING, "r": _whole(0, 2**16).or_null(), "lora_alpha": _real(0, 1e6, above=True), "lora_dropout": _real(0, 1),
+    "peft_type": _STRING, "r": _whole(1, 2**16), "lora_alpha": _real(0, 1e6, above=True), "lora_dropout": _real(0, 1),
     "target_modules": _any_of(
         "a name of layers, or a list of them", _STRING, _list(lambda v: isinstance(v, str) and bool(v.strip()), "", least=1)
     ).or_null(),

@@ -175,7 +175,13 @@ def _read_config(folder: Path) -> Any:
     path = folder / "adapter_config.json"
     if not path.exists():
         raise CheckpointError(f"there is no {path}; fetch the adapters again")
-    check_adapter(read_json(path), path)
+    fields = read_json(path)
+    # Of other methods than LoRA a rank may be 0 or null.
+    check_adapter({k: v for k, v in fields.items() if k != "r" or fields.get("peft_type") == "LORA"}, path)
+    if fields.get("peft_type") not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{path}: peft_type is {brief(fields.get('peft_type'))}, which is no method of PEFT {peft.__version__}"
+        )
     try:
         return peft.PeftConfig.from_pretrained(str(folder))
     except Exception as error:
