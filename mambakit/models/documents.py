@@ -101,6 +101,8 @@ def documents_of(
 
 def as_lengths(name: str, cu: Any, device: torch.device | None = None) -> Tensor:
     """Cumulative lengths as a tensor (s + 1,) int32."""
+    if device is None:  # a tensor stays where it is, whatever torch's default device
+        device = cu.device if isinstance(cu, Tensor) else torch.device("cpu")
     cu = torch.as_tensor(cu, device=device)
     if cu.dim() != 1 or cu.numel() < 2 or cu.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} is {tuple(cu.shape)} {cu.dtype}, expected (s + 1,) int32 with s >= 1")
@@ -189,7 +191,7 @@ def _changes(ids: Tensor, keep: Tensor | None) -> Tensor:
     if keep is None:
         starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
         return starts
-    columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    columns = torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device).expand_as(ids)
     last = torch.where(keep, columns, -1).cummax(1).values[:, :-1]  # the last real column up to each
     before = ids.gather(1, last.clamp(min=0))
     starts[:, 1:] = keep[:, 1:] & (last >= 0) & (ids[:, 1:] != before)
@@ -225,13 +227,13 @@ def _require_lengths(marks: Marks, starts: Tensor | None, keep: Tensor | None, s
         raise ValueError(
             f"max_length_q is {marks.max_length_q} and max_length_k {marks.max_length_k}; they are of one text"
         )
-    real = torch.ones(shape, dtype=torch.bool) if keep is None else keep.cpu()
+    real = torch.ones(shape, dtype=torch.bool, device="cpu") if keep is None else keep.cpu()
     inner = (
-        torch.zeros(shape, dtype=torch.bool)
+        torch.zeros(shape, dtype=torch.bool, device="cpu")
         if starts is None
         else begin_inside(starts.cpu(), keep if keep is None else real)
     )
-    rows = torch.arange(shape[0])[:, None] * shape[1]
+    rows = torch.arange(shape[0], dtype=torch.int64, device="cpu")[:, None] * shape[1]
     longest = int(torch.bincount((rows + inner.cumsum(1))[real]).max()) if bool(real.any()) else 0
     name, most = next(iter(given.items()))
     if longest > most:

@@ -68,9 +68,9 @@ def packing_of(
 def shifted_labels(labels: Tensor, attention_mask: Tensor | None, marks: Marks) -> Tensor:
     """Targets (b, l): position t is to predict token t + 1, -100 where there is none to predict."""
     last = labels.shape[1]
-    mask = None if attention_mask is None else torch.as_tensor(attention_mask)[:, -last:]
+    mask = None if attention_mask is None else torch.as_tensor(attention_mask, device=labels.device)[:, -last:]
     cut = {
-        name: torch.as_tensor(value)[..., -last:]
+        name: torch.as_tensor(value, device=labels.device)[..., -last:]
         for name, value in marks.given.items()
         if name in ("position_ids", "seq_idx")
     }
