@@ -225,7 +225,7 @@ def test_older_reparametrisations_are_used(kind):
 def test_a_step_a_verification_and_the_engine_call_it(way, place):
     model, calls = model_of(), []
     module = model.get_submodule(place)
-    plain = [token_step(model, model.backbone.new_cache(1))(torch.tensor([t])) for t in (3,)][0]
+    plain = token_step(model, model.backbone.new_cache(1))(torch.tensor([3]))
     with put(way, module, model, place, lambda: calls.append(1)):
         step = token_step(model, model.backbone.new_cache(1))
         assert worst(step(torch.tensor([3])), plain) < 1e-4
