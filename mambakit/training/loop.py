@@ -210,14 +210,8 @@ class _Run:
         self._last = time.monotonic(), self.step
         if self.team.first:
             self.telemetry = Telemetry(self.out, self.console, config.tensorboard, self.step)
-<<<<<<< HEAD
         if self.over() and self.step and not config.export_only:
             say(self.console, f"step {self.step}: nothing left to train: the model is written again")
-=======
-        if self.over() and self.step:
-            what = "written" if config.export_only else "nothing left to train: the model is written again"
-            say(self.console, f"step {self.step}: {what}")
->>>>>>> 7a554a7 (Tests: whatever is put on a module is called, in generation, steps, verification, the engine and training)
         first, rate, norm = self.step, 0.0, torch.zeros((), dtype=torch.float32, device="cpu")
         with self.telemetry or contextlib.nullcontext():
             while not self.over():
