@@ -55,7 +55,13 @@ def ways(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
         verify.commit(2)
         request = Request(ids[0], Sampling(temperature=0), max_new_tokens=4)
         Engine(model, 2).write([request])
-        return [torch.stack(out.logits), logits, cache.ssm_states.clone(), model(ids).logits, torch.tensor(request.tokens)]
+        return [
+            torch.stack(out.logits),
+            logits,
+            cache.ssm_states.clone(),
+            model(ids).logits,
+            torch.tensor(request.tokens),
+        ]
 
 
 @pytest.mark.parametrize("kind", sorted(MAKERS))
@@ -120,7 +126,9 @@ def test_what_others_have_quantised_is_not_quantised_again(format):
         model.quantize(format)
 
 
-@pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "IntxWeightOnlyConfig"])
+@pytest.mark.parametrize(
+    "name", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "IntxWeightOnlyConfig"]
+)
 def test_torchao(name):
     quantization = pytest.importorskip("torchao.quantization")
     model, ids = model_of(), tokens(2, 6)
