@@ -19,7 +19,9 @@ def token_ids(name: str, value: Any) -> Tensor:
     """
     if not isinstance(value, Tensor):
         try:
-            value = torch.as_tensor(value, device="cpu") if len(value) else torch.empty(0, dtype=torch.int64)
+            value = (
+                torch.as_tensor(value, device="cpu") if len(value) else torch.empty(0, dtype=torch.int64, device="cpu")
+            )
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TypeError(f"{name} is {quoted(value)}; give a tensor (l,) of token ids, int64") from error
     if value.dim() != 1 or not len(value):

@@ -26,7 +26,7 @@ def in_training() -> bool:
     return torch.is_grad_enabled() and not transformed()
 
 
-def project(module: nn.Module, x: Tensor) -> Tensor:
+def project(module: Any, x: Tensor) -> Tensor:
     """``module(x)`` of a linear layer; where autocast runs a float32 weight in half, its gradient is never rounded to half."""
     if in_training() and untouched(module, nn.Linear) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -139,9 +139,7 @@ class _Mix(torch.autograd.Function):
         return differentiated_once("selective_scan", found, (*gradients, *origins))
 
     @staticmethod
-    def _gradients(
-        ctx: Any, gradients: tuple[Tensor | None, ...], saved: list[Tensor | None]
-    ) -> tuple[Tensor | None, ...]:
+    def _gradients(ctx: Any, gradients: tuple[Tensor | None, ...], saved: list[Any]) -> tuple[Tensor | None, ...]:
         dy, dconv_final, dssm_final = gradients
         (
             xz,

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from mambakit.ops import _memory
+
 
 @functools.cache
 def _bindings():
@@ -109,6 +111,11 @@ def _compile(nvrtc, source, name, headers, options) -> bytes:
         return bytes(cubin)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
+
+
+def address(tensor: torch.Tensor | None, dtypes: tuple[torch.dtype, ...], device: int) -> int:
+    """`_memory.address` of a whole contiguous tensor on GPU ``device``; 0 where there is none."""
+    return 0 if tensor is None else _memory.address(tensor, dtypes, tensor.numel(), device)
 
 
 class _Arguments(threading.local):

@@ -6,13 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 
-def differentiated_once(
-    op: str, gradients: tuple[Tensor | None, ...], origins: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
-    """``gradients`` that raise when autograd goes back through them; as they are where nobody records (``create_graph=False``).
+def differentiated_once(op: str, gradients: tuple[Any, ...], origins: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """``gradients``, tensors or None, that raise when autograd goes back through them; as they are where nobody records (``create_graph=False``).
 
     Args:
         op: its name, for the error.
@@ -32,7 +29,7 @@ class _Once(torch.autograd.Function):
         return tuple(t.view_as(t) for t in tensors[:count])
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx | Any, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.op = inputs[0]
 
     @staticmethod

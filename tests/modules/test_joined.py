@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from mambakit import MambaConfig, MambaMixer
-from mambakit.models.documents import Marks
-from mambakit.models.inputs import packing_of
+from mambakit.modules import Packing
 from tests.models.configurations import worst
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -41,7 +40,7 @@ def gradients(
     x, dy = (torch.randn(1 if packed else 2, 23, 20, generator=generator).to(device, dtype) for _ in range(2))
     x.requires_grad_()
     cu_seqlens = torch.tensor([0, 9, 10, 23], dtype=torch.int32, device=device) if packed else None
-    packing = packing_of(x.shape[:2], x.device, None, Marks(cu_seqlens=cu_seqlens), None) if packed else None
+    packing = Packing.from_cu_seqlens(cu_seqlens, (1, 23)) if packed else None
     cache = None
     if states:
         rows, d, reach = (3 if packed else 2), mixer.intermediate_size, mixer.conv_kernel_size - 1

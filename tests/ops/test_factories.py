@@ -8,10 +8,10 @@ from pathlib import Path
 import mambakit
 
 _ROOT = Path(mambakit.__file__).parent
-# name -> whether a dtype has to be named, too: the result of the others has that of their argument, or is of whole numbers by definition.
+# name -> whether a dtype has to be named, too: the result of the others has that of what a caller gave.
 _FACTORIES = dict.fromkeys(
     ("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "tensor", "zeros"), True
-) | {"as_tensor": True, "randperm": True, "empty_strided": True, "scalar_tensor": True}  # fmt: skip
+) | {"as_tensor": False, "randperm": True, "empty_strided": True, "scalar_tensor": True}  # fmt: skip
 
 
 def offences(source: str) -> list[tuple[int, str]]:
@@ -26,7 +26,8 @@ def offences(source: str) -> list[tuple[int, str]]:
                 return
             name = called.removeprefix("torch.")
             keywords = {k.arg for k in node.keywords}
-            if called != name and name in _FACTORIES and None not in keywords and not {"dtype", "device"} <= keywords:
+            needed = {"dtype", "device"} if _FACTORIES.get(name) else {"device"}
+            if called != name and name in _FACTORIES and None not in keywords and not needed <= keywords:
                 found.append((node.lineno, ast.unparse(node)))
         for child in ast.iter_child_nodes(node):
             visit(child)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mambakit.ops import _nvrtc
+from mambakit.ops._memory import all_plain, zeros
 from mambakit.ops.decode.weights import ModelWeights, check_states, shape_of, tensors_of
 
 MOST_ROWS = 8
@@ -23,6 +24,8 @@ PARTS = (
     "stream", "in_proj", "conv", "x_proj", "meet", "dt_proj", "state", "meet again", "out_proj", "sum", "head",
 )  # fmt: skip
 _DTYPES = {torch.bfloat16: 1, torch.float16: 2}
+# What the kernel reads and writes: weights, packed ones, scales and states, tokens and sums.
+_READ = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @functools.cache
@@ -115,12 +118,15 @@ def _plan(
         scan = [w.A_log, w.D, w.dt_bias]
         same = all(t is None or t.dtype == dtype for t in (*plain, *large)) and all(t.dtype == scan_dtype for t in scan)
         every = [t for weight in (w.in_proj, w.x_proj, w.out_proj) for t in tensors_of(weight)] + plain + scan
-        if not same or any(t is not None and not t.is_contiguous() for t in every):
-            return "layers of other dtypes, or weights that are not contiguous"
+        if not same or not all_plain(every) or any(t is not None and not t.is_contiguous() for t in every):
+            return "layers of other dtypes, or weights that are no plain contiguous tensors"
         if any(
             t.data_ptr() % 16 for t in (w.in_proj, w.x_proj, w.out_proj, w.dt_proj, w.A_log) if isinstance(t, Tensor)
         ):
             return "weights that are not aligned to 16 bytes"
+    ends = [weights.embeddings, weights.final_norm, *tensors_of(weights.head)]
+    if not all_plain(ends) or any(t is not None and not t.is_contiguous() for t in ends):
+        return "embeddings, a last norm or a head that are no plain contiguous tensors"
     most, flowing, pace = queue or _queue(bits, rows, (2 * c_tiles * h + s_tiles * d) // columns // warps)
     for buffers in (2, 1):
         fixed = _fixed_bytes(grid, rows, h, d, v, rank, len(layers), first.A_log.itemsize, buffers, warps)
@@ -191,7 +197,13 @@ class PersistentStep:
         h, v = plan["H"], plan["VOCABULARY"]
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, device=device, dtype=dtype)
+            return zeros(*shape, dtype=dtype, device=device)
+
+        index = weights.embeddings.get_device()
+
+        def address(t: Tensor | None) -> int:
+            """Of a tensor whose dtype and shape `_plan` has checked, or that was made here."""
+            return _nvrtc.address(t, _READ, index)
 
         self.tokens, self.position = buffer(rows, dtype=torch.int64), buffer(1, dtype=torch.int64)
         self.slot = buffer(1, dtype=torch.int64)
@@ -215,7 +227,7 @@ class PersistentStep:
                 *tensors_of(w.out_proj), w.out_proj_bias,
             ]  # fmt: skip
             kept += fields
-            table.append([_address(t) for t in fields])
+            table.append([address(t) for t in fields])
         addresses = torch.tensor(table, dtype=torch.int64, device=device)
         operands = [
             addresses, weights.embeddings, weights.final_norm, *tensors_of(weights.head), conv_states, ssm_states, self.tokens,
@@ -224,7 +236,7 @@ class PersistentStep:
         ]  # fmt: skip
         # The kernel holds addresses only: all of this must live as long.
         self._kept = [*kept, *operands]
-        self._fields = [_address(t) for t in operands]
+        self._fields = [address(t) for t in operands]
         self._fields += [struct.unpack("I", struct.pack("f", weights.eps))[0], self.history.shape[1]]
         self.cycles = buffer(len(PARTS), dtype=torch.int32)
         if clock:
@@ -236,7 +248,3 @@ class PersistentStep:
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         self._kernel(self._grid, self._threads, stream, *self._fields, int(choose), self.cycles.data_ptr())
         return self.logits
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()

@@ -106,6 +106,7 @@ def forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens):
     """`mambakit::causal_conv1d_`."""
     call = _Call(x, weight, bias, activation, state, cu_seqlens)
     pool = call.initial
+    assert pool is not None
     _checks.slots("causal_conv1d_", slot_indices, call.sequences, pool.shape[0])
     slots = None if slot_indices is None else slot_indices.contiguous()
     y = empty(*call.x.shape, dtype=call.x.dtype)

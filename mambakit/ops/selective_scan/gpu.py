@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mambakit.ops import _nvrtc
+from mambakit.ops import _memory, _nvrtc
+from mambakit.ops._memory import FLOAT32, INT32
 from mambakit.ops.selective_scan import reference
 from mambakit.ops.selective_scan.plan import Plan, backward_plan, forward_plan
 
@@ -121,10 +122,6 @@ def _on_its_device(function):
     return call
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def dense(t: Tensor) -> Tensor:
     """Contiguous, and placed where 16 bytes can be read at once."""
     return t if t.is_contiguous() and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
@@ -145,6 +142,9 @@ class _Operands(NamedTuple):
 
 
 def _operands(d: int, n: int, itemsize: int, *given: Tensor | None) -> _Operands:
+    first = given[0]
+    assert first is not None
+    (b, length, _), dtypes, device = first.shape, (first.dtype,), first.get_device()
     tensors: list[Tensor | None] = []
     addresses, rows, tokens, odd = [], [], [], d | n
     for t in given:
@@ -154,7 +154,7 @@ def _operands(d: int, n: int, itemsize: int, *given: Tensor | None) -> _Operands
             if element != 1 or token >= _FARTHEST:
                 t = t.contiguous()
                 row, token, _ = t.stride()
-            address = t.data_ptr()
+            address = _memory.address_of_rows(t, dtypes, (b, length, d if t.shape[2] == d else n), device)
             odd |= row | token | address // itemsize
         tensors.append(t)
         addresses.append(address)
@@ -196,11 +196,11 @@ def _chunk_length(length: int, chunks: int, interval: int) -> int:
 
 def _number_sequences(kernel, stream, cu_seqlens, ids, from_state, to_state, state_size) -> None:
     """The sequence of each token, into ``ids``; states of sequences without a token are copied."""
-    sequences = cu_seqlens.shape[0] - 1
+    sequences, device = cu_seqlens.shape[0] - 1, cu_seqlens.get_device()
     rounds = min(64, -(-ids.shape[0] // (sequences * 1024)) + 1)
     kernel(
-        sequences, 256, stream, cu_seqlens.data_ptr(), ids.data_ptr(), _address(from_state), _address(to_state),
-        state_size, blocks_y=rounds,
+        sequences, 256, stream, *(_nvrtc.address(t, INT32, device) for t in (cu_seqlens, ids)),
+        *(_nvrtc.address(t, FLOAT32, device) for t in (from_state, to_state)), state_size, blocks_y=rounds,
     )  # fmt: skip
 
 
@@ -264,9 +264,10 @@ class ForwardLaunch:
         self.cu_seqlens = cu_seqlens.contiguous() if packed else None
         self.ids = torch.empty(length, dtype=torch.int32, device=device) if packed else None
         self.kept = inputs, A, D, delta_bias  # the launches read them
-        self.before = (*inputs.addresses, A.data_ptr(), _address(D), _address(delta_bias))
+        self.device, self.dtype = u.get_device(), (u.dtype,)
+        self.before = (*inputs.addresses, *(_nvrtc.address(t, FLOAT32, self.device) for t in (A, D, delta_bias)))
         self.after = (
-            local, sums, _address(self.turns), *inputs.steps, length, d, n, call.tiles, call.chunk_length, chunks,
+            local, sums, _nvrtc.address(self.turns, INT32, self.device), *inputs.steps, length, d, n, call.tiles, call.chunk_length, chunks,
         )  # fmt: skip
         self.interval, self.state_size = interval, d * n
 
@@ -278,9 +279,11 @@ class ForwardLaunch:
             )  # fmt: skip
 
     def launch(self, passes: tuple[int, ...], initial, y, final, checkpoints) -> None:
+        address, device = _nvrtc.address, self.device
         fields = (
-            *self.before, _address(initial), _address(self.slots), _address(self.ids), _address(self.cu_seqlens),
-            _address(y), _address(final), _address(checkpoints), *self.after,
+            *self.before, address(initial, FLOAT32, device),
+            *(address(t, INT32, device) for t in (self.slots, self.ids, self.cu_seqlens)), address(y, self.dtype, device),
+            address(final, FLOAT32, device), address(checkpoints, FLOAT32, device), *self.after,
         )  # fmt: skip
         for one in passes:
             self.call.walk(self.call.blocks, self.call.threads, self.stream, *fields, one, self.interval)
@@ -424,11 +427,14 @@ class BackwardLaunch:
         call = self.call
         partial, dA_parts, dD_parts, dbias_parts, local, sums = self.places
         to = self.dinitial if initial is not None else None
+        address, device, dtype = _nvrtc.address, self.du.get_device(), (self.du.dtype,)
+        dz = _memory.address_of_rows(self.dz, dtype, self.dz.shape, device)  # it may be half of a wider tensor
         return (
             *inputs.addresses,
-            *map(_address, (A, D, delta_bias, initial, dfinal, checkpoints, self.ids, self.cu_seqlens)),
-            *map(_address, (self.du, self.ddelta, self.dz, to)), local, sums, partial, dA_parts, dD_parts, dbias_parts,
-            _address(self.turns), *inputs.steps, *self.dz_steps, length, d, n, call.tiles, call.chunk_length, call.chunks, self.first, b * length,
+            *(address(t, FLOAT32, device) for t in (A, D, delta_bias, initial, dfinal, checkpoints)),
+            *(address(t, INT32, device) for t in (self.ids, self.cu_seqlens)),
+            *(address(t, dtype, device) for t in (self.du, self.ddelta)), dz, address(to, FLOAT32, device), local, sums,
+            partial, dA_parts, dD_parts, dbias_parts, address(self.turns, INT32, device), *inputs.steps, *self.dz_steps, length, d, n, call.tiles, call.chunk_length, call.chunks, self.first, b * length,
             self.interval,
         )  # fmt: skip
 
@@ -449,10 +455,12 @@ class BackwardLaunch:
         call, (b, length, d, n) = self.call, self.shape
         call.walk(b * call.tiles * call.chunks, call.threads, self.stream, *self._fields(dfinal))
         partial, dA_parts, dD_parts, dbias_parts, *_ = self.places
+        address, device, dtype = _nvrtc.address, self.du.get_device(), (self.du.dtype,)
         blocks = -(-b * length * call.padded // 2 // 256) + -(-(d * n + 2 * d) // 256)
         call.finish(
             blocks, 256, self.stream, partial, dA_parts, dD_parts, dbias_parts,
-            *map(_address, (self.dB, self.dC, self.dA, self.dD, self.dbias)), b * length, call.tiles, n, d, b * call.chunks,
+            *(address(t, dtype, device) for t in (self.dB, self.dC)),
+            *(address(t, FLOAT32, device) for t in (self.dA, self.dD, self.dbias)), b * length, call.tiles, n, d, b * call.chunks,
         )  # fmt: skip
         _, _, D, delta_bias, *_ = self.kept
         empty = self.dA.new_empty(0)
