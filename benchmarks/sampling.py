@@ -23,7 +23,7 @@ from transformers import generation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mambakit.decoding.sampler import Sampler
+from mambakit.decoding.sampler import SampledText, Sampler
 from mambakit.decoding.sampling_params import SamplingParams
 from mambakit.ops.sampling import reference
 from mambakit.ops.sampling.api import sample
@@ -100,13 +100,12 @@ def measure(rows: int, device: torch.device, rounds: int) -> list[dict]:
         parameters = torch.tensor([params.columns] * rows, dtype=torch.float32, device=device)
         same = sample(logits, uniform, parameters) == reference.sample(logits, uniform, parameters)
         assert same.float().mean() > 0.98, f"{label}: {int((~same).sum())} of {rows} tokens are not the reference's"
-        sampler, chosen = Sampler(VOCABULARY, device, rows), theirs(params, logits, ids)
-        for slot in range(rows):
-            sampler.put(slot, params, ids[slot])
-        sampler.choose(logits, range(rows))
+        sampler, chosen = Sampler(), theirs(params, logits, ids)
+        texts = [SampledText(params, VOCABULARY, device, prompt) for prompt in ids]
+        sampler.choose(logits, texts)
         chosen().tolist()
         op = launch_seconds(lambda p=parameters: sample(logits, uniform, p), device.type == "cuda", rounds)
-        choose = wall_seconds(lambda s=sampler: s.choose(logits, range(rows)), rounds)
+        choose = wall_seconds(lambda s=sampler, t=texts: s.choose(logits, t), rounds)
         peer = wall_seconds(lambda c=chosen: c().tolist(), rounds)
         print(f"{rows:>4} {label:30} {op * 1e6:8.0f} {choose * 1e6:8.0f} {peer * 1e6:13.0f}", flush=True)
         record.append({"rows": rows, "how": label, "op": op, "choose": choose, "transformers": peer})

@@ -1,13 +1,12 @@
-"""The next token of many texts at once: each slot of a pool has its own parameters, random numbers and constraint.
+"""The next token of many texts at once: each has its own parameters, random numbers and constraint.
 
-In a few launches for all slots: constraint masks, biases and penalties where a slot has them, then one launch of
+In a few launches for all of them: constraint masks, biases and penalties where a text has them, then one launch of
 `mambakit.ops.sampling`. The device is waited for once, when the tokens are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,211 +18,168 @@ from mambakit.models.choosing import NO_CHOICE
 from mambakit.ops.sampling.api import NO_TOKEN, sample
 
 
-@dataclass
-class _Text:
-    params: SamplingParams
-    key: int
-    matcher: Any
+class SampledText:
+    """What choosing the tokens of one text needs to know of it, whatever it is batched with.
+
+    Args:
+        params: how tokens are chosen.
+        vocab_size: v.
+        device: where logits lie.
+        read: (p,) int64, the prompt: what a repetition penalty counts, too.
+
+    Attributes:
+        error: why the last token could not be chosen; "" where it could.
+    """
+
+    def __init__(self, params: SamplingParams, vocab_size: int, device: torch.device, read: Tensor):
+        self.params, self.position, self.error = params, 0, ""
+        self.matcher = params.matcher()
+        self._key, self._block, self._numbers = params.key(), -1, np.empty(0, dtype=np.float64)
+        # (v,) each, where it is needed: what was read or written, how often it was written, biases.
+        self.seen = self.counts = self.bias = None
+        if params.repetition_penalty != 1:
+            self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.seen[read.to(device)] = True
+        if params.presence_penalty or params.frequency_penalty:
+            self.counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+        if params.logit_bias:
+            self.bias = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+            tokens = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=device)
+            self.bias[tokens] = _table(list(params.logit_bias.values()), device)
 
     @property
     def changes_logits(self) -> bool:
-        return self.params.penalises or bool(self.params.logit_bias) or self.matcher is not None
+        """Whether a token is chosen from other logits than the model's."""
+        return any(part is not None for part in (self.matcher, self.seen, self.counts, self.bias))
 
+    @property
+    def plain(self) -> bool:
+        """Whether it wants the most probable token of the logits as they are. Such a token may be chosen elsewhere."""
+        return self.params.greedy and not self.changes_logits
 
-class _Batch:
-    """What stays the same from one token of some slots to the next."""
+    def uniform(self) -> float:
+        """The random number of the next token; a text without a choice takes none."""
+        if self.params.greedy:
+            return 0.0
+        block, at = divmod(self.position, BLOCK)
+        if block != self._block:
+            self._block, self._numbers = block, random_numbers(self._key, block)
+        return float(self._numbers[at])
 
-    def __init__(self, slots: Sequence[int], texts: list[_Text | None], device: torch.device):
-        self.slots = np.array(slots, dtype=np.int64)
-        greedy = SamplingParams(temperature=0)
-        params = [greedy if text is None else text.params for text in texts]
-        self.parameters = _table([p.columns for p in params], device)
-        self.draws = any(not p.greedy for p in params)
-        self.matched = [(i, t.matcher) for i, t in enumerate(texts) if t is not None and t.matcher is not None]
-        changed = [i for i, t in enumerate(texts) if t is not None and t.changes_logits]
-        self.rows = torch.tensor(changed, dtype=torch.int64, device=device) if changed else None
-        self.all_rows = len(changed) == len(texts)
-        self.of = torch.tensor([slots[i] for i in changed], dtype=torch.int64, device=device)
-        self.masked = [(j, params[i], texts[i].matcher) for j, i in enumerate(changed) if texts[i].matcher is not None]  # type: ignore[union-attr]
-        theirs = [params[i] for i in changed]
-        self.repetition = self._column([p.repetition_penalty for p in theirs], 1, device)
-        self.presence = self._column([p.presence_penalty for p in theirs], 0, device)
-        self.frequency = self._column([p.frequency_penalty for p in theirs], 0, device)
-        self.biased = self._column([float(bool(p.logit_bias)) for p in theirs], 0, device)
-
-    @staticmethod
-    def _column(values: list[float], off: float, device: torch.device) -> Tensor | None:
-        """(m, 1), or None where all are off."""
-        return _table([[v] for v in values], device) if any(v != off for v in values) else None
+    def accept(self, token: int) -> int:
+        """The token, which is now the text's; `NO_TOKEN` where it cannot be."""
+        if token == NO_TOKEN or self.error:
+            self.error = self.error or NO_CHOICE
+            return NO_TOKEN
+        if self.matcher is not None:
+            try:
+                self.matcher.accept(token)
+            except ValueError as error:
+                self.error = str(error)
+                return NO_TOKEN
+        self.position += 1
+        return token
 
 
 class Sampler:
-    """Chooses tokens for the texts in a pool of slots.
+    """Chooses the tokens of texts, all in one batch. What stays from one token to the next is made once for a batch."""
 
-    Args:
-        vocab_size: v.
-        device: where logits lie.
-        slots: how many there are at first, all empty.
-    """
-
-    def __init__(self, vocab_size: int, device: torch.device, slots: int = 0):
-        self.vocab_size, self.device = vocab_size, device
-        self._texts: list[_Text | None] = [None] * slots
-        self._positions = np.zeros(slots, dtype=np.int64)  # tokens chosen so far
-        # A text's random numbers: block ``_blocks`` of them.
-        self._numbers, self._blocks = np.zeros((slots, BLOCK), dtype=np.float64), np.full(slots, -1, dtype=np.int64)
-        self._errors: dict[int, str] = {}
-        # (slots, v), made when a text first needs them: what was read or written, how often it was written, biases.
-        self._seen: Tensor | None = None
-        self._counts: Tensor | None = None
-        self._bias: Tensor | None = None
-        self._batch: tuple[tuple[int, ...], _Batch] | None = None  # of the last call, until a slot changes
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def resize(self, kept: Sequence[int], slots: int) -> None:
-        """Go on with ``slots`` slots: the first are what ``kept`` were, the others empty."""
-        kept, added = list(kept), slots - len(kept)
-        self._texts = [self._texts[i] for i in kept] + [None] * added
-        self._positions = np.pad(self._positions[kept], (0, added))
-        self._numbers = np.pad(self._numbers[kept], ((0, added), (0, 0)))
-        self._blocks = np.pad(self._blocks[kept], (0, added), constant_values=-1)
-        self._errors.clear()
-        self._batch = None
-        self._seen, self._counts, self._bias = (
-            None if table is None else torch.cat([table[kept], table.new_zeros(added, self.vocab_size)])
-            for table in (self._seen, self._counts, self._bias)
-        )
-
-    def put(self, slot: int, params: SamplingParams, read: Tensor, written: Sequence[int] = ()) -> None:
-        """A text in ``slot``: it has read the prompt ``read`` (p,) and then written these tokens; it goes on as if it had been here
-        from the beginning, given the same seed."""
-        self._batch = None
-        self._errors.pop(slot, None)
-        matcher = params.matcher()
-        for token in written if matcher is not None else ():
-            matcher.accept(token)
-        self._texts[slot] = _Text(params, params.key(), matcher)
-        self._positions[slot] = len(written)
-        self._blocks[slot] = -1
-        tokens = torch.tensor(list(written), dtype=torch.int64, device=self.device)
-        if params.repetition_penalty != 1:
-            self._seen = self._made(self._seen, torch.bool)
-            self._seen[slot] = False
-            self._seen[slot, torch.cat([read.to(self.device), tokens])] = True
-        if params.presence_penalty or params.frequency_penalty:
-            self._counts = self._made(self._counts, torch.float32)
-            self._counts[slot] = tokens.bincount(minlength=self.vocab_size)
-        if params.logit_bias:
-            self._bias = self._made(self._bias, torch.float32)
-            self._bias[slot] = 0
-            biased = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=self.device)
-            self._bias[slot, biased] = _table(list(params.logit_bias.values()), self.device)
-
-    def drop(self, slot: int) -> None:
-        """The text in ``slot`` is over."""
-        self._texts[slot] = None
-        self._batch = None
-
-    def plain(self, slots: Sequence[int]) -> bool:
-        """Whether all of these want the most probable token of the logits as they are."""
-        return all(t is None or (t.params.greedy and not t.changes_logits) for t in (self._texts[i] for i in slots))
-
-    def error(self, slot: int) -> str:
-        """Why no token could be chosen for ``slot`` the last time."""
-        return self._errors.get(slot, NO_CHOICE)
+    def __init__(self) -> None:
+        self._batch: _Batch | None = None
 
     @torch.no_grad()
-    def choose(self, logits: Tensor, slots: Sequence[int]) -> list[int]:
-        """The next token of each of ``slots``, from logits (m, v), a row each; `NO_TOKEN` where none can be chosen, and `error` says
-        why. What is chosen belongs to the text: the next call goes on from there."""
-        self._errors.clear()
-        key = tuple(slots)
-        if self._batch is None or self._batch[0] != key:
-            self._batch = key, _Batch(key, [self._texts[i] for i in key], self.device)
-        batch = self._batch[1]
-        tokens: list[int] = self._sample(logits, batch).tolist()
-        self._positions[batch.slots] += 1
-        for slot in self._errors:
-            tokens[key.index(slot)] = NO_TOKEN
-        for i, matcher in batch.matched:
-            if tokens[i] != NO_TOKEN:
-                try:
-                    matcher.accept(tokens[i])
-                except ValueError as error:
-                    self._errors[key[i]], tokens[i] = str(error), NO_TOKEN
-        return tokens
-
-    def take(self, slots: Sequence[int]) -> None:
-        """Each of these texts, which are `plain`, has had its next token chosen elsewhere."""
-        self._positions[list(slots)] += 1
-
-    def _sample(self, logits: Tensor, batch: _Batch) -> Tensor:
-        if batch.rows is not None:
-            wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-            changed = self._changed(wide if batch.all_rows else wide[batch.rows], batch)
-            logits = changed if batch.all_rows else wide.index_copy(0, batch.rows, changed)
+    def choose(self, logits: Tensor, texts: Sequence[SampledText]) -> list[int]:
+        """The next token of each of ``texts``, from logits (m, v), a row each; `NO_TOKEN` where none can be chosen, and `SampledText.error`
+        says why, of that text alone. What is chosen belongs to the text: the next call goes on from there."""
+        if self._batch is None or self._batch.texts != list(texts):
+            self._batch = _Batch(list(texts), logits.device)
+        batch = self._batch
+        for text in texts:
+            text.error = ""
+        changed = batch.change(logits)
+        uniform = torch.zeros(len(texts), dtype=torch.float64, device="cpu")
         if batch.draws:
-            uniform = torch.from_numpy(self._uniform(batch.slots)).to(logits.device, non_blocking=True)
-        else:
-            uniform = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-        tokens = sample(logits, uniform, batch.parameters)
-        if batch.rows is not None and (self._seen is not None or self._counts is not None):
-            written = tokens[batch.rows]
-            there = written != NO_TOKEN
-            at = batch.of, written.clamp(min=0)
-            if self._seen is not None:
-                self._seen[at] |= there
-            if self._counts is not None:
-                self._counts[at] += there
-        return tokens
+            uniform = torch.from_numpy(np.fromiter((text.uniform() for text in texts), np.float64, len(texts)))
+        tokens = sample(changed, uniform.to(logits.device, non_blocking=True), batch.parameters)
+        batch.count(tokens)
+        return [text.accept(token) for text, token in zip(texts, tokens.tolist(), strict=True)]
 
-    def _uniform(self, slots: np.ndarray) -> np.ndarray:
-        blocks, at = np.divmod(self._positions[slots], BLOCK)
-        for i in np.flatnonzero(self._blocks[slots] != blocks):
-            slot = slots[i]
-            if (text := self._texts[slot]) is not None:
-                self._numbers[slot], self._blocks[slot] = random_numbers(text.key, int(blocks[i])), blocks[i]
-        return self._numbers[slots, at]
 
-    def _changed(self, x: Tensor, batch: _Batch) -> Tensor:
-        """x (m, v), the logits of the slots that change theirs, with masks, biases and penalties; x itself stays."""
-        if batch.masked:
-            x = self._mask(x.clone(), batch)
-        if batch.biased is not None:
-            assert self._bias is not None
-            x = x + torch.where(batch.biased > 0, self._bias[batch.of], 0.0)
-        if batch.repetition is not None:
-            assert self._seen is not None
-            factor = torch.where(x < 0, batch.repetition, 1 / batch.repetition)
-            x = torch.where(self._seen[batch.of] & (batch.repetition != 1), x * factor, x)
-        if batch.frequency is not None or batch.presence is not None:
-            assert self._counts is not None
-            counts = self._counts[batch.of]
-            # A slot without such a penalty may hold an older text's counts: its factors are 0.
-            if batch.presence is not None:
-                x = x - batch.presence * (counts > 0)
-            if batch.frequency is not None:
-                x = x - batch.frequency * counts
-        return x
+class _Batch:
+    """Texts that are chosen for together: their parameters as tensors, and the tables of those that change their logits."""
 
-    def _mask(self, x: Tensor, batch: _Batch) -> Tensor:
-        rows, matchers = [j for j, _, _ in batch.masked], [matcher for _, _, matcher in batch.masked]
+    def __init__(self, texts: list[SampledText], device: torch.device):
+        self.texts = texts
+        self.parameters = _table([text.params.columns for text in texts], device).reshape(-1, 6)
+        self.draws = any(not text.params.greedy for text in texts)
+        rows = [i for i, text in enumerate(texts) if text.changes_logits]
+        changed = [texts[i] for i in rows]
+        self.rows = torch.tensor(rows, dtype=torch.int64, device=device) if rows else None
+        self.whole = len(rows) == len(texts)
+        self.masked = [(j, text) for j, text in enumerate(changed) if text.matcher is not None]
+        self.seen = self._stack(changed, "seen", torch.bool)
+        self.counts = self._stack(changed, "counts", torch.float32)
+        self.bias = self._stack(changed, "bias", torch.float32)
+        self.repetition = _table([[text.params.repetition_penalty] for text in changed], device)  # (m, 1)
+        self.presence = _table([[text.params.presence_penalty] for text in changed], device)
+        self.frequency = _table([[text.params.frequency_penalty] for text in changed], device)
+
+    @staticmethod
+    def _stack(texts: list[SampledText], name: str, dtype: torch.dtype) -> Tensor | None:
+        """(m, v), of which each text's own table is from now on a row; None where no text has one."""
+        tables = [getattr(text, name) for text in texts]
+        one = next((table for table in tables if table is not None), None)
+        if one is None:
+            return None
+        nothing = torch.zeros(one.shape, dtype=dtype, device=one.device)
+        stacked = torch.stack([nothing if table is None else table for table in tables])
+        for text, table, row in zip(texts, tables, stacked, strict=True):
+            if table is not None:
+                setattr(text, name, row)
+        return stacked
+
+    def change(self, logits: Tensor) -> Tensor:
+        """``logits`` (b, v) with masks, biases and penalties; they themselves stay."""
+        if self.rows is None:
+            return logits
+        wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+        x = wide if self.whole else wide[self.rows]
+        if self.masked:
+            x = self._mask(x.clone())
+        if self.bias is not None:
+            x = x + self.bias
+        if self.seen is not None:  # a text without the penalty has seen nothing
+            x = torch.where(self.seen, x * torch.where(x < 0, self.repetition, 1 / self.repetition), x)
+        if self.counts is not None:
+            x = x - self.presence * (self.counts > 0) - self.frequency * self.counts
+        return x if self.whole else wide.index_copy(0, self.rows, x)
+
+    def _mask(self, x: Tensor) -> Tensor:
+        rows, texts = [j for j, _ in self.masked], [text for _, text in self.masked]
         try:
-            x[rows] = batch.masked[0][1].mask(x[rows], matchers)
+            x[rows] = texts[0].params.mask(x[rows], [text.matcher for text in texts])
         except ValueError:  # one of them cannot go on: the others do
-            for j, params, matcher in batch.masked:
+            for j, text in self.masked:
                 try:
-                    x[j : j + 1] = params.mask(x[j : j + 1], [matcher])
+                    x[j : j + 1] = text.params.mask(x[j : j + 1], [text.matcher])
                 except ValueError as error:
-                    self._errors[int(batch.of[j])] = str(error)
+                    text.error = str(error)
         return x
 
-    def _made(self, table: Tensor | None, dtype: torch.dtype) -> Tensor:
-        if table is not None:
-            return table
-        return torch.zeros(len(self), self.vocab_size, dtype=dtype, device=self.device)
+    def count(self, tokens: Tensor) -> None:
+        """Take up the tokens (b,) that were chosen."""
+        if self.rows is None or (self.seen is None and self.counts is None):
+            return
+        written = tokens[self.rows][:, None]
+        there = written != NO_TOKEN
+        for text_has, table in ((self.repetition != 1, self.seen), (self._counted, self.counts)):
+            if table is not None:
+                at = written.clamp(min=0)
+                table.scatter_(1, at, table.gather(1, at) + (there & text_has))
+
+    @property
+    def _counted(self) -> Tensor:
+        return (self.presence != 0) | (self.frequency != 0)
 
 
 def _table(values: Any, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""The batched sampler: a text in a slot is the text alone, whatever its neighbours are and wherever its slot lies."""
+"""The batched sampler: a text is the text alone, whatever its neighbours are."""
 
 import random
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import generation
 
-from mambakit.decoding.sampler import NO_CHOICE, NO_TOKEN, Sampler
+from mambakit.decoding.sampler import NO_CHOICE, NO_TOKEN, SampledText, Sampler
 from mambakit.decoding.sampling_params import SamplingParams, random_numbers
 
 V = 97
@@ -60,13 +60,15 @@ def logits_after(text):
     return torch.randn(V, generator=torch.Generator().manual_seed(seed)) * 2
 
 
+def text_of(params, prompt):
+    return SampledText(params, V, CPU, torch.as_tensor(prompt))
+
+
 def alone(params, prompt, tokens):
-    sampler = Sampler(V, CPU, 1)
-    sampler.put(0, params, torch.tensor(prompt))
-    text = list(prompt)
+    sampler, text, written = Sampler(), text_of(params, prompt), []
     for _ in range(tokens):
-        text += sampler.choose(logits_after(text)[None], [0])
-    return text[len(prompt) :]
+        written += sampler.choose(logits_after(prompt + written)[None], [text])
+    return written
 
 
 def test_numbers_of_a_seed():
@@ -90,92 +92,64 @@ def test_numbers_are_uniform():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_text_is_the_text_alone(seed):
-    """Random schedules: texts come, end, move to other slots when the pool grows or shrinks, are taken out and put back."""
+    """Random schedules: whoever is chosen for together, in whichever order."""
     rng = random.Random(seed)
-    sampler, slots = Sampler(V, CPU), {}  # slot -> [params, prompt, tokens]
-    finished, paused, size = [], [], 0
+    sampler, texts = Sampler(), []  # [sampled, params, prompt, tokens]
     for _ in range(60):
-        event = rng.random()
-        if event < 0.25:
-            free = [i for i in range(size) if i not in slots]
-            if not free:
-                sampler.resize(range(size), size + rng.randint(1, 3))
-                free, size = [size], len(sampler)
-            slot = rng.choice(free)
-            if paused and rng.random() < 0.5:
-                slots[slot] = paused.pop()
-            else:
-                slots[slot] = [rng.choice(PARAMS), [rng.randrange(V) for _ in range(rng.randint(1, 5))], []]
-            params, prompt, tokens = slots[slot]
-            sampler.put(slot, params, torch.tensor(prompt), tokens)
-        elif event < 0.35 and slots:
-            slot = rng.choice(list(slots))
-            sampler.drop(slot)
-            (finished if rng.random() < 0.5 else paused).append(slots.pop(slot))
-        elif event < 0.45 and slots:
-            kept = rng.sample(list(slots), len(slots))
-            slots = {i: slots[slot] for i, slot in enumerate(kept)}
-            size = len(kept) + rng.randint(0, 2)
-            sampler.resize(kept, size)
-        elif slots:
-            going = rng.sample(list(slots), rng.randint(1, len(slots)))
-            logits = torch.stack([logits_after(slots[i][1] + slots[i][2]) for i in going])
-            for i, token in zip(going, sampler.choose(logits, going), strict=True):
-                slots[i][2].append(token)
-    for params, prompt, tokens in [*finished, *paused, *slots.values()]:
+        if rng.random() < 0.3 or not texts:
+            params, prompt = rng.choice(PARAMS), [rng.randrange(V) for _ in range(rng.randint(1, 5))]
+            texts.append([text_of(params, prompt), params, prompt, []])
+        going = rng.sample(texts, rng.randint(1, len(texts)))
+        for _ in range(rng.randint(1, 4)):
+            logits = torch.stack([logits_after(prompt + tokens) for _, _, prompt, tokens in going])
+            for text, token in zip(going, sampler.choose(logits, [text[0] for text in going]), strict=True):
+                text[3].append(token)
+    for _, params, prompt, tokens in texts:
         assert tokens == alone(params, prompt, len(tokens)), params
+
+
+def test_beyond_a_block_of_random_numbers():
+    tokens = alone(PARAMS[1], [1], 150)
+    assert len(set(tokens)) > 20
+    sampler, text = Sampler(), text_of(PARAMS[1], [1])
+    for i, token in enumerate(tokens):
+        assert sampler.choose(logits_after([1, *tokens[:i]])[None], [text]) == [token]
+        if i % 40 == 0:  # another batch in between
+            sampler.choose(torch.randn(1, V), [text_of(PARAMS[2], [1])])
 
 
 def test_penalties_are_transformers():
     prompt, logits = torch.tensor([3, 4, 4, 9]), torch.randn(1, V)
-    sampler = Sampler(V, CPU, 1)
-    sampler.put(0, SamplingParams(temperature=0, repetition_penalty=1.7), prompt)
+    sampler, sampled = Sampler(), text_of(SamplingParams(temperature=0, repetition_penalty=1.7), prompt)
     text = prompt
     for _ in range(12):
         scores = generation.RepetitionPenaltyLogitsProcessor(1.7)(text[None], logits)
-        (token,) = sampler.choose(logits, [0])
+        (token,) = sampler.choose(logits, [sampled])
         assert token == int(scores.argmax())
         text = torch.cat([text, torch.tensor([token])])
 
 
 def test_presence_and_frequency_count_what_was_written():
-    logits = torch.zeros(1, V)
-    logits[0, 3], logits[0, 4] = 5.0, 4.0
+    logits = torch.zeros(2, V)
+    logits[:, 3], logits[:, 4] = 5.0, 4.0
     for params, expected in (
         (SamplingParams(temperature=0, presence_penalty=1.5), [3, 4, 3, 3, 3]),
         (SamplingParams(temperature=0, frequency_penalty=0.75), [3, 3, 4, 3, 4]),
     ):
-        sampler = Sampler(V, CPU, 2)
-        sampler.put(1, params, torch.tensor([3, 3, 3]))  # the prompt does not count
-        assert [sampler.choose(logits, [1])[0] for _ in range(5)] == expected
-
-
-def test_a_slot_forgets_its_last_text():
-    """Penalties, biases and counts of a text are gone with it, also where the next one has none or others."""
-    logits = torch.randn(1, V, generator=torch.Generator().manual_seed(2))
-    best = int(logits.argmax())
-    sampler = Sampler(V, CPU, 2)
-    heavy = SamplingParams(temperature=0, repetition_penalty=9, presence_penalty=9, logit_bias={best: -50.0})
-    sampler.put(0, heavy, torch.arange(V))
-    assert sampler.choose(logits, [0]) != [best]
-    sampler.put(0, SamplingParams(temperature=0), torch.tensor([best]))
-    assert sampler.choose(logits, [0]) == [best]
-    sampler.put(0, SamplingParams(temperature=0, repetition_penalty=1.01), torch.tensor([1]))
-    assert sampler.choose(logits, [0]) == [best]
-    sampler.put(0, SamplingParams(temperature=0, frequency_penalty=0.01), torch.tensor([best]))
-    assert sampler.choose(logits, [0]) == [best]
+        sampler = Sampler()
+        pair = [text_of(SamplingParams(temperature=0, repetition_penalty=1.0001), [1]), text_of(params, [3, 3, 3])]
+        # The prompt does not count, nor does the neighbour, whose tables stand beside.
+        assert [sampler.choose(logits, pair)[1] for _ in range(5)] == expected
 
 
 def test_who_cannot_choose_does_so_alone():
     logits = torch.randn(4, V)
     logits[1, 5] = torch.nan
     logits[3, 0] = torch.inf
-    sampler = Sampler(V, CPU, 4)
-    for slot in range(4):
-        sampler.put(slot, SamplingParams(seed=slot), torch.tensor([1]))
-    tokens = sampler.choose(logits, range(4))
+    texts = [text_of(SamplingParams(seed=i, repetition_penalty=1 + i % 2), [1]) for i in range(4)]
+    tokens = Sampler().choose(logits, texts)
     assert [t == NO_TOKEN for t in tokens] == [False, True, False, True]
-    assert sampler.error(1) == NO_CHOICE
+    assert [text.error for text in texts] == ["", NO_CHOICE, "", NO_CHOICE]
 
 
 def test_a_constraint_that_fails_ends_its_own_text():
@@ -183,36 +157,22 @@ def test_a_constraint_that_fails_ends_its_own_text():
         def matcher(self):
             return Even(most=2)
 
-    sampler = Sampler(V, CPU, 3)
-    for slot, params in enumerate((EvenParams(seed=1), Full(seed=2), EvenParams(seed=3))):
-        sampler.put(slot, params, torch.tensor([1]))
-    logits = torch.randn(3, V)
-    rounds = [sampler.choose(logits, range(3)) for _ in range(3)]
+    sampler, logits = Sampler(), torch.randn(3, V)
+    texts = [text_of(params, [1]) for params in (EvenParams(seed=1), Full(seed=2), EvenParams(seed=3))]
+    rounds = [sampler.choose(logits, texts) for _ in range(3)]
     assert [[t == NO_TOKEN for t in tokens] for tokens in rounds] == [[False] * 3, [False] * 3, [False, True, False]]
-    assert sampler.error(1) == "the sentence is full"
+    assert texts[1].error == "the sentence is full"
     assert all(t % 2 == 0 for tokens in rounds for t in tokens if t != NO_TOKEN)
 
 
-def test_plain():
-    sampler = Sampler(V, CPU, 3)
-    sampler.put(0, SamplingParams(temperature=0, top_k=4), torch.tensor([1]))
-    sampler.put(1, SamplingParams(temperature=0, repetition_penalty=2), torch.tensor([1]))
-    assert sampler.plain([0, 2])
-    assert not sampler.plain([0, 1])
-    sampler.drop(1)
-    assert sampler.plain([0, 1])
-
-
-def test_tokens_chosen_elsewhere_count():
-    """A greedy text that starts to draw does so from the number of its own position."""
-    sampler, other = Sampler(V, CPU, 1), Sampler(V, CPU, 1)
-    for s in (sampler, other):
-        s.put(0, SamplingParams(seed=1), torch.tensor([1]))
-    logits = torch.randn(70, 1, V)
-    for row in logits[:66]:
-        sampler.choose(row, [0])
-        other.take([0])
-    assert [sampler.choose(row, [0]) for row in logits[66:]] == [other.choose(row, [0]) for row in logits[66:]]
+def test_logits_stay_and_plain_ones_are_not_copied():
+    logits = torch.randn(3, V)
+    before = logits.clone()
+    Sampler().choose(logits, [text_of(params, [1]) for params in PARAMS[7:10]])
+    assert torch.equal(logits, before)
+    assert [text_of(params, [1]).plain for params in PARAMS[:2]] == [True, False]
+    assert text_of(SamplingParams(temperature=0, top_k=4), [1]).plain
+    assert not text_of(SamplingParams(temperature=0, repetition_penalty=2), [1]).plain
 
 
 @pytest.mark.parametrize(
