@@ -16,6 +16,9 @@ from torch import Tensor
 from mambakit.decoding.sampling_params import BLOCK, SamplingParams, random_numbers
 from mambakit.models.choosing import NO_CHOICE
 from mambakit.ops.sampling.api import NO_TOKEN, sample
+from mambakit.quoting import cut
+
+_LARGE = 3e38
 
 
 class SampledText:
@@ -29,10 +32,13 @@ class SampledText:
 
     Attributes:
         error: why the last token could not be chosen; "" where it could.
+        exception: what its constraint raised then, if that was why.
     """
 
     def __init__(self, params: SamplingParams, vocab_size: int, device: torch.device, read: Tensor):
-        self.params, self.position, self.error = params, 0, ""
+        self.params, self.position = params, 0
+        self.error: str = ""
+        self.exception: Exception | None = None
         self.matcher = params.matcher()
         self._key, self._block, self._numbers = params.key(), -1, np.empty(0, dtype=np.float64)
         # (v,) each, where it is needed: what was read or written, how often it was written, biases.
@@ -44,6 +50,8 @@ class SampledText:
             self.counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
         if params.logit_bias:
             self.bias = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+            if (largest := max(params.logit_bias)) >= vocab_size:
+                raise ValueError(f"logit_bias names token {largest}; the model's are 0 to {vocab_size - 1}")
             tokens = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=device)
             self.bias[tokens] = _table(list(params.logit_bias.values()), device)
 
@@ -74,11 +82,17 @@ class SampledText:
         if self.matcher is not None:
             try:
                 self.matcher.accept(token)
-            except ValueError as error:
-                self.error = str(error)
+            except Exception as error:  # of a constraint: its text ends alone
+                self.fail(error)
                 return NO_TOKEN
         self.position += 1
         return token
+
+    def fail(self, error: Exception) -> None:
+        """Its constraint raised: the text has no next token. Raises what no text survives."""
+        if isinstance(error, torch.AcceleratorError):  # the device answers nobody any more
+            raise error
+        self.exception, self.error = error, f"{type(error).__name__}: {cut(str(error), 500)}"
 
 
 class Sampler:
@@ -95,7 +109,7 @@ class Sampler:
             self._batch = _Batch(list(texts), logits.device)
         batch = self._batch
         for text in texts:
-            text.error = ""
+            text.error, text.exception = "", None
         changed = batch.change(logits)
         uniform = torch.zeros(len(texts), dtype=torch.float64, device="cpu")
         if batch.draws:
@@ -120,7 +134,8 @@ class _Batch:
         self.seen = self._stack(changed, "seen", torch.bool)
         self.counts = self._stack(changed, "counts", torch.float32)
         self.bias = self._stack(changed, "bias", torch.float32)
-        self.repetition = _table([[text.params.repetition_penalty] for text in changed], device)  # (m, 1)
+        penalties = [[min(max(text.params.repetition_penalty, 1e-30), 1e30)] for text in changed]
+        self.repetition = _table(penalties, device)  # (m, 1)
         self.presence = _table([[text.params.presence_penalty] for text in changed], device)
         self.frequency = _table([[text.params.frequency_penalty] for text in changed], device)
 
@@ -149,7 +164,10 @@ class _Batch:
         if self.bias is not None:
             x = x + self.bias
         if self.seen is not None:  # a text without the penalty has seen nothing
-            x = torch.where(self.seen, x * torch.where(x < 0, self.repetition, 1 / self.repetition), x)
+            scaled = x * torch.where(x < 0, self.repetition, 1 / self.repetition)
+            # The largest penalties leave float32's range; their limit is a large number.
+            scaled = torch.where(x.isfinite(), scaled.clamp(-_LARGE, _LARGE), scaled)
+            x = torch.where(self.seen, scaled, x)
         if self.counts is not None:
             x = x - self.presence * (self.counts > 0) - self.frequency * self.counts
         return x if self.whole else wide.index_copy(0, self.rows, x)
@@ -158,12 +176,12 @@ class _Batch:
         rows, texts = [j for j, _ in self.masked], [text for _, text in self.masked]
         try:
             x[rows] = texts[0].params.mask(x[rows], [text.matcher for text in texts])
-        except ValueError:  # one of them cannot go on: the others do
+        except Exception:  # of one constraint: which one, and the others go on
             for j, text in self.masked:
                 try:
                     x[j : j + 1] = text.params.mask(x[j : j + 1], [text.matcher])
-                except ValueError as error:
-                    text.error = str(error)
+                except Exception as error:
+                    text.fail(error)
         return x
 
     def count(self, tokens: Tensor) -> None:

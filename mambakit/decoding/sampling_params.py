@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from mambakit.decoding.parameters import BIAS, NEW_TOKENS, SAMPLING
+from mambakit.models.scaling import processors
+from mambakit.quoting import quoted
 
 BLOCK = 64  # random numbers that are made at a time
 
@@ -28,7 +32,7 @@ class SamplingParams:
             every text differs.
 
     Raises:
-        ValueError: a value out of its range.
+        TypeError, ValueError: a field that is no number, or outside of its range (`mambakit.decoding.parameters`).
     """
 
     temperature: float = 1.0
@@ -44,31 +48,49 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("temperature", 0.0, float("inf")), ("top_k", 0, float("inf")), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0),
-            ("typical_p", 0.0, 1.0), ("epsilon_cutoff", 0.0, 1.0),
-        ):  # fmt: skip
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be between {low} and {high}")
-        for name in ("top_p", "typical_p"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"{name} is 0, which keeps no token; use temperature 0 for greedy text")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0 (1 is off)")
+        for name, number in SAMPLING.items():
+            setattr(self, name, number.read(name, getattr(self, name)))
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, dict):
+                raise TypeError(f"logit_bias is {quoted(self.logit_bias)}; give a dictionary of tokens and numbers")
+            token = replace(NEW_TOKENS, low=0)
+            self.logit_bias = {
+                token.read("a token of logit_bias", key): BIAS.read(f"logit_bias[{quoted(key)}]", value)
+                for key, value in self.logit_bias.items()
+            }
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
     @property
-    def penalises(self) -> bool:
-        """Whether tokens that were read or written change the logits."""
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-
-    @property
     def columns(self) -> tuple[float, ...]:
-        """A row of `mambakit.ops.sampling`'s parameters."""
-        return (self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p, self.epsilon_cutoff)
+        """A row of `mambakit.ops.sampling`'s parameters. Temperatures beyond float32's range have the limit's distribution."""
+        temperature = 0.0 if self.greedy else min(max(self.temperature, 1e-37), 1e30)
+        return (temperature, self.top_k, self.top_p, self.min_p, self.typical_p, self.epsilon_cutoff)
+
+    def filters(self) -> tuple[Any, Any]:
+        """transformers' processors in its order: those that look at the tokens before, and those of one row of logits alone.
+
+        Raises:
+            ValueError: a penalty or bias that these processors do not have.
+        """
+        from transformers import generation
+
+        others = [n for n in ("presence_penalty", "frequency_penalty", "logit_bias") if getattr(self, n)]
+        if others:
+            raise ValueError(f"{others[0]} is not known to speculative decoding; drop it, or use a plain Stream")
+        by_text, by_row = processors(self.repetition_penalty, self.temperature)
+        for used, processor, value in (
+            (self.top_k, generation.TopKLogitsWarper, self.top_k),
+            (self.top_p < 1, generation.TopPLogitsWarper, self.top_p),
+            (self.min_p, generation.MinPLogitsWarper, self.min_p),
+            (self.typical_p < 1, generation.TypicalLogitsWarper, self.typical_p),
+            (0 < self.epsilon_cutoff < 1, generation.EpsilonLogitsWarper, self.epsilon_cutoff),
+        ):
+            if used:
+                by_row.append(processor(value))
+        return by_text, by_row
 
     def key(self) -> int:
         """The seed, or without one a number from the operating system."""
