@@ -37,6 +37,9 @@ class Raising(SamplingParams):
     at: int
     when: str
 
+    def __repr__(self) -> str:
+        return f"{super().__repr__()} that raises {self.error!r} at {self.when} {self.at}"
+
     def matcher(self):
         if self.when == "begin":
             raise self.error

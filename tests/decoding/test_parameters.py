@@ -151,10 +151,10 @@ def test_one_stop_string_is_one():
     "value, error, message",
     [
         ([5], TypeError, "logit_bias is"),
-        ({"5": 1}, TypeError, "a token of logit_bias is '5'"),
+        ({"5": 1}, TypeError, 'a token of logit_bias is "5"'),
         ({-1: 1}, ValueError, "a token of logit_bias is -1"),
-        ({5: "1"}, TypeError, r"logit_bias\[5\] is '1'"),
-        ({5: float("inf")}, ValueError, r"logit_bias\[5\] is inf"),
+        ({5: "1"}, TypeError, r'logit_bias\[5\] is "1"'),
+        ({5: float("inf")}, ValueError, r"logit_bias\[5\] is Infinity"),
         ({5: None}, None, ""),
     ],
 )
