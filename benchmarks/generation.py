@@ -13,6 +13,7 @@ default cache (flash attention through SDPA) and, with --compiled, a static cach
     generate   prompt and new tokens, prompt included in the time; third call; peak memory
     length     reading a prompt of 2^i tokens, one row
     long       a prompt of 2,048 and of --long-prompt tokens: peak memory, and the step after it
+    engine     --rows texts of --engine-prompt tokens and --new new ones, greedy and sampled: `Engine` beside `generate`
     draft      speculative decoding of the largest shape with the smallest as its draft model, each guess right with the
                probability --acceptance, against plain steps
 
@@ -36,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mambakit
 from mambakit.generation.drafters import Draft, DraftModel
+from mambakit.generation.engine import Engine, Request
 from mambakit.generation.speculative import SpeculativeStream
 from mambakit.generation.stream import Sampling, Stream
 from mambakit.models.graph_step import graph_step
@@ -270,6 +272,45 @@ def measure_long(options: Options, clock: Clock, record: dict) -> None:
     released()
 
 
+SAMPLINGS = {
+    "greedy": {"temperature": 0.0},
+    "temperature 1": {"temperature": 1.0},
+    "temperature 0.8, top_p 0.95": {"temperature": 0.8, "top_p": 0.95},
+}
+
+
+def measure_engine(options: Options, clock: Clock, record: dict) -> None:
+    rows, new = options.rows, options.new
+    print(
+        f"\nengine: {rows} rows, {options.engine_prompt} + {new} tokens, tokens/s\n{'shape':6} {'how':28} {'Engine':>10} {'generate':>10}"
+    )
+    for shape in options.shapes:
+        model = mamba(shape, options.device)
+        ids = torch.randint(0, VOCABULARY, (rows, options.engine_prompt), device=options.device)
+        for how, values in SAMPLINGS.items():
+            greedy = values["temperature"] == 0
+
+            def by_engine(m=model, i=ids, v=values):
+                requests = [Request(p, Sampling(**v, seed=seed), new) for seed, p in enumerate(i.cpu())]
+                Engine(m, rows).write(requests)
+
+            def by_generate(m=model, i=ids, v=values, g=greedy):
+                choice = {"do_sample": False} if g else {"do_sample": True, "top_k": 0, **v}
+                m.generate(i, attention_mask=torch.ones_like(i), max_new_tokens=new, **choice)
+
+            speeds = []
+            for run in (by_engine, by_generate):
+                run()  # kernels are compiled, graphs captured
+                seconds = statistics.median(clock(run) for _ in range(3))
+                speeds.append(rows * new / seconds)
+            print(f"{shape:6} {how:28} {speeds[0]:10,.0f} {speeds[1]:10,.0f}", flush=True)
+            record["engine"].append(
+                {"shape": shape, "rows": rows, "how": how, "engine": speeds[0], "generate": speeds[1]}
+            )
+        del model
+        released()
+
+
 class Letters:
     """Stands for a tokenizer: random weights have no text."""
 
@@ -367,7 +408,7 @@ def plot(record: dict, folder: Path) -> None:
 
 PARTS = {
     "prefill": measure_prefill, "step": measure_steps, "generate": measure_generate, "length": measure_lengths, "long": measure_long,
-    "draft": measure_draft,
+    "engine": measure_engine, "draft": measure_draft,
 }  # fmt: skip
 
 
@@ -382,6 +423,8 @@ def main() -> None:
     )
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=128, help="of the engine")
+    parser.add_argument("--engine-prompt", type=int, default=32)
     parser.add_argument("--lengths", nargs=2, type=int, default=[10, 17], metavar=("FIRST", "LAST"), help="powers of 2")
     parser.add_argument("--long-prompt", type=int, default=1_000_000)
     parser.add_argument("--acceptance", type=float, default=0.7)

@@ -1,4 +1,4 @@
-"""Imports point one way: commands -> serving, training -> generation -> models -> modules -> ops -> torch."""
+"""Imports point one way: commands -> serving, training -> generation -> decoding -> models -> modules -> ops -> torch."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ LAYERS = [
     "modules",
     "models",
     "assets",
+    "decoding",
     "generation",
     "evaluation",
     "training",

@@ -149,22 +149,22 @@ class Writer:
     def _stream(self, state: Any, ids: Any, copy: int) -> Any:
         """The text number ``copy`` after the prompt: a fork of its state."""
         from mambakit.generation.speculative import SpeculativeStream
-        from mambakit.generation.stream import Sampling, Stream
+        from mambakit.generation.stream import SamplingParams, Stream
 
         args = self.args
-        sampling = Sampling(
+        sampling = SamplingParams(
             0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
             None if args.seed is None else args.seed + copy,
         )  # fmt: skip
         if self.constraint is not None:
             sampling = self.constraint.sampling(sampling)
         options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "stop": tuple(args.stop), **state.prompt()}
-        context = ids[:-1]  # what a repetition penalty counts, too; the state's last token comes with its prompt
+        options["context"] = ids[
+            :-1
+        ]  # what a repetition penalty counts, too; the state's last token comes with its prompt
         if self.drafter is not None:
-            guesses = {"drafter": self.drafter, "draft_tokens": args.draft_tokens, "context": context}
+            guesses = {"drafter": self.drafter, "draft_tokens": args.draft_tokens}
             return SpeculativeStream(self.model, self.tokenizer, sampling=sampling, **guesses, **options)
-        if args.repetition_penalty != 1 and len(context):
-            sampling = _after_context(sampling, context)
         return Stream(self.model, self.tokenizer, sampling=sampling, **options)
 
     def _logprobs(self, prompt: str, ids: Any, state: Any, tokens: list[int]) -> dict[str, list]:
@@ -185,18 +185,6 @@ class Writer:
             self.model, torch.tensor(tokens, dtype=torch.int64, device="cpu"), top=self.args.logprobs, state=state
         )
         return as_logprobs(self.tokenizer, scored)
-
-
-def _after_context(sampling: Any, context: Any) -> Any:
-    """The same sampling, for a stream that is given only the last of the tokens read: its filters see the others, too."""
-    import torch
-
-    class AfterContext(type(sampling)):  # type: ignore[misc]
-        def chooser(self, device: Any) -> Any:
-            choose, before = super().chooser(device), context.to(device)[None]
-            return lambda ids, logits: choose(torch.cat([before, ids], 1), logits)
-
-    return AfterContext(**vars(sampling))
 
 
 def _after(stream: Any, before: Any) -> Any:

@@ -20,7 +20,7 @@ from mambakit.assets import default_model_path
 from mambakit.evaluation.benchmarks import start_token
 from mambakit.evaluation.likelihood import log_likelihoods
 from mambakit.generation.score import TokenScorer
-from mambakit.generation.stream import Sampling, Stream
+from mambakit.generation.stream import SamplingParams, Stream
 from mambakit.models.auto import AutoModelForCausalLM, AutoTokenizer
 from mambakit.models.devices import default_device, usable_device
 from mambakit.quoting import brief
@@ -123,7 +123,7 @@ class MambaHarnessLM(TemplateLM):
                 options["temperature"] = 0.0
             stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
             ids = torch.tensor(self.tok_encode(context) or [self.eot_token_id], dtype=torch.int64, device="cpu")
-            stream = Stream(self.model, self.tokenizer, ids, Sampling(**options), int(limit), stop)
+            stream = Stream(self.model, self.tokenizer, ids, SamplingParams(**options), int(limit), stop)
             for _ in stream:
                 pass
             results.append(stream.text)

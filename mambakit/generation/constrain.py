@@ -9,16 +9,15 @@ from __future__ import annotations
 import functools
 import json
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from mambakit.generation.parameters import SAMPLING
-from mambakit.generation.stream import Sampling, token_number
+from mambakit.decoding.sampling_params import SamplingParams
 from mambakit.ops._memory import INT32, address
 from mambakit.quoting import cut
 
@@ -96,10 +95,10 @@ class Constraint:
         """For ``model.generate(..., logits_processor=[constraint.processor()])``: any batch, beams and return sequences."""
         return ConstraintProcessor(self)
 
-    def sampling(self, sampling: Sampling | None = None) -> ConstrainedSampling:
-        """For ``Stream(..., sampling=constraint.sampling(Sampling(...)))``; every text made with it keeps the constraint."""
-        numbers: dict[str, Any] = {name: getattr(sampling, name, None) for name in SAMPLING}
-        return ConstrainedSampling(**numbers, constraint=self)
+    def sampling(self, sampling: SamplingParams | None = None) -> ConstrainedSampling:
+        """For ``Stream(..., sampling=constraint.sampling(SamplingParams(...)))``; every text made with it keeps the constraint."""
+        given = sampling or SamplingParams()
+        return ConstrainedSampling(**{f.name: getattr(given, f.name) for f in fields(SamplingParams)}, constraint=self)
 
 
 class Matcher:
@@ -242,8 +241,8 @@ def _follow(row: tuple[list[int], Matcher], text: list[int]) -> tuple[list[int],
 
 
 @dataclass
-class ConstrainedSampling(Sampling):
-    """`Sampling` among the tokens that a constraint allows. One object serves many texts, each from the beginning."""
+class ConstrainedSampling(SamplingParams):
+    """`SamplingParams` among the tokens that a constraint allows. One object serves many texts, each from the beginning."""
 
     constraint: Constraint | None = None
 
@@ -252,16 +251,13 @@ class ConstrainedSampling(Sampling):
         if self.constraint is None:
             raise ValueError("ConstrainedSampling needs a constraint; make it with constraint.sampling(...)")
 
-    def chooser(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    def matcher(self) -> Matcher:
         assert self.constraint is not None
-        choose, matcher = super().chooser(device), self.constraint.matcher()
+        return self.constraint.matcher()
 
-        def choose_allowed(ids: Tensor, logits: Tensor) -> Tensor:
-            token = choose(ids, mask_logits_(logits.clone(), [matcher]))
-            matcher.accept(token_number(int(token)))
-            return token
-
-        return choose_allowed
+    @staticmethod
+    def mask(logits: Tensor, matchers: list[Any]) -> Tensor:
+        return mask_logits_(logits, matchers)
 
 
 def _llguidance() -> Any:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mambakit.generation.stream import Sampling, drawn
+from mambakit.generation.stream import SamplingParams, drawn
 from mambakit.models.graph_step import GraphStep, graphs_serve
 from mambakit.models.step import forward_step, token_step
 from mambakit.modules import MambaCache
@@ -35,7 +35,7 @@ class Draft:
 class Drafter(Protocol):
     """Guesses what comes next. One drafter serves one text at a time."""
 
-    def begin(self, ids: Tensor, sampling: Sampling, scores: _Scores | None, generator: torch.Generator) -> None:
+    def begin(self, ids: Tensor, sampling: SamplingParams, scores: _Scores | None, generator: torch.Generator) -> None:
         """A new text: its prompt (l,), how its tokens are chosen, and where random numbers come from."""
 
     def propose(self, text: list[int], most: int) -> Draft:
@@ -58,7 +58,7 @@ class PromptLookup:
             )
         self.longest, self.shortest = longest, shortest
 
-    def begin(self, ids: Tensor, sampling: Sampling, scores: _Scores | None, generator: torch.Generator) -> None:
+    def begin(self, ids: Tensor, sampling: SamplingParams, scores: _Scores | None, generator: torch.Generator) -> None:
         # Where the latest run of `shortest` tokens like this ends, and for each place where the one before it ends:
         # eight bytes for each token of the text, and an entry for each different run.
         self._latest: dict[tuple[int, ...], int] = {}
@@ -99,7 +99,7 @@ class DraftModel:
         self._graph: GraphStep | None = None
 
     @torch.no_grad()
-    def begin(self, ids: Tensor, sampling: Sampling, scores: _Scores | None, generator: torch.Generator) -> None:
+    def begin(self, ids: Tensor, sampling: SamplingParams, scores: _Scores | None, generator: torch.Generator) -> None:
         self._scores, self._greedy, self._generator = scores, sampling.temperature == 0, generator
         self._cache: MambaCache = self.model.backbone.new_cache(1)
         ids = ids.to(self.model.device)

@@ -27,16 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.generation.parameters import CHUNK_SIZE, INT64, Number
+from mambakit.decoding.parameters import CHUNK_SIZE, INT64, Number
+from mambakit.decoding.sampler import Sampler
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.reading import PromptReading, ReadingShare
 from mambakit.generation.request import Request, Text
-from mambakit.generation.stream import NOTHING, _end_tokens
+from mambakit.generation.stream import _end_tokens
 from mambakit.generation.token_ids import require_in_vocabulary
 from mambakit.generation.turns import Path, Turns
 from mambakit.models.choosing import NO_CHOICE
 from mambakit.models.rows import DecodingRows
 from mambakit.modules import MambaCache
+from mambakit.ops.sampling.api import NO_TOKEN
 from mambakit.quoting import cut
 
 # A prompt's token costs about this share of one that is written.
@@ -92,6 +94,7 @@ class Engine:
         self._next: list[Text] | None = None  # those whose prompts may be read now; None where that is to be found out
         self._known: OrderedDict[Path, tuple[MambaCache, Tensor]] = OrderedDict()
         self._steps = 0
+        self._sampler, self._first = Sampler(), Sampler()  # of those who write, and of a prompt's first token
 
     @property
     def waiting(self) -> list[Request]:
@@ -194,9 +197,8 @@ class Engine:
             if not reading.done:
                 return tokens
             request.cached_tokens = reading.cached
-            text.begin(self.model.device)
             assert reading.logits is not None
-            token = int(text.choose(reading.logits))
+            (token,) = self._first.choose(reading.logits, [text.begin(self._vocab_size, self.model.device)])
         except Exception as error:
             self._fail(text, error)
             return tokens
@@ -261,28 +263,27 @@ class Engine:
     def _write(self, writing: list[tuple[int, Text]]) -> list[tuple[Text, int]]:
         """Each text's next token; where all want the likeliest, the step chooses. The device is waited for once."""
         last = torch.zeros(self._pool.size, dtype=torch.int64, device="cpu")
-        for row, text in writing:
-            last[row] = text.request.tokens[-1]
+        last[[row for row, _ in writing]] = torch.tensor([t.request.tokens[-1] for _, t in writing], device="cpu")
         last = last.to(self.model.device)
-        if all(text.greedy for _, text in writing):
+        texts = [text.sampled for _, text in writing if text.sampled is not None]
+        if all(text.plain for text in texts):
             best = self._pool.likeliest(last, 1)[:, 0]
-            numbers = best.masked_fill(~self._pool.are_numbers(best), NOTHING).tolist()
-            return [(text, numbers[row]) for row, text in writing]
-        logits = self._pool.step(last)
-        texts, tokens = [], []
-        for row, text in writing:
-            try:
-                tokens.append(text.choose(logits[row : row + 1]))
-                texts.append(text)
-            except Exception as error:  # a processor, or a grammar
-                self._fail(text, error)
-        return list(zip(texts, torch.cat(tokens).tolist(), strict=True)) if texts else []
+            numbers = best.masked_fill(~self._pool.are_numbers(best), NO_TOKEN).tolist()
+            tokens = [text.accept(numbers[row]) for text, (row, _) in zip(texts, writing, strict=True)]
+        else:
+            logits = self._pool.step(last)
+            if len(writing) < len(logits):
+                rows = torch.tensor([row for row, _ in writing], dtype=torch.int64, device=logits.device)
+                logits = logits[rows]
+            tokens = self._sampler.choose(logits, texts)
+        return [(text, token) for (_, text), token in zip(writing, tokens, strict=True)]
 
     def _take(self, text: Text, token: int) -> bool:
         """Note a text's token; False where it is the end of the text, or none could be chosen."""
         request = text.request
-        if token == NOTHING:
-            self._fail(text, None)
+        if token == NO_TOKEN:
+            assert text.sampled is not None
+            self._fail(text, text.sampled.exception)
             return False
         if not 0 <= token < self._vocab_size:
             self._fail(text, ValueError(f"token {token} was chosen; the model's are 0 to {self._vocab_size - 1}"))

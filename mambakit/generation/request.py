@@ -7,15 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mambakit.generation.parameters import NEW_TOKENS
+from mambakit.decoding.parameters import NEW_TOKENS
+from mambakit.decoding.sampler import SampledText
+from mambakit.decoding.sampling_params import SamplingParams
 from mambakit.generation.reading import PromptReading
-from mambakit.generation.stream import Sampling
 from mambakit.generation.token_ids import token_ids
 from mambakit.generation.turns import Path
 from mambakit.modules import MambaCache
 from mambakit.quoting import quoted
-
-_GREEDY = Sampling(temperature=0)
 
 
 @dataclass(eq=False)
@@ -44,7 +43,7 @@ class Request:
     """
 
     prompt_ids: Tensor
-    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0))
+    sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0))
     max_new_tokens: int = 256
     state: MambaCache | None = None
     keep_state: bool = False
@@ -63,8 +62,8 @@ class Request:
         self.max_new_tokens = NEW_TOKENS.read("max_new_tokens", self.max_new_tokens)
         if self.context is not None and len(self.context):
             self.context = token_ids("context", self.context)
-        if not isinstance(self.sampling, Sampling):
-            raise TypeError(f"sampling is {quoted(self.sampling)}; give a Sampling")
+        if not isinstance(self.sampling, SamplingParams):
+            raise TypeError(f"sampling is {quoted(self.sampling)}; give a SamplingParams")
         if self.state is not None and self.state.max_batch_size != 1:
             raise ValueError(f"the state has {self.state.max_batch_size} rows; a request continues one: select a row")
 
@@ -84,24 +83,17 @@ class Text:
     state: MambaCache | None = None
     since: int = 0
     """Tokens since it had its row."""
-    greedy: bool = False
+    sampled: SampledText | None = None
+    """Once its prompt has been read."""
 
-    def begin(self, device: torch.device) -> None:
+    def begin(self, vocab_size: int, device: torch.device) -> SampledText:
         """Its prompt has been read."""
         request = self.request
-        self.greedy = type(request.sampling) is Sampling and request.sampling == _GREEDY
-        # (1, l) the prompt and, for what looks at them, all tokens so far
         parts = [ids for ids in (request.context, request.prompt_ids) if ids is not None]
-        self._read = torch.cat([ids.to(device, torch.int64) for ids in parts])[None]
-        self._grows = type(request.sampling) is not Sampling or request.sampling.repetition_penalty != 1
-        self._choose = request.sampling.chooser(device)
-
-    def choose(self, logits: Tensor) -> Tensor:
-        """(1,) the next token, without waiting for the device."""
-        return self._choose(self._read, logits).reshape(1).to(logits.device, torch.int64)
+        read = torch.cat([ids.to(device, torch.int64) for ids in parts])
+        self.sampled = SampledText(request.sampling, vocab_size, device, read)
+        return self.sampled
 
     def take(self, token: int) -> None:
         self.request.tokens.append(token)
         self.since += 1
-        if self._grows:
-            self._read = torch.cat([self._read, self._read.new_tensor([[token]])], 1)

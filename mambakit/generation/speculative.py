@@ -14,10 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.decoding.parameters import INT64, Number
 from mambakit.generation.constrain import ConstrainedSampling
 from mambakit.generation.drafters import Draft, Drafter, DraftModel, PromptLookup
-from mambakit.generation.parameters import INT64, Number
-from mambakit.generation.stream import Sampling, StoppingDecoder, Stream, _end_tokens, drawn, likeliest, token_number
+from mambakit.generation.stream import (
+    SamplingParams,
+    StoppingDecoder,
+    Stream,
+    _end_tokens,
+    drawn,
+    likeliest,
+    token_number,
+)
 from mambakit.generation.verify import verifier
 from mambakit.modules.interception import Watch, modules_of
 from mambakit.ops.linear.api import MOST_ROWS
@@ -33,13 +41,11 @@ class SpeculativeStream(Stream):
     Args:
         drafter: `PromptLookup()`, `DraftModel(model)`, or another `Drafter`.
         draft_tokens: the most guesses at a time, 1 to 15.
-        context: (l,) int64, tokens that ``cache`` has read, where they are known: what a drafter guesses from, and what a
-            repetition penalty counts, begins with them.
+        context: what a drafter guesses from begins with these tokens, too.
     """
 
     drafter: Drafter = field(default_factory=PromptLookup)
     draft_tokens: int = 4
-    context: Tensor | None = None
 
     proposed: int = 0
     """Guesses verified so far."""
@@ -117,7 +123,7 @@ class SpeculativeStream(Stream):
 class _Rule:
     """How tokens are chosen from logits: a sampling's filters, then the likeliest, or a draw."""
 
-    def __init__(self, sampling: Sampling, generator: torch.Generator):
+    def __init__(self, sampling: SamplingParams, generator: torch.Generator):
         self.greedy, self.generator = sampling.temperature == 0, generator
         self._by_text, rows = sampling.filters()
         if isinstance(sampling, ConstrainedSampling):

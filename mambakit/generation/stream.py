@@ -9,87 +9,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.decoding.parameters import CHUNK_SIZE, NEW_TOKENS
+from mambakit.decoding.sampler import SampledText, Sampler
+from mambakit.decoding.sampling_params import SamplingParams
 from mambakit.errors import LogitsError
-from mambakit.generation.parameters import CHUNK_SIZE, NEW_TOKENS, SAMPLING
 from mambakit.generation.stopping import StopSearch, read_stops
 from mambakit.generation.token_ids import require_in_vocabulary, token_ids
 from mambakit.models.choosing import NO_CHOICE, are_numbers, draw
 from mambakit.models.prompt import read_prompt
-from mambakit.models.scaling import processors
 from mambakit.models.step import token_step
 from mambakit.modules import MambaCache
-
-NOTHING = -1  # what is chosen where no token can be chosen
+from mambakit.ops.sampling.api import NO_TOKEN
 
 
 def token_number(chosen: int) -> int:
     """The token that a chooser chose, on the host; RuntimeError where the logits were no numbers."""
-    if chosen == NOTHING:
+    if chosen == NO_TOKEN:
         raise LogitsError(NO_CHOICE)
     return chosen
 
 
 def likeliest(scores: Tensor) -> Tensor:
-    """(b,) the most probable tokens by ``scores`` (b, v), `NOTHING` where they are no numbers."""
+    """(b,) the most probable tokens by ``scores`` (b, v), `NO_TOKEN` where they are no numbers."""
     token = scores.argmax(-1)
-    return token.masked_fill(~are_numbers(scores, token), NOTHING)
+    return token.masked_fill(~are_numbers(scores, token), NO_TOKEN)
 
 
 def drawn(weights: Tensor, generator: torch.Generator) -> int:
     """A token drawn by ``weights`` (v,), which need not add up to 1: `torch.multinomial`'s; the device is waited for once."""
     token, sane = draw(weights[None], generator)
-    return token_number(int(token.masked_fill(~sane, NOTHING)))
+    return token_number(int(token.masked_fill(~sane, NO_TOKEN)))
 
 
-@dataclass
-class Sampling:
-    """How the next token is chosen. ``temperature`` 0 is greedy; a filter at its default is off.
-
-    Raises:
-        TypeError, ValueError: a field that is no number, or outside of its range (`mambakit.generation.parameters`).
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, number in SAMPLING.items():
-            setattr(self, name, number.read(name, getattr(self, name)))
-
-    def filters(self) -> tuple[Any, Any]:
-        """transformers' processors in its order: those that look at the tokens before, and those of one row of logits alone."""
-        from transformers import generation
-
-        by_text, by_row = processors(self.repetition_penalty, self.temperature)
-        if self.top_k:
-            by_row.append(generation.TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            by_row.append(generation.TopPLogitsWarper(self.top_p))
-        if self.min_p:
-            by_row.append(generation.MinPLogitsWarper(self.min_p))
-        return by_text, by_row
-
-    def chooser(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-        """(all tokens so far (1, l), logits (1, v)) -> the next token (1,), without waiting for the device; `token_number` reads it."""
-        generator = torch.Generator(device)
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        by_text, by_row = self.filters()
-
-        def choose(ids: Tensor, logits: Tensor) -> Tensor:
-            scores = by_row(ids, by_text(ids, logits))
-            if self.temperature == 0:
-                return likeliest(scores)
-            token, sane = draw(scores.softmax(-1), generator)
-            return token.masked_fill(~sane, NOTHING)
-
-        return choose
+Sampling = SamplingParams
+"""The earlier name."""
 
 
 @dataclass
@@ -106,17 +59,19 @@ class Stream:
         chunk_size: tokens of the prompt per forward; memory does not grow with the prompt. 512 on a CPU, where more makes
             nothing faster, and 2,048 elsewhere, unless given.
         progress: called with the number of prompt tokens read.
+        context: (p,) int64, tokens that ``cache`` has read, where they are known: a repetition penalty counts them, too.
     """
 
     model: Any
     tokenizer: Any
     prompt_ids: Tensor
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
     cache: MambaCache | None = None
     chunk_size: int | None = None
     progress: Callable[[int], None] | None = None
+    context: Tensor | None = None
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -135,14 +90,16 @@ class Stream:
         model, device = self.model, self.model.device
         ids = self.prompt_ids.to(device)[None]
         cache = self.cache = self.cache or model.backbone.new_cache(1)
-        choose = self.sampling.chooser(device)
         ends = _end_tokens(model)
+        read = self.prompt_ids if self.context is None else torch.cat([self.context, self.prompt_ids])
+        sampler, text = Sampler(), SampledText(self.sampling, model.config.vocab_size, device, read)
         logits = self._read(ids)
         step = token_step(model, cache)
         shown = StoppingDecoder(self.tokenizer, self.stop)
         while len(self.tokens) < self.max_new_tokens:
-            token = choose(ids, logits)
-            number = token_number(int(token))
+            (number,) = sampler.choose(logits, [text])
+            if number == NO_TOKEN:
+                raise text.exception or RuntimeError(text.error)
             if number in ends:
                 self.finish_reason = "stop"
                 break
@@ -156,8 +113,7 @@ class Stream:
             if shown.stopped:
                 return
             if len(self.tokens) < self.max_new_tokens:
-                ids = torch.cat([ids, token[None]], 1) if self.sampling.repetition_penalty != 1 else ids
-                logits = step(token)
+                logits = step(torch.tensor([number], dtype=torch.int64, device=device))
         else:
             self.finish_reason = "length"
         if rest := shown.rest():

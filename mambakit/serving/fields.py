@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mambakit.generation.parameters import INT64, SAMPLING, Number
+from mambakit.decoding.parameters import INT64, SAMPLING, Number
 from mambakit.generation.stopping import read_stops
 from mambakit.quoting import cut, quoted
 from mambakit.serving.errors import ApiError

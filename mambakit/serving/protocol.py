@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from mambakit.generation.parameters import SAMPLING
+from mambakit.decoding.parameters import SAMPLING
 from mambakit.quoting import quoted
 from mambakit.serving.answers import DONE, Answer, Usage, event
 from mambakit.serving.errors import ApiError

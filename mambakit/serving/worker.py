@@ -145,11 +145,11 @@ class _Worker:
     def _submit(self, task: Task) -> Any:
         import torch
 
+        from mambakit.decoding.sampling_params import SamplingParams
         from mambakit.generation.engine import Request
-        from mambakit.generation.stream import Sampling
 
         ids = torch.frombuffer(bytearray(task.prompt_ids), dtype=torch.int64)
-        return self.engine.submit(Request(ids, Sampling(**task.sampling), task.max_new_tokens, share=task.share))
+        return self.engine.submit(Request(ids, SamplingParams(**task.sampling), task.max_new_tokens, share=task.share))
 
     def _step(self) -> None:
         self.made.steps += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import mambakit
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.stream import Sampling
+from tests.decoding.choose_one import raising
 from tests.models.eager_graph import WAYS, decode_by
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -27,32 +27,7 @@ class FaultError(Exception):
     """What goes wrong in one request."""
 
 
-@dataclass
-class Faulty(Sampling):
-    """A processor or a grammar that raises, or chooses what is no token, after so many tokens."""
-
-    after: int = 0
-    kind: str = "raise"
-
-    def chooser(self, device):
-        choose, count = super().chooser(device), 0
-
-        def faulty(ids, logits):
-            nonlocal count
-            count += 1
-            if count <= self.after:
-                return choose(ids, logits)
-            if self.kind == "raise":
-                raise FaultError("of this request alone")
-            return {"shape": torch.zeros(2), "token": torch.tensor([VOCAB + 5]), "minus": torch.tensor([-7])}[self.kind]
-
-        return faulty
-
-
-@dataclass
-class Unbegun(Sampling):
-    def chooser(self, device):
-        raise FaultError("at the start")
+FAULT = FaultError("of this request alone")
 
 
 def tiny(falcon: bool = False):
@@ -85,8 +60,8 @@ def samplings(chance: random.Random) -> Sampling:
         [
             Sampling(0), Sampling(0), Sampling(0, repetition_penalty=1.3), Sampling(0.9, seed=seed),
             Sampling(1.2, top_k=5, seed=seed), Sampling(0.8, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=seed),
-            Faulty(0.9, seed=seed, after=chance.randrange(4)), Faulty(0, after=1, kind="shape"),
-            Faulty(0, after=chance.randrange(3), kind="token"), Faulty(0, after=2, kind="minus"), Unbegun(),
+            raising(FAULT, chance.randrange(4), "mask", temperature=0.9, seed=seed), raising(FAULT, 1, "accept", temperature=0),
+            raising(FAULT, chance.randrange(3), "accept", seed=seed), raising(FAULT, when="begin"),
         ]
     )  # fmt: skip
 

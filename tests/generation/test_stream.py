@@ -57,17 +57,6 @@ def test_seeds(both, ids):
     assert sample(1, top_k=1) == "".join(Stream(model, tokenizer, ids, Sampling(temperature=0), 20))
 
 
-def test_a_draw_is_multinomials(both):
-    """The same seed gives the tokens it always gave."""
-    logits = torch.randn(1, 500) * 3
-    choose = Sampling(temperature=0.7, top_k=40, seed=5).chooser(torch.device("cpu"))
-    generator = torch.Generator().manual_seed(5)
-    top = (logits / 0.7).topk(40)
-    probabilities = torch.zeros_like(logits).scatter(1, top.indices, top.values.softmax(-1))
-    for _ in range(20):
-        assert torch.equal(choose(logits[:, :0], logits), torch.multinomial(probabilities, 1, generator=generator)[0])
-
-
 def test_nothing_to_draw_from(both, ids):
     model, tokenizer = both
     broken = copy.deepcopy(model)

@@ -13,8 +13,10 @@ from transformers import LogitsProcessorList, generation
 from mambakit.generation.drafters import DraftModel, PromptLookup
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.speculative import SpeculativeStream
-from mambakit.generation.stream import NOTHING, Sampling, Stream
+from mambakit.generation.stream import Sampling, Stream
 from mambakit.models.scaling import WidePenalty, WideTemperature, processors, widened
+from mambakit.ops.sampling.api import NO_TOKEN
+from tests.decoding.choose_one import choose_one
 from tests.models.configurations import pair, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -66,9 +68,8 @@ def test_every_temperature_and_penalty_chooses(temperature, penalty):
             {"top_p": 0.9, "min_p": 5e-324},
             {"top_k": 1},
         ):
-            choose = Sampling(temperature, repetition_penalty=penalty, seed=1, **filters).chooser(CPU)
-            token = int(choose(read, logits))
-            assert token != NOTHING, (dtype, scale, masked, filters)
+            token = choose_one(Sampling(temperature, repetition_penalty=penalty, seed=1, **filters), logits, read)
+            assert token != NO_TOKEN, (dtype, scale, masked, filters)
             assert not masked or token < 3
 
 
@@ -76,7 +77,7 @@ def test_every_temperature_and_penalty_chooses(temperature, penalty):
 def test_small_temperatures_are_the_limit(temperature):
     """The likeliest token; and a distribution where logits are as close as the temperature."""
     logits = torch.randn(1, 200, generator=torch.Generator().manual_seed(0))
-    assert all(int(Sampling(temperature, seed=s).chooser(CPU)(None, logits)) == int(logits.argmax()) for s in range(5))
+    assert all(choose_one(Sampling(temperature, seed=s), logits, None) == int(logits.argmax()) for s in range(5))
     close = torch.tensor([[0.0, temperature, -torch.inf, -(10**6) * temperature]], dtype=torch.float64)
     _, by_row = processors(1.0, temperature)
     expected = torch.tensor([[1, torch.e, 0, 0]]) / (1 + torch.e)
@@ -89,11 +90,10 @@ def test_penalties_are_the_limit():
     logits, read = torch.tensor([[1.0, 3.0, 2.0, 5.0, -1.0]]), torch.tensor([[1, 2, 4]])
     for temperature in (0, 1e-300, 1, 2):
         for penalty in (1e-300, 1e-100, 1e-30):
-            assert int(Sampling(temperature, repetition_penalty=penalty).chooser(CPU)(read, logits)) == 1
+            assert choose_one(Sampling(temperature, repetition_penalty=penalty), logits, read) == 1
         for penalty in (1e30, 1e100, 1e300):
             drawn = {
-                int(Sampling(temperature, repetition_penalty=penalty, seed=s).chooser(CPU)(read, logits))
-                for s in range(20)
+                choose_one(Sampling(temperature, repetition_penalty=penalty, seed=s), logits, read) for s in range(20)
             }
             assert 4 not in drawn
             assert 3 in drawn
@@ -168,7 +168,7 @@ def test_broken_logits_still_say_so():
         logits = torch.zeros(1, 10)
         logits[0, 1] = broken
         for temperature, penalty in itertools.product(EXTREME, (1e-300, 1, 1e300)):
-            assert int(Sampling(temperature, repetition_penalty=penalty).chooser(CPU)(read, logits)) == NOTHING
+            assert choose_one(Sampling(temperature, repetition_penalty=penalty), logits, read) == NO_TOKEN
 
 
 def test_a_prompts_padding_is_not_penalised():

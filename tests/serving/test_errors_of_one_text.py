@@ -14,6 +14,7 @@ from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
 from mambakit.serving.messages import Task, WorkerOptions
 from mambakit.serving.worker import _Worker
+from tests.decoding.choose_one import raising
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -111,26 +112,20 @@ def loaded(model):
 @pytest.mark.parametrize(
     "error", [ValueError("no"), RuntimeError("y" * 5000), MemoryError(), KeyError("k"), AssertionError()]
 )
-def test_a_chooser_that_raises(loaded, at, error):
+@pytest.mark.parametrize("when", ["mask", "accept"])
+def test_a_constraint_that_raises(loaded, at, error, when):
     """At the first token or later, as a constraint may that grows too complex."""
-
-    class Odd(Sampling):
-        def chooser(self, device):
-            choose, calls = super().chooser(device), iter(range(100))
-
-            def odd(ids, logits):
-                if next(calls) == at:
-                    raise error
-                return choose(ids, logits)
-
-            return odd
 
     def good() -> Request:
         return Request(torch.tensor([5, 6]), Sampling(0.7, seed=1), max_new_tokens=6)
 
     engine = Engine(loaded, 3)
     (alone,) = Engine(loaded, 3).write([good()])
-    beside, bad, after = [good(), Request(torch.tensor([7]), Odd(0), max_new_tokens=6, keep_state=True), good()]
+    beside, bad, after = [
+        good(),
+        Request(torch.tensor([7]), raising(error, at, when, temperature=0), max_new_tokens=6, keep_state=True),
+        good(),
+    ]
     for request in (beside, bad, after):
         engine.submit(request)
     for _ in engine.run():
@@ -142,7 +137,7 @@ def test_a_chooser_that_raises(loaded, at, error):
     assert beside.tokens == after.tokens == alone.tokens
     assert engine.busy == 0
     with pytest.raises(RuntimeError, match=type(error).__name__):
-        engine.write([Request(torch.tensor([7]), Odd(0), max_new_tokens=6), good()])
+        engine.write([Request(torch.tensor([7]), raising(error, at, when, temperature=0), max_new_tokens=6), good()])
 
 
 def test_a_prompt_that_raises(loaded, monkeypatch):
@@ -167,10 +162,6 @@ def test_a_prompt_that_raises(loaded, monkeypatch):
 def test_what_no_request_survives_is_raised(loaded):
     """A device that answers nobody any more is the replica's end."""
 
-    class Lost(Sampling):
-        def chooser(self, device):
-            raise torch.AcceleratorError("device-side assert")
-
     engine = Engine(loaded, 2)
     with pytest.raises(torch.AcceleratorError, match="device-side assert"):
-        engine.write([Request(torch.tensor([5]), Lost())])
+        engine.write([Request(torch.tensor([5]), raising(torch.AcceleratorError("device-side assert"), 1, "mask"))])

@@ -1,6 +1,6 @@
 """The numbers that say how tokens are chosen, each declared once: what it is, its range, its default. Imports no torch.
 
-`Sampling`, the requests of the engine and of a stream, and the server's API read their numbers by these declarations.
+`SamplingParams`, the requests of the engine and of a stream, and the server's API read their numbers by these declarations.
 """
 
 from __future__ import annotations
@@ -16,8 +16,14 @@ SAMPLING = {
     "min_p": Number(0.0, 0, 1),
     "repetition_penalty": Number(1.0, 0, LARGEST, above=True, remedy="1 is off"),
     "seed": SEED,
+    "typical_p": Number(1.0, 0, 1, above=True, remedy="temperature 0 is greedy"),
+    "epsilon_cutoff": Number(0.0, 0, 1),
+    "presence_penalty": Number(0.0, -100, 100),
+    "frequency_penalty": Number(0.0, -100, 100),
 }
-"""In the order of the fields of `Sampling`."""
+"""In the order of the fields of `SamplingParams`."""
+
+BIAS = Number(0.0, -1e30, 1e30)  # added to a token's logit
 
 NEW_TOKENS = Number(256, 1, INT64[1], whole=True)
 CHUNK_SIZE = Number(None, 1, INT64[1], whole=True)
