@@ -1,8 +1,8 @@
 """Draws the pictures of docs/concepts: python docs/figures.py (needs the extra "train", for matplotlib).
 
-    images/block.png    one layer: what flows through it, and where the state is
-    images/memory.png   half-lives of the embedded model's state, over its own opening text
-    images/chunks.png   a long row cut into chunks: how the state is carried
+images/block.png    one layer: what flows through it, and where the state is
+images/memory.png   half-lives of the embedded model's state, over its own opening text
+images/chunks.png   a long row cut into chunks: how the state is carried
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ TEXT = "It was a dark and stormy night; the rain fell in torrents, except at occ
 
 
 def box(axes, x, y, text, color=PLAIN, width=2.1, height=0.62):
-    patch = FancyBboxPatch((x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0.04", fc=color, ec="#445")
+    patch = FancyBboxPatch(
+        (x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0.04", fc=color, ec="#445"
+    )
     axes.add_patch(patch)
     axes.text(x, y, text, ha="center", va="center", fontsize=9)
 
@@ -87,7 +89,9 @@ def memory():
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     steps = []
     hooks = [
-        block.mixer.dt_proj.register_forward_hook(lambda m, i, out: steps.append(torch.nn.functional.softplus(out + m.bias)))
+        block.mixer.dt_proj.register_forward_hook(
+            lambda m, i, out: steps.append(torch.nn.functional.softplus(out + m.bias))
+        )
         for block in model.backbone.layers
     ]
     model(tokenizer(TEXT, return_tensors="pt").input_ids)
@@ -118,7 +122,12 @@ def chunks():
         if i:
             arrow(axes, (x - 1.7, 3.2), (x - 1.3, 3.2))
         box(axes, x, 3.2, "carry: h = decay h + own", CHOICE, 2.6)
-    axes.text(-0.3, 3.95, "1 and 2: all chunks at once.  3: one cheap step a chunk.  4: the outputs, from the right state, all at once.", fontsize=8.5)
+    axes.text(
+        -0.3,
+        3.95,
+        "1 and 2: all chunks at once.  3: one cheap step a chunk.  4: the outputs, from the right state, all at once.",
+        fontsize=8.5,
+    )
     save(figure, "chunks.png")
 
 
