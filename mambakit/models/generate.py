@@ -95,6 +95,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
                 f"input_ids has {input_ids.shape[1]} tokens, all in the cache already; give at least one more"
             )
         if mask is not None:
+            mask = mask.to(input_ids.device)
             order = mask[:, -new:].to(torch.bool).to(torch.int8).argsort(dim=1, stable=True)  # padding to the left
             input_ids = torch.cat([input_ids[:, :cached], input_ids[:, cached:].gather(1, order)], 1)
             mask = torch.cat([mask[:, :-new], mask[:, -new:].gather(1, order)], 1)

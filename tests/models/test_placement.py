@@ -320,7 +320,9 @@ def test_to_the_same_place_is_the_cache_itself():
 def halves(model, first, second) -> dict:
     layers = len(model.backbone.layers)
     places = {f"backbone.layers.{i}": first if i < layers // 2 else second for i in range(layers)}
-    return {"backbone.embeddings": first, **places, "backbone.norm_f": second, "lm_head": second}
+    # A tied head has the embeddings' weight: both lie on one device.
+    head = first if model.config.tie_word_embeddings else second
+    return {"backbone.embeddings": first, **places, "backbone.norm_f": second, "lm_head": head}
 
 
 @pytest.mark.cuda
