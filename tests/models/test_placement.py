@@ -355,7 +355,7 @@ def test_two_gpus(name, tmp_path):
         require_the_same(model, plain, error=1e-4)
         require_the_same_texts(model, plain, error=1e-4)
         ids = tokens(2, 12)
-        single = MambaCache(model.config, 2, "cuda:0")  # moves to its layers' devices at the first use
+        single = MambaCache(model.config, 2, device="cuda:0")  # moves to its layers' devices at the first use
         with torch.no_grad():
             logits = [
                 m(ids.to(m.device), cache_params=c).logits.cpu()
