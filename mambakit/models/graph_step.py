@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.models.step import forward_step, made_of_known, passed_by, tensors_of
+from mambakit.models.step import forward_step, made_of_known, tensors_of
 from mambakit.modules import MambaCache
 from mambakit.modules.interception import Watch, any_intercepted, modules_of
 from mambakit.modules.quantized_linear import QuantizedLinear
@@ -31,9 +31,23 @@ def graphs_serve(model: Any, called: bool = False) -> bool:
         return False
     if torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing() or transformed() or observed():
         return False
-    modules = passed_by(model, called)
-    plain = all(type(t) in PLAIN_TYPES and t.device == device for t in tensors_of(modules))
-    return plain and not any_intercepted(modules)
+    if not called and any_intercepted([model]):
+        return False
+    watch = _watches.get(model)
+    if watch is None or not watch.holds():
+        modules = modules_of(model)[1:]
+        if any_intercepted(modules):
+            return False
+        watch = _watches[model] = Watch(modules)
+    own = (*model._parameters.values(), *model._buffers.values())
+    return all(
+        type(t) in PLAIN_TYPES and t.device == device for t in (*own, *tensors_of(watch.modules)) if t is not None
+    )
+
+
+# The modules within each model that a graph may pass by, as they were found; looking again takes a tenth of the time. The model itself
+# is not among them: it would keep itself alive.
+_watches: weakref.WeakKeyDictionary[Any, Watch] = weakref.WeakKeyDictionary()
 
 
 def gpu_weights(model: Any) -> ModelWeights:

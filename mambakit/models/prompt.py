@@ -32,6 +32,10 @@ def read_prompt(model: Any, ids: Tensor, cache: MambaCache, longest: int = LONGE
     """
     if not reads_in_pieces(model, ids.shape[0]):
         return model(ids, cache_params=cache, logits_to_keep=1).logits[:, -1]
+    return _read_in_pieces(model, ids, cache, longest)
+
+
+def _read_in_pieces(model: Any, ids: Tensor, cache: MambaCache, longest: int) -> Tensor:
     with torch.cuda.device(model.device):
         return kept_with(model, ("prompt",), lambda: _Pieces(model))(ids, cache, longest)
 
@@ -40,8 +44,10 @@ def prompt_parts(model: Any, ids: Tensor, cache: MambaCache) -> Generator[None, 
     """`read_prompt` of one text with a pause after every layer, so that others need not wait for the whole: the same bits, and the
     cache is right only at the end. On a GPU, and where somebody would miss the call of the model as a whole, it is one part.
     """
-    if reads_in_pieces(model, ids.shape[0]) or not _is_its_layers(model):
-        return read_prompt(model, ids, cache)
+    if reads_in_pieces(model, ids.shape[0]):
+        return _read_in_pieces(model, ids, cache, LONGEST)
+    if not _is_its_layers(model):
+        return model(ids, cache_params=cache, logits_to_keep=1).logits[:, -1]
     backbone = model.backbone
     x, residual = backbone.embeddings(ids), None
     for block in backbone.layers:

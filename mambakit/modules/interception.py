@@ -89,7 +89,7 @@ class Watch:
     """A model's modules when a step was made that passes them by; `holds` says in microseconds whether it still may."""
 
     def __init__(self, modules: Sequence[nn.Module]):
-        self._modules = list(modules)
+        self.modules = list(modules)
         self._own = [m.__dict__ for m in modules]
         self._hooks = [own[name] for own in self._own for name in _HOOKS]
         self._children = [(m._modules, list(m._modules.values())) for m in modules if m._modules]
@@ -109,7 +109,7 @@ class Watch:
                 return False
         for own in self._own:
             if "forward" in own or "_compiled_call_impl" in own or "_call_impl" in own:
-                return not any(map(intercepted, self._modules))
+                return not any(map(intercepted, self.modules))
         return True
 
 
