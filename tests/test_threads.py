@@ -79,7 +79,7 @@ mambakit.cli.main(["info", "--help"])
 
 
 REPLICA = """
-import os, sys
+import os, sys, types
 from mambakit.serving import worker
 
 class Told(worker._Worker):
@@ -89,7 +89,7 @@ class Told(worker._Worker):
 
 worker._Worker = Told
 worker._hear = lambda *_: None
-worker.main(None, None)
+worker.main(types.SimpleNamespace(heartbeat_seconds=1e6), None)
 """
 
 

@@ -34,7 +34,10 @@ _SAID = {
     "attn_implementation": "a Mamba model has no attention, so the choice changes nothing",
     "trust_remote_code": "mambakit's own classes read the checkpoint, and no code of it is run",
 }
-_SPECULATIVE = "a Mamba state cannot be cut back to the tokens that were accepted; mambakit.generation.speculative.SpeculativeStream writes with drafts"
+_SPECULATIVE = (
+    "assisted decoding would cut a Mamba state back to the tokens that were accepted, which it cannot be; "
+    "mambakit.generation.speculative.SpeculativeStream writes with drafts"
+)
 _INPUTS = "generate() reads one document in each row; give attention_mask for padding"
 _GENERATING = {
     "assistant_model": _SPECULATIVE, "assistant_tokenizer": _SPECULATIVE, "prompt_lookup_num_tokens": _SPECULATIVE,
@@ -53,6 +56,10 @@ def check_loading(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an option that cannot be followed.
     """
+    # transformers' Auto classes pass on the revision that they found, which asks for no adapter.
+    passed_on = options.get("adapter_kwargs")
+    if isinstance(passed_on, dict) and passed_on.keys() <= {"revision", "_commit_hash"}:
+        options = {name: value for name, value in options.items() if name != "adapter_kwargs"}
     for name, remedy in _LOADING.items():
         if options.get(name) is not None and options[name] is not False:
             raise ValueError(f"{name}={brief(options[name])} cannot be followed: {remedy}")

@@ -176,6 +176,8 @@ _NARROWER = {
     "temperature": replace(SAMPLING["temperature"], high=2),
     "top_k": replace(SAMPLING["top_k"], high=1 << 31),
     "repetition_penalty": replace(SAMPLING["repetition_penalty"], high=100),
+    "presence_penalty": replace(SAMPLING["presence_penalty"], low=-2, high=2),
+    "frequency_penalty": replace(SAMPLING["frequency_penalty"], low=-2, high=2),
     # The seeds of the n texts after one prompt are consecutive numbers, all of which torch's generators take.
     "seed": replace(SAMPLING["seed"], low=INT64[0], high=INT64[1]),
 }
@@ -195,8 +197,6 @@ FIELDS: dict[str, Reader] = {
 _UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "logprobs": ((None,), "leave it out; `mambakit score` and `mambakit generate --logprobs` give log-probabilities"),
     "logit_bias": ((None, {}), "leave it out"),
-    "presence_penalty": ((None, 0), "leave it out; repetition_penalty discourages tokens used before"),
-    "frequency_penalty": ((None, 0), "leave it out; repetition_penalty discourages tokens used before"),
     "best_of": ((None, 1), "leave it out; n gives several texts to choose from"),
     "suffix": ((None,), "leave it out; the model only continues text"),
 }

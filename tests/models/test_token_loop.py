@@ -12,6 +12,7 @@ from transformers import GenerationMixin, LogitsProcessorList, generation
 
 from mambakit.models import generate, rows, token_loop
 from mambakit.models.choosing import WITHOUT_WAITING, Choosing
+from mambakit.models.scaling import WidePenalty, WideTemperature
 from mambakit.models.token_loop import write_tokens
 from tests.models.configurations import pair, tokens, worst
 from tests.models.eager_graph import decode_by
@@ -198,7 +199,7 @@ class Waits(TorchDispatchMode):
 PROCESSORS = [
     generation.RepetitionPenaltyLogitsProcessor(1.5), generation.TemperatureLogitsWarper(0.7), generation.TopKLogitsWarper(5),
     generation.TopPLogitsWarper(0.9), generation.MinPLogitsWarper(0.1), generation.TypicalLogitsWarper(0.9),
-    generation.EpsilonLogitsWarper(0.01),
+    generation.EpsilonLogitsWarper(0.01), WideTemperature(1e-30), WidePenalty(1e30),
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ def test_defaults_are_those_of_the_api():
     assert (asked.max_tokens, asked.n, asked.stop, asked.stream, asked.echo) == (16, 1, (), False, False)
     assert asked.sampling == {
         "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": None,
+        "typical_p": 1.0, "epsilon_cutoff": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
     }  # fmt: skip
 
 
@@ -68,8 +69,8 @@ def test_the_copies_of_a_seeded_request_have_seeds_of_their_own():
         ("logprobs", 1, "logprobs is not served; leave it out; `mambakit score`"),
         ("logprobs", 0, "not served"),
         ("logit_bias", {"5": 1}, "not served"),
-        ("presence_penalty", 0.5, "repetition_penalty discourages"),
-        ("frequency_penalty", 0.5, "repetition_penalty discourages"),
+        ("presence_penalty", 2.5, "at least -2 and at most 2"),
+        ("frequency_penalty", -2.5, "at least -2 and at most 2"),
         ("best_of", 2, "n gives several texts"),
         ("suffix", "end", "only continues"),
         ("messages", [], "there is no field"),
