@@ -143,6 +143,9 @@ class Engine:
                 raise RuntimeError(request.error) from request.exception
         return requests
 
+    @torch.inference_mode(
+        False
+    )  # states and tables outlive the step: it may be called in an inference mode and out of it
     @torch.no_grad()
     def step(self) -> list[tuple[Request, int]]:
         """Read prompts for a while, each of which then has its first token; then one token more for every row."""

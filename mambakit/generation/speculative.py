@@ -69,6 +69,7 @@ class SpeculativeStream(Stream):
             if draft.device != self.model.device:
                 raise ValueError(f"the draft model is on {draft.device} and the model on {self.model.device}; move one")
 
+    @torch.inference_mode(False)  # as in `Stream`
     @torch.no_grad()
     def __iter__(self) -> Iterator[str]:
         model, device = self.model, self.model.device

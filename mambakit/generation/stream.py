@@ -85,6 +85,7 @@ class Stream:
         self.max_new_tokens = replace(NEW_TOKENS, low=0).read("max_new_tokens", self.max_new_tokens)
         self.stop = read_stops(self.stop)
 
+    @torch.inference_mode(False)  # its tensors outlive each piece: it may be read in an inference mode and out of it
     @torch.no_grad()
     def __iter__(self) -> Iterator[str]:
         model, device = self.model, self.model.device

@@ -84,6 +84,10 @@ class GraphStep:
         holder: whose states are in it; None, or dead, where it is free.
     """
 
+    @torch.inference_mode(
+        False
+    )  # its tensors outlive the call; one of an inference mode could not be written to after it
+    @torch.no_grad()
     def __init__(self, model: Any, rows: int, capacity: int = 64):
         self.model, self.rows, self.capacity = model, rows, capacity
         self.holder: weakref.ref[Any] | None = None
@@ -112,7 +116,7 @@ class GraphStep:
                 self.position += 1
 
         # Kernels are compiled before the capture, on a stream of their own as a capture asks.
-        with torch.cuda.device(device), torch.no_grad():  # whichever device is current
+        with torch.cuda.device(device):  # whichever device is current
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -278,7 +282,11 @@ def kept_with(model: Any, key: tuple, make: Callable[[], Any]) -> Any:
             del kept[stale]
         while len(kept) >= _MOST_STEPS:
             kept.popitem(last=False)
-        kept[key, place] = make()
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # tensors of an inference mode could not be written to after it
+            kept[key, place] = make()
     kept.move_to_end((key, place))
     return kept[key, place]
 

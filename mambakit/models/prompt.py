@@ -104,6 +104,8 @@ class _Pieces:
     def _forward(self, ids: Tensor) -> Tensor:
         return self.model.backbone(ids, cache_params=self.cache).last_hidden_state[:, -1:]
 
+    @torch.inference_mode(False)  # a graph's tensors outlive the call
+    @torch.no_grad()
     def _read(self, ids: Tensor) -> Tensor:
         """(1, 1, h) after the last token; of a graph valid until the next piece."""
         length = ids.shape[1]
