@@ -36,7 +36,9 @@ class SampledText:
     """
 
     def __init__(self, params: SamplingParams, vocab_size: int, device: torch.device, read: Tensor):
-        self.params, self.position = params, 0
+        # Others may use and change the same object, and tables are made of it whenever the batch changes.
+        self.params, self.position = params.snapshot(), 0
+        params = self.params
         self.error: str = ""
         self.exception: Exception | None = None
         self.matcher = params.matcher()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import secrets
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,6 +59,12 @@ class SamplingParams:
                 token.read("a token of logit_bias", key): BIAS.read(f"logit_bias[{quoted(key)}]", value)
                 for key, value in self.logit_bias.items()
             }
+
+    def snapshot(self) -> SamplingParams:
+        """A copy, checked again, that no later change of this one reaches."""
+        copied = copy.copy(self)
+        copied.__post_init__()
+        return copied
 
     @property
     def greedy(self) -> bool:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.decoding.parameters import CHUNK_SIZE, INT64, Number
+from mambakit.decoding.parameters import CHUNK_SIZE, INT64, NEW_TOKENS, Number
 from mambakit.decoding.sampler import Sampler
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.reading import PromptReading, ReadingShare
@@ -111,8 +111,11 @@ class Engine:
         """Queue a request; it starts as soon as it is its turn.
 
         Raises:
+            TypeError: no `Request`.
             ValueError: a token that the model does not have, or a request that runs already.
         """
+        if not isinstance(request, Request):
+            raise TypeError(f"a {type(request).__name__} cannot be written; give a Request")
         if any(text.request is request for text in self._turns):
             raise ValueError("this request runs already; make another Request of the same prompt")
         if request.finish_reason:
@@ -123,7 +126,10 @@ class Engine:
             require_in_vocabulary("context", request.context, self._vocab_size)
         alone = not request.share or request.state is not None or self.prefix_cache is not None
         prompt = None if alone else (request.share, hashlib.sha256(ids.numpy().tobytes()).digest())
-        text = Text(request, PromptReading(self.model, ids, self.chunk_size, request.state, self.prefix_cache), prompt)
+        most = NEW_TOKENS.read("max_new_tokens", request.max_new_tokens)
+        text = Text(
+            request, most, PromptReading(self.model, ids, self.chunk_size, request.state, self.prefix_cache), prompt
+        )
         self._turns.add(text, request.share)
         self._unread[text] = self._next = None
         return request
@@ -267,7 +273,7 @@ class Engine:
         """Each text's next token; where all want the likeliest, the step chooses. The device is waited for once."""
         last = torch.zeros(self._pool.size, dtype=torch.int64, device="cpu")
         last[[row for row, _ in writing]] = torch.tensor(
-            [text.request.tokens[-1] for _, text in writing], dtype=torch.int64, device="cpu"
+            [text.written[-1] for _, text in writing], dtype=torch.int64, device="cpu"
         )
         last = last.to(self.model.device)
         texts = [text.sampled for _, text in writing if text.sampled is not None]
@@ -285,7 +291,6 @@ class Engine:
 
     def _take(self, text: Text, token: int) -> bool:
         """Note a text's token; False where it is the end of the text, or none could be chosen."""
-        request = text.request
         if token == NO_TOKEN:
             assert text.sampled is not None
             self._fail(text, text.sampled.exception)
@@ -298,7 +303,7 @@ class Engine:
             return False
         text.take(token)
         self._turns.serve(text, 1)
-        if len(request.tokens) >= request.max_new_tokens:
+        if len(text.written) >= text.most:
             self._finish(text, "length")
         return True
 
@@ -320,7 +325,7 @@ class Engine:
             state = text.state.clone() if row is None and text.state is not None else None
             state = state if row is None else self._pool.copy_of(row)
             if state is not None:
-                self._keep(request, state)
+                self._keep(text, state)
         if row is not None:
             self._pool.held[row] = None
         self._unread.pop(text, None)
@@ -328,11 +333,12 @@ class Engine:
         self._turns.remove(text)
         self._next = None
 
-    def _keep(self, request: Request, state: MambaCache) -> None:
+    def _keep(self, text: Text, state: MambaCache) -> None:
+        request = text.request
         if request.keep_state:
             request.final_state = state
         if self.prefix_cache is not None and request.state is None:
-            read = [*request.prompt_ids.tolist(), *request.tokens][: state.get_seq_length()]
+            read = [*request.prompt_ids.tolist(), *text.written][: state.get_seq_length()]
             try:
                 self.prefix_cache.store(read, state)
             except Exception as error:  # the text itself is whole

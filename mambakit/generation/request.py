@@ -19,7 +19,7 @@ from mambakit.quoting import quoted
 
 @dataclass(eq=False)
 class Request:
-    """One text to write, and what became of it.
+    """One text to write, and what became of it. What is given is copied: it may be changed and used again for the next one.
 
     Args:
         prompt_ids: (l,) int64, l >= 1: the tokens to read first (only the new ones, where a ``state`` continues).
@@ -28,7 +28,7 @@ class Request:
         state: a `MambaCache` of one row to continue from; it is copied, never changed.
         keep_state: whether the request is to hold its state at the end.
         context: (p,) int64, what the ``state`` has read: a repetition penalty counts its tokens, too.
-        share: whose it is, from the outside in, such as (key, request): at every level rows are divided evenly among those who
+        share: a tuple: whose it is, from the outside in, such as (key, request): at every level rows are divided evenly among those who
             want them. Requests of the same share, by default all, are in the order in which they were submitted. A prompt that
             several requests of a share have is read once, unless the share is ().
 
@@ -60,11 +60,22 @@ class Request:
     def __post_init__(self) -> None:
         self.prompt_ids = token_ids("prompt_ids", self.prompt_ids)
         self.max_new_tokens = NEW_TOKENS.read("max_new_tokens", self.max_new_tokens)
-        if self.context is not None and len(self.context):
-            self.context = token_ids("context", self.context)
+        if self.context is not None:
+            self.context = token_ids("context", self.context, least=0)
         if not isinstance(self.sampling, SamplingParams):
             raise TypeError(f"sampling is {quoted(self.sampling)}; give a SamplingParams")
-        if self.state is not None and self.state.max_batch_size != 1:
+        self.sampling = self.sampling.snapshot()
+        if not isinstance(self.share, tuple):
+            raise TypeError(f"share is {quoted(self.share)}; give a tuple, such as (key, request)")
+        try:
+            hash(self.share)
+        except TypeError as error:
+            raise TypeError(f"share is {quoted(self.share)}; {error}: give names or numbers") from error
+        if self.state is None:
+            return
+        if not isinstance(self.state, MambaCache):
+            raise TypeError(f"the state is a {type(self.state).__name__}; give a MambaCache of one row")
+        if self.state.max_batch_size != 1:
             raise ValueError(f"the state has {self.state.max_batch_size} rows; a request continues one: select a row")
 
     def cancel(self) -> None:
@@ -74,15 +85,21 @@ class Request:
 
 @dataclass(eq=False)
 class Text:
-    """A request on its way: its prompt is being read; or it has a row; or it has a ``state``, and waits for a row."""
+    """A request on its way: its prompt is being read; or it has a row; or it has a ``state``, and waits for a row.
+
+    Whoever holds the request may take tokens out of it, or change its fields: the engine goes by what is here.
+    """
 
     request: Request
+    most: int
+    """Tokens to write."""
     reading: PromptReading
     prompt: Path | None
     """The same for texts whose prompt need be read once only; None where it is this one's alone."""
     state: MambaCache | None = None
     since: int = 0
     """Tokens since it had its row."""
+    written: list[int] = field(default_factory=list)
     sampled: SampledText | None = None
     """Once its prompt has been read."""
 
@@ -95,5 +112,6 @@ class Text:
         return self.sampled
 
     def take(self, token: int) -> None:
+        self.written.append(token)
         self.request.tokens.append(token)
         self.since += 1

@@ -20,6 +20,7 @@ from mambakit.models.prompt import read_prompt
 from mambakit.models.step import token_step
 from mambakit.modules import MambaCache
 from mambakit.ops.sampling.api import NO_TOKEN
+from mambakit.quoting import quoted
 
 
 def token_number(chosen: int) -> int:
@@ -84,6 +85,11 @@ class Stream:
         self.chunk_size = CHUNK_SIZE.read("chunk_size", self.chunk_size)
         self.max_new_tokens = replace(NEW_TOKENS, low=0).read("max_new_tokens", self.max_new_tokens)
         self.stop = read_stops(self.stop)
+        if not isinstance(self.sampling, SamplingParams):
+            raise TypeError(f"sampling is {quoted(self.sampling)}; give a SamplingParams")
+        if self.context is not None:
+            self.context = token_ids("context", self.context, least=0)
+            require_in_vocabulary("context", self.context, self.model.config.vocab_size)
 
     @torch.inference_mode(False)  # its tensors outlive each piece: it may be read in an inference mode and out of it
     @torch.no_grad()
@@ -92,7 +98,11 @@ class Stream:
         ids = self.prompt_ids.to(device)[None]
         cache = self.cache = self.cache or model.backbone.new_cache(1)
         ends = _end_tokens(model)
-        read = self.prompt_ids if self.context is None else torch.cat([self.context, self.prompt_ids])
+        read = (
+            self.prompt_ids
+            if self.context is None
+            else torch.cat([self.context.to(self.prompt_ids.device), self.prompt_ids])
+        )
         sampler, text = Sampler(), SampledText(self.sampling, model.config.vocab_size, device, read)
         logits = self._read(ids)
         step = token_step(model, cache)

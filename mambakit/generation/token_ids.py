@@ -10,12 +10,12 @@ from torch import Tensor
 from mambakit.quoting import quoted
 
 
-def token_ids(name: str, value: Any) -> Tensor:
-    """(l,) int64 from a tensor, an array or a sequence of whole numbers.
+def token_ids(name: str, value: Any, least: int = 1) -> Tensor:
+    """(l,) int64, l >= ``least``, from a tensor, an array or a sequence of whole numbers: a copy, whatever becomes of ``value``.
 
     Raises:
         TypeError: they are no whole numbers.
-        ValueError: none, or not one sequence.
+        ValueError: too few, or not one sequence.
     """
     if not isinstance(value, Tensor):
         try:
@@ -24,11 +24,13 @@ def token_ids(name: str, value: Any) -> Tensor:
             )
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TypeError(f"{name} is {quoted(value)}; give a tensor (l,) of token ids, int64") from error
-    if value.dim() != 1 or not len(value):
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected (l,) with l >= 1")
+    if value.dim() != 1 or len(value) < least:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected (l,) with l >= {least}")
+    if not len(value):
+        return value.new_empty(0, dtype=torch.int64)
     if value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
         raise TypeError(f"{name} is of {value.dtype}; token ids are whole numbers: give int64")
-    return value.to(torch.int64)
+    return value.detach().to(torch.int64, copy=True)
 
 
 def require_in_vocabulary(name: str, ids: Tensor, vocab_size: int) -> None:
