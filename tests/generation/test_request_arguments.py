@@ -40,7 +40,7 @@ def test_one_buffer_for_many_prompts(model, make):
 
 def test_a_prefix_cache_is_told_the_prompt_that_was_read(model):
     buffer, cache = PROMPT.clone(), PrefixCache(model, chunk_size=2)
-    engine = Engine(model, prefix_cache=cache)
+    engine = Engine(model, prefix_cache=cache, read_seconds=60)
     request = engine.submit(Request(buffer, Sampling(seed=1), 6))
     engine.step()
     buffer += 1
@@ -124,7 +124,7 @@ def test_one_object_for_many_samplings(model):
 )  # fmt: skip
 def test_a_request_that_is_changed_while_it_runs(model, change):
     """Taking tokens out of it as they come, say: neither it nor its neighbours are another text, or none, for that."""
-    engine = Engine(model, 3)
+    engine = Engine(model, 3, read_seconds=60)  # the first step reads both prompts
     changed, other = (engine.submit(Request(PROMPT, Sampling(seed=1), 6)) for _ in range(2))
     written = [token for request, token in engine.step() if request is changed]
     change(changed)
