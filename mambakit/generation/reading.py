@@ -87,7 +87,12 @@ class PromptReading:
                 [*known.stops(), length]
             )  # the last token by itself: its logits are asked for
             return
-        self.cache = self._model.backbone.new_cache(1) if self._state is None else self._state.clone()
+        self.cache = self._model.backbone.new_cache(1)
+        if self._state is not None:
+            self.cache.copy_(
+                self._state, [0], [0]
+            )  # raises for another model's, of which the layers may do for a while
+            self.cache = self._state.clone()
         self._stops = iter([*range(self._chunk_size, length, self._chunk_size), length])
 
 

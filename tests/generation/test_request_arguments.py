@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -165,3 +167,22 @@ def test_a_sampling_that_is_changed_before_its_turn_ends_its_text_alone(model, c
 def test_wrong_arguments(model, make, error, message):
     with pytest.raises(error, match=message):
         make(model)
+
+
+@pytest.mark.parametrize("layers", [-1, 1])
+def test_a_state_of_more_or_fewer_layers_writes_nothing(model, layers):
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers += layers
+    other = type(model)(config).eval()
+    wrong, right = (
+        Request(PROMPT, Sampling(seed=1), 6, state=other.backbone.new_cache(1)),
+        Request(PROMPT, Sampling(seed=1), 6),
+    )
+    engine = Engine(model)
+    for request in (wrong, right):
+        engine.submit(request)
+    for _ in engine.run():
+        pass
+    assert (wrong.tokens, wrong.finish_reason) == ([], "error")
+    assert "of another model" in wrong.error
+    assert right.tokens == alone(model)
