@@ -99,7 +99,7 @@ class Stream:
         while len(self.tokens) < self.max_new_tokens:
             (number,) = sampler.choose(logits, [text])
             if number == NO_TOKEN:
-                raise text.exception or RuntimeError(text.error)
+                raise text.exception or LogitsError(text.error)
             if number in ends:
                 self.finish_reason = "stop"
                 break
