@@ -265,6 +265,7 @@ def test_what_belongs_to_another_option_is_not_ignored(fails, unread, model, tex
             ("generate", "x", "--draft-tokens", "3"),
             "--draft-tokens has no effect without --draft-model or --prompt-lookup",
         ),
+        (("serve", "--prefix-cache-mb", "5"), "--prefix-cache-mb has no effect without --prefix-cache; add"),
         (("score", text, "--top", "3"), "--top has no effect without --echo"),
         (("score", "--prefix", "a", "--choice", "b", "--top", "0"), "--top has no effect without --echo"),
         (("score", text, "--choice", "b"), "--choice has no effect without --prefix"),
