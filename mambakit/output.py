@@ -55,7 +55,11 @@ def description_column() -> Any:
     """A progress bar's column for `description`, which may be a file's name."""
     from rich.progress import TextColumn
 
-    return TextColumn("{task.description}", markup=False)
+    class Description(TextColumn):
+        def render(self, task: Any) -> Any:
+            return literal(task.description)
+
+    return Description("", markup=False)
 
 
 def table(

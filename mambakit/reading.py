@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.errors import CheckpointError
+from mambakit.errors import CheckpointError, UsageError
 
 _FETCH = "fetch it again"
 _POINTER = b"version https://git-lfs"
@@ -73,6 +73,14 @@ def read_json(path: Path, remedy: str = _FETCH) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object; {remedy}")
     return value
+
+
+def require_unicode(text: str, what: str) -> None:
+    """UsageError for half of a surrogate pair, which JSON can write and no tokenizer reads; ``what`` names the place."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what} has half of a surrogate pair at {error.start}; write whole characters") from error
 
 
 # -- safetensors -------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def test_text_of_users_is_never_markup(text, on_terminal):
     with on.status(literal(text)) as status:
         status.update(literal(text))
     with Progress(description_column(), console=on, transient=False) as bar:
-        bar.add_task(printable(text), total=1)
+        bar.add_task(text, total=1)
     if on_terminal:
         assert printable(text) in written(on)
     assert printable(text) in error_line(ValueError(text)) or "\n" in text or "\t" in text

@@ -13,10 +13,11 @@ from mambakit.commands.options import (
     check_output_folder,
     integer,
     real,
+    require_with,
     text,
 )
 from mambakit.commands.texts import read_text, require_file
-from mambakit.commands.writing import Writer
+from mambakit.commands.writing import Writer, check_forms
 from mambakit.errors import UsageError
 
 
@@ -72,7 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     state.add_argument(
         "--prefix-cache-mb",
         type=integer(1),
-        default=4096,
         metavar="MB",
         help="size of the folder for one model (default 4096)",
     )
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speed = parser.add_argument_group("speculation: tokens are guessed, and verified several at a time")
     speed.add_argument("--draft-model", metavar="MODEL", help="guess with this smaller model of the same vocabulary")
     speed.add_argument("--prompt-lookup", action="store_true", help="guess what followed the same tokens before")
-    speed.add_argument("--draft-tokens", type=integer(1), default=4, metavar="N", help="guesses at a time (default 4)")
+    speed.add_argument("--draft-tokens", type=integer(1), metavar="N", help="guesses at a time (default 4)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -123,6 +123,9 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.draft_model and args.prompt_lookup:
         raise UsageError("--draft-model and --prompt-lookup are two ways to guess; give one")
+    require_with("--prefix-cache-mb", args.prefix_cache_mb is not None, "--prefix-cache", bool(args.prefix_cache))
+    drafted = bool(args.draft_model or args.prompt_lookup)
+    require_with("--draft-tokens", args.draft_tokens is not None, "--draft-model or --prompt-lookup", drafted)
     if args.load_state:
         require_file(args.load_state, "state", "make one with --save-state")
     if args.save_state:
@@ -131,6 +134,7 @@ def _check(args: argparse.Namespace) -> None:
         check_output_folder("--prefix-cache", args.prefix_cache)
     if sum(value is not None for value in (args.json_schema, args.regex, args.grammar)) > 1:
         raise UsageError("--json-schema, --regex and --grammar are three ways to give a form; give exactly one")
+    check_forms(args)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

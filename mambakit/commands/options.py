@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from mambakit.errors import UsageError
 from mambakit.quoting import brief, cut
+from mambakit.writing import replaceable
 
 _LARGEST_INTEGER = 2**31 - 1
 LARGEST_SEED = 2**63 - 1
@@ -59,6 +60,12 @@ def integer(low: int, high: int = _LARGEST_INTEGER) -> Number:
 
 def real(low: float, high: float = sys.float_info.max, above: bool = False) -> Number:
     return Number(float, low, high, above)
+
+
+def require_with(option: str, given: bool, other: str, used: bool) -> None:
+    """UsageError where ``option`` is given without ``other``, the one that it belongs to: it would be ignored in silence."""
+    if given and not used:
+        raise UsageError(f"{option} has no effect without {other}; add {other}, or drop {option}")
 
 
 def text(value: str) -> str:
@@ -144,7 +151,11 @@ def check_output_file(name: str, value: str) -> None:
         raise UsageError(f"{name} {value} is a folder; give the name of a file")
     if not path.parent.exists():
         raise UsageError(f"{name} {value}: there is no folder {path.parent}; make it first, or name another")
-    _require_writable(name, value, path.parent)
+    try:
+        target = replaceable(path)
+    except UsageError as error:
+        raise UsageError(f"{name} {error}") from error
+    _require_writable(name, value, target.parent)
     if path.exists() and not os.access(path, os.W_OK):
         raise UsageError(f"{name} {value} cannot be written over; name another file")
 

@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 from mambakit.commands.loading import add_model_arguments, load
-from mambakit.commands.options import integer, text
+from mambakit.commands.options import integer, require_with, text
 from mambakit.commands.texts import open_text, require_file
 from mambakit.errors import UsageError
 from mambakit.output import description_column, table, terminal
@@ -33,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--echo", type=text, metavar="TEXT", help="this text's tokens, with the log-probability of each"
     )
-    parser.add_argument(
-        "--top", type=integer(0), default=0, metavar="K", help="with --echo: the K likeliest tokens in each place"
-    )
+    parser.add_argument("--top", type=integer(0), metavar="K", help="with --echo: the K likeliest tokens in each place")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,6 +51,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("give text files, or --prefix, or --echo: one of them")
     if args.prefix is not None and not (args.choice or args.choices):
         raise UsageError("--prefix needs something to come after it: --choice TEXT, or --choices FILE")
+    for option, value in (("--choice", args.choice), ("--choices", args.choices)):
+        require_with(option, bool(value), "--prefix", args.prefix is not None)
+    require_with("--top", args.top is not None, "--echo", args.echo is not None)
     if args.per_token and not args.json:
         raise UsageError("--per-token lists every token; add --json")
     for name in (*args.files, *([args.choices] if args.choices else [])):
@@ -91,7 +92,7 @@ def _echo(args: argparse.Namespace, model: Any, tokenizer: Any) -> int:
     from mambakit.generation.logprobs import echo
 
     ids = tokenizer(args.echo, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0].long()
-    logprobs = echo(model, tokenizer, ids, top=args.top, chunk_size=args.chunk_size)
+    logprobs = echo(model, tokenizer, ids, top=args.top or 0, chunk_size=args.chunk_size)
     if args.json:
         print(json.dumps({"text": args.echo, "logprobs": logprobs}, ensure_ascii=False), flush=True)
         return 0

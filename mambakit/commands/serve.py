@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mambakit.commands.loading import add_model_arguments
+from mambakit.commands.options import require_with
 from mambakit.quoting import brief
 
 _MOST = (1 << 31) - 1
@@ -32,6 +33,8 @@ class _Number:
         return self.name[2:].replace("-", "_")
 
 
+# Of --prefix-cache-mb; the option itself stays None, so that it is known to be given.
+_CACHE_MB = 1024
 # Whole numbers have whole bounds.
 _REPLICAS = (
     _Number("--replicas", None, 1, 1024, "how many (default: one for each of --devices, else 1)"),
@@ -39,7 +42,7 @@ _REPLICAS = (
     _Number(
         "--prefill-chunk-size", None, 1, _MOST, "prompt tokens read at a time (default 512 on a CPU, 2048 elsewhere)"
     ),
-    _Number("--prefix-cache-mb", 1024, 1, 1 << 30, "memory for them, in each replica"),
+    _Number("--prefix-cache-mb", None, 1, 1 << 30, f"memory for them, in each replica (default {_CACHE_MB})"),
     _Number(
         "--heartbeat-seconds", 20.0, 0.5, _WEEK, "a replica that says nothing for so long is killed and started again"
     ),
@@ -153,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
                 dtype=args.dtype,
                 rows=args.rows,
                 chunk_size=args.prefill_chunk_size,
-                prefix_cache_bytes=args.prefix_cache_mb << 20 if args.prefix_cache else 0,
+                prefix_cache_bytes=(args.prefix_cache_mb or _CACHE_MB) << 20 if args.prefix_cache else 0,
                 heartbeat_seconds=args.heartbeat_seconds,
                 progress_seconds=args.progress_seconds,
                 load_seconds=args.load_seconds,
@@ -205,6 +208,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} is empty, as an unset variable is; leave it out, or give a value"
             )
+    require_with("--prefix-cache-mb", args.prefix_cache_mb is not None, "--prefix-cache", args.prefix_cache)
     if args.device and args.devices:
         raise ValueError("--device and --devices both say where; give one")
     if args.max_unfinished_mb < args.max_body_mb:

@@ -12,6 +12,25 @@ from mambakit.commands.loading import load
 from mambakit.commands.texts import read_text
 from mambakit.errors import UsageError
 from mambakit.output import literal, say, terminal
+from mambakit.quoting import brief
+
+# What the options are where they are not given.
+_CACHE_MB, _DRAFT_TOKENS = 4096, 4
+
+
+# A sign that every text of a form has; a file's name that is mistyped has it rarely.
+_SIGNS = {"json_schema": "{", "grammar": ":"}
+
+
+def check_forms(args: argparse.Namespace) -> None:
+    """UsageError for a form that is neither a file nor what its option takes."""
+    for name, sign in _SIGNS.items():
+        value = getattr(args, name)
+        if value is not None and sign not in value and _text_or_file(value) is value:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{option} {brief(value)}: there is no such file, and a form has {sign!r} in it; correct the name"
+            )
 
 
 def _text_or_file(value: str | None) -> str | None:
@@ -59,7 +78,8 @@ class Writer:
             return None
         from mambakit.generation.prefix_cache import PrefixCache
 
-        return PrefixCache(self.model, folder=self.args.prefix_cache, disk_bytes=self.args.prefix_cache_mb << 20)
+        megabytes = _CACHE_MB if self.args.prefix_cache_mb is None else self.args.prefix_cache_mb
+        return PrefixCache(self.model, folder=self.args.prefix_cache, disk_bytes=megabytes << 20)
 
     def write(self, prompt: str) -> None:
         args = self.args
@@ -163,7 +183,7 @@ class Writer:
             :-1
         ]  # what a repetition penalty counts, too; the state's last token comes with its prompt
         if self.drafter is not None:
-            guesses = {"drafter": self.drafter, "draft_tokens": args.draft_tokens}
+            guesses = {"drafter": self.drafter, "draft_tokens": args.draft_tokens or _DRAFT_TOKENS}
             return SpeculativeStream(self.model, self.tokenizer, sampling=sampling, **guesses, **options)
         return Stream(self.model, self.tokenizer, sampling=sampling, **options)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mambakit.errors import UsageError
+from mambakit.reading import require_unicode
 
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
 _DAMAGED = (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError)
@@ -48,6 +49,7 @@ def read_records(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
                 for key in keys:
                     if not isinstance(record[key], str) or not record[key].strip():
                         raise UsageError(f"{path}, line {number}: {key} is {str(record[key])[:40]!r}; it must be text")
+                    require_unicode(record[key], f"{path}, line {number}: {key}")
                 yield record
     except _DAMAGED as error:
         raise UsageError(f"{path} cannot be read as UTF-8 text: {error}") from error

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from mambakit.decoding.parameters import CHUNK_SIZE, INT64, NEW_TOKENS, Number
 from mambakit.decoding.sampler import Sampler
+from mambakit.errors import LogitsError
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.reading import PromptReading, ReadingShare
 from mambakit.generation.request import Request, Text
@@ -146,7 +147,8 @@ class Engine:
             pass
         for request in requests:
             if request.error:
-                raise RuntimeError(request.error) from request.exception
+                kind = LogitsError if request.exception is None else RuntimeError
+                raise kind(request.error) from request.exception
         return requests
 
     @torch.inference_mode(

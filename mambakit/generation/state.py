@@ -12,7 +12,6 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from mambakit.modules import MambaCache
 from mambakit.modules.placement import stored_value
 from mambakit.quoting import brief
 from mambakit.reading import open_safetensors
+from mambakit.writing import replacing
 
 _AGAIN = "save the state again"
 _FORMAT = "mambakit.State/1"
@@ -244,15 +244,8 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata:
     """Write a safetensors file under a name of this process's own, then rename it: a reader sees all of it or nothing."""
     from safetensors.torch import save_file
 
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # a rename that survives a power cut must not name an empty file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _rows(prompts: Tensor | Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -91,8 +91,11 @@ class AutoTokenizer:
         # A tokenizer may come from a model of another architecture; what has a Mamba model's configuration must be one.
         fields = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
         found = [folder / file for file in _TOKENIZER_FILES if (folder / file).exists()]
-        if fields and (not found or is_original(fields) or fields.get("model_type") in tuple(CONFIGS)):
-            read_config(folder)
+        ours = not is_original(fields) and fields.get("model_type") in tuple(CONFIGS)
+        if fields and (not found or is_original(fields) or ours):
+            config, _ = read_config(folder)
+            if ours:  # transformers' own reading takes no whole number for a real one, and would blame the tokenizer
+                kwargs.setdefault("config", config)
         if not found:
             if is_original(fields):
                 raise CheckpointError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from mambakit.errors import CheckpointError
 from mambakit.modules.layered import exact_device, stack_layers, zeros_of_layers
 from mambakit.reading import open_safetensors
+from mambakit.writing import replacing
 
 # What must agree between the model that wrote a state and the one that reads it.
 _IDENTITY = (
@@ -248,11 +248,9 @@ class MambaCache:
             "config": json.dumps(_identity(self.config)),
             "seen_tokens": str(self._seen_tokens),
         }
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
         tensors = {"conv_states": self.conv_states, "ssm_states": self.ssm_states}
-        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, metadata)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike, config: Any, device: torch.device | str | None = None) -> MambaCache:

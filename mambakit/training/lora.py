@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import warnings
@@ -20,6 +21,8 @@ from mambakit.reading import read_file, read_json
 _PEFT_PREFIX = "base_model.model."
 _FILE = "adapter_model.safetensors"
 _NAME = "default"
+# Fields whose work is done by PEFT's wrapper in each forward, not by the injected layers: without it they compute nothing.
+_OF_A_WRAPPER = ("alora_invocation_tokens", "arrow_config")
 
 
 def add_adapters(model: Any, rank: int, alpha: float, targets: list[str]) -> None:
@@ -53,12 +56,19 @@ def merge_adapters(model: Any) -> None:
     Raises:
         ValueError: adapters of a method that cannot be merged.
     """
+    _take_off(model, merge=True)
+    model.requires_grad_(True)
+
+
+def _take_off(model: Any, merge: bool) -> None:
+    """Put each adapted layer's own in its place again, with what the adapter does added to its weight or without."""
     for parent, name, adapter in list(_adapters(model)):
         if hasattr(adapter, "unload_and_optionally_merge_module"):  # modules_to_save, trainable tokens
-            plain = adapter.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            plain = adapter.unload_and_optionally_merge_module(merge=merge, safe_merge=False, adapter_names=None)
         else:
             try:
-                adapter.merge()
+                if merge:
+                    adapter.merge()
             except NotImplementedError as error:
                 raise ValueError(
                     f"{name}: a {type(adapter).__name__} cannot be merged ({error}); keep the adapters"
@@ -67,7 +77,6 @@ def merge_adapters(model: Any) -> None:
         setattr(parent, name, plain)
     if hasattr(model, "peft_config"):
         del model.peft_config
-    model.requires_grad_(True)
 
 
 def save_adapters(model: Any, folder: str | os.PathLike) -> None:
@@ -94,6 +103,8 @@ def save_adapters(model: Any, folder: str | os.PathLike) -> None:
 def load_adapters(model: Any, folder: str | os.PathLike) -> None:
     """Put adapters saved by `save_adapters`, or by PEFT, onto ``model``: PEFT injects them by the folder's own configuration.
 
+    A model whose adapters were refused is what it was.
+
     Raises:
         ValueError: PEFT is not installed, the model is quantised or has adapters already, the folder holds none, its method is none that
             is injected into layers, or they do not fit the model.
@@ -102,7 +113,6 @@ def load_adapters(model: Any, folder: str | os.PathLike) -> None:
     if not (folder / _FILE).exists():
         raise ValueError(f"there are no adapters {folder / _FILE}")
     _require(model)
-    import peft
 
     config = _read_config(folder)
     stored = read_file(folder / _FILE)
@@ -111,24 +121,48 @@ def load_adapters(model: Any, folder: str | os.PathLike) -> None:
             f"{folder}: {config.peft_type.value} adapters put tokens before the text and are not injected into layers; load them with "
             "peft.PeftModel.from_pretrained"
         )
+    learned = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    # PiSSA, OLoRA and the like take what their new adapters do out of the weights.
+    moves = isinstance(getattr(config, "init_lora_weights", None), str)
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()} if moves else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice on how the folder ought to have been made
-        _inject(model, config, str(folder))
-        bare = _bare(model)
-        wanted = peft.get_peft_model_state_dict(bare, adapter_name=_NAME, save_embedding_layers=False)
-        given = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in stored.items()}
-        # Beside the adapters PEFT saves embeddings that it thinks were resized; of a model of the same size they are the base's.
-        copies = [n for n in given if n not in wanted and n.endswith(("embeddings.weight", "lm_head.weight"))]
-        different = sorted((given.keys() ^ wanted.keys()) - set(copies))
-        different = different or sorted(n for n in wanted if wanted[n].shape != given[n].shape)
-        if different:
-            raise ValueError(
-                f"the adapters of {folder} do not fit the model: {different[0]} differs; load their base model"
-            )
-        peft.set_peft_model_state_dict(bare, given, adapter_name=_NAME)
+        try:
+            copies = _load(model, config, stored, folder)
+        except ValueError:
+            _take_off(model, merge=False)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(learned[name])
+                if name in weights:
+                    parameter.data.copy_(weights[name])
+            raise
     for name, parameter in model.named_parameters():
         if name in copies:
-            parameter.data.copy_(given[name])
+            parameter.data.copy_(stored[_PEFT_PREFIX + name] if _PEFT_PREFIX + name in stored else stored[name])
+
+
+def _load(model: Any, config: Any, stored: dict[str, Any], folder: Path) -> list[str]:
+    """Inject the adapters and fill them; the names of the tensors beside them that are the model's own.
+
+    Raises:
+        ValueError: they do not fit the model.
+    """
+    import peft
+
+    _inject(model, config, str(folder))
+    bare = _bare(model)
+    wanted = peft.get_peft_model_state_dict(bare, adapter_name=_NAME, save_embedding_layers=False)
+    given = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in stored.items()}
+    # Beside the adapters PEFT saves embeddings that it thinks were resized; of a model of the same size they are the base's.
+    copies = [n for n in given if n not in wanted and n.endswith(("embeddings.weight", "lm_head.weight"))]
+    different = sorted((given.keys() ^ wanted.keys()) - set(copies))
+    different = different or sorted(n for n in wanted if wanted[n].shape != given[n].shape)
+    if different:
+        raise ValueError(
+            f"the adapters of {folder} do not fit the model: {different[0]} differs; load their base model"
+        )
+    peft.set_peft_model_state_dict(bare, given, adapter_name=_NAME)
+    return copies
 
 
 def _require(model: Any) -> None:
@@ -182,10 +216,30 @@ def _read_config(folder: Path) -> Any:
         raise CheckpointError(
             f"{path}: peft_type is {brief(fields.get('peft_type'))}, which is no method of PEFT {peft.__version__}"
         )
+    _require_followed(fields, path)
     try:
         return peft.PeftConfig.from_pretrained(str(folder))
     except Exception as error:
         raise CheckpointError(f"{path}: {' '.join(str(error).split())}; correct it there or fetch it again") from error
+
+
+def _require_followed(fields: dict[str, Any], path: Path) -> None:
+    """CheckpointError for a field that would be passed by in silence: the adapters would then compute something else."""
+    import peft
+
+    for name in _OF_A_WRAPPER:
+        if fields.get(name):
+            raise CheckpointError(
+                f"{path}: {name} is {brief(fields[name])}; only PEFT's wrapper of a model follows it: load the adapters with "
+                "peft.PeftModel.from_pretrained"
+            )
+    known = {field.name for field in dataclasses.fields(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[fields["peft_type"]])}
+    unknown = sorted(name for name, value in fields.items() if name not in known and value)
+    if unknown:
+        raise CheckpointError(
+            f"{path}: {unknown[0]} is {brief(fields[unknown[0]])}, a field that PEFT {peft.__version__} does not know and would "
+            f"ignore; install the PEFT that wrote it ({fields.get('peft_version') or 'a newer one'})"
+        )
 
 
 def _adapters(model: Any) -> Iterator[tuple[nn.Module, str, Any]]:

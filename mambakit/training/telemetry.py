@@ -106,7 +106,7 @@ def _records_until(path: Path, step: int) -> list[dict[str, Any]]:
     """The records up to ``step``. The last line may be cut short: the process may have died while it wrote."""
     records = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:

@@ -256,3 +256,44 @@ def test_training_configurations(content, message, fails, tmp_path):
     config.write_bytes(content)
     assert message in fails("train", config)
     assert "cannot be read: Is a directory" in fails("train", tmp_path)
+
+
+def test_what_belongs_to_another_option_is_not_ignored(fails, unread, model, text, tmp_path):
+    for arguments, message in (
+        (("generate", "x", "--prefix-cache-mb", "5"), "--prefix-cache-mb has no effect without --prefix-cache; add"),
+        (
+            ("generate", "x", "--draft-tokens", "3"),
+            "--draft-tokens has no effect without --draft-model or --prompt-lookup",
+        ),
+        (("serve", "--prefix-cache-mb", "5"), "--prefix-cache-mb has no effect without --prefix-cache; add"),
+        (("score", text, "--top", "3"), "--top has no effect without --echo"),
+        (("score", "--prefix", "a", "--choice", "b", "--top", "0"), "--top has no effect without --echo"),
+        (("score", text, "--choice", "b"), "--choice has no effect without --prefix"),
+        (("score", "--echo", "a", "--choices", text), "--choices has no effect without --prefix"),
+    ):
+        assert message in fails(*arguments, "--model", model)
+
+
+@pytest.mark.parametrize("option", ["--json-schema", "--grammar"])
+def test_a_form_whose_file_is_not_there(option, fails, unread, model, tmp_path):
+    for value in ("shema.json", str(tmp_path / "none"), str(tmp_path)):
+        assert f"{option} '{value}': there is no such file" in fails("generate", "x", option, value, "--model", model)
+
+
+@pytest.mark.parametrize("benchmark", ["lambada", "blimp"])
+def test_half_a_surrogate_pair_in_a_benchmark(benchmark, fails, model, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(
+        '{"text": "a \\ud800 b", "sentence_good": "\\udc00", "sentence_bad": "b", "UID": "u", "field": "f"}\n'
+    )
+    assert f"{path}, line 1: " in (line := fails("evaluate", benchmark, path, "--model", model))
+    assert "has half of a surrogate pair" in line
+
+
+def test_half_a_surrogate_pair_in_a_training_text(fails, tmp_path):
+    path, config = tmp_path / "x.jsonl", tmp_path / "c.toml"
+    path.write_text('{"text": "whole"}\n{"text": "a \\ud800 b"}\n')
+    config.write_text(f'train_files = ["{path}"]\nout = "{tmp_path / "run"}"\n')
+    for tokenizer in ("bytes", "nucleotides", ""):
+        line = fails("train", config, *([f"tokenizer={tokenizer}"] if tokenizer else []))
+        assert f"{path}, line 2: text has half of a surrogate pair at 2" in line

@@ -261,6 +261,7 @@ def test_output_paths(tmp_path, monkeypatch):
         (tmp_path / "file" / "x", "is not a folder"),
         ("/dev/null/x", "is not a folder"),
         ("/proc/x", "nothing can be written in /proc"),
+        ("/dev/null", "is a device, a pipe or a socket"),
     ):
         with pytest.raises(UsageError, match=message):
             check_output_file("--save-state", str(path))
@@ -277,7 +278,7 @@ def test_output_paths(tmp_path, monkeypatch):
 def test_random_lines_are_run_or_refused_in_one_line(capsys, reached):
     """Words and options thrown together: a command is run with whole values, or the last line says what is wrong."""
     choice = random.Random(0)
-    names = sorted({name for _, parser in leaves() for name in parser.option_names()} - {"--debug"})  # which raises
+    names = sorted({name for _, parser in leaves() for name in parser.option_names()} - {"--debug"})  # it raises
     words = [*COMMANDS, *names, "", " ", "x", "-1", "nan", "--", "-", "=", "--model=", "--x=y", "blimp", "bpb"]
     for _ in range(300):
         line = [choice.choice([*COMMANDS, choice.choice(words)]), *choice.choices(words, k=choice.randrange(5))]

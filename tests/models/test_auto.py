@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -9,6 +11,7 @@ import transformers
 import mambakit
 from mambakit import CheckpointError
 from tests.models.configurations import pair
+from tests.models.tiny import save_tiny
 
 CLASSES = {
     "plain": (mambakit.MambaModel, mambakit.MambaForCausalLM, mambakit.MambaForSequenceClassification),
@@ -70,3 +73,16 @@ def test_device_map(monkeypatch, tmp_path):
     monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", lambda: False)
     with pytest.raises(ValueError, match="pip install accelerate"):
         mambakit.AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
+
+
+def test_whole_numbers_are_real_ones_to_the_tokenizer_too(tmp_path):
+    """Other languages write 1.0 as 1; transformers' own reading of the configuration takes no whole number there."""
+    save_tiny(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({**fields, "time_step_scale": 1, "time_step_max": 1, "time_step_floor": 0, "initializer_range": 1})
+    )
+    assert mambakit.AutoConfig.from_pretrained(tmp_path).time_step_scale == 1.0
+    assert mambakit.AutoTokenizer.from_pretrained(tmp_path)("the cat").input_ids
+    assert mambakit.AutoModelForCausalLM.from_pretrained(tmp_path).config.time_step_floor == 0.0

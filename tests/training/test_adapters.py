@@ -211,3 +211,51 @@ def test_what_is_refused(tmp_path):
         add_adapters(model, 2, 0.0, ["in_proj"])
     merge_adapters(model)
     add_adapters(model, 2, 0.0, ["in_proj"])
+
+
+@pytest.mark.parametrize("start", [True, False, "pissa"])
+def test_a_model_whose_adapters_were_refused_is_what_it_was(start, tmp_path):
+    """Also where PEFT takes the new adapters out of the weights, or starts them at random."""
+    torch.manual_seed(0)
+    model, ids = pair("untied")[0], tokens(2, 9)
+    config = peft.LoraConfig(r=2, target_modules=["in_proj"], modules_to_save=["norm_f"])
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "target_modules": ["in_proj", "x_proj"], "init_lora_weights": start}))
+    model.backbone.embeddings.requires_grad_(False)
+    before = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
+    with torch.no_grad():
+        plain = model(ids).logits
+    with pytest.raises(ValueError, match="do not fit the model"):
+        load_adapters(model, tmp_path)
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(p, after[n]) and grad == after[n].requires_grad for n, (p, grad) in before.items())
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain)
+    path.write_text(json.dumps(fields))
+    load_adapters(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens is .5.; only PEFT's wrapper of a model follows it"),
+        ({"arrow_config": {"top_k": 1}}, "arrow_config is .* only PEFT's wrapper"),
+        (
+            {"use_tomorrow": True, "peft_version": "99.0"},
+            "use_tomorrow is True, a field that PEFT .* does not know .*99.0",
+        ),
+    ],
+)
+def test_fields_that_would_be_passed_by_are_refused(change, message, tmp_path):
+    model = pair("plain")[0]
+    peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["in_proj"])).save_pretrained(
+        tmp_path
+    )
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "not_used_yet": None, **change}))
+    with pytest.raises(ValueError, match=message):
+        load_adapters(model, tmp_path)
+    assert not hasattr(model, "peft_config")

@@ -416,6 +416,16 @@ def test_a_killed_run_that_had_overwritten_another(tmp_path):
     assert losses(tmp_path / "run") == losses(tmp_path / "alone")
 
 
+def test_a_line_of_the_metrics_that_is_no_text_ends_them(tmp_path):
+    """As a disk that filled up, or a power cut, leaves it."""
+    config = config_of(tmp_path, steps=6)
+    train(config)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    first = metrics.read_bytes().splitlines(keepends=True)[0]
+    metrics.write_bytes(first + b"\xff\xfe\x00\n")
+    assert "nothing left to train" in train(dataclasses.replace(config, resume=True))
+
+
 # -- two at a time -----------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from mambakit.reading import require_unicode
 from mambakit.training.data.files import Piece, open_text
 
 # Long documents pass in pieces, cut at a line end: bounded memory, and work for all cores.
@@ -49,6 +50,7 @@ def read_jsonl(path: Path, field: str) -> Iterator[Piece]:
                 keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
                 raise ValueError(f"{path}, line {number}: no text under {field!r} (it has: {keys}); set text_field")
             if record[field].strip():
+                require_unicode(record[field], f"{path}, line {number}: {field}")
                 yield from _document(record[field])
 
 
