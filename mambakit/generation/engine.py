@@ -263,7 +263,8 @@ class Engine:
     def _write(self, writing: list[tuple[int, Text]]) -> list[tuple[Text, int]]:
         """Each text's next token; where all want the likeliest, the step chooses. The device is waited for once."""
         last = torch.zeros(self._pool.size, dtype=torch.int64, device="cpu")
-        last[[row for row, _ in writing]] = torch.tensor([t.request.tokens[-1] for _, t in writing], device="cpu")
+        tokens_before = [t.request.tokens[-1] for _, t in writing]
+        last[[row for row, _ in writing]] = torch.tensor(tokens_before, dtype=torch.int64, device="cpu")
         last = last.to(self.model.device)
         texts = [text.sampled for _, text in writing if text.sampled is not None]
         if all(text.plain for text in texts):

@@ -194,7 +194,7 @@ def _changes(ids: Tensor, keep: Tensor | None) -> Tensor:
     if keep is None:
         starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
         return starts
-    columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    columns = torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device).expand_as(ids)
     last = torch.where(keep, columns, -1).cummax(1).values[:, :-1]  # the last real column up to each
     before = ids.gather(1, last.clamp(min=0))
     starts[:, 1:] = keep[:, 1:] & (last >= 0) & (ids[:, 1:] != before)
@@ -230,13 +230,13 @@ def _require_lengths(marks: Marks, starts: Tensor | None, keep: Tensor | None, s
         raise ValueError(
             f"max_length_q is {marks.max_length_q} and max_length_k {marks.max_length_k}; they are of one text"
         )
-    real = torch.ones(shape, dtype=torch.bool) if keep is None else keep.cpu()
+    real = torch.ones(shape, dtype=torch.bool, device="cpu") if keep is None else keep.cpu()
     inner = (
-        torch.zeros(shape, dtype=torch.bool)
+        torch.zeros(shape, dtype=torch.bool, device="cpu")
         if starts is None
         else begin_inside(starts.cpu(), keep if keep is None else real)
     )
-    rows = torch.arange(shape[0])[:, None] * shape[1]
+    rows = torch.arange(shape[0], dtype=torch.int64, device="cpu")[:, None] * shape[1]
     longest = int(torch.bincount((rows + inner.cumsum(1))[real]).max()) if bool(real.any()) else 0
     name, most = next(iter(given.items()))
     if longest > most:
