@@ -65,8 +65,10 @@ def _layers_are_known(model: Any) -> bool:
     if transformed() or not is_ours(model) or not is_ours(model.backbone):
         return False
     for i, block in enumerate(model.backbone.layers):
+        if not untouched(block, MambaBlock):
+            return False
         m = block.mixer
-        if not (untouched(block, MambaBlock) and untouched(m, MambaMixer) and untouched(m.conv1d, nn.Conv1d)):
+        if not (untouched(m, MambaMixer) and untouched(m.conv1d, nn.Conv1d)):
             return False
         if m.layer_idx != i or m.causal_conv1d is not causal_conv1d or m.selective_scan is not selective_scan:
             return False

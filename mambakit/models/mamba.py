@@ -16,6 +16,7 @@ from mambakit.models.pretrained import MambaPreTrainedModel
 from mambakit.models.quantization import require_learning
 from mambakit.modules import MambaBlock, MambaCache, RMSNorm
 from mambakit.modules.placement import InHand, computing_device, is_dispatched
+from mambakit.ops._memory import in_functorch
 
 
 class MambaModel(MambaPreTrainedModel):
@@ -37,7 +38,7 @@ class MambaModel(MambaPreTrainedModel):
 
     def new_cache(self, batch_size: int) -> MambaCache:
         """A zero state for ``batch_size`` rows, in this model's dtype, where its layers compute."""
-        weight = self.norm_f.weight
+        weight = next(self.norm_f.parameters())  # also of a norm within a module that others have put around it
         devices = [computing_device(block) for block in self.layers]
         place = devices if len(set(devices)) > 1 else next(iter(devices), weight.device)
         return MambaCache(self.config, batch_size, place, weight.dtype)
@@ -100,7 +101,8 @@ class MambaModel(MambaPreTrainedModel):
             why = "gradient checkpointing keeps no state" if checkpointing else f"{only_tensors} returns tensors alone"
             warnings.warn(f"use_cache=True: {why}, cache_params is None", stacklevel=2)
         if use_cache is None:
-            use_cache = config.use_cache and not self.training
+            # What torch.func transforms is a function of tensors: vmap cannot write into memory that is not its own.
+            use_cache = config.use_cache and not self.training and not in_functorch()
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         b, length = x.shape[:2]
         marks = Marks(position_ids, cu_seqlens, seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)

@@ -45,18 +45,22 @@ def forward_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:
 def made_of_known(model: Any) -> bool:
     """Whether the model is plain Mamba layers as they were built, which a step may read by their weights instead of calling them."""
     config, backbone = model.config, model.backbone
+    if not is_ours(backbone):
+        return False
     layers = list(backbone.layers)
     if not layers or len(layers) != config.num_hidden_layers or not config.residual_in_fp32:
         return False
     if not 2 <= config.conv_kernel <= 8 or type(backbone.embeddings) is not nn.Embedding:
         return False
-    if type(model.lm_head) not in _LINEAR or model.lm_head.bias is not None or not is_ours(backbone):
+    if type(model.lm_head) not in _LINEAR or model.lm_head.bias is not None:
         return False
     if not _plain_norm(backbone.norm_f, config):
         return False
     for i, block in enumerate(layers):
+        if type(block) is not MambaBlock:
+            return False
         m = block.mixer
-        if type(block) is not MambaBlock or not block.residual_in_fp32 or not _plain_norm(block.norm, config):
+        if not block.residual_in_fp32 or not _plain_norm(block.norm, config):
             return False
         if type(m) is not MambaMixer or type(m.conv1d) is not nn.Conv1d or type(m.dt_proj) is not TimeStepProjection:
             return False

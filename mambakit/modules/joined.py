@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambakit.modules.interception import untouched
+from mambakit.ops._autocast import autocast_dtype
 from mambakit.ops._memory import all_plain, transformed
 from mambakit.ops._once import differentiated_once
 from mambakit.ops._products import product
@@ -28,8 +29,8 @@ def in_training() -> bool:
 
 def project(module: Any, x: Tensor) -> Tensor:
     """``module(x)`` of a linear layer; where autocast runs a float32 weight in half, its gradient is never rounded to half."""
-    if in_training() and untouched(module, nn.Linear) and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device)
+    if dtype is not None and in_training() and untouched(module, nn.Linear):
         weight, bias = module.weight, module.bias
         fits = weight.dtype == torch.float32 and dtype.itemsize == 2 and x.dtype in (dtype, torch.float32)
         if fits and all_plain((x, weight, bias)):
@@ -167,50 +168,62 @@ class _Mix(torch.autograd.Function):
             delta = F.linear(dt, dt_w)
         if dy is None:
             dy = torch.zeros_like(x)
-        dxz = torch.empty_like(xz)
-        dbefore, dz = dxz.chunk(2, -1)
-        dx, ddelta, dA, dB, dC, dD, dbias, dssm_state = _scan_gradient(
+        # vmap (is_grads_batched, a vectorised Jacobian) has batched some of these, and writes into no memory that is not.
+        batched = not all_plain(gradients)
+        dxz = None if batched else torch.empty_like(xz)
+        dbefore, dz = (None, None) if dxz is None else dxz.chunk(2, -1)
+        dx, ddelta, dA, dB, dC, dD, dz, dbias, dssm_state = _scan_gradient(
             dz, dy, dssm_final, x, delta, A, B, C, D, z, bias, ssm_state, cu_seqlens, checkpoints
         )  # fmt: skip
         x_dtype, dt_dtype = ctx.weight_dtypes
         dx_weight = ddt_weight = None
-        steps = ddelta.flatten(0, 1)
+        steps = _rows(ddelta)
         if ctx.needs_input_grad[4]:
-            ddt_weight = product(steps.T, dt.flatten(0, 1), dt_w.new_empty(dt_w.shape, dtype=dt_dtype))
-        dselected = torch.cat([(steps @ dt_w).view(dt.shape), dB, dC], -1).flatten(0, 1)
+            ddt_weight = product(steps.T, _rows(dt), dt_w.new_empty(dt_w.shape, dtype=dt_dtype))
+        dselected = _rows(torch.cat([(steps @ dt_w).view(dt.shape), dB, dC], -1))
         if ctx.needs_input_grad[3]:
-            dx_weight = product(dselected.T, x.flatten(0, 1), x_w.new_empty(x_w.shape, dtype=x_dtype))
-        dx.view(-1, dx.shape[2]).addmm_(dselected, x_w)  # the op's own memory: nobody else sees it
-        dconv_weight, dconv_bias, dconv_state = _conv_gradient(dbefore, dx, dconv_final, before, *conv)
+            dx_weight = product(dselected.T, _rows(x), x_w.new_empty(x_w.shape, dtype=x_dtype))
+        if batched:
+            dx = dx + (dselected @ x_w).view(dx.shape)
+        else:
+            dx.view(-1, dx.shape[2]).addmm_(dselected, x_w)  # the op's own memory: nobody else sees it
+        dbefore, dconv_weight, dconv_bias, dconv_state = _conv_gradient(dbefore, dx, dconv_final, before, *conv)
+        if dxz is None:
+            dxz = torch.cat([dbefore, dz], -1)
         return (
             dxz, dconv_weight, None if conv_bias is None else dconv_bias, dx_weight, ddt_weight, dA * A, dD, dbias,
             None if conv_state is None else dconv_state, None if ssm_state is None else dssm_state, None, None,
         )  # fmt: skip
 
 
+def _rows(t: Tensor) -> Tensor:
+    """(b, l, d) as (b l, d)."""
+    return t.reshape(-1, t.shape[-1])  # not flatten, which vmap has no rule for
+
+
 def _scan_gradient(
     dz, dy, dfinal, x, delta, A, B, C, D, z, bias, initial, cu_seqlens, checkpoints
 ) -> tuple[Tensor, ...]:
-    """The gradients but those of z, which go into ``dz``."""
+    """The gradients; those of z go into ``dz`` where it is memory."""
     arguments = (dy, dfinal, x, delta, A, B, C, D, z, bias, True, initial, cu_seqlens, checkpoints, CHECKPOINT_INTERVAL)
-    if dy.is_cuda:
+    if dz is not None and dy.is_cuda:
         from mambakit.ops.selective_scan import gpu
 
         found = gpu.backward(*arguments, dz)
     else:
         found = torch.ops.mambakit.selective_scan_backward(*arguments)
-        dz.copy_(found[6])
-    return (*found[:6], *found[7:])
+        dz = found[6] if dz is None else dz.copy_(found[6])
+    return (*found[:6], dz, *found[7:])
 
 
-def _conv_gradient(dx, dy, dfinal, x, weight, bias, activation, state, cu_seqlens) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of weight, bias and state; that of x goes into ``dx``."""
+def _conv_gradient(dx, dy, dfinal, x, weight, bias, activation, state, cu_seqlens) -> tuple[Tensor, ...]:
+    """Those of x, weight, bias and state; that of x goes into ``dx`` where it is memory."""
     arguments = (dy, dfinal, x, weight, bias, activation, state, cu_seqlens)
-    if dy.is_cuda:
+    if dx is not None and dy.is_cuda:
         from mambakit.ops.causal_conv1d import gpu
 
         _, dweight, dbias, dstate = gpu.backward(*arguments, dx)
     else:
         found, dweight, dbias, dstate = torch.ops.mambakit.causal_conv1d_backward(*arguments)
-        dx.copy_(found)
-    return dweight, dbias, dstate
+        dx = found if dx is None else dx.copy_(found)
+    return dx, dweight, dbias, dstate

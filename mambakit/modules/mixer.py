@@ -150,7 +150,7 @@ class MambaMixer(nn.Module):
     def joins(self) -> bool:
         """Whether the ops between the projections may run as one function with a gradient of its own (`joined.py`)."""
         return (
-            type(self) is MambaMixer and self.act is None and self.mixer_rms_eps is None
+            type(self) is MambaMixer and self.act is None and self.mixer_rms_eps is None and self.dt_proj.bias is not None
             and self.causal_conv1d is causal_conv1d and self.selective_scan is selective_scan
             and untouched(self.x_proj, nn.Linear) and untouched(self.dt_proj, TimeStepProjection) and untouched(self.conv1d, nn.Conv1d)
             and all_plain((

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.ops import rms_norm
+from mambakit.ops._autocast import autocast_dtype
 
 
 class RMSNorm(nn.Module):
@@ -42,6 +43,4 @@ class RMSNorm(nn.Module):
 
 def compute_dtype(device: torch.device, default: torch.dtype) -> torch.dtype:
     """The dtype that linear layers compute in on ``device``: autocast's where it is on, else ``default``."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return default
+    return autocast_dtype(device) or default

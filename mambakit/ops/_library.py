@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from mambakit.ops._autocast import autocast_dtype, no_autocast
 from mambakit.ops._memory import plain_arguments
 
 LIBRARY = torch.library.Library("mambakit", "FRAGMENT")
@@ -26,10 +27,10 @@ def without_autocast(reference: Callable) -> Callable:
     """A reference chooses its own dtypes: the caller's autocast would round its matrix products to half."""
 
     def call(*args):
-        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
-        if not torch.is_autocast_enabled(device):
+        device = next(a for a in args if isinstance(a, torch.Tensor)).device
+        if autocast_dtype(device) is None:
             return reference(*args)
-        with torch.autocast(device, enabled=False):
+        with no_autocast(device):
             return reference(*args)
 
     return call

@@ -68,6 +68,14 @@ def transformed() -> bool:
     )
 
 
+def in_functorch() -> bool:
+    """Whether a transform of torch.func runs (grad, jacrev, vmap, ...).
+
+    A custom op has no rules for them. Its reference needs none: it is plain PyTorch.
+    """
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def observed() -> bool:
     """Whether somebody follows torch's calls: a dispatch mode (FakeTensorMode, FlopCounterMode, ...) or a function mode.
 

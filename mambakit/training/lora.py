@@ -153,10 +153,14 @@ def _load(model: Any, config: Any, stored: dict[str, Any], folder: Path) -> list
     bare = _bare(model)
     wanted = peft.get_peft_model_state_dict(bare, adapter_name=_NAME, save_embedding_layers=False)
     given = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in stored.items()}
-    # Beside the adapters PEFT saves embeddings that it thinks were resized; of a model of the same size they are the base's.
-    copies = [n for n in given if n not in wanted and n.endswith(("embeddings.weight", "lm_head.weight"))]
+    # Beside the adapters PEFT saves embeddings that it thinks were resized, and the head that an adapter is on; of a model of
+    # the same size they are the base's.
+    ends = ("embeddings.weight", "lm_head.weight")
+    copies = [n for n in given if n not in wanted and n.replace(".base_layer.", ".").endswith(ends)]
     different = sorted((given.keys() ^ wanted.keys()) - set(copies))
+    base = dict(model.named_parameters())
     different = different or sorted(n for n in wanted if wanted[n].shape != given[n].shape)
+    different = different or sorted(n for n in copies if n in base and base[n].shape != given[n].shape)
     if different:
         raise ValueError(
             f"the adapters of {folder} do not fit the model: {different[0]} differs; load their base model"

@@ -280,3 +280,22 @@ def _words():
     import tokenizers
 
     return tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(61)}, unk_token="0"))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("marked", [False, True])
+def test_lengths_under_another_default_device(marked, masked):
+    """They are counted on the CPU, whatever torch's default device is."""
+    torch.manual_seed(0)
+    model = mambakit.MambaForCausalLM(mambakit.MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2)).eval()
+    ids = torch.randint(1, 60, (1, 12))
+    given = {"max_length_q": 12, "max_length_k": 12}
+    if marked:
+        given["seq_idx"] = torch.tensor([[0] * 5 + [1] * 7])
+    if masked:
+        given["attention_mask"] = torch.tensor([[1] * 10 + [0] * 2])
+    expected = model(ids, **given).logits
+    with torch.device("meta"):
+        assert torch.equal(model(ids, **given).logits, expected)
+        with pytest.raises(ValueError, match="max_length_q is 3"):
+            model(ids, **{**given, "max_length_q": 3, "max_length_k": 3})

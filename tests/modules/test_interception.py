@@ -383,3 +383,46 @@ def test_adapters_on_the_convolution_count():
     except (ValueError, NotImplementedError) as error:
         pytest.skip(f"this peft has no adapters for grouped convolutions: {error}")
     assert worst(model.eval()(ids).logits, expected) > 1e-3
+
+
+class Around(nn.Module):
+    """A module around another one that shows nothing of it."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+        self.calls = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("place", ["backbone.norm_f", "backbone.layers.1", "backbone.layers.0.mixer", "lm_head"])
+def test_a_module_that_hides_what_is_in_it(place):
+    """Whether a fast path may be taken is found out without its attributes."""
+    model, ids = model_of(), tokens(2, 5)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    parent, _, name = place.rpartition(".")
+    around = Around(model.get_submodule(place))
+    setattr(model.get_submodule(parent), name, around)
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert around.calls == 4
+    with torch.no_grad():
+        cache = model(ids[:1], use_cache=True).cache_params
+        assert verifier(model, cache, 2)([3, 4]).shape[0] == 2
+
+
+def test_training_without_the_bias_of_the_steps():
+    """As generation does; `dt_proj` is a linear layer, and those have a bias or none."""
+    model, ids = model_of().train(), tokens(2, 5)
+    mixer = model.backbone.layers[0].mixer
+    with torch.no_grad():
+        mixer.dt_proj.bias.zero_()
+    model(ids, labels=ids).loss.backward()
+    expected = mixer.x_proj.weight.grad.clone()
+    model.zero_grad()
+    mixer.dt_proj.bias = None
+    model(ids, labels=ids).loss.backward()
+    torch.testing.assert_close(mixer.x_proj.weight.grad, expected, rtol=1e-4, atol=1e-7)

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mambakit.training.lora import add_adapters, load_adapters, merge_adapters, save_adapters
 from tests.models.configurations import pair, tokens, worst
@@ -184,6 +185,22 @@ def test_targets_that_peft_refuses_for_mamba(targets, tmp_path):
         assert worst(base(ids).logits, model(ids).logits) < 1e-5
         merge_adapters(base)
         assert worst(base(ids).logits, model(ids).logits) < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["untied", "plain"])
+def test_adapters_on_the_head(variant, tmp_path):
+    """PEFT saves the head's own weights beside them."""
+    torch.manual_seed(0)
+    base, ids = pair(variant)[0], tokens(2, 9)
+    wrapped = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=3, target_modules=["lm_head", "in_proj"]))
+    moved(wrapped)
+    wrapped.eval().save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert "base_model.model.lm_head.base_layer.weight" in stored
+    ours = copy.deepcopy(base)
+    load_adapters(ours, tmp_path)
+    with torch.no_grad():
+        assert worst(ours.eval()(ids).logits, wrapped(ids).logits) < 1e-5
 
 
 def test_what_is_refused(tmp_path):

@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from mambakit.ops import _checks
-from mambakit.ops.causal_conv1d import schema  # noqa: F401, defines the op
+from mambakit.ops._memory import in_functorch
+from mambakit.ops.causal_conv1d import (
+    reference,
+    schema,  # noqa: F401, defines the op
+)
 
 
 def causal_conv1d(
@@ -47,6 +51,8 @@ def causal_conv1d(
         _checks.dtype(op, "initial_state", initial_state, _checks.FLOATING)
         _checks.same_device(op, x.device, initial_state=initial_state)
     _checks.no_forward_mode(op, x, weight, bias, initial_state)
+    if in_functorch():
+        return reference.forward(x, weight, bias, name, initial_state, cu_seqlens)
     return torch.ops.mambakit.causal_conv1d(x, weight, bias, name, initial_state, cu_seqlens)
 
 

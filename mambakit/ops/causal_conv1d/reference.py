@@ -40,10 +40,12 @@ class _Extended:
             self.before = (cu[:-1] + lead * torch.arange(s, dtype=torch.int64, device=device))[:, None] + offsets
             self.last = (cu[1:] + lead * torch.arange(s, dtype=torch.int64, device=device))[:, None] + offsets
             self.state_rows = torch.zeros(s, 1, dtype=torch.long, device=device)
+            # Not in place: torch.func.vmap may have batched what is written alone.
             self.values = torch.zeros(1, length + lead * s, d, dtype=dtype, device=device)
-            self.values[:, self.tokens] = x.to(dtype)
+            self.values = self.values.index_copy(1, self.tokens, x.to(dtype))
             if initial_state is not None:
-                self.values[self.state_rows, self.before] = initial_state.transpose(1, 2).to(dtype)
+                before = initial_state.transpose(1, 2).to(dtype)
+                self.values = self.values.index_put((self.state_rows, self.before), before)
 
     def states(self, at: Tensor, values: Tensor) -> Tensor:
         """The (b or s, d, k - 1) states at the given columns."""

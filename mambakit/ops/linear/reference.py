@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mambakit.ops._autocast import no_autocast
 from mambakit.ops.linear import lossless
 
 if TYPE_CHECKING:
@@ -35,6 +36,6 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, widened: Tensor
     ``widened`` is the weight (out, in) in float32 where the caller has it.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         y = x.to(dtype) @ (dequantize(weight) if widened is None else widened).to(dtype).T
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)

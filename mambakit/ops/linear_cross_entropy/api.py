@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from mambakit.ops import _checks
-from mambakit.ops.linear_cross_entropy import schema  # noqa: F401  (defines the op)
+from mambakit.ops._autocast import autocast_dtype
+from mambakit.ops._memory import in_functorch
+from mambakit.ops.linear_cross_entropy import reference, schema  # noqa: F401  (defines the op)
 
 
 def linear_cross_entropy(
@@ -62,12 +64,15 @@ def linear_cross_entropy(
         _checks.require(
             num_items.numel() == 1, f"{op}: num_items has shape {tuple(num_items.shape)}, expected one element"
         )
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    if (dtype := autocast_dtype(hidden.device)) is not None:
+        hidden = hidden.to(dtype)
     training = torch.is_grad_enabled()
-    total, _, _ = torch.ops.mambakit.linear_cross_entropy(
-        hidden, weight, targets, ignore_index, training and hidden.requires_grad, training and weight.requires_grad
-    )
+    if in_functorch():
+        total, _, _ = reference.forward(hidden, weight, targets, ignore_index, False, False)
+    else:
+        total, _, _ = torch.ops.mambakit.linear_cross_entropy(
+            hidden, weight, targets, ignore_index, training and hidden.requires_grad, training and weight.requires_grad
+        )
     if num_items is None:
         num_items = (targets != ignore_index).sum()
     elif isinstance(num_items, Tensor):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mambakit.ops._autocast import no_autocast
+
 # Logits held at once: 64 MiB of float32.
 _CHUNK_LOGITS = 2**24
 
@@ -20,7 +22,7 @@ def loss_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 def forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
     """`mambakit::linear_cross_entropy`: (summed loss, dhidden, dweight)."""
-    with torch.autocast(hidden.device.type, enabled=False):  # the sums are float32, in the caller's autocast too
+    with no_autocast(hidden.device):  # the sums are float32, in the caller's autocast too
         return _forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweight)
 
 

@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from mambakit.ops import _checks
-from mambakit.ops.rms_norm import schema  # noqa: F401, defines the op
+from mambakit.ops._memory import in_functorch
+from mambakit.ops.rms_norm import (
+    reference,
+    schema,  # noqa: F401, defines the op
+)
 
 
 def rms_norm(
@@ -48,4 +52,6 @@ def rms_norm(
     _checks.no_forward_mode(op, x, weight, residual)
     if residual_dtype is None:
         residual_dtype = x.dtype if residual is None else residual.dtype
+    if in_functorch():
+        return reference.forward(x, weight, residual, eps, residual_dtype, out_dtype or x.dtype)
     return torch.ops.mambakit.rms_norm(x, weight, residual, eps, residual_dtype, out_dtype or x.dtype)

@@ -21,7 +21,7 @@ def forward(x, weight, residual, eps, residual_dtype, out_dtype):
     y = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         y = y * weight.to(dtype)
-    return y.to(out_dtype), kept.clone() if kept.data_ptr() == x.data_ptr() else kept
+    return y.to(out_dtype), kept.clone() if kept is x else kept
 
 
 def backward(dy, dresidual_out, residual_out, weight, eps, x_dtype, has_residual):

@@ -149,7 +149,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, 
         ys.append((h @ row.C[:, :, t, :, None]).squeeze(-1))  # C_t . h_t
         if t in row.ends:
             rows, chunks, sequences = row.ends[t]
-            final[sequences] = h[rows, chunks]
+            final = final.index_put((sequences,), h[rows, chunks])  # not in place: vmap may have batched h alone
     y = torch.stack(ys, 2) if ys else torch.zeros_like(row.u)
     if row.D is not None:
         y = y + row.D * row.u
