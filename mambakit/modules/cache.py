@@ -54,11 +54,13 @@ class MambaCache:
         config: Any,
         max_batch_size: int,
         device: torch.device | str | Sequence[torch.device | str] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
     ):
         if max_batch_size < 0:
             raise ValueError(f"max_batch_size is {max_batch_size}; it must be 0 or more")
-        dtype = dtype or getattr(config, "dtype", None) or torch.float32
+        given: Any = dtype or getattr(config, "dtype", None) or torch.float32
+        # A configuration has it as text after its model was saved.
+        dtype = getattr(torch, given.removeprefix("torch.")) if isinstance(given, str) else given
         state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         layers, d = config.num_hidden_layers, config.intermediate_size
         self.config = config

@@ -261,3 +261,14 @@ def test_wrong_arguments_are_refused(model):
         model(ids, output_attentions=True)
     with pytest.raises(ValueError, match="rise from 0 to the packed length 4"):
         model(ids, cu_seqlens=torch.tensor([0, 3], dtype=torch.int32))
+
+
+def test_a_cache_of_a_configuration_that_was_saved(tmp_path):
+    """transformers writes the dtype into it as text."""
+    model = pair("plain")[0].bfloat16()
+    model.save_pretrained(tmp_path)
+    assert isinstance(model.config.dtype, str)
+    cache = mambakit.MambaCache(model.config, 2)
+    assert (cache.dtype, cache.ssm_states.dtype) == (torch.bfloat16, torch.float32)
+    model(tokens(2, 5), cache_params=cache)
+    assert mambakit.MambaCache(model.config, 1, dtype="float16").dtype == torch.float16
