@@ -60,8 +60,8 @@ class MambaCache:
             raise ValueError(f"max_batch_size is {max_batch_size}; it must be 0 or more")
         given: Any = dtype or getattr(config, "dtype", None) or torch.float32
         # A configuration has it as text after its model was saved.
-        dtype = getattr(torch, given.removeprefix("torch.")) if isinstance(given, str) else given
-        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        kind: torch.dtype = getattr(torch, given.removeprefix("torch.")) if isinstance(given, str) else given
+        state_dtype = torch.float64 if kind == torch.float64 else torch.float32
         layers, d = config.num_hidden_layers, config.intermediate_size
         self.config = config
         if isinstance(device, (list, tuple)) and len(device) != layers:
@@ -69,7 +69,7 @@ class MambaCache:
                 f"device names {len(device)} devices for {layers} layers; give one of each layer, or one of all"
             )
         conv, ssm = (max_batch_size, d, config.conv_kernel - 1), (max_batch_size, d, config.state_size)
-        self._conv: Any = zeros_of_layers(layers, conv, device, dtype)
+        self._conv: Any = zeros_of_layers(layers, conv, device, kind)
         self._ssm: Any = zeros_of_layers(layers, ssm, device, state_dtype)
         # Layers replaced out of place (where gradients flow) since the stacked tensors were last formed.
         self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
