@@ -12,6 +12,7 @@ from typing import Any
 
 from mambakit.commands.loading import add_model_arguments
 from mambakit.commands.options import require_with
+from mambakit.errors import CheckpointError
 from mambakit.quoting import brief
 
 _MOST = (1 << 31) - 1
@@ -149,6 +150,7 @@ def run(args: argparse.Namespace) -> int:
     for library in ("httpx", "huggingface_hub", "transformers"):
         logging.getLogger(library).setLevel(logging.WARNING)
     model = str(args.model or default_model_path())
+    _check_model(model)
     serve(
         ServerOptions(
             worker=WorkerOptions(
@@ -193,6 +195,18 @@ def run(args: argparse.Namespace) -> int:
         )
     )
     return 0
+
+
+def _check_model(name: str) -> None:
+    """Refuse a folder that is not there or holds no model before anybody can connect; the replica checks the rest."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"there is no config.json in {brief(name)}; give a folder that holds a model, or a hub id"
+            )
+    elif folder.is_absolute() or name.startswith((".", "~")):
+        raise CheckpointError(f"there is no folder {brief(name)}; give a folder that holds a model, or a hub id")
 
 
 def _check(args: argparse.Namespace) -> None:

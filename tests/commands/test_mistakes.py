@@ -297,3 +297,12 @@ def test_half_a_surrogate_pair_in_a_training_text(fails, tmp_path):
     for tokenizer in ("bytes", "nucleotides", ""):
         line = fails("train", config, *([f"tokenizer={tokenizer}"] if tokenizer else []))
         assert f"{path}, line 2: text has half of a surrogate pair at 2" in line
+
+
+def test_a_server_without_a_model_does_not_listen(fails, tmp_path):
+    """No address is shown, and nobody connects to a server that ends in a moment."""
+    pytest.importorskip("starlette")
+    for name in ("/nonexistent", "./nonexistent", tmp_path):
+        said = fails("serve", "--model", str(name), "--port", "0")
+        assert "give a folder that holds a model, or a hub id" in said
+        assert "http://" not in said
