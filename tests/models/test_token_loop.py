@@ -203,7 +203,9 @@ PROCESSORS = [
 ]  # fmt: skip
 
 
-def test_processors_do_not_wait():
+def test_processors_do_not_wait(monkeypatch):
+    # As it is by default: torch's compiler turns these checks off for the whole process.
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
     assert {type(p) for p in PROCESSORS} == WITHOUT_WAITING
     text, logits = tokens(3, 7), torch.randn(3, 61)
     for processor in PROCESSORS:
