@@ -11,7 +11,7 @@ import os
 import sys
 
 # docs/cpu.md has the measurement (benchmarks/busy_machine.py): enough for the gaps between two ops, far less than a time slice.
-SPINS = 1_000
+SPINS = 300
 MILLISECONDS = 1
 # Any of these is the user's own word on the matter.
 _SETTINGS = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
