@@ -1,4 +1,4 @@
-"""Prompts on their way into states: one in chunks that can be interrupted, and several in turn within a step's time for reading."""
+"""Prompts being read into states: one in chunks that can be interrupted, and several in turn within a step's time for reading."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Request:
 class Text:
     """A request on its way: its prompt is being read; or it has a row; or it has a ``state``, and waits for a row.
 
-    Whoever holds the request may take tokens out of it, or change its fields: the engine goes by what is here.
+    The caller may take tokens out of the request or change its fields: the engine goes by what is here.
     """
 
     request: Request

@@ -1,7 +1,7 @@
 """Turns between texts that want the same rows: fair between keys, then between clients, requests, or whatever a text's path names.
 
 Knows neither torch nor time. A text has a path, such as (key, client, request). At every level the rows are divided evenly among
-those who want them (max-min fairness), and where they do not come out even, whoever was served least is next. Texts with the same
+those who want them (max-min fairness), and where they do not come out even, the least served is next. Texts with the same
 path are in the order in which they came.
 """
 

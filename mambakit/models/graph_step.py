@@ -24,7 +24,7 @@ def graphs_serve(model: Any, called: bool = False) -> bool:
     """Whether a step of this model can be a graph: plain tensors on one CUDA device, nobody listening, outside autocast and capture.
 
     Args:
-        called: the model is in its own forward, so that whoever listens to it has heard.
+        called: the model is in its own forward: its hooks have been called.
     """
     device = model.device
     if device.type != "cuda" or model.dtype == torch.float64:

@@ -32,7 +32,7 @@ class DecodingRows:
         most: how many rows there are at most.
         states: a cache of ``most`` rows to go on from. The native library and the forward write into it; a graph takes its states
             over, and they come back in `close`.
-        called: the model is in its own forward, so that whoever listens to it has heard.
+        called: the model is in its own forward: its hooks have been called.
 
     A step passes the model's modules by where nobody listens; from the moment that somebody does, it is the model's forward.
 

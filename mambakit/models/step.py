@@ -90,7 +90,7 @@ def native_serves(model: Any, cache: MambaCache, called: bool = False) -> bool:
     """Whether a token of this model, from this state, can be one call into the native library.
 
     Args:
-        called: the model is in its own forward, so that whoever listens to it has heard.
+        called: the model is in its own forward: its hooks have been called.
     """
     if model.device.type != "cpu" or not native.library.is_available() or torch.is_autocast_enabled("cpu"):
         return False
