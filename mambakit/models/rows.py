@@ -34,7 +34,7 @@ class DecodingRows:
             over, and they come back in `close`.
         called: the model is in its own forward: its hooks have been called.
 
-    A step passes the model's modules by where nobody listens; from the moment that somebody does, it is the model's forward.
+    A step reads the weights without calling the modules; once one has a hook or a replaced forward, it is the model's forward.
 
     Attributes:
         held: for each row, what its owner keeps with it; None where the row is free. It moves with the rows.

@@ -26,7 +26,7 @@ class TimeStepProjection(nn.Linear):
     """(r) -> (d), a linear layer whose bias stays float32 when the model is cast to a half dtype.
 
     With one, the sum is float32, too: near a softplus the rounding of a half would move the steps by per cents. The mixer takes the
-    product alone (`product`), and the scan adds the bias right before the softplus, where nobody listens to this module's call.
+    product alone (`product`), and the scan adds the bias right before the softplus, unless this module's call is hooked or replaced.
     A new layer's steps are those that ``steps`` names.
     """
 

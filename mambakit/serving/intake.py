@@ -92,7 +92,7 @@ class Intake:
                 more = max(0, len(body) - _FREE) - counted
                 if self._unfinished + more > self.options.unfinished_bytes:
                     message = (
-                        f"{self._unfinished >> 20} MiB of other requests' bodies are on their way (--max-unfinished-mb); try again "
+                        f"{self._unfinished >> 20} MiB of other requests' bodies are not received in full (--max-unfinished-mb); try again "
                         "later, or with a smaller body"
                     )
                     raise ApiError(503, message, retry_after=1)
