@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mambakit
-from mambakit.models.graph_step import gpu_weights
+from mambakit.decoding.graph_step import gpu_weights
 from mambakit.ops.decode import few_rows_gpu, many_rows_gpu, persistent
 from mambakit.ops.decode.persistent import PARTS, PersistentStep
 

@@ -36,13 +36,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mambakit
+from mambakit.decoding.graph_step import graph_step
+from mambakit.decoding.prefill import read_prompt
+from mambakit.decoding.step import token_step
 from mambakit.generation.drafters import Draft, DraftModel
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.speculative import SpeculativeStream
 from mambakit.generation.stream import Sampling, Stream
-from mambakit.models.graph_step import graph_step
-from mambakit.models.prompt import read_prompt
-from mambakit.models.step import token_step
 
 VOCABULARY = 50280
 # Mamba's width and layers; Llama's width, layers, heads and inner width.

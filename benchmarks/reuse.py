@@ -21,14 +21,14 @@ from transformers.utils import logging
 
 import mambakit
 from mambakit.assets import default_model_path
+from mambakit.decoding.step import token_step
+from mambakit.decoding.verify import verifier
 from mambakit.generation.drafters import DraftModel, PromptLookup
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.score import score_continuations
 from mambakit.generation.speculative import SpeculativeStream
 from mambakit.generation.state import State
 from mambakit.generation.stream import Sampling
-from mambakit.generation.verify import verifier
-from mambakit.models.step import token_step
 
 SHAPE_130M = {"vocab_size": 50280, "hidden_size": 768, "num_hidden_layers": 24}
 

@@ -20,17 +20,17 @@ _HOMES = {
     "AutoModelForCausalLM": "mambakit.models.auto",
     "AutoModelForSequenceClassification": "mambakit.models.auto",
     "AutoTokenizer": "mambakit.models.auto",
-    "CheckpointError": "mambakit.models.checkpoints",
-    "FalconMambaConfig": "mambakit.models.configuration",
-    "FalconMambaForCausalLM": "mambakit.models.falcon_mamba",
-    "FalconMambaForSequenceClassification": "mambakit.models.falcon_mamba",
-    "FalconMambaModel": "mambakit.models.falcon_mamba",
+    "CheckpointError": "mambakit.models.checkpoints.loading",
+    "FalconMambaConfig": "mambakit.models.mamba.configuration",
+    "FalconMambaForCausalLM": "mambakit.models.falcon_mamba.modeling",
+    "FalconMambaForSequenceClassification": "mambakit.models.falcon_mamba.modeling",
+    "FalconMambaModel": "mambakit.models.falcon_mamba.modeling",
     "MambaCache": "mambakit.modules.cache",
-    "MambaConfig": "mambakit.models.configuration",
-    "MambaForCausalLM": "mambakit.models.mamba",
-    "MambaForSequenceClassification": "mambakit.models.classification",
-    "MambaMixer": "mambakit.modules.mixer",
-    "MambaModel": "mambakit.models.mamba",
+    "MambaConfig": "mambakit.models.mamba.configuration",
+    "MambaForCausalLM": "mambakit.models.mamba.modeling",
+    "MambaForSequenceClassification": "mambakit.models.mamba.classification",
+    "MambaMixer": "mambakit.modules.mixers.mamba",
+    "MambaModel": "mambakit.models.mamba.modeling",
     "pipeline": "mambakit.generation.pipeline",
     "register": "mambakit.models.registration",
 }
@@ -47,18 +47,18 @@ if TYPE_CHECKING:
         AutoModelForSequenceClassification,
         AutoTokenizer,
     )
-    from mambakit.models.checkpoints import CheckpointError
-    from mambakit.models.classification import MambaForSequenceClassification
-    from mambakit.models.configuration import FalconMambaConfig, MambaConfig
-    from mambakit.models.falcon_mamba import (
+    from mambakit.models.checkpoints.loading import CheckpointError
+    from mambakit.models.falcon_mamba.modeling import (
         FalconMambaForCausalLM,
         FalconMambaForSequenceClassification,
         FalconMambaModel,
     )
-    from mambakit.models.mamba import MambaForCausalLM, MambaModel
+    from mambakit.models.mamba.classification import MambaForSequenceClassification
+    from mambakit.models.mamba.configuration import FalconMambaConfig, MambaConfig
+    from mambakit.models.mamba.modeling import MambaForCausalLM, MambaModel
     from mambakit.models.registration import register
     from mambakit.modules.cache import MambaCache
-    from mambakit.modules.mixer import MambaMixer
+    from mambakit.modules.mixers.mamba import MambaMixer
 
 
 check_versions()

@@ -1,4 +1,4 @@
-"""Imports point one way: commands -> serving, training -> generation -> decoding -> models -> modules -> ops -> torch."""
+"""Imports point one way: commands -> serving, training -> evaluation -> generation -> models -> decoding -> modules -> ops -> torch."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ LAYERS = [
     "number",
     "ops",
     "modules",
+    "decoding",
     "models",
     "assets",
-    "decoding",
     "generation",
     "evaluation",
     "training",
@@ -42,6 +42,7 @@ OUTSIDE = {
     "threads": set(),
     "ops": {"torch", "triton", "numpy", "cuda"},
     "modules": {"torch", "safetensors", "transformers"},
+    "decoding": {"torch", "transformers", "numpy"},
 }
 
 

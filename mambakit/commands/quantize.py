@@ -27,9 +27,9 @@ def run(args: argparse.Namespace) -> int:
     import transformers
 
     from mambakit.models.auto import AutoModelForCausalLM
-    from mambakit.models.checkpoints import copy_tokenizer
+    from mambakit.models.checkpoints.loading import copy_tokenizer
+    from mambakit.models.checkpoints.storage import resolve
     from mambakit.models.quantization import is_quantized
-    from mambakit.models.storage import resolve
 
     transformers.utils.logging.disable_progress_bar()
     target = Path(args.target)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mambakit.decoding.choosing import NO_CHOICE
 from mambakit.decoding.sampling_params import BLOCK, SamplingParams, random_numbers
-from mambakit.models.choosing import NO_CHOICE
 from mambakit.ops.sampling.api import NO_TOKEN, sample
 from mambakit.quoting import cut
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from mambakit.decoding.parameters import BIAS, NEW_TOKENS, SAMPLING
-from mambakit.models.scaling import processors
+from mambakit.decoding.scaling import processors
 from mambakit.quoting import quoted
 
 BLOCK = 64  # random numbers that are made at a time

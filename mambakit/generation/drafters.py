@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mambakit.decoding.graph_step import GraphStep, graphs_serve
+from mambakit.decoding.step import forward_step, token_step
 from mambakit.generation.stream import SamplingParams, drawn
-from mambakit.models.graph_step import GraphStep, graphs_serve
-from mambakit.models.step import forward_step, token_step
 from mambakit.modules import MambaCache
 from mambakit.modules.interception import Watch, modules_of
 from mambakit.quoting import brief

@@ -1,6 +1,6 @@
 """Many texts at once: prompts of any lengths, rows that end on their own and are filled again, turns where there are too few.
 
-The rows are those that `generate` writes with, `mambakit.models.rows.DecodingRows`: a pool of states that decodes together, one token
+The rows are those that `generate` writes with, `mambakit.decoding.slots.SlotPool`: a pool of states that decodes together, one token
 a row and step, by the model's fastest step. Here a finished row is free at once for the next request. Prompts are read between
 steps, several in turn (`mambakit.generation.reading`), for so short a time that those who write are not held up.
 
@@ -27,8 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.decoding.choosing import NO_CHOICE
 from mambakit.decoding.parameters import CHUNK_SIZE, INT64, NEW_TOKENS, Number
 from mambakit.decoding.sampler import Sampler
+from mambakit.decoding.slots import SlotPool
 from mambakit.errors import LogitsError
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.reading import PromptReading, ReadingShare
@@ -36,8 +38,6 @@ from mambakit.generation.request import Request, Text
 from mambakit.generation.stream import _end_tokens
 from mambakit.generation.token_ids import require_in_vocabulary
 from mambakit.generation.turns import Path, Turns
-from mambakit.models.choosing import NO_CHOICE
-from mambakit.models.rows import DecodingRows
 from mambakit.modules import MambaCache
 from mambakit.ops.sampling.api import NO_TOKEN
 from mambakit.quoting import cut
@@ -88,7 +88,7 @@ class Engine:
         self._ends = _end_tokens(model)
         self._vocab_size = model.config.vocab_size
         self._share = ReadingShare[Text](read_seconds, chunk_size, clock)
-        self._pool = DecodingRows(model, rows)  # its rows hold their texts
+        self._pool = SlotPool(model, rows)  # its rows hold their texts
         self._turns = Turns[Text]()  # all texts
         self._unread: dict[Text, None] = {}  # in the order in which they came
         self._ready: dict[Text, None] = {}  # read, and without a row

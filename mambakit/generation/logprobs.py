@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.decoding.choosing import require_numbers
 from mambakit.generation.state import State
 from mambakit.generation.stream import _TextDecoder
 from mambakit.generation.token_ids import require_in_vocabulary
-from mambakit.models.choosing import require_numbers
 from mambakit.quoting import brief
 
 # Logits are formed for this many tokens at a time: with a vocabulary of 50,280 that is 51 MB of float32.

@@ -8,8 +8,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from mambakit.decoding.prefill import prompt_parts
 from mambakit.generation.prefix_cache import PrefixCache, PrefixReading
-from mambakit.models.prompt import prompt_parts
 from mambakit.modules import MambaCache
 
 T = TypeVar("T")

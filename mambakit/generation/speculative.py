@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.parameters import INT64, Number
+from mambakit.decoding.verify import verifier
 from mambakit.generation.constrain import ConstrainedSampling
 from mambakit.generation.drafters import Draft, Drafter, DraftModel, PromptLookup
 from mambakit.generation.stream import (
@@ -26,7 +27,6 @@ from mambakit.generation.stream import (
     likeliest,
     token_number,
 )
-from mambakit.generation.verify import verifier
 from mambakit.modules.interception import Watch, modules_of
 from mambakit.ops.linear.api import MOST_ROWS
 

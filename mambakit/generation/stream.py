@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.decoding.choosing import NO_CHOICE, are_numbers, draw
 from mambakit.decoding.parameters import CHUNK_SIZE, NEW_TOKENS
+from mambakit.decoding.prefill import read_prompt
 from mambakit.decoding.sampler import SampledText, Sampler
 from mambakit.decoding.sampling_params import SamplingParams
+from mambakit.decoding.step import token_step
 from mambakit.errors import LogitsError
 from mambakit.generation.stopping import StopSearch, read_stops
 from mambakit.generation.token_ids import require_in_vocabulary, token_ids
-from mambakit.models.choosing import NO_CHOICE, are_numbers, draw
-from mambakit.models.prompt import read_prompt
-from mambakit.models.step import token_step
 from mambakit.modules import MambaCache
 from mambakit.ops.sampling.api import NO_TOKEN
 from mambakit.quoting import quoted

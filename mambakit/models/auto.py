@@ -6,10 +6,12 @@ import os
 from typing import Any
 
 from mambakit.errors import CheckpointError
-from mambakit.models import classification, falcon_mamba, mamba
-from mambakit.models.formats import CONFIGS, is_original, read_config
+from mambakit.models.checkpoints.formats import CONFIGS, is_original, read_config
+from mambakit.models.checkpoints.storage import HUB_ARGUMENTS, resolve, small_files
+from mambakit.models.falcon_mamba import modeling as falcon_mamba
+from mambakit.models.mamba import classification
+from mambakit.models.mamba import modeling as mamba
 from mambakit.models.options import check_loading
-from mambakit.models.storage import HUB_ARGUMENTS, resolve, small_files
 from mambakit.quoting import brief
 from mambakit.reading import read_json, require_whole
 

@@ -15,15 +15,15 @@ from transformers import GenerationMixin
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from mambakit.models.choosing import WITHOUT_WAITING, Choosing
-from mambakit.models.graph_step import graphs_serve
+from mambakit.decoding.choosing import WITHOUT_WAITING, Choosing
+from mambakit.decoding.graph_step import graphs_serve
+from mambakit.decoding.prefill import read_prompt, reads_in_pieces
+from mambakit.decoding.scaling import widened
+from mambakit.decoding.token_loop import GeneratingSteps, write_tokens
 from mambakit.models.inputs import one_cache
 from mambakit.models.options import check_generating, setting
 from mambakit.models.outputs import CACHE_NAMES
 from mambakit.models.pretrained import MambaPreTrainedModel
-from mambakit.models.prompt import read_prompt, reads_in_pieces
-from mambakit.models.scaling import widened
-from mambakit.models.token_loop import GeneratingSteps, write_tokens
 from mambakit.modules import MambaCache
 from mambakit.modules.interception import is_ours
 from mambakit.number import SEED

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mambakit.models.checkpoints import load_pretrained, save_original
-from mambakit.models.configuration import FalconMambaConfig, MambaConfig, for_weights_that_exist
-from mambakit.models.initialization import initialize, initialize_in_turn
+from mambakit.models.checkpoints.loading import load_pretrained, save_original
+from mambakit.models.checkpoints.packed import stored_tensors
+from mambakit.models.mamba.configuration import FalconMambaConfig, MambaConfig, for_weights_that_exist
+from mambakit.models.mamba.initialization import initialize, initialize_in_turn
 from mambakit.models.options import check_loading
-from mambakit.models.packed_checkpoints import stored_tensors
 from mambakit.models.quantization import dequantize, is_quantized, packed_numbers, quantize, require_plain
 from mambakit.modules.placement import KEPT_IN_PLACE, computing_device, keep_in_place, stored_value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import transformers
 
 from mambakit.models import auto
-from mambakit.models.formats import CONFIGS
+from mambakit.models.checkpoints.formats import CONFIGS
 
 
 def register() -> None:

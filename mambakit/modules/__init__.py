@@ -2,7 +2,7 @@
 
 from mambakit.modules.block import MambaBlock
 from mambakit.modules.cache import MambaCache
-from mambakit.modules.mixer import MambaMixer
+from mambakit.modules.mixers.mamba import MambaMixer
 from mambakit.modules.norm import RMSNorm
 from mambakit.modules.packing import Packing
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.modules.cache import MambaCache
-from mambakit.modules.mixer import MambaMixer
+from mambakit.modules.mixers.mamba import MambaMixer
 from mambakit.modules.norm import RMSNorm
 from mambakit.modules.packing import Packing
 from mambakit.modules.placement import InHand, is_dispatched

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from mambakit.errors import CheckpointError
-from mambakit.models.fields import check_adapter
+from mambakit.models.checkpoints.fields import check_adapter
 from mambakit.models.quantization import is_quantized
 from mambakit.quoting import brief
 from mambakit.reading import read_file, read_json

@@ -10,8 +10,8 @@ from rich.console import Console
 from torch.utils.checkpoint import checkpoint
 
 from mambakit.models.auto import AutoModelForCausalLM
-from mambakit.models.configuration import MambaConfig
-from mambakit.models.mamba import MambaForCausalLM
+from mambakit.models.mamba.configuration import MambaConfig
+from mambakit.models.mamba.modeling import MambaForCausalLM
 from mambakit.models.quantization import is_quantized
 from mambakit.modules import MambaMixer
 from mambakit.output import say

@@ -48,7 +48,7 @@ def fails(capsys):
 @pytest.fixture
 def unread(monkeypatch):
     """No model may be loaded."""
-    from mambakit.models import checkpoints
+    from mambakit.models.checkpoints import loading as checkpoints
 
     def load(*args, **kwargs):
         raise AssertionError("weights were read before the mistake was told")

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
+from mambakit.decoding.slots import SlotPool
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
-from mambakit.models.rows import DecodingRows
+from tests.decoding.eager_graph import WAYS, decode_by
 from tests.models.configurations import pair, tokens, worst
-from tests.models.eager_graph import WAYS, decode_by
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -25,7 +25,7 @@ def model(request, monkeypatch):
 
 
 def model_is_native(model) -> bool:
-    return DecodingRows(model, 1).elastic
+    return SlotPool(model, 1).elastic
 
 
 def prompts(count: int) -> list[torch.Tensor]:
@@ -109,8 +109,8 @@ def test_few_of_many_rows_are_stepped_alone(model, monkeypatch):
     """Where a row's bits are its own; a burst that is over costs nothing more, and the next one finds its rows."""
     sizes = []
     for name in ("step", "likeliest"):
-        call = getattr(DecodingRows, name)
-        monkeypatch.setattr(DecodingRows, name, lambda self, *a, f=call: sizes.append(self.size) or f(self, *a))
+        call = getattr(SlotPool, name)
+        monkeypatch.setattr(SlotPool, name, lambda self, *a, f=call: sizes.append(self.size) or f(self, *a))
     engine = Engine(model, 8)
     long = engine.submit(Request(prompts(1)[0], max_new_tokens=30))
     burst = [engine.submit(Request(p, max_new_tokens=4 + i)) for i, p in enumerate(prompts(8)[1:])]

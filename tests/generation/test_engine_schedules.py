@@ -12,7 +12,7 @@ from mambakit.generation.engine import Engine, Request
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.stream import Sampling
 from tests.decoding.choose_one import raising
-from tests.models.eager_graph import WAYS, decode_by
+from tests.decoding.eager_graph import WAYS, decode_by
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

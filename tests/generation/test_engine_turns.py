@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 
+from mambakit.decoding import prefill as prompt
+from mambakit.decoding.slots import SlotPool
 from mambakit.generation import reading
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.stream import Sampling
-from mambakit.models import prompt
-from mambakit.models.rows import DecodingRows
 from tests.models.configurations import NAMES, pair, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -27,7 +27,7 @@ class Time:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 0.0
-        parts, step = reading.prompt_parts, DecodingRows.step
+        parts, step = reading.prompt_parts, SlotPool.step
 
         def timed_parts(model, ids, cache):
             whole = parts(model, ids, cache)
@@ -44,7 +44,7 @@ class Time:
             return step(rows, given)
 
         monkeypatch.setattr(reading, "prompt_parts", timed_parts)
-        monkeypatch.setattr(DecodingRows, "step", timed_step)
+        monkeypatch.setattr(SlotPool, "step", timed_step)
 
     def __call__(self) -> float:
         return self.now

@@ -13,8 +13,8 @@ from mambakit.generation.engine import Engine, Request
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.speculative import SpeculativeStream
 from mambakit.generation.stream import Sampling, Stream
+from tests.decoding.eager_graph import WAYS, decode_by
 from tests.models.configurations import pair
-from tests.models.eager_graph import WAYS, decode_by
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -59,7 +59,9 @@ def test_generation_padding_and_chunks(name):
 @pytest.mark.parametrize("b", [1, 3, 9])
 @pytest.mark.parametrize("name", ["plain", "untied", "falcon", "gelu"])
 def test_a_graph_generates_what_the_forward_does(name, b, monkeypatch):
-    from mambakit.models import generate, graph_step, rows
+    from mambakit.decoding import graph_step
+    from mambakit.decoding import slots as rows
+    from mambakit.models import generate
 
     model = pair(name)[0].cuda()
     ids = tokens(b, 7).cuda()

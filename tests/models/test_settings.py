@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import mambakit
+from mambakit.decoding.step import native_serves, token_step
+from mambakit.decoding.verify import verifier
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
-from mambakit.generation.verify import verifier
-from mambakit.models.step import native_serves, token_step
 from tests.models.configurations import pair, tokens
 from tests.torch_settings import SETTINGS, setting
 

@@ -9,9 +9,9 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mambakit
-from mambakit.models import classification
 from mambakit.models.documents import Marks
 from mambakit.models.inputs import IGNORE, shifted_labels
+from mambakit.models.mamba import classification
 from mambakit.modules import packing
 from tests.models.configurations import BASE, pair, tokens, worst
 

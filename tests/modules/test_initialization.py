@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 import mambakit
-from mambakit.models.initialization import initialize
+from mambakit.models.mamba.initialization import initialize
 from mambakit.modules import MambaBlock, MambaMixer, RMSNorm
 from tests.models.configurations import worst
 from tests.training.launch import launch

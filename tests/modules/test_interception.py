@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from mambakit.decoding.step import native_serves, token_step
+from mambakit.decoding.verify import verifier
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
-from mambakit.generation.verify import verifier
-from mambakit.models.step import native_serves, token_step
 from mambakit.modules import MambaMixer
 from mambakit.modules.interception import Watch, any_intercepted, intercepted, is_ours, modules_of, untouched
-from mambakit.modules.mixer import TimeStepProjection
+from mambakit.modules.mixers.mamba import TimeStepProjection
 from mambakit.ops.native import library
 from tests.models.configurations import pair, tokens, worst
 

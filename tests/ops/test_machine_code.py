@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mambakit
-from mambakit.models.graph_step import gpu_weights
+from mambakit.decoding.graph_step import gpu_weights
 from mambakit.ops import _nvrtc
 from mambakit.ops.decode import persistent
 from mambakit.ops.selective_scan import gpu

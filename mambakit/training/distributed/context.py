@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mambakit import ops
 from mambakit.models.documents import Marks
-from mambakit.models.mamba import MambaModel
+from mambakit.models.mamba.modeling import MambaModel
 from mambakit.models.outputs import CACHE_NAMES
 from mambakit.modules import MambaMixer
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL

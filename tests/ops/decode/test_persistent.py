@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mambakit import MambaConfig, MambaForCausalLM
-from mambakit.models.graph_step import gpu_weights
+from mambakit.decoding.graph_step import gpu_weights
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops.decode import persistent
 from tests.ops.decode import persistent_on_cpu

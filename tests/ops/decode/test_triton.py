@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mambakit import MambaConfig, MambaForCausalLM
-from mambakit.models.graph_step import gpu_weights
+from mambakit.decoding.graph_step import gpu_weights
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops._sums import ALIKE
 from mambakit.ops.decode import few_rows_gpu as few

@@ -1,0 +1,239 @@
+"""Tokens on trial: logits of several tokens that may follow, then the state after only those that are kept.
+
+A Mamba state cannot be cut back. So the verification reads the state without writing it and keeps what every layer fed its
+recurrence; keeping m tokens then runs the recurrences alone over m of those inputs, which reads none of the large weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mambakit.decoding.graph_step import TrialStep, graphs_serve, trial_step
+from mambakit.decoding.step import native_serves, native_weights
+from mambakit.modules import MambaBlock, MambaCache, MambaMixer
+from mambakit.modules.interception import is_ours, untouched
+from mambakit.ops import causal_conv1d, selective_scan, selective_scan_
+from mambakit.ops._memory import transformed
+from mambakit.ops.linear.api import MOST_ROWS
+from mambakit.ops.native.verify import VerifyStep
+
+# A step size whose softplus is exactly 0: the recurrence then keeps its state, bit for bit.
+_NO_STEP = -1e4
+
+
+class Verifier(Protocol):
+    """Reads tokens on trial against a cache of one row."""
+
+    def __call__(self, tokens: list[int]) -> Tensor:
+        """(t, v) logits after each of t tokens; the cache is as it was."""
+
+    def commit(self, m: int) -> None:
+        """Bring the cache to after the first m of them."""
+
+
+def verifier(model: Any, cache: MambaCache, tokens: int) -> Verifier:
+    """The fastest verifier there is for where the model lies and what it is made of.
+
+    Where a step of the model is one native call on the CPU, so is a verification, and its bits are those of decoding token by
+    token. So it is on CUDA where the persistent decode kernel serves the model, up to 8 tokens. Elsewhere it runs the model's own
+    projections and norms; on CUDA as two graphs, captured here. A model whose layers are not known (a hook or a forward of its own on a
+    block, a mixer, its convolution or the model; subclasses) is read by its forward, and again for the tokens that are kept.
+
+    Args:
+        cache: of one row; it must not be replaced while the verifier is in use.
+        tokens: the most tokens of one call, 1 to 16.
+    """
+    if not 1 <= tokens <= MOST_ROWS:
+        raise ValueError(f"tokens is {tokens}; a verification is of 1 to {MOST_ROWS} tokens")
+    if cache.max_batch_size != 1:
+        raise ValueError(f"the cache has {cache.max_batch_size} rows; a verification is of one text: select one row")
+    if native_serves(model, cache):
+        return _NativeVerifier(model, cache, tokens)
+    if (step := trial_step(model, tokens)) is not None:
+        return _TrialVerifier(step, cache)
+    if not _layers_are_known(model):
+        return _ForwardVerifier(model, cache)
+    return _GraphVerifier(model, cache, tokens) if graphs_serve(model) else _ModelVerifier(model, cache)
+
+
+def _layers_are_known(model: Any) -> bool:
+    """Whether the layers may be run projection by projection, without a call of the model, its blocks, mixers and convolutions."""
+    if transformed() or not is_ours(model) or not is_ours(model.backbone):
+        return False
+    for i, block in enumerate(model.backbone.layers):
+        if not untouched(block, MambaBlock):
+            return False
+        m = block.mixer
+        if not (untouched(m, MambaMixer) and untouched(m.conv1d, nn.Conv1d)):
+            return False
+        if m.layer_idx != i or m.causal_conv1d is not causal_conv1d or m.selective_scan is not selective_scan:
+            return False
+    return True
+
+
+class _NativeVerifier:
+    def __init__(self, model: Any, cache: MambaCache, tokens: int):
+        layers, head = native_weights(model)
+        self._embeddings, self._cache = model.backbone.embeddings, cache
+        self._step = VerifyStep(
+            layers, model.backbone.norm_f.weight, head, model.config.layer_norm_epsilon,
+            cache.conv_states, cache.ssm_states, tokens,
+        )  # fmt: skip
+
+    def __call__(self, tokens: list[int]) -> Tensor:
+        return self._step(self._embeddings(torch.tensor(tokens, dtype=torch.int64, device="cpu"))).clone()
+
+    def commit(self, m: int) -> None:
+        self._step.commit(m)
+        self._cache.advance(m)
+
+
+class _TrialVerifier:
+    def __init__(self, step: TrialStep, cache: MambaCache):
+        self._step, self._cache, self._read = step, cache, 0
+
+    @torch.no_grad()
+    def __call__(self, tokens: list[int]) -> Tensor:
+        self._read = len(tokens)
+        if self._step.holder is not self:
+            self._step.load(self._cache, self)
+        return self._step(tokens).clone()
+
+    @torch.no_grad()
+    def commit(self, m: int) -> None:
+        if not 0 <= m <= self._read:
+            raise ValueError(f"commit of {m} tokens, but {self._read} are on trial")
+        if self._step.holder is not self:
+            raise RuntimeError("another text was verified between these tokens and their commit")
+        self._read = 0
+        self._step.keep(m, self._cache)
+
+
+class _ForwardVerifier:
+    """The model's forward on a copy of the state; tokens that are kept are read again."""
+
+    def __init__(self, model: Any, cache: MambaCache):
+        self.model, self.cache = model, cache
+        self._ids: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, tokens: list[int]) -> Tensor:
+        self._ids = torch.tensor([tokens], dtype=torch.int64, device=self.model.device)
+        self._trial = self.cache.clone()
+        return self.model(self._ids, cache_params=self._trial).logits[0]
+
+    @torch.no_grad()
+    def commit(self, m: int) -> None:
+        read = 0 if self._ids is None else self._ids.shape[1]
+        if not 0 <= m <= read:
+            raise ValueError(f"commit of {m} tokens, but {read} are on trial")
+        if m == read and m:
+            self.cache.conv_states.copy_(self._trial.conv_states)
+            self.cache.ssm_states.copy_(self._trial.ssm_states)
+            self.cache.advance(m)
+        elif m:
+            assert self._ids is not None
+            self.model(self._ids[:, :m], cache_params=self.cache, logits_to_keep=1)
+        self._ids = None
+
+
+class _ModelVerifier:
+    """The model's own layers, with the ops that do not write the state."""
+
+    def __init__(self, model: Any, cache: MambaCache):
+        self.model, self.cache = model, cache
+        self._inputs: list[tuple[Tensor, tuple]] = []  # of each layer: the convolution's, and the scan's
+        self._read = 0
+
+    @torch.no_grad()
+    def __call__(self, tokens: list[int]) -> Tensor:
+        self._read = len(tokens)
+        return self._verify(torch.tensor([tokens], dtype=torch.int64, device=self.model.device))
+
+    @torch.no_grad()
+    def commit(self, m: int) -> None:
+        if not 0 <= m <= self._read:
+            raise ValueError(f"commit of {m} tokens, but {self._read} are on trial")
+        self._read = 0
+        self._replay(torch.tensor([m], dtype=torch.int64, device=self.model.device))
+        self.cache.advance(m)
+
+    def _verify(self, ids: Tensor) -> Tensor:
+        """(1, t) ids -> (t, v) logits."""
+        backbone = self.model.backbone
+        x = backbone.embeddings(ids)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        residual, self._inputs = None, []
+        for i, block in enumerate(backbone.layers):
+            stream = wide if block.residual_in_fp32 else block.norm.weight.dtype
+            y, residual = block.norm(x, residual, stream)
+            m = block.mixer
+            conv_input, z = m.in_proj(y).chunk(2, -1)  # (1, t, d) each
+            conv = (m.conv1d.weight.squeeze(1), m.conv1d.bias, m.conv_activation)
+            u, _ = causal_conv1d(conv_input, *conv, initial_state=self.cache.conv_states[i])
+            scan_inputs = m._scan_inputs(u, z)
+            y, _ = selective_scan(*scan_inputs, initial_state=self.cache.ssm_states[i])
+            x = m.out_proj(y)
+            self._inputs.append((conv_input, scan_inputs))
+        x, _ = backbone.norm_f(x, residual, wide if self.model.config.residual_in_fp32 else None)
+        logits = self.model.lm_head(x)[0]
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _replay(self, m: Tensor) -> None:
+        """The recurrences over the first m (1,) of the tokens; the shapes are the same for every m, as a graph needs."""
+        for i, (conv_input, (u, delta, *rest)) in enumerate(self._inputs):
+            conv_state, ssm_state = self.cache.conv_states[i], self.cache.ssm_states[i]
+            windows = torch.cat([conv_state, conv_input.transpose(1, 2).to(conv_state.dtype)], 2)  # (1, d, k - 1 + t)
+            conv_state.copy_(
+                windows.index_select(2, m + torch.arange(conv_state.shape[2], dtype=torch.int64, device=m.device))
+            )
+            kept = torch.arange(delta.shape[1], dtype=torch.int64, device=m.device) < m
+            selective_scan_(u, torch.where(kept[:, None], delta, _NO_STEP), *rest, state=ssm_state)
+
+
+class _GraphVerifier(_ModelVerifier):
+    """The same as two CUDA graphs of a fixed number of tokens; shorter trials are filled up and the rest not kept."""
+
+    def __init__(self, model: Any, cache: MambaCache, tokens: int):
+        super().__init__(model, cache)
+        self._ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+        self._kept = torch.zeros(1, dtype=torch.long, device=model.device)
+        with torch.no_grad():
+            self._run_verify, self._logits = _captured(model.device, lambda: self._verify(self._ids))
+            self._run_replay, _ = _captured(
+                model.device, lambda: self._replay(self._kept)
+            )  # of 0 tokens: the state stays
+
+    def __call__(self, tokens: list[int]) -> Tensor:
+        self._read = len(tokens)
+        filled = tokens + tokens[-1:] * (self._ids.shape[1] - len(tokens))
+        self._ids.copy_(torch.tensor([filled], dtype=torch.int64, device="cpu"), non_blocking=True)
+        self._run_verify()
+        return self._logits[: len(tokens)].clone()
+
+    def commit(self, m: int) -> None:
+        if not 0 <= m <= self._read:
+            raise ValueError(f"commit of {m} tokens, but {self._read} are on trial")
+        self._read = 0
+        self._kept.fill_(m)
+        self._run_replay()
+        self.cache.advance(m)
+
+
+def _captured(device: torch.device, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """(replay, the result's memory): ``run`` as a CUDA graph. It runs twice first, so that kernels are compiled."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = run()
+    return graph.replay, result

@@ -1,0 +1,1 @@
+"""Checkpoints: their formats, reading, writing."""

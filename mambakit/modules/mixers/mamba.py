@@ -1,0 +1,262 @@
+"""MambaMixer: the selective state space layer (arXiv 2312.00752, figure 3 and algorithm 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambakit.modules.cache import MambaCache
+from mambakit.modules.convolution import convolve, convolve_
+from mambakit.modules.fused_mixer import Weights, in_training, mix, project
+from mambakit.modules.initialization import TimeSteps, initial_a_log
+from mambakit.modules.interception import untouched
+from mambakit.modules.packing import Packing
+from mambakit.modules.placement import InHand
+from mambakit.modules.precision import keep_float32
+from mambakit.ops import causal_conv1d, causal_conv1d_, rms_norm, selective_scan, selective_scan_
+from mambakit.ops._memory import all_plain
+from mambakit.quoting import brief
+
+
+class TimeStepProjection(nn.Linear):
+    """(r) -> (d), a linear layer whose bias stays float32 when the model is cast to a half dtype.
+
+    With one, the sum is float32, too: near a softplus the rounding of a half would move the steps by per cents. The mixer takes the
+    product alone (`product`), and the scan adds the bias right before the softplus, unless this module's call is hooked or replaced.
+    A new layer's steps are those that ``steps`` names.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, steps: TimeSteps | None = None, **factory: Any
+    ):
+        self.steps = steps or TimeSteps()  # nn.Linear draws its parameters when it is made
+        super().__init__(in_features, out_features, bias, **factory)
+        if self.bias is not None and self.bias.dtype.itemsize == 2:  # made in half: its rounding would move the steps
+            self.bias = nn.Parameter(self.steps.bias(self.bias))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        bound = self.steps.bound(self.in_features)
+        nn.init.uniform_(self.weight, -bound, bound)  # for a constant, too: what is drawn after it is the same
+        if self.steps.scheme == "constant":
+            nn.init.constant_(self.weight, bound)
+        if self.bias is not None:
+            self.bias.copy_(self.steps.bias(self.bias))
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = self.product(input)
+        return product if self.bias is None else product + self.bias
+
+    def product(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight)
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        return super()._apply(lambda t: keep_float32(fn, t) if t.dim() == 1 else fn(t), recurse)
+
+
+class MambaMixer(nn.Module):
+    """The Mamba layer: state in, state out, and one forward for training, prefill and decode.
+
+    Without a cache it trains. With one, the same code prefills, continues and decodes, for any number of new tokens.
+
+    Args:
+        config: a `MambaConfig` (or any object with its fields).
+        layer_idx: which layer's states of the cache are this layer's.
+    """
+
+    def __init__(self, config: Any, layer_idx: int = 0):
+        super().__init__()
+        h, d, n = config.hidden_size, config.intermediate_size, config.state_size
+        self.layer_idx = layer_idx
+        self.hidden_size, self.intermediate_size, self.ssm_state_size = h, d, n
+        self.conv_kernel_size = config.conv_kernel
+        self.time_step_rank = int(config.time_step_rank)
+        self.in_proj = nn.Linear(h, 2 * d, bias=config.use_bias)
+        # The module holds the weights under their usual names; the op that runs is causal_conv1d, unless somebody has put a hook,
+        # a forward or an adapter on it: then it is called (`convolution.py`).
+        self.conv1d = nn.Conv1d(d, d, config.conv_kernel, groups=d, bias=config.use_conv_bias)
+        self.x_proj = nn.Linear(d, self.time_step_rank + 2 * n, bias=False)
+        self.dt_proj = TimeStepProjection(self.time_step_rank, d, bias=True, steps=TimeSteps.of(config))
+        self.A_log = nn.Parameter(torch.empty(d, n, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(d, dtype=torch.float32))
+        self.out_proj = nn.Linear(d, h, bias=config.use_bias)
+        # A model of many layers starts the end of each residual branch smaller (`mambakit.models.mamba.initialization`).
+        self.out_proj.__dict__["ends_residual_branch"] = True
+        # FalconMamba normalises dt, B and C without weights; plain Mamba has no such field.
+        self.mixer_rms_eps: float | None = getattr(config, "mixer_rms_eps", None)
+        self._set_activation(config.hidden_act)
+        # In training: compute the convolution's output and delta again in the backward pass. It takes a mixer that joins its ops.
+        self.recompute_selection = False
+        # Context parallelism puts ops of the same contract in their place, which pass the state between processes.
+        self.causal_conv1d, self.selective_scan = causal_conv1d, selective_scan
+        self._reset_own()  # its layers did when they were made
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter of the layer anew, as mamba_ssm's `Mamba` starts."""
+        for child in self.children():
+            if callable(reset := getattr(child, "reset_parameters", None)):
+                reset()
+        self._reset_own()
+
+    @torch.no_grad()
+    def _reset_own(self) -> None:
+        self.A_log.copy_(initial_a_log(self.A_log))
+        self.D.fill_(1)
+
+    def _set_activation(self, name: str) -> None:
+        """SiLU runs inside the convolution; any other activation of transformers' table follows it."""
+        if name in ("silu", "swish"):
+            self.conv_activation: str | None = "silu"
+            self.act: Callable | None = None
+            return
+        from transformers.activations import ACT2FN
+
+        if name not in ACT2FN:
+            raise ValueError(f"hidden_act {brief(name)} is not known; choose one of {sorted(ACT2FN)}")
+        self.conv_activation, self.act = None, ACT2FN[name]
+
+    def forward(
+        self, hidden_states: Tensor, cache_params: MambaCache | InHand | None = None, packing: Packing | None = None
+    ) -> Tensor:
+        """Mix over time.
+
+        Args:
+            hidden_states: (b, l, h), or the packed row (1, total, h) with ``packing``.
+            cache_params: read as the state before the first token and left as the state after the last.
+            packing: where the sequences of a packed row start, and their cache rows.
+
+        Returns:
+            (b, l, h).
+        """
+        if isinstance(cache_params, InHand):
+            cache_params.held.place(self.layer_idx, hidden_states.device)
+        cache = cache_params.held if isinstance(cache_params, InHand) else cache_params
+        if packing is not None:
+            packing = packing.on(hidden_states.device)
+        xz = project(self.in_proj, hidden_states)  # (b, l, 2 d)
+        if in_training() and self.joins():
+            return project(self.out_proj, self._mix_joined(xz, cache, packing))
+        x, z = xz.chunk(2, -1)
+        if cache is not None and not torch.is_grad_enabled() and (packing is None or packing.in_place):
+            y = self._mix_in_place(x, z, cache, packing)
+        else:
+            y = self._mix(x, z, cache, packing)
+        return project(self.out_proj, y)
+
+    def joins(self) -> bool:
+        """Whether the ops between the projections may run as one function with a gradient of its own (`joined.py`)."""
+        return (
+            type(self) is MambaMixer and self.act is None and self.mixer_rms_eps is None and self.dt_proj.bias is not None
+            and self.causal_conv1d is causal_conv1d and self.selective_scan is selective_scan
+            and untouched(self.x_proj, nn.Linear) and untouched(self.dt_proj, TimeStepProjection) and untouched(self.conv1d, nn.Conv1d)
+            and all_plain((
+                self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias, self.conv1d.weight, self.conv1d.bias, self.A_log, self.D,
+            ))
+        )  # fmt: skip
+
+    def _mix_joined(self, xz: Tensor, cache: MambaCache | None, packing: Packing | None) -> Tensor:
+        """As `_mix`, the ops as one function."""
+        weights = Weights(
+            *self._filter()[:2], self.x_proj.weight, self.dt_proj.weight, self.A_log, self.D,
+            self.dt_proj.bias,
+        )  # fmt: skip
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+        y, *states = mix(xz, weights, *self._states(cache, packing), cu_seqlens, self.recompute_selection)
+        self._keep(cache, packing, *states)
+        return y
+
+    def _states(self, cache: MambaCache | None, packing: Packing | None) -> tuple[Tensor | None, Tensor | None]:
+        if cache is None:
+            return None, None
+        return cache.layer(self.layer_idx, None if packing is None else packing.read)
+
+    def _keep(self, cache: MambaCache | None, packing: Packing | None, conv_state: Tensor, ssm_state: Tensor) -> None:
+        if cache is not None:
+            cache.update(self.layer_idx, conv_state, ssm_state, None if packing is None else packing.write)
+
+    def _mix(self, x: Tensor, z: Tensor, cache: MambaCache | None, packing: Packing | None) -> Tensor:
+        """States go in and come out as values, and gradients flow through them."""
+        conv_state, ssm_state = self._states(cache, packing)
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+        if untouched(self.conv1d, nn.Conv1d):
+            x, conv_state = self.causal_conv1d(x, *self._filter(), initial_state=conv_state, cu_seqlens=cu_seqlens)
+        else:
+            self._require_whole_rows()
+            x, conv_state = convolve(
+                self.conv1d, self.conv_kernel_size, x, self.conv_activation, conv_state, cu_seqlens
+            )
+        y, ssm_state = self.selective_scan(*self._scan_inputs(x, z), initial_state=ssm_state, cu_seqlens=cu_seqlens)
+        self._keep(cache, packing, conv_state, ssm_state)
+        return y.to(z.dtype)
+
+    def _mix_in_place(self, x: Tensor, z: Tensor, cache: MambaCache, packing: Packing | None) -> Tensor:
+        """Inference: the ops read and write the cache's own memory."""
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+        slots = None if packing is None else packing.read.to(torch.int32)
+        conv_state, ssm_state = cache.conv_states[self.layer_idx], cache.ssm_states[self.layer_idx]
+        if untouched(self.conv1d, nn.Conv1d):
+            x, _ = causal_conv1d_(x, *self._filter(), state=conv_state, slot_indices=slots, cu_seqlens=cu_seqlens)
+        else:
+            self._require_whole_rows()
+            rows = None if packing is None else packing.read
+            x = convolve_(self.conv1d, self.conv_kernel_size, x, self.conv_activation, conv_state, rows, cu_seqlens)
+        y, _ = selective_scan_(*self._scan_inputs(x, z), state=ssm_state, slot_indices=slots, cu_seqlens=cu_seqlens)
+        return y.to(z.dtype)
+
+    def _filter(self) -> tuple[Tensor, Tensor | None, str | None]:
+        """(d, k), (d,) and the activation that runs inside the convolution."""
+        return self.conv1d.weight.squeeze(1), self.conv1d.bias, self.conv_activation
+
+    def _require_whole_rows(self) -> None:
+        if self.causal_conv1d is not causal_conv1d:
+            raise ValueError(
+                f"layer {self.layer_idx}: mixer.conv1d has a hook, a forward or an adapter of its own, and the row is spread over "
+                "processes, where the convolution runs without the module; take it off, or train without context parallelism"
+            )
+
+    def _scan_inputs(self, x: Tensor, z: Tensor) -> tuple:
+        """The selection: delta, B and C from the convolution's output (algorithm 2, lines 2 to 4)."""
+        if self.act is not None:
+            x = self.act(x)
+        r, n = self.time_step_rank, self.ssm_state_size
+        dt, B, C = self.x_proj(x).split([r, n, n], -1)
+        if self.mixer_rms_eps is not None:
+            dt, B, C = (rms_norm(t, None, self.mixer_rms_eps)[0] for t in (dt, B, C))
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        A = -torch.exp(self.A_log.to(dtype))
+        delta, bias = self._time_steps(dt)
+        if (
+            bias is None and delta.dtype.itemsize > x.dtype.itemsize
+        ):  # a half would round the sum: the scan reads its dtype
+            x, B, C, z = (t.to(delta.dtype) for t in (x, B, C, z))
+        return x, delta.to(x.dtype), A, B, C, self.D.to(dtype), z, None if bias is None else bias.to(dtype), True
+
+    def _time_steps(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What goes into the softplus, as the scan takes it: a product, and a bias that it adds in float32.
+
+        A module in dt_proj's place (an adapter around it, a plain linear layer) adds the bias itself. Of a float32 sum that is
+        to be a half it is taken off again, and added in the scan.
+        """
+        if untouched(self.dt_proj, TimeStepProjection):
+            return self.dt_proj.product(dt), self.dt_proj.bias
+        steps = self.dt_proj(dt)
+        if steps.dtype == dt.dtype:
+            return steps, None
+        own = next((m for m in self.dt_proj.modules() if isinstance(m, TimeStepProjection)), None)
+        # On meta: accelerate's hooks brought it for the call alone.
+        if own is None or own.bias is None or own.bias.is_meta:
+            return steps, None
+        return steps - own.bias, own.bias
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(lambda t: keep_float32(fn, t), recurse=False)  # A_log and D
+
+    def extra_repr(self) -> str:
+        return f"h={self.hidden_size}, d={self.intermediate_size}, n={self.ssm_state_size}, layer={self.layer_idx}"

@@ -1,0 +1,201 @@
+"""Prompts of one text on a GPU: cut into powers of two, read by graphs from their second use on."""
+
+import contextlib
+
+import pytest
+import torch
+
+from mambakit import MambaConfig, MambaForCausalLM
+from mambakit.decoding import graph_step
+from mambakit.decoding import prefill as prompt
+from mambakit.generation.engine import Engine, Request
+from mambakit.generation.stream import Sampling
+from mambakit.models import generate
+from mambakit.models.outputs import MambaCausalLMOutput
+from tests.models.configurations import pair
+
+CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+GPU = pytest.param("cuda", marks=CUDA)
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Makes a device serve: on a CPU the pieces without their graphs."""
+
+    def serve(device: str) -> str:
+        if device == "cpu":
+            monkeypatch.setattr(prompt, "reads_in_pieces", lambda model, rows: rows == 1)
+            monkeypatch.setattr(generate, "reads_in_pieces", lambda model, rows: rows == 1)
+            monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+            monkeypatch.setattr(prompt._Pieces, "_read", prompt._Pieces._forward)
+        return device
+
+    return serve
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 1000, 4095, 4096, 4097, 20_000])
+@pytest.mark.parametrize("longest", [1, 3, 64, 4096, 10**6])
+def test_pieces_are_powers_of_two_that_add_up(length, longest):
+    found = prompt.pieces(length, longest)
+    assert sum(found) == length
+    assert found == sorted(found, reverse=True)
+    assert all(size & (size - 1) == 0 and size <= min(longest, prompt.LONGEST) for size in found)
+    least = min(1 << (longest.bit_length() - 1), prompt.LONGEST)
+    assert len(found) <= length // least + least.bit_length()
+
+
+def test_on_a_cpu_it_is_the_models_forward():
+    model = pair("plain")[0]
+    ids = torch.randint(0, 50, (2, 9))
+    cache, other = model.backbone.new_cache(2), model.backbone.new_cache(2)
+    with torch.no_grad():
+        expected = model(ids, cache_params=other, logits_to_keep=1).logits[:, -1]
+        assert torch.equal(prompt.read_prompt(model, ids, cache), expected)
+    assert torch.equal(cache.ssm_states, other.ssm_states)
+    assert cache.get_seq_length() == 9
+
+
+def made(device: str, dtype: torch.dtype = torch.float32) -> MambaForCausalLM:
+    torch.manual_seed(0)
+    config = MambaConfig(hidden_size=128, num_hidden_layers=3, vocab_size=320, time_step_rank=16)
+    return MambaForCausalLM(config).to(device, dtype).eval()
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@torch.no_grad()
+def test_pieces_give_the_whole_prompts_logits_and_state(on, device):
+    model = made(on(device))
+    first = model.backbone.new_cache(1)
+    model(torch.randint(0, 320, (1, 5), device=device), cache_params=first)
+    for length in (1, 3, 77, 77, 77, 600, 600, 600):
+        ids = torch.randint(0, 320, (1, length), device=device)
+        cache, other = first.clone(), first.clone()
+        logits = prompt.read_prompt(model, ids, cache)
+        expected = model(ids, cache_params=other).logits[:, -1]
+        assert torch.allclose(logits, expected, atol=1e-4, rtol=1e-4)
+        assert torch.allclose(cache.ssm_states, other.ssm_states, atol=1e-4, rtol=1e-4)
+        assert torch.allclose(cache.conv_states, other.conv_states, atol=1e-4, rtol=1e-4)
+        assert cache.get_seq_length() == 5 + length
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@torch.no_grad()
+def test_the_bits_do_not_depend_on_what_was_read_before(on, device):
+    """Eager at first, captured at the second use, replayed from then on."""
+    model = made(on(device), torch.bfloat16)
+    ids = torch.randint(0, 320, (1, 333), device=device)
+    found = []
+    for _ in range(4):
+        cache = model.backbone.new_cache(1)
+        found.append((prompt.read_prompt(model, ids, cache).clone(), cache.ssm_states.clone()))
+        prompt.read_prompt(model, torch.randint(0, 320, (1, 77), device=device), model.backbone.new_cache(1))
+    for logits, state in found[1:]:
+        assert torch.equal(logits, found[0][0])
+        assert torch.equal(state, found[0][1])
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@torch.no_grad()
+def test_generate_reads_its_prompt_in_pieces(on, device, sampled, monkeypatch):
+    model = made(on(device))
+    ids = torch.randint(1, 320, (1, 45), device=device)
+    options = {"max_new_tokens": 12, "do_sample": sampled, "eos_token_id": None, "pad_token_id": 0, "seed": 3}
+    with monkeypatch.context() as without:
+        without.setattr("mambakit.models.generate.reads_in_pieces", lambda model, rows: False)
+        expected = model.generate(ids, **options)
+    for _ in range(3):
+        cache = model.backbone.new_cache(1)
+        assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **options), expected)
+        assert torch.equal(model.generate(ids, cache_params=cache, **options), expected)
+        assert cache.get_seq_length() == 45 + 11
+        assert torch.equal(model.generate(ids, prefill_chunk_size=16, **options), expected)
+    if device == "cuda":
+        (reader,) = [kept for (key, _), kept in graph_step._steps[model].items() if key == ("prompt",)]
+        assert sorted(reader._graphs) == [1, 4, 8, 16, 32]  # 45, also in pieces of 16
+    hooked = []
+    handle = model.register_forward_hook(lambda module, inputs, output: hooked.append(output.logits.shape))
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert len(hooked) == 12
+    handle.remove()
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@torch.no_grad()
+def test_a_forward_of_another_kind_is_given_the_whole_prompt(on, device):
+    """It does not know that the prompt has been read."""
+    lengths = []
+
+    class Own(MambaForCausalLM):
+        def forward(self, input_ids, cache_params=None, use_cache=None, **kwargs):
+            lengths.append(input_ids.shape[1])
+            output = self.backbone(input_ids, cache_params=cache_params, use_cache=use_cache)
+            return MambaCausalLMOutput(
+                logits=self.lm_head(output.last_hidden_state[:, -1:]).float(), cache_params=output.cache_params
+            )
+
+    model = made(on(device))
+    ids = torch.randint(1, 320, (1, 11), device=device)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    own = Own(model.config).to(device).eval()
+    own.load_state_dict(model.state_dict())
+    assert torch.equal(own.generate(ids, **options), expected)
+    assert lengths[0] == 11
+    inner = model.forward
+    model.forward = lambda *arguments, **kwargs: inner(*arguments, **kwargs)
+    assert torch.equal(model.generate(ids, **options), expected)
+    del model.forward
+    with pytest.raises(ValueError, match="prefill_chunk_size is 0"):
+        model.generate(ids, prefill_chunk_size=0, **options)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@torch.no_grad()
+def test_a_failed_call_leaves_the_state(on, device):
+    model = made(on(device))
+    ids = torch.randint(1, 320, (1, 20), device=device)
+    cache = model.backbone.new_cache(1)
+    with pytest.raises(ValueError):
+        model.generate(ids, cache_params=cache, max_length=5, max_new_tokens=-3)
+    assert cache.get_seq_length() == 0
+    assert not cache.ssm_states.any()
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@torch.no_grad()
+def test_the_engine_reads_by_graphs(on, device):
+    model = made(on(device))
+    model.generation_config.eos_token_id = None
+    ids = torch.randint(1, 320, (90,))
+    expected = model.generate(ids[None].to(device), max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 90:].tolist()
+    for _ in range(3):
+        engine = Engine(model, rows=2, chunk_size=64)
+        done = engine.write([Request(ids, Sampling(temperature=0), max_new_tokens=8) for _ in range(3)])
+        assert [request.tokens for request in done] == [expected] * 3
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@torch.no_grad()
+def test_adapters_switched_off_are_noticed(on, device):
+    """A graph has passed the switch when it was captured."""
+    peft = pytest.importorskip("peft")
+    model = made(on(device))
+    targets = ["x_proj", "dt_proj"]
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=targets, init_lora_weights=False), model)
+    ids = torch.randint(1, 320, (1, 6), device=device)
+
+    def read() -> torch.Tensor:
+        return prompt.read_prompt(model, ids, model.backbone.new_cache(1)).clone()
+
+    with_adapters = [read() for _ in range(3)]
+    before = graph_step._place(model)
+    layers = [m for m in model.modules() if hasattr(m, "enable_adapters") and hasattr(m, "merged_adapters")]
+    assert len(layers) == 6
+    for layer in layers:
+        layer.enable_adapters(False)
+    assert graph_step._place(model) != before
+    plain = [read() for _ in range(3)]
+    assert not torch.allclose(plain[0], with_adapters[0], atol=1e-3)
+    for logits in plain:
+        assert torch.allclose(logits, model(ids, logits_to_keep=1).logits[:, -1], atol=1e-4)

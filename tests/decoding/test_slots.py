@@ -1,0 +1,186 @@
+"""Rows of states: put in, stepped together, taken out, left out, whichever way they are stepped."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from mambakit.decoding import slots as module
+from mambakit.decoding.slots import SlotPool
+from tests.decoding.eager_graph import decode_by
+from tests.models.configurations import pair, tokens, worst
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def model():
+    return pair("untied")[0]
+
+
+@torch.no_grad()
+def test_rows_come_and_go(way, model):
+    """Each text's logits and state are its own, and the state knows how much it has read."""
+    rows = SlotPool(model, 5)
+    assert rows.size == 0
+    ids, lengths = tokens(3, 20), (4, 7, 5)
+    at = {}  # text: row
+    read = list(lengths)
+
+    def step() -> None:
+        new = torch.zeros(rows.size, dtype=torch.int64)
+        for text, row in at.items():
+            new[row] = ids[text, read[text]]
+        logits = rows.step(new)
+        for text, row in at.items():
+            read[text] += 1
+            assert worst(logits[row], model(ids[text : text + 1, : read[text]]).logits[0, -1]) < 1e-5
+
+    def put(text: int) -> None:
+        if len(at) == rows.size:
+            before = rows.size
+            assert rows.grow() == rows.size - before
+        row = min(set(range(rows.size)) - set(at.values()))
+        rows.put(row, model(ids[text : text + 1, : read[text]], use_cache=True).cache_params)
+        at[text] = row
+
+    def check(text: int) -> None:
+        state = rows.copy_of(at[text])
+        expected = model(ids[text : text + 1, : read[text]], use_cache=True).cache_params
+        assert worst(state.ssm_states, expected.ssm_states) < 1e-5
+        assert worst(state.conv_states, expected.conv_states) < 1e-5
+        assert state.get_seq_length() == read[text]
+
+    put(0)
+    assert rows.by_forward == (way == "forward")
+    assert rows.size == (1 if rows.elastic else 5)
+    step()
+    step()
+    put(1)
+    step()
+    put(2)
+    assert rows.size == (4 if rows.elastic else 5)
+    step()
+    for text in at:
+        check(text)
+    assert not rows.shrink([0, 1, 2]), "more than half"
+    del at[0]
+    shrunk = rows.shrink([at[1], at[2]])
+    assert shrunk == rows.elastic == (way == "native")
+    if shrunk:
+        at = {1: 0, 2: 1}
+        assert rows.size == 2
+    step()
+    read[0] = 3
+    put(0)
+    step()
+    for text in at:
+        check(text)
+
+
+@torch.no_grad()
+def test_over_a_cache(way, model):
+    """Its states are up to date after `close`, and a way back is exact."""
+    ids = tokens(3, 12)
+    cache = model(ids[:, :6], use_cache=True).cache_params
+    rows = SlotPool(model, 3, cache)
+    rows.step(ids[:, 6])
+    before = rows.snapshot()
+    kept = rows.states.ssm_states.clone()
+    first = rows.likeliest(ids[:, 7], 5)
+    moved = rows.states.ssm_states.clone()
+    rows.go_back(before)
+    assert torch.equal(rows.states.ssm_states, kept)
+    assert torch.equal(rows.likeliest(ids[:, 7], 5), first)
+    assert torch.equal(rows.states.ssm_states, moved)
+    rows.close()
+    whole = torch.cat([ids[:, :8], first[:, :-1]], 1)
+    result = model(whole, use_cache=True)
+    assert torch.equal(result.logits[:, 7:].argmax(-1), first)
+    assert worst(cache.ssm_states, result.cache_params.ssm_states) < 1e-5
+    assert worst(cache.conv_states, result.cache_params.conv_states) < 1e-5
+    assert cache.get_seq_length() == 12
+
+
+def test_only_what_the_native_library_serves_is_elastic(model, monkeypatch):
+    decode_by("native", monkeypatch)
+    assert SlotPool(model, 16).elastic
+    assert not SlotPool(model, 17).elastic, "17 rows are the forward's: its bits for one row would be others"
+    assert not SlotPool(pair("gelu")[0], 4).elastic
+    rows = SlotPool(model, 17)
+    assert rows.grow() == 17
+
+
+@torch.no_grad()
+def test_bits_do_not_depend_on_the_rows_that_were_left_out(model, monkeypatch):
+    decode_by("native", monkeypatch)
+    ids = tokens(4, 8)
+    cache = model(ids[:, :6], use_cache=True).cache_params
+    stay, leave = SlotPool(model, 4, cache.clone()), SlotPool(model, 4, cache.clone())
+    assert torch.equal(stay.step(ids[:, 6]), leave.step(ids[:, 6]))
+    assert leave.shrink([3, 1])
+    assert torch.equal(leave.step(ids[[3, 1], 7]), stay.step(ids[:, 7])[[3, 1]])
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_rows_of_a_pool_are_not_those_of_generate():
+    """The pool's graph is its own: a `generate` of as many rows in between leaves it alone."""
+    model = pair("untied")[0].cuda()
+    ids = tokens(2, 8).cuda()
+    rows = SlotPool(model, 2)
+    rows.grow()
+    for row in range(2):
+        rows.put(row, model(ids[row : row + 1, :6], use_cache=True).cache_params)
+    rows.step(ids[:, 6])
+    model.generate(ids, max_new_tokens=9, do_sample=False)
+    assert rows._graph is not module.graph_step(model, 2)
+    assert worst(rows.step(ids[:, 7]), model(ids).logits[:, -1]) < 1e-4
+    assert rows.copy_of(1).get_seq_length() == 8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(40))
+def test_random_growing_and_shrinking(seed, way, model):
+    """Whatever order rows come, step and go in, what is kept per row is as long as the pool, and each row's own."""
+    chance = random.Random(seed)
+    most = chance.choice([1, 3, 5, 8])
+    rows = SlotPool(model, most)
+    texts: dict[int, list[int]] = {}  # name: its tokens
+    name = 0
+    for _ in range(25):
+        action = chance.choice(["put", "put", "step", "step", "likeliest", "leave", "shrink"])
+        if action == "put" and len(texts) < most:
+            if None not in rows.held:
+                rows.grow()
+            row = chance.choice([i for i, held in enumerate(rows.held) if held is None])
+            ids = tokens(1, chance.randrange(1, 6))
+            rows.put(row, model(ids, use_cache=True).cache_params)
+            rows.held[row], texts[name], name = name, ids[0].tolist(), name + 1
+        elif action == "leave" and texts:
+            gone = chance.choice(list(texts))
+            del texts[gone]
+            rows.held[rows.held.index(gone)] = None
+        elif action == "shrink" and rows.size:
+            rows.shrink([i for i, held in enumerate(rows.held) if held is not None])
+        elif texts:
+            new = [chance.randrange(1, 61) for _ in range(rows.size)]
+            for row, held in enumerate(rows.held):
+                if held is not None:
+                    texts[held].append(new[row])
+            if action == "likeliest":
+                best = rows.likeliest(torch.tensor(new), 1)[:, 0]
+                assert rows.are_numbers(best).all()
+            else:
+                rows.step(torch.tensor(new))
+        assert len(rows._began) == len(rows.held) == rows.size <= most
+        assert rows._last is None or rows.size in (0, len(rows._last))
+        for row, held in enumerate(rows.held):
+            if held is not None:
+                assert rows.copy_of(row).get_seq_length() == len(texts[held])
+    for row, held in enumerate(rows.held):
+        if held is not None:
+            expected = model(torch.tensor([texts[held]]), use_cache=True).cache_params
+            assert worst(rows.copy_of(row).ssm_states, expected.ssm_states) < 1e-5
