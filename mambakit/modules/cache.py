@@ -212,6 +212,16 @@ class MambaCache:
         self._seen_tokens = max(self._seen_tokens, source._seen_tokens)
         return self
 
+    def load_(self, source: MambaCache) -> MambaCache:
+        """Take over the states and the number of tokens seen of ``source``, which has as many rows, in place: the tensors stay where they
+        are, for a captured graph or a native step that holds on to their memory."""
+        if source.ssm_states.shape != self.ssm_states.shape or source.conv_states.shape != self.conv_states.shape:
+            raise ValueError(f"source is of another model or has other rows: {source!r} does not fit {self!r}")
+        self.conv_states.copy_(source.conv_states)
+        self.ssm_states.copy_(source.ssm_states)
+        self._seen_tokens, self._tail = source._seen_tokens, source._tail
+        return self
+
     def to(self, device: torch.device | str | int | None) -> MambaCache:
         """This cache, all of it on one device: itself where it lies there already."""
         if device is None or (isinstance(self._conv, Tensor) and self._conv.device == exact_device(device)):
