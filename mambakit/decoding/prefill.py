@@ -179,7 +179,9 @@ def hidden_states(
     state: dict[str, Any] = {"use_cache": False} if cache is None else {"cache_params": cache}
     for chunk in _chunks(texts, None, size):
         if cache is None and not chunk.is_last:
-            raise ValueError(f"{sum(map(len, texts))} tokens are more than a chunk of {size}, which needs a cache to carry the state")
+            raise ValueError(
+                f"{sum(map(len, texts))} tokens are more than a chunk of {size}, which needs a cache to carry the state"
+            )
         hidden = model.backbone(chunk.ids, **chunk.marks, **state).last_hidden_state
         yield list(hidden[0].split(chunk.lengths)) if len(hidden) == 1 else list(hidden)
         if progress is not None:
@@ -237,7 +239,8 @@ def _chunks(texts: Prompts, attention_mask: Tensor | None, size: int) -> Iterato
     unread, done, total = list(texts), 0, sum(map(len, texts))
     device = texts[0].device
     while done < total:
-        share = max(1, size // sum(1 for text in unread if len(text)))
+        left = [n for text in unread if (n := len(text))]
+        share = max(left) if sum(left) <= size else max(1, size // len(left))
         parts = [text[:share] for text in unread]
         lengths = list(map(len, parts))
         ends = [i for i, text in enumerate(unread) if 0 < len(text) <= share]
