@@ -179,7 +179,9 @@ def hidden_states(
     state: dict[str, Any] = {"use_cache": False} if cache is None else {"cache_params": cache}
     for chunk in _chunks(texts, None, size):
         if cache is None and not chunk.is_last:
-            raise ValueError(f"{sum(map(len, texts))} tokens are more than a chunk of {size}, which needs a cache to carry the state")
+            raise ValueError(
+                f"{sum(map(len, texts))} tokens are more than a chunk of {size}, which needs a cache to carry the state"
+            )
         hidden = model.backbone(chunk.ids, **chunk.marks, **state).last_hidden_state
         yield list(hidden[0].split(chunk.lengths)) if len(hidden) == 1 else list(hidden)
         if progress is not None:
