@@ -170,9 +170,7 @@ class SlotPool:
     def go_back(self, snapshot: tuple[MambaCache, int]) -> None:
         """Every row as it was then; in place, for a step holds on to its memory."""
         states, self._steps = snapshot
-        self.states.conv_states.copy_(states.conv_states)
-        self.states.ssm_states.copy_(states.ssm_states)
-        self.states.advance(states.get_seq_length() - self.states.get_seq_length())
+        self.states.restore_(states)
 
     def close(self) -> None:
         """Bring the given states up to date; nothing is stepped afterwards."""

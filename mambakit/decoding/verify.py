@@ -132,9 +132,7 @@ class _ForwardVerifier:
         if not 0 <= m <= read:
             raise ValueError(f"commit of {m} tokens, but {read} are on trial")
         if m == read and m:
-            self.cache.conv_states.copy_(self._trial.conv_states)
-            self.cache.ssm_states.copy_(self._trial.ssm_states)
-            self.cache.advance(m)
+            self.cache.load_(self._trial)
         elif m:
             assert self._ids is not None
             self.model(self._ids[:, :m], cache_params=self.cache, logits_to_keep=1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mambakit.decoding.graph_step import GraphStep, graphs_serve
 from mambakit.decoding.step import forward_step, token_step
 from mambakit.generation.stream import SamplingParams, drawn
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 from mambakit.modules.interception import Watch, modules_of
 from mambakit.quoting import brief
 
@@ -101,7 +101,7 @@ class DraftModel:
     @torch.no_grad()
     def begin(self, ids: Tensor, sampling: SamplingParams, scores: _Scores | None, generator: torch.Generator) -> None:
         self._scores, self._greedy, self._generator = scores, sampling.temperature == 0, generator
-        self._cache: MambaCache = self.model.backbone.new_cache(1)
+        self._cache: StateCache = self.model.backbone.new_cache(1)
         ids = ids.to(self.model.device)
         for part in ids[:-1].split(2048):
             if len(part):
@@ -171,9 +171,7 @@ class DraftModel:
 
     def _return_to(self, tokens: int) -> None:
         """The cache as it was after so many tokens; in place, for the step holds on to its memory."""
-        snapshot = self._snapshots[tokens - self._base]
-        self._cache.conv_states.copy_(snapshot.conv_states)
-        self._cache.ssm_states.copy_(snapshot.ssm_states)
+        self._cache.restore_(self._snapshots[tokens - self._base])
         del self._read[tokens:]
 
 
