@@ -10,7 +10,7 @@ from torch import Tensor
 from mambakit.decoding.choosing import NO_CHOICE, Choosing, are_numbers
 from mambakit.decoding.slots import SlotPool
 from mambakit.errors import LogitsError
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache as MambaCache
 
 
 class GeneratingSteps:

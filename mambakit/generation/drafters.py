@@ -14,7 +14,7 @@ from mambakit.decoding.graph_step import GraphStep, graphs_serve
 from mambakit.decoding.prefill import prefill_states
 from mambakit.decoding.step import forward_step, token_step
 from mambakit.generation.stream import SamplingParams, drawn
-from mambakit.modules import StateCache
+from mambakit.modules import MambaCache
 from mambakit.modules.interception import Watch, modules_of
 from mambakit.quoting import brief
 
@@ -102,7 +102,7 @@ class DraftModel:
     @torch.no_grad()
     def begin(self, ids: Tensor, sampling: SamplingParams, scores: _Scores | None, generator: torch.Generator) -> None:
         self._scores, self._greedy, self._generator = scores, sampling.temperature == 0, generator
-        self._cache: StateCache = self.model.backbone.new_cache(1)
+        self._cache: MambaCache = self.model.backbone.new_cache(1)
         ids = ids.to(self.model.device)
         prefill_states(self.model, [ids[:-1]], self._cache)
         if graphs_serve(self.model):

@@ -38,7 +38,7 @@ from mambakit.generation.request import Request, Text
 from mambakit.generation.stream import _end_tokens
 from mambakit.generation.token_ids import require_in_vocabulary
 from mambakit.generation.turns import Path, Turns
-from mambakit.modules import StateCache
+from mambakit.modules import StateCache as MambaCache
 from mambakit.ops.sampling.api import NO_TOKEN
 from mambakit.quoting import cut
 
@@ -93,7 +93,7 @@ class Engine:
         self._unread: dict[Text, None] = {}  # in the order in which they came
         self._ready: dict[Text, None] = {}  # read, and without a row
         self._next: list[Text] | None = None  # those whose prompts may be read now; None where that is to be found out
-        self._known: OrderedDict[Path, tuple[StateCache, Tensor]] = OrderedDict()
+        self._known: OrderedDict[Path, tuple[MambaCache, Tensor]] = OrderedDict()
         self._steps = 0
         self._sampler, self._first = Sampler(), Sampler()  # of those who write, and of a prompt's first token
 
@@ -335,7 +335,7 @@ class Engine:
         self._turns.remove(text)
         self._next = None
 
-    def _keep(self, text: Text, state: StateCache) -> None:
+    def _keep(self, text: Text, state: MambaCache) -> None:
         request = text.request
         if request.keep_state:
             request.final_state = state

@@ -14,7 +14,7 @@ from torch import Tensor
 from mambakit.decoding.choosing import require_numbers
 from mambakit.generation.state import State
 from mambakit.generation.token_ids import require_in_vocabulary
-from mambakit.modules import StateCache
+from mambakit.modules import MambaCache
 from mambakit.quoting import brief
 
 # Logits are formed for this many tokens at a time: with a vocabulary of 50,280 that is 51 MB of float32.
@@ -70,7 +70,7 @@ class TokenScorer:
 
     def __init__(self, model: Any, first_token: int):
         self.model = model
-        self.cache: StateCache = model.backbone.new_cache(1)
+        self.cache: MambaCache = model.backbone.new_cache(1)
         self.last = torch.tensor([first_token], dtype=torch.int64, device=model.device)
 
     @torch.no_grad()
@@ -205,7 +205,7 @@ def score_continuations(
         require_in_vocabulary("the prefix", prefix, model.config.vocab_size)
     state = prefix if isinstance(prefix, State) else State.read(model, prefix, chunk_size=chunk_size)
     after = state.prompt()
-    cache: StateCache = after["cache"]
+    cache: MambaCache = after["cache"]
     first = _logits(model, after["prompt_ids"][None], cache)[0]  # (v,), the next token's
     first_log_probs, likeliest = first.log_softmax(-1), first.argmax()
 
@@ -292,7 +292,7 @@ def _first_token(tokenizer: Any) -> int:
     return first
 
 
-def _logits(model: Any, ids: Tensor, cache: StateCache) -> Tensor:
+def _logits(model: Any, ids: Tensor, cache: MambaCache) -> Tensor:
     """(b, v) after the last of ``ids`` (b, l)."""
     return model(ids, cache_params=cache, logits_to_keep=1).logits[:, -1]
 

@@ -18,7 +18,7 @@ from mambakit.decoding.step import token_step
 from mambakit.errors import LogitsError
 from mambakit.generation.stopping import StopSearch, read_stops
 from mambakit.generation.token_ids import require_in_vocabulary, token_ids
-from mambakit.modules import StateCache
+from mambakit.modules import MambaCache
 from mambakit.ops.sampling.api import NO_TOKEN
 from mambakit.quoting import quoted
 
@@ -69,7 +69,7 @@ class Stream:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
-    cache: StateCache | None = None
+    cache: MambaCache | None = None
     chunk_size: int | None = None
     progress: Callable[[int], None] | None = None
     context: Tensor | None = None

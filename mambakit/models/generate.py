@@ -24,7 +24,7 @@ from mambakit.models.inputs import one_cache
 from mambakit.models.options import check_generating, setting
 from mambakit.models.outputs import CACHE_NAMES
 from mambakit.models.pretrained import MambaPreTrainedModel
-from mambakit.modules import StateCache
+from mambakit.modules import StateCache as MambaCache
 from mambakit.modules.interception import is_ours
 from mambakit.number import SEED
 from mambakit.quoting import brief
@@ -141,7 +141,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
             final.remember_tail(sequences)
         return _with_each_name(result)
 
-    def next_logits(self, input_ids: Tensor | None, cache: StateCache | None) -> Tensor | None:
+    def next_logits(self, input_ids: Tensor | None, cache: MambaCache | None) -> Tensor | None:
         """(b, v) logits of one more token per row by the fast step of the `generate` under way; None where there is none."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a trace is of the forward
             return None
@@ -199,7 +199,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         return GenerateDecoderOnlyOutput(sequences=sequences, **{_RESULT: cache})
 
     def _prefill_in_chunks(
-        self, ids: Tensor, mask: Tensor | None, cache: StateCache, cached: int, chunk: int, last_too: bool
+        self, ids: Tensor, mask: Tensor | None, cache: MambaCache, cached: int, chunk: int, last_too: bool
     ) -> tuple[int, Tensor | None]:
         """Read the prompt but for its last token, or with it: (the columns of ``ids`` that generation need not read, the logits (b, v) after
         the last)."""
@@ -224,15 +224,15 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        cache_params: StateCache | None = None,
+        cache_params: MambaCache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cached_columns: int = 0,
         is_first_iteration: bool | None = False,
         next_sequence_length: int | None = None,
-        cache: StateCache | None = None,
-        past_key_values: StateCache | None = None,
+        cache: MambaCache | None = None,
+        past_key_values: MambaCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The inputs of one step: the prompt's columns that are not in the cache at first, then the last token."""
@@ -268,7 +268,7 @@ def _with_each_name(result: Any) -> Any:
     return result
 
 
-def _cached_columns(cache: StateCache, input_ids: Tensor, mask: Tensor | None) -> int:
+def _cached_columns(cache: MambaCache, input_ids: Tensor, mask: Tensor | None) -> int:
     """How many leading columns of ``input_ids`` the cache already holds: none of them, or all it has seen."""
     seen, length = cache.get_seq_length(), input_ids.shape[1]
     if seen == 0 or length <= seen or (mask is not None and mask.shape[1] == seen + length):

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mambakit.modules.mixers import state_spec
 from mambakit.modules.state_cache import StateCache
 from mambakit.modules.state_spec import StateSpec
-
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class MambaCache(StateCache):
@@ -52,7 +48,7 @@ class MambaCache(StateCache):
         max_batch_size: int,
         device: torch.device | str | Sequence[torch.device | str] | None = None,
         dtype: torch.dtype | str | None = None,
-    ) -> Self:
+    ) -> MambaCache:
         """A zero state for a model of configuration ``config`` and of ``dtype`` (the configuration's when None)."""
         return cls(config, max_batch_size, device, dtype)
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from mambakit.modules.layered import exact_device, stack_layers, zeros_of_layers
+from mambakit.modules.layered import exact_device
 from mambakit.modules.state_file import read_state, write_state
+from mambakit.modules.state_memory import StateMemory, slot_index
 from mambakit.modules.state_spec import StateSpec
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
+_Cache = TypeVar("_Cache", bound="StateCache")
 # Enough last tokens to tell "the whole sequence again" from "new tokens" with certainty for all practical purposes.
 _TAIL = 32
 
@@ -52,32 +51,18 @@ class StateCache:
         max_batch_size: int,
         device: torch.device | str | Sequence[torch.device | str] | None = None,
     ):
-        if max_batch_size < 0:
-            raise ValueError(f"max_batch_size is {max_batch_size}; it must be 0 or more")
-        if isinstance(device, (list, tuple)) and len(device) != len(spec.layers):
-            raise ValueError(
-                f"device names {len(device)} devices for {len(spec.layers)} layers; give one of each layer, or one of all"
-            )
-        self.spec = spec
-        self._stacks: dict[str, Any] = {}
-        for stack in spec.stacks:
-            own = [device[i] for i in stack.layers] if isinstance(device, (list, tuple)) else device
-            shape = (max_batch_size, *stack.tensor.shape)
-            self._stacks[stack.key] = zeros_of_layers(len(stack.layers), shape, own, stack.tensor.dtype)
-        # Layers replaced out of place (where gradients flow) since the stacked tensors were last formed.
-        self._replaced: dict[int, tuple[Tensor, ...]] = {}
-        self._slots = max_batch_size  # of a model without a state
+        self._memory = StateMemory(spec, max_batch_size, device)
         self._seen_tokens = 0
         self._tail: Tensor | None = None
 
     @classmethod
     def for_model(
-        cls,
+        cls: type[_Cache],
         config: Any,
         max_batch_size: int,
         device: torch.device | str | Sequence[torch.device | str] | None = None,
         dtype: torch.dtype | str | None = None,
-    ) -> Self:
+    ) -> _Cache:
         """A zero state for a model of configuration ``config`` and of ``dtype`` (the configuration's when None)."""
         return cls(config.state_spec(dtype), max_batch_size, device)
 
@@ -85,25 +70,24 @@ class StateCache:
 
     def tensors(self) -> dict[str, Any]:
         """The live memory, by `Stack.key`: each (layers, b, *shape), a Tensor or, on several devices, a `LayeredTensor`."""
-        self._stack()
-        return dict(self._stacks)
+        return dict(self._memory.tensors())
 
     def addresses(self) -> tuple[Any, ...]:
         """Where the memory lies: equal as long as in-place updates reach the same tensors."""
         return tuple(t.data_ptr() for t in self.tensors().values())
 
     @property
+    def spec(self) -> StateSpec:
+        return self._memory.spec
+
+    @property
     def max_batch_size(self) -> int:
-        for stacked in self._stacks.values():
-            return stacked.shape[1]
-        return self._slots
+        return self._memory.slots
 
     @property
     def device(self) -> torch.device:
         """The first layer's."""
-        for stacked in self._stacks.values():
-            return stacked.device
-        return torch.device("cpu")
+        return self._memory.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -112,7 +96,7 @@ class StateCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self._stacks.values())
+        return self._memory.nbytes
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of token columns seen (padding included) since the cache was made or reset."""
@@ -145,16 +129,11 @@ class StateCache:
     def layer(self, index: int, rows: Tensor | None = None) -> tuple[Tensor, ...]:
         """Layer ``index``'s tensors (b, *shape) in the specification's order, of slots ``rows`` (int64; -1 is a zero state) or
         of every slot. To be read: what is written into them may be lost."""
-        tensors = self._replaced.get(index) or tuple(self._stacks[key][at] for key, at in self.spec.places[index])
-        if rows is None:
-            return tensors
-        at = rows.clamp(min=0)
-        return tuple(torch.where((rows >= 0).view(-1, *[1] * (t.dim() - 1)), t[at], 0) for t in tensors)
+        return self._memory.layer(index, rows)
 
     def memory(self, index: int) -> tuple[Tensor, ...]:
         """Layer ``index``'s own memory (b, *shape), in the specification's order, for inference to write into."""
-        self._stack()
-        return tuple(self._stacks[key][at] for key, at in self.spec.places[index])
+        return self._memory.own(index)
 
     def update(self, index: int, *tensors: Tensor, rows: Tensor | None = None) -> None:
         """Replace layer ``index``'s tensors, given in the specification's order, of slots ``rows`` (int64; -1 drops the state)
@@ -163,70 +142,42 @@ class StateCache:
         Out of place, so that a gradient can flow from later tokens through the state into earlier ones. Inference writes
         into `memory` instead.
         """
-        named = self.spec.layers[index]
-        if len(tensors) != len(named):
-            names = ", ".join(t.name for t in named)
-            raise ValueError(f"layer {index} was given {len(tensors)} state tensors; it has {len(named)}: {names}")
-        tensors = tuple(t.to(own.dtype) for t, own in zip(tensors, named, strict=True))
-        if rows is not None:
-            old = self.layer(index)
-            at = torch.where(rows >= 0, rows, self.max_batch_size)  # a slot beyond the last takes what is dropped
-            tensors = tuple(_put(before, at, t) for before, t in zip(old, tensors, strict=True))
-        self._replaced[index] = tensors
-
-    def _stack(self) -> None:
-        """Form the stacked tensors anew from the layers that were replaced."""
-        if not self._replaced:
-            return
-        now: dict[str, list[Tensor]] = {key: [] for key in self._stacks}
-        for index, places in enumerate(self.spec.places):
-            for (key, _), tensor in zip(places, self.layer(index), strict=True):
-                now[key].append(tensor)
-        self._stacks = {key: stack_layers(tensors) for key, tensors in now.items()}
-        self._replaced = {}
+        self._memory.update(index, tensors, rows)
 
     def place(self, index: int, device: torch.device) -> None:
         """Have layer ``index``'s tensors on ``device``, where its layer computes; the other layers' stay where they are."""
-        if all(t.device == device for t in self.layer(index)):
-            return
-        self._stack()
-        for key, at in self.spec.places[index]:
-            stacked = self._stacks[key]
-            self._stacks[key] = stack_layers([t.to(device) if i == at else t.clone() for i, t in enumerate(stacked)])
+        self._memory.place(index, device)
 
     # -- operations on whole states --------------------------------------------------------------------------------
 
-    def clone(self) -> Self:
+    def clone(self: _Cache) -> _Cache:
         """A copy that later tokens do not change."""
         other = self._with(lambda t: t.clone())
         other._tail = self._tail
         return other
 
-    def snapshot(self) -> Self:
+    def snapshot(self: _Cache) -> _Cache:
         """A copy to return to with `restore_`."""
         return self.clone()
 
-    def restore_(self, snapshot: StateCache) -> Self:
+    def restore_(self: _Cache, snapshot: StateCache) -> _Cache:
         """Return to a `snapshot`, in place as `load_`."""
         return self.load_(snapshot)
 
-    def detach(self) -> Self:
+    def detach(self: _Cache) -> _Cache:
         """The same values cut from the autograd graph: truncated backpropagation carries a detached state."""
         return self._with(lambda t: t.detach())
 
-    def select(self, indices: Tensor | list[int]) -> Self:
+    def select(self: _Cache, indices: Tensor | list[int]) -> _Cache:
         """A new cache whose slot i is this one's slot ``indices[i]``: reorder, drop or fork slots."""
-        index = self._index(indices, self.max_batch_size, "indices")
-        other = self._with(lambda t: t[:, index])
-        other._slots = len(index)
-        return other
+        index = self._index(indices, "indices")
+        return self._with(lambda t: t[:, index], len(indices))
 
-    def empty_like(self, max_batch_size: int) -> Self:
+    def empty_like(self: _Cache, max_batch_size: int) -> _Cache:
         """A zero state of ``max_batch_size`` slots of the same model, on this one's (first) device."""
-        other = self._with(lambda t: torch.zeros(
-            t.shape[0], max_batch_size, *t.shape[2:], dtype=t.dtype, device=self.device
-        ))  # fmt: skip
-        other._slots, other._seen_tokens = max_batch_size, 0
+        shape, home = (lambda t: (t.shape[0], max_batch_size, *t.shape[2:])), self.device
+        other = self._with(lambda t: torch.zeros(shape(t), dtype=t.dtype, device=home), max_batch_size)
+        other._seen_tokens = 0
         return other
 
     def reset(self, rows: Tensor | list[int] | None = None) -> None:
@@ -235,8 +186,7 @@ class StateCache:
         With ``rows`` it is in place, and with a mask nothing waits for the device.
         """
         if rows is None:
-            self._replaced = {}
-            self._stacks = {key: t.detach().clone().zero_() for key, t in self._stacks.items()}
+            self._memory = self._memory.mapped(lambda t: t.detach().clone().zero_())
             self._seen_tokens, self._tail = 0, None
         elif isinstance(rows, Tensor) and rows.dtype == torch.bool:
             if rows.shape != (self.max_batch_size,):
@@ -245,30 +195,31 @@ class StateCache:
                 mask = rows.to(stacked.device).view(-1, *[1] * (len(stacked.shape) - 2))
                 stacked.masked_fill_(mask, 0)
         else:
-            index = self._index(rows, self.max_batch_size, "rows")
+            index = self._index(rows, "rows")
             for stacked in self.tensors().values():
                 stacked[:, index] = 0
 
-    def copy_(self, source: StateCache, from_slots: Tensor | list[int], to_slots: Tensor | list[int]) -> Self:
+    def copy_(self: _Cache, source: StateCache, from_slots: Tensor | list[int], to_slots: Tensor | list[int]) -> _Cache:
         """Copy slots ``from_slots`` of ``source`` into slots ``to_slots`` of this cache; the other slots stay.
 
-        Lists and CPU tensors of indices are checked without waiting for the device.
+        Lists and CPU tensors of indices are checked without waiting for the device, and a list of consecutive slots makes no
+        tensor of indices.
 
         Raises:
             ValueError: a state of another specification, indices beyond a cache, or more of one kind than of the other.
         """
         self._require_alike(source)
-        from_index = source._index(from_slots, source.max_batch_size, "from_slots")
-        to_index = self._index(to_slots, self.max_batch_size, "to_slots")
-        if from_index.shape != to_index.shape:
-            raise ValueError(f"{from_index.numel()} from_slots but {to_index.numel()} to_slots; give as many of each")
+        from_index = source._index(from_slots, "from_slots", ranges=True)
+        to_index = self._index(to_slots, "to_slots", ranges=True)
+        if len(from_slots) != len(to_slots):
+            raise ValueError(f"{len(from_slots)} from_slots but {len(to_slots)} to_slots; give as many of each")
         given = source.tensors()
         for key, stacked in self.tensors().items():
             stacked[:, to_index] = given[key][:, from_index].to(self.device, stacked.dtype)
         self._seen_tokens = max(self._seen_tokens, source._seen_tokens)
         return self
 
-    def load_(self, source: StateCache) -> Self:
+    def load_(self: _Cache, source: StateCache) -> _Cache:
         """Take over the values and the number of tokens seen of ``source``, which has as many slots, in place: the tensors stay
         where they are, for a captured graph or a native step that holds on to their memory. No gradient flows through it.
 
@@ -284,7 +235,7 @@ class StateCache:
         self._tail = source._tail
         return self
 
-    def fill_(self, tensors: Mapping[str, Tensor], seen_tokens: int) -> Self:
+    def fill_(self: _Cache, tensors: Mapping[str, Tensor], seen_tokens: int) -> _Cache:
         """Take over tensors of the names, shapes and kinds of this cache's own (`tensors`), in place.
 
         Raises:
@@ -302,15 +253,13 @@ class StateCache:
         return self
 
     def _fill(self, tensors: Mapping[str, Any], seen_tokens: int) -> None:
-        for key, stacked in self.tensors().items():
-            stacked.copy_(tensors[key].detach())
+        self._memory.fill_(tensors)
         self._seen_tokens, self._tail = seen_tokens, None
 
-    def to(self, device: torch.device | str | int | None) -> Self:
+    def to(self: _Cache, device: torch.device | str | int | None) -> _Cache:
         """This cache, all of it on one device: itself where it lies there already."""
-        if device is None or all(
-            isinstance(t, Tensor) and t.device == exact_device(device) for t in self._stacks.values()
-        ):
+        tensors = self.tensors().values()
+        if device is None or all(isinstance(t, Tensor) and t.device == exact_device(device) for t in tensors):
             return self
         return self._with(lambda t: t.to(device))
 
@@ -321,13 +270,12 @@ class StateCache:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        chosen = self.select(indices)
-        self._stacks, self._slots = chosen._stacks, chosen._slots
+        self._memory = self.select(indices)._memory
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every slot ``repeats`` times in place: n continuations of one prompt."""
-        self._stacks = {key: t.repeat_interleave(repeats, 1) for key, t in self.tensors().items()}
-        self._slots *= repeats
+        slots = self.max_batch_size * repeats
+        self._memory = self._memory.mapped(lambda t: t.repeat_interleave(repeats, 1), slots)
 
     def crop(self, max_length: int) -> None:
         raise NotImplementedError(
@@ -342,7 +290,9 @@ class StateCache:
         write_state(path, self.tensors(), self.spec, self._seen_tokens)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, config: Any, device: torch.device | str | None = None) -> Self:
+    def load(
+        cls: type[_Cache], path: str | os.PathLike, config: Any, device: torch.device | str | None = None
+    ) -> _Cache:
         """Read a state written by `save`, for a model of configuration ``config``.
 
         Raises:
@@ -357,28 +307,16 @@ class StateCache:
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
-    def _with(self, function: Callable[[Any], Any]) -> Self:
+    def _with(self: _Cache, function: Callable[[Any], Any], slots: int | None = None) -> _Cache:
         """A cache of the same class and specification, its tensors made from this one's by ``function``."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other._stacks = {key: function(t) for key, t in self.tensors().items()}
-        other._replaced, other._tail = {}, None
+        other._memory, other._tail = self._memory.mapped(function, slots), None
         return other
 
     def _require_alike(self, source: StateCache) -> None:
         if (difference := self.spec.difference(source.spec)) is not None:
             raise ValueError(f"source is of another model: it has {difference}; {source!r} does not fit {self!r}")
 
-    def _index(self, indices: Tensor | list[int], limit: int, name: str) -> Tensor:
-        home = indices.device if isinstance(indices, Tensor) else "cpu"
-        index = torch.as_tensor(indices, dtype=torch.long, device=home)
-        if index.dim() != 1:
-            raise ValueError(f"{name} has shape {tuple(index.shape)}, expected one dimension")
-        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < limit):
-            raise ValueError(f"{name} {index.tolist()} reach outside the {limit} rows of the cache")
-        return index.to(self.device)
-
-
-def _put(old: Tensor, at: Tensor, new: Tensor) -> Tensor:
-    """``old`` (b, ...) with slots ``at`` replaced, b for none."""
-    return torch.cat([old, torch.zeros_like(new[:1])]).index_put((at,), new)[: old.shape[0]]
+    def _index(self, indices: Tensor | list[int], name: str, ranges: bool = False) -> Any:
+        return slot_index(indices, self.max_batch_size, self.device, name, ranges)
