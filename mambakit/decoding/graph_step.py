@@ -131,13 +131,13 @@ class GraphStep:
         """Whether the model's parameters still lie where the graph reads them."""
         return self._place == _place(self.model)
 
-    def load(self, cache: MambaCache) -> None:
+    def load(self, cache: Any) -> None:
         """Start from this state (rows as many)."""
         self.cache.conv_states.copy_(cache.conv_states)
         self.cache.ssm_states.copy_(cache.ssm_states)
         self.position.zero_()
 
-    def store(self, cache: MambaCache, tokens: int) -> None:
+    def store(self, cache: Any, tokens: int) -> None:
         """Leave the state in ``cache``, ``tokens`` later than it was."""
         cache.conv_states.copy_(self.cache.conv_states)
         cache.ssm_states.copy_(self.cache.ssm_states)

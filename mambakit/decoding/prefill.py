@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.graph_step import graphs_serve, kept_with
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache as MambaCache
 from mambakit.modules.interception import is_ours
 from mambakit.quoting import brief
 

@@ -13,7 +13,7 @@ from mambakit.decoding.choosing import are_numbers
 from mambakit.decoding.graph_step import GraphStep, graph_step, graphs_serve
 from mambakit.decoding.step import forward_step, native_serves, native_step, passed_by
 from mambakit.decoding.verify import PackedVerifier, Verifier, verifier
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache as MambaCache
 from mambakit.modules.interception import Watch
 from mambakit.ops.linear.api import MOST_ROWS
 

@@ -278,7 +278,7 @@ class CheckpointInfo:
     files: dict[str, int]
     """Bytes of each weight file."""
     state_bytes: int
-    """Bytes of the state of one sequence (float32 SSM states; convolution windows in the weights' dtype)."""
+    """Bytes of the state of one sequence."""
     tokenizer: bool
 
     def as_dict(self) -> dict[str, Any]:
@@ -305,9 +305,6 @@ def describe(name: str | os.PathLike, **hub: Any) -> CheckpointInfo:
             dtypes[key] = dtypes.get(key, 0) + count
     # Of packed weights most bytes are integers, and the scales float32: the norm is in the model's own dtype.
     plain = {n: t for n, t in found.items() if n.endswith("norm_f.weight")} if is_quantized(config) else found
-    per_layer = config.intermediate_size * (
-        4 * config.state_size + _common_dtype(plain).itemsize * (config.conv_kernel - 1)
-    )
     fields: tuple[str, ...] = (
         "hidden_size",
         "num_hidden_layers",
@@ -323,5 +320,5 @@ def describe(name: str | os.PathLike, **hub: Any) -> CheckpointInfo:
         architecture="FalconMamba" if config.model_type == "falcon_mamba" else "Mamba",
         config={field: getattr(config, field) for field in fields},
         parameters=sum(dtypes.values()), dtypes=dtypes, files={f.name: f.stat().st_size for f in files},
-        state_bytes=config.num_hidden_layers * per_layer, tokenizer=(folder / "tokenizer.json").is_file(),
+        state_bytes=config.state_spec(_common_dtype(plain)).nbytes, tokenizer=(folder / "tokenizer.json").is_file(),
     )  # fmt: skip

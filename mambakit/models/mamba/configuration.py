@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformers
 
 from mambakit.models.mamba.initialization import UNSET_RANGE, uses_mamba_ssm_recipe
+from mambakit.modules.mixers import MIXERS, Mixer, state_spec
+from mambakit.modules.state_spec import StateSpec
 from mambakit.quoting import brief
 
 # Of the fields of an output those that Trainer cannot gather, whatever a release of transformers calls them.
@@ -42,6 +45,15 @@ class MambaConfig(transformers.MambaConfig):
         """The configuration of a checkpoint in either format, checked; see `mambakit.models.checkpoints.formats`."""
         return _read(cls, pretrained_model_name_or_path, kwargs)
 
+    def mixer_class(self, layer_idx: int) -> type[Mixer]:
+        """The sequence mixer of layer ``layer_idx``."""
+        return MIXERS["mamba"]
+
+    def state_spec(self, dtype: torch.dtype | str | None = None) -> StateSpec:
+        """What a model's state is made of, layer by layer: names, shapes per slot and dtypes; ``dtype`` is the model's, the
+        configuration's when None."""
+        return state_spec(self, dtype)
+
     def to_dict(self) -> dict[str, Any]:
         return _without_unset_range(super().to_dict())
 
@@ -63,6 +75,15 @@ class FalconMambaConfig(transformers.FalconMambaConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """The configuration of a checkpoint in either format, checked; see `mambakit.models.checkpoints.formats`."""
         return _read(cls, pretrained_model_name_or_path, kwargs)
+
+    def mixer_class(self, layer_idx: int) -> type[Mixer]:
+        """The sequence mixer of layer ``layer_idx``."""
+        return MIXERS["mamba"]
+
+    def state_spec(self, dtype: torch.dtype | str | None = None) -> StateSpec:
+        """What a model's state is made of, layer by layer: names, shapes per slot and dtypes; ``dtype`` is the model's, the
+        configuration's when None."""
+        return state_spec(self, dtype)
 
     def to_dict(self) -> dict[str, Any]:
         return _without_unset_range(super().to_dict())
