@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mambakit.modules.interception import untouched
 from mambakit.ops._autocast import autocast_dtype
-from mambakit.ops._memory import all_plain, transformed
+from mambakit.ops._backends.memory import all_plain, transformed
 from mambakit.ops._once import differentiated_once
 from mambakit.ops._products import product
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL

@@ -18,7 +18,7 @@ from mambakit.modules.packing import Packing
 from mambakit.modules.placement import InHand
 from mambakit.modules.precision import keep_float32
 from mambakit.ops import causal_conv1d, causal_conv1d_, rms_norm, selective_scan, selective_scan_
-from mambakit.ops._memory import all_plain
+from mambakit.ops._backends.memory import all_plain
 from mambakit.quoting import brief
 
 

@@ -7,7 +7,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from mambakit.ops.causal_conv1d import gpu, kernels, reference  # noqa: E402
+from mambakit.ops.causal_conv1d import chunked, gpu, kernels  # noqa: E402
 from tests.ops.interpreter import DEVICES, INTERPRETED, run_interpreted  # noqa: E402
 
 # Rounding y to bfloat16 costs 1.7e-3 at most in this norm. Triton's interpreter truncates instead: twice that.
@@ -91,11 +91,11 @@ def assert_close(got, expected, dtype, name):
 def check(case, dtype, device):
     arguments = inputs(case, dtype, device)
     dy, dfinal, *rest = arguments.values()
-    expected = reference.forward(*map(exact, rest))
+    expected = chunked.forward(*map(exact, rest))
     for name, got, want in zip(("y", "final_state"), gpu.forward(*rest), expected, strict=True):
         assert got.dtype == dtype
         assert_close(got, want, dtype, name)
-    expected = reference.backward(*map(exact, (dy, dfinal, *rest)))
+    expected = chunked.backward(*map(exact, (dy, dfinal, *rest)))
     names = ("dx", "dweight", "dbias", "dinitial_state")
     for name, got, want in zip(names, gpu.backward(dy, dfinal, *rest), expected, strict=True):
         assert_close(got, want, dtype, name)
@@ -132,7 +132,7 @@ def test_in_place(device, packed, length, state_dtype, has_slots):
     pool = pool.to(state_dtype)
     before = pool.clone()
     expected_pool = pool.double()
-    expected = reference.forward_(expected_pool, slots, x.double(), weight.double(), bias.double(), "silu", cu)
+    expected = chunked.forward_(expected_pool, slots, x.double(), weight.double(), bias.double(), "silu", cu)
 
     move = lambda t: None if t is None else t.to(device)  # noqa: E731
     pool = move(pool)
