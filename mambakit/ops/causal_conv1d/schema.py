@@ -77,7 +77,7 @@ implement_on_cpu("causal_conv1d", cpu.forward, cpu.serves)
 implement_on_cpu("causal_conv1d_backward", cpu.backward, cpu.serves_backward)
 implement_on_cpu("causal_conv1d_", cpu.forward_, cpu.serves_in_place)
 
-_GPU = "mambakit.ops.causal_conv1d.gpu"
+_GPU = "mambakit.ops.causal_conv1d.triton"
 implement_on_cuda("causal_conv1d", _GPU, "forward")
 implement_on_cuda("causal_conv1d_backward", _GPU, "backward")
 implement_on_cuda("causal_conv1d_", _GPU, "forward_")

@@ -58,6 +58,6 @@ torch.library.register_autograd("mambakit::rms_norm", _backward, setup_context=_
 implement_on_cpu("rms_norm", cpu.forward, cpu.serves)
 implement_on_cpu("rms_norm_backward", cpu.backward, cpu.serves)
 
-_GPU = "mambakit.ops.rms_norm.gpu"
+_GPU = "mambakit.ops.rms_norm.triton"
 implement_on_cuda("rms_norm", _GPU, "forward")
 implement_on_cuda("rms_norm_backward", _GPU, "backward")

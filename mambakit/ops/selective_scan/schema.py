@@ -113,7 +113,7 @@ implement_on_cpu("selective_scan", cpu.forward, cpu.serves)
 implement_on_cpu("selective_scan_backward", cpu.backward, cpu.serves)
 implement_on_cpu("selective_scan_", cpu.forward_, cpu.serves)
 
-_GPU = "mambakit.ops.selective_scan.gpu"
+_GPU = "mambakit.ops.selective_scan.cuda"
 implement_on_cuda("selective_scan", _GPU, "forward")
 implement_on_cuda("selective_scan_backward", _GPU, "backward")
 implement_on_cuda("selective_scan_", _GPU, "forward_")
