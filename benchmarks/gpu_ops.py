@@ -28,10 +28,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import peer
-from mambakit.ops.selective_scan import gpu, reference
+from mambakit.ops.selective_scan import cuda, reference
 from mambakit.ops.selective_scan import plan as plans
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
-from tests.ops.selective_scan import test_gpu
+from tests.ops.selective_scan import test_cuda
 
 SPECIAL = 4.0e12
 OPERATIONS = {"forward": 20, "both": 40}
@@ -91,11 +91,11 @@ def time_shape(shape, interval, variant="", kinds=("forward", "both"), repeats=2
     inner = 20 if elements < 1e7 else 1
 
     def forward():
-        return gpu.forward(*arguments, 0)
+        return cuda.forward(*arguments, 0)
 
     def both():
-        _, _, checkpoints = gpu.forward(*arguments, interval)
-        return gpu.backward(dy, None, *arguments, checkpoints, interval)
+        _, _, checkpoints = cuda.forward(*arguments, interval)
+        return cuda.backward(dy, None, *arguments, checkpoints, interval)
 
     for kind in kinds:
         run = {"forward": forward, "both": both}[kind]
@@ -124,8 +124,8 @@ def compare_errors(module, interval):
         exact = {"y": y} | dict(
             zip(names, reference.backward(dy.double(), None, *wide, checkpoints, interval), strict=False)
         )
-        y, _, checkpoints = gpu.forward(*arguments, interval)
-        ours = {"y": y} | dict(zip(names, gpu.backward(dy, None, *arguments, checkpoints, interval), strict=False))
+        y, _, checkpoints = cuda.forward(*arguments, interval)
+        ours = {"y": y} | dict(zip(names, cuda.backward(dy, None, *arguments, checkpoints, interval), strict=False))
         theirs = peer.Scan(module, *arguments[:9], dy).results()
         for name, e in exact.items():
             mine, his = (float((t[name].double() - e).norm() / e.norm()) for t in (ours, theirs))
@@ -141,15 +141,15 @@ def check(cases):
     for case in cases:
         torch.cuda.empty_cache()
         try:
-            found = test_gpu.errors(case)
+            found = test_cuda.errors(case)
         except Exception as error:  # a check that raises is a red check, whatever it raises
-            red[test_gpu.name_of(case)] = repr(error)[:300]
+            red[test_cuda.name_of(case)] = repr(error)[:300]
             if "CUDA" in repr(error) or "launch" in repr(error):
                 break
             continue
-        wrong = test_gpu.failures(case, found)
+        wrong = test_cuda.failures(case, found)
         if wrong:
-            red[test_gpu.name_of(case)] = {k: f"{v:.1e}" for k, v in wrong.items()}
+            red[test_cuda.name_of(case)] = {k: f"{v:.1e}" for k, v in wrong.items()}
         for name, error in found.items():
             key = f"{str(case[4])[6:]} {name}"
             worst[key] = max(worst.get(key, 0.0), error)
@@ -162,35 +162,35 @@ def check(cases):
 
 def sweep(interval):
     """Other layouts than the chosen ones, and other numbers of chunks where a row is cut."""
-    chosen = gpu.forward_plan, gpu.backward_plan
+    chosen = cuda.forward_plan, cuda.backward_plan
     for layout in FORWARD_LAYOUTS:
         for shape in SHAPES:
             tiles = shape[0] * -(-shape[1] // layout.block_channels)
             for chunks in [1] if tiles > 200 else [132 * waves // tiles + 1 for waves in (2, 3, 4, 8, 16)]:
                 plan = layout._replace(chunks=chunks)
-                gpu.forward_plan = lambda *_, plan=plan: plan
-                gpu._forward_call.cache_clear()
+                cuda.forward_plan = lambda *_, plan=plan: plan
+                cuda._forward_call.cache_clear()
                 time_shape(shape, interval, describe(plan), ("forward",), 5, eager=False)
-    gpu.forward_plan = chosen[0]
-    gpu._forward_call.cache_clear()
+    cuda.forward_plan = chosen[0]
+    cuda._forward_call.cache_clear()
     for layout in BACKWARD_LAYOUTS:
         for shape in SWEEP_BACKWARD:
             tiles = shape[0] * -(-shape[1] // layout.block_channels)
             for chunks in [1] if tiles > 200 else [132 * waves // tiles for waves in (2, 3, 6, 9)]:
                 plan = layout._replace(chunks=chunks)
-                gpu.backward_plan = lambda *_, plan=plan: plan
-                gpu._backward_call.cache_clear()
+                cuda.backward_plan = lambda *_, plan=plan: plan
+                cuda._backward_call.cache_clear()
                 time_shape(shape, interval, describe(plan), ("both",), 4, eager=False)
-    gpu.backward_plan = chosen[1]
-    gpu._backward_call.cache_clear()
+    cuda.backward_plan = chosen[1]
+    cuda._backward_call.cache_clear()
 
 
 def sweep_relays(interval):
     """Rows that fill the card unevenly: each walked by its own block, as plan.py chooses, and handed on between other numbers of blocks."""
 
     def time(kind, variant, choose):
-        setattr(gpu, f"{kind}_plan", choose)
-        getattr(gpu, f"_{kind}_call").cache_clear()
+        setattr(cuda, f"{kind}_plan", choose)
+        getattr(cuda, f"_{kind}_call").cache_clear()
         time_shape(shape, interval, variant, ("forward" if kind == "forward" else "both",), 5, eager=False)
 
     for kind, shape in itertools.product(("forward", "backward"), UNEVEN):
@@ -215,24 +215,24 @@ def describe(plan):
 
 
 FORWARD_LAYOUTS = [
-    *(gpu.Plan(2, 8, 1, 2, 8, 1, round=tokens) for tokens in (8, 16, 32)),
-    *(gpu.Plan(2, 8, 1, 2, blocks, 1, round=16) for blocks in (4, 6)),
-    gpu.Plan(2, 8, 1, 4, 4, 1, round=16),
-    gpu.Plan(2, 8, 1, 1, 16, 1, round=16),
-    *(gpu.Plan(1, 16, 1, 2, blocks, 1, round=16) for blocks in (4, 5, 6, 7)),
-    gpu.Plan(1, 16, 1, 2, 8, 1, round=8),
-    gpu.Plan(1, 16, 1, 4, 3, 1, round=16),
-    gpu.Plan(1, 16, 1, 1, 12, 1, round=16),
-    gpu.Plan(4, 4, 2, 4, 4, 1, round=16),
-    *(gpu.Plan(4, 4, 1, 4, 6, 1, round=tokens) for tokens in (16, 32)),
+    *(cuda.Plan(2, 8, 1, 2, 8, 1, round=tokens) for tokens in (8, 16, 32)),
+    *(cuda.Plan(2, 8, 1, 2, blocks, 1, round=16) for blocks in (4, 6)),
+    cuda.Plan(2, 8, 1, 4, 4, 1, round=16),
+    cuda.Plan(2, 8, 1, 1, 16, 1, round=16),
+    *(cuda.Plan(1, 16, 1, 2, blocks, 1, round=16) for blocks in (4, 5, 6, 7)),
+    cuda.Plan(1, 16, 1, 2, 8, 1, round=8),
+    cuda.Plan(1, 16, 1, 4, 3, 1, round=16),
+    cuda.Plan(1, 16, 1, 1, 12, 1, round=16),
+    cuda.Plan(4, 4, 2, 4, 4, 1, round=16),
+    *(cuda.Plan(4, 4, 1, 4, 6, 1, round=tokens) for tokens in (16, 32)),
 ]
 BACKWARD_LAYOUTS = [
-    gpu.Plan(4, 4, 2, 4, 3, 1, segment=64, sub=4),
-    gpu.Plan(4, 4, 2, 4, 2, 1, segment=64, sub=4, save=4),
-    gpu.Plan(4, 4, 2, 4, 3, 1, segment=32, sub=4, save=4),  # worth it with --interval 32 alone, as those below
-    gpu.Plan(4, 4, 2, 4, 4, 1, segment=16, sub=2, save=4),
-    gpu.Plan(4, 4, 2, 4, 4, 1, segment=32, sub=2),
-    gpu.Plan(4, 4, 2, 2, 6, 1, segment=32, sub=4, save=4),
+    cuda.Plan(4, 4, 2, 4, 3, 1, segment=64, sub=4),
+    cuda.Plan(4, 4, 2, 4, 2, 1, segment=64, sub=4, save=4),
+    cuda.Plan(4, 4, 2, 4, 3, 1, segment=32, sub=4, save=4),  # worth it with --interval 32 alone, as those below
+    cuda.Plan(4, 4, 2, 4, 4, 1, segment=16, sub=2, save=4),
+    cuda.Plan(4, 4, 2, 4, 4, 1, segment=32, sub=2),
+    cuda.Plan(4, 4, 2, 2, 6, 1, segment=32, sub=4, save=4),
 ]
 UNEVEN = [
     (4, 5120, 4096),
@@ -260,7 +260,7 @@ def main():
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     module = peer.build(options.peer, options.peer_build) if options.peer else None
-    green = check(test_gpu.CASES[:: 4 if options.quick else 1])
+    green = check(test_cuda.CASES[:: 4 if options.quick else 1])
     if green:
         if module is not None:
             compare_errors(module, options.interval)

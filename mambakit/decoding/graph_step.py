@@ -16,7 +16,7 @@ from mambakit.modules import MambaCache
 from mambakit.modules.interception import Watch, any_intercepted, modules_of
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops._memory import PLAIN_TYPES, all_plain, observed, transformed
-from mambakit.ops.decode import persistent
+from mambakit.ops.decode import cuda_persistent as persistent
 from mambakit.ops.decode.weights import LayerWeights, ModelWeights
 
 
@@ -161,12 +161,12 @@ def _fused(model: Any, cache: MambaCache, capacity: int) -> Any:
         return persistent.PersistentStep(weights, *states, capacity)
     if not triton:
         return None
-    from mambakit.ops.decode import few_rows_gpu, many_rows_gpu
+    from mambakit.ops.decode import triton_few_rows, triton_many_rows
 
-    if rows <= few_rows_gpu.MOST_ROWS:
-        return few_rows_gpu.FewRowsStep(weights, *states, capacity)
-    if weights.kind is None and rows <= many_rows_gpu.most_rows(width, model.dtype):
-        return many_rows_gpu.ManyRowsStep(weights, *states, capacity)
+    if rows <= triton_few_rows.MOST_ROWS:
+        return triton_few_rows.FewRowsStep(weights, *states, capacity)
+    if weights.kind is None and rows <= triton_many_rows.most_rows(width, model.dtype):
+        return triton_many_rows.ManyRowsStep(weights, *states, capacity)
     return None
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mambakit.decoding.prefill import SNAPSHOT_CHUNK, prefill_states
 from mambakit.errors import CheckpointError
 from mambakit.generation.state import State, fill_cache, fingerprint, write_tensors
 from mambakit.modules import MambaCache
@@ -111,7 +112,7 @@ class PrefixCache:
         memory_bytes: int = 1 << 30,
         folder: str | os.PathLike | None = None,
         disk_bytes: int = 4 << 30,
-        chunk_size: int = 512,
+        chunk_size: int = SNAPSHOT_CHUNK,
         device: torch.device | str = "cpu",
     ):
         for name, value in (("memory_bytes", memory_bytes), ("disk_bytes", disk_bytes)):
@@ -143,7 +144,7 @@ class PrefixCache:
         device = self.model.device
         for stop in reading.stops():
             part = torch.tensor([reading.tokens[reading.position : stop]], dtype=torch.int64, device=device)
-            self.model.backbone(part, cache_params=reading.cache)
+            prefill_states(self.model, part, reading.cache)
             reading.reached(stop)
             if progress is not None:
                 progress(stop)

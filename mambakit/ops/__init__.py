@@ -5,7 +5,8 @@ An op is a folder:
     api.py        the public function: the contract, the checks, the one entry
     reference.py  plain PyTorch that reads like the paper; the oracle of every test
     schema.py     the torch.library definition: schema, fake, autograd, and who implements it on which device
-    gpu.py        the CUDA implementation, imported at the first CUDA call
+    cuda*.py      CUDA C++ (kernels in .cu and .cuh beside it), compiled at run time by NVRTC
+    triton*.py    Triton kernels; both are imported at the first CUDA call
     native.cpp    the CPU implementation, built when the package is
 
 Dimension glossary, used in every comment and docstring of the project:

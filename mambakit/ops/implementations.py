@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mambakit.ops import _nvrtc, native
-from mambakit.ops.decode import persistent
+from mambakit.ops.decode import cuda_persistent as persistent
 from mambakit.ops.linear.api import MOST_ROWS
 
 OPS = ("selective_scan", "causal_conv1d", "rms_norm", "linear_cross_entropy", "linear", "decode")

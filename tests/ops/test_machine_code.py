@@ -11,8 +11,8 @@ import torch
 import mambakit
 from mambakit.decoding.graph_step import gpu_weights
 from mambakit.ops import _nvrtc
-from mambakit.ops.decode import persistent
-from mambakit.ops.selective_scan import gpu
+from mambakit.ops.decode import cuda_persistent as persistent
+from mambakit.ops.selective_scan import cuda
 from mambakit.ops.selective_scan.plan import backward_plan, forward_plan
 
 # Where the dev extra brings NVRTC it has to be found, so that these tests do not stay away unnoticed.
@@ -58,8 +58,8 @@ def compile_scan(
     assert plan.resident or not relayed
     taken = plan.forward_bytes(dtype.itemsize, gated) if kind == "forward" else plan.backward_bytes
     assert taken <= shared
-    macros = gpu._macros(kind, plan, dtype, gated, True, packed, whole)
-    return _nvrtc.machine_code(gpu._FOLDER, "kernel.cu", macros, arch)
+    macros = cuda._macros(kind, plan, dtype, gated, True, packed, whole)
+    return _nvrtc.machine_code(cuda._FOLDER, "kernel.cu", macros, arch)
 
 
 @pytest.mark.parametrize("arch", CARDS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mambakit.ops.selective_scan import in_parts_gpu
+from mambakit.ops.selective_scan import cuda_split_scan
 from mambakit.training.distributed import context_parallel, segment, stretch
 from mambakit.training.distributed.segment import segment_gradient, segment_map
 from tests.models.configurations import worst
@@ -48,12 +48,12 @@ def check(device: str, dtype: torch.dtype, case: tuple) -> None:
     exact = [t.double().cpu() if torch.is_tensor(t) else t for t in given]
     exact_cu = None if cu is None else cu.cpu()
 
-    ours, theirs = in_parts_gpu.Forward(*given, cu, 64), segment.Forward(*exact, exact_cu, 64)
+    ours, theirs = cuda_split_scan.Forward(*given, cu, 64), segment.Forward(*exact, exact_cu, 64)
     found, expected = ours.finish(initial), theirs.finish(initial.double().cpu())
     pairs = [("decay", ours.decay, theirs.decay), ("state", ours.state, theirs.state)]
     pairs += zip(("y", "final", "checkpoints"), found, expected, strict=True)
 
-    ours = in_parts_gpu.Backward(dy, *given, initial, cu, found[2], 64)
+    ours = cuda_split_scan.Backward(dy, *given, initial, cu, found[2], 64)
     theirs = segment.Backward(dy.double().cpu(), *exact, initial.double().cpu(), exact_cu, expected[2], 64)
     pairs.append(("gradient", ours.gradient, theirs.gradient))
     pairs += zip(

@@ -73,7 +73,7 @@ def _backward(ctx, dy, dfinal):
 
 torch.library.register_autograd("mambakit::causal_conv1d", _backward, setup_context=_setup_context, lib=LIBRARY)
 
-_GPU = "mambakit.ops.causal_conv1d.gpu"
+_GPU = "mambakit.ops.causal_conv1d.triton"
 implement_on_cuda("causal_conv1d", _GPU, "forward")
 implement_on_cuda("causal_conv1d_backward", _GPU, "backward")
 implement_on_cuda("causal_conv1d_", _GPU, "forward_")

@@ -1,5 +1,5 @@
 // One token through a whole Mamba model in one kernel: a block stays on each multiprocessor, and the blocks exchange values three
-// times a layer. Compiled at run time; the macros come from persistent.py.
+// times a layer. Compiled at run time; the macros come from cuda_persistent.py.
 //
 //   DTYPE 1 bfloat16, 2 float16: weights and activations      BITS 0: the large weights too; 8 or 4: packed integers, GROUP
 //   ROWS 1 to 8 texts; GRID blocks; H, D, RANK, WIDTH, VOCABULARY, LAYERS: the model's; 16 states
@@ -81,7 +81,7 @@ constexpr int AT_RATE = AT_SQUARES + up(ROWS * SLICES * 4);
 constexpr int AT_BEST = AT_RATE + up(ROWS * 8);
 constexpr int AT_MET = AT_BEST + up(ROWS * 8);
 constexpr int AT_RING = AT_MET + up(4);
-static_assert(AT_RING + WARPS * SLOTS * SLOT == SHARED, "persistent.py counts the shared memory otherwise");
+static_assert(AT_RING + WARPS * SLOTS * SLOT == SHARED, "cuda_persistent.py counts the shared memory otherwise");
 static_assert(C_TILES * 2 <= WARPS && S_TILES <= WARPS, "a phase has more tiles than a warp's two sums allow");
 static_assert((GRID + COPIES - 1) / COPIES < 256, "a byte does not count the blocks that add to a sum");
 static_assert(H % PIECE == 0 && D % PIECE == 0 && RANK % 16 == 0 && D % 8 == 0, "widths that pieces do not fit");
@@ -152,7 +152,7 @@ struct alignas(16) Run {
     int pieces;        // how many
     int field, begin;  // of the layer's table, and the first piece
 };
-static_assert(sizeof(Run) == 32, "persistent.py counts the shared memory otherwise");
+static_assert(sizeof(Run) == 32, "cuda_persistent.py counts the shared memory otherwise");
 
 // What a warp multiplies in every layer, then of the head, then nothing; returns how many runs are a layer's.
 DEVICE int plan_runs(Run* runs, int warp, int lane) {

@@ -53,4 +53,4 @@ def _backward(ctx, dloss, _dhidden, _dweight):
 
 torch.library.register_autograd("mambakit::linear_cross_entropy", _backward, setup_context=_setup_context, lib=LIBRARY)
 
-implement_on_cuda("linear_cross_entropy", "mambakit.ops.linear_cross_entropy.gpu", "forward")
+implement_on_cuda("linear_cross_entropy", "mambakit.ops.linear_cross_entropy.triton", "forward")

@@ -55,6 +55,6 @@ def _backward(ctx, dy, dresidual_out):
 
 torch.library.register_autograd("mambakit::rms_norm", _backward, setup_context=_setup_context, lib=LIBRARY)
 
-_GPU = "mambakit.ops.rms_norm.gpu"
+_GPU = "mambakit.ops.rms_norm.triton"
 implement_on_cuda("rms_norm", _GPU, "forward")
 implement_on_cuda("rms_norm_backward", _GPU, "backward")

@@ -11,7 +11,7 @@
 //
 // When b * d is too small to fill the card, rows are cut into `chunks`: `arrive` first finds, for all chunks but the first,
 // the gradient that leaves it to the left when nothing enters from the right, and sum(delta). For a caller that learns the
-// gradient of a row's final state only from that (in_parts_gpu.py) `arrive` visits every chunk (`first` is 0) without dfinal, which
+// gradient of a row's final state only from that (cuda_split_scan.py) `arrive` visits every chunk (`first` is 0) without dfinal, which
 // the walk adds then. In a RELAY (common.cuh) the chunks of a row are walked one after the other, last first.
 
 struct BackwardParams {

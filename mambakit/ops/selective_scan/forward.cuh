@@ -5,7 +5,7 @@
 // the other chunks but the last finds what they add to a zero state and sum(delta); pass 2 first combines those into
 // the state that enters its chunk (a chunk's decay is exp(A sum(delta))), then walks it for good.
 //
-// For a caller that learns the state which enters a row only from what its chunks add (in_parts_gpu.py) there are two other passes:
+// For a caller that learns the state which enters a row only from what its chunks add (cuda_split_scan.py) there are two other passes:
 // 3 finds what every chunk adds to a zero state, 4 walks all of them for good, from the initial state that is known by then.
 // In a RELAY (common.cuh) every chunk is walked once, for good.
 

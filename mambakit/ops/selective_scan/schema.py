@@ -109,7 +109,7 @@ def _backward(ctx, dy, dfinal, _):
 
 torch.library.register_autograd("mambakit::selective_scan", _backward, setup_context=_setup_context, lib=LIBRARY)
 
-_GPU = "mambakit.ops.selective_scan.gpu"
+_GPU = "mambakit.ops.selective_scan.cuda"
 implement_on_cuda("selective_scan", _GPU, "forward")
 implement_on_cuda("selective_scan_backward", _GPU, "backward")
 implement_on_cuda("selective_scan_", _GPU, "forward_")

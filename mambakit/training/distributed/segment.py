@@ -10,7 +10,7 @@ with S_t = delta_1 + ... + delta_t (arXiv 2312.00752, equation 2, unrolled). Bot
 where the exponentials only shrink, and stop where all of them are below 2^-64 in float32, which keeps 24 bits, and exactly 0 in
 float64: so a segment much longer than the model's memory costs a fraction of a scan.
 
-This is the plain PyTorch form; on a GPU the scan's own kernels find the same on their way (`mambakit/ops/selective_scan/in_parts_gpu.py`).
+This is the plain PyTorch form; on a GPU the scan's own kernels find the same on their way (`mambakit/ops/selective_scan/cuda_split_scan.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambakit.ops.selective_scan import in_parts_gpu
+from mambakit.ops.selective_scan import cuda_split_scan
 
 # Elements of (b, t, d, n) held at once: 64 MiB of float32.
 _CHUNK_ELEMENTS = 2**24
@@ -91,12 +91,12 @@ def segment_gradient(
 
 
 def scan_in_parts(u: Tensor, A: Tensor) -> tuple[type, type]:
-    """The `Forward` and the `Backward` that do this scan: `in_parts_gpu`'s, or those below."""
-    return (in_parts_gpu.Forward, in_parts_gpu.Backward) if in_parts_gpu.serves(u, A) else (Forward, Backward)
+    """The `Forward` and the `Backward` that do this scan: `cuda_split_scan`'s, or those below."""
+    return (cuda_split_scan.Forward, cuda_split_scan.Backward) if cuda_split_scan.serves(u, A) else (Forward, Backward)
 
 
 class Forward:
-    """`in_parts_gpu.Forward`, by `segment_map` and the whole scan."""
+    """`cuda_split_scan.Forward`, by `segment_map` and the whole scan."""
 
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, interval):
         self._given = u, delta, A, B, C, D, z, delta_bias, delta_softplus
@@ -111,7 +111,7 @@ class Forward:
 
 
 class Backward:
-    """`in_parts_gpu.Backward`, by `segment_gradient` and the whole gradient."""
+    """`cuda_split_scan.Backward`, by `segment_gradient` and the whole gradient."""
 
     def __init__(
         self, dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval

@@ -1,6 +1,6 @@
 """Runs the persistent step on CPU tensors: g++ compiles persistent.cu with this folder's `primitives.cuh`, for few blocks.
 
-It covers the kernel's logic (the pieces, the ring, the meetings of blocks, the sums) and all of `persistent.py` but the launch; not
+It covers the kernel's logic (the pieces, the ring, the meetings of blocks, the sums) and all of `cuda_persistent.py` but the launch; not
 the compiler's code, the real order of memory, or anything about speed.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mambakit.ops.decode import persistent
+from mambakit.ops.decode import cuda_persistent as persistent
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")

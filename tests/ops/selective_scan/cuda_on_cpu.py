@@ -1,6 +1,6 @@
 """Runs the CUDA C++ scan on CPU tensors: g++ compiles the kernels against `cuda_on_cpu.h` instead of NVRTC for a GPU.
 
-What this covers is the kernels' logic (indices, barriers, chunks, tails) and all of `gpu.py` but the launch itself; not the
+What this covers is the kernels' logic (indices, barriers, chunks, tails) and all of `cuda.py` but the launch itself; not the
 compiler's code, the approximate instructions, or anything about speed.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mambakit.ops.selective_scan import gpu
+from mambakit.ops.selective_scan import cuda
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
@@ -50,7 +50,7 @@ PARAMETERS = {
 
 
 def _source(name: str) -> str:
-    text = (gpu._FOLDER / name).read_text()
+    text = (cuda._FOLDER / name).read_text()
     for assembly, plain in REPLACEMENTS.items():
         text = text.replace(assembly, plain)
     text = COPY.sub("async_copy(shared, p, count > 0 ? BYTES : 0, BYTES);\n", text)
@@ -113,7 +113,7 @@ class Module:
         if which == 0:
             needed = self.library.shared_bytes()  # a relay may ask for more, to have a multiprocessor to fewer blocks
             assert shared_bytes == needed or (together and shared_bytes > needed), (
-                f"gpu.py asks for {shared_bytes} bytes of shared memory"
+                f"cuda.py asks for {shared_bytes} bytes of shared memory"
             )
 
         def launch(blocks: int, threads: int, stream: int, *fields: int, blocks_y: int = 1) -> None:
@@ -125,11 +125,11 @@ class Module:
 
 
 def install(monkeypatch, folder: Path, multiprocessors: int = 132) -> None:
-    """Until the test ends, gpu.py runs its kernels on CPU tensors, planned for so many multiprocessors."""
-    monkeypatch.setattr(gpu._nvrtc, "Module", lambda _folder, _source, macros, _device: Module(folder, macros))
-    monkeypatch.setattr(gpu, "_fallback", lambda: None)
-    monkeypatch.setattr(gpu, "_multiprocessors", lambda device: multiprocessors)
-    monkeypatch.setattr(gpu._nvrtc, "shared_memory", lambda device: 227 * 1024)
+    """Until the test ends, cuda.py runs its kernels on CPU tensors, planned for so many multiprocessors."""
+    monkeypatch.setattr(cuda._nvrtc, "Module", lambda _folder, _source, macros, _device: Module(folder, macros))
+    monkeypatch.setattr(cuda, "_fallback", lambda: None)
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(cuda._nvrtc, "shared_memory", lambda device: 227 * 1024)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
 
@@ -147,6 +147,6 @@ def guarded(t: torch.Tensor, before: bool) -> torch.Tensor:
 
 
 def forget() -> None:
-    """Drop what gpu.py keeps between calls."""
-    for kept in (gpu._module, gpu._forward_call, gpu._backward_call):
+    """Drop what cuda.py keeps between calls."""
+    for kept in (cuda._module, cuda._forward_call, cuda._backward_call):
         kept.cache_clear()

@@ -7,7 +7,8 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from mambakit.ops.linear_cross_entropy import gpu, reference  # noqa: E402
+from mambakit.ops.linear_cross_entropy import reference  # noqa: E402
+from mambakit.ops.linear_cross_entropy import triton as head  # noqa: E402
 from tests.ops.interpreter import DEVICES, INTERPRETED, run_interpreted  # noqa: E402
 
 # Loss: float32 sums. Gradients: softmax - onehot and the result are each rounded once to the dtype of hidden
@@ -50,23 +51,23 @@ def relative(got, expected):
 def check(hidden, weight, targets):
     # The reference runs where the inputs are: in float64 a vocabulary of 50,000 takes minutes on a CPU.
     want = reference.forward(hidden.double(), weight.double(), targets, -100, True, True)
-    loss, dhidden, dweight = gpu.forward(hidden, weight, targets, -100, True, True)
+    loss, dhidden, dweight = head.forward(hidden, weight, targets, -100, True, True)
     assert (loss.dtype, dhidden.dtype, dweight.dtype) == (torch.float32, hidden.dtype, weight.dtype)
     if hidden.shape[0]:
         assert relative(loss, want[0]) <= LOSS
         assert relative(dhidden, want[1]) <= GRADIENT[hidden.dtype]
     assert relative(dweight, want[2]) <= GRADIENT[hidden.dtype]
-    alone, *empty = gpu.forward(hidden, weight, targets, -100, False, False)
+    alone, *empty = head.forward(hidden, weight, targets, -100, False, False)
     assert torch.equal(alone, loss)
     assert [t.numel() for t in empty] == [0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("chunk_logits", [gpu.CHUNK_LOGITS, 400])
+@pytest.mark.parametrize("chunk_logits", [head.CHUNK_LOGITS, 400])
 @pytest.mark.parametrize("device", DEVICES)
 def test_matches_reference(device, case, dtype, chunk_logits, monkeypatch):
-    monkeypatch.setattr(gpu, "CHUNK_LOGITS", chunk_logits)  # 400: several chunks, the last of them shorter
+    monkeypatch.setattr(head, "CHUNK_LOGITS", chunk_logits)  # 400: several chunks, the last of them shorter
     check(*inputs(case, dtype, device))
 
 
@@ -74,7 +75,7 @@ def test_matches_reference(device, case, dtype, chunk_logits, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_longer_than_what_registers_hold(device, dtype, held, monkeypatch):
-    monkeypatch.setattr(gpu, "HELD_BLOCKS", held)
+    monkeypatch.setattr(head, "HELD_BLOCKS", held)
     check(*inputs((13, 8, 4500), dtype, device))  # three blocks
 
 
@@ -87,7 +88,7 @@ def test_master_weight_keeps_a_float32_gradient(device):
 def test_target_out_of_range_is_nan(device):
     hidden, weight, targets = inputs(CASES[1], torch.float32, device)
     targets[3] = weight.shape[0]
-    assert gpu.forward(hidden, weight, targets, -100, False, False)[0].isnan()
+    assert head.forward(hidden, weight, targets, -100, False, False)[0].isnan()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -105,12 +106,12 @@ def test_matches_reference_on_large_shapes(device, case, dtype):
 
 @pytest.mark.parametrize("device", DEVICES[1:])
 def test_capturable_in_a_cuda_graph(device, monkeypatch):
-    monkeypatch.setattr(gpu, "CHUNK_LOGITS", 400)
+    monkeypatch.setattr(head, "CHUNK_LOGITS", 400)
     arguments = (*inputs(CASES[1], torch.bfloat16, device), -100, True, True)
-    expected = gpu.forward(*arguments)
+    expected = head.forward(*arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = gpu.forward(*arguments)
+        captured = head.forward(*arguments)
     graph.replay()
     for got, want in zip(captured, expected, strict=True):
         assert torch.equal(got, want)
@@ -127,7 +128,7 @@ def compile_for_hopper(kernel, constants, **types):
 
 
 def constants(v, need_gradient):
-    block, rest, _ = gpu.softmax_plan(v)
+    block, rest, _ = head.softmax_plan(v)
     return {"V": v, "BLOCK_V": block, "REST": rest, "NEED_GRADIENT": need_gradient}
 
 
@@ -136,7 +137,7 @@ def constants(v, need_gradient):
 @pytest.mark.parametrize("v", [50277, 130001])
 def test_kernel_compiles(v, need_gradient):
     types = {"logits": "*fp32", "targets": "*i64", "losses": "*fp32", "dlogits": "*bf16"}
-    compile_for_hopper(gpu._softmax_kernel, constants(v, need_gradient), **types)
+    compile_for_hopper(head._softmax_kernel, constants(v, need_gradient), **types)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
@@ -144,7 +145,7 @@ def test_the_targets_logit_is_read_before_a_gradient_can_take_its_place():
     """In float32 they share memory: a warp past the reductions' barrier writes what a later one would still read."""
     types = {"logits": "*fp32", "targets": "*i64", "losses": "*fp32", "dlogits": "*fp32"}
     code = compile_for_hopper(
-        gpu._softmax_kernel, constants(130001, True), **types
+        head._softmax_kernel, constants(130001, True), **types
     ).asm["ttgir"].splitlines()  # fmt: skip
     reductions = [i for i, line in enumerate(code) if '"tt.reduce"' in line]
     one = [i for i, line in enumerate(code) if " tt.load " in line and "tensor<" not in line and "ptr<f32>" in line]
@@ -156,7 +157,7 @@ def test_the_targets_logit_is_read_before_a_gradient_can_take_its_place():
 @pytest.mark.parametrize("v", [50277, 130001])
 def test_the_targets_gradient_is_written_after_what_others_write_there(v):
     types = {"logits": "*fp32", "targets": "*i64", "losses": "*fp32", "dlogits": "*bf16"}
-    code = compile_for_hopper(gpu._softmax_kernel, constants(v, True), **types).asm["ptx"].splitlines()
+    code = compile_for_hopper(head._softmax_kernel, constants(v, True), **types).asm["ptx"].splitlines()
     stores = [i for i, line in enumerate(code) if "st.global" in line]
     assert any("bar.sync" in line for line in code[stores[-2] : stores[-1]])
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambakit.ops._sums import ALIKE
-from mambakit.ops.decode.tokens_gpu import TokenBuffers
+from mambakit.ops.decode.triton_tokens import TokenBuffers
 from mambakit.ops.decode.weights import LayerWeights, ModelWeights, Weight, check_states, shape_of
 
 MOST_ROWS = 128

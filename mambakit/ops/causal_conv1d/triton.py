@@ -1,4 +1,4 @@
-"""causal_conv1d on a GPU, in Triton. Contract: `reference.py` and `api.py`; the kernels are in `kernels.py`.
+"""causal_conv1d on a GPU, in Triton. Contract: `reference.py` and `api.py`; the kernels are in `triton_kernels.py`.
 
 Other widths than 2 to 8, and float64, go to the reference, which is PyTorch and runs on any device.
 
@@ -25,7 +25,8 @@ import torch
 import triton
 from torch import Tensor
 
-from mambakit.ops.causal_conv1d import kernels, reference
+from mambakit.ops.causal_conv1d import reference
+from mambakit.ops.causal_conv1d import triton_kernels as kernels
 
 
 class Tile(NamedTuple):

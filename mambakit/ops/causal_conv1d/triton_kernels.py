@@ -1,4 +1,4 @@
-"""The Triton kernels of `gpu.py`, which says what a program's part is and launches them."""
+"""The Triton kernels of `triton.py`, which says what a program's part is and launches them."""
 
 # The kernels' tuples of tensors grow by concatenation, the form Triton compiles; types there are Triton's.
 # ruff: noqa: RUF005

@@ -8,7 +8,7 @@ import torch
 from mambakit import MambaConfig, MambaForCausalLM
 from mambakit.decoding.graph_step import gpu_weights
 from mambakit.modules.quantized_linear import QuantizedLinear
-from mambakit.ops.decode import persistent
+from mambakit.ops.decode import cuda_persistent as persistent
 from tests.ops.decode import persistent_on_cpu
 
 CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from mambakit.ops.selective_scan import gpu, plan, reference
+from mambakit.ops.selective_scan import cuda, plan, reference
 from tests.ops.oracles import relative_error
 
 pytestmark = [
@@ -121,7 +121,7 @@ def poison(device="cuda"):
 OUTPUTS = ("y", "final", "du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias", "dinitial")
 
 
-def errors(case, implementation=gpu, device="cuda", interval=128):
+def errors(case, implementation=cuda, device="cuda", interval=128):
     """Each output's relative error against the float64 reference."""
     arguments, dy, dfinal = make(case, device)
     doubles = tuple(map(exact, arguments))
@@ -154,7 +154,7 @@ def test_checkpoint_intervals(interval):
     case = (2, 700, 48, 16, F32, None, True, False)
     assert not failures(case, errors(case, interval=interval))
     arguments, _, _ = make(case)
-    checkpoints = gpu.forward(*arguments, interval)[2]
+    checkpoints = cuda.forward(*arguments, interval)[2]
     assert relative_error(checkpoints, reference.forward(*map(exact, arguments), interval)[2]) < 1e-5
 
 
@@ -164,8 +164,8 @@ def test_same_inputs_same_bits(case):
     runs = []
     for _ in range(3):
         poison()
-        y, final, checkpoints = gpu.forward(*arguments, 128)
-        runs.append((y, final, *gpu.backward(dy, dfinal, *arguments, checkpoints, 128)))
+        y, final, checkpoints = cuda.forward(*arguments, 128)
+        runs.append((y, final, *cuda.backward(dy, dfinal, *arguments, checkpoints, 128)))
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
@@ -178,15 +178,15 @@ def test_a_row_that_is_handed_on_has_the_bits_of_a_whole_one(monkeypatch, layout
         forward = plan._LAYOUTS[layout].plan._replace(chunks=5 if resident else 1, resident=resident)
         backward = plan.backward_plan(16, 640, 4096, 16, 132, 227 * 1024)
         backward = backward._replace(chunks=5 if resident else 1, resident=resident)
-        monkeypatch.setattr(gpu, "forward_plan", lambda *_, plan=forward: plan)
-        monkeypatch.setattr(gpu, "backward_plan", lambda *_, plan=backward: plan)
-        gpu._forward_call.cache_clear()
-        gpu._backward_call.cache_clear()
+        monkeypatch.setattr(cuda, "forward_plan", lambda *_, plan=forward: plan)
+        monkeypatch.setattr(cuda, "backward_plan", lambda *_, plan=backward: plan)
+        cuda._forward_call.cache_clear()
+        cuda._backward_call.cache_clear()
         poison()
-        y, final, checkpoints = gpu.forward(*arguments, 64)
-        found.append((y, final, *gpu.backward(dy, dfinal, *arguments, checkpoints, 64)))
-    gpu._forward_call.cache_clear()
-    gpu._backward_call.cache_clear()
+        y, final, checkpoints = cuda.forward(*arguments, 64)
+        found.append((y, final, *cuda.backward(dy, dfinal, *arguments, checkpoints, 64)))
+    cuda._forward_call.cache_clear()
+    cuda._backward_call.cache_clear()
     for name, whole, *relayed in zip(OUTPUTS, *found, strict=True):
         if name in ("dA", "dD", "dbias"):  # summed for every chunk, then over chunks
             assert relative_error(relayed[0], whole.double()) < 2e-6
@@ -201,7 +201,7 @@ def test_in_place_with_slots(length):
     pool = torch.randn(5, 40, 16, device="cuda")
     for slots in (torch.tensor([4, -1, 0], dtype=torch.int32, device="cuda"), None):
         ours, theirs = pool.clone(), pool.clone()
-        y = gpu.forward_(ours, slots, u, delta, A, B, C, D, z, bias, True, None)
+        y = cuda.forward_(ours, slots, u, delta, A, B, C, D, z, bias, True, None)
         want = reference.forward_(theirs, slots, u, delta, A, B, C, D, z, bias, True, None)
         assert relative_error(y, want) < 1e-5
         assert relative_error(ours, theirs) < 1e-5
@@ -213,7 +213,7 @@ def test_in_place_packed():
     slots = torch.tensor([2, 0, -1, 5, 1], dtype=torch.int32, device="cuda")
     ours = torch.randn(6, 40, 16, device="cuda")
     theirs = ours.clone()
-    y = gpu.forward_(ours, slots, u, delta, A, B, C, D, z, bias, True, cu)
+    y = cuda.forward_(ours, slots, u, delta, A, B, C, D, z, bias, True, cu)
     want = reference.forward_(theirs, slots, u, delta, A, B, C, D, z, bias, True, cu)
     assert relative_error(y, want) < 1e-5
     assert relative_error(ours, theirs) < 1e-5
@@ -224,8 +224,8 @@ def test_captured_in_a_graph():
     arguments, dy, dfinal = make(case)
 
     def run():
-        y, final, checkpoints = gpu.forward(*arguments, 128)
-        return (y, final, *gpu.backward(dy, dfinal, *arguments, checkpoints, 128))
+        y, final, checkpoints = cuda.forward(*arguments, 128)
+        return (y, final, *cuda.backward(dy, dfinal, *arguments, checkpoints, 128))
 
     expected = run()
     torch.cuda.synchronize()
@@ -245,7 +245,7 @@ def test_decays_near_one_over_a_long_row():
     delta = torch.full((1, length, d), 1e-7, device="cuda")
     A = -torch.ones(d, 16, device="cuda")
     B = C = torch.ones(1, length, 16, device="cuda")
-    _, final, _ = gpu.forward(u, delta, A, B, C, None, None, None, False, None, None, 0)
+    _, final, _ = cuda.forward(u, delta, A, B, C, None, None, None, False, None, None, 0)
     total = 1e-7 * torch.arange(length - 1, -1, -1, dtype=torch.float64)
     expected = (1e-7 * torch.exp(-total)).sum()
     assert abs(final.double().cpu() / expected - 1).max() < 1e-3  # 3.3e-5 was measured, a loop has 6.5e-3
@@ -254,6 +254,6 @@ def test_decays_near_one_over_a_long_row():
 def test_empty_inputs():
     (u, delta, A, B, C, D, z, bias, softplus, initial, _), _, _ = make((2, 5, 24, 16, F32, None, True, False))
     cut = lambda t: t[:, :0]  # noqa: E731
-    y, final, _ = gpu.forward(cut(u), cut(delta), A, cut(B), cut(C), D, cut(z), bias, softplus, initial, None, 128)
+    y, final, _ = cuda.forward(cut(u), cut(delta), A, cut(B), cut(C), D, cut(z), bias, softplus, initial, None, 128)
     assert y.shape == (2, 0, 24)
     assert torch.equal(final, initial)

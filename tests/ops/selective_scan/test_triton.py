@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 _CHECK = """
 # bfloat16: the interpreter truncates where a GPU rounds, twice the error
 import torch
-from mambakit.ops.selective_scan import portable_gpu as kernel
+from mambakit.ops.selective_scan import triton as kernel
 from mambakit.ops.selective_scan import reference
 
 torch.manual_seed(0)

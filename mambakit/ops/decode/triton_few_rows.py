@@ -3,7 +3,7 @@
 It serves what the persistent kernel does not (float32, other state sizes). A step is bound by reading the weights, and between kernels
 the card reads nothing: so each kernel takes in what its neighbours would do. `_in_proj` normalises the residual stream as it reads it,
 and convolves and shifts the window as it writes; `_scan` forms the step sizes (dt_proj), moves the state and applies the gate;
-`_out_proj` adds to the residual stream; `_head` leaves each block's best token for `tokens_gpu.py` to choose from. Activations are
+`_out_proj` adds to the residual stream; `_head` leaves each block's best token for `triton_tokens.py` to choose from. Activations are
 rounded to the weights' dtype where the model's forward rounds them; sums and the residual stream are float32.
 
 A product is a sum over columns for each row, so a row's bits do not depend on the others as long as the number of rows the step was
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambakit.ops._sums import ALIKE
-from mambakit.ops.decode.tokens_gpu import TokenBuffers
+from mambakit.ops.decode.triton_tokens import TokenBuffers
 from mambakit.ops.decode.weights import LayerWeights, ModelWeights, check_states, shape_of, tensors_of
 
 MOST_ROWS = 4

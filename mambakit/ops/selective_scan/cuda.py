@@ -1,7 +1,7 @@
 """The selective scan on NVIDIA GPUs: CUDA C++ (`kernel.cu`), compiled at run time for the shape at hand.
 
 This file allocates and launches; the layout of a call is `plan.py`'s choice. How the kernels work is in `common.cuh`, `forward.cuh` and
-`backward.cuh`. Where CUDA C++ cannot be compiled, the Triton kernels of `portable_gpu.py` serve, after one warning; one token in place goes
+`backward.cuh`. Where CUDA C++ cannot be compiled, the Triton kernels of `triton.py` serve, after one warning; one token in place goes
 there, too. float64 and empty inputs go to the reference.
 """
 
@@ -63,9 +63,9 @@ def _portable(reason: str):
     warnings.warn(
         f"mambakit: the selective scan runs on its slower Triton kernels: {reason}", UserWarning, stacklevel=4
     )
-    from mambakit.ops.selective_scan import portable_gpu
+    from mambakit.ops.selective_scan import triton
 
-    return portable_gpu
+    return triton
 
 
 @functools.cache
@@ -80,9 +80,9 @@ def _one_token():
     """Triton's kernel where it is there: one token moves states, which it reads as whole lines; twice as fast (docs/kernels.md)."""
     if importlib.util.find_spec("triton") is None:
         return None
-    from mambakit.ops.selective_scan import portable_gpu
+    from mambakit.ops.selective_scan import triton
 
-    return portable_gpu
+    return triton
 
 
 def _elsewhere(u: Tensor, A: Tensor):

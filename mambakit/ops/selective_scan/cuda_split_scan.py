@@ -1,4 +1,4 @@
-"""The scan of `gpu.py` in two parts, for a caller that learns the state which enters a row only after it has told what leaves it.
+"""The scan of `cuda.py` in two parts, for a caller that learns the state which enters a row only after it has told what leaves it.
 
 Cut into chunks, a row is walked twice anyway: once to find what each chunk adds to a state and how it decays, and once for
 good. `Forward` and `Backward` hand over what the first walk found, of the whole row, and take the state (or its gradient) for the
@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mambakit.ops.selective_scan import gpu
+from mambakit.ops.selective_scan import cuda
 
 
 def serves(u: Tensor, A: Tensor) -> bool:
     """Whether the kernels here can do this call."""
-    return u.is_cuda and gpu._elsewhere(u, A) is None
+    return u.is_cuda and cuda._elsewhere(u, A) is None
 
 
 class Forward:
@@ -32,7 +32,7 @@ class Forward:
         self._u, self._interval = u, interval
         self._sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
         with torch.cuda.device_of(u):
-            launch = gpu.ForwardLaunch(
+            launch = cuda.ForwardLaunch(
                 u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, None, interval, False, True
             )  # fmt: skip
             launch.number_sequences(None, None)
@@ -40,7 +40,7 @@ class Forward:
         assert launch.scratch is not None  # in parts there is always something to hand over
         self._launch = launch
         chunks, padded = launch.call.chunks, launch.call.padded
-        local, sums = gpu.shared_floats(launch.scratch, (b, chunks, d, padded), (b, chunks, d))
+        local, sums = cuda.shared_floats(launch.scratch, (b, chunks, d, padded), (b, chunks, d))
         after = torch.zeros_like(sums)  # the time steps to the right of each chunk
         after[:, :-1] = sums[:, 1:].flip(1).cumsum(1).flip(1)
         self.decay = torch.exp(sums.sum(1)[..., None] * A)
@@ -55,10 +55,10 @@ class Forward:
 
     def finish(self, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """y, the final state and the checkpoints. ``initial`` (b, d, n), or (s, d, n) packed, zero but for the first sequence."""
-        initial = gpu.dense(initial)
+        initial = cuda.dense(initial)
         with torch.cuda.device_of(initial):
             final = torch.empty_like(initial)
-            y, checkpoints = gpu.new_outputs(self._u, initial.shape[2], self._interval)
+            y, checkpoints = cuda.new_outputs(self._u, initial.shape[2], self._interval)
             self._launch.number_sequences(initial, final)
             self._launch.launch((4,), initial, y, final, checkpoints)
         return y, final, checkpoints
@@ -78,7 +78,7 @@ class Backward:
         b, _, d = u.shape
         n = A.shape[1]
         with torch.cuda.device_of(u):
-            launch = gpu.BackwardLaunch(
+            launch = cuda.BackwardLaunch(
                 dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval,
                 True,
             )  # fmt: skip
@@ -87,7 +87,7 @@ class Backward:
         self._launch = launch
         chunks = launch.call.chunks
         *_, place, _ = launch.places  # of what chunks hand to each other, in the scratch memory
-        local, sums = gpu.shared_floats(
+        local, sums = cuda.shared_floats(
             launch.scratch, (b, chunks, d, n), (b, chunks, d), start=place - launch.scratch.data_ptr()
         )  # fmt: skip
         before = torch.zeros_like(sums)  # the time steps to the left of each chunk
@@ -100,7 +100,7 @@ class Backward:
 
     def finish(self, dfinal: Tensor) -> tuple[Tensor, ...]:
         """The gradients, in the op's order. ``dfinal`` (b, d, n), or (s, d, n) packed, zero but for the last sequence."""
-        dfinal = gpu.dense(dfinal)
+        dfinal = cuda.dense(dfinal)
         with torch.cuda.device_of(dfinal):
             self._launch.number_sequences(dfinal)
             return self._launch.finish(dfinal)

@@ -7,7 +7,9 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from mambakit.ops.causal_conv1d import gpu, kernels, reference  # noqa: E402
+from mambakit.ops.causal_conv1d import reference  # noqa: E402
+from mambakit.ops.causal_conv1d import triton as conv  # noqa: E402
+from mambakit.ops.causal_conv1d import triton_kernels as kernels  # noqa: E402
 from tests.ops.interpreter import DEVICES, INTERPRETED, run_interpreted  # noqa: E402
 
 # Rounding y to bfloat16 costs 1.7e-3 at most in this norm. Triton's interpreter truncates instead: twice that.
@@ -92,12 +94,12 @@ def check(case, dtype, device):
     arguments = inputs(case, dtype, device)
     dy, dfinal, *rest = arguments.values()
     expected = reference.forward(*map(exact, rest))
-    for name, got, want in zip(("y", "final_state"), gpu.forward(*rest), expected, strict=True):
+    for name, got, want in zip(("y", "final_state"), conv.forward(*rest), expected, strict=True):
         assert got.dtype == dtype
         assert_close(got, want, dtype, name)
     expected = reference.backward(*map(exact, (dy, dfinal, *rest)))
     names = ("dx", "dweight", "dbias", "dinitial_state")
-    for name, got, want in zip(names, gpu.backward(dy, dfinal, *rest), expected, strict=True):
+    for name, got, want in zip(names, conv.backward(dy, dfinal, *rest), expected, strict=True):
         assert_close(got, want, dtype, name)
 
 
@@ -136,7 +138,7 @@ def test_in_place(device, packed, length, state_dtype, has_slots):
 
     move = lambda t: None if t is None else t.to(device)  # noqa: E731
     pool = move(pool)
-    y = gpu.forward_(pool, move(slots), *map(move, (x, weight, bias)), "silu", move(cu))
+    y = conv.forward_(pool, move(slots), *map(move, (x, weight, bias)), "silu", move(cu))
     assert_close(y.cpu(), expected, torch.bfloat16, "y")
     assert torch.equal(pool.cpu().double(), expected_pool)  # states are copies of inputs: no rounding
     if has_slots:
@@ -150,20 +152,20 @@ def test_dx_into_given_memory(device, case):
     dy, dfinal, *rest = inputs(case, torch.float32, device).values()
     wide = torch.full((*dy.shape[:2], 2 * dy.shape[2]), 7.0, device=device)
     dx, kept = wide.chunk(2, -1)
-    found = gpu.backward(dy, dfinal, *rest, dx)
+    found = conv.backward(dy, dfinal, *rest, dx)
     assert found[0] is dx
     assert (kept == 7).all()
-    for ours, theirs in zip(found, gpu.backward(dy, dfinal, *rest), strict=True):
+    for ours, theirs in zip(found, conv.backward(dy, dfinal, *rest), strict=True):
         assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_segments_equal_the_whole(device):
     x, weight = torch.randn(2, 45, 36, device=device), torch.randn(36, 4, device=device)
-    whole, last = gpu.forward(x, weight, None, "silu", None, None)
+    whole, last = conv.forward(x, weight, None, "silu", None, None)
     state, parts = None, []
     for part in x.split([1, 2, 17, 25], 1):
-        y, state = gpu.forward(part, weight, None, "silu", state, None)
+        y, state = conv.forward(part, weight, None, "silu", state, None)
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-6, atol=1e-6)  # sums of 4 terms in one order
     assert torch.equal(state, last)
@@ -172,7 +174,7 @@ def test_segments_equal_the_whole(device):
 @pytest.mark.parametrize("device", DEVICES[1:])
 def test_same_inputs_same_bits(device):
     arguments = inputs(LARGE[0], torch.bfloat16, device).values()
-    for first, second in zip(gpu.backward(*arguments), gpu.backward(*arguments), strict=True):
+    for first, second in zip(conv.backward(*arguments), conv.backward(*arguments), strict=True):
         assert torch.equal(first, second)
 
 
@@ -182,8 +184,8 @@ def test_capturable_in_a_cuda_graph(device):
     pool = torch.zeros(rest[-1].shape[0] - 1, rest[0].shape[2], 3, device=device)
 
     def run():
-        y = gpu.forward_(pool, None, *rest[:4], rest[-1])
-        return *gpu.forward(*rest), *gpu.backward(dy, dfinal, *rest), y
+        y = conv.forward_(pool, None, *rest[:4], rest[-1])
+        return *conv.forward(*rest), *conv.backward(dy, dfinal, *rest), y
 
     expected = run()
     pool.zero_()
@@ -246,8 +248,8 @@ def test_an_empty_packed_row_compiles(monkeypatch):
         monkeypatch.setattr(kernels, name, Kernel(getattr(kernels, name)))
     monkeypatch.setattr(kernels, "sum_partials_kernel", Kernel(None))
     dy, dfinal, *rest = inputs(CASES[-1], torch.bfloat16, "cpu").values()
-    gpu.forward(*rest)
-    gpu.backward(dy, dfinal, *rest)
+    conv.forward(*rest)
+    conv.backward(dy, dfinal, *rest)
     compiled = [launch for launch in launched if launch[0] is not None]
     assert len(compiled) == 2
     for kernel, arguments, constants in compiled:

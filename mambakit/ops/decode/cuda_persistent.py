@@ -166,7 +166,7 @@ def why_not(weights: ModelWeights, rows: int, conv_dtype: torch.dtype) -> str | 
 class PersistentStep:
     """``step()`` reads ``tokens`` (rows,) and leaves ``logits`` (rows, v) float32; states are updated in place.
 
-    Arguments and attributes are `mambakit.ops.decode.many_rows_gpu.ManyRowsStep`'s; for benchmarks, ``warps`` that work, ``queue`` (slots of a
+    Arguments and attributes are `mambakit.ops.decode.triton_many_rows.ManyRowsStep`'s; for benchmarks, ``warps`` that work, ``queue`` (slots of a
     warp's ring, those filled again at once at the end of a phase, cycles between two of the others), and ``clock``, which keeps ``cycles`` (`PARTS`,) of one block.
     A row's bits do not depend on the other rows, nor on how many there are. The kernel needs all of the card's multiprocessors at once: launched while other work runs, it waits.
 

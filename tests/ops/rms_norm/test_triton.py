@@ -7,7 +7,8 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from mambakit.ops.rms_norm import gpu, reference  # noqa: E402
+from mambakit.ops.rms_norm import reference  # noqa: E402
+from mambakit.ops.rms_norm import triton as norm  # noqa: E402
 from tests.ops.interpreter import DEVICES, INTERPRETED, run_interpreted  # noqa: E402
 
 # Rounding y to bfloat16 costs 1.7e-3 at most in this norm. Triton's interpreter truncates instead: twice that.
@@ -71,7 +72,7 @@ def inputs(case, device):
 def check(case, device):
     _, x_dtype, _, kept_dtype, out_dtype, *_ = case
     x, residual, weight, dy, dkept = inputs(case, device)
-    y, kept = gpu.forward(x, weight, residual, 1e-5, kept_dtype, out_dtype)
+    y, kept = norm.forward(x, weight, residual, 1e-5, kept_dtype, out_dtype)
     want_y, want_kept = reference.forward(*map(exact, (x, weight, residual)), 1e-5, torch.float64, torch.float64)
     assert (y.dtype, kept.dtype) == (out_dtype, kept_dtype)
     assert_close(kept, want_kept, kept_dtype, "residual")
@@ -79,7 +80,7 @@ def check(case, device):
         want_y, _ = reference.forward(exact(kept), exact(weight), None, 1e-5, torch.float64, torch.float64)
     assert_close(y, want_y, out_dtype, "y")
 
-    got = gpu.backward(dy, dkept, kept, weight, 1e-5, x_dtype, residual is not None)
+    got = norm.backward(dy, dkept, kept, weight, 1e-5, x_dtype, residual is not None)
     want = reference.backward(*map(exact, (dy, dkept, kept, weight)), 1e-5, torch.float64, residual is not None)
     assert_close(got[0], want[0], x_dtype, "dx")
     assert_close(got[1], want[1], F32, "dweight")
@@ -101,8 +102,8 @@ def test_matches_reference_on_large_shapes(device, case):
 @pytest.mark.parametrize("device", DEVICES[1:])
 def test_same_inputs_same_bits(device):
     x, residual, weight, dy, dkept = inputs(LARGE[0], device)
-    _, kept = gpu.forward(x, weight, residual, 1e-5, F32, BF16)
-    runs = [gpu.backward(dy, dkept, kept, weight, 1e-5, BF16, True) for _ in range(2)]
+    _, kept = norm.forward(x, weight, residual, 1e-5, F32, BF16)
+    runs = [norm.backward(dy, dkept, kept, weight, 1e-5, BF16, True) for _ in range(2)]
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
 
@@ -120,9 +121,9 @@ def test_kernels_compile():
     flags = {"ROWS": 2, "BLOCK_H": 512, "HAS_WEIGHT": True, "HAS_RESIDUAL": True}
     half = dict.fromkeys(("x", "y", "dy", "dx"), "*bf16") | {"eps": "fp32"}
     single = dict.fromkeys(("weight", "residual", "kept", "dkept", "dresidual", "partials", "dweight"), "*fp32")
-    compile_for_hopper(gpu._forward_kernel, flags, **half, **single)
-    compile_for_hopper(gpu._backward_kernel, {"HAS_DKEPT": True, **flags}, **half, **single)
-    compile_for_hopper(gpu._sum_partials_kernel, {"ROWS": 512, "BLOCK_H": 16}, **single)
+    compile_for_hopper(norm._forward_kernel, flags, **half, **single)
+    compile_for_hopper(norm._backward_kernel, {"HAS_DKEPT": True, **flags}, **half, **single)
+    compile_for_hopper(norm._sum_partials_kernel, {"ROWS": 512, "BLOCK_H": 16}, **single)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own run")
