@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.modules.interception import Watch, any_intercepted, modules_of
-from mambakit.ops._memory import PLAIN_TYPES, observed, transformed
+from mambakit.ops._backends.memory import PLAIN_TYPES, observed, transformed
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from mambakit.modules.interception import any_intercepted, is_ours, modules_of, 
 from mambakit.modules.mixers.mamba import TimeStepProjection
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops import causal_conv1d, selective_scan
-from mambakit.ops._memory import all_plain, observed, transformed
+from mambakit.ops._backends.memory import all_plain, observed, transformed
 
 _LINEAR = (nn.Linear, QuantizedLinear)
 

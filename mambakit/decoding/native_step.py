@@ -10,11 +10,11 @@ from torch import Tensor
 from mambakit.decoding.eligibility import dtype_names, skipped_modules, tensors_of, why_not_by_weights
 from mambakit.modules import MambaCache
 from mambakit.modules.quantized_linear import QuantizedLinear
-from mambakit.ops import native
-from mambakit.ops._memory import all_plain
+from mambakit.ops._backends import native
+from mambakit.ops._backends.memory import all_plain
+from mambakit.ops.decode.cpu import DecodeStep, LayerWeights
 from mambakit.ops.linear import pack
 from mambakit.ops.linear.api import MOST_ROWS, PackedWeight
-from mambakit.ops.native.decode import DecodeStep, LayerWeights
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -28,7 +28,7 @@ def why_not(model: Any, rows: int, *, states: Any = None, called: bool = False) 
     """
     if model.device.type != "cpu":
         return f"the model is on {model.device}; the native library computes on a CPU"
-    if not native.library.is_available():
+    if not native.is_available():
         return "there is no native library (`mambakit env` says why)"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"

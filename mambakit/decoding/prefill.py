@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.cuda_graph import CapturedGraph, graphs_serve, kept_with
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 from mambakit.modules.interception import is_ours
 from mambakit.quoting import brief
 
@@ -48,7 +48,7 @@ def chunk_sizes(device: torch.device) -> ChunkSizes:
 def prefill(
     model: Any,
     prompts: Prompts,
-    cache: MambaCache,
+    cache: StateCache,
     *,
     attention_mask: Tensor | None = None,
     chunk_size: int | None = None,
@@ -76,7 +76,7 @@ def prefill(
 def prefill_states(
     model: Any,
     prompts: Prompts,
-    cache: MambaCache,
+    cache: StateCache,
     *,
     attention_mask: Tensor | None = None,
     chunk_size: int | None = None,
@@ -91,7 +91,7 @@ def prefill_states(
 def prefill_parts(
     model: Any,
     prompts: Prompts,
-    cache: MambaCache,
+    cache: StateCache,
     attention_mask: Tensor | None = None,
     chunk_size: int | None = None,
     progress: Progress | None = None,
@@ -154,7 +154,7 @@ def prefill_parts(
 def hidden_states(
     model: Any,
     prompts: Prompts,
-    cache: MambaCache | None = None,
+    cache: StateCache | None = None,
     *,
     chunk_size: int | None = None,
     progress: Progress | None = None,
@@ -255,7 +255,7 @@ def _chunks(texts: Prompts, attention_mask: Tensor | None, size: int) -> Iterato
 # -- the ways to read a chunk -------------------------------------------------------------------------------------------
 
 
-def _by_layer(model: Any, ids: Tensor, cache: MambaCache, want_logits: bool) -> Generator[None, None, Tensor]:
+def _by_layer(model: Any, ids: Tensor, cache: StateCache, want_logits: bool) -> Generator[None, None, Tensor]:
     """The call of a model that is its layers, with a pause after each of them; (b, v) logits, or nothing of use."""
     backbone = model.backbone
     x, residual = backbone.embeddings(ids), None
@@ -303,11 +303,11 @@ class _BucketGraphs:
         self._used: set[int] = set()
         self._graphs: dict[int, tuple[CapturedGraph[Tensor], Tensor]] = {}  # by length, with what it reads
 
-    def load(self, cache: MambaCache) -> None:
+    def load(self, cache: StateCache) -> None:
         """Go on from this state."""
         self.states.load_(cache)
 
-    def store(self, cache: MambaCache, tokens: int) -> None:
+    def store(self, cache: StateCache, tokens: int) -> None:
         """Leave the state in ``cache``, which is ``tokens`` behind it."""
         seen = cache.get_seq_length()
         cache.load_(self.states)

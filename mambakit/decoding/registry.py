@@ -16,7 +16,7 @@ from torch import Tensor
 from mambakit.decoding import graph_step, native_step
 from mambakit.decoding.cuda_graph import kept_with, why_not_captured
 from mambakit.decoding.eligibility import skipped_modules
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 from mambakit.modules.interception import Watch
 
 
@@ -118,7 +118,7 @@ def kept_decoder(model: Any, rows: int, *, called: bool = False) -> Any:
     return kept_with(model, ("decoder", rows), make)
 
 
-def token_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:
+def token_step(model: Any, cache: StateCache) -> Callable[[Tensor], Tensor]:
     """``step(tokens (b,)) -> logits (b, v)``; the cache is brought up to date in place at every token, and must not be replaced
     meanwhile. `SlotPool` is what texts are written with: there a graph's states need not move in and out at every token."""
     rows = cache.max_batch_size

@@ -13,7 +13,7 @@ from mambakit.decoding.choosing import are_numbers
 from mambakit.decoding.eligibility import skipped_modules
 from mambakit.decoding.registry import Decoder, ForwardDecoder, choose, kept_decoder
 from mambakit.decoding.verify import DraftVerification
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 from mambakit.modules.interception import Watch
 
 
@@ -42,7 +42,7 @@ class SlotPool:
         held: for each slot, what its owner keeps with it; None where the slot is free. It moves with the slots.
     """
 
-    def __init__(self, model: Any, most: int, states: MambaCache | None = None, called: bool = False):
+    def __init__(self, model: Any, most: int, states: StateCache | None = None, called: bool = False):
         self.model, self.most = model, most
         self._watch = Watch(skipped_modules(model, called))
         self._given, self._steps = states, 0
@@ -177,7 +177,7 @@ class SlotPool:
         self._resize(self.states.select(kept), list(kept))
         return True
 
-    def _resize(self, states: MambaCache, origins: Sequence[int | None]) -> None:
+    def _resize(self, states: StateCache, origins: Sequence[int | None]) -> None:
         """Slot i is from now on what slot ``origins[i]`` was, or a new one: everything that is kept per slot follows."""
         self.held = [None if slot is None else self.held[slot] for slot in origins]
         self._began = [0 if slot is None else self._began[slot] for slot in origins]
@@ -194,7 +194,7 @@ class SlotPool:
         """The decoder over the states that there are: one of the pool's own, for its slots stay whatever else the model writes."""
         self._decoder = self._kind.make(self.model, self.states) if self.size else None
 
-    def put(self, slot: int, state: MambaCache) -> None:
+    def put(self, slot: int, state: StateCache) -> None:
         """``slot`` goes on from this state of one row, which is copied.
 
         Raises:
@@ -206,7 +206,7 @@ class SlotPool:
         self._states_changed()
         self._began[slot] = state.get_seq_length() - self._steps
 
-    def copy_of(self, slot: int) -> MambaCache:
+    def copy_of(self, slot: int) -> StateCache:
         """What has become of the state that was put into ``slot``."""
         state = self.states.select([slot])
         state.advance(self._began[slot] + self._steps - state.get_seq_length())
@@ -214,11 +214,11 @@ class SlotPool:
 
     # -- all of them -----------------------------------------------------------------------------------------------
 
-    def snapshot(self) -> tuple[MambaCache, int, list[int]]:
+    def snapshot(self) -> tuple[StateCache, int, list[int]]:
         """What `go_back` needs to return to this moment."""
         return self.states.clone(), self._steps, list(self._began)
 
-    def go_back(self, snapshot: tuple[MambaCache, int, list[int]]) -> None:
+    def go_back(self, snapshot: tuple[StateCache, int, list[int]]) -> None:
         """Every slot as it was then; in place, for a decoder holds on to its memory."""
         states, self._steps, began = snapshot
         self._began = list(began)

@@ -17,10 +17,10 @@ from mambakit.decoding.cuda_graph import CapturedGraph, graphs_serve
 from mambakit.decoding.eligibility import why_not_by_layers
 from mambakit.decoding.graph_step import VerificationStep, verification_step
 from mambakit.decoding.prefill import prefill_states
-from mambakit.modules import MambaCache
+from mambakit.modules import MambaCache, StateCache
 from mambakit.ops import causal_conv1d, selective_scan, selective_scan_
+from mambakit.ops.decode.cpu_verify import VerifyStep
 from mambakit.ops.linear.api import MOST_ROWS
-from mambakit.ops.native.verify import VerifyStep
 
 # A step size whose softplus is exactly 0: the recurrence then keeps its state, bit for bit.
 _NO_STEP = -1e4
@@ -43,7 +43,7 @@ class Verifier(Protocol):
         """The cache was changed by others than `commit`: go on from what is in it now. Tokens that were read are forgotten."""
 
 
-def verifier(model: Any, cache: MambaCache, tokens: int) -> Verifier:
+def verifier(model: Any, cache: Any, tokens: int) -> Verifier:
     """The fastest verifier there is for where the model lies and what it is made of.
 
     Where a step of the model is one native call on the CPU, so is a verification, and its bits are those of decoding token by
@@ -131,7 +131,7 @@ class PackedVerifier:
         cache: of b rows; brought up to date in place.
     """
 
-    def __init__(self, model: Any, cache: MambaCache):
+    def __init__(self, model: Any, cache: StateCache):
         self.model, self.cache = model, cache
         self._tokens: Tensor | None = None
 
@@ -167,7 +167,7 @@ class PackedVerifier:
 class _ForwardVerifier:
     """`PackedVerifier` of one row."""
 
-    def __init__(self, model: Any, cache: MambaCache):
+    def __init__(self, model: Any, cache: StateCache):
         self._model, self._packed = model, PackedVerifier(model, cache)
 
     def __call__(self, tokens: list[int]) -> Tensor:
@@ -271,7 +271,7 @@ class DraftVerification:
         most: the most tokens of a draft.
     """
 
-    def __init__(self, model: Any, states: MambaCache, most: int):
+    def __init__(self, model: Any, states: StateCache, most: int):
         self.most = most
         one = states.max_batch_size == 1 and most <= MOST_ROWS
         self._one: Verifier | None = verifier(model, states, most) if one else None

@@ -9,7 +9,7 @@ from mambakit.decoding import native_step, registry, token_loop
 from mambakit.decoding.graph_step import GraphDecoder
 from mambakit.decoding.registry import DECODERS, FORWARD, DecoderKind
 from mambakit.models import generate
-from mambakit.ops import native
+from mambakit.ops._backends import native
 
 WAYS = ["native", "forward", "graph"]
 

@@ -10,7 +10,7 @@ import torch
 from mambakit.decoding import registry
 from mambakit.decoding.registry import token_step
 from mambakit.models import generate
-from mambakit.ops import native
+from mambakit.ops._backends import native
 from tests.decoding.eager_graph import decode_by, native_serves
 from tests.models.configurations import NAMES, pair, tokens, worst
 
