@@ -100,7 +100,7 @@ class _NativeVerifier:
 class _PersistentVerifier:
     """The persistent kernel, which every text of the model shares: whoever finds another one's state in it loads its own."""
 
-    def __init__(self, step: VerificationStep, cache: MambaCache):
+    def __init__(self, step: VerificationStep, cache: StateCache):
         self._step, self._cache, self._read = step, cache, 0
 
     @torch.no_grad()
@@ -183,7 +183,7 @@ class _ForwardVerifier:
 class _ModelVerifier:
     """The model's own layers, with the ops that do not write the state."""
 
-    def __init__(self, model: Any, cache: MambaCache):
+    def __init__(self, model: Any, cache: StateCache):
         self.model, self.cache = model, cache
         self._inputs: list[tuple[Tensor, tuple]] = []  # of each layer: the convolution's, and the scan's
         self._read = 0
@@ -239,7 +239,7 @@ class _ModelVerifier:
 class _GraphVerifier(_ModelVerifier):
     """The same as two CUDA graphs of a fixed number of tokens; shorter drafts are filled up and the rest not kept."""
 
-    def __init__(self, model: Any, cache: MambaCache, tokens: int):
+    def __init__(self, model: Any, cache: StateCache, tokens: int):
         super().__init__(model, cache)
         self._ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
         self._kept = torch.zeros(1, dtype=torch.long, device=model.device)
