@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.cuda_graph import Placement, graphs_serve, placement_of
-from mambakit.decoding.graph_step import GraphDecoder
 from mambakit.decoding.prefill import prefill_states
 from mambakit.decoding.registry import ForwardDecoder, choose, token_step
 from mambakit.generation.stream import SamplingParams, drawn
@@ -154,7 +153,7 @@ class DraftModel:
         self._keep()
         return logits
 
-    def _guesses(self, graph: GraphDecoder, token: int, most: int) -> list[int]:
+    def _guesses(self, graph: Any, token: int, most: int) -> list[int]:
         """The likeliest tokens after ``token``: the graph leaves each where it reads the next."""
         if not most:
             return []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.parameters import INT64, Number
-from mambakit.decoding.verify import verifier
+from mambakit.decoding.registry import verifier
 from mambakit.generation.constrain import ConstrainedSampling
 from mambakit.generation.drafters import Draft, Drafter, DraftModel, PromptLookup
 from mambakit.generation.stream import (
