@@ -72,7 +72,7 @@ class State:
         Raises:
             ValueError: an empty prompt, or a chunk_size below 1.
         """
-        rows = _rows(prompts, model.device)
+        rows = prompt_rows(prompts, model.device)
         empty = cls(model.backbone.new_cache(len(rows)), rows[0].new_empty(len(rows), 0))
         return empty._read(model, rows, chunk_size, progress)
 
@@ -86,7 +86,7 @@ class State:
         progress: Callable[[int], None] | None = None,
     ) -> State:
         """The state after ``tokens``, too, shaped as the prompts of `read`; this one stays as it is."""
-        rows = _rows(tokens, model.device)
+        rows = prompt_rows(tokens, model.device)
         if len(rows) != self.rows:
             raise ValueError(
                 f"tokens are of {len(rows)} texts, but the state holds {self.rows}; fork or select it first"
@@ -238,7 +238,12 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata:
         save_file(tensors, temporary, metadata)
 
 
-def _rows(prompts: Tensor | Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def prompt_rows(prompts: Tensor | Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Prompts of one token or more each, (l,), (b, l) or several (l_i,), as a list of (l_i,) int64 on ``device``.
+
+    Raises:
+        ValueError: other shapes.
+    """
     if isinstance(prompts, Tensor):
         if prompts.dim() not in (1, 2):
             raise ValueError(f"the tokens have shape {tuple(prompts.shape)}, expected (l,) or (b, l)")
