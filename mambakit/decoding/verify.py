@@ -44,7 +44,7 @@ class Verifier(Protocol):
         """The cache was changed by others than `commit`: go on from what is in it now. Tokens that were read are forgotten."""
 
 
-def verifier(model: Any, cache: MambaCache, tokens: int) -> Verifier:
+def verifier(model: Any, cache: Any, tokens: int) -> Verifier:
     """The fastest verifier there is for where the model lies and what it is made of.
 
     Where a step of the model is one native call on the CPU, so is a verification, and its bits are those of decoding token by
@@ -147,7 +147,7 @@ class PackedVerifier:
         cache: of b rows; brought up to date in place.
     """
 
-    def __init__(self, model: Any, cache: MambaCache):
+    def __init__(self, model: Any, cache: Any):
         self.model, self.cache = model, cache
         self._tokens: Tensor | None = None
 
