@@ -15,7 +15,7 @@ from mambakit.decoding.step import forward_step, made_of_known, tensors_of
 from mambakit.modules import MambaCache
 from mambakit.modules.interception import Watch, any_intercepted, modules_of
 from mambakit.modules.quantized_linear import QuantizedLinear
-from mambakit.ops._memory import PLAIN_TYPES, all_plain, observed, transformed
+from mambakit.ops._backends.memory import PLAIN_TYPES, all_plain, observed, transformed
 from mambakit.ops.decode import cuda_persistent as persistent
 from mambakit.ops.decode.weights import LayerWeights, ModelWeights
 

@@ -12,11 +12,12 @@ from mambakit.modules import MambaBlock, MambaCache, MambaMixer, RMSNorm
 from mambakit.modules.interception import Watch, any_intercepted, is_ours, modules_of
 from mambakit.modules.mixers.mamba import TimeStepProjection
 from mambakit.modules.quantized_linear import QuantizedLinear
-from mambakit.ops import causal_conv1d, native, selective_scan
-from mambakit.ops._memory import is_plain, observed, transformed
+from mambakit.ops import causal_conv1d, selective_scan
+from mambakit.ops._backends import native
+from mambakit.ops._backends.memory import is_plain, observed, transformed
+from mambakit.ops.decode.cpu import DecodeStep, LayerWeights
 from mambakit.ops.linear import pack
 from mambakit.ops.linear.api import MOST_ROWS, PackedWeight
-from mambakit.ops.native.decode import DecodeStep, LayerWeights
 
 _LINEAR = (nn.Linear, QuantizedLinear)
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -92,7 +93,7 @@ def native_serves(model: Any, cache: Any, called: bool = False) -> bool:
     Args:
         called: the model is in its own forward: its hooks have been called.
     """
-    if model.device.type != "cpu" or not native.library.is_available() or torch.is_autocast_enabled("cpu"):
+    if model.device.type != "cpu" or not native.is_available() or torch.is_autocast_enabled("cpu"):
         return False
     if not 1 <= cache.max_batch_size <= MOST_ROWS or model.dtype not in _DTYPES or cache.dtype not in _DTYPES:
         return False

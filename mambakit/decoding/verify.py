@@ -19,9 +19,9 @@ from mambakit.decoding.step import native_serves, native_weights
 from mambakit.modules import MambaBlock, MambaCache, MambaMixer
 from mambakit.modules.interception import is_ours, untouched
 from mambakit.ops import causal_conv1d, selective_scan, selective_scan_
-from mambakit.ops._memory import transformed
+from mambakit.ops._backends.memory import transformed
+from mambakit.ops.decode.cpu_verify import VerifyStep
 from mambakit.ops.linear.api import MOST_ROWS
-from mambakit.ops.native.verify import VerifyStep
 
 # A step size whose softplus is exactly 0: the recurrence then keeps its state, bit for bit.
 _NO_STEP = -1e4

@@ -13,7 +13,7 @@ from torch.nn import functional
 from mambakit.modules import StateCache
 from mambakit.modules.interception import untouched
 from mambakit.ops import linear_cross_entropy
-from mambakit.ops._memory import PLAIN_TYPES
+from mambakit.ops._backends.memory import PLAIN_TYPES
 from mambakit.training.distributed import Processes, full, stretch_of_packed
 from mambakit.training.guard import UpdateGuard
 

@@ -9,7 +9,7 @@ from mambakit import MambaConfig, MambaForCausalLM
 from mambakit.decoding import verify as module
 from mambakit.decoding.step import token_step
 from mambakit.decoding.verify import _GraphVerifier, _ModelVerifier, _NativeVerifier, _PersistentVerifier, verifier
-from mambakit.ops import native
+from mambakit.ops._backends import native
 from tests.models.configurations import NAMES, pair, tokens, worst
 
 pytestmark = pytest.mark.filterwarnings("ignore")

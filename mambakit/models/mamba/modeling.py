@@ -17,7 +17,7 @@ from mambakit.models.quantization import require_learning
 from mambakit.modules import MambaBlock, RMSNorm, StateCache, new_cache
 from mambakit.modules.interception import is_ours
 from mambakit.modules.placement import CacheHandle, computing_device, is_dispatched
-from mambakit.ops._memory import in_functorch
+from mambakit.ops._backends.memory import in_functorch
 
 
 class MambaModel(MambaPreTrainedModel):

@@ -20,7 +20,7 @@ from mambakit.modules.precision import keep_float32
 from mambakit.modules.state_cache import StateCache
 from mambakit.modules.state_spec import StateTensor
 from mambakit.ops import causal_conv1d, causal_conv1d_, rms_norm, selective_scan, selective_scan_
-from mambakit.ops._memory import all_plain
+from mambakit.ops._backends.memory import all_plain
 from mambakit.quoting import brief
 
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mambakit.ops._memory import zeros
-from mambakit.ops.linear.api import MOST_ROWS, PackedWeight
-from mambakit.ops.native import conv, library, matvec, norm, scan
-from mambakit.ops.native.structures import (
+from mambakit.ops._backends import native
+from mambakit.ops._backends.memory import zeros
+from mambakit.ops._backends.structures import (
     FLOAT32,
     FLOAT32_OR_BFLOAT16,
     address,
@@ -24,6 +23,11 @@ from mambakit.ops.native.structures import (
     check,
     is_half,
 )
+from mambakit.ops.causal_conv1d import cpu as conv
+from mambakit.ops.linear import cpu as matvec
+from mambakit.ops.linear.api import MOST_ROWS, PackedWeight
+from mambakit.ops.rms_norm import cpu as norm
+from mambakit.ops.selective_scan import cpu as scan
 
 
 def buffer(*shape: int) -> Tensor:
@@ -63,7 +67,7 @@ class _Program:
         return tensor
 
     def add(self, kernel: str, arguments: ctypes.Structure, variant: int) -> None:
-        self.calls.append(_Call(library.kernel_address(kernel), ctypes.addressof(arguments), variant))
+        self.calls.append(_Call(native.kernel_address(kernel), ctypes.addressof(arguments), variant))
         self.held.append(arguments)
 
 
@@ -106,7 +110,7 @@ class DecodeStep:
         if not (conv_states.is_contiguous() and ssm_states.is_contiguous()):
             raise ValueError("DecodeStep: states must be contiguous to be updated in place; pass a cache's own tensors")
         self._program = program = _Program()
-        self._threads = library.threads()
+        self._threads = native.threads()
         self._b = b
         h, d = final_norm.shape[0], ssm_states.shape[2]
         r, n = layers[0].dt_proj.in_features, ssm_states.shape[3]
@@ -127,7 +131,7 @@ class DecodeStep:
         self._norm(final_norm, eps, normed)
         self._linear(normed, head, None, self.logits)
         self._calls = (_Call * len(program.calls))(*program.calls)
-        self._run = library.runner()
+        self._run = native.runner()
         self._count, self._team = ctypes.c_int64(len(program.calls)), ctypes.c_int64(self._threads)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The norm kernels against the float64 reference."""
+"""The norm kernels against the float64 chunked."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 
-from mambakit.ops.native import norm
-from mambakit.ops.rms_norm import reference
-from tests.ops.native.test_scan import TOLERANCE, exact, poison
+from mambakit.ops.rms_norm import chunked
+from mambakit.ops.rms_norm import cpu as norm
 from tests.ops.oracles import relative_error
+from tests.ops.selective_scan.test_cpu import TOLERANCE, exact, poison
 
 
 @pytest.mark.parametrize("x_dtype,residual_dtype", list(itertools.product(TOLERANCE, TOLERANCE)))
@@ -21,14 +21,14 @@ def test_against_float64(isa, x_dtype, residual_dtype):
         for residual in (None, torch.randn(shape).to(residual_dtype)):
             poison()
             y, kept = norm.forward(x, weight, residual, 1e-5, residual_dtype, x_dtype)
-            want, want_kept = reference.forward(x, weight, residual, 1e-5, residual_dtype, torch.float64)
+            want, want_kept = chunked.forward(x, weight, residual, 1e-5, residual_dtype, torch.float64)
             assert (y.dtype, kept.dtype) == (x_dtype, residual_dtype)
             assert torch.equal(kept, want_kept)
             assert relative_error(y, want) < TOLERANCE[x_dtype]
             gradients = torch.randn(shape).to(x_dtype), torch.randn(shape).to(residual_dtype)
             for dkept in (None, gradients[1]):
                 got = norm.backward(gradients[0], dkept, kept, weight, 1e-5, x_dtype, residual is not None)
-                expected = reference.backward(
+                expected = chunked.backward(
                     *exact([gradients[0], dkept, kept, weight]), 1e-5, torch.float64, residual is not None
                 )
                 bounds = (TOLERANCE[x_dtype], 1e-5, TOLERANCE[residual_dtype])
@@ -39,7 +39,7 @@ def test_against_float64(isa, x_dtype, residual_dtype):
 def test_without_weight_and_the_same_for_any_threads(isa):
     x, dy = torch.randn(100, 65), torch.randn(100, 65)
     y, kept = norm.forward(x, None, None, 1e-5, torch.float32, torch.float32)
-    assert relative_error(y, reference.forward(x.double(), None, None, 1e-5, torch.float64, torch.float64)[0]) < 1e-6
+    assert relative_error(y, chunked.forward(x.double(), None, None, 1e-5, torch.float64, torch.float64)[0]) < 1e-6
     threads = torch.get_num_threads()
     weight = torch.randn(65)
     try:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mambakit.ops import native
+from mambakit.ops._backends import native
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -9,7 +9,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mambakit.ops import causal_conv1d, causal_conv1d_, rms_norm, selective_scan, selective_scan_
-from mambakit.ops._memory import (
+from mambakit.ops._backends import native
+from mambakit.ops._backends.memory import (
     FLOAT32,
     PlainMemoryError,
     address,
@@ -19,12 +20,11 @@ from mambakit.ops._memory import (
     observed,
     transformed,
 )
-from mambakit.ops.linear.api import FORMATS, PackedWeight, linear, pack, reference
-from mambakit.ops.native import library
+from mambakit.ops.linear.api import FORMATS, PackedWeight, chunked, linear, pack
 from tests.tensor_subclasses import Doubled, Named, doubled
 
 pytestmark = [
-    pytest.mark.skipif(not library.is_available(), reason="the native library is not built"),
+    pytest.mark.skipif(not native.is_available(), reason="the native library is not built"),
     pytest.mark.filterwarnings("ignore"),
 ]
 
@@ -117,7 +117,7 @@ def test_a_packed_product_of_what_is_special(format, name):
     x = special()[name]
     weight = pack(torch.randn(5, 6).to(torch.bfloat16 if format == "lossless16" else torch.float32), format)
     plain = x.dequantize() if isinstance(x, Doubled) else x.as_subclass(torch.Tensor) + 0
-    expected = reference.linear(plain, weight, None)
+    expected = chunked.linear(plain, weight, None)
     found = linear(x, weight)
     found = found.dequantize() if isinstance(found, Doubled) else found.as_subclass(torch.Tensor)
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
@@ -127,7 +127,7 @@ def test_a_packed_product_of_what_is_special(format, name):
 
 def test_a_packed_product_that_somebody_transforms_or_follows():
     weight, x = pack(torch.randn(5, 6), "int8"), torch.randn(3, 6)
-    plain = reference.linear(x, weight, None)
+    plain = chunked.linear(x, weight, None)
     assert torch.allclose(torch.func.vmap(lambda row: linear(row, weight))(x), plain, atol=1e-5)
     assert torch.allclose(torch.func.jvp(lambda x: linear(x, weight), (x,), (x,))[1], plain, atol=1e-5)
     assert torch.func.grad(lambda x: linear(x, weight).sum())(x).shape == x.shape

@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 
-from mambakit.ops.causal_conv1d import reference
-from mambakit.ops.native import conv
-from tests.ops.native.test_scan import TOLERANCE, exact, poison
+from mambakit.ops.causal_conv1d import chunked
+from mambakit.ops.causal_conv1d import cpu as conv
 from tests.ops.oracles import relative_error
+from tests.ops.selective_scan.test_cpu import TOLERANCE, exact, poison
 
 
 def make(b, length, d, k, dtype=torch.float32, optional=True, activation="silu", rows=None):
@@ -25,12 +25,12 @@ def assert_close(inputs, cu=None):
     poison()
     dtype = inputs[0].dtype
     y, final = conv.forward(*inputs, cu)
-    want, want_final = reference.forward(*exact(inputs), cu)
+    want, want_final = chunked.forward(*exact(inputs), cu)
     assert relative_error(y, want) < TOLERANCE[dtype]
     assert torch.equal(final.double(), want_final)  # copies of inputs
     weights = torch.randn(y.shape).to(dtype), torch.randn(final.shape).to(dtype)
     gradient = conv.backward(*weights, *inputs, cu)
-    for i, expected in enumerate(reference.backward(*exact(weights), *exact(inputs), cu)):
+    for i, expected in enumerate(chunked.backward(*exact(weights), *exact(inputs), cu)):
         assert relative_error(gradient[i], expected) < (1e-5 if i in (1, 2) else TOLERANCE[dtype]), i
 
 
@@ -58,7 +58,7 @@ def test_in_place(isa):
         before = pool.clone()
         slots = torch.tensor([4, -1, 0], dtype=torch.int32)
         start = torch.stack([pool[4], torch.zeros(21, 3).to(state_dtype), pool[0]])
-        y, final = reference.forward(*exact([x, weight, bias, activation, start]), None)
+        y, final = chunked.forward(*exact([x, weight, bias, activation, start]), None)
         got = conv.forward_(pool, slots, x, weight, bias, activation, None)
         assert relative_error(got, y) < TOLERANCE[torch.bfloat16]
         assert torch.equal(pool[[4, 0]].double(), final[[0, 2]])
@@ -80,7 +80,7 @@ def test_what_is_not_finite_propagates(isa):
         x = x.clone()
         x[0, 20, 3] = value
         y, _ = conv.forward(x, *rest, None)
-        want, _ = reference.forward(x, *rest, None)
+        want, _ = chunked.forward(x, *rest, None)
         assert torch.equal(torch.isnan(y), torch.isnan(want))
         assert torch.equal(torch.isinf(y), torch.isinf(want))
 

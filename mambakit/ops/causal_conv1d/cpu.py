@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mambakit.ops import _checks
-from mambakit.ops._memory import empty
-from mambakit.ops.native import library
-from mambakit.ops.native.structures import (
+from mambakit.ops._backends import native
+from mambakit.ops._backends.memory import empty
+from mambakit.ops._backends.structures import (
     FLOAT32,
     FLOAT32_OR_BFLOAT16,
     INT32,
@@ -84,11 +84,11 @@ class _Call:
             address(initial, FLOAT32_OR_BFLOAT16, states), address(slots, INT32, self.sequences),
             address(self.cu, INT32, self.sequences + 1), address(final_state, state_dtype, states),
             address(y, dtype, self.b * self.l * self.d), self.b, self.l, self.d, self.k, self.sequences,
-            self.silu, state is not None and is_half(state), library.threads(), *row_strides(self.x),
+            self.silu, state is not None and is_half(state), native.threads(), *row_strides(self.x),
         )  # fmt: skip
 
     def run(self, arguments) -> None:
-        check(library.kernel("causal_conv1d")(ctypes.byref(arguments), self.half))
+        check(native.kernel("causal_conv1d")(ctypes.byref(arguments), self.half))
 
 
 def forward(x, weight, bias, activation, initial_state, cu_seqlens):
@@ -135,7 +135,7 @@ def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens)
         address(dbias_rows, FLOAT32, b * d), *row_strides(dy),
     )  # fmt: skip
     arguments = call.arguments(call.initial, None, None, None)
-    check(library.kernel("causal_conv1d_backward")(ctypes.byref(arguments), ctypes.byref(gradients), call.half))
+    check(native.kernel("causal_conv1d_backward")(ctypes.byref(arguments), ctypes.byref(gradients), call.half))
     return (
         dx.to(call.dtype),
         dweight.to(weight.dtype),

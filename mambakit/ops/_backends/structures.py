@@ -7,8 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from mambakit.ops import _memory
-from mambakit.ops._memory import FLOAT32, FLOAT32_OR_BFLOAT16, INT32
+from mambakit.ops._backends import memory
+from mambakit.ops._backends.memory import FLOAT32, FLOAT32_OR_BFLOAT16, INT32
 
 __all__ = [
     "FLOAT32", "FLOAT32_OR_BFLOAT16", "INT32", "address", "address_of_rows", "as_float32", "channels_adjacent", "check", "is_half",
@@ -25,13 +25,13 @@ def structure(name: str, pointers: str, integers: str, doubles: str = ""):
 
 
 def address(tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], count: int) -> int | None:
-    """`_memory.address` on the CPU; null where there is no tensor."""
-    return None if tensor is None else _memory.address(tensor, dtypes, count)
+    """`memory.address` on the CPU; null where there is no tensor."""
+    return None if tensor is None else memory.address(tensor, dtypes, count)
 
 
 def address_of_rows(tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> int | None:
-    """`_memory.address_of_rows` on the CPU; null where there is no tensor."""
-    return None if tensor is None else _memory.address_of_rows(tensor, dtypes, shape)
+    """`memory.address_of_rows` on the CPU; null where there is no tensor."""
+    return None if tensor is None else memory.address_of_rows(tensor, dtypes, shape)
 
 
 def row_strides(tensor: Tensor | None) -> tuple[int, int]:

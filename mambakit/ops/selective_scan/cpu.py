@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mambakit.ops import _checks
-from mambakit.ops._memory import empty
-from mambakit.ops.native import library
-from mambakit.ops.native.structures import (
+from mambakit.ops._backends import native
+from mambakit.ops._backends.memory import empty
+from mambakit.ops._backends.structures import (
     FLOAT32,
     FLOAT32_OR_BFLOAT16,
     INT32,
@@ -82,13 +82,13 @@ class _Call:
             address(initial, FLOAT32, rows * size), address(slots, INT32, self.sequences),
             address(self.cu, INT32, self.sequences + 1), address(final_state, FLOAT32, rows * size),
             address(checkpoints, FLOAT32, self.b * count * size), address(y, dtype, self.b * self.l * self.d),
-            self.b, self.l, self.d, self.n, self.sequences, interval, self.softplus, library.threads(),
+            self.b, self.l, self.d, self.n, self.sequences, interval, self.softplus, native.threads(),
             *row_strides(self.u), *row_strides(self.delta), *row_strides(self.z), *row_strides(self.B),
             *row_strides(self.C),
         )  # fmt: skip
 
     def run(self, arguments) -> None:
-        check(library.kernel("selective_scan")(ctypes.byref(arguments), self.half))
+        check(native.kernel("selective_scan")(ctypes.byref(arguments), self.half))
 
 
 def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoint_interval):
@@ -162,7 +162,7 @@ def backward(
         groups, *row_strides(dy),
     )  # fmt: skip
     arguments = call.arguments(initial, None, None, None, None, interval)
-    check(library.kernel("selective_scan_backward")(ctypes.byref(arguments), ctypes.byref(gradients), call.half))
+    check(native.kernel("selective_scan_backward")(ctypes.byref(arguments), ctypes.byref(gradients), call.half))
     return (
         call.out(du), call.out(ddelta), dA, call.out(dB), call.out(dC),
         absent if dD is None else dD, call.out(absent if dz is None else dz), absent if dbias is None else dbias,

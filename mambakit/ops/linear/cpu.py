@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mambakit.ops._memory import empty
-from mambakit.ops.native import library
-from mambakit.ops.native.structures import FLOAT32, INT32, address, address_of_rows, as_float32, check, structure
+from mambakit.ops._backends import native
+from mambakit.ops._backends.memory import empty
+from mambakit.ops._backends.structures import FLOAT32, INT32, address, address_of_rows, as_float32, check, structure
 
 if TYPE_CHECKING:
     from mambakit.ops.linear.api import PackedWeight
@@ -44,7 +44,7 @@ def _arguments(
     return Arguments(
         x, address(weight.data, _DATA[weight.format], out * columns), address(weight.scales, FLOAT32, out * groups), bias, y,
         address(starts, INT32, out + 1), address(listed, INT32, count), address(values, FLOAT32, count),
-        rows, weight.in_features, out, weight.group, library.threads(), x_stride, y_stride,
+        rows, weight.in_features, out, weight.group, native.threads(), x_stride, y_stride,
     )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     y = empty(flat.shape[0], weight.out_features, dtype=torch.float32)
     bias = as_float32(bias)
     call = arguments(flat, weight, bias, y)
-    check(library.kernel("linear")(ctypes.byref(call), ctypes.c_int64(KINDS[weight.format])))
+    check(native.kernel("linear")(ctypes.byref(call), ctypes.c_int64(KINDS[weight.format])))
     return y.to(x.dtype).unflatten(0, x.shape[:-1]) if x.dim() != 2 else y.to(x.dtype)
 
 
@@ -64,5 +64,5 @@ def widen(weight: PackedWeight) -> Tensor:
         return weight.data.float()
     y = empty(weight.out_features, weight.in_features, dtype=torch.float32)
     call = _arguments(weight, None, None, address(y, FLOAT32, y.numel()), 0, 0, weight.in_features)  # x is not read
-    check(library.kernel("widen")(ctypes.byref(call), ctypes.c_int64(KINDS[weight.format])))
+    check(native.kernel("widen")(ctypes.byref(call), ctypes.c_int64(KINDS[weight.format])))
     return y

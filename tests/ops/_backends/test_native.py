@@ -8,8 +8,9 @@ import warnings
 import pytest
 import torch
 
-from mambakit.ops import native
-from mambakit.ops.native import library, norm, registration
+from mambakit.ops._backends import dispatch, native
+from mambakit.ops.causal_conv1d import cpu as conv
+from mambakit.ops.rms_norm import cpu as norm
 
 
 def test_describe_and_use_isa(isa):
@@ -21,9 +22,9 @@ def test_describe_and_use_isa(isa):
 
 
 def test_without_the_library_the_reference_runs_and_says_so_once(monkeypatch):
-    monkeypatch.setattr(library, "_library", lambda: None)
-    library.warn_missing.cache_clear()
-    implementation = registration._choice(lambda: 1, lambda: 2, lambda: True)
+    monkeypatch.setattr(native, "_library", lambda: None)
+    native.warn_missing.cache_clear()
+    implementation = dispatch.choose(lambda: 1, lambda: 2, lambda: True)
     with pytest.warns(RuntimeWarning, match="Install a C\\+\\+ compiler"):
         assert implementation() == 2
     with warnings.catch_warnings():
@@ -33,7 +34,7 @@ def test_without_the_library_the_reference_runs_and_says_so_once(monkeypatch):
 
 
 def test_float64_and_wide_filters_are_the_references(isa):
-    served = registration._IMPLEMENTATIONS["causal_conv1d"][2]
+    served = conv.serves
     x = torch.randn(1, 3, 2)
     assert served(x, torch.randn(2, 8), None, "", None, None)
     assert not served(x, torch.randn(2, 9), None, "", None, None)

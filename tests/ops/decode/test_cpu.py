@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mambakit.ops.causal_conv1d import reference as conv_reference
+from mambakit.ops.causal_conv1d import chunked as conv_reference
+from mambakit.ops.decode.cpu import DecodeStep, LayerWeights
 from mambakit.ops.linear import pack
 from mambakit.ops.linear.api import FORMATS
-from mambakit.ops.native.decode import DecodeStep, LayerWeights
-from mambakit.ops.selective_scan import reference as scan_reference
+from mambakit.ops.selective_scan import chunked as scan_reference
 from tests.ops.oracles import in_16_bits, norm_oracle, relative_error
 
 H, D, N, R, K, VOCABULARY, LAYERS = 40, 80, 16, 5, 4, 99, 3

@@ -8,9 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from mambakit.ops._memory import empty
-from mambakit.ops.native import library
-from mambakit.ops.native.structures import (
+from mambakit.ops._backends import native
+from mambakit.ops._backends.memory import empty
+from mambakit.ops._backends.structures import (
     FLOAT32,
     FLOAT32_OR_BFLOAT16,
     address,
@@ -84,10 +84,10 @@ def forward(x, weight, residual, eps, residual_dtype, out_dtype):
         address_of_rows(rows, FLOAT32_OR_BFLOAT16, x.shape), address(weight, FLOAT32, h),
         address_of_rows(kept, FLOAT32_OR_BFLOAT16, x.shape), address(y, FLOAT32_OR_BFLOAT16, count * h),
         address(residual_out, FLOAT32_OR_BFLOAT16, count * h), count, h, is_half(rows),
-        kept is not None and is_half(kept), is_half(y), is_half(residual_out), library.threads(), stride, kept_stride,
+        kept is not None and is_half(kept), is_half(y), is_half(residual_out), native.threads(), stride, kept_stride,
         eps,
     )  # fmt: skip
-    check(library.kernel("rms_norm")(ctypes.byref(arguments), ctypes.c_int64(0)))
+    check(native.kernel("rms_norm")(ctypes.byref(arguments), ctypes.c_int64(0)))
     return y.to(out_dtype), residual_out.to(residual_dtype)
 
 
@@ -109,9 +109,9 @@ def backward(dy, dresidual_out, residual_out, weight, eps, x_dtype, has_residual
         address(dx, FLOAT32_OR_BFLOAT16, count * h), address(dresidual, (total.dtype,), count * h),
         address(dweight, FLOAT32, h), address(dweight_parts, FLOAT32, parts * h),
         count, h, parts, is_half(dy), dout is not None and is_half(dout),
-        is_half(total), is_half(dx), library.threads(), dy_stride, dout_stride, stride, eps,
+        is_half(total), is_half(dx), native.threads(), dy_stride, dout_stride, stride, eps,
     )  # fmt: skip
-    check(library.kernel("rms_norm_backward")(ctypes.byref(gradients)))
+    check(native.kernel("rms_norm_backward")(ctypes.byref(gradients)))
     return (
         dx.to(x_dtype),
         residual_out.new_empty(0) if dweight is None else dweight.to(weight.dtype),

@@ -12,10 +12,12 @@ import ctypes
 import torch
 from torch import Tensor
 
+from mambakit.ops._backends import native
+from mambakit.ops._backends.structures import FLOAT32, FLOAT32_OR_BFLOAT16, address, as_float32, check, is_half
+from mambakit.ops.causal_conv1d import cpu as conv
+from mambakit.ops.decode.cpu import DecodeStep, LayerWeights, _Call, _Program, buffer
 from mambakit.ops.linear.api import MOST_ROWS, PackedWeight
-from mambakit.ops.native import conv, library, scan
-from mambakit.ops.native.decode import DecodeStep, LayerWeights, _Call, _Program, buffer
-from mambakit.ops.native.structures import FLOAT32, FLOAT32_OR_BFLOAT16, address, as_float32, check, is_half
+from mambakit.ops.selective_scan import cpu as scan
 
 
 class VerifyStep(DecodeStep):
@@ -56,8 +58,8 @@ class VerifyStep(DecodeStep):
             raise ValueError("VerifyStep: states must be contiguous to be updated in place; pass a cache's own tensors")
         self._layers, self._final_norm, self._head, self._eps = layers, final_norm, head, eps
         self._conv_states, self._ssm_states, self.tokens = conv_states, ssm_states, tokens
-        self._threads = library.threads()
-        self._run, self._team = library.runner(), ctypes.c_int64(self._threads)
+        self._threads = native.threads()
+        self._run, self._team = native.runner(), ctypes.c_int64(self._threads)
         self._h, self._d, self._n = final_norm.shape[0], ssm_states.shape[2], ssm_states.shape[3]
         self._r = layers[0].dt_proj.in_features
         count = len(layers)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mambakit.ops.native import scan
-from mambakit.ops.selective_scan import reference
+from mambakit.ops.selective_scan import chunked
+from mambakit.ops.selective_scan import cpu as scan
 from tests.ops.oracles import relative_error, scan_oracle
 
 # b, l, d, n: one token, a few (the decode kernel takes up to 4), tile edges (32), checkpoint edges, channel tails
@@ -41,12 +41,12 @@ def poison():
 def both(inputs, cu=None, interval=32, weights=None):
     poison()
     forward = scan.forward(*inputs, cu, interval)
-    expected = reference.forward(*exact(inputs), cu, interval)
+    expected = chunked.forward(*exact(inputs), cu, interval)
     if weights is None:
         weights = torch.randn(inputs[0].shape).to(inputs[0].dtype), torch.randn(forward[1].shape)
     poison()
     gradient = scan.backward(*weights, *inputs, cu, forward[2], interval)
-    expected_gradient = reference.backward(*exact(weights), *exact(inputs), cu, expected[2], interval)
+    expected_gradient = chunked.backward(*exact(weights), *exact(inputs), cu, expected[2], interval)
     return forward, expected, gradient, expected_gradient
 
 
@@ -86,7 +86,7 @@ def test_in_place_is_the_forward_and_spares_other_slots(isa):
         before = pool.clone()
         slots = torch.tensor([4, -1, 0], dtype=torch.int32)
         start = torch.stack([pool[4], torch.zeros(21, 16), pool[0]])
-        y, final, _ = reference.forward(*exact(inputs), start.double(), None, 0)
+        y, final, _ = chunked.forward(*exact(inputs), start.double(), None, 0)
         got = scan.forward_(pool, slots, *inputs, None)
         assert relative_error(got, y) < 1e-5
         assert relative_error(pool[[4, 0]], final[[0, 2]]) < 1e-5
@@ -145,7 +145,7 @@ def test_what_is_not_finite_propagates_as_in_the_reference(isa, argument, value,
     inputs = [v.clone() if isinstance(v, torch.Tensor) else v for v in make(1, length, 18, 16)]
     inputs[argument][0, length // 2, 1] = value
     y, final, _ = scan.forward(*inputs, None, 0)
-    want, want_final, _ = reference.forward(*inputs, None, 0)
+    want, want_final, _ = chunked.forward(*inputs, None, 0)
     # The reference carries a state over chunks, where infinity times a decay of 0 may be NaN: not finite is what counts.
     assert torch.equal(torch.isfinite(y), torch.isfinite(want))
     assert torch.equal(torch.isfinite(final), torch.isfinite(want_final))

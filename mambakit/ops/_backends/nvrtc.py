@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from mambakit.ops import _memory
+from mambakit.ops._backends import memory
 
 
 @functools.cache
@@ -114,8 +114,8 @@ def _compile(nvrtc, source, name, headers, options) -> bytes:
 
 
 def address(tensor: torch.Tensor | None, dtypes: tuple[torch.dtype, ...], device: int) -> int:
-    """`_memory.address` of a whole contiguous tensor on GPU ``device``; 0 where there is none."""
-    return 0 if tensor is None else _memory.address(tensor, dtypes, tensor.numel(), device)
+    """`memory.address` of a whole contiguous tensor on GPU ``device``; 0 where there is none."""
+    return 0 if tensor is None else memory.address(tensor, dtypes, tensor.numel(), device)
 
 
 class _Arguments(threading.local):
