@@ -36,7 +36,7 @@ def token_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:
     return graph_token_step(model, cache) if graphs_serve(model) else forward_step(model, cache)
 
 
-def forward_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:
+def forward_step(model: Any, cache: Any) -> Callable[[Tensor], Tensor]:
     def step(tokens: Tensor) -> Tensor:
         return model(tokens[:, None], cache_params=cache).logits[:, -1]
 
@@ -87,7 +87,7 @@ def passed_by(model: nn.Module, called: bool) -> list[nn.Module]:
     return modules_of(model)[1:] if called else modules_of(model)
 
 
-def native_serves(model: Any, cache: MambaCache, called: bool = False) -> bool:
+def native_serves(model: Any, cache: Any, called: bool = False) -> bool:
     """Whether a token of this model, from this state, can be one call into the native library.
 
     Args:
@@ -124,7 +124,7 @@ def native_weights(model: Any) -> tuple[list[LayerWeights], PackedWeight]:
     return layers, packed(model.lm_head)
 
 
-def native_step(model: Any, cache: MambaCache, called: bool = False) -> Callable[[Tensor], Tensor]:
+def native_step(model: Any, cache: Any, called: bool = False) -> Callable[[Tensor], Tensor]:
     """`token_step` by the native library; by the model's forward from the moment that somebody puts a hook or a forward on a module."""
     layers, head = native_weights(model)
     backbone = model.backbone
