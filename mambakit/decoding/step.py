@@ -17,7 +17,8 @@ from mambakit.ops._backends import native
 from mambakit.ops._backends.memory import is_plain, observed, transformed
 from mambakit.ops.decode.cpu import DecodeStep, LayerWeights
 from mambakit.ops.linear import pack
-from mambakit.ops.linear.api import MOST_ROWS, PackedWeight
+from mambakit.ops.linear.api import MOST_ROWS
+from mambakit.ops.linear.packed import PackedWeight
 
 _LINEAR = (nn.Linear, QuantizedLinear)
 _DTYPES = (torch.float32, torch.bfloat16)

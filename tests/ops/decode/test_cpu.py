@@ -8,7 +8,7 @@ import torch
 from mambakit.ops.decode import reference
 from mambakit.ops.decode.cpu import DecodeStep, LayerWeights
 from mambakit.ops.linear import pack
-from mambakit.ops.linear.api import FORMATS
+from mambakit.ops.linear.packed import FORMATS
 from tests.ops.closeness import relative_error
 
 H, D, N, R, K, VOCABULARY, LAYERS = 40, 80, 16, 5, 4, 99, 3

@@ -7,7 +7,7 @@ import torch
 
 from mambakit.ops._backends import native
 from mambakit.ops.linear import chunked, cpu, linear, pack, reference
-from mambakit.ops.linear.api import FORMATS
+from mambakit.ops.linear.packed import FORMATS, dequantize
 from tests.ops.closeness import relative_error
 
 DTYPES = {"bfloat16": torch.bfloat16, "lossless16": torch.bfloat16}
@@ -152,7 +152,7 @@ def test_lossless_is(format):
     dtype, integer = (torch.float32, torch.int32) if format == "lossless32" else (torch.bfloat16, torch.int16)
     weight = unusual(dtype)
     packed = pack(weight, format)
-    for again in (packed.dequantized(), cpu.widen(packed), chunked.dequantize(packed)):
+    for again in (packed.dequantized(), cpu.widen(packed), dequantize(packed)):
         assert torch.equal(again.to(dtype).view(integer), weight.view(integer))  # the bits: NaN and -0 too
     x = torch.randn(4, 130)
     rows = [0, 1, 2, 3, 6, 7, 8]
