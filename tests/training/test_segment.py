@@ -13,7 +13,7 @@ from mambakit.ops.selective_scan import cuda_split_scan
 from mambakit.training.distributed import context_parallel, segment, stretch
 from mambakit.training.distributed.segment import segment_gradient, segment_map
 from tests.models.configurations import worst
-from tests.ops.oracles import relative_error
+from tests.ops.closeness import relative_error
 from tests.ops.selective_scan import cuda_on_cpu
 from tests.training.launch import launch
 
