@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mambakit
 from mambakit.decoding.graph_step import graph_step
-from mambakit.decoding.prefill import read_prompt
+from mambakit.decoding.prefill import prefill
 from mambakit.decoding.step import token_step
 from mambakit.generation.drafters import Draft, DraftModel
 from mambakit.generation.engine import Engine, Request
@@ -245,7 +245,7 @@ def measure_lengths(options: Options, clock: Clock, record: dict) -> None:
             def run(m=model, i=ids):
                 with torch.no_grad():
                     if isinstance(m, mambakit.MambaForCausalLM):  # as `generate` reads it
-                        return read_prompt(m, i, m.backbone.new_cache(1))
+                        return prefill(m, i, m.backbone.new_cache(1))
                     return m(i, use_cache=True, logits_to_keep=1)
 
             seconds = fits(lambda r=run: clock.median(r, 3))

@@ -1,52 +1,262 @@
-"""A prompt of one text into a state. On a GPU in pieces of powers of two tokens, each a CUDA graph from its second use on.
+"""Prefill: tokens into a state, many at a time. Everything that reads a prompt or a document does it here.
 
-A forward of a short prompt is bound by the host that launches it: 130m takes 15 ms for what the card does in 1.3. A graph takes that
-away, and serves one length only; so a prompt is cut into the powers of two that it is the sum of. The cut is the same whether the
-graphs are there or not, so that a prompt's bits do not depend on what was read before.
+A prompt is cut into chunks, so that memory does not grow with its length. On a GPU the chunks of a single prompt are powers of two
+tokens ("buckets"), each a CUDA graph from its second use on: a forward of a short prompt is bound by the host that launches it (130m:
+15 ms for what the card does in 1.3), and a graph serves one length only. The cut depends on the prompt and the chunk size alone,
+never on which graphs exist, so that a prompt's bits do not depend on what was read before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mambakit.decoding.graph_step import graphs_serve, kept_with
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache as MambaCache
+from mambakit.modules.interception import is_ours
+from mambakit.quoting import brief
 
-LONGEST = 4096  # tokens of a piece: beyond, the card is the slower one, and memory grows with it
+Prompts = Tensor | Sequence[Tensor]
+"""(b, l) int64; or b tensors (l_i,) of any lengths, which are packed: no work on padding."""
+Progress = Callable[[int], None]
+
+LARGEST_BUCKET = 4096  # tokens: beyond, the card is the slower one, and memory grows with it
 
 
-def reads_in_pieces(model: Any, rows: int) -> bool:
-    """Whether `read_prompt` cuts a prompt into pieces: one row on a GPU where a step can be a graph."""
-    return rows == 1 and not torch.is_grad_enabled() and graphs_serve(model)
+@dataclass(frozen=True)
+class ChunkSizes:
+    """Tokens of a forward where nobody says another number."""
+
+    single: int  # of one text
+    batch: int  # of all texts of a batch together: enough to keep the device busy, and a bound on its memory
 
 
-def read_prompt(model: Any, ids: Tensor, cache: MambaCache, longest: int = LONGEST) -> Tensor:
-    """Read ``ids`` (b, l), l >= 1, after what ``cache`` has seen, and bring it up to date; returns the logits (b, v) after them.
+CHUNK_SIZES = {"cpu": ChunkSizes(512, 2**10), "cuda": ChunkSizes(LARGEST_BUCKET, 2**14)}
+SNAPSHOT_CHUNK = 512  # tokens between two snapshots of a prefix cache, and of a prompt between two steps of an engine
+SCORING_CHUNK = 1024  # tokens of which every hidden state is kept until it is scored
 
-    Pieces have at most ``longest`` tokens where there are pieces.
+
+def chunk_sizes(device: torch.device) -> ChunkSizes:
+    """Those of ``device``."""
+    return CHUNK_SIZES.get(device.type, CHUNK_SIZES["cuda"])
+
+
+def prefill(
+    model: Any,
+    prompts: Prompts,
+    cache: MambaCache,
+    *,
+    attention_mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Read prompts after what ``cache`` has seen, and bring it up to date.
+
+    Args:
+        model: a causal language model in eval mode.
+        prompts: (b, l) int64 with l >= 1, or b tensors (l_i,) with l_i >= 1, on the model's device.
+        cache: of b rows.
+        attention_mask: (b, l), 0 where a token of (b, l) prompts is padding; every row's last token is a real one.
+        chunk_size: tokens per forward: of each row of (b, l) prompts, of all rows together where they are packed. `CHUNK_SIZES`
+            unless given.
+        progress: called after each chunk with the number of tokens read so far, of all rows (padding included).
+
+    Returns:
+        (b, v) logits after the last token of each row, float32 (float64 in a float64 model).
     """
-    if not reads_in_pieces(model, ids.shape[0]):
-        return model(ids, cache_params=cache, logits_to_keep=1).logits[:, -1]
-    return _read_in_pieces(model, ids, cache, longest)
+    logits = _finish(prefill_parts(model, prompts, cache, attention_mask, chunk_size, progress, by_layer=False))
+    assert logits is not None
+    return logits
 
 
-def _read_in_pieces(model: Any, ids: Tensor, cache: MambaCache, longest: int) -> Tensor:
-    with torch.cuda.device(model.device):
-        return kept_with(model, ("prompt",), lambda: _Pieces(model))(ids, cache, longest)
+def prefill_states(
+    model: Any,
+    prompts: Prompts,
+    cache: MambaCache,
+    *,
+    attention_mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """`prefill` without the logits, for the states alone; prompts may be empty."""
+    _finish(
+        prefill_parts(model, prompts, cache, attention_mask, chunk_size, progress, want_logits=False, by_layer=False)
+    )
 
 
-def prompt_parts(model: Any, ids: Tensor, cache: MambaCache) -> Generator[None, None, Tensor]:
-    """`read_prompt` of one text with a pause after every layer, so that others need not wait for the whole: the same bits, and the
-    cache is right only at the end. On a GPU, and where somebody would miss the call of the model as a whole, it is one part.
+def prefill_parts(
+    model: Any,
+    prompts: Prompts,
+    cache: MambaCache,
+    attention_mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    progress: Progress | None = None,
+    *,
+    want_logits: bool = True,
+    by_layer: bool = True,
+) -> Generator[None, None, Tensor | None]:
+    """`prefill` with a pause after every layer of a single text (after every chunk of several), for a caller who has other work to do
+    meanwhile: the same bits; the cache is right only at the end. On a GPU a bucket is one part, and so is a chunk of a model whose call
+    is more than its layers one after the other (hooks, another forward).
+
+    Returns (as the generator's value) what `prefill` returns, None without ``want_logits``.
     """
-    if reads_in_pieces(model, ids.shape[0]):
-        return _read_in_pieces(model, ids, cache, LONGEST)
-    if not model.is_its_layers():
-        return model(ids, cache_params=cache, logits_to_keep=1).logits[:, -1]
+    texts, longest = _texts(prompts)
+    if not longest:
+        return None
+    size = _chunk_size(model, texts, chunk_size)
+    if attention_mask is None and reads_in_buckets(model, _rows(texts)):
+        ids = texts if isinstance(texts, Tensor) else texts[0][None]
+        with torch.cuda.device(model.device):
+            graphs: _BucketGraphs = kept_with(model, ("prefill",), lambda: _BucketGraphs(model))
+            graphs.load(cache)
+            done = 0
+            for part in ids.split(buckets(ids.shape[1], size), 1):  # without a pause: the graphs share one state
+                hidden = graphs.read(part)
+                done += part.shape[1]
+                if progress is not None:
+                    progress(done)
+            graphs.store(cache, done)
+        return _head(model, hidden) if want_logits else None
+    found: list[Tensor] = []
+    order: list[int] = []
+    # A model with a forward of its own, or with a hook, is called itself for every chunk where logits are asked for.
+    ours = is_ours(model)
+    keywords: dict[str, Any] = {"return_dict": True} if ours else {}
+    for chunk in _chunks(texts, attention_mask, size):
+        last = want_logits and bool(chunk.ends)
+        if by_layer and _rows(texts) == 1 and attention_mask is None and model.is_its_layers():
+            logits = yield from _by_layer(model, chunk.ids, cache, last)
+        elif last or (want_logits and not ours):
+            kept = 1 if chunk.positions is None else chunk.positions
+            logits = model(chunk.ids, cache_params=cache, logits_to_keep=kept, **chunk.marks, **keywords).logits
+            logits = logits[:, -1] if chunk.positions is None else logits[0]
+        else:
+            model.backbone(chunk.ids, cache_params=cache, **chunk.marks)
+        if last:
+            found.append(logits)
+            order += chunk.ends
+        if progress is not None:
+            progress(chunk.done)
+        if not chunk.is_last:
+            yield
+    if not want_logits:
+        return None
+    if len(found) == 1 and order == sorted(order):
+        return found[0]
+    return torch.cat(found)[torch.tensor(order, dtype=torch.int64, device="cpu").argsort().to(found[0].device)]
+
+
+def hidden_states(
+    model: Any,
+    prompts: Prompts,
+    cache: MambaCache | None = None,
+    *,
+    chunk_size: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[list[Tensor]]:
+    """Read prompts chunk by chunk, for scores and perplexities: the last hidden states of what each chunk has of each text.
+
+    Args:
+        prompts: as `prefill`'s; texts may be empty.
+        cache: what they go on from, brought up to date; None: from a zero state, and none is kept. It must be given where a text does
+            not fit into one chunk.
+
+    Yields:
+        For each text (c_i, h), the hidden states of its next c_i tokens, from which ``lm_head`` predicts what follows each of them.
+
+    Raises:
+        ValueError: several chunks and no cache.
+    """
+    texts, longest = _texts(prompts)
+    if not longest:
+        return
+    size = _chunk_size(model, texts, chunk_size)
+    state: dict[str, Any] = {"use_cache": False} if cache is None else {"cache_params": cache}
+    for chunk in _chunks(texts, None, size):
+        if cache is None and not chunk.is_last:
+            raise ValueError(
+                f"{sum(map(len, texts))} tokens are more than a chunk of {size}, which needs a cache to carry the state"
+            )
+        hidden = model.backbone(chunk.ids, **chunk.marks, **state).last_hidden_state
+        yield list(hidden[0].split(chunk.lengths)) if len(hidden) == 1 else list(hidden)
+        if progress is not None:
+            progress(chunk.done)
+
+
+# -- how prompts are cut ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    ids: Tensor  # (b, l); (1, l) where texts are packed
+    marks: dict[str, Tensor]  # the backbone's argument that says which tokens are whose
+    lengths: list[int]  # tokens of each text in it
+    ends: list[int]  # the texts whose last token is in it
+    positions: Tensor | None  # (len(ends),) int64 of those tokens, where texts are packed
+    done: int  # tokens read after it
+    is_last: bool
+
+
+def _texts(prompts: Prompts) -> tuple[Prompts, int]:
+    """(the prompts, with one text as (1, l); the length of the longest)."""
+    if not isinstance(prompts, Tensor):
+        if len(prompts) != 1:
+            return prompts, max(map(len, prompts), default=0)
+        prompts = prompts[0][None]
+    return prompts, prompts.shape[1]
+
+
+def _rows(texts: Prompts) -> int:
+    return texts.shape[0] if isinstance(texts, Tensor) else len(texts)
+
+
+def _chunk_size(model: Any, texts: Prompts, given: int | None) -> int:
+    if given is not None:
+        if given < 1:
+            raise ValueError(f"chunk_size is {brief(given)}; it must be 1 or more")
+        return given
+    sizes, rows = chunk_sizes(model.device), _rows(texts)
+    if rows == 1:
+        return sizes.single
+    return max(64, sizes.batch // rows) if isinstance(texts, Tensor) else sizes.batch
+
+
+def _chunks(texts: Prompts, attention_mask: Tensor | None, size: int) -> Iterator[_Chunk]:
+    if isinstance(texts, Tensor):
+        rows, length = texts.shape
+        for start in range(0, length, size):
+            stop = min(length, start + size)
+            mask = {} if attention_mask is None else {"attention_mask": attention_mask[:, start:stop]}
+            last, ids = stop == length, texts[:, start:stop]
+            ends = list(range(rows)) if last else []
+            yield _Chunk(ids, mask, [stop - start] * rows, ends, None, rows * stop, last)
+        return
+    unread, done, total = list(texts), 0, sum(map(len, texts))
+    device = texts[0].device
+    while done < total:
+        left = [n for text in unread if (n := len(text))]
+        share = max(left) if sum(left) <= size else max(1, size // len(left))
+        parts = [text[:share] for text in unread]
+        lengths = list(map(len, parts))
+        ends = [i for i, text in enumerate(unread) if 0 < len(text) <= share]
+        unread = [text[share:] for text in unread]
+        bounds = torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0)
+        done += sum(lengths)
+        marks = {"cu_seqlens": bounds.to(device, torch.int32)}
+        positions = (bounds[1:][ends] - 1).to(device)
+        yield _Chunk(torch.cat(parts)[None], marks, lengths, ends, positions, done, done == total)
+
+
+# -- the ways to read a chunk -------------------------------------------------------------------------------------------
+
+
+def _by_layer(model: Any, ids: Tensor, cache: MambaCache, want_logits: bool) -> Generator[None, None, Tensor]:
+    """The call of a model that is its layers, with a pause after each of them; (b, v) logits, or nothing of use."""
     backbone = model.backbone
     x, residual = backbone.embeddings(ids), None
     for block in backbone.layers:
@@ -55,46 +265,63 @@ def prompt_parts(model: Any, ids: Tensor, cache: MambaCache) -> Generator[None, 
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     x, _ = backbone.norm_f(x, residual, wide if model.config.residual_in_fp32 else None)
     cache.advance(ids.shape[1])
-    logits = model.lm_head(x[:, -1:])[:, -1]
+    return _head(model, x[:, -1:]) if want_logits else x
+
+
+def _head(model: Any, hidden: Tensor) -> Tensor:
+    """(b, v) logits of (b, 1, h)."""
+    logits = model.lm_head(hidden)[:, -1]
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def pieces(length: int, longest: int) -> list[int]:
-    """Powers of two that add up to ``length``, none above ``longest``, the largest first."""
-    most = 1 << (max(1, min(longest, LONGEST)).bit_length() - 1)
+def _finish(parts: Generator[None, None, Tensor | None]) -> Tensor | None:
+    while True:
+        try:
+            next(parts)
+        except StopIteration as end:
+            return end.value
+
+
+def reads_in_buckets(model: Any, rows: int) -> bool:
+    """Whether a prompt is cut into powers of two, read by graphs: one row on a GPU where a step can be a graph."""
+    return rows == 1 and not torch.is_grad_enabled() and graphs_serve(model)
+
+
+def buckets(length: int, longest: int) -> list[int]:
+    """Powers of two that add up to ``length``, none above ``longest`` or `LARGEST_BUCKET`, the largest first."""
+    most = 1 << (max(1, min(longest, LARGEST_BUCKET)).bit_length() - 1)
     sizes = [most] * (length // most)
     rest = length % most
     return sizes + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
 
 
-class _Pieces:
-    """The graphs of one model. They work on a state of their own, and share their memory: one runs at a time."""
+class _BucketGraphs:
+    """The prefill graphs of one model. They work on a state of their own, and share their memory: one runs at a time."""
 
     def __init__(self, model: Any):
         self.model = model
-        self.cache = model.backbone.new_cache(1)
+        self.cache: MambaCache = model.backbone.new_cache(1)
         self._used: set[int] = set()
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._pool: Any = None
 
-    def __call__(self, ids: Tensor, cache: MambaCache, longest: int) -> Tensor:
-        self.cache.conv_states.copy_(cache.conv_states)
-        self.cache.ssm_states.copy_(cache.ssm_states)
-        for part in ids.split(pieces(ids.shape[1], longest), 1):
-            hidden = self._read(part)
-        cache.conv_states.copy_(self.cache.conv_states)
-        cache.ssm_states.copy_(self.cache.ssm_states)
-        cache.advance(ids.shape[1])
-        logits = self.model.lm_head(hidden)[:, -1]
-        return logits if logits.dtype == torch.float64 else logits.float()
+    def load(self, cache: MambaCache) -> None:
+        """Go on from this state."""
+        self.cache.load_(cache)
+
+    def store(self, cache: MambaCache, tokens: int) -> None:
+        """Leave the state in ``cache``, which is ``tokens`` behind it."""
+        seen = cache.get_seq_length()
+        cache.load_(self.cache)
+        cache.advance(seen + tokens - cache.get_seq_length())
 
     def _forward(self, ids: Tensor) -> Tensor:
         return self.model.backbone(ids, cache_params=self.cache).last_hidden_state[:, -1:]
 
     @torch.inference_mode(False)  # a graph's tensors outlive the call
     @torch.no_grad()
-    def _read(self, ids: Tensor) -> Tensor:
-        """(1, 1, h) after the last token; of a graph valid until the next piece."""
+    def read(self, ids: Tensor) -> Tensor:
+        """(1, 1, h) after the last token; of a graph valid until the next bucket."""
         length = ids.shape[1]
         if length not in self._graphs:
             if length not in self._used:  # compiles what is not compiled yet, which a capture must not

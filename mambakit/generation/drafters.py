@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.graph_step import GraphStep, graphs_serve
+from mambakit.decoding.prefill import prefill_states
 from mambakit.decoding.step import forward_step, token_step
 from mambakit.generation.stream import SamplingParams, drawn
 from mambakit.modules import MambaCache
@@ -103,9 +104,7 @@ class DraftModel:
         self._scores, self._greedy, self._generator = scores, sampling.temperature == 0, generator
         self._cache: MambaCache = self.model.backbone.new_cache(1)
         ids = ids.to(self.model.device)
-        for part in ids[:-1].split(2048):
-            if len(part):
-                self.model.backbone(part[None], cache_params=self._cache)
+        prefill_states(self.model, [ids[:-1]], self._cache)
         if graphs_serve(self.model):
             if self._graph is None or not self._graph.current:
                 self._graph = GraphStep(self.model, 1)
@@ -171,9 +170,7 @@ class DraftModel:
 
     def _return_to(self, tokens: int) -> None:
         """The cache as it was after so many tokens; in place, for the step holds on to its memory."""
-        snapshot = self._snapshots[tokens - self._base]
-        self._cache.conv_states.copy_(snapshot.conv_states)
-        self._cache.ssm_states.copy_(snapshot.ssm_states)
+        self._cache.restore_(self._snapshots[tokens - self._base])
         del self._read[tokens:]
 
 

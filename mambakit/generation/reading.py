@@ -8,9 +8,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from mambakit.decoding.prefill import prompt_parts
+from mambakit.decoding.prefill import prefill_parts
 from mambakit.generation.prefix_cache import PrefixCache, PrefixReading
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache as MambaCache
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class PromptReading:
     ):
         self._model, self._ids, self._chunk_size = model, ids, chunk_size
         self._state, self._prefix_cache = state, prefix_cache if state is None else None
-        self._parts: Generator[None, None, Tensor] | None = None
+        self._parts: Generator[None, None, Tensor | None] | None = None
         self._position = self._stop = 0
         self.begun = self.done = False
         self.cached = 0
@@ -56,7 +56,7 @@ class PromptReading:
         if self._parts is None:
             self._stop = next(self._stops)
             part = self._ids[None, self._position : self._stop].to(self._model.device)
-            self._parts = prompt_parts(self._model, part, self.cache)
+            self._parts = prefill_parts(self._model, part, self.cache)
         tokens = self._stop - self._position
         try:
             next(self._parts)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mambakit.decoding.choosing import NO_CHOICE, are_numbers, draw
 from mambakit.decoding.parameters import CHUNK_SIZE, NEW_TOKENS
-from mambakit.decoding.prefill import read_prompt
+from mambakit.decoding.prefill import prefill
 from mambakit.decoding.sampler import SampledText, Sampler
 from mambakit.decoding.sampling_params import SamplingParams
 from mambakit.decoding.step import token_step
@@ -58,7 +58,7 @@ class Stream:
         stop: strings that end the text; they are not part of it, and no piece ever shows the start of one.
         cache: the state to continue from; brought up to date in place.
         chunk_size: tokens of the prompt per forward; memory does not grow with the prompt. 512 on a CPU, where more makes
-            nothing faster, and 2,048 elsewhere, unless given.
+            nothing faster, and 4,096 elsewhere, unless given.
         progress: called with the number of prompt tokens read.
         context: (p,) int64, tokens that ``cache`` has read, where they are known: a repetition penalty counts them, too.
     """
@@ -135,15 +135,8 @@ class Stream:
 
     def _read(self, ids: Tensor) -> Tensor:
         """Read the prompt in chunks; the logits (1, v) after it."""
-        done = 0
-        chunk_size = self.chunk_size or (512 if ids.device.type == "cpu" else 2048)
         assert self.cache is not None
-        for part in ids.split(chunk_size, 1):
-            logits = read_prompt(self.model, part, self.cache)
-            done += part.shape[1]
-            if self.progress is not None:
-                self.progress(done)
-        return logits
+        return prefill(self.model, ids, self.cache, chunk_size=self.chunk_size, progress=self.progress)
 
 
 # A character has at most 4 bytes, and so many tokens. Where more wait for their text, their bytes are no text.

@@ -17,20 +17,18 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from mambakit.decoding.choosing import WITHOUT_WAITING, Choosing
 from mambakit.decoding.graph_step import graphs_serve
-from mambakit.decoding.prefill import read_prompt, reads_in_pieces
+from mambakit.decoding.prefill import chunk_sizes, prefill, prefill_states, reads_in_buckets
 from mambakit.decoding.scaling import widened
 from mambakit.decoding.token_loop import GeneratingSteps, write_tokens
 from mambakit.models.inputs import one_cache
 from mambakit.models.options import check_generating, setting
 from mambakit.models.outputs import CACHE_NAMES
 from mambakit.models.pretrained import MambaPreTrainedModel
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache as MambaCache
 from mambakit.modules.interception import is_ours
 from mambakit.number import SEED
 from mambakit.quoting import brief
 
-# Tokens of all rows that a prefill reads at once: enough to keep the device busy, and a bound on its memory.
-_TOKENS_AT_ONCE = {"cuda": 2**14, "cpu": 2**10}
 # What this release of transformers calls the state: in its token loops' arguments, and in what generate() returns.
 _ARGUMENT, _RESULT = (
     ("cache", "cache")
@@ -104,9 +102,9 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         use_cache = setting(kwargs, settings, "use_cache", True)
         steps = GeneratingSteps(self)
         given_cache = cache
-        limit = _TOKENS_AT_ONCE.get(self.device.type, 2**14)
+        limit = chunk_sizes(self.device).batch
         whole = bool(setting(kwargs, settings, "output_hidden_states", False))  # asks for the whole prompt's
-        alone = copies == 1 and use_cache and not whole and reads_in_pieces(self, input_ids.shape[0])
+        alone = copies == 1 and use_cache and not whole and reads_in_buckets(self, input_ids.shape[0])
         if alone and is_ours(self) and (mask is None or bool(mask[:, -new:].all())):
             cache = self.backbone.new_cache(1) if cache is None else cache
             steps.longest_piece, chunk = int(chunk or limit), None
@@ -206,16 +204,10 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         """Read the prompt but for its last token, or with it: (the columns of ``ids`` that generation need not read, the logits (b, v) after
         the last)."""
         end = ids.shape[1] if last_too else ids.shape[1] - 1
-        offset = 0 if mask is None else mask.shape[1] - ids.shape[1]
-        logits = None
-        for start in range(cached, end, chunk):
-            stop = min(end, start + chunk)
-            part = None if mask is None else mask[:, offset + start : offset + stop]
-            read = {"attention_mask": part, "cache_params": cache}
-            if stop < ids.shape[1]:
-                self.backbone(ids[:, start:stop], **read)
-            else:
-                logits = self(ids[:, start:stop], logits_to_keep=1, return_dict=True, **read).logits[:, -1]
+        if mask is not None:
+            mask = mask[:, mask.shape[1] - ids.shape[1] :][:, cached:end]
+        read = prefill if last_too else prefill_states
+        logits = read(self, ids[:, cached:end], cache, attention_mask=mask, chunk_size=chunk)
         return ids.shape[1] - 1, logits
 
     def _update_model_kwargs_for_generation(
@@ -251,7 +243,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         if steps is not None and steps.longest_piece:
             assert cache_params is not None
             prompt = input_ids[:, cached_columns:]
-            steps.after_prompt = read_prompt(self, prompt, cache_params, steps.longest_piece)
+            steps.after_prompt = prefill(self, prompt, cache_params, chunk_size=steps.longest_piece)
         if steps is not None and steps.after_prompt is not None:
             step["input_ids"] = input_ids[:, -1:]  # it is read: forward is told the logits after it
         elif is_first_iteration or not use_cache:

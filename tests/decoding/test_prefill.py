@@ -24,10 +24,10 @@ def on(monkeypatch):
 
     def serve(device: str) -> str:
         if device == "cpu":
-            monkeypatch.setattr(prompt, "reads_in_pieces", lambda model, rows: rows == 1)
-            monkeypatch.setattr(generate, "reads_in_pieces", lambda model, rows: rows == 1)
+            monkeypatch.setattr(prompt, "reads_in_buckets", lambda model, rows: rows == 1)
+            monkeypatch.setattr(generate, "reads_in_buckets", lambda model, rows: rows == 1)
             monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-            monkeypatch.setattr(prompt._Pieces, "_read", prompt._Pieces._forward)
+            monkeypatch.setattr(prompt._BucketGraphs, "read", prompt._BucketGraphs._forward)
         return device
 
     return serve
@@ -36,11 +36,11 @@ def on(monkeypatch):
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 1000, 4095, 4096, 4097, 20_000])
 @pytest.mark.parametrize("longest", [1, 3, 64, 4096, 10**6])
 def test_pieces_are_powers_of_two_that_add_up(length, longest):
-    found = prompt.pieces(length, longest)
+    found = prompt.buckets(length, longest)
     assert sum(found) == length
     assert found == sorted(found, reverse=True)
-    assert all(size & (size - 1) == 0 and size <= min(longest, prompt.LONGEST) for size in found)
-    least = min(1 << (longest.bit_length() - 1), prompt.LONGEST)
+    assert all(size & (size - 1) == 0 and size <= min(longest, prompt.LARGEST_BUCKET) for size in found)
+    least = min(1 << (longest.bit_length() - 1), prompt.LARGEST_BUCKET)
     assert len(found) <= length // least + least.bit_length()
 
 
@@ -50,7 +50,7 @@ def test_on_a_cpu_it_is_the_models_forward():
     cache, other = model.backbone.new_cache(2), model.backbone.new_cache(2)
     with torch.no_grad():
         expected = model(ids, cache_params=other, logits_to_keep=1).logits[:, -1]
-        assert torch.equal(prompt.read_prompt(model, ids, cache), expected)
+        assert torch.equal(prompt.prefill(model, ids, cache), expected)
     assert torch.equal(cache.ssm_states, other.ssm_states)
     assert cache.get_seq_length() == 9
 
@@ -70,7 +70,7 @@ def test_pieces_give_the_whole_prompts_logits_and_state(on, device):
     for length in (1, 3, 77, 77, 77, 600, 600, 600):
         ids = torch.randint(0, 320, (1, length), device=device)
         cache, other = first.clone(), first.clone()
-        logits = prompt.read_prompt(model, ids, cache)
+        logits = prompt.prefill(model, ids, cache)
         expected = model(ids, cache_params=other).logits[:, -1]
         assert torch.allclose(logits, expected, atol=1e-4, rtol=1e-4)
         assert torch.allclose(cache.ssm_states, other.ssm_states, atol=1e-4, rtol=1e-4)
@@ -87,8 +87,8 @@ def test_the_bits_do_not_depend_on_what_was_read_before(on, device):
     found = []
     for _ in range(4):
         cache = model.backbone.new_cache(1)
-        found.append((prompt.read_prompt(model, ids, cache).clone(), cache.ssm_states.clone()))
-        prompt.read_prompt(model, torch.randint(0, 320, (1, 77), device=device), model.backbone.new_cache(1))
+        found.append((prompt.prefill(model, ids, cache).clone(), cache.ssm_states.clone()))
+        prompt.prefill(model, torch.randint(0, 320, (1, 77), device=device), model.backbone.new_cache(1))
     for logits, state in found[1:]:
         assert torch.equal(logits, found[0][0])
         assert torch.equal(state, found[0][1])
@@ -102,7 +102,7 @@ def test_generate_reads_its_prompt_in_pieces(on, device, sampled, monkeypatch):
     ids = torch.randint(1, 320, (1, 45), device=device)
     options = {"max_new_tokens": 12, "do_sample": sampled, "eos_token_id": None, "pad_token_id": 0, "seed": 3}
     with monkeypatch.context() as without:
-        without.setattr("mambakit.models.generate.reads_in_pieces", lambda model, rows: False)
+        without.setattr("mambakit.models.generate.reads_in_buckets", lambda model, rows: False)
         expected = model.generate(ids, **options)
     for _ in range(3):
         cache = model.backbone.new_cache(1)
@@ -111,7 +111,7 @@ def test_generate_reads_its_prompt_in_pieces(on, device, sampled, monkeypatch):
         assert cache.get_seq_length() == 45 + 11
         assert torch.equal(model.generate(ids, prefill_chunk_size=16, **options), expected)
     if device == "cuda":
-        (reader,) = [kept for (key, _), kept in graph_step._steps[model].items() if key == ("prompt",)]
+        (reader,) = [kept for (key, _), kept in graph_step._steps[model].items() if key == ("prefill",)]
         assert sorted(reader._graphs) == [1, 4, 8, 16, 32]  # 45, also in pieces of 16
     hooked = []
     handle = model.register_forward_hook(lambda module, inputs, output: hooked.append(output.logits.shape))
@@ -186,7 +186,7 @@ def test_adapters_switched_off_are_noticed(on, device):
     ids = torch.randint(1, 320, (1, 6), device=device)
 
     def read() -> torch.Tensor:
-        return prompt.read_prompt(model, ids, model.backbone.new_cache(1)).clone()
+        return prompt.prefill(model, ids, model.backbone.new_cache(1)).clone()
 
     with_adapters = [read() for _ in range(3)]
     before = graph_step._place(model)

@@ -27,7 +27,7 @@ class Time:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 0.0
-        parts, step = reading.prompt_parts, SlotPool.step
+        parts, step = reading.prefill_parts, SlotPool.step
 
         def timed_parts(model, ids, cache):
             whole = parts(model, ids, cache)
@@ -43,7 +43,7 @@ class Time:
             self.now += STEP
             return step(rows, given)
 
-        monkeypatch.setattr(reading, "prompt_parts", timed_parts)
+        monkeypatch.setattr(reading, "prefill_parts", timed_parts)
         monkeypatch.setattr(SlotPool, "step", timed_step)
 
     def __call__(self) -> float:
@@ -186,8 +186,8 @@ def test_rows_are_divided_between_keys_however_many_requests_each_has(model, clo
 
 def test_texts_of_one_prompt_read_it_once(model, monkeypatch):
     read = []
-    parts = reading.prompt_parts
-    monkeypatch.setattr(reading, "prompt_parts", lambda m, ids, c: read.append(ids.shape[1]) or parts(m, ids, c))
+    parts = reading.prefill_parts
+    monkeypatch.setattr(reading, "prefill_parts", lambda m, ids, c: read.append(ids.shape[1]) or parts(m, ids, c))
     ids = tokens(1, 100)[0]
     engine = Engine(model, 3, chunk_size=30)
     texts = engine.write(Request(ids, Sampling(seed=i), max_new_tokens=5, share=("request",)) for i in range(10))
@@ -204,8 +204,8 @@ def test_a_prompt_read_in_parts_has_the_same_bits(name):
     ids = tokens(1, 40)
     whole, parts = model.backbone.new_cache(1), model.backbone.new_cache(1)
     for piece in (ids[:, :25], ids[:, 25:39], ids[:, 39:]):
-        expected = prompt.read_prompt(model, piece, whole)
-        generator, count = prompt.prompt_parts(model, piece, parts), 0
+        expected = prompt.prefill(model, piece, whole)
+        generator, count = prompt.prefill_parts(model, piece, parts), 0
         while True:
             try:
                 next(generator)

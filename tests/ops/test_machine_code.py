@@ -10,7 +10,7 @@ import torch
 
 import mambakit
 from mambakit.decoding.graph_step import gpu_weights
-from mambakit.ops import _nvrtc
+from mambakit.ops._backends import nvrtc
 from mambakit.ops.decode import cuda_persistent as persistent
 from mambakit.ops.selective_scan import cuda_launch
 from mambakit.ops.selective_scan.plan import backward_plan, forward_plan
@@ -60,7 +60,7 @@ def compile_scan(
     assert taken <= shared
     macros = plan.forward_macros if kind == "forward" else plan.backward_macros
     compiled_with = dict(macros(dtype, gated, True, packed, aligned))
-    return _nvrtc.machine_code(cuda_launch._FOLDER, "kernel.cu", compiled_with, arch)
+    return nvrtc.machine_code(cuda_launch._FOLDER, "kernel.cu", compiled_with, arch)
 
 
 @pytest.mark.parametrize("arch", CARDS)
@@ -96,4 +96,4 @@ def test_the_decode_step(kind, arch):
         model.quantize(kind)
     plan = persistent._plan(gpu_weights(model), 1, BF16, CARDS[arch])
     assert isinstance(plan, dict), plan
-    assert _nvrtc.machine_code(Path(persistent.__file__).parent, "persistent.cu", plan, arch)
+    assert nvrtc.machine_code(Path(persistent.__file__).parent, "persistent.cu", plan, arch)

@@ -1,7 +1,7 @@
 """The selective scan on NVIDIA GPUs: CUDA C++ (`kernel.cu`), compiled at run time for the shape at hand.
 
-This file implements the ops and says which calls Triton or the reference serve: Triton (`triton.py`) where CUDA C++
-cannot be compiled, after one warning, and one token in place; the reference float64 and empty inputs. `plan.py` chooses
+This file implements the ops and says which calls others serve: Triton (`triton.py`) where CUDA C++
+cannot be compiled, after one warning, and one token in place; plain PyTorch (`chunked.py`) float64 and empty inputs. `plan.py` chooses
 a kernel's layout, `cuda_forward.py` and `cuda_backward.py` launch it; how the kernels work is in `common.cuh`,
 `forward.cuh` and `backward.cuh`.
 """
@@ -15,8 +15,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from mambakit.ops import _nvrtc
-from mambakit.ops.selective_scan import cuda_launch, reference
+from mambakit.ops._backends import nvrtc
+from mambakit.ops.selective_scan import chunked, cuda_launch
 from mambakit.ops.selective_scan.cuda_backward import BackwardLaunch
 from mambakit.ops.selective_scan.cuda_forward import ForwardLaunch, new_outputs
 from mambakit.ops.selective_scan.plan import backward_plan
@@ -36,7 +36,7 @@ def _slower(reason: str):
 @functools.cache
 def _fallback():
     """The Triton kernels when CUDA C++ cannot be compiled here, else None."""
-    reason = _nvrtc.available()
+    reason = nvrtc.available()
     return None if reason is None else _slower(reason)
 
 
@@ -56,7 +56,7 @@ def _one_token():
 def other_implementation(u: Tensor, A: Tensor):
     """The module that serves this call instead of CUDA C++, or None."""
     if u.dtype == torch.float64 or u.numel() == 0 or A.shape[1] == 0:
-        return reference
+        return chunked
     fallback = _fallback()
     if fallback is None and A.shape[1] > 256:
         return _slower(f"A has {A.shape[1]} states, the CUDA C++ kernels take 256")
@@ -68,7 +68,7 @@ def _other_gradient(u: Tensor, A: Tensor):
     other = other_implementation(u, A)
     if other is not None:
         return other
-    shared = _nvrtc.shared_memory(u.device.index)
+    shared = nvrtc.shared_memory(u.device.index)
     multiprocessors = cuda_launch.multiprocessors(u.device.index)
     needed = backward_plan(*u.shape, A.shape[1], multiprocessors, shared).backward_bytes
     if needed <= shared:

@@ -10,8 +10,8 @@ import functools
 import torch
 from torch import Tensor
 
-from mambakit.ops import _memory, _nvrtc
-from mambakit.ops._memory import FLOAT32, INT32
+from mambakit.ops._backends import memory, nvrtc
+from mambakit.ops._backends.memory import FLOAT32, INT32
 from mambakit.ops.selective_scan import cuda_launch
 from mambakit.ops.selective_scan.cuda_parameters import BackwardParams, ReduceParams
 from mambakit.ops.selective_scan.plan import backward_plan
@@ -29,7 +29,7 @@ class BackwardKernel:
     """
 
     def __init__(self, b, length, d, n, dtype, gated, softplus, packed, aligned, device, interval, split):
-        shared = _nvrtc.shared_memory(device)
+        shared = nvrtc.shared_memory(device)
         plan = backward_plan(b, length, d, n, cuda_launch.multiprocessors(device), shared, not (packed or split))
         self.shared_bytes = plan.backward_bytes
         if self.shared_bytes > shared:  # only a split scan: `cuda.backward` serves others by Triton
@@ -104,7 +104,7 @@ class BackwardLaunch:
         self._packed = cuda_launch.PackedRow(cu_seqlens, length, device)
         self._kept = inputs, A, D, delta_bias, initial, checkpoints, tickets  # alive until the launches
         self._device, self._state_size = at, d * n
-        address, half = _nvrtc.address, (u.dtype,)
+        address, half = nvrtc.address, (u.dtype,)
         dz_b, dz_t = (0, 0) if z is None else self.dz.stride()[:2]
         self._parameters = BackwardParams(
             **inputs.fields, **scratch, A=address(A, FLOAT32, at), D=address(D, FLOAT32, at),
@@ -112,7 +112,7 @@ class BackwardLaunch:
             checkpoints=address(checkpoints, FLOAT32, at), ids=self._packed.ids, cu=self._packed.cu,
             du=address(self.du, half, at), ddelta=address(self.ddelta, half, at),
             # dz may be half of a wider tensor.
-            dz=_memory.address_of_rows(self.dz, half, self.dz.shape, at), dz_b=dz_b, dz_t=dz_t,
+            dz=memory.address_of_rows(self.dz, half, self.dz.shape, at), dz_b=dz_b, dz_t=dz_t,
             dinitial=0 if initial is None else address(self.dinitial, FLOAT32, at), tickets=address(tickets, INT32, at),
             l=length, d=d, n=n, channel_tiles=kernel.channel_tiles, chunk_length=kernel.chunk_length,
             chunks=kernel.chunks, first_chunk=kernel.first_chunk, rows=b * length, interval=interval,
@@ -150,12 +150,12 @@ class BackwardLaunch:
 
     def launch_carries(self, dfinal: Tensor | None) -> None:
         """The aggregates of chunks, before `gradients` in a scan in chunks that is not chained."""
-        self._parameters.dfinal = _nvrtc.address(dfinal, FLOAT32, self._device)
+        self._parameters.dfinal = nvrtc.address(dfinal, FLOAT32, self._device)
         self.kernel.launch_carries(self.stream, self._parameters)
 
     def gradients(self, dfinal: Tensor | None) -> tuple[Tensor, ...]:
         """The gradients, in the op's order."""
-        self._parameters.dfinal = _nvrtc.address(dfinal, FLOAT32, self._device)
+        self._parameters.dfinal = nvrtc.address(dfinal, FLOAT32, self._device)
         self.kernel.launch(self.stream, self._parameters)
         self.kernel.launch_reduce(self.stream, self._reduce_parameters)
         empty = self.dA.new_empty(0)

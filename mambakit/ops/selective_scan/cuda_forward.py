@@ -8,8 +8,8 @@ import functools
 import torch
 from torch import Tensor
 
-from mambakit.ops import _nvrtc
-from mambakit.ops._memory import FLOAT32, INT32
+from mambakit.ops._backends import nvrtc
+from mambakit.ops._backends.memory import FLOAT32, INT32
 from mambakit.ops.selective_scan import cuda_launch
 from mambakit.ops.selective_scan.cuda_parameters import ForwardParams
 from mambakit.ops.selective_scan.plan import forward_plan
@@ -50,7 +50,7 @@ class ForwardKernel:
         self.threads = 32 * plan.warps
         self.shared_bytes = plan.forward_bytes(dtype.itemsize, gated)
         if self.chained:
-            self.shared_bytes = max(self.shared_bytes, plan.chained_bytes(_nvrtc.shared_memory(device)))
+            self.shared_bytes = max(self.shared_bytes, plan.chained_bytes(nvrtc.shared_memory(device)))
         module = cuda_launch.compiled(plan.forward_macros(dtype, gated, softplus, packed, aligned), device)
         self._scan = module.kernel("selective_scan_forward", self.shared_bytes)
         self.sequences = module.kernel("selective_scan_sequences")
@@ -93,7 +93,7 @@ class ForwardLaunch:
         self._packed = cuda_launch.PackedRow(cu_seqlens, length, device)
         self._kept = inputs, A, D, delta_bias, slots, tickets  # alive until the launches
         self._device, self._dtype, self._state_size = u.get_device(), (u.dtype,), d * n
-        address, at = _nvrtc.address, self._device
+        address, at = nvrtc.address, self._device
         self._parameters = ForwardParams(
             **inputs.fields, A=address(A, FLOAT32, at), D=address(D, FLOAT32, at),
             bias=address(delta_bias, FLOAT32, at), slots=address(slots, INT32, at), ids=self._packed.ids,
@@ -111,10 +111,10 @@ class ForwardLaunch:
         checkpoints: Tensor | None,
     ) -> None:  # fmt: skip
         parameters, device = self._parameters, self._device
-        parameters.initial = _nvrtc.address(initial, FLOAT32, device)
-        parameters.y = _nvrtc.address(y, self._dtype, device)
-        parameters.final = _nvrtc.address(final, FLOAT32, device)
-        parameters.checkpoints = _nvrtc.address(checkpoints, FLOAT32, device)
+        parameters.initial = nvrtc.address(initial, FLOAT32, device)
+        parameters.y = nvrtc.address(y, self._dtype, device)
+        parameters.final = nvrtc.address(final, FLOAT32, device)
+        parameters.checkpoints = nvrtc.address(checkpoints, FLOAT32, device)
         for phase in phases:
             parameters.phase = phase
             self.kernel.launch(self.stream, parameters)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mambakit.ops import _memory, _nvrtc
-from mambakit.ops._memory import FLOAT32, INT32
+from mambakit.ops._backends import memory, nvrtc
+from mambakit.ops._backends.memory import FLOAT32, INT32
 from mambakit.ops.selective_scan.cuda_parameters import SequencesParams
 
 _FOLDER = Path(__file__).parent
@@ -25,9 +25,9 @@ def multiprocessors(device: int) -> int:
 
 
 @functools.cache
-def compiled(macros: tuple[tuple[str, int], ...], device: int) -> _nvrtc.Module:
+def compiled(macros: tuple[tuple[str, int], ...], device: int) -> nvrtc.Module:
     """`kernel.cu` with these macros."""
-    return _nvrtc.Module(_FOLDER, "kernel.cu", dict(macros), device)
+    return nvrtc.Module(_FOLDER, "kernel.cu", dict(macros), device)
 
 
 def dense(t: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def operands(d: int, n: int, itemsize: int, **given: Tensor | None) -> Operands:
             if element != 1 or token >= _FARTHEST:
                 t = t.contiguous()
                 row, token, _ = t.stride()
-            address = _memory.address_of_rows(t, dtypes, (b, length, d if t.shape[2] == d else n), device)
+            address = memory.address_of_rows(t, dtypes, (b, length, d if t.shape[2] == d else n), device)
             odd |= row | token | address // itemsize
         tensors.append(t)
         fields[name], fields[f"{name}_b"], fields[f"{name}_t"] = address, row, token
@@ -113,10 +113,10 @@ class PackedRow:
         if cu_seqlens is not None:
             self._cu, self._ids = cu_seqlens.contiguous(), torch.empty(length, dtype=torch.int32, device=device)
         self._device = -1 if device.index is None else device.index
-        self.cu, self.ids = (_nvrtc.address(t, INT32, self._device) for t in (self._cu, self._ids))
+        self.cu, self.ids = (nvrtc.address(t, INT32, self._device) for t in (self._cu, self._ids))
 
     def number(
-        self, kernel: _nvrtc.Kernel, stream: int, source: Tensor | None, target: Tensor | None, size: int
+        self, kernel: nvrtc.Kernel, stream: int, source: Tensor | None, target: Tensor | None, size: int
     ) -> None:
         """Launch selective_scan_sequences:
 
@@ -126,8 +126,8 @@ class PackedRow:
             return
         sequences = self._cu.shape[0] - 1
         parameters = SequencesParams(
-            cu=self.cu, ids=self.ids, source=_nvrtc.address(source, FLOAT32, self._device),
-            target=_nvrtc.address(target, FLOAT32, self._device), state_size=size,
+            cu=self.cu, ids=self.ids, source=nvrtc.address(source, FLOAT32, self._device),
+            target=nvrtc.address(target, FLOAT32, self._device), state_size=size,
         )  # fmt: skip
         rounds = min(64, -(-self._ids.shape[0] // (sequences * 1024)) + 1)
         kernel(sequences, 256, stream, parameters, grid_y=rounds)

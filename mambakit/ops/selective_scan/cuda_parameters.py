@@ -1,11 +1,11 @@
 """The scan's CUDA parameter structures: the same fields in the same order as the `struct`s of the .cuh files.
 
-`tests/ops/test_parameters.py` compares them. Pointers and 64-bit integers only, so that there is no padding.
+`tests/ops/_backends/test_cuda_parameters.py` compares them. Pointers and 64-bit integers only, so that there is no padding.
 """
 
 from __future__ import annotations
 
-from mambakit.ops.native.structures import structure
+from mambakit.ops._backends.structures import structure
 
 # Addresses; then strides over rows (_b) and over tokens (_t) in elements, sizes, and what the launch does.
 ForwardParams = structure(

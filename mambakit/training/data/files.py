@@ -7,7 +7,6 @@ import glob
 import gzip
 import lzma
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -86,27 +85,3 @@ def open_binary(path: Path) -> IO[bytes]:
 
 def open_text(path: Path) -> IO[str]:
     return _COMPRESSED.get(path.suffix, open)(path, "rt", encoding="utf-8")
-
-
-def read_pieces(path: Path, options: FileOptions) -> Iterator[Piece]:
-    """The documents of one file, in order, as pieces; memory does not grow with the file or its documents.
-
-    Raises:
-        ValueError: the file is not of its format, or damaged.
-    """
-    from mambakit.training.data import audio, fasta, text
-
-    kind = format_of(path, options)
-    try:
-        if kind == "text":
-            yield from text.read_text(path, options.separator)
-        elif kind == "jsonl":
-            yield from text.read_jsonl(path, options.text_field)
-        elif kind == "parquet":
-            yield from text.read_parquet(path, options.text_field)
-        elif kind == "fasta":
-            yield from fasta.read_fasta(path, options.ambiguous == "split")
-        else:
-            yield from audio.read_wav(path, options.sample_rate)
-    except DAMAGED as error:
-        raise ValueError(f"{path} cannot be read as {kind}, in UTF-8 where it is text: {error}") from error
