@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mambakit.models.checkpoints.loading import load_pretrained, save_original
-from mambakit.models.checkpoints.packed import stored_tensors
-from mambakit.models.mamba.configuration import FalconMambaConfig, MambaConfig, for_weights_that_exist
+from mambakit.models.checkpoints.loading import load_pretrained
+from mambakit.models.checkpoints.saving import save_original, save_pretrained
+from mambakit.models.mamba.configuration import MambaConfig
 from mambakit.models.mamba.initialization import initialize, initialize_in_turn
 from mambakit.models.options import check_loading
 from mambakit.models.quantization import dequantize, is_quantized, packed_numbers, quantize, require_plain
-from mambakit.modules.placement import KEPT_IN_PLACE, computing_device, keep_in_place, stored_value
+from mambakit.modules.placement import KEPT_IN_PLACE, computing_device, keep_in_place
 
 
 class MambaPreTrainedModel(PreTrainedModel):
     """What all Mamba models share: the configuration class, initialisation, and which parameters stay float32."""
 
-    config_class: type[MambaConfig | FalconMambaConfig] = MambaConfig
+    config_class: Any = MambaConfig  # a family's models name its own
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
@@ -115,14 +115,10 @@ class MambaPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Save in transformers' format, with its arguments; a model with packed weights in mambakit's own.
 
-        config.json says ``rescale_prenorm_residual: false`` whatever the configuration says: the field is of weights that are
-        yet to be drawn, and transformers applies it to those that it has just read.
+        config.json says ``rescale_prenorm_residual: false`` whatever the configuration says: the field is for weights
+        that are yet to be drawn, and transformers applies it to those that it has just read.
         """
-        by_transformers = hasattr(self, "hf_device_map")  # it reads what a device_map has put elsewhere
-        if state_dict is None and not by_transformers and any(p.is_meta for p in self.parameters()):
-            state_dict = {name: stored_value(self, name, t) for name, t in self.state_dict().items()}
-        with for_weights_that_exist(self.config):
-            super().save_pretrained(save_directory, is_main_process, stored_tensors(self, state_dict), *args, **kwargs)
+        save_pretrained(self, save_directory, is_main_process, state_dict, *args, **kwargs)
 
     def save_original(self, folder: str | os.PathLike) -> None:
         """Save in the original state-spaces format; `save_pretrained` saves in transformers'. Packed weights: `dequantize` first."""

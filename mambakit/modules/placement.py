@@ -1,4 +1,5 @@
-"""Models that accelerate has spread over devices, or whose weights lie elsewhere between uses (`device_map`, `cpu_offload`, `disk_offload`).
+"""Models that accelerate has spread over devices, or whose weights lie elsewhere between uses (`device_map`, `cpu_offload`,
+`disk_offload`).
 
 Its hooks replace a module's forward: they bring the weights, move the inputs to the device where the module computes, and take the
 weights away again. What they move they copy. A state must not be copied, or what a layer writes into it is lost.
@@ -11,19 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambakit.modules.cache import MambaCache
+from mambakit.modules.state_cache import StateCache
 
 # Arguments and results of a model that its hooks leave where they are.
 KEPT_IN_PLACE = ("cache_params", "past_key_values", "cache")
 
 
-class InHand:
-    """A state on its way through hooks, which move whatever has a method `to`: this has none."""
+class CacheHandle:
+    """A cache as hooks see it, which copy whatever has a method `to` to another device: this has none."""
 
-    __slots__ = ("held",)
+    __slots__ = ("cache",)
 
-    def __init__(self, held: MambaCache):
-        self.held = held
+    def __init__(self, cache: StateCache):
+        self.cache = cache
+
+
+def opened(given: StateCache | CacheHandle | None, layer_idx: int, device: torch.device) -> StateCache | None:
+    """The cache that a mixer was given; where hooks lie between, with its layer's tensors on ``device``, where it computes."""
+    if not isinstance(given, CacheHandle):
+        return given
+    given.cache.place(layer_idx, device)
+    return given.cache
 
 
 def is_dispatched(module: nn.Module) -> bool:
@@ -37,7 +46,8 @@ def _hooks_on(module: nn.Module) -> tuple[Any, ...]:
 
 
 def keep_in_place(hook: Any) -> None:
-    """Have a hook of accelerate leave states where they are. `device_map` says so itself, `dispatch_model` and the offloads do not."""
+    """Have a hook of accelerate leave states where they are. `device_map` says so itself, `dispatch_model` and the offloads do
+    not."""
     for each in getattr(hook, "hooks", (hook,)):
         if hasattr(each, "skip_keys"):
             given = [each.skip_keys] if isinstance(each.skip_keys, str) else list(each.skip_keys or ())

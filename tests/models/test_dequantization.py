@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mambakit
-from mambakit.models.checkpoints.loading import convert, describe
+from mambakit.models.checkpoints import convert, describe
 from mambakit.modules.quantized_linear import QuantizedLinear
 from tests.models.configurations import pair, tokens, worst
 from tests.models.tiny import save_tiny, with_own_embeddings

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import mambakit
-from mambakit.models.checkpoints.loading import convert
+from mambakit.models.checkpoints import convert
 from tests.models.configurations import tokens, worst
 
 pytestmark = pytest.mark.filterwarnings("ignore")

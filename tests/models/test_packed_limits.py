@@ -11,7 +11,7 @@ import transformers
 
 import mambakit
 from mambakit.cli import main
-from mambakit.models.checkpoints.loading import describe
+from mambakit.models.checkpoints import describe
 from tests.models.configurations import pair, tokens, worst
 
 pytestmark = pytest.mark.filterwarnings("ignore")

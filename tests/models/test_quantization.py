@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import mambakit
 from mambakit.decoding.step import token_step
 from mambakit.generation.score import score_text
-from mambakit.models.checkpoints.loading import describe
+from mambakit.models.checkpoints import describe
 from mambakit.modules.quantized_linear import QuantizedLinear
 from tests.models.configurations import pair, tokens, worst
 from tests.models.tiny import save_tiny, with_own_embeddings

@@ -19,22 +19,12 @@ import torch
 from torch import nn
 from transformers import initialization as init  # skips parameters that a checkpoint has filled
 
+from mambakit.models.configuration import uses_mamba_ssm_recipe
 from mambakit.modules import MambaMixer, RMSNorm
 from mambakit.modules.initialization import initial_a_log
 from mambakit.modules.mixers.mamba import TimeStepProjection
 
 _EMBEDDING_STD = 0.02
-
-
-class _UnsetRange(float):
-    """The default of ``initializer_range``: transformers' value, and recognisable as not given."""
-
-
-UNSET_RANGE = _UnsetRange(0.1)
-
-
-def uses_mamba_ssm_recipe(initializer_range: float) -> bool:
-    return isinstance(initializer_range, _UnsetRange)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from array import array
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mambakit.generation.start_token import find_start_token
 from mambakit.serving.api import protocol
 from mambakit.serving.api.protocol import ApiError, Asked, Limits
 
@@ -21,8 +22,7 @@ class Codec:
     """A tokenizer as far as requests need it. It can be sent to a process, and called from several threads at once."""
 
     def __init__(self, tokenizer: Any):
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        self._start: int | None = start
+        self._start = find_start_token(tokenizer)
         self._width = max(_LEAST_WIDTH, max(map(len, tokenizer.get_vocab()), default=0))
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:

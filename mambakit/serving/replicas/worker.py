@@ -59,13 +59,14 @@ def _load(options: WorkerOptions) -> tuple[Any, Any]:
     import transformers
 
     from mambakit.models.auto import AutoModelForCausalLM, AutoTokenizer
+    from mambakit.models.devices import default_dtype
 
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(max(1, torch.get_num_threads() // options.sharers))
     device = torch.device(options.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dtype = options.dtype or ("float32" if device.type == "cpu" else "auto")
+    dtype = options.dtype or default_dtype(device)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
     return model, AutoTokenizer.from_pretrained(options.model)
 

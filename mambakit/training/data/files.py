@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from mambakit.errors import UsageError
-from mambakit.opening import COMPRESSED, named_damage
+from mambakit.opening import COMPRESSED
 
 _FORMATS = {
     ".txt": "text", ".text": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
@@ -73,25 +72,3 @@ def format_of(path: Path, options: FileOptions) -> str:
 
 def _suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix in COMPRESSED else path.suffix.lower()
-
-
-def read_pieces(path: Path, options: FileOptions) -> Iterator[Piece]:
-    """The documents of one file, in order, as pieces; memory does not grow with the file or its documents.
-
-    Raises:
-        ValueError: the file is not of its format, or damaged.
-    """
-    from mambakit.training.data import audio, fasta, text
-
-    kind = format_of(path, options)
-    with named_damage(f"{path} cannot be read as {kind}, in UTF-8 where it is text"):
-        if kind == "text":
-            yield from text.read_text(path, options.separator)
-        elif kind == "jsonl":
-            yield from text.read_jsonl(path, options.text_field)
-        elif kind == "parquet":
-            yield from text.read_parquet(path, options.text_field)
-        elif kind == "fasta":
-            yield from fasta.read_fasta(path, options.ambiguous == "split")
-        else:
-            yield from audio.read_wav(path, options.sample_rate)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import mambakit
 from mambakit import CheckpointError
-from mambakit.models.checkpoints.loading import convert, describe
+from mambakit.models.checkpoints import convert, describe
 from tests.models.configurations import pair, tokens, worst
 from tests.models.tiny import save_tiny
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import mambakit
 from mambakit import CheckpointError
-from mambakit.models.checkpoints.loading import describe
+from mambakit.models.checkpoints import describe
 from mambakit.models.checkpoints.storage import read_bin
 from tests.models.configurations import pair
 

@@ -11,7 +11,7 @@ import pytest
 
 import mambakit
 from mambakit import CheckpointError
-from mambakit.models.checkpoints.formats import read_config
+from mambakit.models.auto import read_any_configuration
 from tests.models.tiny import save_tiny
 
 ORIGINAL = {
@@ -71,7 +71,7 @@ def load_both(folder: Path) -> None:
 def read(folder: Path):
     """The configuration, working: a model of it can be described, and written and read again. Or the error."""
     try:
-        config, unused = read_config(folder)
+        config, unused = read_any_configuration(folder)
     except CheckpointError as error:
         return error
     assert unused == {}

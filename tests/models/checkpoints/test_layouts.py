@@ -13,8 +13,7 @@ import transformers
 
 import mambakit
 from mambakit import CheckpointError
-from mambakit.models.checkpoints import loading as checkpoints
-from mambakit.models.checkpoints.loading import convert
+from mambakit.models.checkpoints import convert
 from tests.models.configurations import pair, tokens, worst
 from tests.models.tiny import save_tiny
 
@@ -223,7 +222,7 @@ def test_an_interrupted_save_leaves_the_old_weights(monkeypatch, tmp_path):
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoints.torch, "save", full_disk)
+    monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="no space left"):
         model.save_original(tmp_path)
     assert (tmp_path / "pytorch_model.bin").read_bytes() == before
