@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mambakit.decoding.graph_step import VerificationStep, graphs_serve, verification_step
 from mambakit.decoding.prefill import prefill_states
 from mambakit.decoding.step import native_serves, native_weights
-from mambakit.modules import MambaBlock, MambaCache, MambaMixer
+from mambakit.modules import MambaBlock, MambaMixer, StateCache
 from mambakit.modules.interception import is_ours, untouched
 from mambakit.ops import causal_conv1d, selective_scan, selective_scan_
 from mambakit.ops._backends.memory import transformed
@@ -44,7 +44,7 @@ class Verifier(Protocol):
         """The cache was changed by others than `commit`: go on from what is in it now. Tokens that were read are forgotten."""
 
 
-def verifier(model: Any, cache: MambaCache, tokens: int) -> Verifier:
+def verifier(model: Any, cache: StateCache, tokens: int) -> Verifier:
     """The fastest verifier there is for where the model lies and what it is made of.
 
     Where a step of the model is one native call on the CPU, so is a verification, and its bits are those of decoding token by
@@ -90,7 +90,7 @@ def _require_read(m: int, read: int) -> None:
 
 
 class _NativeVerifier:
-    def __init__(self, model: Any, cache: MambaCache, tokens: int):
+    def __init__(self, model: Any, cache: StateCache, tokens: int):
         layers, head = native_weights(model)
         self._embeddings, self._cache = model.backbone.embeddings, cache
         self._step = VerifyStep(
@@ -116,7 +116,7 @@ class _NativeVerifier:
 class _PersistentVerifier:
     """The persistent kernel, which every text of the model shares: whoever finds another one's state in it loads its own."""
 
-    def __init__(self, step: VerificationStep, cache: MambaCache):
+    def __init__(self, step: VerificationStep, cache: StateCache):
         self._step, self._cache, self._read = step, cache, 0
 
     @torch.no_grad()
@@ -147,7 +147,7 @@ class PackedVerifier:
         cache: of b rows; brought up to date in place.
     """
 
-    def __init__(self, model: Any, cache: MambaCache):
+    def __init__(self, model: Any, cache: StateCache):
         self.model, self.cache = model, cache
         self._tokens: Tensor | None = None
 
@@ -183,7 +183,7 @@ class PackedVerifier:
 class _ForwardVerifier:
     """`PackedVerifier` of one row."""
 
-    def __init__(self, model: Any, cache: MambaCache):
+    def __init__(self, model: Any, cache: StateCache):
         self._model, self._packed = model, PackedVerifier(model, cache)
 
     def __call__(self, tokens: list[int]) -> Tensor:
@@ -199,7 +199,7 @@ class _ForwardVerifier:
 class _ModelVerifier:
     """The model's own layers, with the ops that do not write the state."""
 
-    def __init__(self, model: Any, cache: MambaCache):
+    def __init__(self, model: Any, cache: StateCache):
         self.model, self.cache = model, cache
         self._inputs: list[tuple[Tensor, tuple]] = []  # of each layer: the convolution's, and the scan's
         self._read = 0
@@ -255,7 +255,7 @@ class _ModelVerifier:
 class _GraphVerifier(_ModelVerifier):
     """The same as two CUDA graphs of a fixed number of tokens; shorter drafts are filled up and the rest not kept."""
 
-    def __init__(self, model: Any, cache: MambaCache, tokens: int):
+    def __init__(self, model: Any, cache: StateCache, tokens: int):
         super().__init__(model, cache)
         self._ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
         self._kept = torch.zeros(1, dtype=torch.long, device=model.device)
