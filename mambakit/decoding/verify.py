@@ -100,7 +100,7 @@ class _NativeVerifier:
 class _PersistentVerifier:
     """The persistent kernel, which every text of the model shares: whoever finds another one's state in it loads its own."""
 
-    def __init__(self, step: VerificationStep, cache: StateCache):
+    def __init__(self, step: VerificationStep, cache: MambaCache):
         self._step, self._cache, self._read = step, cache, 0
 
     @torch.no_grad()
@@ -167,7 +167,7 @@ class PackedVerifier:
 class _ForwardVerifier:
     """`PackedVerifier` of one row."""
 
-    def __init__(self, model: Any, cache: StateCache):
+    def __init__(self, model: Any, cache: MambaCache):
         self._model, self._packed = model, PackedVerifier(model, cache)
 
     def __call__(self, tokens: list[int]) -> Tensor:
@@ -183,7 +183,7 @@ class _ForwardVerifier:
 class _ModelVerifier:
     """The model's own layers, with the ops that do not write the state."""
 
-    def __init__(self, model: Any, cache: StateCache):
+    def __init__(self, model: Any, cache: MambaCache):
         self.model, self.cache = model, cache
         self._inputs: list[tuple[Tensor, tuple]] = []  # of each layer: the convolution's, and the scan's
         self._read = 0
