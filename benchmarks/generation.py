@@ -174,7 +174,7 @@ def measure_steps(options: Options, clock: Clock, record: dict) -> None:
                     print(f"{shape:6} {format:>6} {rows:>5} out of memory")
                     continue
                 cache = model.backbone.new_cache(rows)
-                touched = weights + 2 * (cache.conv_states.nbytes + cache.ssm_states.nbytes)
+                touched = weights + 2 * cache.nbytes
                 share = touched / speed / seconds
                 print(
                     f"{shape:6} {format:>6} {rows:>5} {seconds * 1e3:8.3f} {rows / seconds:10,.0f} {share:6.0%}",

@@ -1,4 +1,5 @@
-"""Imports point one way: commands -> serving, training -> evaluation -> generation -> models -> decoding -> modules -> ops -> torch."""
+"""Imports point one way: commands -> serving, training -> evaluation -> generation -> models -> decoding -> modules ->
+ops -> torch."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from tests.models.tiny import save_tiny, with_own_embeddings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TEXT = (
-    "The old man took his hat from the chair and went slowly to the door. He stood there for a moment, as though he had "
-    "forgotten something, and then he turned and looked at her. 'I shall not come again,' he said."
+    "The old man took his hat from the chair and went slowly to the door. He stood there for a moment, as though he "
+    "had forgotten something, and then he turned and looked at her. 'I shall not come again,' he said."
 )
 
 

@@ -1,4 +1,5 @@
-"""Weights that are no plain tensors: a model made of them writes, verifies and trains as its own forward does, and nobody reads an address."""
+"""Weights that are no plain tensors: a model made of them writes, verifies and trains as its own forward does, and
+nobody reads an address."""
 
 from __future__ import annotations
 
@@ -19,8 +20,10 @@ from tests.tensor_subclasses import Named, doubled
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PLACES = [
-    "lm_head.weight", "backbone.norm_f.weight", "backbone.layers.1.norm.weight", "backbone.layers.1.mixer.in_proj.weight",
-    "backbone.layers.1.mixer.x_proj.weight", "backbone.layers.1.mixer.dt_proj.weight", "backbone.layers.1.mixer.dt_proj.bias",
+    "lm_head.weight", "backbone.norm_f.weight", "backbone.layers.1.norm.weight",
+    "backbone.layers.1.mixer.in_proj.weight",
+    "backbone.layers.1.mixer.x_proj.weight", "backbone.layers.1.mixer.dt_proj.weight",
+    "backbone.layers.1.mixer.dt_proj.bias",
     "backbone.layers.1.mixer.conv1d.weight", "backbone.layers.1.mixer.A_log", "backbone.layers.1.mixer.D",
     "backbone.layers.1.mixer.out_proj.weight",
 ]  # fmt: skip
