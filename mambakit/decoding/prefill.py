@@ -33,9 +33,10 @@ class ChunkSizes:
 
     single: int  # of one text
     batch: int  # of all texts of a batch together: enough to keep the device busy, and a bound on its memory
+    shared: int  # of one text, while others who write wait for the device
 
 
-CHUNK_SIZES = {"cpu": ChunkSizes(512, 2**10), "cuda": ChunkSizes(LARGEST_BUCKET, 2**14)}
+CHUNK_SIZES = {"cpu": ChunkSizes(512, 2**10, 512), "cuda": ChunkSizes(LARGEST_BUCKET, 2**14, 2**11)}
 SNAPSHOT_CHUNK = 512  # tokens between two snapshots of a prefix cache, and of a prompt between two steps of an engine
 SCORING_CHUNK = 1024  # tokens of which every hidden state is kept until it is scored
 
