@@ -145,7 +145,7 @@ class Writer:
         """The state after the prompt, with its last token unread."""
         from contextlib import nullcontext
 
-        from mambakit.decoding.prefill import chunk_sizes
+        from mambakit.decoding.chunks import chunk_sizes
         from mambakit.generation.state import State
 
         chunk = self.args.prefill_chunk_size or chunk_sizes(self.model.device).single

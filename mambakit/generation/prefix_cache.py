@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mambakit.decoding.prefill import SNAPSHOT_CHUNK, prefill_states
+from mambakit.decoding.chunks import SNAPSHOT_CHUNK
+from mambakit.decoding.prefill import prefill_states
 from mambakit.errors import CheckpointError
 from mambakit.generation.state import State, fill_cache, fingerprint, write_tensors
 from mambakit.modules import StateCache

@@ -67,7 +67,7 @@ class State:
             model: a causal language model in eval mode.
             prompts: (l,) int64, (b, l) int64, or b tensors (l_i,) of any lengths, which are packed: no work on padding.
             chunk_size: tokens per forward, of all prompts together; memory does not grow with the prompts. Unless given, of one
-                prompt 512 on a CPU and 4,096 elsewhere, of several 1,024 and 16,384 (`mambakit.decoding.prefill.CHUNK_SIZES`).
+                prompt 512 on a CPU and 4,096 elsewhere, of several 1,024 and 16,384 (`mambakit.decoding.chunks.CHUNK_SIZES`).
             progress: called with the number of tokens read.
 
         Raises:

@@ -1,11 +1,9 @@
-"""What is done in one place, counted in the sources: reading prompts, capturing CUDA graphs, choosing a decoder, touching states."""
+"""What is done in one place, counted in the sources: reading prompts, capturing CUDA graphs, choosing a decoder."""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
-
-import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "mambakit"
 FILES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
@@ -62,12 +60,3 @@ def test_eligibility_is_checked_in_one_module():
         )
     )
     assert {name for name in checks if not name.startswith("modules/mixers/")} == {"decoding/eligibility.py"}
-
-
-@pytest.mark.parametrize("name", ["conv_states", "ssm_states"])
-def test_few_files_touch_the_tensors_of_a_state(name):
-    """Outside the cache itself, mixers and kernels."""
-    inside = ("ops/", "modules/mixers/", "modules/cache.py", "modules/state_")
-    touching = files_that(lambda tree: any(isinstance(n, ast.Attribute) and n.attr == name for n in ast.walk(tree)))
-    outside = {file for file in touching if not file.startswith(inside)}
-    assert outside <= {"decoding/graph_step.py", "decoding/native_step.py", "decoding/verify.py"}

@@ -81,7 +81,7 @@ class _Worker:
         inbox: queue.SimpleQueue[Any],
         progress: _Progress | None = None,
     ):
-        from mambakit.decoding.prefill import chunk_sizes
+        from mambakit.decoding.chunks import chunk_sizes
         from mambakit.generation.engine import Engine
         from mambakit.generation.prefix_cache import PrefixCache
 
