@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mambakit.decoding.graph_step import VerificationStep, graphs_serve, verification_step
 from mambakit.decoding.prefill import prefill_states
 from mambakit.decoding.step import native_serves, native_weights
-from mambakit.modules import MambaBlock, MambaMixer, StateCache
+from mambakit.modules import MambaBlock, MambaCache, MambaMixer, StateCache
 from mambakit.modules.interception import is_ours, untouched
 from mambakit.ops import causal_conv1d, selective_scan, selective_scan_
 from mambakit.ops._backends.memory import transformed
@@ -60,7 +60,7 @@ def verifier(model: Any, cache: StateCache, tokens: int) -> Verifier:
         raise ValueError(f"tokens is {tokens}; a verification is of 1 to {MOST_ROWS} tokens")
     if cache.max_batch_size != 1:
         raise ValueError(f"the cache has {cache.max_batch_size} rows; a verification is of one text: select one row")
-    if native_serves(model, cache):
+    if isinstance(cache, MambaCache) and native_serves(model, cache):
         return _NativeVerifier(model, cache, tokens)
     if (step := verification_step(model, tokens)) is not None:
         return _PersistentVerifier(step, cache)
@@ -90,7 +90,7 @@ def _require_read(m: int, read: int) -> None:
 
 
 class _NativeVerifier:
-    def __init__(self, model: Any, cache: StateCache, tokens: int):
+    def __init__(self, model: Any, cache: MambaCache, tokens: int):
         layers, head = native_weights(model)
         self._embeddings, self._cache = model.backbone.embeddings, cache
         self._step = VerifyStep(
@@ -231,9 +231,10 @@ class _ModelVerifier:
             m = block.mixer
             conv_input, z = m.in_proj(y).chunk(2, -1)  # (1, t, d) each
             conv = (m.conv1d.weight.squeeze(1), m.conv1d.bias, m.conv_activation)
-            u, _ = causal_conv1d(conv_input, *conv, initial_state=self.cache.conv_states[i])
+            conv_state, ssm_state = self.cache.memory(i)
+            u, _ = causal_conv1d(conv_input, *conv, initial_state=conv_state)
             scan_inputs = m._scan_inputs(u, z)
-            y, _ = selective_scan(*scan_inputs, initial_state=self.cache.ssm_states[i])
+            y, _ = selective_scan(*scan_inputs, initial_state=ssm_state)
             x = m.out_proj(y)
             self._inputs.append((conv_input, scan_inputs))
         x, _ = backbone.norm_f(x, residual, wide if self.model.config.residual_in_fp32 else None)
@@ -243,7 +244,7 @@ class _ModelVerifier:
     def _replay(self, m: Tensor) -> None:
         """The recurrences over the first m (1,) of the tokens; the shapes are the same for every m, as a graph needs."""
         for i, (conv_input, (u, delta, *rest)) in enumerate(self._inputs):
-            conv_state, ssm_state = self.cache.conv_states[i], self.cache.ssm_states[i]
+            conv_state, ssm_state = self.cache.memory(i)
             windows = torch.cat([conv_state, conv_input.transpose(1, 2).to(conv_state.dtype)], 2)  # (1, d, k - 1 + t)
             conv_state.copy_(
                 windows.index_select(2, m + torch.arange(conv_state.shape[2], dtype=torch.int64, device=m.device))
