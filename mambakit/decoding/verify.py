@@ -183,7 +183,7 @@ class _ForwardVerifier:
 class _ModelVerifier:
     """The model's own layers, with the ops that do not write the state."""
 
-    def __init__(self, model: Any, cache: MambaCache):
+    def __init__(self, model: Any, cache: StateCache):
         self.model, self.cache = model, cache
         self._inputs: list[tuple[Tensor, tuple]] = []  # of each layer: the convolution's, and the scan's
         self._read = 0
