@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.decoding.choosing import are_numbers
 from mambakit.decoding.graph_step import GraphStep, graph_step, graphs_serve
+from mambakit.decoding.logits import are_numbers
 from mambakit.decoding.step import forward_step, native_serves, native_step, passed_by
 from mambakit.modules import MambaCache
 from mambakit.modules.interception import Watch

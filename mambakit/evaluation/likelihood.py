@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mambakit.decoding.choosing import require_numbers
+from mambakit.decoding.logits import require_numbers
 
 # Logits are formed for this many tokens at a time: with a vocabulary of 50,280 that is 51 MB of float32.
 _LOGIT_ROWS = 256

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.decoding.choosing import require_numbers
+from mambakit.decoding.logits import require_numbers
 from mambakit.generation.state import State
 from mambakit.generation.stream import _TextDecoder
 from mambakit.generation.token_ids import require_in_vocabulary

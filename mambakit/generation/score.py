@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambakit.decoding.choosing import require_numbers
+from mambakit.decoding.logits import require_numbers
 from mambakit.generation.state import State
 from mambakit.generation.token_ids import require_in_vocabulary
 from mambakit.modules import MambaCache

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mambakit.decoding import loop, step
 from mambakit.decoding import slots as rows
-from mambakit.decoding import step, token_loop
 from mambakit.decoding.graph_step import GraphStep
 from mambakit.models import generate
 
@@ -48,4 +48,4 @@ def decode_by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(generate, "graphs_serve", lambda *_: True)
         monkeypatch.setattr(rows, "GraphStep", EagerGraph)
         monkeypatch.setattr(rows, "graph_step", lambda model, n: kept.setdefault(n, EagerGraph(model, n)))
-        monkeypatch.setitem(token_loop._TOKENS_PER_LOOK, "cpu", 16)
+        monkeypatch.setitem(loop._TOKENS_PER_LOOK, "cpu", 16)
