@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mambakit
 from mambakit.decoding.graph_step import gpu_weights
-from mambakit.ops.decode import few_rows_gpu, many_rows_gpu, persistent
-from mambakit.ops.decode.persistent import PARTS, PersistentStep
+from mambakit.ops.decode import cuda_persistent as persistent
+from mambakit.ops.decode import triton_few_rows, triton_many_rows
+from mambakit.ops.decode.cuda_persistent import PARTS, PersistentStep
 
 SHAPES = {"130m": (768, 24), "370m": (1024, 48), "790m": (1536, 48), "1.4b": (2048, 48), "2.8b": (2560, 64)}
 RIVALS = [
@@ -80,10 +81,10 @@ def ways(model, rows: int) -> dict[str, Callable[[bool], torch.Tensor]]:
     }
     if persistent.why_not(weights, rows, cache.conv_states.dtype) is None:
         found["persistent"] = step_of(model, rows)
-    if rows <= few_rows_gpu.MOST_ROWS:
-        found["few rows"] = few_rows_gpu.FewRowsStep(weights, *states(), capacity=8)
-    if weights.kind is None and rows <= many_rows_gpu.MOST_ROWS:
-        found["many rows"] = many_rows_gpu.ManyRowsStep(weights, *states(), capacity=8)
+    if rows <= triton_few_rows.MOST_ROWS:
+        found["few rows"] = triton_few_rows.FewRowsStep(weights, *states(), capacity=8)
+    if weights.kind is None and rows <= triton_many_rows.MOST_ROWS:
+        found["many rows"] = triton_many_rows.ManyRowsStep(weights, *states(), capacity=8)
     for step in found.values():
         if hasattr(step, "tokens"):
             step.tokens.fill_(TOKEN)

@@ -1,7 +1,7 @@
 """Check and time causal_conv1d, rms_norm and linear_cross_entropy on one NVIDIA GPU.
 
     python benchmarks/gpu_conv_norm.py             # check, then the tables
-    python benchmarks/gpu_conv_norm.py --sweep     # and every tile of the small tables in gpu.py beside its rivals
+    python benchmarks/gpu_conv_norm.py --sweep     # and every tile of the small tables in causal_conv1d/triton.py beside its rivals
     python benchmarks/gpu_conv_norm.py --json out.json
 
 An op that is wrong is not timed. `ms` is the median of CUDA-graph replays, so it holds no launch gaps; `eager` is the
@@ -20,14 +20,14 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from mambakit.ops.causal_conv1d import gpu as conv
-from mambakit.ops.causal_conv1d import reference as conv_reference
+from mambakit.ops.causal_conv1d import chunked as conv_reference
+from mambakit.ops.causal_conv1d import triton as conv
 from mambakit.ops.causal_conv1d.api import causal_conv1d
-from mambakit.ops.linear_cross_entropy import gpu as head
-from mambakit.ops.linear_cross_entropy import reference as head_reference
+from mambakit.ops.linear_cross_entropy import chunked as head_reference
+from mambakit.ops.linear_cross_entropy import triton as head
 from mambakit.ops.linear_cross_entropy.api import linear_cross_entropy
-from mambakit.ops.rms_norm import gpu as norm
-from mambakit.ops.rms_norm import reference as norm_reference
+from mambakit.ops.rms_norm import chunked as norm_reference
+from mambakit.ops.rms_norm import triton as norm
 from mambakit.ops.rms_norm.api import rms_norm
 
 COPY = 3.0e12  # bytes per second

@@ -5,14 +5,14 @@ The public names are resolved when they are first used: importing mambakit impor
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mambakit._lazy import lazy_names
 from mambakit._versions import check_versions
+from mambakit.models.families import public_classes
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("ops",)
 # Public name -> the module that defines it.
 _HOMES = {
     "AutoConfig": "mambakit.models.auto",
@@ -20,25 +20,20 @@ _HOMES = {
     "AutoModelForCausalLM": "mambakit.models.auto",
     "AutoModelForSequenceClassification": "mambakit.models.auto",
     "AutoTokenizer": "mambakit.models.auto",
-    "CheckpointError": "mambakit.models.checkpoints.loading",
-    "FalconMambaConfig": "mambakit.models.mamba.configuration",
-    "FalconMambaForCausalLM": "mambakit.models.falcon_mamba.modeling",
-    "FalconMambaForSequenceClassification": "mambakit.models.falcon_mamba.modeling",
-    "FalconMambaModel": "mambakit.models.falcon_mamba.modeling",
+    "CheckpointError": "mambakit.errors",
     "MambaCache": "mambakit.modules.cache",
-    "MambaConfig": "mambakit.models.mamba.configuration",
-    "MambaForCausalLM": "mambakit.models.mamba.modeling",
-    "MambaForSequenceClassification": "mambakit.models.mamba.classification",
     "MambaMixer": "mambakit.modules.mixers.mamba",
-    "MambaModel": "mambakit.models.mamba.modeling",
+    "ops": "mambakit.ops",
     "pipeline": "mambakit.generation.pipeline",
     "register": "mambakit.models.registration",
+    **public_classes(),
 }
 
-__all__ = [*_HOMES, *_SUBPACKAGES, "__version__"]
+__all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from mambakit import ops
+    from mambakit.errors import CheckpointError
     from mambakit.generation.pipeline import pipeline
     from mambakit.models.auto import (
         AutoConfig,
@@ -47,15 +42,13 @@ if TYPE_CHECKING:
         AutoModelForSequenceClassification,
         AutoTokenizer,
     )
-    from mambakit.models.checkpoints.loading import CheckpointError
-    from mambakit.models.falcon_mamba.modeling import (
+    from mambakit.models.falcon_mamba import (
+        FalconMambaConfig,
         FalconMambaForCausalLM,
         FalconMambaForSequenceClassification,
         FalconMambaModel,
     )
-    from mambakit.models.mamba.classification import MambaForSequenceClassification
-    from mambakit.models.mamba.configuration import FalconMambaConfig, MambaConfig
-    from mambakit.models.mamba.modeling import MambaForCausalLM, MambaModel
+    from mambakit.models.mamba import MambaConfig, MambaForCausalLM, MambaForSequenceClassification, MambaModel
     from mambakit.models.registration import register
     from mambakit.modules.cache import MambaCache
     from mambakit.modules.mixers.mamba import MambaMixer
@@ -63,16 +56,4 @@ if TYPE_CHECKING:
 
 check_versions()
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
-    if name in _SUBPACKAGES:
-        return importlib.import_module(f"mambakit.{name}")
-    raise AttributeError(f"module 'mambakit' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(_HOMES) | set(_SUBPACKAGES))
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

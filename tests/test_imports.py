@@ -1,10 +1,13 @@
-"""Imports point one way: commands -> serving, training -> evaluation -> generation -> models -> decoding -> modules -> ops -> torch."""
+"""Imports point one way: commands -> serving, training -> evaluation -> generation -> models -> decoding -> modules ->
+ops -> torch."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,12 @@ PACKAGE = ROOT / "mambakit"
 # From the bottom up: a layer may import itself and the layers before it.
 LAYERS = [
     "_versions",
+    "_lazy",
     "errors",
     "quoting",
     "threads",
     "output",
+    "opening",
     "reading",
     "writing",
     "number",
@@ -38,12 +43,17 @@ OUTSIDE = {
     "errors": set(),
     "output": {"rich"},
     "reading": {"torch", "safetensors"},
+    "opening": {"pyarrow"},
     "writing": set(),
     "threads": set(),
     "ops": {"torch", "triton", "numpy", "cuda"},
     "modules": {"torch", "safetensors", "transformers"},
     "decoding": {"torch", "transformers", "numpy"},
 }
+
+
+# Circles that are still to be opened.
+OPEN_CIRCLES: list[list[str]] = []
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
@@ -78,6 +88,60 @@ def test_direction(path):
             assert top in OUTSIDE[layer], f"{path.name}:{line}: {layer} imports {module}"
 
 
+def statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports below ``node`` that run: at the top and in functions, not those of type checkers alone."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child
+        yield from statements(child)
+
+
+def module_names() -> dict[str, Path]:
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
+
+
+def import_graph(files: dict[str, Path]) -> dict[str, set[str]]:
+    """Module -> the modules among ``files`` that it imports, in functions too."""
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        targets = set()
+        for node in statements(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+            else:
+                named = [f"{node.module}.{alias.name}" for alias in node.names]
+                targets |= {name if name in files else str(node.module) for name in named}
+        graph[module] = (targets & files.keys()) - {module}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The strongly connected components of more than one module: A and B are in one where each reaches the other."""
+    reached: dict[str, set[str]] = {}
+    for module in graph:
+        found: set[str] = set()
+        pending = [module]
+        while pending:
+            new = graph[pending.pop()] - found
+            found |= new
+            pending += new
+        reached[module] = found
+    components = {frozenset({a, *(b for b in reached[a] if a in reached[b])}) for a in graph}
+    return sorted(sorted(component) for component in components if len(component) > 1)
+
+
+def test_circles_are_found():
+    graph = {"a": {"b", "d"}, "b": {"c"}, "c": {"a"}, "d": {"e"}, "e": set()}
+    assert circles(graph) == [["a", "b", "c"]]
+
+
+def test_no_imports_in_a_circle():
+    """A function that imports a module which imports the function's own is a circle, too."""
+    assert circles(import_graph(module_names())) == OPEN_CIRCLES
+
+
 def test_every_layer_is_listed():
     names = {layer_of(p) for p in PACKAGE.rglob("*.py")}
     assert names - {"__init__", "__main__"} <= set(LAYERS)
@@ -107,3 +171,34 @@ def test_every_public_name_resolves():
     with pytest.raises(AttributeError, match="MambaForQuestionAnswering"):
         _ = mambakit.MambaForQuestionAnswering
     assert {"MambaCache", "ops"} <= set(dir(mambakit))
+
+
+def test_type_checkers_know_every_public_name():
+    """The table of families makes names that a type checker must be told."""
+    import mambakit
+
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    block = next(n for n in tree.body if isinstance(n, ast.If))
+    told = {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert told == set(mambakit.__all__) - {"__version__"}
+
+
+@pytest.mark.parametrize(
+    "package", ["mambakit.models.checkpoints", "mambakit.models.falcon_mamba", "mambakit.models.mamba"]
+)
+def test_a_folder_exports_its_public_names(package):
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        assert getattr(module, name).__name__ == name
+    assert set(module.__all__) <= set(dir(module))
+    with pytest.raises(AttributeError, match="no attribute 'convrt'"):
+        _ = module.convrt
+
+
+def test_the_table_alone_knows_each_checkpoint_format():
+    """Everything else asks the table, so that a new format is a line there."""
+    folder = "mambakit.models.checkpoints"
+    formats = {f"{folder}.{name}" for name in ("original", "packed", "transformers")}
+    graph = import_graph(module_names())
+    assert formats <= graph.keys()
+    assert {module for module, targets in graph.items() if targets & formats} == {f"{folder}.table"}

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     import transformers
 
     from mambakit.models.auto import AutoConfig
-    from mambakit.models.checkpoints.loading import convert
+    from mambakit.models.checkpoints import convert
     from mambakit.models.quantization import is_quantized
 
     transformers.utils.logging.disable_progress_bar()

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from mambakit.assets import default_model_path
-    from mambakit.models.checkpoints.loading import describe
+    from mambakit.models.checkpoints import describe
 
     info = describe(args.model or default_model_path())
     if args.json:

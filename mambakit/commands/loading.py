@@ -22,12 +22,12 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
     from mambakit.assets import default_model_path
     from mambakit.models.auto import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from mambakit.models.devices import default_device, usable_device
+    from mambakit.models.devices import default_device, default_dtype, usable_device
 
     transformers.utils.logging.disable_progress_bar()
     name = default_model_path() if args.model is None else args.model
     device = default_device() if args.device is None else usable_device(args.device, "--device")
-    dtype = args.dtype or ("float32" if device.type == "cpu" else "auto")
+    dtype = args.dtype or default_dtype(device)
     AutoConfig.from_pretrained(name)  # what the checkpoint is comes before what it lacks
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()

@@ -27,8 +27,7 @@ def run(args: argparse.Namespace) -> int:
     import transformers
 
     from mambakit.models.auto import AutoModelForCausalLM
-    from mambakit.models.checkpoints.loading import copy_tokenizer
-    from mambakit.models.checkpoints.storage import resolve
+    from mambakit.models.checkpoints import copy_tokenizer, resolve
     from mambakit.models.quantization import is_quantized
 
     transformers.utils.logging.disable_progress_bar()

@@ -20,10 +20,8 @@ from mambakit.decoding.processor_sampler import ProcessorSampler
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampler import Chooser, Sampler
 from mambakit.decoding.slots import SlotPool
-from mambakit.decoding.verify import verifier
 from mambakit.errors import LogitsError
-from mambakit.modules import MambaCache
-from mambakit.modules.interception import Watch, modules_of
+from mambakit.modules import StateCache
 from mambakit.ops.sampling.api import NO_TOKEN
 
 
@@ -84,40 +82,16 @@ class TokenLoop:
         return tokens == self.ends if len(self.ends) == 1 else torch.isin(tokens, self.ends)
 
 
-class VerifiedSlot:
-    """A pool of one slot, over ``cache``, whose tokens are read by `verify` and `commit` alone; at most ``tokens`` of them at a time."""
-
-    def __init__(self, model: Any, cache: MambaCache, tokens: int):
-        self.model, self.size, self.held = model, 1, [None]
-        self._how = model, cache, tokens
-        self._make()
-
-    def verify(self, tokens: Tensor) -> Tensor:
-        """(1, t, v) logits after each of ``tokens`` (1, t); the state is as it was."""
-        if not self._watch.holds():  # somebody has put a hook or a forward on a module, or taken one away
-            self._make()
-        return self._verifier(tokens[0].tolist())[None]
-
-    def commit(self, kept: list[int]) -> None:
-        """Read the first ``kept[0]`` of them."""
-        self._verifier.commit(kept[0])
-
-    def close(self) -> None:
-        """Nothing: the cache is up to date."""
-
-    def _make(self) -> None:
-        self._verifier, self._watch = verifier(*self._how), Watch(modules_of(self.model))
-
-
 class SlotLoop:
     """Texts that come and go in the slots of a pool, each looked at by the host: admitted, written, verified, released.
 
     Args:
         pool: its slots hold the texts (``pool.held``), which have a `SampledText` as ``sampled``.
+        guesses: the most of a draft.
     """
 
-    def __init__(self, pool: SlotPool):
-        self.pool, self.sampler = pool, Sampler()
+    def __init__(self, pool: SlotPool, guesses: int = 0):
+        self.pool, self.sampler, self._guesses = pool, Sampler(), guesses
         self._device = pool.model.device
         self._loop = TokenLoop(pool, self.sampler, self._zeros(pool.size))
         self._next: dict[int, int] = {}  # tokens that slots are to read, which are not on the device yet
@@ -127,7 +101,7 @@ class SlotLoop:
 
     # -- slots -----------------------------------------------------------------------------------------------------
 
-    def admit(self, text: Any, state: MambaCache, token: int) -> None:
+    def admit(self, text: Any, state: StateCache, token: int) -> None:
         """Give a free slot to a text that goes on from ``state``, which is copied, with ``token``, which it has not read.
 
         Raises:
@@ -184,7 +158,7 @@ class SlotLoop:
         rows = [draft.tokens + draft.tokens[-1:] * (most - len(draft.tokens)) for draft in drafts]
         rows = [row if len(row) == most else [0] * most for row in rows]
         guesses = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(drafts), most).to(self._device)
-        logits = self.pool.verify(torch.cat([last[:, None], guesses], 1))
+        logits = self.pool.verify(torch.cat([last[:, None], guesses], 1), 1 + self._guesses)
         self._chosen = []
         for text, draft, row in zip(self.pool.held, drafts, logits, strict=True):
             chosen = [] if text is None else self._acceptance(text).choose(row[: len(draft.tokens) + 1], draft)
@@ -229,7 +203,7 @@ _MOST_UNSEEN = 64  # where nothing ends a text; a graph keeps no more
 
 def write_tokens(
     model: Any,
-    cache: MambaCache,
+    cache: StateCache,
     text: Tensor,
     logits: Tensor,
     most: int,

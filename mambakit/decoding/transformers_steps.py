@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.slots import SlotPool
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 
 
 class TransformersSteps:
@@ -31,11 +31,11 @@ class TransformersSteps:
         self.model, self.seeds = model, seeds
         self.cached_columns = self.chunk_size = 0
         self.prompt_logits: Tensor | None = None
-        self.own_cache: MambaCache | None = None
-        self._seen: tuple[int, int] | None = None
+        self.own_cache: StateCache | None = None
+        self._seen: tuple[Any, ...] | None = None
         self._pool: SlotPool | None = None
 
-    def logits(self, ids: Tensor | None, cache: MambaCache | None) -> Tensor | None:
+    def logits(self, ids: Tensor | None, cache: StateCache | None) -> Tensor | None:
         """(b, v) logits of (b, 1) tokens, the cache brought up to date; None: the model's forward must do it."""
         if ids is None or cache is None or ids.shape[1] != 1:
             return None
@@ -44,7 +44,7 @@ class TransformersSteps:
         if self.prompt_logits is not None:
             logits, self.prompt_logits = self.prompt_logits, None
             return logits
-        place = cache.conv_states.data_ptr(), cache.ssm_states.data_ptr()
+        place = cache.addresses()
         if place != self._seen:
             self.close()
             self._seen = place

@@ -17,12 +17,12 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from mambakit.assets import default_model_path
-from mambakit.evaluation.benchmarks import start_token
 from mambakit.evaluation.likelihood import log_likelihoods
 from mambakit.generation.score import TokenScorer
+from mambakit.generation.start_token import start_token
 from mambakit.generation.stream import SamplingParams, Stream
 from mambakit.models.auto import AutoModelForCausalLM, AutoTokenizer
-from mambakit.models.devices import default_device, usable_device
+from mambakit.models.devices import default_device, default_dtype, usable_device
 from mambakit.quoting import brief
 
 # What a task may ask of generation, besides where to stop.
@@ -55,8 +55,7 @@ class MambaHarnessLM(TemplateLM):
         super().__init__()
         name = str(default_model_path()) if pretrained is None else pretrained
         self._device = default_device() if device is None else usable_device(device)
-        if dtype == "auto" and self._device.type == "cpu":
-            dtype = "float32"
+        dtype = default_dtype(self._device) if dtype == "auto" else dtype
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         self.model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(self._device).eval()
         self.name = name

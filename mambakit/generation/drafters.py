@@ -21,7 +21,6 @@ from mambakit.decoding.sampling_params import PROPOSE, SamplingParams
 from mambakit.decoding.slots import SlotPool
 from mambakit.decoding.tables import Tables
 from mambakit.errors import LogitsError
-from mambakit.modules import MambaCache
 from mambakit.ops.sampling.api import NO_TOKEN
 from mambakit.quoting import brief
 
@@ -89,7 +88,7 @@ class DraftModel:
     def begin(self, ids: Tensor, sampling: SamplingParams, scores: Scores | None, generator: torch.Generator) -> None:
         if self._loop is not None:
             self._loop.pool.close()
-        cache: MambaCache = self.model.backbone.new_cache(1)
+        cache = self.model.backbone.new_cache(1)
         ids = ids.to(self.model.device)
         prefill_states(self.model, [ids[:-1]], cache)
         self._sampler = _Proposing(sampling, self.model.config.vocab_size, ids)

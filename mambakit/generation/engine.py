@@ -39,7 +39,7 @@ from mambakit.generation.request import Request, Text
 from mambakit.generation.stream import _end_tokens
 from mambakit.generation.token_ids import require_in_vocabulary
 from mambakit.generation.turns import Path, Turns
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 from mambakit.ops.sampling.api import NO_TOKEN
 from mambakit.quoting import cut
 
@@ -109,7 +109,7 @@ class Engine:
         self._texts: dict[Request, Text] = {}
         self._cancelled: deque[Request] = deque()  # by whichever thread
         self._next: list[Text] | None = None  # those whose prompts may be read now; None where that is to be found out
-        self._known: OrderedDict[Path, tuple[MambaCache, Tensor]] = OrderedDict()
+        self._known: OrderedDict[Path, tuple[StateCache, Tensor]] = OrderedDict()
         self._steps = self._taken = 0  # of the slots
         self._freed = False  # whether slots have become free
         self._first = Sampler()  # of a prompt's first token
@@ -384,7 +384,7 @@ class Engine:
         request.on_cancel = None
         self._next = None
 
-    def _keep(self, text: Text, state: MambaCache) -> None:
+    def _keep(self, text: Text, state: StateCache) -> None:
         request = text.request
         if request.keep_state:
             request.final_state = state

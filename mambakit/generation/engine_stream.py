@@ -10,7 +10,7 @@ from mambakit.errors import LogitsError
 from mambakit.generation.engine import Engine
 from mambakit.generation.request import Request
 from mambakit.generation.stream import StoppingDecoder
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 
 
 class EngineStream:
@@ -33,7 +33,7 @@ class EngineStream:
         return "stop" if self._shown.stopped else self._request.finish_reason
 
     @property
-    def cache(self) -> MambaCache | None:
+    def cache(self) -> StateCache | None:
         """The state it ended in, where the request keeps it."""
         return self._request.final_state
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 import transformers
 
 from mambakit.assets import default_model_path
 from mambakit.models.auto import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from mambakit.models.devices import default_dtype
 from mambakit.models.options import check_loading
 from mambakit.quoting import brief
 
@@ -63,8 +65,8 @@ def pipeline(
         if task != "text-generation":
             raise ValueError(f"no model ships with mambakit for {brief(task)}; name one with model=")
         model = default_model_path()
-        if dtype is None and not _on_gpu(device, device_map):
-            dtype = "float32"  # processors without bfloat16 arithmetic emulate it
+        if dtype is None:
+            dtype = default_dtype(_device_of(device, device_map))
     if isinstance(model, (str, os.PathLike)):
         options = {"revision": revision, "token": token, "device_map": device_map, "config": config}
         options = {k: v for k, v in options.items() if v is not None} | (model_kwargs or {})
@@ -90,9 +92,10 @@ class _TextClassification(transformers.TextClassificationPipeline):
         pass
 
 
-def _on_gpu(device: Any, device_map: Any) -> bool:
-    import torch
-
+def _device_of(device: Any, device_map: Any) -> torch.device:
+    """The kind of device that ``pipeline``'s arguments name: a CPU, or anything else."""
     if device is None:
-        return device_map not in (None, "cpu") and torch.cuda.is_available()
-    return str(device) not in ("cpu", "-1")
+        on_cpu = device_map in (None, "cpu") or not torch.cuda.is_available()
+    else:
+        on_cpu = str(device) in ("cpu", "-1")
+    return torch.device("cpu" if on_cpu else "cuda")

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from mambakit.decoding.acceptance import probabilities
 from mambakit.decoding.drafting import Draft, Drafter
-from mambakit.decoding.loop import VerifiedSlot
 from mambakit.decoding.parameters import INT64, Number
 from mambakit.decoding.sampled_text import SampledText
+from mambakit.decoding.slots import SlotPool
 from mambakit.generation.drafters import DraftModel, PromptLookup
 from mambakit.generation.stream import Stream, _Writer
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 from mambakit.ops.linear.api import MOST_ROWS
 
 
@@ -60,15 +60,15 @@ class SpeculativeStream(Stream):
             if draft.device != self.model.device:
                 raise ValueError(f"the draft model is on {draft.device} and the model on {self.model.device}; move one")
 
-    def _writer(self, sampled: SampledText, cache: MambaCache, known: Tensor) -> _Writer:
+    def _writer(self, sampled: SampledText, cache: StateCache, known: Tensor) -> _Writer:
         return _VerifyingWriter(self, sampled, cache, known)
 
 
 class _VerifyingWriter(_Writer):
     """Writes one text's tokens: those of a drafter's guesses that stay, and one more each time."""
 
-    def __init__(self, stream: SpeculativeStream, sampled: SampledText, cache: MambaCache, known: Tensor):
-        super().__init__(sampled, VerifiedSlot(stream.model, cache, 1 + stream.draft_tokens))
+    def __init__(self, stream: SpeculativeStream, sampled: SampledText, cache: StateCache, known: Tensor):
+        super().__init__(sampled, SlotPool(stream.model, 1, cache), stream.draft_tokens)
         generator = torch.Generator(known.device)
         if stream.sampling.seed is None:
             generator.seed()

@@ -18,7 +18,7 @@ from mambakit.decoding.slots import SlotPool
 from mambakit.errors import LogitsError
 from mambakit.generation.stopping import StopSearch, read_stops
 from mambakit.generation.token_ids import require_in_vocabulary, token_ids
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 from mambakit.ops.sampling.api import NO_TOKEN
 from mambakit.quoting import quoted
 
@@ -49,7 +49,7 @@ class Stream:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
-    cache: MambaCache | None = None
+    cache: StateCache | None = None
     chunk_size: int | None = None
     progress: Callable[[int], None] | None = None
     context: Tensor | None = None
@@ -83,7 +83,7 @@ class Stream:
         with self._writer(sampled, self.cache, known) as writer:
             yield from self._pieces(writer, logits)
 
-    def _writer(self, sampled: SampledText, cache: MambaCache, known: Tensor) -> _Writer:
+    def _writer(self, sampled: SampledText, cache: StateCache, known: Tensor) -> _Writer:
         """Writes the tokens after the prompt; ``known`` (l,) are all tokens so far."""
         return _Writer(sampled, SlotPool(self.model, 1, cache))
 
@@ -116,8 +116,8 @@ class Stream:
 class _Writer:
     """Writes one text's tokens in the one slot of a pool, whose state has read the prompt."""
 
-    def __init__(self, sampled: SampledText, pool: Any):
-        self.sampled, self.loop = sampled, SlotLoop(pool)
+    def __init__(self, sampled: SampledText, pool: SlotPool, guesses: int = 0):
+        self.sampled, self.loop = sampled, SlotLoop(pool, guesses)
 
     def __enter__(self) -> _Writer:
         return self

@@ -1,16 +1,16 @@
-"""AutoConfig, AutoModel*, AutoTokenizer: transformers' interface, for Mamba models only and in either checkpoint format."""
+"""AutoConfig, AutoModel*, AutoTokenizer: transformers' interface, for the families and formats that mambakit has."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from mambakit.errors import CheckpointError
-from mambakit.models.checkpoints.formats import CONFIGS, is_original, read_config
+from mambakit.models.checkpoints.configuration import read_configuration, read_fields
 from mambakit.models.checkpoints.storage import HUB_ARGUMENTS, resolve, small_files
-from mambakit.models.falcon_mamba import modeling as falcon_mamba
-from mambakit.models.mamba import classification
-from mambakit.models.mamba import modeling as mamba
+from mambakit.models.checkpoints.table import format_of
+from mambakit.models.families import CAUSAL_LM, CLASSIFIER, CONFIG, FAMILIES, MODEL
 from mambakit.models.options import check_loading
 from mambakit.quoting import brief
 from mambakit.reading import read_json, require_whole
@@ -20,13 +20,19 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+def read_any_configuration(folder: Path, **overrides: Any) -> tuple[Any, dict[str, Any]]:
+    """`read_configuration` as the class that the checkpoint's model_type asks for."""
+    family = FAMILIES[read_fields(folder)["model_type"]]
+    return read_configuration(folder, family.load(CONFIG), **overrides)
+
+
 class AutoConfig:
     """The configuration of a checkpoint."""
 
     @staticmethod
     def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> Any:
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-        config, unused = read_config(resolve(name, **hub), **check_loading(kwargs))
+        config, unused = read_any_configuration(resolve(name, **hub), **check_loading(kwargs))
         if unused:
             raise TypeError(f"AutoConfig.from_pretrained: {sorted(unused)} are not fields of {type(config).__name__}")
         config.name_or_path = str(name)
@@ -34,15 +40,15 @@ class AutoConfig:
 
 
 class _AutoModel:
-    """Picks the class by the configuration's model_type."""
+    """Takes the class from the family of the configuration's model_type. Abstract."""
 
-    _classes: dict[str, Any] = {}
+    _ending: str
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         if config is None:
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-            model_type = read_config(resolve(name, **hub))[0].model_type
+            model_type = read_any_configuration(resolve(name, **hub))[0].model_type
         elif isinstance(config, (str, os.PathLike)):
             config = AutoConfig.from_pretrained(config)
             model_type = config.model_type
@@ -56,54 +62,51 @@ class _AutoModel:
 
     @classmethod
     def _class_of(cls, model_type: str) -> Any:
-        if model_type not in cls._classes:
-            raise ValueError(f"model_type is {brief(model_type)}; mambakit has {' and '.join(cls._classes)}")
-        return cls._classes[model_type]
+        if model_type not in FAMILIES:
+            raise ValueError(f"model_type is {brief(model_type)}; mambakit has {' and '.join(FAMILIES)}")
+        return FAMILIES[model_type].load(cls._ending)
 
 
 class AutoModel(_AutoModel):
     """`MambaModel` or `FalconMambaModel`."""
 
-    _classes = {"mamba": mamba.MambaModel, "falcon_mamba": falcon_mamba.FalconMambaModel}
+    _ending = MODEL
 
 
 class AutoModelForCausalLM(_AutoModel):
     """`MambaForCausalLM` or `FalconMambaForCausalLM`."""
 
-    _classes = {"mamba": mamba.MambaForCausalLM, "falcon_mamba": falcon_mamba.FalconMambaForCausalLM}
+    _ending = CAUSAL_LM
 
 
 class AutoModelForSequenceClassification(_AutoModel):
     """`MambaForSequenceClassification` or `FalconMambaForSequenceClassification`."""
 
-    _classes = {
-        "mamba": classification.MambaForSequenceClassification,
-        "falcon_mamba": falcon_mamba.FalconMambaForSequenceClassification,
-    }
+    _ending = CLASSIFIER
 
 
 class AutoTokenizer:
-    """transformers' AutoTokenizer; an original-format checkpoint without one is told where its tokenizer is."""
+    """transformers' AutoTokenizer; where a checkpoint holds no tokenizer, the error says where its format's is."""
 
     @staticmethod
     def from_pretrained(name: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         import transformers
 
         folder = small_files(name, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
-        # A tokenizer may come from a model of another architecture; what has a Mamba model's configuration must be one.
         fields = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
         found = [folder / file for file in _TOKENIZER_FILES if (folder / file).exists()]
-        ours = not is_original(fields) and fields.get("model_type") in tuple(CONFIGS)
-        if fields and (not found or is_original(fields) or ours):
-            config, _ = read_config(folder)
-            if ours:  # transformers' own reading takes no whole number for a real one, and would blame the tokenizer
+        if fields:
+            format = format_of(folder, fields)
+            # A tokenizer may come from a model of another architecture; what has a Mamba model's configuration must be
+            # one.
+            model_type = format.read_configuration(fields, folder / "config.json").get("model_type")
+            if not found or model_type in tuple(FAMILIES):
+                config, _ = read_any_configuration(folder)
+                # transformers' own reading takes no whole number for a real one, and would blame the tokenizer.
                 kwargs.setdefault("config", config)
+            if not found and format.tokenizer_source:
+                raise CheckpointError(f"{name} holds no tokenizer: {format.tokenizer_source}")
         if not found:
-            if is_original(fields):
-                raise CheckpointError(
-                    f"{name} holds no tokenizer: models in state-spaces' original format use GPT-NeoX's; load it from "
-                    '"EleutherAI/gpt-neox-20b", or save its files into the folder'
-                )
             raise CheckpointError(f"{name} holds no tokenizer (tokenizer.json); give the folder or id that does")
         for path in (
             *found,

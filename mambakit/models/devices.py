@@ -1,4 +1,4 @@
-"""Which device a model goes to: the one that was asked for, if it is there, else the best that there is."""
+"""Where a model goes when nothing else is asked for: the device, and the dtype of its weights there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from mambakit.errors import UsageError
 def default_device() -> torch.device:
     """A GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> str:
+    """``from_pretrained``'s dtype for a model on ``device``: "auto", the checkpoint's, on a GPU; "float32" on a CPU.
+
+    CPUs without bfloat16 arithmetic emulate it.
+    """
+    return "float32" if device.type == "cpu" else "auto"
 
 
 def usable_device(name: str | torch.device, what: str = "device") -> torch.device:

@@ -15,7 +15,7 @@ from transformers import GenerationMixin
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from mambakit.decoding.graph_step import graphs_serve
+from mambakit.decoding.cuda_graph import graphs_serve
 from mambakit.decoding.loop import write_tokens
 from mambakit.decoding.prefill import chunk_sizes, prefill, prefill_states, reads_in_buckets
 from mambakit.decoding.processor_sampler import WITHOUT_WAITING, ProcessorSampler
@@ -27,7 +27,7 @@ from mambakit.models.inputs import one_cache
 from mambakit.models.options import check_generating, setting
 from mambakit.models.outputs import CACHE_NAMES
 from mambakit.models.pretrained import MambaPreTrainedModel
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 from mambakit.modules.interception import is_ours
 from mambakit.number import SEED
 from mambakit.quoting import brief
@@ -177,7 +177,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         """transformers' loop over tokens; or the same tokens from `write_tokens`, where nothing looks at them in between and no
         processor waits for the device. Then there is no device-to-host sync until texts may have ended."""
         steps: TransformersSteps | None = kwargs.get("steps")
-        cache: MambaCache | None = kwargs.get(_ARGUMENT)
+        cache: StateCache | None = kwargs.get(_ARGUMENT)
         if steps is not None and steps.chunk_size and cache is not None:
             prompt = input_ids[:, steps.cached_columns :]
             steps.prompt_logits = prefill(self, prompt, cache, chunk_size=steps.chunk_size)
@@ -243,7 +243,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         return ""
 
     def _prefill_in_chunks(
-        self, ids: Tensor, mask: Tensor | None, cache: MambaCache, cached: int, chunk: int, last_too: bool
+        self, ids: Tensor, mask: Tensor | None, cache: StateCache, cached: int, chunk: int, last_too: bool
     ) -> tuple[int, Tensor | None]:
         """Read the prompt but for its last token, or with it: (the columns of ``ids`` that generation need not read, the logits (b, v) after
         the last)."""
@@ -268,15 +268,15 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        cache_params: MambaCache | None = None,
+        cache_params: StateCache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         steps: TransformersSteps | None = None,
         is_first_iteration: bool | None = False,
         next_sequence_length: int | None = None,
-        cache: MambaCache | None = None,
-        past_key_values: MambaCache | None = None,
+        cache: StateCache | None = None,
+        past_key_values: StateCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The inputs of one step: the prompt's columns that are not in the cache at first, then the last token."""
@@ -308,7 +308,7 @@ def _with_each_name(result: Any) -> Any:
     return result
 
 
-def _cached_columns(cache: MambaCache, input_ids: Tensor, mask: Tensor | None) -> int:
+def _cached_columns(cache: StateCache, input_ids: Tensor, mask: Tensor | None) -> int:
     """How many leading columns of ``input_ids`` the cache already holds: none of them, or all it has seen."""
     seen, length = cache.get_seq_length(), input_ids.shape[1]
     if seen == 0 or length <= seen or (mask is not None and mask.shape[1] == seen + length):

@@ -1,7 +1,8 @@
-"""What the models return: transformers' ModelOutput, so that fields, keys and tuples all work.
+"""The models' outputs: transformers' ModelOutput, so that fields, keys and tuples all work.
 
-The state has three names there: ``cache`` since transformers 5.24, ``cache_params`` before it, and ``past_key_values``, which code
-for Transformers says. The field is ``cache``, and each name means it: as an attribute, a key, in ``in``, `get` and the constructor.
+The state has three names in transformers: ``cache`` since 5.24, ``cache_params`` before, and ``past_key_values`` in
+code for attention models. The field is ``cache``. All three work as attributes, as keys, with ``in``, in `get` and in
+the constructor.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 
 CACHE_NAMES = ("cache", "cache_params", "past_key_values")
 _Output = TypeVar("_Output")
@@ -24,7 +25,7 @@ def _name(key: Any) -> Any:
 
 
 def _takes_each_name(cls: type[_Output]) -> type[_Output]:
-    """Let the constructor of a dataclass take the field ``cache`` under its other names."""
+    """Class decorator: the constructor of a dataclass takes the field ``cache`` under its other names, too."""
     init = vars(cls)["__init__"]
 
     @functools.wraps(init)
@@ -36,16 +37,16 @@ def _takes_each_name(cls: type[_Output]) -> type[_Output]:
 
 
 class _WithCache(ModelOutput):
-    """The names of ``cache``. Abstract."""
+    """An output with the field ``cache`` under three names. Abstract."""
 
-    cache: MambaCache | None
+    cache: StateCache | None
 
     @property
-    def cache_params(self) -> MambaCache | None:
+    def cache_params(self) -> StateCache | None:
         return self.cache
 
     @property
-    def past_key_values(self) -> MambaCache | None:
+    def past_key_values(self) -> StateCache | None:
         return self.cache
 
     def __getitem__(self, key: Any) -> Any:
@@ -76,7 +77,7 @@ class MambaOutput(_WithCache):
     """
 
     last_hidden_state: Tensor | None = None
-    cache: MambaCache | None = None
+    cache: StateCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -87,16 +88,16 @@ class MambaCausalLMOutput(_WithCache):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    cache: MambaCache | None = None
+    cache: StateCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
 @_takes_each_name
 @dataclass
 class MambaSequenceClassifierOutput(_WithCache):
-    """Output of `MambaForSequenceClassification`: ``loss`` (), ``logits`` (b, labels), and the fields of `MambaOutput`."""
+    """Output of `MambaForSequenceClassification`: ``loss`` (), ``logits`` (b, labels), and fields of `MambaOutput`."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    cache: MambaCache | None = None
+    cache: StateCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None

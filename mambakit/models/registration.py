@@ -1,23 +1,26 @@
-"""register(): from here on, transformers' own Auto classes and pipelines use mambakit's Mamba."""
+"""register(): transformers' own Auto classes and pipelines use mambakit's models."""
 
 from __future__ import annotations
 
 import transformers
 
-from mambakit.models import auto
-from mambakit.models.checkpoints.formats import CONFIGS
+from mambakit.models.families import CAUSAL_LM, CLASSIFIER, CONFIG, FAMILIES, MODEL
+
+_AUTO_CLASSES = {
+    MODEL: transformers.AutoModel,
+    CAUSAL_LM: transformers.AutoModelForCausalLM,
+    CLASSIFIER: transformers.AutoModelForSequenceClassification,
+}
 
 
 def register() -> None:
-    """Make `transformers.AutoConfig`, `AutoModel*` and `pipeline` resolve "mamba" and "falcon_mamba" to these classes.
+    """Make `transformers.AutoConfig`, `AutoModel*` and `pipeline` use mambakit's classes for every family's model_type.
 
-    It changes transformers' registries for the whole process; calling it again changes nothing more.
+    It changes transformers' registries for the whole process. A second call changes nothing.
     """
-    for model_type, config_class in CONFIGS.items():
+    for model_type, family in FAMILIES.items():
+        config_class = family.load(CONFIG)
         transformers.AutoConfig.register(model_type, config_class, exist_ok=True)
-        for theirs, ours in (
-            (transformers.AutoModel, auto.AutoModel),
-            (transformers.AutoModelForCausalLM, auto.AutoModelForCausalLM),
-            (transformers.AutoModelForSequenceClassification, auto.AutoModelForSequenceClassification),
-        ):
-            theirs.register(config_class, ours._classes[model_type], exist_ok=True)
+        for ending, theirs in _AUTO_CLASSES.items():
+            if ending in family.endings:
+                theirs.register(config_class, family.load(ending), exist_ok=True)

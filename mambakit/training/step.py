@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mambakit.modules import MambaCache
+from mambakit.decoding.cuda_graph import CapturedGraph
+from mambakit.modules import StateCache
 from mambakit.modules.interception import untouched
 from mambakit.ops import linear_cross_entropy
-from mambakit.ops._memory import PLAIN_TYPES
-from mambakit.training.distributed import Processes, full, stretch_of_packed
+from mambakit.ops._backends.memory import PLAIN_TYPES
+from mambakit.training.distributed import ProcessMesh, full, shard_cu_seqlens
 from mambakit.training.guard import UpdateGuard
 
 _IGNORE = -100
@@ -52,13 +53,13 @@ class TrainingStep:
         carry_rows: rows of a batch where every row goes on from the state its predecessor ended with; 0: none does.
         spike_factor: see `UpdateGuard`.
         processes: those that share the batch; this one alone when absent.
-        objective: what `Processes.parallelize` made of the model's `Objective`, where there are several.
+        objective: what `ProcessMesh.parallelize` made of the model's `Objective`, where there are several.
     """
 
     def __init__(
         self, model: Any, optimizer: torch.optim.Optimizer, clip: float, autocast: str, respect_documents: bool, *,
         accumulate: int = 1, ignored_token: int | None = None, carry_rows: int = 0, spike_factor: float = 0.0,
-        processes: Processes | None = None, objective: nn.Module | None = None,
+        processes: ProcessMesh | None = None, objective: nn.Module | None = None,
     ):  # fmt: skip
         self.model, self.optimizer, self.clip = model, optimizer, clip
         self.device = next(model.parameters()).device
@@ -67,13 +68,13 @@ class TrainingStep:
         self.accumulate, self.ignored_token = accumulate, ignored_token
         self.guard = UpdateGuard(self.device, spike_factor)
         optimizer.found_inf = self.guard.skip  # type: ignore[attr-defined]  # the fused step's own way to skip
-        self.processes = processes or Processes("none", self.device)
+        self.processes = processes or ProcessMesh("none", self.device)
         self.objective = objective or Objective(model)
-        self._settled = self.processes.mode != "ddp"
-        self._rehearsing = False
+        self._buckets_built = self.processes.mode != "ddp"
+        self._warming_up = False
         parts = accumulate if carry_rows else 0
         rows = carry_rows // self.processes.data_size
-        self.carried: list[MambaCache] = [model.backbone.new_cache(rows // parts) for _ in range(parts)]
+        self.carried: list[StateCache] = [model.backbone.new_cache(rows // parts) for _ in range(parts)]
 
     def autocast(self) -> contextlib.AbstractContextManager:
         # Without the cache of cast weights: it would keep a captured graph's tensors alive between replays.
@@ -98,34 +99,34 @@ class TrainingStep:
     def _count(self, rows: Tensor, begins: Tensor) -> Tensor:
         return (self.targets(rows, begins) != _IGNORE).sum().clamp(min=1)
 
-    def _share(self, rows: Tensor, begins: Tensor, count: Tensor, cache: MambaCache | None) -> Tensor:
+    def _share(self, rows: Tensor, begins: Tensor, count: Tensor, cache: StateCache | None) -> Tensor:
         """This process's share of a batch's loss, scaled so that the mean over processes is the batch's.
 
         ``cache`` is the state before this process's rows, and is brought up to date.
         """
-        team = self.processes
-        targets = team.rows(self.targets(rows, begins), _IGNORE)
-        tokens, begins = team.rows(rows[:, :-1]), team.rows(begins[:, :-1])
+        mesh = self.processes
+        targets = mesh.rows(self.targets(rows, begins), _IGNORE)
+        tokens, begins = mesh.rows(rows[:, :-1]), mesh.rows(begins[:, :-1])
         inputs: dict[str, Any] = {}
-        if team.context_size > 1:
+        if mesh.context_size > 1:
             if self.respect_documents:  # rows, too, are sequences of one packed row, cut without regard to them
                 begins = begins.clone()
                 begins[:, 0] = True
                 tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
-            part = team.stretch(tokens.shape[1])
+            part = mesh.sequence_shard(tokens.shape[1])
             tokens, targets = tokens[:, part], targets[:, part]
             if self.respect_documents:
-                inputs["cu_seqlens"] = stretch_of_packed(begins.flatten().nonzero().squeeze(1), part)
+                inputs["cu_seqlens"] = shard_cu_seqlens(begins.flatten().nonzero().squeeze(1), part)
         elif self.respect_documents:
             inputs["position_ids"] = _positions(begins, cache is not None)
         if cache is not None:
             inputs["cache_params"] = cache
         with self.autocast():
-            return self.objective(tokens, targets, count / team.world, **inputs)
+            return self.objective(tokens, targets, count / mesh.world, **inputs)
 
     def run(self, rows: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
         """One update from rows (b, l + 1) int64 and (b, l + 1) bool, true where a document begins."""
-        self._settle(rows, begins)
+        self._build_buckets(rows, begins)
         count = self._count(rows, begins)
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for part, (tokens, starts) in enumerate(
@@ -142,53 +143,49 @@ class TrainingStep:
         self.guard.check(norm)
         # The fused optimiser divides by this as it reads the gradients: they are not clipped in a pass of its own.
         self.optimizer.grad_scale = (norm / self.clip).clamp(min=1.0)  # type: ignore[attr-defined]
-        if self._rehearsing:
+        if self._warming_up:
             self.guard.skip.fill_(1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return self.processes.mean(total), norm
 
-    def rehearse(self, rows: Tensor, begins: Tensor) -> None:
-        """A step that changes nothing: kernels are compiled for these shapes, and the optimiser's memory is made."""
+    def warm_up(self, rows: Tensor, begins: Tensor) -> None:
+        """A step that changes nothing: compiles the kernels for these shapes and allocates the optimiser's state."""
         guard = {name: value.clone() for name, value in self.guard.state_dict().items()}
         carried = [cache.clone() for cache in self.carried]
-        self._rehearsing = True
+        self._warming_up = True
         self.run(rows, begins)
-        self._rehearsing = False
+        self._warming_up = False
         self.guard.load_state_dict(guard)
         for part, cache in enumerate(carried):
             self._carry(part, cache)
 
-    def _settle(self, rows: Tensor, begins: Tensor) -> None:
-        """A gradient for nothing, once: after its first backward pass DDP groups gradients anew, and with the groups the
-        order of its sums changes. A run that goes on from a checkpoint would differ in the last bits of its first step."""
-        if not self._settled:
+    def _build_buckets(self, rows: Tensor, begins: Tensor) -> None:
+        """One backward pass whose gradient is dropped: after its first one DDP rebuilds its buckets, which changes the order of
+        its sums. Without this the first step of a resumed run would differ in the last bits."""
+        if not self._buckets_built:
             rows, begins = rows.chunk(self.accumulate)[0], begins.chunk(self.accumulate)[0]
             self._share(rows, begins, self._count(rows, begins), None).backward()
             self.optimizer.zero_grad(set_to_none=True)
-            self._settled = True
+            self._buckets_built = True
 
-    def _carry(self, part: int, cache: MambaCache) -> None:
+    def _carry(self, part: int, cache: StateCache) -> None:
         """Keep the state after a row for the next one. In place, after the backward pass: a CUDA graph's memory is fixed."""
-        kept = self.carried[part]
-        kept.advance(cache.get_seq_length() - kept.get_seq_length())
-        kept.conv_states.copy_(cache.conv_states.detach())
-        kept.ssm_states.copy_(cache.ssm_states.detach())
+        self.carried[part].load_(cache)
 
     def forget(self, rows: np.ndarray) -> None:
         """These rows (batch_size,) bool of the next batch start from a zero state. In place: a CUDA graph's memory is fixed."""
         if not self.carried or not rows.any():
             return
-        kept = torch.from_numpy(~rows).to(self.device, non_blocking=True)
-        for cache, part in zip(self.carried, kept.chunk(self.accumulate), strict=True):
-            mine = self.processes.rows(part)[:, None, None]
-            cache.conv_states.mul_(mine)
-            cache.ssm_states.mul_(mine)
+        fresh = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        for cache, part in zip(self.carried, fresh.chunk(self.accumulate), strict=True):
+            cache.reset(self.processes.rows(part))
 
     def state_dict(self) -> dict[str, Any]:
         """What an exact continuation needs besides parameters and optimiser."""
         rows = self.processes.gather_rows
-        carried = [(rows(c.conv_states, 1), rows(c.ssm_states, 1), c.get_seq_length()) for c in self.carried]
+        # Of each part the stacked tensors in the specification's order, then the tokens seen.
+        carried = [(*(rows(t, 1) for t in c.tensors().values()), c.get_seq_length()) for c in self.carried]
         return {"guard": self.guard.state_dict(), "carried": carried}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -196,17 +193,17 @@ class TrainingStep:
         if not self.carried:
             return
         # (layers, rows, ...) of the whole batch: it may be computed in another number of parts now.
-        convs, ssms = (torch.cat([part[i] for part in state["carried"]], 1).chunk(self.accumulate, 1) for i in (0, 1))
-        for cache, conv, ssm in zip(self.carried, convs, ssms, strict=True):
-            cache.conv_states.copy_(self.processes.rows(conv.transpose(0, 1)).transpose(0, 1))
-            cache.ssm_states.copy_(self.processes.rows(ssm.transpose(0, 1)).transpose(0, 1))
-            cache.advance(state["carried"][0][2] - cache.get_seq_length())
+        *parts, seen = zip(*state["carried"], strict=True)
+        whole = [torch.cat(tensors, 1).chunk(self.accumulate, 1) for tensors in parts]
+        for i, cache in enumerate(self.carried):
+            mine = [self.processes.rows(chunks[i].transpose(0, 1)).transpose(0, 1) for chunks in whole]
+            cache.fill_(dict(zip(cache.tensors(), mine, strict=True)), seen[0])
 
 
 class CapturedStep:
     """A `TrainingStep` as CUDA graphs over fixed input memory, one for each shape of batch.
 
-    A shape's first call rehearses the step, captures it and replays it. No step runs in any other way: a run that goes on
+    A shape's first call warms the step up, captures it and replays it. No step runs in any other way: a run that goes on
     from a checkpoint repeats the arithmetic of one that was never stopped.
     """
 
@@ -236,7 +233,7 @@ class CapturedStep:
             with torch.cuda.stream(self.stream):
                 ddp = self.step.processes.mode == "ddp"
                 for _ in range(self._REHEARSALS_OF_DDP if ddp else self._REHEARSALS):
-                    self.step.rehearse(rows, begins)
+                    self.step.warm_up(rows, begins)
             torch.cuda.current_stream().wait_stream(self.stream)
             graph = self.graphs[rows.shape] = _Graph(self.step, rows, begins, self.stream)
         return graph.replay(rows)
@@ -247,16 +244,17 @@ class _Graph:
 
     def __init__(self, step: TrainingStep, rows: Tensor, begins: Tensor, stream: torch.cuda.Stream):
         self.rows, self.begins = rows.clone(), begins.clone()  # begins is read by no captured work
-        self.graph = torch.cuda.CUDAGraph()
         # NCCL's watchdog looks at events meanwhile, from a thread of its own: that must not end the capture.
-        mode = "thread_local" if step.processes.world > 1 else "global"
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode=mode):
-            self.result = step.run(self.rows, self.begins)
+        mode: Literal["thread_local", "global"] = "thread_local" if step.processes.world > 1 else "global"
+        self.graph = CapturedGraph(
+            lambda: step.run(self.rows, self.begins), step.device, stream=stream, error_mode=mode
+        )
 
     def replay(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         self.rows.copy_(rows)
         self.graph.replay()
-        return self.result[0].clone(), self.result[1].clone()
+        loss, norm = self.graph.result
+        return loss.clone(), norm.clone()
 
 
 def _positions(begins: Tensor, continues: bool = False) -> Tensor:

@@ -1,4 +1,5 @@
-"""Packed weights made plain again: the same numbers, tied as they were, trained, saved, and read by transformers itself."""
+"""Packed weights made plain again: the same numbers, tied as they were, trained, saved, and read by transformers
+itself."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mambakit
-from mambakit.models.checkpoints.loading import convert, describe
+from mambakit.models.checkpoints import convert, describe
 from mambakit.modules.quantized_linear import QuantizedLinear
 from tests.models.configurations import pair, tokens, worst
 from tests.models.tiny import save_tiny, with_own_embeddings

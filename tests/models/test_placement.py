@@ -206,7 +206,10 @@ def test_from_pretrained(format, tmp_path):
     save(tmp_path / "model")
     for places in (
         {"": "cpu"},
-        {"backbone.embeddings": "cpu", "backbone.layers.0": "cpu", "backbone.layers.1": "disk", "backbone.norm_f": "cpu", "lm_head": "cpu"},
+        {
+            "backbone.embeddings": "cpu", "backbone.layers.0": "cpu", "backbone.layers.1": "disk",
+            "backbone.norm_f": "cpu", "lm_head": "cpu",
+        },
     ):  # fmt: skip
         model = mambakit.MambaForCausalLM.from_pretrained(
             tmp_path / "model", device_map=places, offload_folder=tmp_path / "weights", dtype=torch.float32
@@ -217,7 +220,8 @@ def test_from_pretrained(format, tmp_path):
 
 
 def gather_around_calls(model: nn.Module) -> None:
-    """As DeepSpeed's ZeRO-3 does in inference: a module has its own parameters during its call, and nothing between calls."""
+    """As DeepSpeed's ZeRO-3 does in inference: a module has its own parameters during its call, and nothing between
+    calls."""
 
     def gather(module, *_):
         for name, parameter in module._parameters.items():
@@ -270,7 +274,7 @@ def test_states_of_several_devices_are_those_of_one():
         assert not empty.ssm_states.cpu().any()
         assert kept.ssm_states.cpu().any()
         assert kept.nbytes == cache.nbytes == 3 * 4 * 64 * (16 + 3) * 4
-        assert "rows=4" in repr(cache)
+        assert "slots=4" in repr(cache)
         found.append([t.clone() for c in (cache, kept, forked, other, empty) for t in states(c)])
         assert torch.equal(cache.ssm_states, found[-1][1])
         cache.conv_states.copy_(kept.conv_states)
@@ -279,7 +283,7 @@ def test_states_of_several_devices_are_those_of_one():
         found[-1] += states(cache)
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(TypeError, match=r"\[:, rows\]"):
+    with pytest.raises(TypeError, match=r"\[:, slots\]"):
         MambaCache(config, 4, ["cpu"] * 3).ssm_states[0:2]
     with pytest.raises(ValueError, match="2 devices for 3 layers"):
         MambaCache(config, 4, ["cpu"] * 2)

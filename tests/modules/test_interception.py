@@ -1,4 +1,5 @@
-"""Nothing that somebody puts on a module is passed by: not by a step of the whole model, nor by a layer's joined training pass."""
+"""Nothing that somebody puts on a module is passed by: not by a step of the whole model, nor by a layer's joined
+training pass."""
 
 from __future__ import annotations
 
@@ -11,14 +12,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from mambakit.decoding.step import native_serves, token_step
+from mambakit.decoding.registry import token_step
 from mambakit.decoding.verify import verifier
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
 from mambakit.modules import MambaMixer
 from mambakit.modules.interception import Watch, any_intercepted, intercepted, is_ours, modules_of, untouched
 from mambakit.modules.mixers.mamba import TimeStepProjection
-from mambakit.ops.native import library
+from mambakit.ops._backends import native
+from tests.decoding.eager_graph import native_serves
 from tests.models.configurations import pair, tokens, worst
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -146,7 +148,7 @@ def test_generate_calls_it_at_every_step(way, place):
     assert torch.equal(model.generate(ids, **options), expected)
     assert len(calls) == 4
     assert not any_intercepted(modules_of(model))
-    if library.is_available():
+    if native.is_available():
         assert native_serves(model, model.backbone.new_cache(1))
 
 

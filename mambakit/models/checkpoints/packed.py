@@ -1,10 +1,10 @@
-"""Checkpoints with packed weights: what they hold, and loading them.
+"""mambakit's format of packed weights: transformers' layout, with this package's ``quantization_config``.
 
-Beside the packed layers' `data`, scales and lists a checkpoint holds what `quantize` leaves as it is, except embeddings that are
-the packed head's rows: the head is enough.
+A checkpoint holds the packed layers' ``data``, scales and lists, and every tensor that `quantize` leaves as it is.
+Embeddings that are the packed head's rows are left out: they are computed from the head.
 
-The format is mambakit's own: transformers warns that it does not know its method, and would fill the layers with random numbers.
-`dequantize` makes a plain model of it.
+transformers does not know the format: it warns, and fills the layers with random numbers. `dequantize` makes a plain
+model.
 """
 
 from __future__ import annotations
@@ -16,10 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambakit.models.checkpoints.formats import read_generation_config
-from mambakit.models.checkpoints.storage import CheckpointError, read_tensors, weight_files
-from mambakit.models.mamba.initialization import initialize
-from mambakit.models.quantization import LAYERS, has_head, is_quantized, shares_table, targets_of
+from mambakit.errors import CheckpointError
+from mambakit.models.checkpoints.fields import shown
+from mambakit.models.checkpoints.format import Loading
+from mambakit.models.checkpoints.plain import common_dtype, dtype_and_count, values_to_write, write_by_transformers
+from mambakit.models.checkpoints.storage import StoredTensor, read_tensors, weight_files
+from mambakit.models.quantization import (
+    LAYERS,
+    METHOD,
+    PACKED_FORMATS,
+    has_head,
+    shares_table,
+    targets_of,
+)
 from mambakit.modules.quantized_linear import QuantizedLinear
 
 _BESIDE = ("scales", "starts", "columns", "values")  # stored beside a packed weight's `data`
@@ -27,14 +36,101 @@ _EMBEDDINGS = "embeddings.weight"
 _FOLLOWED = {"dtype", "device_map"}  # of transformers' arguments
 
 
-def stored_tensors(model: Any, state: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What of a state dict (None: the model's, as it is) a checkpoint of ``model`` holds.
+class PackedFormat:
+    """`CheckpointFormat` of packed weights."""
+
+    name = "packed"
+    packed = True
+    tokenizer_source = ""
+
+    def detect(self, folder: Path, config_json: dict[str, Any]) -> bool:
+        settings = config_json.get("quantization_config")
+        return isinstance(settings, dict) and settings.get("quant_method") == METHOD
+
+    def read_configuration(self, config_json: dict[str, Any], path: Path) -> dict[str, Any]:
+        settings = config_json["quantization_config"]
+        for name, choices in (("format", PACKED_FORMATS), ("group", (32, 64, 128))):
+            if not any(type(settings.get(name)) is type(c) and settings[name] == c for c in choices):
+                raise CheckpointError(
+                    f"{path}: quantization_config.{name} is {shown(settings.get(name))}; it must be one of "
+                    f"{', '.join(map(str, choices))}; correct it there or quantise the original checkpoint again"
+                )
+        return config_json
+
+    def name_in_model(self, stored: str) -> str:
+        return stored
+
+    def name_in_file(self, name: str) -> str:
+        return name
+
+    def load(self, loading: Loading) -> Any:
+        """The class that was saved, or a language model's base model, or a new classifier on it."""
+        _require_arguments(loading)
+        cls, config = loading.cls, loading.config
+        files = weight_files(loading.folder)
+        stored = read_tensors(files)
+        only_head = config.tie_word_embeddings and "lm_head.data" in stored
+        only_head = only_head and not any(key.endswith(_EMBEDDINGS) for key in stored)
+        with torch.device("meta"):
+            model = cls(config)
+            if borrowed := only_head and not has_head(model):  # for the embeddings, which are its rows
+                model.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        stored = _named_as_in(model, stored)
+        _pack_on_meta(model, config, stored)
+        new_score = _check(model, config, stored, files[0], only_head)
+        model.load_state_dict(stored, strict=False, assign=True)  # every name was checked
+        for prefix, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                _check_lists(module, f"{files[0]}: {prefix}")
+        dtype = loading.dtype
+        if isinstance(dtype, str):
+            dtype = None if dtype == "auto" else getattr(torch, dtype)
+        if dtype is not None:
+            model.to(dtype)
+        dtype = getattr(model, "backbone", model).norm_f.weight.dtype
+        if only_head:
+            model.get_input_embeddings().weight = nn.Parameter(model.lm_head.packed.dequantized().to(dtype))
+        if borrowed:
+            del model.lm_head
+        if new_score:
+            model.score = nn.Linear(config.hidden_size, config.num_labels, bias=False, dtype=dtype)
+            model._init_weights(model.score)
+            warnings.warn(f"{loading.name} holds no score.weight: it is drawn anew, and needs training", stacklevel=4)
+        return model.to(_device(loading.kwargs.get("device_map"))).eval()
+
+    def write(
+        self,
+        model: Any,
+        folder: Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        *args: Any,
+        **options: Any,
+    ) -> None:
+        state_dict = _stored_tensors(model, values_to_write(model, state_dict))
+        write_by_transformers(model, folder, is_main_process, state_dict, *args, **options)
+
+    def count(self, stored: str, tensor: StoredTensor, config: Any) -> tuple[str, int]:
+        layer, _, part = stored.rpartition(".")
+        kind = layer.rpartition(".")[2]
+        if kind not in (*LAYERS, "lm_head") or part not in ("data", *_BESIDE):
+            return dtype_and_count(tensor)
+        columns = config.intermediate_size if kind in ("x_proj", "out_proj") else config.hidden_size
+        return config.quantization_config["format"], 0 if part in _BESIDE else tensor.shape[0] * columns
+
+    def dtype(self, found: dict[str, StoredTensor]) -> torch.dtype:
+        """The norm's: most packed bytes are integers, and scales are float32."""
+        return common_dtype({name: tensor for name, tensor in found.items() if name.endswith("norm_f.weight")})
+
+
+def _stored_tensors(model: Any, state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The tensors of a state dict that a checkpoint of ``model`` holds. None stands for all of the model's own.
 
     Raises:
         ValueError: plain weights for a model whose configuration says that they are packed.
     """
     plain = [name for name in state or () if name.endswith(tuple(f".{layer}.weight" for layer in LAYERS))]
-    if plain and is_quantized(model.config):
+    if plain:
         raise ValueError(
             f"state_dict holds a plain {plain[0]}, the model's weights are packed; call model.dequantize() first"
         )
@@ -44,90 +140,15 @@ def stored_tensors(model: Any, state: dict[str, Any] | None) -> dict[str, Any] |
     return {name: tensor for name, tensor in state.items() if not name.endswith(_EMBEDDINGS)}
 
 
-def packed_weights(name: str, shape: tuple[int, ...], config: Any) -> tuple[str, int] | None:
-    """(format, how many weights) of a stored tensor that is part of a packed weight, none if they count elsewhere; or None."""
-    layer, _, part = name.rpartition(".")
-    kind = layer.rpartition(".")[2]
-    if not is_quantized(config) or kind not in (*LAYERS, "lm_head") or part not in ("data", *_BESIDE):
-        return None
-    columns = config.intermediate_size if kind in ("x_proj", "out_proj") else config.hidden_size
-    return config.quantization_config["format"], 0 if part in _BESIDE else shape[0] * columns
-
-
-def require_packed_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """ValueError where `from_pretrained` of packed weights is asked for what only plain ones can be."""
-    given = {k for k, v in kwargs.items() if v is not None and v is not False and not k.startswith("_")}
-    refused = sorted(given - _FOLLOWED) + [repr(a) for a in args]
+def _require_arguments(loading: Loading) -> None:
+    """ValueError where ``from_pretrained`` was given arguments that only plain weights can follow."""
+    given = {k for k, v in loading.kwargs.items() if v is not None and v is not False and not k.startswith("_")}
+    refused = sorted(given - _FOLLOWED) + [repr(a) for a in loading.args]
     if refused:
         raise ValueError(
-            f"this checkpoint's weights are packed, and {', '.join(refused)} cannot be followed there, only {' and '.join(sorted(_FOLLOWED))}; "
-            "drop the argument, or unpack the checkpoint first (mambakit convert)"
+            f"this checkpoint's weights are packed, and {', '.join(refused)} cannot be followed there, only "
+            f"{' and '.join(sorted(_FOLLOWED))}; drop the argument, or unpack the checkpoint first (mambakit convert)"
         )
-
-
-def load_quantized(
-    cls: Any,
-    config: Any,
-    folder: Path,
-    name: str,
-    dtype: Any,
-    device_map: Any,
-    generation: Any = None,
-) -> Any:
-    """A model saved after `quantize`: the class that was saved, or a language model's base model, or a new classifier on it."""
-    settings = config.quantization_config
-    files = weight_files(folder)
-    stored = read_tensors(files)
-    only_head = config.tie_word_embeddings and "lm_head.data" in stored
-    only_head = only_head and not any(key.endswith(_EMBEDDINGS) for key in stored)
-    with torch.device("meta"):
-        model = cls(config)
-        if borrowed := only_head and not has_head(model):  # for the embeddings, which are its rows
-            model.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for parent, child in targets_of(model):
-            old = getattr(parent, child)
-            bias = old.bias is not None
-            new = QuantizedLinear(old.in_features, old.out_features, settings["format"], settings["group"], bias)
-            setattr(parent, child, new)
-    stored = _named_as_in(model, stored)
-    layers = {prefix: module for prefix, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-    for prefix, layer in layers.items():
-        for part in ("columns", "values"):  # a lossless format's lists have the length that the file gives them
-            listed = stored.get(f"{prefix}.{part}")
-            if part in layer._buffers and listed is not None and listed.dim() == 1:
-                layer.register_buffer(part, listed.new_empty(listed.shape, device="meta"))
-    expected = model.state_dict()
-    if only_head:
-        expected = {key: tensor for key, tensor in expected.items() if not key.endswith(_EMBEDDINGS)}
-    new_score = "score.weight" not in stored and expected.pop("score.weight", None) is not None
-    for key in sorted(expected.keys() | stored.keys()):
-        shapes = [tuple(where[key].shape) if key in where else None for where in (stored, expected)]
-        if shapes[0] != shapes[1]:
-            raise CheckpointError(
-                f"{files[0]}: tensor {key} has shape {shapes[0]} in the file and {shapes[1]} in a {settings['format']} "
-                f"{cls.__name__}; quantise the original checkpoint again"
-            )
-    model.load_state_dict(stored, strict=False, assign=True)  # every name has been looked at
-    for prefix, layer in layers.items():
-        _check_lists(layer, f"{files[0]}: {prefix}")
-    if isinstance(dtype, str):
-        dtype = None if dtype == "auto" else getattr(torch, dtype)
-    if dtype is not None:
-        model.to(dtype)
-    dtype = getattr(model, "backbone", model).norm_f.weight.dtype
-    if only_head:
-        model.get_input_embeddings().weight = nn.Parameter(model.lm_head.packed.dequantized().to(dtype))
-    if borrowed:
-        del model.lm_head
-    if new_score:
-        model.score = nn.Linear(config.hidden_size, config.num_labels, bias=False, dtype=dtype)
-        initialize(model.score, config)
-        warnings.warn(f"{name} holds no score.weight: it is drawn anew, and needs training", stacklevel=4)
-    generation = read_generation_config(folder) if generation is None else generation
-    if model.can_generate() and generation is not None:
-        model.generation_config = generation
-    model.config.name_or_path = model.name_or_path = name
-    return model.to(_device(device_map)).eval()
 
 
 def _named_as_in(model: Any, stored: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -144,6 +165,40 @@ def _named_as_in(model: Any, stored: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
+def _pack_on_meta(model: Any, config: Any, stored: dict[str, Tensor]) -> None:
+    """Replace the packed layers of ``model``, which is on meta, by empty ones that fit ``stored``."""
+    settings = config.quantization_config
+    for parent, child in targets_of(model):
+        old = getattr(parent, child)
+        bias = old.bias is not None
+        with torch.device("meta"):
+            new = QuantizedLinear(old.in_features, old.out_features, settings["format"], settings["group"], bias)
+        setattr(parent, child, new)
+    for prefix, layer in model.named_modules():
+        if not isinstance(layer, QuantizedLinear):
+            continue
+        for part in ("columns", "values"):  # a lossless format's lists have the length that the file gives them
+            listed = stored.get(f"{prefix}.{part}")
+            if part in layer._buffers and listed is not None and listed.dim() == 1:
+                layer.register_buffer(part, listed.new_empty(listed.shape, device="meta"))
+
+
+def _check(model: Any, config: Any, stored: dict[str, Tensor], file: Path, only_head: bool) -> bool:
+    """CheckpointError unless names and shapes fit; whether a classifier's head is missing, which is drawn anew."""
+    expected = model.state_dict()
+    if only_head:
+        expected = {key: tensor for key, tensor in expected.items() if not key.endswith(_EMBEDDINGS)}
+    new_score = "score.weight" not in stored and expected.pop("score.weight", None) is not None
+    for key in sorted(expected.keys() | stored.keys()):
+        shapes = [tuple(where[key].shape) if key in where else None for where in (stored, expected)]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(
+                f"{file}: tensor {key} has shape {shapes[0]} in the file and {shapes[1]} in a "
+                f"{config.quantization_config['format']} {type(model).__name__}; quantise the original checkpoint again"
+            )
+    return new_score
+
+
 def _device(device_map: Any) -> Any:
     """The one device of transformers' ``device_map``."""
     if isinstance(device_map, dict):
@@ -157,7 +212,7 @@ def _device(device_map: Any) -> Any:
 
 
 def _check_lists(layer: QuantizedLinear, where: str) -> None:
-    """What the kernels rely on in a lossless weight's list: they read where it says."""
+    """CheckpointError unless a lossless weight's list points into the weight: kernels read where it says."""
     if layer.packed.exceptions is None:
         return
     starts, columns, values = layer.packed.exceptions

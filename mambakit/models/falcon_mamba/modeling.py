@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from mambakit.models.falcon_mamba.configuration import FalconMambaConfig
 from mambakit.models.mamba.classification import MambaForSequenceClassification
-from mambakit.models.mamba.configuration import FalconMambaConfig
 from mambakit.models.mamba.modeling import MambaForCausalLM, MambaModel
 
 

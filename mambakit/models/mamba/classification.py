@@ -13,7 +13,7 @@ from mambakit.models.mamba.configuration import MambaConfig
 from mambakit.models.mamba.modeling import MambaModel
 from mambakit.models.outputs import MambaSequenceClassifierOutput
 from mambakit.models.pretrained import MambaPreTrainedModel
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 from mambakit.modules.tracing import values_are_hidden
 
 
@@ -38,15 +38,15 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        cache_params: MambaCache | None = None,
+        cache_params: StateCache | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         use_cache: bool | None = None,
-        past_key_values: MambaCache | None = None,
+        past_key_values: StateCache | None = None,
         output_attentions: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        cache: MambaCache | None = None,
+        cache: StateCache | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         seq_idx: Tensor | None = None,
@@ -59,13 +59,13 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
 
         Without a mask, the last token that is not ``pad_token_id`` counts; a row of nothing but padding is an error.
         ``labels`` (b,) int64 classifies, float regresses with one label, and (b, labels) float is multi-label; the
-        configuration's ``problem_type`` decides where it is set. Arguments not listed are `MambaModel.forward`'s; a row is one
-        document, and marks that say otherwise raise.
+        configuration's ``problem_type`` decides where it is set. Arguments not listed are `MambaModel.forward`'s. A row
+        is one document; arguments that mark several in a row raise.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             padding = input_ids == self.config.pad_token_id
-            # Trailing padding only: the same id may well be a real token (a separator) further in front.
+            # Trailing padding only: before it the same id may be a real token (a separator).
             trailing = padding.flip(1).cumprod(1).flip(1).bool()
             needed = values_are_hidden(trailing) or bool(trailing.any())
             attention_mask = (~trailing).to(torch.int64) if needed else None
@@ -123,7 +123,7 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
 
 
 def _require_one_document(
-    tokens: Tensor, attention_mask: Tensor | None, marks: Marks, cache: MambaCache | None
+    tokens: Tensor, attention_mask: Tensor | None, marks: Marks, cache: StateCache | None
 ) -> None:
     if values_are_hidden(tokens, attention_mask, *marks):
         return
@@ -133,6 +133,6 @@ def _require_one_document(
     if inside is not None and bool(inside.any()):
         row, column = inside.nonzero()[0].tolist()
         raise ValueError(
-            f"row {row} holds several documents (one begins at token {column}), and a classifier scores one of each row; give "
-            "every document a row of its own, padded and with attention_mask"
+            f"row {row} holds several documents (one begins at token {column}), and a classifier scores one of each "
+            "row; give every document a row of its own, padded and with attention_mask"
         )

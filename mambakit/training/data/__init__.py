@@ -1,6 +1,7 @@
 """Files of any format to rows of tokens: read in pieces, tokenised once to disk, packed to the last token."""
 
-from mambakit.training.data.files import FileOptions, Piece, expand, read_pieces
+from mambakit.training.data.files import FileOptions, Piece, expand
+from mambakit.training.data.pieces import read_pieces
 from mambakit.training.data.rows import ShuffledRows, StatefulRows
 from mambakit.training.data.store import TokenStore, tokenize_files
 

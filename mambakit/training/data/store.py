@@ -17,7 +17,8 @@ import numpy as np
 
 from mambakit.errors import CheckpointError
 from mambakit.training.data.audio import wav_rate
-from mambakit.training.data.files import FileOptions, Piece, expand, format_of, read_pieces
+from mambakit.training.data.files import FileOptions, Piece, expand, format_of
+from mambakit.training.data.pieces import read_pieces
 from mambakit.training.tokenizer import Vocabulary
 
 # Pieces are tokenised together up to this many characters: work for all cores, and a bound on memory.

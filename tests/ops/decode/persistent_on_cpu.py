@@ -1,6 +1,6 @@
 """Runs the persistent step on CPU tensors: g++ compiles persistent.cu with this folder's `primitives.cuh`, for few blocks.
 
-It covers the kernel's logic (the pieces, the ring, the meetings of blocks, the sums) and all of `persistent.py` but the launch; not
+It covers the kernel's logic (the pieces, the ring, the meetings of blocks, the sums) and all of `cuda_persistent.py` but the launch; not
 the compiler's code, the real order of memory, or anything about speed.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mambakit.ops.decode import persistent
+from mambakit.ops.decode import cuda_persistent as persistent
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
@@ -44,10 +44,10 @@ def install(monkeypatch, folder: Path, blocks: int, shared: int = 232448) -> Non
         library.run.argtypes = [ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p]
         library.allow.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
-        def launch(grid: int, threads: int, stream: int, *fields: int) -> None:
+        def launch(grid: int, threads: int, stream: int, parameters: ctypes.Structure) -> None:
             for tensor in launch.kept:
                 library.allow(tensor.data_ptr(), tensor.nbytes)
-            library.run(grid, threads, (ctypes.c_int64 * len(fields))(*fields))
+            library.run(grid, threads, ctypes.addressof(parameters))
 
         return launch
 

@@ -14,9 +14,9 @@ from mambakit import MambaConfig, MambaForCausalLM
 from mambakit.decoding.graph_step import gpu_weights
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops._sums import ALIKE
-from mambakit.ops.decode import few_rows_gpu as few
-from mambakit.ops.decode import many_rows_gpu as many
-from mambakit.ops.decode import tokens_gpu
+from mambakit.ops.decode import triton_few_rows as few
+from mambakit.ops.decode import triton_many_rows as many
+from mambakit.ops.decode import triton_tokens
 from tests.ops.interpreter import DEVICES, INTERPRETED, run_interpreted
 
 SMALL = {
@@ -158,7 +158,7 @@ def test_what_it_cannot_serve():
     with pytest.raises(ValueError, match="it serves 1 to"):
         step_of(model, cache)
     cache = model.backbone.new_cache(2)
-    cache._ssm = cache._ssm.transpose(0, 1).contiguous().transpose(0, 1)
+    cache._memory._stacks["ssm_states"] = cache.ssm_states.transpose(0, 1).contiguous().transpose(0, 1)
     with pytest.raises(ValueError, match="contiguous"):
         step_of(model, cache)
     packed = made({}, torch.float32, "cpu").quantize("int8")
@@ -299,7 +299,7 @@ def test_sums_over_lanes_are_alike_on_all(module, rows, kernels, monkeypatch):
     model = made({}, torch.float32, "cpu")
     step = step_of(model, model.backbone.new_cache(rows))
     recorders = {}
-    for place in (module, tokens_gpu):
+    for place in (module, triton_tokens):
         for name, value in list(vars(place).items()):
             if isinstance(value, triton.runtime.jit.KernelInterface):
                 recorders[name] = Recorder()

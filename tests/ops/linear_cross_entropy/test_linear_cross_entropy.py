@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mambakit.ops.linear_cross_entropy import reference
+from mambakit.ops.linear_cross_entropy import chunked, reference
 from mambakit.ops.linear_cross_entropy.api import linear_cross_entropy
 
 
@@ -20,7 +20,7 @@ def data():
 
 @pytest.mark.parametrize("chunk_logits", [2**24, 100])
 def test_equals_cross_entropy(data, chunk_logits, monkeypatch):
-    monkeypatch.setattr(reference, "_CHUNK_LOGITS", chunk_logits)  # 100: three tokens a chunk
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS", chunk_logits)  # 100: three tokens a chunk
     hidden, weight, targets = data
     expected = F.cross_entropy(hidden @ weight.T, targets)
     loss = linear_cross_entropy(hidden, weight, targets)
@@ -29,6 +29,17 @@ def test_equals_cross_entropy(data, chunk_logits, monkeypatch):
         torch.autograd.grad(3 * loss, (hidden, weight)),
         torch.autograd.grad(3 * expected, (hidden, weight)),
         strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_equals_the_reference(data):
+    hidden, weight, targets = data
+    expected = reference.linear_cross_entropy(hidden, weight, targets) / (targets != -100).sum()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    torch.testing.assert_close(loss, expected)
+    for got, want in zip(
+        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
     ):
         torch.testing.assert_close(got, want)
 

@@ -1,0 +1,164 @@
+"""The selective scan on NVIDIA GPUs: CUDA C++ (`kernel.cu`), compiled at run time for the shape at hand.
+
+This file implements the ops and says which calls others serve: Triton (`triton.py`) where CUDA C++
+cannot be compiled, after one warning, and one token in place; plain PyTorch (`chunked.py`) float64 and empty inputs. `plan.py` chooses
+a kernel's layout, `cuda_forward.py` and `cuda_backward.py` launch it; how the kernels work is in `common.cuh`,
+`forward.cuh` and `backward.cuh`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor
+
+from mambakit.ops._backends import nvrtc
+from mambakit.ops.selective_scan import chunked, cuda_launch
+from mambakit.ops.selective_scan.cuda_backward import BackwardLaunch
+from mambakit.ops.selective_scan.cuda_forward import ForwardLaunch, new_outputs
+from mambakit.ops.selective_scan.plan import backward_plan
+
+
+@functools.cache
+def _slower(reason: str):
+    """The Triton kernels, after one warning per reason."""
+    warnings.warn(
+        f"mambakit: the selective scan runs on its slower Triton kernels: {reason}", UserWarning, stacklevel=4
+    )
+    from mambakit.ops.selective_scan import triton
+
+    return triton
+
+
+@functools.cache
+def _fallback():
+    """The Triton kernels when CUDA C++ cannot be compiled here, else None."""
+    reason = nvrtc.available()
+    return None if reason is None else _slower(reason)
+
+
+@functools.cache
+def _one_token():
+    """The Triton kernel, if installed.
+
+    One token is bound by the states, which it reads as whole lines: twice as fast.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from mambakit.ops.selective_scan import triton
+
+    return triton
+
+
+def other_implementation(u: Tensor, A: Tensor):
+    """The module that serves this call instead of CUDA C++, or None."""
+    if u.dtype == torch.float64 or u.numel() == 0 or A.shape[1] == 0:
+        return chunked
+    fallback = _fallback()
+    if fallback is None and A.shape[1] > 256:
+        return _slower(f"A has {A.shape[1]} states, the CUDA C++ kernels take 256")
+    return fallback
+
+
+def _other_gradient(u: Tensor, A: Tensor):
+    """As `other_implementation`; many states need more shared memory than a CTA has on cards before Hopper."""
+    other = other_implementation(u, A)
+    if other is not None:
+        return other
+    shared = nvrtc.shared_memory(u.device.index)
+    multiprocessors = cuda_launch.multiprocessors(u.device.index)
+    needed = backward_plan(*u.shape, A.shape[1], multiprocessors, shared).backward_bytes
+    if needed <= shared:
+        return None
+    return _slower(
+        f"the gradient of {A.shape[1]} states takes {needed} bytes of shared memory, and a block of this GPU has "
+        f"{shared}"
+    )
+
+
+def _on_its_device(function):
+    """Run with the device of the first tensor current: kernels launch in the current device's context."""
+
+    @functools.wraps(function)
+    def call(first, *rest):
+        if first.device.index == torch._C._cuda_getDevice():
+            return function(first, *rest)
+        with torch.cuda.device(first.device):
+            return function(first, *rest)
+
+    return call
+
+
+def _launch_forward(u, delta, A, B, C, D, z, delta_bias, softplus, cu_seqlens, initial, final, slots, interval):
+    # In place, another chunk of a packed row may overwrite an initial state before it is read.
+    one_chunk = cu_seqlens is not None and initial is final
+    launch = ForwardLaunch(
+        u, delta, A, B, C, D, z, delta_bias, softplus, cu_seqlens, slots, interval, one_chunk, False
+    )  # fmt: skip
+    y, checkpoints = new_outputs(u, A.shape[1], interval)
+    launch.number_sequences(initial, None if initial is final else final)
+    launch.launch(launch.kernel.phases, initial, y, final, checkpoints)
+    return y, checkpoints
+
+
+@_on_its_device
+def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoint_interval):
+    """`mambakit::selective_scan`."""
+    other = other_implementation(u, A)
+    if other is not None:
+        return other.forward(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoint_interval
+        )
+    sequences = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final = torch.empty((sequences, u.shape[2], A.shape[1]), dtype=torch.float32, device=u.device)
+    y, checkpoints = _launch_forward(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, cuda_launch.dense_or_none(initial_state),
+        final, None, checkpoint_interval,
+    )  # fmt: skip
+    return y, final, checkpoints
+
+
+@_on_its_device
+def forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens):
+    """`mambakit::selective_scan_`."""
+    other = other_implementation(u, A)
+    if other is None and u.shape[1] == 1 and cu_seqlens is None:
+        other = _one_token()
+    if other is not None:
+        return other.forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens)
+    pool = cuda_launch.dense(state)
+    y, _ = _launch_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, pool, pool, slot_indices, 0)
+    if pool is not state:
+        state.copy_(pool)
+    return y
+
+
+@_on_its_device
+def backward(
+    dy, dfinal, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval,
+    dz=None,
+):  # fmt: skip
+    """`mambakit::selective_scan_backward`; ``dz`` (b, l, d), if given, receives the gradient of z.
+
+    Its channels are adjacent and its tokens less than 2**26 elements apart. Where d is a multiple of 4, so are its
+    other strides and its offset in memory.
+    """
+    other = _other_gradient(u, A)
+    if other is not None:
+        found = other.backward(
+            dy, dfinal, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints,
+            interval,
+        )  # fmt: skip
+        return found if dz is None else (*found[:6], dz.copy_(found[6]), *found[7:])
+    launch = BackwardLaunch(
+        dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval,
+        False, dz,
+    )  # fmt: skip
+    dfinal = cuda_launch.dense_or_none(dfinal)
+    launch.number_sequences(dfinal)
+    if launch.kernel.chunks > 1 and not launch.kernel.chained:
+        launch.launch_carries(dfinal)
+    return launch.gradients(dfinal)

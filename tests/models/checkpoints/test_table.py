@@ -1,0 +1,103 @@
+"""The table of formats: which one a folder has, names both ways, and a format that is only a line more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import mambakit
+from mambakit.models.checkpoints import convert, describe, table
+from mambakit.models.checkpoints.plain import common_dtype, dtype_and_count, load_plain
+from tests.models.configurations import pair, tokens
+
+FORMATS = {format.name: format for format in table.FORMATS}
+
+
+def write(name: str, folder: Path):
+    model = pair("plain")[0]
+    if FORMATS[name].packed:
+        model.quantize("int8")
+    FORMATS[name].write(model, folder)
+    return model
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_a_format_writes_it_detects_and_reads(name, tmp_path):
+    written = write(name, tmp_path)
+    config_json = json.loads((tmp_path / "config.json").read_text())
+    assert table.format_of(tmp_path, config_json) is FORMATS[name]
+    assert describe(tmp_path).format == name
+    assert describe(tmp_path).parameters == written.num_parameters()
+    loaded = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = tokens(1, 7)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, written.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_names_both_ways(name):
+    format = FORMATS[name]
+    for parameter in pair("plain")[0].state_dict():
+        assert format.name_in_model(format.name_in_file(parameter)) == parameter
+
+
+def test_plain_formats_alone_are_converted_to(tmp_path):
+    assert table.PLAIN == ("transformers", "original")
+    with pytest.raises(ValueError, match="format is 'packed'; choose 'transformers' or 'original'"):
+        convert(tmp_path, tmp_path / "out", "packed")
+
+
+class ToyFormat:
+    """config.json under the key ``toy``; tensors' names with a prefix."""
+
+    name = "toy"
+    packed = False
+    tokenizer_source = "toys have none"
+
+    def detect(self, folder, config_json):
+        return "toy" in config_json
+
+    def read_configuration(self, config_json, path):
+        return config_json["toy"]
+
+    def name_in_model(self, stored):
+        return stored.removeprefix("toy.")
+
+    def name_in_file(self, name):
+        return f"toy.{name}"
+
+    def load(self, loading):
+        return load_plain(loading, self)
+
+    def write(self, model, folder, *args, **options):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"toy": model.config.to_dict()}))
+        state = {self.name_in_file(n): t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+    def count(self, stored, tensor, config):
+        return dtype_and_count(tensor)
+
+    def dtype(self, found):
+        return common_dtype(found)
+
+
+def test_a_format_is_a_line_in_the_table(monkeypatch, tmp_path):
+    written = pair("plain")[0]
+    toy = ToyFormat()
+    toy.write(written, tmp_path / "toy")
+    with pytest.raises(mambakit.CheckpointError, match="model_type is None"):
+        describe(tmp_path / "toy")
+    monkeypatch.setattr(table, "FORMATS", (toy, *table.FORMATS))
+    assert describe(tmp_path / "toy").format == "toy"
+    loaded = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path / "toy")
+    for name, tensor in written.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    with pytest.raises(mambakit.CheckpointError, match="toys have none"):
+        mambakit.AutoTokenizer.from_pretrained(tmp_path / "toy")
+    convert(tmp_path / "toy", tmp_path / "original", "original")
+    assert describe(tmp_path / "original").format == "original"

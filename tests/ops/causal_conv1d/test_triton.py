@@ -1,0 +1,266 @@
+"""The Triton causal convolution against the float64 reference: on a GPU, and in Triton's interpreter."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from mambakit.ops.causal_conv1d import chunked  # noqa: E402
+from mambakit.ops.causal_conv1d import triton as conv  # noqa: E402
+from mambakit.ops.causal_conv1d import triton_kernels as kernels  # noqa: E402
+from tests.ops.interpreter import DEVICES, INTERPRETED, run_interpreted  # noqa: E402
+
+# Rounding y to bfloat16 costs 1.7e-3 at most in this norm. Triton's interpreter truncates instead: twice that.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3 if INTERPRETED else 3e-3}
+
+# b, l, d, k, packed, initial state, dfinal, bias, activation, strided
+CASES = [
+    (1, 1, 40, 4, False, False, False, True, "silu", False),
+    (1, 1, 40, 4, True, True, True, False, "", True),
+    (2, 2, 33, 4, False, True, True, True, "silu", False),
+    (3, 7, 65, 4, False, False, True, True, "silu", True),
+    (2, 37, 70, 2, False, True, False, False, "silu", False),
+    (2, 130, 24, 3, False, True, True, True, "", True),
+    (1, 33, 96, 5, True, False, False, True, "silu", True),
+    (1, 50, 48, 6, True, True, False, False, "", False),
+    (1, 61, 40, 7, True, False, True, True, "silu", False),
+    (1, 75, 34, 8, True, True, True, True, "silu", True),
+    (2, 3, 32, 8, False, True, True, False, "silu", False),
+    (5, 9, 64, 4, False, False, False, False, "", True),
+    (0, 5, 8, 4, False, True, True, True, "silu", False),
+    (3, 0, 8, 4, False, True, True, True, "silu", False),
+    (1, 0, 8, 4, True, True, True, True, "silu", False),
+]
+LARGE = [
+    (16, 2049, 1536, 4, False, True, True, True, "silu", True),
+    (1, 4099, 1000, 4, True, True, True, True, "silu", True),
+    (1, 8192, 520, 3, True, False, False, True, "silu", False),
+    (64, 511, 257, 4, False, False, False, True, "", False),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Uninitialised memory is NaN, so an element that no kernel wrote cannot pass."""
+    empty = torch.empty
+
+    def poisoned(*shape, **options):
+        memory = empty(*shape, **options)
+        return memory.fill_(torch.nan) if memory.is_floating_point() else memory
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def boundaries(length):
+    """Sequences of 0, 1, 2 tokens and more, an empty one first and last."""
+    inner = [n for n in (0, 0, 1, 3, 3, length // 2, length - 1) if 0 <= n <= length]
+    return torch.tensor(sorted([0, *inner, length, length]), dtype=torch.int32)
+
+
+def inputs(case, dtype, device):
+    b, length, d, k, packed, has_initial, has_dfinal, has_bias, activation, strided = case
+    random = torch.Generator().manual_seed(length * 1009 + d)
+    normal = lambda *shape: torch.randn(*shape, generator=random).to(dtype).to(device)  # noqa: E731
+    x = normal(b, length, 2 * d + 8)[..., d : 2 * d] if strided else normal(b, length, d)
+    dy = normal(b, length, d + 8)[..., :d] if strided else normal(b, length, d)
+    cu = boundaries(length).to(device) if packed else None
+    rows = b if cu is None else cu.shape[0] - 1
+    return {
+        "dy": dy,
+        "dfinal": normal(rows, d, k - 1) if has_dfinal else None,
+        "x": x,
+        "weight": normal(d, k).float(),
+        "bias": normal(d).float() if has_bias else None,
+        "activation": activation,
+        "initial_state": normal(rows, d, k - 1) if has_initial else None,
+        "cu_seqlens": cu,
+    }
+
+
+def exact(value):
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def assert_close(got, expected, dtype, name):
+    assert got.shape == expected.shape, name
+    assert got.is_contiguous(), name
+    error = (got.double() - expected).norm() / expected.norm().clamp(min=1e-30)
+    assert expected.numel() == 0 or error <= TOLERANCE[dtype], f"{name}: relative error {error:.1e}"
+
+
+def check(case, dtype, device):
+    arguments = inputs(case, dtype, device)
+    dy, dfinal, *rest = arguments.values()
+    expected = chunked.forward(*map(exact, rest))
+    for name, got, want in zip(("y", "final_state"), conv.forward(*rest), expected, strict=True):
+        assert got.dtype == dtype
+        assert_close(got, want, dtype, name)
+    expected = chunked.backward(*map(exact, (dy, dfinal, *rest)))
+    names = ("dx", "dweight", "dbias", "dinitial_state")
+    for name, got, want in zip(names, conv.backward(dy, dfinal, *rest), expected, strict=True):
+        assert_close(got, want, dtype, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_matches_reference(device, case, dtype):
+    check(case, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_matches_reference_on_large_shapes(device, case, dtype):
+    check(case, dtype, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [1, 4, 150])  # one token, the serial kernel, the walks and their second launch
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_slots", [False, True])
+def test_in_place(device, packed, length, state_dtype, has_slots):
+    d, k = 40, 4
+    b = 1 if packed else 3
+    x = torch.randn(b, length, d).to(torch.bfloat16)
+    weight, bias = torch.randn(d, k), torch.randn(d)
+    cu = torch.tensor([0, 0, length - length // 3, length], dtype=torch.int32) if packed else None
+    slots = torch.tensor([5, -1, 0], dtype=torch.int32) if has_slots else None
+    # With slots, the pool is also a strided view.
+    pool = torch.randn(6, k - 1, d).transpose(1, 2) if has_slots else torch.randn(6, d, k - 1)
+    pool = pool.to(state_dtype)
+    before = pool.clone()
+    expected_pool = pool.double()
+    expected = chunked.forward_(expected_pool, slots, x.double(), weight.double(), bias.double(), "silu", cu)
+
+    move = lambda t: None if t is None else t.to(device)  # noqa: E731
+    pool = move(pool)
+    y = conv.forward_(pool, move(slots), *map(move, (x, weight, bias)), "silu", move(cu))
+    assert_close(y.cpu(), expected, torch.bfloat16, "y")
+    assert torch.equal(pool.cpu().double(), expected_pool)  # states are copies of inputs: no rounding
+    if has_slots:
+        assert torch.equal(pool.cpu()[[1, 2, 3, 4]], before[[1, 2, 3, 4]])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", [CASES[5], CASES[9]], ids=str)
+def test_dx_into_given_memory(device, case):
+    """Beside other values, in rows and over time."""
+    dy, dfinal, *rest = inputs(case, torch.float32, device).values()
+    wide = torch.full((*dy.shape[:2], 2 * dy.shape[2]), 7.0, device=device)
+    dx, kept = wide.chunk(2, -1)
+    found = conv.backward(dy, dfinal, *rest, dx)
+    assert found[0] is dx
+    assert (kept == 7).all()
+    for ours, theirs in zip(found, conv.backward(dy, dfinal, *rest), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_segments_equal_the_whole(device):
+    x, weight = torch.randn(2, 45, 36, device=device), torch.randn(36, 4, device=device)
+    whole, last = conv.forward(x, weight, None, "silu", None, None)
+    state, parts = None, []
+    for part in x.split([1, 2, 17, 25], 1):
+        y, state = conv.forward(part, weight, None, "silu", state, None)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-6, atol=1e-6)  # sums of 4 terms in one order
+    assert torch.equal(state, last)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_same_inputs_same_bits(device):
+    arguments = inputs(LARGE[0], torch.bfloat16, device).values()
+    for first, second in zip(conv.backward(*arguments), conv.backward(*arguments), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_capturable_in_a_cuda_graph(device):
+    dy, dfinal, *rest = inputs(LARGE[1], torch.bfloat16, device).values()
+    pool = torch.zeros(rest[-1].shape[0] - 1, rest[0].shape[2], 3, device=device)
+
+    def run():
+        y = conv.forward_(pool, None, *rest[:4], rest[-1])
+        return *conv.forward(*rest), *conv.backward(dy, dfinal, *rest), y
+
+    expected = run()
+    pool.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    for got, want in zip(captured, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def compile_for_hopper(kernel, constants, **types):
+    """What the interpreter cannot tell: that the compiler takes the kernel. Needs no GPU."""
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    values = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=values)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+
+POINTERS = dict.fromkeys(("x", "y", "dy", "dx", "final", "dfinal", "initial", "dinitial", "state"), "*bf16")
+POINTERS |= dict.fromkeys(("weight", "bias", "dweight", "dbias", "partials"), "*fp32")
+POINTERS |= dict.fromkeys(("slots", "starts", "ids", "cu_seqlens"), "*i32")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize(
+    ("k", "packed", "states"),
+    [(4, False, False), (4, False, True), (4, True, False), (4, True, True), (6, False, True)],
+)
+def test_kernels_compile(k, packed, states):
+    flags = {"K": k, "BLOCK_D": 64, "UNROLL": 2, "SILU": True, "HAS_BIAS": states, "PACKED": packed}
+    absent = {} if packed else {"starts": None, "ids": None, "cu_seqlens": None}
+    absent |= {} if states else {"initial": None, "slots": None, "dfinal": None, "bias": None}
+    walks = {"ROWS": 8, "STEPS": 16, "HAS_INITIAL": states, **flags}
+    for kernel, constants in (
+        (kernels.forward_kernel, {"KP": triton.next_power_of_2(k - 1), "HAS_SLOTS": states, **walks}),
+        (kernels.backward_kernel, {"HAS_DFINAL": states, **walks}),
+        (kernels.decode_kernel, {"HAS_SLOTS": states, **flags}),
+        (kernels.sum_partials_kernel, {"K": k, "HAS_BIAS": states, "ROWS": 32, "BLOCK_D": 32}),
+        (kernels.scatter_kernel, {"K": k, "BLOCK": 1024, "HAS_SLOTS": states}),
+    ):
+        constants |= {name: value for name, value in absent.items() if name in kernel.arg_names}
+        compile_for_hopper(kernel, constants, **POINTERS)
+    compile_for_hopper(kernels.sequences_kernel, {"BLOCK": 256}, **POINTERS)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+def test_an_empty_packed_row_compiles(monkeypatch):
+    """Its launches only write states, but the compiler reads the rest of the kernel, too: no pointer may be missing."""
+    launched = []
+
+    class Kernel:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: launched.append((self.kernel, arguments, constants))
+
+    for name in ("forward_kernel", "backward_kernel"):
+        monkeypatch.setattr(kernels, name, Kernel(getattr(kernels, name)))
+    monkeypatch.setattr(kernels, "sum_partials_kernel", Kernel(None))
+    dy, dfinal, *rest = inputs(CASES[-1], torch.bfloat16, "cpu").values()
+    conv.forward(*rest)
+    conv.backward(dy, dfinal, *rest)
+    compiled = [launch for launch in launched if launch[0] is not None]
+    assert len(compiled) == 2
+    for kernel, arguments, constants in compiled:
+        given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+        given.pop("num_warps")
+        constants = {
+            n: v for n, v in given.items() if v is None or kernel.params[kernel.arg_names.index(n)].is_constexpr
+        }
+        compile_for_hopper(kernel, constants, **POINTERS)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own run")
+def test_interpreter():
+    run_interpreted(__file__)
