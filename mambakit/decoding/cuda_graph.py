@@ -83,7 +83,7 @@ def why_not_captured(model: Any, called: bool = False) -> str | None:
     if torch.is_autocast_enabled("cuda"):
         return "autocast is on"
     if torch.cuda.is_current_stream_capturing():
-        return "the stream is being captured by somebody else"
+        return "the stream is being captured"
     if transformed() or observed():
         return "the call is traced, transformed or observed"
     if not called and any_intercepted([model]):

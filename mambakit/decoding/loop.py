@@ -86,7 +86,7 @@ class SlotLoop:
     """Texts that come and go in the slots of a pool, each looked at by the host: admitted, written, verified, released.
 
     Args:
-        pool: its slots hold the texts (``pool.held``), which have a `SampledText` as ``sampled``.
+        pool: its slots hold the texts (``pool.occupants``), which have a `SampledText` as ``sampled``.
         guesses: the most of a draft.
     """
 
@@ -107,26 +107,26 @@ class SlotLoop:
         Raises:
             ValueError: a state of another model; the slot stays free.
         """
-        if None not in self.pool.held:
+        if None not in self.pool.occupants:
             added = self.pool.grow()
             self._loop.tokens = torch.cat([self._loop.tokens, self._zeros(added)])
-        slot = self.pool.held.index(None)
+        slot = self.pool.occupants.index(None)
         self.pool.put(slot, state)
         self.seat(slot, text, token)
 
     def seat(self, slot: int, text: Any, token: int) -> None:
         """``slot``, whose state is there already, goes on with ``token``."""
-        self.pool.held[slot], self._next[slot], self._seated = text, token, False
+        self.pool.occupants[slot], self._next[slot], self._seated = text, token, False
 
     def release(self, slot: int) -> None:
         """The slot is free."""
-        text = self.pool.held[slot]
+        text = self.pool.occupants[slot]
         self._acceptances.pop(text.sampled, None)
-        self.pool.held[slot], self._seated = None, False
+        self.pool.occupants[slot], self._seated = None, False
 
     def shrink(self) -> None:
         """Leave out free slots where most are free, and that changes nobody's bits."""
-        kept = [slot for slot, text in enumerate(self.pool.held) if text is not None]
+        kept = [slot for slot, text in enumerate(self.pool.occupants) if text is not None]
         self._tokens()
         if kept and self.pool.shrink(kept):
             at = torch.tensor(kept, dtype=torch.int64, device="cpu").to(self._device)
@@ -139,7 +139,7 @@ class SlotLoop:
         of each. `NO_TOKEN` stands where none can be chosen; it is a text's last. What a free slot has means nothing."""
         self._tokens()
         if not self._seated:
-            self.sampler.seat([None if text is None else text.sampled for text in self.pool.held])
+            self.sampler.seat([None if text is None else text.sampled for text in self.pool.occupants])
             self._seated = True
         plain = self.sampler.plain
         tokens, _ = self._loop.write(1 if self.sampler.must_look else count)
@@ -160,7 +160,7 @@ class SlotLoop:
         guesses = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(drafts), most).to(self._device)
         logits = self.pool.verify(torch.cat([last[:, None], guesses], 1), 1 + self._guesses)
         self._chosen = []
-        for text, draft, row in zip(self.pool.held, drafts, logits, strict=True):
+        for text, draft, row in zip(self.pool.occupants, drafts, logits, strict=True):
             chosen = [] if text is None else self._acceptance(text).choose(row[: len(draft.tokens) + 1], draft)
             self._chosen.append(chosen)
         return self._chosen

@@ -121,21 +121,20 @@ def kept_decoder(model: Any, rows: int, *, called: bool = False) -> Any:
 
 def token_step(model: Any, cache: StateCache) -> Callable[[Tensor], Tensor]:
     """``step(tokens (b,)) -> logits (b, v)``; the cache is brought up to date in place at every token, and must not be replaced
-    meanwhile. `SlotPool` is what texts are written with: there a graph's states need not move in and out at every token."""
-    rows = cache.max_batch_size
+    meanwhile. For benchmarks and for steps one by one; `SlotPool` is what texts are written with, and captures nothing anew."""
     forward, watch = ForwardDecoder(model, cache), Watch(skipped_modules(model))
-    graph = kept_decoder(model, rows)
-    decoder = choose(model, rows, states=cache).make(model, cache) if graph is None else graph
+    kind, before = choose(model, cache.max_batch_size, states=cache), cache.clone()
+    decoder = kind.make(model, cache)
+    if kind.captured:
+        cache.load_(before)  # the warm-up has read a token
 
     def step(tokens: Tensor) -> Tensor:
-        if not watch.holds():  # somebody has put a hook or a forward on a module
+        if not watch.holds():  # a module has a hook or a forward of its own since
             return forward.step(tokens)
-        if graph is None:
-            return decoder.step(tokens)
-        graph.load(cache)
-        logits = graph.step(tokens).clone()
-        graph.store(cache, 1)
-        return logits
+        logits = decoder.step(tokens)
+        if kind.captured:
+            cache.advance(1)  # what a replay does not
+        return logits.clone()
 
     return step
 

@@ -40,7 +40,7 @@ class SlotPool:
     Attributes:
         states: the cache of all slots.
         elastic: see above.
-        held: for each slot, what its owner keeps with it; None where the slot is free. It moves with the slots.
+        occupants: what is in each slot, as the pool's owner sets it; None where the slot is free. It moves with the slots.
     """
 
     def __init__(self, model: Any, most: int, states: StateCache | None = None, called: bool = False):
@@ -49,7 +49,7 @@ class SlotPool:
         self._given, self._steps = states, 0
         # What is kept per slot, besides its state; `_resize` alone changes how many slots there are.
         size = 0 if states is None else states.max_batch_size
-        self.held: list[Any] = [None] * size
+        self.occupants: list[Any] = [None] * size
         self._began = [0 if states is None else states.get_seq_length()] * size  # less the steps taken until it came
         self._last: Tensor | None = None  # (size, v), the logits of the last step
         self._verification: _DraftVerification | None = None
@@ -113,7 +113,7 @@ class SlotPool:
         return torch.ones_like(tokens, dtype=torch.bool) if self._last is None else are_numbers(self._last, tokens)
 
     def _decoder_now(self) -> Decoder:
-        """The pool's decoder, or the model's forward where somebody has put a hook or a forward on a module."""
+        """The pool's decoder, or the model's forward from the moment that a module has a hook or a forward of its own."""
         assert self._decoder is not None, "nothing is stepped before the first grow"
         return self._decoder if self._watch.holds() else ForwardDecoder(self.model, self.states)
 
@@ -180,7 +180,7 @@ class SlotPool:
 
     def _resize(self, states: StateCache, origins: Sequence[int | None]) -> None:
         """Slot i is from now on what slot ``origins[i]`` was, or a new one: everything that is kept per slot follows."""
-        self.held = [None if slot is None else self.held[slot] for slot in origins]
+        self.occupants = [None if slot is None else self.occupants[slot] for slot in origins]
         self._began = [0 if slot is None else self._began[slot] for slot in origins]
         if self._last is not None:
             last = self._last

@@ -258,7 +258,7 @@ class Engine:
     # -- slots -----------------------------------------------------------------------------------------------------
 
     def _writing(self) -> list[tuple[int, Text]]:
-        return [(slot, text) for slot, text in enumerate(self._pool.held) if text is not None]
+        return [(slot, text) for slot, text in enumerate(self._pool.occupants) if text is not None]
 
     def _give_slots(self) -> None:
         """To texts that are ready; where they are too many, to those whose turn it is."""
@@ -307,7 +307,7 @@ class Engine:
     def _write(self, chosen: list[tuple[Request, int]]) -> None:
         """The next tokens of every text that has a slot."""
         count = self.tokens_per_look
-        held: list[Text | None] = list(self._pool.held)
+        held: list[Text | None] = list(self._pool.occupants)
         if count > 1:  # what is read beyond a text's end would be in its state
             texts = [text for text in held if text is not None]
             kept = self.prefix_cache is not None or any(text.request.keep_state for text in texts)
@@ -368,7 +368,7 @@ class Engine:
         request.finish_reason = request.finish_reason or reason
         if len(text.written) > text.counted:
             self._turns.serve(text, len(text.written) - text.counted)
-        slot = self._pool.held.index(text) if text in self._pool.held else None
+        slot = self._pool.occupants.index(text) if text in self._pool.occupants else None
         wanted = request.keep_state or (self.prefix_cache is not None and request.state is None)
         if wanted and not request.error:
             state = text.state.clone() if slot is None and text.state is not None else None

@@ -26,7 +26,8 @@ from torch import Tensor
 from mambakit.decoding.chunks import SNAPSHOT_CHUNK
 from mambakit.decoding.prefill import prefill_states
 from mambakit.errors import CheckpointError
-from mambakit.generation.state import State, fill_cache, fingerprint, write_tensors
+from mambakit.generation.fingerprint import fingerprint
+from mambakit.generation.state import State, fill_cache, write_tensors
 from mambakit.modules import StateCache
 from mambakit.quoting import brief
 from mambakit.reading import open_safetensors
@@ -60,7 +61,7 @@ class Statistics:
 
 
 class PrefixReading:
-    """A prompt on its way through a prefix cache: known up to ``position``, where ``cache`` is, and read up to there so far."""
+    """A prompt that is being read with a prefix cache: ``cache`` has read its first ``position`` tokens, found or read."""
 
     def __init__(
         self, owner: PrefixCache, tokens: list[int], keys: Callable[[int], _Key], position: int, cache: StateCache

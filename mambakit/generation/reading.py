@@ -1,4 +1,4 @@
-"""Prompts being read into states: one in chunks that can be interrupted, and several in turn within a step's time for reading."""
+"""Prompts being read between the steps of an engine: one in parts that can be interrupted, and several in turn within a time."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class PromptReading:
         return tokens
 
     def finish(self, cache: MambaCache, logits: Tensor) -> None:
-        """Somebody else has read the same."""
+        """Another request has read the same prompt: take its state and logits."""
         self.begun = self.done = True
         self._position = self._ids.shape[0]
         self.cache, self.logits = cache.clone(), logits

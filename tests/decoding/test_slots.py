@@ -153,21 +153,21 @@ def test_random_growing_and_shrinking(seed, way, model):
     for _ in range(25):
         action = chance.choice(["put", "put", "step", "step", "likeliest", "leave", "shrink"])
         if action == "put" and len(texts) < most:
-            if None not in rows.held:
+            if None not in rows.occupants:
                 rows.grow()
-            row = chance.choice([i for i, held in enumerate(rows.held) if held is None])
+            row = chance.choice([i for i, held in enumerate(rows.occupants) if held is None])
             ids = tokens(1, chance.randrange(1, 6))
             rows.put(row, model(ids, use_cache=True).cache_params)
-            rows.held[row], texts[name], name = name, ids[0].tolist(), name + 1
+            rows.occupants[row], texts[name], name = name, ids[0].tolist(), name + 1
         elif action == "leave" and texts:
             gone = chance.choice(list(texts))
             del texts[gone]
-            rows.held[rows.held.index(gone)] = None
+            rows.occupants[rows.occupants.index(gone)] = None
         elif action == "shrink" and rows.size:
-            rows.shrink([i for i, held in enumerate(rows.held) if held is not None])
+            rows.shrink([i for i, held in enumerate(rows.occupants) if held is not None])
         elif texts:
             new = [chance.randrange(1, 61) for _ in range(rows.size)]
-            for row, held in enumerate(rows.held):
+            for row, held in enumerate(rows.occupants):
                 if held is not None:
                     texts[held].append(new[row])
             if action == "likeliest":
@@ -175,12 +175,12 @@ def test_random_growing_and_shrinking(seed, way, model):
                 assert rows.are_numbers(best).all()
             else:
                 rows.step(torch.tensor(new))
-        assert len(rows._began) == len(rows.held) == rows.size <= most
+        assert len(rows._began) == len(rows.occupants) == rows.size <= most
         assert rows._last is None or rows.size in (0, len(rows._last))
-        for row, held in enumerate(rows.held):
+        for row, held in enumerate(rows.occupants):
             if held is not None:
                 assert rows.copy_of(row).get_seq_length() == len(texts[held])
-    for row, held in enumerate(rows.held):
+    for row, held in enumerate(rows.occupants):
         if held is not None:
             expected = model(torch.tensor([texts[held]]), use_cache=True).cache_params
             assert worst(rows.copy_of(row).ssm_states, expected.ssm_states) < 1e-5

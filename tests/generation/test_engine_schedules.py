@@ -147,11 +147,11 @@ def schedule(seed: int, model, way: str) -> None:
         for request, token in engine.step():
             seen[request].append(token)
         assert engine.busy <= rows
-        assert len(engine._pool._began) == len(engine._pool.held) == engine._pool.size <= rows
+        assert len(engine._pool._began) == len(engine._pool.occupants) == engine._pool.size <= rows
     assert engine.busy == 0
     assert not engine._unread
     assert not engine._ready
-    assert not any(engine._pool.held)
+    assert not any(engine._pool.occupants)
     for request in requests:
         assert request.tokens == seen[request]
         tokens, reason = alone(model, way, rows, chunk, request)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import mambakit
-from mambakit.generation.state import State, fingerprint
+from mambakit.generation.fingerprint import fingerprint
+from mambakit.generation.state import State
 from mambakit.generation.stream import Sampling, Stream
 from tests.models.configurations import pair, tokens
 from tests.models.tiny import save_tiny

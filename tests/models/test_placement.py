@@ -12,10 +12,11 @@ from torch import nn
 import mambakit
 from mambakit.evaluation.likelihood import log_likelihoods
 from mambakit.generation.engine import Engine, Request
+from mambakit.generation.fingerprint import fingerprint
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.score import score_continuations
 from mambakit.generation.speculative import SpeculativeStream
-from mambakit.generation.state import State, fingerprint
+from mambakit.generation.state import State
 from mambakit.generation.stream import Sampling, Stream
 from mambakit.modules import MambaCache
 from mambakit.modules.layered import LayeredTensor

@@ -10,8 +10,9 @@ import transformers
 from safetensors.torch import save_file
 
 import mambakit
+from mambakit.generation.fingerprint import fingerprint
 from mambakit.generation.prefix_cache import PrefixCache
-from mambakit.generation.state import State, fingerprint
+from mambakit.generation.state import State
 from mambakit.modules import MambaCache, StateCache, StateSpec, StateTensor, new_cache
 from tests.models.configurations import pair, tokens
 

@@ -14,10 +14,11 @@ import mambakit
 from mambakit.decoding.registry import verifier
 from mambakit.evaluation.likelihood import log_likelihoods
 from mambakit.generation.engine import Engine, Request
+from mambakit.generation.fingerprint import fingerprint
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.score import score_continuations, score_text
 from mambakit.generation.speculative import PromptLookup, SpeculativeStream
-from mambakit.generation.state import State, fingerprint
+from mambakit.generation.state import State
 from mambakit.generation.stream import Sampling, Stream
 from mambakit.modules import MambaCache, StateCache
 from mambakit.modules.layered import LayeredTensor
