@@ -22,8 +22,8 @@ _COMPUTATION_FIELDS = ("model_type", "layer_norm_epsilon", "residual_in_fp32")
 
 
 def mixer_class(config: Any, layer_idx: int) -> type[Mixer]:
-    """Layer ``layer_idx``'s mixer: what ``config.mixer_class(layer_idx)`` says, and Mamba's for a configuration that is not
-    mambakit's own (transformers' `MambaConfig`)."""
+    """Layer ``layer_idx``'s mixer: what ``config.mixer_class(layer_idx)`` says, and Mamba's for a configuration that is
+    not mambakit's own (transformers' `MambaConfig`)."""
     choose = getattr(config, "mixer_class", None)
     return MIXERS["mamba"] if choose is None else choose(layer_idx)
 
