@@ -100,7 +100,7 @@ class _NativeVerifier:
 class _PersistentVerifier:
     """The persistent kernel, which every text of the model shares: whoever finds another one's state in it loads its own."""
 
-    def __init__(self, step: VerificationStep, cache: MambaCache):
+    def __init__(self, step: VerificationStep, cache: StateCache):
         self._step, self._cache, self._read = step, cache, 0
 
     @torch.no_grad()
@@ -167,7 +167,7 @@ class PackedVerifier:
 class _ForwardVerifier:
     """`PackedVerifier` of one row."""
 
-    def __init__(self, model: Any, cache: MambaCache):
+    def __init__(self, model: Any, cache: StateCache):
         self._model, self._packed = model, PackedVerifier(model, cache)
 
     def __call__(self, tokens: list[int]) -> Tensor:
