@@ -27,9 +27,9 @@ from mambakit.quoting import brief
 class TimeStepProjection(nn.Linear):
     """(r) -> (d), a linear layer whose bias stays float32 when the model is cast to a half dtype.
 
-    With one, the sum is float32, too: near a softplus the rounding of a half would move the steps by per cents. The mixer
-    takes the product alone (`product`), and the scan adds the bias right before the softplus, unless this module's call
-    is hooked or replaced. A new layer's steps are those that ``steps`` names.
+    With one, the sum is float32, too: near a softplus the rounding of a half would move the steps by per cents. The
+    mixer takes the product alone (`product`), and the scan adds the bias right before the softplus, unless this module's
+    call is hooked or replaced. A new layer's steps are those that ``steps`` names.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class MambaMixer(Mixer):
         return project(self.out_proj, y)
 
     def joins(self) -> bool:
-        """Whether the ops between the projections may run as one function with a gradient of its own (`fused_mixer.py`)."""
+        """Whether the ops between the projections may run as one function with its own gradient (`fused_mixer.py`)."""
         return (
             type(self) is MambaMixer and self.act is None and self.mixer_rms_eps is None
             and self.dt_proj.bias is not None
@@ -230,8 +230,8 @@ class MambaMixer(Mixer):
     def _require_whole_rows(self) -> None:
         if self.causal_conv1d is not causal_conv1d:
             raise ValueError(
-                f"layer {self.layer_idx}: mixer.conv1d has a hook, a forward or an adapter of its own, and the row is spread "
-                "over processes, where the convolution runs without the module; take it off, or train without context "
+                f"layer {self.layer_idx}: mixer.conv1d has a hook, a forward or an adapter of its own, and the row is "
+                "spread over processes, where the convolution runs without the module; take it off, or train without context "
                 "parallelism"
             )
 
