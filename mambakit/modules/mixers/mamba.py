@@ -28,8 +28,8 @@ class TimeStepProjection(nn.Linear):
     """(r) -> (d), a linear layer whose bias stays float32 when the model is cast to a half dtype.
 
     With one, the sum is float32, too: near a softplus the rounding of a half would move the steps by per cents. The
-    mixer takes the product alone (`product`), and the scan adds the bias right before the softplus, unless this module's
-    call is hooked or replaced. A new layer's steps are those that ``steps`` names.
+    mixer takes the product alone (`product`), and the scan adds the bias right before the softplus, unless the call of
+    this module is hooked or replaced. A new layer's steps are those that ``steps`` names.
     """
 
     def __init__(
@@ -231,8 +231,8 @@ class MambaMixer(Mixer):
         if self.causal_conv1d is not causal_conv1d:
             raise ValueError(
                 f"layer {self.layer_idx}: mixer.conv1d has a hook, a forward or an adapter of its own, and the row is "
-                "spread over processes, where the convolution runs without the module; take it off, or train without context "
-                "parallelism"
+                "spread over processes, where the convolution runs without the module; take it off, or train without "
+                "context parallelism"
             )
 
     def _scan_inputs(self, x: Tensor, z: Tensor) -> tuple:
