@@ -1,8 +1,9 @@
 """Sequence mixers, one file each, and what a configuration's choice of them makes of a model's state.
 
-To add one: a subclass of `Mixer` in a file here, with its state tensors, an entry in `MIXERS`, and a configuration whose
-``mixer_class(layer_idx)`` names it. Forward, prefill, decode, caches, files and training then work on its state; decode
-kernels that read weights say by themselves that they do not serve it. ``tests/modules/toy_mixer.py`` is an example.
+To add one: a subclass of `Mixer` in a file here, with its state tensors, an entry in `MIXERS`, and a configuration
+whose ``mixer_class(layer_idx)`` names it. Forward, prefill, decode, caches, files and training then work on its state;
+decode kernels that read weights say by themselves that they do not serve it.
+``tests/modules/toy_mixer.py`` is an example.
 """
 
 from __future__ import annotations
