@@ -28,7 +28,7 @@ class CacheHandle:
 
 
 def opened(given: StateCache | CacheHandle | None, layer_idx: int, device: torch.device) -> StateCache | None:
-    """The cache that a mixer was given; where hooks lie between, with its layer's tensors on ``device``, where it computes."""
+    """The cache that a mixer was given; behind hooks, with its layer's tensors on ``device``, where it computes."""
     if not isinstance(given, CacheHandle):
         return given
     given.cache.place(layer_idx, device)
