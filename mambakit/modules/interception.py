@@ -1,6 +1,6 @@
 """Whether calling a module is its class's own forward and nothing else: the one test before a fast path passes modules by.
 
-A fast path (a layer's joined training pass, a step of the whole model as one native call, a CUDA graph, a verification) reads a
+A fast path (a layer's fused mixer in training, a step of the whole model as one native call, a CUDA graph, a verification) reads a
 module's weights and does not call it. That is the same only where nobody has put anything on the call: a hook of any kind on the module
 or on all modules, a ``forward`` of its own (accelerate's and others' wrappers), a compiled call, a patched class, a subclass, a
 parametrisation (which is a subclass). Else the module is called.
