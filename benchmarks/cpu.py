@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from mambakit import MambaConfig, MambaForCausalLM
-from mambakit.decoding.step import token_step
+from mambakit.decoding.registry import token_step
 from mambakit.ops._backends import native
 from mambakit.ops.decode.cpu import DecodeStep, LayerWeights
 from mambakit.ops.linear import pack
