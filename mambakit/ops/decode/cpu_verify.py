@@ -15,7 +15,8 @@ from torch import Tensor
 from mambakit.ops._backends import native
 from mambakit.ops._backends.structures import FLOAT32, FLOAT32_OR_BFLOAT16, address, as_float32, check, is_half
 from mambakit.ops.causal_conv1d import cpu as conv
-from mambakit.ops.decode.cpu import DecodeStep, LayerWeights, _Call, _Program, buffer
+from mambakit.ops.decode.cpu import DecodeStep, _Call, _Program, buffer
+from mambakit.ops.decode.packed import PackedLayer
 from mambakit.ops.linear.cpu import MOST_ROWS
 from mambakit.ops.linear.packed import PackedWeight
 from mambakit.ops.selective_scan import cpu as scan
@@ -38,7 +39,7 @@ class VerifyStep(DecodeStep):
 
     def __init__(
         self,
-        layers: list[LayerWeights],
+        layers: list[PackedLayer],
         final_norm: Tensor,
         head: PackedWeight,
         eps: float,
@@ -140,7 +141,7 @@ class VerifyStep(DecodeStep):
         calls = self._program.calls
         return self._program, (_Call * len(calls))(*calls), ctypes.c_int64(len(calls))
 
-    def _convolve_token(self, w: LayerWeights, xz: Tensor, state: Tensor, u: Tensor) -> None:
+    def _convolve_token(self, w: PackedLayer, xz: Tensor, state: Tensor, u: Tensor) -> None:
         weight, bias = self._program.hold(as_float32(w.conv)), self._program.hold(as_float32(w.conv_bias))
         d, k = self._d, w.conv.shape[1]
         window = (FLOAT32_OR_BFLOAT16, d * (k - 1))
@@ -152,7 +153,7 @@ class VerifyStep(DecodeStep):
         self._program.add("causal_conv1d", arguments, 0)
 
     def _scan_token(
-        self, w: LayerWeights, u: Tensor, delta: Tensor, p: Tensor, xz: Tensor, state: Tensor, final: Tensor, y: Tensor
+        self, w: PackedLayer, u: Tensor, delta: Tensor, p: Tensor, xz: Tensor, state: Tensor, final: Tensor, y: Tensor
     ) -> None:
         A, D, bias = (self._program.hold(as_float32(t)) for t in (w.A, w.D, w.dt_bias))
         d, n = self._d, self._n

@@ -88,7 +88,7 @@ def _scan_gradient(dz: Tensor, *arguments) -> tuple[Tensor, ...]:
     if dz.is_cuda:
         from mambakit.ops.selective_scan import cuda
 
-        found = cuda.backward(*arguments, dz)
+        found = cuda.backward(*arguments, dz=dz)
     else:
         found = torch.ops.mambakit.selective_scan_backward(*arguments)
         dz.copy_(found[6])
@@ -100,7 +100,7 @@ def _conv_gradient(dx: Tensor, *arguments) -> tuple[Tensor, ...]:
     if dx.is_cuda:
         from mambakit.ops.causal_conv1d import triton
 
-        found = triton.backward(*arguments, dx)
+        found = triton.backward(*arguments, dx=dx)
     else:
         found = torch.ops.mambakit.causal_conv1d_backward(*arguments)
         dx.copy_(found[0])
