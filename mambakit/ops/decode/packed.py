@@ -79,7 +79,8 @@ class PackedModel:
 
         def packed(at: int, columns: int) -> PackedWeight:
             format, group = next(kinds)
-            return packed_of(*weights[at : at + _PARTS], format, columns, group)
+            data, scales, starts, listed, values = weights[at : at + _PARTS]
+            return packed_of(data, scales, starts, listed, values, format, columns, group)
 
         layers = []
         for at in range(0, count * _LAYER, _LAYER):

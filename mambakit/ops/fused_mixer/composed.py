@@ -64,7 +64,7 @@ def backward(
     dxz = xz.new_empty(xz.shape)
     dbefore, dz = dxz.chunk(2, -1)
     dx, ddelta, dA, dB, dC, dD, dbias, dssm_state = _scan_gradient(
-        dz, dy, dssm_final, x, delta, A, B, C, D, z, bias, True, ssm_state, cu_seqlens, checkpoints, interval
+        dz, dy, dssm_final, x, delta, A, B, C, D, z, bias, ssm_state, cu_seqlens, checkpoints, interval
     )  # fmt: skip
     dx_weight = ddt_weight = x_w.new_empty(0)
     steps = _rows(ddelta)
@@ -83,24 +83,28 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def _scan_gradient(dz: Tensor, *arguments) -> tuple[Tensor, ...]:
+def _scan_gradient(
+    dz, dy, dfinal, x, delta, A, B, C, D, z, bias, initial_state, cu_seqlens, checkpoints, interval
+) -> tuple[Tensor, ...]:
     """The gradients but for that of z, which is written into ``dz``."""
+    arguments = (dy, dfinal, x, delta, A, B, C, D, z, bias, True, initial_state, cu_seqlens, checkpoints, interval)
     if dz.is_cuda:
         from mambakit.ops.selective_scan import cuda
 
-        found = cuda.backward(*arguments, dz=dz)
+        found = cuda.backward(*arguments, dz)
     else:
         found = torch.ops.mambakit.selective_scan_backward(*arguments)
         dz.copy_(found[6])
     return (*found[:6], *found[7:])
 
 
-def _conv_gradient(dx: Tensor, *arguments) -> tuple[Tensor, ...]:
+def _conv_gradient(dx, dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens) -> tuple[Tensor, ...]:
     """The gradients of weight, bias and state; that of the input is written into ``dx``."""
+    arguments = (dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens)
     if dx.is_cuda:
         from mambakit.ops.causal_conv1d import triton
 
-        found = triton.backward(*arguments, dx=dx)
+        found = triton.backward(*arguments, dx)
     else:
         found = torch.ops.mambakit.causal_conv1d_backward(*arguments)
         dx.copy_(found[0])
