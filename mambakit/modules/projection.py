@@ -21,7 +21,8 @@ def in_training() -> bool:
 
 
 def project(module: Any, x: Tensor) -> Tensor:
-    """``module(x)`` of a linear layer; where autocast runs a float32 weight in half, its gradient is never rounded to half."""
+    """``module(x)`` of a linear layer; where autocast runs a float32 weight in half, its gradient is never rounded to
+    half."""
     dtype = autocast_dtype(x.device)
     if dtype is not None and in_training() and untouched(module, nn.Linear):
         weight, bias = module.weight, module.bias

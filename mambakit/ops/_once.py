@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 def differentiated_once(op: str, gradients: tuple[Any, ...], origins: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
-    """``gradients``, tensors or None, that raise when autograd goes back through them; as they are where nobody records (``create_graph=False``).
+    """``gradients``, tensors or None, that raise when autograd goes back through them; as they are where nobody records
+    (``create_graph=False``).
 
     Args:
         op: its name, for the error.
@@ -40,7 +41,7 @@ class _Once(torch.autograd.Function):
     def backward(ctx: Any, *_: Any):
         plain = _PLAIN.get(ctx.op, f"mambakit.ops.{ctx.op}.chunked.forward")
         raise RuntimeError(
-            f"mambakit::{ctx.op} has no second derivative, and its gradient was differentiated (create_graph=True, a gradient penalty, a "
-            f"Hessian). {plain} is plain PyTorch, which autograd differentiates any number of times; "
-            "where the first derivative is all you need, detach it"
+            f"mambakit::{ctx.op} has no second derivative, and its gradient was differentiated (create_graph=True, "
+            f"a gradient penalty, a Hessian). {plain} is plain PyTorch, which autograd differentiates any number of "
+            "times; where the first derivative is all you need, detach it"
         )

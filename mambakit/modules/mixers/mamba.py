@@ -28,9 +28,9 @@ from mambakit.quoting import brief
 class TimeStepProjection(nn.Linear):
     """(r) -> (d), a linear layer whose bias stays float32 when the model is cast to a half dtype.
 
-    With one, the sum is float32, too: near a softplus the rounding of a half would move the steps by per cents. The mixer takes the
-    product alone (`product`), and the scan adds the bias right before the softplus, unless this module's call is hooked or replaced.
-    A new layer's steps are those that ``steps`` names.
+    With one, the sum is float32, too: near a softplus the rounding of a half would move the steps by per cents. The
+    mixer takes the product alone (`product`), and the scan adds the bias right before the softplus, unless this
+    module's call is hooked or replaced. A new layer's steps are those that ``steps`` names.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class MambaMixer(Mixer):
 
     @staticmethod
     def state_tensors(config: Any, dtype: torch.dtype) -> tuple[StateTensor, ...]:
-        """``conv`` (d, k - 1), the convolution's last inputs, in ``dtype``; ``ssm`` (d, n), float32 whatever the weights are
-        (float64 in a float64 model)."""
+        """``conv`` (d, k - 1), the convolution's last inputs, in ``dtype``; ``ssm`` (d, n), float32 whatever the
+        weights are (float64 in a float64 model)."""
         d, wide = config.intermediate_size, torch.float64 if dtype == torch.float64 else torch.float32
         return (
             StateTensor("conv", (d, config.conv_kernel - 1), dtype),
@@ -94,20 +94,22 @@ class MambaMixer(Mixer):
         self.conv_kernel_size = config.conv_kernel
         self.time_step_rank = int(config.time_step_rank)
         self.in_proj = nn.Linear(h, 2 * d, bias=config.use_bias)
-        # The module holds the weights under their usual names; the op that runs is causal_conv1d, unless somebody has put a hook,
-        # a forward or an adapter on it: then it is called (`convolution.py`).
+        # The module holds the weights under their usual names; the op that runs is causal_conv1d, unless somebody has
+        # put a hook, a forward or an adapter on it: then it is called (`convolution.py`).
         self.conv1d = nn.Conv1d(d, d, config.conv_kernel, groups=d, bias=config.use_conv_bias)
         self.x_proj = nn.Linear(d, self.time_step_rank + 2 * n, bias=False)
         self.dt_proj = TimeStepProjection(self.time_step_rank, d, bias=True, steps=TimeSteps.of(config))
         self.A_log = nn.Parameter(torch.empty(d, n, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(d, dtype=torch.float32))
         self.out_proj = nn.Linear(d, h, bias=config.use_bias)
-        # A model of many layers starts the end of each residual branch smaller (`mambakit.models.mamba.initialization`).
+        # A model of many layers starts the end of each residual branch smaller
+        # (`mambakit.models.mamba.initialization`).
         self.out_proj.__dict__["ends_residual_branch"] = True
         # FalconMamba normalises dt, B and C without weights; plain Mamba has no such field.
         self.mixer_rms_eps: float | None = getattr(config, "mixer_rms_eps", None)
         self._set_activation(config.hidden_act)
-        # In training: compute the convolution's output and delta again in the backward pass. It takes a mixer that `can_fuse`.
+        # In training: compute the convolution's output and delta again in the backward pass. It takes a mixer that
+        # `can_fuse`.
         self.recompute_selection = False
         # Context parallelism puts ops of the same contract in their place, which pass the state between processes.
         self.causal_conv1d, self.selective_scan = causal_conv1d, selective_scan
@@ -161,7 +163,8 @@ class MambaMixer(Mixer):
     def can_fuse(self) -> bool:
         """Whether what lies between the projections may run as one op, `mambakit.ops.fused_mixer`."""
         return (
-            type(self) is MambaMixer and self.act is None and self.mixer_rms_eps is None and self.dt_proj.bias is not None
+            type(self) is MambaMixer and self.act is None and self.mixer_rms_eps is None
+            and self.dt_proj.bias is not None
             and self.causal_conv1d is causal_conv1d and self.selective_scan is selective_scan
             and untouched(self.x_proj, nn.Linear) and untouched(self.dt_proj, TimeStepProjection)
             and untouched(self.conv1d, nn.Conv1d) and all_plain(self._mixer_weights())
@@ -226,8 +229,9 @@ class MambaMixer(Mixer):
     def _require_whole_rows(self) -> None:
         if self.causal_conv1d is not causal_conv1d:
             raise ValueError(
-                f"layer {self.layer_idx}: mixer.conv1d has a hook, a forward or an adapter of its own, and the row is spread over "
-                "processes, where the convolution runs without the module; take it off, or train without context parallelism"
+                f"layer {self.layer_idx}: mixer.conv1d has a hook, a forward or an adapter of its own, and the row is "
+                "spread over processes, where the convolution runs without the module; take it off, or train without "
+                "context parallelism"
             )
 
     def _scan_inputs(self, x: Tensor, z: Tensor) -> tuple:
@@ -250,8 +254,8 @@ class MambaMixer(Mixer):
     def _time_steps(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
         """What goes into the softplus, as the scan takes it: a product, and a bias that it adds in float32.
 
-        A module in dt_proj's place (an adapter around it, a plain linear layer) adds the bias itself. Of a float32 sum that is
-        to be a half it is taken off again, and added in the scan.
+        A module in dt_proj's place (an adapter around it, a plain linear layer) adds the bias itself. Of a float32 sum
+        that is to be a half it is taken off again, and added in the scan.
         """
         if untouched(self.dt_proj, TimeStepProjection):
             return self.dt_proj.product(dt), self.dt_proj.bias

@@ -64,7 +64,8 @@ _steps: weakref.WeakValueDictionary[int, DecodeStep] = weakref.WeakValueDictiona
 
 
 class DecodeStep:
-    """``step(x) -> logits``: (b, h) embeddings of the next tokens in, (b, v) float32 logits out, states updated in place.
+    """``step(x) -> logits``: (b, h) embeddings of the next tokens in, (b, v) float32 logits out, states updated in
+    place.
 
     A call goes through the dispatcher as `mambakit::decode.prepared`, which finds this object by its handle.
 
@@ -76,8 +77,8 @@ class DecodeStep:
         conv_states, ssm_states: (layers, b, d, k - 1) float32 or bfloat16 and (layers, b, d, n) float32, contiguous:
             read and written in place, so a cache's own tensors. They must not be moved while the step is in use.
 
-    The large weights are read where they are; the number of threads is torch's when the step is made. Serves b from 1 to
-    16.
+    The large weights are read where they are; the number of threads is torch's when the step is made. Serves b from 1
+    to 16.
 
     Raises:
         ValueError: states that the kernels cannot use in place, or a batch outside 1 to 16.
@@ -175,9 +176,9 @@ class DecodeStep:
         held = address(state, FLOAT32, b * d * n)
         arguments = scan.Arguments(
             address(u, FLOAT32, b * d), address(delta, FLOAT32, b * d), address(A, FLOAT32, d * n),
-            address_of_rows(BC[:, :n], FLOAT32, (b, n)), address_of_rows(BC[:, n:], FLOAT32, (b, n)), address(D, FLOAT32, d),
-            address_of_rows(z, FLOAT32, (b, d)), address(bias, FLOAT32, d), held, None, None, held, None,
-            address(y, FLOAT32, b * d),
+            address_of_rows(BC[:, :n], FLOAT32, (b, n)), address_of_rows(BC[:, n:], FLOAT32, (b, n)),
+            address(D, FLOAT32, d), address_of_rows(z, FLOAT32, (b, d)), address(bias, FLOAT32, d),
+            held, None, None, held, None, address(y, FLOAT32, b * d),
             b, 1, d, n, b, 0, 1, self._threads,
             u.stride(0), 0, delta.stride(0), 0, z.stride(0), 0, BC.stride(0), 0, BC.stride(0), 0,
         )  # fmt: skip

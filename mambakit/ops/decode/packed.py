@@ -72,8 +72,8 @@ class PackedModel:
         count = len(formats) // 4
         if len(weights) != count * _LAYER + 1 + _PARTS or len(formats) != 4 * count + 1 or len(groups) != len(formats):
             raise ValueError(
-                f"decode: {len(weights)} weights, {len(formats)} formats and {len(groups)} groups; a model of L layers has "
-                f"{_LAYER} L + {1 + _PARTS} weights, and 4 L + 1 formats and groups (PackedModel.flat)"
+                f"decode: {len(weights)} weights, {len(formats)} formats and {len(groups)} groups; a model of L layers "
+                f"has {_LAYER} L + {1 + _PARTS} weights, and 4 L + 1 formats and groups (PackedModel.flat)"
             )
         kinds = iter(zip(formats, groups, strict=True))
 

@@ -1,4 +1,5 @@
-"""What lies between a Mamba layer's projections as one op: convolution, selection and scan, with a gradient of its own."""
+"""What lies between a Mamba layer's projections as one op: convolution, selection and scan, with a gradient of its
+own."""
 
 from mambakit.ops.fused_mixer.api import MixerWeights, fused_mixer
 

@@ -32,12 +32,14 @@ def fused_mixer(
 
     Left to autograd, the gradients of x and z would be concatenated, the two that the convolution's output has would be
     added, and those of float32 weights under autocast rounded to half before they are widened. Here the gradients of x
-    and z are written into the halves of one tensor, the product of x_proj's gradient is added inside the matrix product,
-    and weights' gradients are written in the weights' dtype. The arithmetic is otherwise that of the ops one by one.
+    and z are written into the halves of one tensor, the product of x_proj's gradient is added inside the matrix
+    product, and weights' gradients are written in the weights' dtype. The arithmetic is otherwise that of the ops one
+    by one.
 
     Args:
         xz: (b, l, 2 d), in_proj's output.
-        conv_state, ssm_state: (b, d, k - 1) and (b, d, n), before the first token; zeros when absent. (s, ...) when packed.
+        conv_state, ssm_state: (b, d, k - 1) and (b, d, n), before the first token; zeros when absent. (s, ...) when
+            packed.
         cu_seqlens: (s + 1,) int32 of a packed row.
         recompute: do not keep the convolution's output and delta, (b, l, d) each, for the backward pass: compute them
             again.

@@ -1,7 +1,8 @@
 """`mambakit::fused_mixer` and its gradient, as torch.library ops. Gradients of absent arguments are empty tensors.
 
-After y and the two states the op returns what its gradient reads: the convolution's output, delta, x_proj's output and the
-scan's checkpoints. They are empty tensors where the interval of checkpoints is 0; the first two also where ``recompute``.
+After y and the two states the op returns what its gradient reads: the convolution's output, delta, x_proj's output and
+the scan's checkpoints. They are empty tensors where the interval of checkpoints is 0; the first two also where
+``recompute``.
 """
 
 from __future__ import annotations

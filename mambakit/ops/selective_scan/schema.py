@@ -17,7 +17,10 @@ from mambakit.ops.selective_scan import chunked, cpu
 # gradient was faster with it than with 128 (docs/kernels.md).
 CHECKPOINT_INTERVAL = 64
 
-_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus"
+_INPUTS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "bool delta_softplus"
+)
 
 
 def _state_shape(u, A, cu_seqlens):

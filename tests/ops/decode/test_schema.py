@@ -1,4 +1,5 @@
-"""`mambakit::decode` as torch's dispatcher knows it: fakes, mutation, compilation, and the steps that it has recorded."""
+"""`mambakit::decode` as torch's dispatcher knows it: fakes, mutation, compilation, and the steps that it has
+recorded."""
 
 from __future__ import annotations
 
