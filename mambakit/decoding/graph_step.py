@@ -221,7 +221,7 @@ def verification_step(model: Any, tokens: int) -> VerificationStep | None:
         weights = gpu_weights(model)
         if persistent.why_not(weights, tokens, cache.conv_states.dtype) is not None:
             return None
-        step = persistent.PersistentStep(weights, cache.conv_states, cache.ssm_states, trial=True)
+        step = persistent.PersistentStep(weights, cache.conv_states, cache.ssm_states, verify=True)
         return VerificationStep(step, cache)
 
     with torch.cuda.device(model.device):

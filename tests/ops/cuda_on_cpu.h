@@ -68,12 +68,12 @@ static void pause_fiber(State state) {
 }
 inline void __syncthreads() { pause_fiber(BLOCK); }
 static unsigned part_of_block;
-inline void meet_in_part(unsigned threads) { part_of_block = threads; pause_fiber(PART); }  // of the block's first threads
+inline void barrier_of_part(unsigned threads) { part_of_block = threads; pause_fiber(PART); }  // of the block's first threads
 inline void __syncwarp() { pause_fiber(WARP); }
-inline void let_others() { pause_fiber(LATER); }
+inline void yield_fiber() { pause_fiber(LATER); }
 inline int atomicAdd(int* at, int by) { int before = *at; *at += by; return before; }
 inline void __threadfence() {}
-inline void __nanosleep(unsigned) { let_others(); }
+inline void __nanosleep(unsigned) { yield_fiber(); }
 inline unsigned exchange(unsigned value, unsigned from) {
     Fiber& f = fibers[current];
     unsigned warp = current / 32, p = f.parity++ & 1;
