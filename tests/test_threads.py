@@ -20,7 +20,8 @@ UNSET = {name: value for name, value in os.environ.items() if name not in SETTIN
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env={**UNSET, **environment}, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, *arguments], cwd=ROOT, env={**UNSET, **environment}, capture_output=True, text=True,
+        timeout=120, check=True,
     )  # fmt: skip
 
 
@@ -80,7 +81,7 @@ mambakit.cli.main(["info", "--help"])
 
 REPLICA = """
 import os, sys, types
-from mambakit.serving import worker
+from mambakit.serving.replicas import worker
 
 class Told(worker._Worker):
     def __init__(self, *_):
@@ -88,7 +89,7 @@ class Told(worker._Worker):
         os._exit(0)
 
 worker._Worker = Told
-worker._hear = lambda *_: None
+worker._receive = lambda *_: None
 worker.main(types.SimpleNamespace(heartbeat_seconds=1e6), None)
 """
 

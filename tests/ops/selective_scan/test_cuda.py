@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mambakit.ops.selective_scan import chunked, cuda, cuda_backward, cuda_forward, plan
-from tests.ops.oracles import relative_error
+from tests.ops.closeness import relative_error
 
 pytestmark = [
     pytest.mark.cuda,

@@ -16,7 +16,7 @@ import torch
 
 from mambakit.ops.selective_scan import chunked, cuda, cuda_backward, cuda_forward, cuda_launch, cuda_split_scan
 from mambakit.ops.selective_scan import plan as plans
-from tests.ops.oracles import relative_error
+from tests.ops.closeness import relative_error
 from tests.ops.selective_scan import cuda_on_cpu, test_cuda
 
 pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="needs g++")
