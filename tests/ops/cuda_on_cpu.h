@@ -1,7 +1,7 @@
-// CUDA C++ on one CPU thread: each thread of a block is a fiber that runs to the next barrier or shuffle. Enough of the language
-// to run kernels whose inline assembly is replaced. Asynchronous copies land when they are waited for, warps and lanes run far
-// apart, and shared memory starts as NaN, so that a missing barrier shows. Blocks run one after the other, or all together where
-// they wait for each other.
+// CUDA C++ on one CPU thread: each thread of a block is a fiber that runs to the next barrier or shuffle. Enough of the
+// language to run kernels whose inline assembly is replaced. Asynchronous copies land when they are waited for, warps
+// and lanes run far apart, and shared memory starts as NaN, so that a missing barrier shows. Blocks run one after the
+// other, or all together where they wait for each other.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -147,8 +147,9 @@ static void run_blocks(unsigned begin, unsigned count, unsigned by, unsigned thr
     }
     std::vector<bool> started(all, false);
     unsigned done = 0, idle = 0;
-    // Each warp runs as far ahead as barriers let it, first to last and then last to first (every other block the other way round);
-    // its lanes likewise. One warp of every block before the next one, blocks in either order, so that those which wait for each other meet with some warps behind.
+    // Each warp runs as far ahead as barriers let it, first to last and then last to first (every other block the other
+    // way round); its lanes likewise. One warp of every block before the next one, blocks in either order, so that
+    // those which wait for each other meet with some warps behind.
     for (unsigned sweep = 0; done < all; sweep++) {
         bool moved = false;
         for (unsigned k = 0; k < threads / 32; k++) {

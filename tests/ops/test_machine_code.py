@@ -1,4 +1,7 @@
-"""The CUDA C++ kernels compiled by NVRTC for every architecture they are meant for. Needs no GPU, and says nothing of what they compute."""
+"""The CUDA C++ kernels compiled by NVRTC for every architecture they are meant for.
+
+Needs no GPU, and says nothing of what they compute.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One token through a whole model in one persistent kernel: up to 8 rows of bfloat16, float16, int8 or int4 weights.
 
-`persistent.cu` says how it works and `persistent_plan.py` what it is compiled with. Like the scan it is CUDA C++ compiled
-at run time, once for each shape of model and number of rows.
+`persistent.cu` says how it works and `persistent_plan.py` what it is compiled with. Like the scan it is CUDA C++
+compiled at run time, once for each shape of model and number of rows.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PARTS = (
 # What the kernel reads and writes: weights, packed ones, scales and states, tokens and sums.
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.int16, torch.int32, torch.int64)
 _POINTERS = (
-    "layers embeddings final_norm head head_scales conv_states ssm_states tokens position history logits stream squares y"
-    " sums best counter slot"
+    "layers embeddings final_norm head head_scales conv_states ssm_states tokens position history logits stream squares"
+    " y sums best counter slot"
 )
 
 
@@ -79,17 +79,17 @@ def why_not(weights: ModelWeights, rows: int, conv_dtype: torch.dtype) -> str | 
 class PersistentStep:
     """``step()`` reads ``tokens`` (rows,) and leaves ``logits`` (rows, v) float32; states are updated in place.
 
-    Arguments and attributes are those of `mambakit.ops.decode.triton_many_rows.ManyRowsStep`. A row's bits do not depend on
-    the other rows, nor on their number. The kernel needs all multiprocessors of the card at once: launched while other
-    work runs, it waits.
+    Arguments and attributes are those of `mambakit.ops.decode.triton_many_rows.ManyRowsStep`. A row's bits do not
+    depend on the other rows, nor on their number. The kernel needs all multiprocessors of the card at once: launched
+    while other work runs, it waits.
 
     Args:
         verify: for draft verification. The rows are the next tokens of one sequence, at most 8; the step computes their
-            logits, and the states after each of them. The states have one slot more than there are tokens. ``slot`` (1,)
-            int64 names the one with the state before the first token; the state after each token goes into the following
-            slots, cyclically. To accept m tokens, add m to ``slot``, modulo the number of slots.
-        warps, queue: for benchmarks, replace what `persistent_plan.plan_of` chooses: compute warps of a CTA; stages of a
-            warp's ring of weight tiles, those refilled at once at the end of a phase, and cycles between the others.
+            logits, and the states after each of them. The states have one slot more than there are tokens. ``slot``
+            (1,) int64 names the one with the state before the first token; the state after each token goes into the
+            following slots, cyclically. To accept m tokens, add m to ``slot``, modulo the number of slots.
+        warps, queue: for benchmarks, replace what `persistent_plan.plan_of` chooses: compute warps of a CTA; stages of
+            a warp's ring of weight tiles, those refilled at once at the end of a phase, and cycles between the others.
         clock: for benchmarks: ``cycles`` (len(PARTS),) int32 has the time of one CTA by `PARTS`.
 
     Raises:

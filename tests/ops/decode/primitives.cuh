@@ -19,7 +19,8 @@ inline u64 __shfl_xor_sync(u32, u64 v, int mask) {
     return (u64)high << 32 | low;
 }
 
-// What the step was given: begin and end of each tensor. A copy from elsewhere is an error, also where the memory is readable.
+// What the step was given: begin and end of each tensor. A copy from elsewhere is an error, also where the memory is
+// readable.
 static std::vector<std::pair<const char*, const char*>> given;
 template <int BYTES> void copy_async(void* shared, const void* global) {
     const char* p = (const char*)global;

@@ -24,7 +24,8 @@ def make_layers(format="float32"):
         LayerWeights(
             norm=torch.rand(H) + 0.5, in_proj=matrix(2 * D, H), in_proj_bias=torch.randn(2 * D),
             conv=torch.randn(D, K), conv_bias=torch.randn(D), x_proj=matrix(R + 2 * N, D), dt_proj=matrix(D, R),
-            dt_bias=torch.randn(D), A=-torch.rand(D, N) * 8, D=torch.randn(D), out_proj=matrix(H, D), out_proj_bias=None,
+            dt_bias=torch.randn(D), A=-torch.rand(D, N) * 8, D=torch.randn(D), out_proj=matrix(H, D),
+            out_proj_bias=None,
         )
         for _ in range(LAYERS)
     ]  # fmt: skip

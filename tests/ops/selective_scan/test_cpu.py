@@ -146,7 +146,8 @@ def test_what_is_not_finite_propagates_as_in_the_reference(isa, argument, value,
     inputs[argument][0, length // 2, 1] = value
     y, final, _ = scan.forward(*inputs, None, 0)
     want, want_final, _ = chunked.forward(*inputs, None, 0)
-    # The reference carries a state over chunks, where infinity times a decay of 0 may be NaN: not finite is what counts.
+    # The reference carries a state over chunks, where infinity times a decay of 0 may be NaN: not finite is what
+    # counts.
     assert torch.equal(torch.isfinite(y), torch.isfinite(want))
     assert torch.equal(torch.isfinite(final), torch.isfinite(want_final))
 
