@@ -270,7 +270,7 @@ def verification_step(model: Any, tokens: int) -> VerificationStep:
 
     def make() -> VerificationStep:
         slots = model.backbone.new_cache(tokens + 1)
-        step = cuda_persistent.PersistentStep(gpu_weights(model), slots.conv_states, slots.ssm_states, trial=True)
+        step = cuda_persistent.PersistentStep(gpu_weights(model), slots.conv_states, slots.ssm_states, verify=True)
         return VerificationStep(step, slots)
 
     with torch.cuda.device(model.device):
