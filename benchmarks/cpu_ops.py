@@ -4,7 +4,7 @@
     python benchmarks/cpu_ops.py --threads 2
 
 Random data; the contenders in turn, the best of all rounds (a shared machine's speed drifts). Each is first checked against its
-reference. The products' weights (512 x 768) stay in the caches, so that arithmetic is timed and not memory.
+chunked. The products' weights (512 x 768) stay in the caches, so that arithmetic is timed and not memory.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from collections.abc import Callable
 
 import torch
 
-from mambakit.ops import causal_conv1d_, native, selective_scan_
-from mambakit.ops.causal_conv1d import reference as conv_reference
+from mambakit.ops import causal_conv1d_, selective_scan_
+from mambakit.ops._backends import native
+from mambakit.ops.causal_conv1d import chunked as conv_reference
+from mambakit.ops.linear import cpu as matvec
 from mambakit.ops.linear import pack
 from mambakit.ops.linear.api import FORMATS
 from mambakit.ops.linear.lossless import DTYPES
-from mambakit.ops.native import library, matvec
-from mambakit.ops.selective_scan import reference as scan_reference
+from mambakit.ops.selective_scan import chunked as scan_reference
 
 
 def best_seconds(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -76,7 +77,7 @@ def main() -> None:
         print(f"{name} {length} x {d}: {seconds * 1e3:.2f} ms, {seconds * 1e9 / (length * d):.2f} ns an element")
 
     out, columns, repeats = 512, 768, 10
-    kernel = library.kernel("linear")
+    kernel = native.kernel("linear")
     print(f"products, weights {out} x {columns} in the caches: G weights/s by rows of x")
     for format in FORMATS:
         packed = pack(torch.randn(out, columns).to(DTYPES.get(format, torch.float32)), format)

@@ -20,13 +20,13 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from mambakit.ops.causal_conv1d import reference as conv_reference
+from mambakit.ops.causal_conv1d import chunked as conv_reference
 from mambakit.ops.causal_conv1d import triton as conv
 from mambakit.ops.causal_conv1d.api import causal_conv1d
-from mambakit.ops.linear_cross_entropy import reference as head_reference
+from mambakit.ops.linear_cross_entropy import chunked as head_reference
 from mambakit.ops.linear_cross_entropy import triton as head
 from mambakit.ops.linear_cross_entropy.api import linear_cross_entropy
-from mambakit.ops.rms_norm import reference as norm_reference
+from mambakit.ops.rms_norm import chunked as norm_reference
 from mambakit.ops.rms_norm import triton as norm
 from mambakit.ops.rms_norm.api import rms_norm
 

@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import peer
-from mambakit.ops.selective_scan import cuda, reference
+from mambakit.ops.selective_scan import chunked, cuda
 from mambakit.ops.selective_scan import plan as plans
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
 from tests.ops.selective_scan import test_cuda
@@ -113,16 +113,16 @@ def time_shape(shape, interval, variant="", kinds=("forward", "both"), repeats=2
 
 
 def compare_errors(module, interval):
-    """bfloat16 errors of both on the same inputs, from the float64 reference."""
+    """bfloat16 errors of both on the same inputs, from the float64 chunked."""
     worse = []
     for shape in ((2, 1000, 256), (1, 4096, 64), (3, 333, 512)):
         b, length, d = shape
         arguments, dy = inputs(b, d, length)
         wide = [t.double() if torch.is_tensor(t) else t for t in arguments]
-        y, _, checkpoints = reference.forward(*wide, interval)
+        y, _, checkpoints = chunked.forward(*wide, interval)
         names = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias")
         exact = {"y": y} | dict(
-            zip(names, reference.backward(dy.double(), None, *wide, checkpoints, interval), strict=False)
+            zip(names, chunked.backward(dy.double(), None, *wide, checkpoints, interval), strict=False)
         )
         y, _, checkpoints = cuda.forward(*arguments, interval)
         ours = {"y": y} | dict(zip(names, cuda.backward(dy, None, *arguments, checkpoints, interval), strict=False))

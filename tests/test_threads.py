@@ -81,7 +81,7 @@ mambakit.cli.main(["info", "--help"])
 
 REPLICA = """
 import os, sys, types
-from mambakit.serving import worker
+from mambakit.serving.replicas import worker
 
 class Told(worker._Worker):
     def __init__(self, *_):
@@ -89,7 +89,7 @@ class Told(worker._Worker):
         os._exit(0)
 
 worker._Worker = Told
-worker._hear = lambda *_: None
+worker._receive = lambda *_: None
 worker.main(types.SimpleNamespace(heartbeat_seconds=1e6), None)
 """
 

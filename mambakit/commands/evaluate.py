@@ -12,6 +12,7 @@ from mambakit.commands.loading import add_model_arguments, load
 from mambakit.commands.options import integer, text
 from mambakit.commands.texts import require_file
 from mambakit.errors import UsageError
+from mambakit.opening import COMPRESSED
 from mambakit.output import description_column, table, terminal
 
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("bpb", "bits per byte and per character of text", "UTF-8 text"),
     ):
         sub = kinds.add_parser(name, help=what, description=what)
-        sub.add_argument("files", nargs="+", metavar="FILE", help=f"{files}; plain, .gz or .xz")
+        sub.add_argument("files", nargs="+", metavar="FILE", help=f"{files}; plain, or {', '.join(COMPRESSED)}")
         add_model_arguments(sub)
         sub.add_argument(
             "--batch-tokens", type=integer(1), default=4096, help="tokens of a forward pass (default 4096)"

@@ -6,12 +6,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from mambakit.commands.loading import add_model_arguments, load
 from mambakit.commands.options import integer, require_with, text
-from mambakit.commands.texts import open_text, require_file
+from mambakit.commands.texts import opened_text, require_file
 from mambakit.errors import UsageError
+from mambakit.opening import COMPRESSED
 from mambakit.output import description_column, table, terminal
 
 
@@ -131,31 +133,26 @@ def _score(args: argparse.Namespace, model: Any, tokenizer: Any, name: str) -> A
 
     from mambakit.generation.score import score_text
 
-    total = None if name == "-" else os.path.getsize(name)  # bytes: close enough to characters for a bar
+    known = name != "-" and Path(name).suffix not in COMPRESSED
+    total = os.path.getsize(name) if known else None  # bytes: close enough to characters for a bar
     console = terminal(stderr=True)
     columns = (description_column(), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=total)
-        try:
-            with open_text(name) as file:
-                score = score_text(
-                    model,
-                    tokenizer,
-                    iter(lambda: file.read(1 << 16), ""),
-                    chunk_size=args.chunk_size,
-                    per_token=args.per_token,
-                    progress=lambda done: bar.update(task, completed=done),
-                )
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{'standard input' if name == '-' else name} is not UTF-8 text ({error})") from error
+        with opened_text(name) as file:
+            score = score_text(
+                model,
+                tokenizer,
+                iter(lambda: file.read(1 << 16), ""),
+                chunk_size=args.chunk_size,
+                per_token=args.per_token,
+                progress=lambda done: bar.update(task, completed=done),
+            )
     if not score.tokens:
         raise UsageError(f"{'standard input' if name == '-' else name} holds no text")
     return score
 
 
 def _whole(name: str) -> str:
-    with open_text(name) as file:
-        try:
-            return file.read()
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{name} is not UTF-8 text ({error})") from error
+    with opened_text(name) as file:
+        return file.read()

@@ -28,6 +28,8 @@ class _Number:
     low: float
     high: float
     help: str
+    alias: str | None = None
+    """Its earlier name, which is still accepted."""
 
     @property
     def field(self) -> str:
@@ -39,26 +41,24 @@ _CACHE_MB = 1024
 # Whole numbers have whole bounds.
 _REPLICAS = (
     _Number("--replicas", None, 1, 1024, "how many (default: one for each of --devices, else 1)"),
-    _Number("--rows", 8, 1, 1 << 16, "texts a replica writes together"),
+    _Number("--slots", 8, 1, 1 << 16, "texts that a replica decodes together", alias="--rows"),
+    _Number("--prefill-chunk-size", None, 1, _MOST, "prompt tokens per forward (default 512 on a CPU, 2048 elsewhere)"),
     _Number(
-        "--prefill-chunk-size", None, 1, _MOST, "prompt tokens read at a time (default 512 on a CPU, 2048 elsewhere)"
-    ),
-    _Number("--prefix-cache-mb", None, 1, 1 << 30, f"memory for them, in each replica (default {_CACHE_MB})"),
-    _Number(
-        "--heartbeat-seconds", 20.0, 0.5, _WEEK, "a replica that says nothing for so long is killed and started again"
+        "--prefix-cache-mb", None, 1, 1 << 30, f"memory for the prefix cache of each replica (default {_CACHE_MB})"
     ),
     _Number(
-        "--progress-seconds", 300.0, 1.0, _WEEK, "so is one that has work and does not get on with it, a step at a time"
+        "--heartbeat-seconds", 20.0, 0.5, _WEEK, "a replica that sends nothing for this long is killed and restarted"
     ),
-    _Number("--load-seconds", 1800.0, 1.0, _WEEK, "so is one that takes longer to load the model"),
+    _Number("--progress-seconds", 300.0, 1.0, _WEEK, "the same for one that has work and completes no step"),
+    _Number("--load-seconds", 1800.0, 1.0, _WEEK, "the same for one that takes longer to load the model"),
 )
 _LIMITS = (
-    _Number("--max-waiting", 256, 0, _MOST, "texts that may wait for a row"),
+    _Number("--max-waiting", 256, 0, _MOST, "texts that may wait for a slot"),
     _Number("--max-new-tokens", 4096, 1, _MOST, "of a text, at most"),
     _Number("--max-prompt-tokens", 65536, 1, _MOST, "of a prompt, at most"),
     _Number("--max-texts", 128, 1, _MOST, "of a request: prompts times n, at most"),
-    _Number("--request-seconds", 1800.0, 0.1, _WEEK, "for a request, waiting included"),
-    _Number("--drain-seconds", 30.0, 0.0, _WEEK, "time for texts under way after a signal to stop"),
+    _Number("--request-seconds", 1800.0, 0.1, _WEEK, "for a request, including the time in the queue"),
+    _Number("--drain-seconds", 30.0, 0.0, _WEEK, "for running texts to end after a signal to stop"),
 )
 _CONNECTIONS = (
     _Number("--max-connections", None, 1, 1 << 20, "in all (default 1000, or as many as open files allow)"),
@@ -66,19 +66,17 @@ _CONNECTIONS = (
     _Number("--max-headers", 100, 1, 10_000, "of a request"),
     _Number("--max-url-bytes", 8 << 10, 32, 1 << 16, "of a request's target"),
     _Number("--max-body-mb", 4, 1, 1024, "of a request"),
-    _Number("--max-unfinished-mb", 64, 1, 1 << 20, "of all bodies that arrive or wait to be read"),
+    _Number("--max-unfinished-mb", 64, 1, 1 << 20, "of all bodies that are being received or wait to be parsed"),
     _Number("--header-seconds", 10.0, 0.1, _WEEK, "for the headers to arrive"),
     _Number(
         "--body-seconds", 20.0, 0.1, _WEEK, "for a body to arrive, and a second more for each --min-rate bytes of it"
     ),
     _Number("--idle-seconds", 15.0, 0.1, _WEEK, "between a connection's requests"),
-    _Number(
-        "--write-seconds", 30.0, 0.1, _WEEK, "for a client to read what waits for it, and more as with --body-seconds"
-    ),
-    _Number("--min-rate", 16 << 10, 1, _MOST, "bytes a second below which a client is too slow"),
-    _Number("--max-unread", 64, 1, _MOST, "whole bodies that may wait to be read"),
-    _Number("--parse-seconds", 30.0, 0.1, _WEEK, "to read a large body and turn its text into tokens"),
-    _Number("--parse-processes", 2, 1, 64, "that do so; the first starts with the first large body"),
+    _Number("--write-seconds", 30.0, 0.1, _WEEK, "for a client to read what was sent, and more as with --body-seconds"),
+    _Number("--min-rate", 16 << 10, 1, _MOST, "bytes per second below which a client is too slow"),
+    _Number("--max-unread", 64, 1, _MOST, "received bodies that may wait to be parsed"),
+    _Number("--parse-seconds", 30.0, 0.1, _WEEK, "to parse and tokenise a large body"),
+    _Number("--parse-processes", 2, 1, 64, "that parse large bodies; the first starts with the first such body"),
 )
 _PORT = _Number("--port", 8000, 0, 65535, "port to listen on; 0: any that is free")
 _NUMBERS = (_PORT, *_REPLICAS, *_LIMITS, *_CONNECTIONS)
@@ -87,7 +85,7 @@ _NUMBERS = (_PORT, *_REPLICAS, *_LIMITS, *_CONNECTIONS)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
-        "--served-model-name", metavar="NAME", help="what it goes by in the API (default: its own name)"
+        "--served-model-name", metavar="NAME", help="name of the model in the API (default: its own name)"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1; 0.0.0.0: all)")
     _add(parser, (_PORT,))
@@ -95,16 +93,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     access = parser.add_argument_group("access")
     access.add_argument(
         "--api-key", metavar="KEY", action="append",
-        help="what clients must send as a bearer token (default: $MAMBAKIT_API_KEY, or none); several times for several keys",
+        help="bearer token that clients must send (default: $MAMBAKIT_API_KEY, or none); may be repeated",
     )  # fmt: skip
     access.add_argument("--api-key-file", metavar="FILE", help="a file with a key on each line")
     access.add_argument(
         "--allowed-host", metavar="NAME", action="append", default=[],
-        help="a name of this server, besides its addresses and localhost; * for any",
+        help="a host name of this server, besides its addresses and localhost; * for any",
     )  # fmt: skip
     access.add_argument(
         "--allowed-origin", metavar="ORIGIN", action="append", default=[],
-        help="a web site whose pages may ask, as https://example.org (default: none); * for any",
+        help="a site whose pages may send requests, as https://example.org (default: none); * for any",
     )  # fmt: skip
 
     replicas = parser.add_argument_group("replicas: processes with a model each")
@@ -112,9 +110,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--devices",
         nargs="+",
         metavar="DEVICE",
-        help="where; dealt to the replicas in turn (default: the GPUs, or the CPU)",
+        help="devices, assigned to the replicas in turn (default: the GPUs, or the CPU)",
     )
-    replicas.add_argument("--prefix-cache", action="store_true", help="keep states of prompts, and find them again")
+    replicas.add_argument(
+        "--prefix-cache", action="store_true", help="keep states of prompts, and start from the longest known prefix"
+    )
     _add(replicas, _REPLICAS)
     _add(parser.add_argument_group("limits of texts"), _LIMITS)
     _add(parser.add_argument_group("limits of connections"), _CONNECTIONS)
@@ -124,7 +124,8 @@ def _add(group: Any, numbers: tuple[_Number, ...]) -> None:
     for number in numbers:
         default = "" if number.default is None else f" (default {number.default:g})"
         kind = float if isinstance(number.low, float) else int
-        group.add_argument(number.name, type=kind, default=number.default, metavar="N", help=number.help + default)
+        names = (number.name, number.alias) if number.alias else (number.name,)
+        group.add_argument(*names, type=kind, default=number.default, metavar="N", help=number.help + default)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -134,9 +135,9 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
 
     from mambakit.assets import default_model_path
-    from mambakit.serving.access import AccessRules, check_hosts, check_origins, read_keys
-    from mambakit.serving.connection_limits import ConnectionLimits
-    from mambakit.serving.intake import IntakeOptions
+    from mambakit.serving.api.intake import IntakeOptions
+    from mambakit.serving.http.access import AccessRules, check_hosts, check_origins, read_keys
+    from mambakit.serving.http.connection_limits import ConnectionLimits
     from mambakit.serving.messages import WorkerOptions
     from mambakit.serving.server import ServerOptions, serve
 
@@ -156,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
             worker=WorkerOptions(
                 model=model,
                 dtype=args.dtype,
-                rows=args.rows,
+                slots=args.slots,
                 chunk_size=args.prefill_chunk_size,
                 prefix_cache_bytes=(args.prefix_cache_mb or _CACHE_MB) << 20 if args.prefix_cache else 0,
                 heartbeat_seconds=args.heartbeat_seconds,
@@ -198,7 +199,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_model(name: str) -> None:
-    """Refuse a folder that is not there or holds no model before anybody can connect; the replica checks the rest."""
+    """Refuse a folder that is missing or holds no model before the port is open; the replica checks the rest."""
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -227,7 +228,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--device and --devices both say where; give one")
     if args.max_unfinished_mb < args.max_body_mb:
         raise ValueError(
-            f"--max-unfinished-mb is {args.max_unfinished_mb}, less than --max-body-mb {args.max_body_mb}; make it that at least"
+            f"--max-unfinished-mb is {args.max_unfinished_mb}, less than --max-body-mb {args.max_body_mb}; give at least that"
         )
 
 
@@ -237,7 +238,7 @@ def _devices(args: argparse.Namespace) -> tuple[str, ...]:
     if devices is None or any(device.startswith("cuda") for device in devices):
         import torch
 
-        gpus = torch.cuda.device_count()  # without touching any: each is a replica's own
+        gpus = torch.cuda.device_count()  # makes no CUDA context here: each GPU is its replica's own
     if devices is None:
         devices = [f"cuda:{i}" for i in range(gpus)] or ["cpu"]
         if args.replicas is None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
+from mambakit import opening
 from mambakit.errors import UsageError
 
 
@@ -21,19 +24,27 @@ def require_file(name: str, what: str, remedy: str = "correct the name") -> None
         raise UsageError(f"the {kind} {name} cannot be read: permission denied")
 
 
-def open_text(name: str) -> TextIO:
-    """A UTF-8 text file, or standard input for "-", line ends as they are."""
+@contextmanager
+def opened_text(name: str) -> Iterator[IO[str]]:
+    """A UTF-8 text file, plain or compressed, or standard input for "-"; line ends as they are.
+
+    Raises:
+        UsageError: while it is read, where it is damaged or no UTF-8 text.
+    """
     if name == "-":
-        return os.fdopen(os.dup(sys.stdin.fileno()), encoding="utf-8", newline="")
-    return open(name, encoding="utf-8", newline="")
+        file: IO[str] = os.fdopen(os.dup(sys.stdin.fileno()), encoding="utf-8", newline="")
+    else:
+        file = opening.open_text(Path(name), newline="")
+    with opening.named_damage(f"{'standard input' if name == '-' else name} is not UTF-8 text"), file:
+        yield file
 
 
 def read_text(name: str, what: str) -> str:
-    """The whole of a UTF-8 text file, or of standard input for "-"; line ends become newlines."""
+    """The whole of a UTF-8 text file, plain or compressed, or of standard input for "-"; line ends become newlines."""
     if name != "-":
         require_file(name, what)
-    try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        where = "standard input" if name == "-" else name
-        raise UsageError(f"{where} is not UTF-8 text ({error})") from error
+    with opening.named_damage(f"{'standard input' if name == '-' else name} is not UTF-8 text"):
+        if name == "-":
+            return sys.stdin.read()
+        with opening.open_text(Path(name)) as file:
+            return file.read()

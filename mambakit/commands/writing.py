@@ -129,13 +129,14 @@ class Writer:
     def _ids(self, prompt: str) -> Any:
         import torch
 
+        from mambakit.generation.start_token import find_start_token
         from mambakit.generation.token_ids import require_in_vocabulary
 
         ids = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0].long()
         require_in_vocabulary("the prompt", ids, self.model.config.vocab_size)  # the tokenizer may be another model's
         if len(ids) or self.loaded is not None:
             return ids
-        start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+        start = find_start_token(self.tokenizer)
         if start is None:
             raise UsageError("the prompt is empty and the tokenizer has no bos token to start from; give a prompt")
         return torch.tensor([start], dtype=torch.int64, device="cpu")

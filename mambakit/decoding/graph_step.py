@@ -15,7 +15,7 @@ from mambakit.decoding.step import forward_step, made_of_known, tensors_of
 from mambakit.modules import MambaCache
 from mambakit.modules.interception import Watch, any_intercepted, modules_of
 from mambakit.modules.quantized_linear import QuantizedLinear
-from mambakit.ops._memory import PLAIN_TYPES, all_plain, observed, transformed
+from mambakit.ops._backends.memory import PLAIN_TYPES, all_plain, observed, transformed
 from mambakit.ops.decode import cuda_persistent as persistent
 from mambakit.ops.decode.weights import LayerWeights, ModelWeights
 
@@ -131,13 +131,13 @@ class GraphStep:
         """Whether the model's parameters still lie where the graph reads them."""
         return self._place == _place(self.model)
 
-    def load(self, cache: MambaCache) -> None:
+    def load(self, cache: Any) -> None:
         """Start from this state (rows as many)."""
         self.cache.conv_states.copy_(cache.conv_states)
         self.cache.ssm_states.copy_(cache.ssm_states)
         self.position.zero_()
 
-    def store(self, cache: MambaCache, tokens: int) -> None:
+    def store(self, cache: Any, tokens: int) -> None:
         """Leave the state in ``cache``, ``tokens`` later than it was."""
         cache.conv_states.copy_(self.cache.conv_states)
         cache.ssm_states.copy_(self.cache.ssm_states)
@@ -170,8 +170,8 @@ def _fused(model: Any, cache: MambaCache, capacity: int) -> Any:
     return None
 
 
-class TrialStep:
-    """Reads up to ``tokens`` next tokens of one text, on trial: their logits, and the state after any number of them.
+class VerificationStep:
+    """Reads a draft of up to ``tokens`` next tokens of one text: their logits, and the state after any number of them.
 
     One launch of the persistent kernel, which writes the state after every token into a slot of its own; keeping some of the tokens
     is naming a slot.
@@ -194,7 +194,7 @@ class TrialStep:
         self._cache.ssm_states[:, :1].copy_(cache.ssm_states)
 
     def __call__(self, tokens: list[int]) -> Tensor:
-        """(t, v) float32, the logits after each token, valid until the next call; what fills the trial up comes after them."""
+        """(t, v) float32, the logits after each token, valid until the next call; what fills the draft up comes after them."""
         filled = tokens + tokens[-1:] * (self.tokens - len(tokens))
         self._step.tokens.copy_(torch.tensor(filled, dtype=torch.int64, device="cpu"), non_blocking=True)
         return self._step()[: len(tokens)]
@@ -209,12 +209,12 @@ class TrialStep:
         cache.advance(m)
 
 
-def trial_step(model: Any, tokens: int) -> TrialStep | None:
-    """The model's step for so many tokens on trial, made at its first use; None where the persistent kernel cannot serve."""
+def verification_step(model: Any, tokens: int) -> VerificationStep | None:
+    """The model's step for drafts of so many tokens, made at its first use; None where the persistent kernel cannot serve."""
     if not graphs_serve(model):
         return None
 
-    def make() -> TrialStep | None:
+    def make() -> VerificationStep | None:
         cache = model.backbone.new_cache(tokens + 1)
         if not _plain(model, cache):
             return None
@@ -222,10 +222,10 @@ def trial_step(model: Any, tokens: int) -> TrialStep | None:
         if persistent.why_not(weights, tokens, cache.conv_states.dtype) is not None:
             return None
         step = persistent.PersistentStep(weights, cache.conv_states, cache.ssm_states, trial=True)
-        return TrialStep(step, cache)
+        return VerificationStep(step, cache)
 
     with torch.cuda.device(model.device):
-        return kept_with(model, ("trial", tokens), make)
+        return kept_with(model, ("verify", tokens), make)
 
 
 def _plain(model: Any, cache: MambaCache) -> bool:

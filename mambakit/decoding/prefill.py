@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.graph_step import graphs_serve, kept_with
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache as MambaCache
 from mambakit.modules.interception import is_ours
 from mambakit.quoting import brief
 
@@ -239,7 +239,8 @@ def _chunks(texts: Prompts, attention_mask: Tensor | None, size: int) -> Iterato
     unread, done, total = list(texts), 0, sum(map(len, texts))
     device = texts[0].device
     while done < total:
-        share = max(1, size // sum(1 for text in unread if len(text)))
+        left = [n for text in unread if (n := len(text))]
+        share = max(left) if sum(left) <= size else max(1, size // len(left))
         parts = [text[:share] for text in unread]
         lengths = list(map(len, parts))
         ends = [i for i, text in enumerate(unread) if 0 < len(text) <= share]

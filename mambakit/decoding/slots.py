@@ -12,7 +12,8 @@ from torch import Tensor
 from mambakit.decoding.choosing import are_numbers
 from mambakit.decoding.graph_step import GraphStep, graph_step, graphs_serve
 from mambakit.decoding.step import forward_step, native_serves, native_step, passed_by
-from mambakit.modules import MambaCache
+from mambakit.decoding.verify import PackedVerifier, Verifier, verifier
+from mambakit.modules import StateCache as MambaCache
 from mambakit.modules.interception import Watch
 from mambakit.ops.linear.api import MOST_ROWS
 
@@ -52,6 +53,8 @@ class SlotPool:
         self.held: list[Any] = [None] * size
         self._began = [0 if states is None else states.get_seq_length()] * size  # less the steps taken until it came
         self._last: Tensor | None = None  # (size, v), the logits of the last step
+        self._verifying: _Verifying | None = None
+        self._draft: Tensor | None = None  # (size, t, v), what was verified and is not committed
         if states is None:
             self.states = model.backbone.new_cache(0)
         elif graphs_serve(model, called):
@@ -80,6 +83,7 @@ class SlotPool:
         """Each row reads its one of ``tokens`` (size,); the logits (size, v) after it, valid until the next step."""
         assert len(tokens) == self.size
         self._steps += 1
+        self._changed()
         if self._graph is None:
             self._last = self._step(tokens)  # watches for itself
         elif not self._watch.holds():
@@ -99,12 +103,52 @@ class SlotPool:
                 found.append(tokens)
             return torch.stack(found, 1)
         assert count <= self._graph.capacity
+        self._changed()
         self._graph.tokens.copy_(tokens)
         self._graph.position.zero_()
         for _ in range(count):
             self._last = self._graph()
         self._steps += count
         return self._graph.history[:, :count].clone()
+
+    def verify(self, tokens: Tensor, most: int = 0) -> Tensor:
+        """Read a draft of each slot without changing its state: the logits (size, t, v) after each of ``tokens`` (size, t) int64.
+
+        `commit` then keeps a beginning of each draft. What fills a shorter draft up comes after it. One slot is verified as fast as
+        there is a way (`mambakit.decoding.verify.verifier`), with the bits of `step` where that is a native call or the persistent
+        kernel; several by a forward over a copy of their states.
+
+        Args:
+            most: the most tokens of this and later drafts, for what is captured or compiled once.
+        """
+        size, t = tokens.shape
+        assert size == self.size
+        if self._verifying is None or t > self._verifying.most or not self._watch.holds():
+            self._verifying = _Verifying(self.model, self.states, max(t, most), self._watch.holds())
+        self._draft = self._verifying(tokens)
+        return self._draft
+
+    def commit(self, kept: Sequence[int]) -> None:
+        """Bring slot i to after the first ``kept[i]`` tokens of the draft that was verified last.
+
+        Raises:
+            ValueError: more than there were, or no draft since the last `commit` or `step`.
+        """
+        if self._verifying is None or self._draft is None:
+            raise ValueError("no draft was verified since the last commit or step; call verify first")
+        assert len(kept) == self.size
+        self._verifying.commit(list(kept))
+        read = torch.tensor(kept, dtype=torch.int64, device="cpu").to(self._draft.device)
+        after = self._draft[torch.arange(self.size, dtype=torch.int64, device=read.device), (read - 1).clamp(min=0)]
+        self._last = after if self._last is None else torch.where((read > 0)[:, None], after, self._last)
+        self._began = [began + m for began, m in zip(self._began, kept, strict=True)]
+        self._draft = None
+
+    def _changed(self) -> None:
+        """The states were written by something else than a commit."""
+        self._draft = None
+        if self._verifying is not None:
+            self._verifying.reload()
 
     def are_numbers(self, tokens: Tensor) -> Tensor:
         """(size,) bool: `choosing.are_numbers` of the last step. A row with NaN in its state has no other logits ever after."""
@@ -142,7 +186,7 @@ class SlotPool:
             for row, origin in enumerate(origins):
                 if origin is not None:
                     self._last[row] = last[origin]
-        self.states = states
+        self.states, self._verifying, self._draft = states, None, None
         if self._graph is None:
             self._over(states)
 
@@ -155,6 +199,7 @@ class SlotPool:
         if state.max_batch_size != 1:
             raise ValueError(f"the state has {state.max_batch_size} rows; a row goes on from one: select it")
         self.states.copy_(state, [0], [row])
+        self._changed()
         self._began[row] = state.get_seq_length() - self._steps
 
     def copy_of(self, row: int) -> MambaCache:
@@ -163,26 +208,56 @@ class SlotPool:
         state.advance(self._began[row] + self._steps - state.get_seq_length())
         return state
 
-    def snapshot(self) -> tuple[MambaCache, int]:
+    def snapshot(self) -> tuple[MambaCache, int, list[int]]:
         """What `go_back` needs to return to this moment."""
-        return self.states.clone(), self._steps
+        return self.states.clone(), self._steps, list(self._began)
 
-    def go_back(self, snapshot: tuple[MambaCache, int]) -> None:
+    def go_back(self, snapshot: tuple[MambaCache, int, list[int]]) -> None:
         """Every row as it was then; in place, for a step holds on to its memory."""
-        states, self._steps = snapshot
-        self.states.conv_states.copy_(states.conv_states)
-        self.states.ssm_states.copy_(states.ssm_states)
-        self.states.advance(states.get_seq_length() - self.states.get_seq_length())
+        states, self._steps, began = snapshot
+        self._began = list(began)
+        self.states.load_(states)
+        self._changed()
 
     def close(self) -> None:
         """Bring the given states up to date; nothing is stepped afterwards."""
-        if self._graph is not None and self._given is not None:
-            if self._steps:
-                self._graph.store(self._given, self._steps)
+        if self._given is None:
+            return
+        read = max(self._began, default=0) + self._steps - self._given.get_seq_length()
+        if self._graph is not None:
+            if read:
+                self._graph.store(self._given, read)
             self._graph.holder = None
+        elif read and self.states is self._given:  # after commits of different lengths
+            self._given.advance(read)
 
     def _over(self, states: MambaCache) -> None:
         self.states = states
         if states.max_batch_size:  # nothing is stepped before the next `grow` otherwise
             native = self.elastic
             self._step = native_step(self.model, states, self._called) if native else forward_step(self.model, states)
+
+
+class _Verifying:
+    """`SlotPool.verify` over these states: one slot by the fastest verifier, several, or longer drafts, by the model's forward."""
+
+    def __init__(self, model: Any, states: MambaCache, most: int, untouched: bool):
+        self.most = most
+        self._one: Verifier | None = None
+        if states.max_batch_size == 1 and most <= MOST_ROWS and untouched:
+            self._one = verifier(model, states, most)
+        self._several = PackedVerifier(model, states)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        if self._one is None:
+            return self._several(tokens)
+        return self._one(tokens[0].tolist())[None]
+
+    def commit(self, kept: list[int]) -> None:
+        if self._one is None:
+            self._several.commit(kept)
+        else:
+            self._one.commit(kept[0])
+
+    def reload(self) -> None:
+        (self._several if self._one is None else self._one).reload()

@@ -12,11 +12,12 @@ from mambakit.modules import MambaBlock, MambaCache, MambaMixer, RMSNorm
 from mambakit.modules.interception import Watch, any_intercepted, is_ours, modules_of
 from mambakit.modules.mixers.mamba import TimeStepProjection
 from mambakit.modules.quantized_linear import QuantizedLinear
-from mambakit.ops import causal_conv1d, native, selective_scan
-from mambakit.ops._memory import is_plain, observed, transformed
+from mambakit.ops import causal_conv1d, selective_scan
+from mambakit.ops._backends import native
+from mambakit.ops._backends.memory import is_plain, observed, transformed
+from mambakit.ops.decode.cpu import DecodeStep, LayerWeights
 from mambakit.ops.linear import pack
 from mambakit.ops.linear.api import MOST_ROWS, PackedWeight
-from mambakit.ops.native.decode import DecodeStep, LayerWeights
 
 _LINEAR = (nn.Linear, QuantizedLinear)
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -35,7 +36,7 @@ def token_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:
     return graph_token_step(model, cache) if graphs_serve(model) else forward_step(model, cache)
 
 
-def forward_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:
+def forward_step(model: Any, cache: Any) -> Callable[[Tensor], Tensor]:
     def step(tokens: Tensor) -> Tensor:
         return model(tokens[:, None], cache_params=cache).logits[:, -1]
 
@@ -86,13 +87,13 @@ def passed_by(model: nn.Module, called: bool) -> list[nn.Module]:
     return modules_of(model)[1:] if called else modules_of(model)
 
 
-def native_serves(model: Any, cache: MambaCache, called: bool = False) -> bool:
+def native_serves(model: Any, cache: Any, called: bool = False) -> bool:
     """Whether a token of this model, from this state, can be one call into the native library.
 
     Args:
         called: the model is in its own forward: its hooks have been called.
     """
-    if model.device.type != "cpu" or not native.library.is_available() or torch.is_autocast_enabled("cpu"):
+    if model.device.type != "cpu" or not native.is_available() or torch.is_autocast_enabled("cpu"):
         return False
     if not 1 <= cache.max_batch_size <= MOST_ROWS or model.dtype not in _DTYPES or cache.dtype not in _DTYPES:
         return False
@@ -123,7 +124,7 @@ def native_weights(model: Any) -> tuple[list[LayerWeights], PackedWeight]:
     return layers, packed(model.lm_head)
 
 
-def native_step(model: Any, cache: MambaCache, called: bool = False) -> Callable[[Tensor], Tensor]:
+def native_step(model: Any, cache: Any, called: bool = False) -> Callable[[Tensor], Tensor]:
     """`token_step` by the native library; by the model's forward from the moment that somebody puts a hook or a forward on a module."""
     layers, head = native_weights(model)
     backbone = model.backbone

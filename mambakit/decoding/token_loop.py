@@ -10,7 +10,7 @@ from torch import Tensor
 from mambakit.decoding.choosing import NO_CHOICE, Choosing, are_numbers
 from mambakit.decoding.slots import SlotPool
 from mambakit.errors import LogitsError
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache as MambaCache
 
 
 class GeneratingSteps:
@@ -26,7 +26,7 @@ class GeneratingSteps:
         self.longest_piece = 0  # where the prompt is read by `read_prompt`: tokens of a piece
         self.after_prompt: Tensor | None = None  # (b, v), once it is read: what forward says first
         self.own_cache: MambaCache | None = None  # made for this call: nobody else sees it
-        self._seen: tuple[int, int] | None = None
+        self._seen: tuple[Any, ...] | None = None
         self._rows: SlotPool | None = None
 
     def logits(self, tokens: Tensor, cache: MambaCache) -> Tensor | None:
@@ -34,7 +34,7 @@ class GeneratingSteps:
         if self.after_prompt is not None:
             logits, self.after_prompt = self.after_prompt, None
             return logits
-        place = cache.conv_states.data_ptr(), cache.ssm_states.data_ptr()
+        place = cache.addresses()
         if place != self._seen:
             self.close()
             self._seen = place

@@ -1,7 +1,8 @@
-"""Tokens on trial: logits of several tokens that may follow, then the state after only those that are kept.
+"""Draft verification: logits of several tokens that may follow, then the state after only those that are kept.
 
-A Mamba state cannot be cut back. So the verification reads the state without writing it and keeps what every layer fed its
-recurrence; keeping m tokens then runs the recurrences alone over m of those inputs, which reads none of the large weights.
+A Mamba state cannot be cut back. So a verification reads the state without writing it and keeps what every layer fed its recurrence;
+to keep m tokens then runs the recurrences alone over m of those inputs, which reads none of the large weights. Where that is not
+possible (many slots, layers that are not known) the draft is read over a copy of the states, and what was kept is read again.
 """
 
 from __future__ import annotations
@@ -12,36 +13,44 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mambakit.decoding.graph_step import TrialStep, graphs_serve, trial_step
+from mambakit.decoding.graph_step import VerificationStep, graphs_serve, verification_step
+from mambakit.decoding.prefill import prefill_states
 from mambakit.decoding.step import native_serves, native_weights
-from mambakit.modules import MambaBlock, MambaCache, MambaMixer
+from mambakit.modules import MambaBlock, MambaMixer, StateCache
 from mambakit.modules.interception import is_ours, untouched
 from mambakit.ops import causal_conv1d, selective_scan, selective_scan_
-from mambakit.ops._memory import transformed
+from mambakit.ops._backends.memory import transformed
+from mambakit.ops.decode.cpu_verify import VerifyStep
 from mambakit.ops.linear.api import MOST_ROWS
-from mambakit.ops.native.verify import VerifyStep
 
 # A step size whose softplus is exactly 0: the recurrence then keeps its state, bit for bit.
 _NO_STEP = -1e4
 
 
 class Verifier(Protocol):
-    """Reads tokens on trial against a cache of one row."""
+    """Reads drafts against a cache of one row."""
 
     def __call__(self, tokens: list[int]) -> Tensor:
         """(t, v) logits after each of t tokens; the cache is as it was."""
 
     def commit(self, m: int) -> None:
-        """Bring the cache to after the first m of them."""
+        """Bring the cache to after the first m of them.
+
+        Raises:
+            ValueError: m is more than were read since the last commit.
+        """
+
+    def reload(self) -> None:
+        """The cache was changed by others than `commit`: go on from what is in it now. Tokens that were read are forgotten."""
 
 
-def verifier(model: Any, cache: MambaCache, tokens: int) -> Verifier:
+def verifier(model: Any, cache: StateCache, tokens: int) -> Verifier:
     """The fastest verifier there is for where the model lies and what it is made of.
 
     Where a step of the model is one native call on the CPU, so is a verification, and its bits are those of decoding token by
     token. So it is on CUDA where the persistent decode kernel serves the model, up to 8 tokens. Elsewhere it runs the model's own
-    projections and norms; on CUDA as two graphs, captured here. A model whose layers are not known (a hook or a forward of its own on a
-    block, a mixer, its convolution or the model; subclasses) is read by its forward, and again for the tokens that are kept.
+    projections and norms; on CUDA as two graphs, captured here. A model whose layers are not known (a hook or a forward of its
+    own on a block, a mixer, its convolution or the model; subclasses) is read by its forward, and again for the tokens that are kept.
 
     Args:
         cache: of one row; it must not be replaced while the verifier is in use.
@@ -53,8 +62,8 @@ def verifier(model: Any, cache: MambaCache, tokens: int) -> Verifier:
         raise ValueError(f"the cache has {cache.max_batch_size} rows; a verification is of one text: select one row")
     if native_serves(model, cache):
         return _NativeVerifier(model, cache, tokens)
-    if (step := trial_step(model, tokens)) is not None:
-        return _TrialVerifier(step, cache)
+    if (step := verification_step(model, tokens)) is not None:
+        return _PersistentVerifier(step, cache)
     if not _layers_are_known(model):
         return _ForwardVerifier(model, cache)
     return _GraphVerifier(model, cache, tokens) if graphs_serve(model) else _ModelVerifier(model, cache)
@@ -75,25 +84,39 @@ def _layers_are_known(model: Any) -> bool:
     return True
 
 
+def _require_read(m: int, read: int) -> None:
+    if not 0 <= m <= read:
+        raise ValueError(f"commit of {m} tokens, but {read} were read since the last commit")
+
+
 class _NativeVerifier:
-    def __init__(self, model: Any, cache: MambaCache, tokens: int):
+    def __init__(self, model: Any, cache: StateCache, tokens: int):
         layers, head = native_weights(model)
         self._embeddings, self._cache = model.backbone.embeddings, cache
         self._step = VerifyStep(
             layers, model.backbone.norm_f.weight, head, model.config.layer_norm_epsilon,
             cache.conv_states, cache.ssm_states, tokens,
         )  # fmt: skip
+        self._read = 0
 
     def __call__(self, tokens: list[int]) -> Tensor:
+        self._read = len(tokens)
         return self._step(self._embeddings(torch.tensor(tokens, dtype=torch.int64, device="cpu"))).clone()
 
     def commit(self, m: int) -> None:
+        _require_read(m, self._read)
+        self._read = 0
         self._step.commit(m)
         self._cache.advance(m)
 
+    def reload(self) -> None:
+        self._read = 0
 
-class _TrialVerifier:
-    def __init__(self, step: TrialStep, cache: MambaCache):
+
+class _PersistentVerifier:
+    """The persistent kernel, which every text of the model shares: whoever finds another one's state in it loads its own."""
+
+    def __init__(self, step: VerificationStep, cache: StateCache):
         self._step, self._cache, self._read = step, cache, 0
 
     @torch.no_grad()
@@ -105,46 +128,78 @@ class _TrialVerifier:
 
     @torch.no_grad()
     def commit(self, m: int) -> None:
-        if not 0 <= m <= self._read:
-            raise ValueError(f"commit of {m} tokens, but {self._read} are on trial")
+        _require_read(m, self._read)
         if self._step.holder is not self:
             raise RuntimeError("another text was verified between these tokens and their commit")
         self._read = 0
         self._step.keep(m, self._cache)
 
+    def reload(self) -> None:
+        self._read = 0
+        if self._step.holder is self:
+            self._step.holder = None
+
+
+class PackedVerifier:
+    """Drafts of any number of rows by the model's forward, over a copy of the states; what is kept of them is read again, packed.
+
+    Args:
+        cache: of b rows; brought up to date in place.
+    """
+
+    def __init__(self, model: Any, cache: StateCache):
+        self.model, self.cache = model, cache
+        self._tokens: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(b, t, v) logits after each of ``tokens`` (b, t); the cache is as it was."""
+        self._tokens, self._copy = tokens, self.cache.clone()
+        return self.model(tokens, cache_params=self._copy).logits
+
+    @torch.no_grad()
+    def commit(self, kept: list[int]) -> None:
+        """Bring row i of the cache to after the first ``kept[i]`` of its tokens; the cache counts the most of them as seen."""
+        read = 0 if self._tokens is None else self._tokens.shape[1]
+        for m in kept:
+            _require_read(m, read)
+        tokens, self._tokens = self._tokens, None
+        if not any(kept):
+            return
+        assert tokens is not None
+        seen = self.cache.get_seq_length()
+        if whole := [i for i, m in enumerate(kept) if m == read]:
+            self.cache.copy_(self._copy, whole, whole)
+        if some := [i for i, m in enumerate(kept) if 0 < m < read]:
+            states = self.cache.select(some)
+            prefill_states(self.model, [tokens[i, : kept[i]] for i in some], states)
+            self.cache.copy_(states, list(range(len(some))), some)
+        self.cache.advance(seen + max(kept) - self.cache.get_seq_length())
+
+    def reload(self) -> None:
+        self._tokens = None
+
 
 class _ForwardVerifier:
-    """The model's forward on a copy of the state; tokens that are kept are read again."""
+    """`PackedVerifier` of one row."""
 
-    def __init__(self, model: Any, cache: MambaCache):
-        self.model, self.cache = model, cache
-        self._ids: Tensor | None = None
+    def __init__(self, model: Any, cache: StateCache):
+        self._model, self._packed = model, PackedVerifier(model, cache)
 
-    @torch.no_grad()
     def __call__(self, tokens: list[int]) -> Tensor:
-        self._ids = torch.tensor([tokens], dtype=torch.int64, device=self.model.device)
-        self._trial = self.cache.clone()
-        return self.model(self._ids, cache_params=self._trial).logits[0]
+        return self._packed(torch.tensor([tokens], dtype=torch.int64, device=self._model.device))[0]
 
-    @torch.no_grad()
     def commit(self, m: int) -> None:
-        read = 0 if self._ids is None else self._ids.shape[1]
-        if not 0 <= m <= read:
-            raise ValueError(f"commit of {m} tokens, but {read} are on trial")
-        if m == read and m:
-            self.cache.conv_states.copy_(self._trial.conv_states)
-            self.cache.ssm_states.copy_(self._trial.ssm_states)
-            self.cache.advance(m)
-        elif m:
-            assert self._ids is not None
-            self.model(self._ids[:, :m], cache_params=self.cache, logits_to_keep=1)
-        self._ids = None
+        self._packed.commit([m])
+
+    def reload(self) -> None:
+        self._packed.reload()
 
 
 class _ModelVerifier:
     """The model's own layers, with the ops that do not write the state."""
 
-    def __init__(self, model: Any, cache: MambaCache):
+    def __init__(self, model: Any, cache: StateCache):
         self.model, self.cache = model, cache
         self._inputs: list[tuple[Tensor, tuple]] = []  # of each layer: the convolution's, and the scan's
         self._read = 0
@@ -156,11 +211,13 @@ class _ModelVerifier:
 
     @torch.no_grad()
     def commit(self, m: int) -> None:
-        if not 0 <= m <= self._read:
-            raise ValueError(f"commit of {m} tokens, but {self._read} are on trial")
+        _require_read(m, self._read)
         self._read = 0
         self._replay(torch.tensor([m], dtype=torch.int64, device=self.model.device))
         self.cache.advance(m)
+
+    def reload(self) -> None:
+        self._read = 0
 
     def _verify(self, ids: Tensor) -> Tensor:
         """(1, t) ids -> (t, v) logits."""
@@ -196,9 +253,9 @@ class _ModelVerifier:
 
 
 class _GraphVerifier(_ModelVerifier):
-    """The same as two CUDA graphs of a fixed number of tokens; shorter trials are filled up and the rest not kept."""
+    """The same as two CUDA graphs of a fixed number of tokens; shorter drafts are filled up and the rest not kept."""
 
-    def __init__(self, model: Any, cache: MambaCache, tokens: int):
+    def __init__(self, model: Any, cache: StateCache, tokens: int):
         super().__init__(model, cache)
         self._ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
         self._kept = torch.zeros(1, dtype=torch.long, device=model.device)
@@ -216,8 +273,7 @@ class _GraphVerifier(_ModelVerifier):
         return self._logits[: len(tokens)].clone()
 
     def commit(self, m: int) -> None:
-        if not 0 <= m <= self._read:
-            raise ValueError(f"commit of {m} tokens, but {self._read} are on trial")
+        _require_read(m, self._read)
         self._read = 0
         self._kept.fill_(m)
         self._run_replay()

@@ -12,6 +12,7 @@ from typing import Any
 from mambakit.evaluation.files import read_parts, read_records
 from mambakit.evaluation.likelihood import log_likelihoods
 from mambakit.generation.score import Score, score_text
+from mambakit.generation.start_token import start_token
 
 Progress = Callable[[int], None]
 
@@ -151,18 +152,6 @@ def _documents(path: Path, separator: str) -> Iterable[Any]:
     if not separator:
         return [read_parts(path)]
     return [part for part in "".join(read_parts(path)).split(separator) if part.strip()]
-
-
-def start_token(tokenizer: Any) -> int:
-    """The token that stands before a document: end-of-text, or the tokenizer's bos.
-
-    Raises:
-        ValueError: it has neither.
-    """
-    found = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
-    if found is None:
-        raise ValueError("the tokenizer has neither an eos nor a bos token to start a document with; set one")
-    return found
 
 
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:

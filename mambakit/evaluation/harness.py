@@ -17,9 +17,9 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from mambakit.assets import default_model_path
-from mambakit.evaluation.benchmarks import start_token
 from mambakit.evaluation.likelihood import log_likelihoods
 from mambakit.generation.score import TokenScorer
+from mambakit.generation.start_token import start_token
 from mambakit.generation.stream import SamplingParams, Stream
 from mambakit.models.auto import AutoModelForCausalLM, AutoTokenizer
 from mambakit.models.devices import default_device, default_dtype, usable_device

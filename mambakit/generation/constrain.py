@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from mambakit.decoding.sampling_params import SamplingParams
-from mambakit.ops._memory import INT32, address
+from mambakit.ops._backends.memory import INT32, address
 from mambakit.quoting import cut
 
 # Between the tokens of a JSON text exactly what Python's json.dumps writes: a small model left to choose white space can

@@ -170,9 +170,7 @@ class DraftModel:
 
     def _return_to(self, tokens: int) -> None:
         """The cache as it was after so many tokens; in place, for the step holds on to its memory."""
-        snapshot = self._snapshots[tokens - self._base]
-        self._cache.conv_states.copy_(snapshot.conv_states)
-        self._cache.ssm_states.copy_(snapshot.ssm_states)
+        self._cache.restore_(self._snapshots[tokens - self._base])
         del self._read[tokens:]
 
 

@@ -38,7 +38,7 @@ from mambakit.generation.request import Request, Text
 from mambakit.generation.stream import _end_tokens
 from mambakit.generation.token_ids import require_in_vocabulary
 from mambakit.generation.turns import Path, Turns
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache as MambaCache
 from mambakit.ops.sampling.api import NO_TOKEN
 from mambakit.quoting import cut
 

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.choosing import require_numbers
+from mambakit.decoding.prefill import SCORING_CHUNK, hidden_states
 from mambakit.generation.state import State
 from mambakit.generation.stream import _TextDecoder
 from mambakit.generation.token_ids import require_in_vocabulary
+from mambakit.generation.token_scores import LOGIT_ROWS
 from mambakit.quoting import brief
-
-# Logits are formed for this many tokens at a time: with a vocabulary of 50,280 that is 51 MB of float32.
-_LOGIT_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def token_log_probs(
     top: int = 0,
     before: int | None = None,
     state: State | None = None,
-    chunk_size: int = 1024,
+    chunk_size: int = SCORING_CHUNK,
     progress: Callable[[int], None] | None = None,
 ) -> TokenLogProbs:
     """Prompt log-probabilities, at constant memory.
@@ -77,24 +76,20 @@ def token_log_probs(
     if not len(lead):
         nothing = torch.full((1, 1 + top), math.nan, dtype=torch.float32, device="cpu")
         parts.append((nothing[:, 0], torch.full((1, top), -1, dtype=torch.int64, device="cpu"), nothing[:, 1:]))
-    done = 0
-    for part, wanted in zip(inputs.split(chunk_size), targets.split(chunk_size), strict=True):
-        if not len(part):
-            break  # a single token with nothing before it
-        hidden = model.backbone(part[None], cache_params=after["cache"]).last_hidden_state[0]
-        for rows, these in zip(hidden.split(_LOGIT_ROWS), wanted.split(_LOGIT_ROWS), strict=True):
+    at = 0
+    for (hidden,) in hidden_states(model, [inputs], after["cache"], chunk_size=chunk_size, progress=progress):
+        wanted = targets[at : at + len(hidden)]
+        at += len(hidden)
+        for rows, these in zip(hidden.split(LOGIT_ROWS), wanted.split(LOGIT_ROWS), strict=True):
             log_probs = model.lm_head(rows).float().log_softmax(-1)
             best = log_probs.topk(top)
             own = require_numbers(log_probs.gather(1, these[:, None])[:, 0].cpu())
             parts.append((own, best.indices.cpu(), best.values.cpu()))
-        done += len(part)
-        if progress is not None:
-            progress(done)
     log_probs, top_ids, top_log_probs = (torch.cat(column) for column in zip(*parts, strict=True))
     return TokenLogProbs(ids.cpu(), log_probs, top_ids, top_log_probs)
 
 
-def echo(model: Any, tokenizer: Any, ids: Tensor, *, top: int = 0, chunk_size: int = 1024) -> dict[str, list]:
+def echo(model: Any, tokenizer: Any, ids: Tensor, *, top: int = 0, chunk_size: int = SCORING_CHUNK) -> dict[str, list]:
     """A text given back with its tokens' log-probabilities: the ``logprobs`` of the completions API with ``echo``.
 
     Args:

@@ -26,7 +26,7 @@ from torch import Tensor
 from mambakit.decoding.prefill import SNAPSHOT_CHUNK, prefill_states
 from mambakit.errors import CheckpointError
 from mambakit.generation.state import State, fill_cache, fingerprint, write_tensors
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 from mambakit.quoting import brief
 from mambakit.reading import open_safetensors
 
@@ -36,7 +36,6 @@ _NAME = re.compile(r"\d+-[0-9a-f]{64}\.safetensors")
 _SNAPSHOTS = 16
 # A temporary file this old (seconds) belongs to a process that was killed while it wrote.
 _ABANDONED = 3600
-_TENSORS = ("conv_states", "ssm_states")
 
 
 class _Key(NamedTuple):
@@ -63,7 +62,7 @@ class PrefixReading:
     """A prompt on its way through a prefix cache: known up to ``position``, where ``cache`` is, and read up to there so far."""
 
     def __init__(
-        self, owner: PrefixCache, tokens: list[int], keys: Callable[[int], _Key], position: int, cache: MambaCache
+        self, owner: PrefixCache, tokens: list[int], keys: Callable[[int], _Key], position: int, cache: StateCache
     ):
         self.tokens, self.position, self.cache = tokens, position, cache
         self._owner, self._keys = owner, keys
@@ -157,12 +156,12 @@ class PrefixCache:
         position, cache = self._find(tokens, keys)
         return PrefixReading(self, tokens, keys, position, cache)
 
-    def lookup(self, ids: Tensor | Sequence[int]) -> tuple[int, MambaCache]:
+    def lookup(self, ids: Tensor | Sequence[int]) -> tuple[int, StateCache]:
         """(p, a cache of one row that has read the first p tokens), for the largest known p below l; p may be 0."""
         tokens = _tokens(ids)
         return self._find(tokens, self._keys(tokens))
 
-    def store(self, ids: Tensor | Sequence[int], cache: MambaCache, row: int = 0) -> None:
+    def store(self, ids: Tensor | Sequence[int], cache: StateCache, row: int = 0) -> None:
         """Keep row ``row`` of a cache that has read exactly ``ids`` (l,): after a text was written, say."""
         tokens = _tokens(ids)
         if not 0 <= row < cache.max_batch_size:
@@ -214,7 +213,7 @@ class PrefixCache:
 
     # -- finding and keeping ---------------------------------------------------------------------------------------
 
-    def _find(self, tokens: list[int], keys: Callable[[int], _Key]) -> tuple[int, MambaCache]:
+    def _find(self, tokens: list[int], keys: Callable[[int], _Key]) -> tuple[int, StateCache]:
         model = self._model_name()
         with self._lock:
             files = {_key_of(file) for file in self._files(model)}
@@ -239,14 +238,13 @@ class PrefixCache:
                 return key.position, fill_cache(self.model, tensors, key.position)
         return 0, self.model.backbone.new_cache(1)
 
-    def _keep(self, key: _Key, cache: MambaCache, row: int) -> None:
+    def _keep(self, key: _Key, cache: StateCache, row: int) -> None:
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
                 return
-            states = {"conv_states": cache.conv_states, "ssm_states": cache.ssm_states}
             # A copy always: the cache goes on to be written to.
-            tensors = {n: t[:, row : row + 1].detach().to(self.device, copy=True) for n, t in states.items()}
+            tensors = {n: t[:, row : row + 1].detach().to(self.device, copy=True) for n, t in cache.tensors().items()}
             self._hold(key, tensors)
             if self._root is not None:
                 self._to_disk(key, tensors)
@@ -306,7 +304,8 @@ class PrefixCache:
             with open_safetensors(path) as file:
                 if (file.metadata() or {}).get("key") != "-".join(map(str, key)):
                     raise CheckpointError("it holds the state of other tokens")
-                tensors = {name: file.get_tensor(name).to(self.device, copy=True) for name in _TENSORS}
+                stacks = self.model.backbone.new_cache(0).spec.stacks
+                tensors = {s.key: file.get_tensor(s.key).to(self.device, copy=True) for s in stacks}
         except FileNotFoundError:  # deleted by another process since the folder was listed
             return None
         except CheckpointError as error:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mambakit.decoding.prefill import prefill_parts
 from mambakit.generation.prefix_cache import PrefixCache, PrefixReading
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache as MambaCache
 
 T = TypeVar("T")
 

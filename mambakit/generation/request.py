@@ -13,7 +13,7 @@ from mambakit.decoding.sampling_params import SamplingParams
 from mambakit.generation.reading import PromptReading
 from mambakit.generation.token_ids import token_ids
 from mambakit.generation.turns import Path
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 from mambakit.quoting import quoted
 
 
@@ -25,7 +25,7 @@ class Request:
         prompt_ids: (l,) int64, l >= 1: the tokens to read first (only the new ones, where a ``state`` continues).
         sampling: how tokens are chosen; its seed makes the text repeatable.
         max_new_tokens: when to stop at the latest.
-        state: a `MambaCache` of one row to continue from; it is copied, never changed.
+        state: a `StateCache` (`MambaCache`) of one row to continue from; it is copied, never changed.
         keep_state: whether the request is to hold its state at the end.
         context: (p,) int64, what the ``state`` has read: a repetition penalty counts its tokens, too.
         share: a tuple: whose it is, from the outside in, such as (key, request): at every level rows are divided evenly among those who
@@ -38,14 +38,14 @@ class Request:
         error: after "error", what went wrong: the model's logits were no numbers, say. The texts beside it go on.
         exception: after "error", what was raised for this request, if anything was.
         cached_tokens: of the prompt, those whose state the engine's prefix cache knew.
-        final_state: a `MambaCache` of one row that has read the prompt and all of ``tokens`` but the last; all of them
+        final_state: a `StateCache` (`MambaCache`) of one row that has read the prompt and all of ``tokens`` but the last; all of them
             after "stop". Only where ``keep_state`` is set.
     """
 
     prompt_ids: Tensor
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0))
     max_new_tokens: int = 256
-    state: MambaCache | None = None
+    state: StateCache | None = None
     keep_state: bool = False
     context: Tensor | None = None
     share: Path = ()
@@ -55,7 +55,7 @@ class Request:
     error: str = field(default="", init=False)
     exception: Exception | None = field(default=None, init=False, repr=False)
     cached_tokens: int = field(default=0, init=False)
-    final_state: MambaCache | None = field(default=None, init=False)
+    final_state: StateCache | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.prompt_ids = token_ids("prompt_ids", self.prompt_ids)
@@ -73,7 +73,7 @@ class Request:
             raise TypeError(f"share is {quoted(self.share)}; {error}: give names or numbers") from error
         if self.state is None:
             return
-        if not isinstance(self.state, MambaCache):
+        if not isinstance(self.state, StateCache):
             raise TypeError(f"the state is a {type(self.state).__name__}; give a MambaCache of one row")
         if self.state.max_batch_size != 1:
             raise ValueError(f"the state has {self.state.max_batch_size} rows; a request continues one: select a row")
@@ -96,7 +96,7 @@ class Text:
     reading: PromptReading
     prompt: Path | None
     """The same for texts whose prompt need be read once only; None where it is this one's alone."""
-    state: MambaCache | None = None
+    state: StateCache | None = None
     since: int = 0
     """Tokens since it had its row."""
     written: list[int] = field(default_factory=list)

@@ -8,17 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mambakit.decoding.choosing import require_numbers
-from mambakit.generation.state import State
+from mambakit.decoding.prefill import SCORING_CHUNK, hidden_states, prefill
+from mambakit.generation.start_token import start_token
+from mambakit.generation.state import State, prompt_rows
 from mambakit.generation.token_ids import require_in_vocabulary
+from mambakit.generation.token_scores import score_after, score_tokens
 from mambakit.modules import MambaCache
 from mambakit.quoting import brief
 
-# Logits are formed for this many tokens at a time: with a vocabulary of 50,280 that is 51 MB of float32.
-_LOGIT_ROWS = 256
 # Continuations are read this many tokens, and this many bytes of copies of the state, at a time.
 _PACKED_TOKENS, _PACKED_BYTES = 4096, 1 << 30
 # Text is tokenised in pieces of about this many characters, cut at a line end, where tokens of common vocabularies end.
@@ -78,13 +77,9 @@ class TokenScorer:
         """ln p of each of ``ids`` (l,), float32 on the CPU, given everything before it."""
         ids = ids.to(self.model.device)
         inputs = torch.cat([self.last, ids[:-1]])[None]
-        hidden = self.model.backbone(inputs, cache_params=self.cache).last_hidden_state[0]
+        ((hidden,),) = hidden_states(self.model, inputs, self.cache, chunk_size=len(ids))
         self.last = ids[-1:]
-        parts = []
-        for rows, targets in zip(hidden.split(_LOGIT_ROWS), ids.split(_LOGIT_ROWS), strict=True):
-            logits = self.model.lm_head(rows).float()
-            parts.append(-F.cross_entropy(logits, targets, reduction="none"))
-        return require_numbers(torch.cat(parts).cpu())
+        return score_tokens(self.model, hidden, ids).log_probs
 
 
 def score_text(
@@ -92,7 +87,7 @@ def score_text(
     tokenizer: Any,
     text: str | Iterable[str],
     *,
-    chunk_size: int = 1024,
+    chunk_size: int = SCORING_CHUNK,
     per_token: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Score:
@@ -100,7 +95,7 @@ def score_text(
 
     Args:
         model: a causal language model, in eval mode.
-        tokenizer: its tokenizer; its eos (or bos) token stands before the text.
+        tokenizer: its tokenizer; its `start_token` stands before the text.
         text: the document, or pieces of it in order (an open text file, say): read as they are needed.
         chunk_size: tokens per forward; memory is proportional to it and to nothing else.
         per_token: keep every token's log-probability.
@@ -111,7 +106,7 @@ def score_text(
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {brief(chunk_size)}; it must be 1 or more")
-    scorer, score = TokenScorer(model, _first_token(tokenizer)), Score()
+    scorer, score = TokenScorer(model, start_token(tokenizer)), Score()
     pending = torch.empty(0, dtype=torch.long, device="cpu")
 
     def take(ids: Tensor) -> None:
@@ -179,7 +174,7 @@ def score_continuations(
     prefix: Tensor | State,
     continuations: Sequence[Tensor],
     *,
-    chunk_size: int = 2048,
+    chunk_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[ContinuationScore]:
     """Score many continuations of one prefix, which is read once.
@@ -203,33 +198,17 @@ def score_continuations(
         require_in_vocabulary("a continuation", tokens, model.config.vocab_size)
     if isinstance(prefix, Tensor):
         require_in_vocabulary("the prefix", prefix, model.config.vocab_size)
-    state = prefix if isinstance(prefix, State) else State.read(model, prefix, chunk_size=chunk_size)
-    after = state.prompt()
-    cache: MambaCache = after["cache"]
-    first = _logits(model, after["prompt_ids"][None], cache)[0]  # (v,), the next token's
-    first_log_probs, likeliest = first.log_softmax(-1), first.argmax()
-
+    if isinstance(prefix, State):
+        after = prefix.prompt()
+        ids, cache = after["prompt_ids"], after["cache"]
+    else:
+        (ids,) = prompt_rows(prefix, model.device)
+        cache = model.backbone.new_cache(1)
+    (logits,) = prefill(model, ids[None], cache, chunk_size=chunk_size)
     results: list[ContinuationScore] = []
     most = max(1, _PACKED_BYTES // cache.nbytes)
-    for group in _groups([tokens.to(model.device, torch.long) for tokens in continuations], most):
-        rows = [tokens[:-1] for tokens in group]  # read; each of these predicts the token after it
-        targets = torch.cat([tokens[1:] for tokens in group])
-        log_probs, greedy = (
-            torch.empty(0, dtype=torch.float32, device=model.device),
-            torch.empty(0, dtype=torch.bool, device=model.device),
-        )
-        if len(targets):
-            ends = torch.tensor([0, *map(len, rows)], dtype=torch.int64, device=model.device).cumsum(0).to(torch.int32)
-            forks = cache.select([0] * len(group))
-            hidden = model.backbone(torch.cat(rows)[None], cache_params=forks, cu_seqlens=ends).last_hidden_state[0]
-            log_probs, greedy = _log_probs(model, hidden, targets)
-        at = 0
-        for tokens in group:
-            later = slice(at, at + max(0, len(tokens) - 1))
-            at = later.stop
-            own = torch.cat([first_log_probs[tokens[:1]], log_probs[later]])
-            surely = bool((tokens[:1] == likeliest).all() & greedy[later].all())
-            results.append(ContinuationScore(require_numbers(own.cpu()), surely))
+    for group in score_after(model, cache, logits, continuations, most_tokens=_PACKED_TOKENS, most_rows=most):
+        results += [ContinuationScore(scores.log_probs, bool(scores.likeliest.all())) for scores in group]
         if progress is not None:
             progress(len(results))
     return results
@@ -240,7 +219,7 @@ def score_choices(model: Any, tokenizer: Any, prefix: str, choices: Sequence[str
 
     Prefix and choice are tokenised together, and the choice's tokens are those after the prefix's own: where a tokenizer
     would join the two, white space at the end of the prefix counts as the start of the choice. An empty prefix is the
-    end-of-text token.
+    tokenizer's `start_token`.
 
     Raises:
         ValueError: a choice that adds no token to the prefix; an empty prefix and a tokenizer without eos and bos tokens.
@@ -253,7 +232,7 @@ def score_choices(model: Any, tokenizer: Any, prefix: str, choices: Sequence[str
         split = len(_encode(tokenizer, prefix.rstrip()))
         if len(whole) <= split:
             raise ValueError(f"choice {number} ({brief(choice)}) adds no token to the prefix; give a longer one")
-        before = whole[:split] if split else [_first_token(tokenizer)]
+        before = whole[:split] if split else [start_token(tokenizer)]
         requests.setdefault(tuple(before), []).append(
             (number, torch.tensor(whole[split:], dtype=torch.int64, device="cpu"))
         )
@@ -267,41 +246,5 @@ def score_choices(model: Any, tokenizer: Any, prefix: str, choices: Sequence[str
     return [scores[number] for number in range(len(choices))]
 
 
-def _groups(continuations: list[Tensor], most: int) -> Iterator[list[Tensor]]:
-    """The same continuations, in order, in groups of at most ``most`` that fit into one forward."""
-    group: list[Tensor] = []
-    size = 0
-    for tokens in continuations:
-        if group and (size + len(tokens) > _PACKED_TOKENS or len(group) == most):
-            yield group
-            group, size = [], 0
-        group.append(tokens)
-        size += len(tokens)
-    if group:
-        yield group
-
-
 def _encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-
-def _first_token(tokenizer: Any) -> int:
-    first = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
-    if first is None:
-        raise ValueError("the tokenizer has neither an eos nor a bos token to start a document with; set one")
-    return first
-
-
-def _logits(model: Any, ids: Tensor, cache: MambaCache) -> Tensor:
-    """(b, v) after the last of ``ids`` (b, l)."""
-    return model(ids, cache_params=cache, logits_to_keep=1).logits[:, -1]
-
-
-def _log_probs(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(l,) ln p of each target given hidden (l, h), and whether it is the likeliest."""
-    log_probs, greedy = [], []
-    for rows, wanted in zip(hidden.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True):
-        logits = model.lm_head(rows).float()
-        log_probs.append(-F.cross_entropy(logits, wanted, reduction="none"))
-        greedy.append(logits.argmax(-1) == wanted)
-    return torch.cat(log_probs), torch.cat(greedy)

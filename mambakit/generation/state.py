@@ -19,15 +19,14 @@ from torch import Tensor
 
 from mambakit.decoding.prefill import prefill_states
 from mambakit.errors import CheckpointError
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
+from mambakit.modules.mixers import computation_fields
 from mambakit.modules.placement import stored_value
 from mambakit.reading import open_safetensors
 from mambakit.writing import replacing
 
 _AGAIN = "save the state again"
 _FORMAT = "mambakit.State/1"
-# What a model computes besides its weights and their shapes.
-_COMPUTATION = ("model_type", "hidden_act", "layer_norm_epsilon", "residual_in_fp32", "mixer_rms_eps")
 
 
 class State:
@@ -41,7 +40,7 @@ class State:
         pending: (b, 1) int64, the last tokens; or (b, 0) where everything has been read, and new tokens must come first.
     """
 
-    def __init__(self, cache: MambaCache, pending: Tensor):
+    def __init__(self, cache: StateCache, pending: Tensor):
         if pending.dim() != 2 or pending.shape[0] != cache.max_batch_size or pending.shape[1] > 1:
             raise ValueError(
                 f"pending has shape {tuple(pending.shape)}; it must be {(cache.max_batch_size, 1)}, one unread token for each "
@@ -73,7 +72,7 @@ class State:
         Raises:
             ValueError: an empty prompt, or a chunk_size below 1.
         """
-        rows = _rows(prompts, model.device)
+        rows = prompt_rows(prompts, model.device)
         empty = cls(model.backbone.new_cache(len(rows)), rows[0].new_empty(len(rows), 0))
         return empty._read(model, rows, chunk_size, progress)
 
@@ -87,7 +86,7 @@ class State:
         progress: Callable[[int], None] | None = None,
     ) -> State:
         """The state after ``tokens``, too, shaped as the prompts of `read`; this one stays as it is."""
-        rows = _rows(tokens, model.device)
+        rows = prompt_rows(tokens, model.device)
         if len(rows) != self.rows:
             raise ValueError(
                 f"tokens are of {len(rows)} texts, but the state holds {self.rows}; fork or select it first"
@@ -111,7 +110,7 @@ class State:
         if len({state.pending.shape[1] for state in states}) > 1:
             raise ValueError("some of the states have an unread token and some have none; extend those that have none")
         first, at = states[0].cache, 0
-        cache = MambaCache(first.config, sum(s.rows for s in states), first.device, first.dtype)
+        cache = first.empty_like(sum(s.rows for s in states))
         for state in states:
             cache.copy_(state.cache, list(range(state.rows)), list(range(at, at + state.rows)))
             at += state.rows
@@ -177,12 +176,12 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors a file holds, on the CPU."""
-        tensors = {"conv_states": self.cache.conv_states, "ssm_states": self.cache.ssm_states, "pending": self.pending}
+        tensors = {**self.cache.tensors(), "pending": self.pending}
         return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: Any) -> State:
-        """Read a state written by `save`, onto the model's device; a file of `MambaCache.save` too (nothing unread).
+        """Read a state written by `save`, onto the model's device; a file of `StateCache.save` too (nothing unread).
 
         Raises:
             ValueError: the file is not a saved state, is damaged, or belongs to another model.
@@ -190,13 +189,16 @@ class State:
         with open_safetensors(path, _AGAIN) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                cache = MambaCache.load(path, model.config, model.device)  # or says why it is none
+                cache = type(model.backbone.new_cache(0)).load(
+                    path, model.config, model.device
+                )  # or says why it is none
                 return cls(cache, torch.empty(cache.max_batch_size, 0, dtype=torch.int64, device=cache.device))
             if metadata.get("fingerprint") != fingerprint(model):
                 raise CheckpointError(
                     f"{path} was saved by a model of other weights or another configuration; load it with that model"
                 )
-            tensors = {name: file.get_tensor(name) for name in ("conv_states", "ssm_states", "pending")}
+            spec = model.backbone.new_cache(0).spec
+            tensors = {name: file.get_tensor(name) for name in (*(s.key for s in spec.stacks), "pending")}
         seen = metadata.get("seen_tokens", "")
         if not seen.isdecimal() or len(seen) > 18:
             raise CheckpointError(f"{path}: seen_tokens is {seen[:40]!r}, not a number of tokens; {_AGAIN}")
@@ -213,18 +215,19 @@ def _in_vocabulary(tokens: Tensor, model: Any) -> bool:
     return bool(((tokens >= 0) & (tokens < model.config.vocab_size)).all())
 
 
-def fill_cache(model: Any, tensors: dict[str, Tensor], seen_tokens: int) -> MambaCache:
-    """A cache on the model's device with these ``conv_states`` and ``ssm_states``."""
-    conv, ssm = tensors["conv_states"], tensors["ssm_states"]
-    if conv.dim() != 4 or ssm.dim() != 4 or not conv.shape[1]:
-        raise ValueError(f"states {tuple(conv.shape)} and {tuple(ssm.shape)} are not those of a model's layers")
-    cache: MambaCache = model.backbone.new_cache(conv.shape[1])
-    if conv.shape != cache.conv_states.shape or ssm.shape != cache.ssm_states.shape:
-        raise ValueError(f"states {tuple(conv.shape)} and {tuple(ssm.shape)} do not fit {cache!r}")
-    cache.conv_states.copy_(conv)
-    cache.ssm_states.copy_(ssm)
-    cache.advance(seen_tokens)
-    return cache
+def fill_cache(model: Any, tensors: dict[str, Tensor], seen_tokens: int) -> StateCache:
+    """A cache of the model, on its device, with these tensors (`StateCache.tensors`).
+
+    Raises:
+        ValueError: they are not those of a state of this model, or of no slot.
+    """
+    cache: StateCache = model.backbone.new_cache(0)
+    slots = {tensors[s.key].shape[1] for s in cache.spec.stacks if tensors[s.key].dim() > 1}
+    if len(slots) > 1 or slots == {0}:
+        shapes = ", ".join(f"{s.key} {tuple(tensors[s.key].shape)}" for s in cache.spec.stacks)
+        raise ValueError(f"{shapes} are not the states of one or more texts")
+    cache = model.backbone.new_cache(slots.pop() if slots else 1)
+    return cache.fill_(tensors, seen_tokens)
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -235,7 +238,12 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata:
         save_file(tensors, temporary, metadata)
 
 
-def _rows(prompts: Tensor | Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def prompt_rows(prompts: Tensor | Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Prompts of one token or more each, (l,), (b, l) or several (l_i,), as a list of (l_i,) int64 on ``device``.
+
+    Raises:
+        ValueError: other shapes.
+    """
     if isinstance(prompts, Tensor):
         if prompts.dim() not in (1, 2):
             raise ValueError(f"the tokens have shape {tuple(prompts.shape)}, expected (l,) or (b, l)")
@@ -270,7 +278,7 @@ def fingerprint(model: Any) -> str:
             and (tensors[name].is_meta or torch.equal(tensors[name], tensors[other]))
         ):
             del tensors[name]
-    config = json.dumps({field: getattr(model.config, field, None) for field in _COMPUTATION}, sort_keys=True)
+    config = json.dumps(computation_fields(model.config), sort_keys=True)
     # What torch counts: a tensor replaced, or written in place.
     versions = [(name, t.data_ptr(), 0 if t.is_inference() else t._version) for name, t in tensors.items()]
     known = _known.get(model)

@@ -24,7 +24,7 @@ from mambakit.models.inputs import one_cache
 from mambakit.models.options import check_generating, setting
 from mambakit.models.outputs import CACHE_NAMES
 from mambakit.models.pretrained import MambaPreTrainedModel
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache as MambaCache
 from mambakit.modules.interception import is_ours
 from mambakit.number import SEED
 from mambakit.quoting import brief

@@ -8,31 +8,33 @@ import torch
 from torch import Tensor
 
 from mambakit.models.documents import Marks, as_lengths, documents_of, require_cumulative
-from mambakit.modules.cache import MambaCache
 from mambakit.modules.packing import Packing
+from mambakit.modules.state_cache import StateCache
 from mambakit.modules.tracing import values_are_hidden
 
 IGNORE = -100
 
 
-def one_cache(**given: Any) -> MambaCache | None:
+def one_cache(**given: Any) -> StateCache | None:
     """The state, given under one of its names (`mambakit.models.outputs.CACHE_NAMES`).
 
     Raises:
         ValueError: two names with two states.
-        TypeError: something that is not a `MambaCache`.
+        TypeError: something that is not a `StateCache`.
     """
     caches = {name: cache for name, cache in given.items() if cache is not None}
     cache = next(iter(caches.values()), None)
     if any(other is not cache for other in caches.values()):
         raise ValueError(f"{' and '.join(caches)} are two names of one argument; give one")
-    if cache is not None and not isinstance(cache, MambaCache):
-        raise TypeError(f"the cache is a {type(cache).__name__}; a Mamba model continues from a mambakit.MambaCache")
+    if cache is not None and not isinstance(cache, StateCache):
+        raise TypeError(
+            f"the cache is a {type(cache).__name__}; a model continues from a mambakit.MambaCache or another StateCache"
+        )
     return cache
 
 
 def packing_of(
-    shape: tuple[int, int], device: torch.device, attention_mask: Tensor | None, marks: Marks, cache: MambaCache | None
+    shape: tuple[int, int], device: torch.device, attention_mask: Tensor | None, marks: Marks, cache: StateCache | None
 ) -> Packing | None:
     """The packing of a (b, l) batch, or None where there is nothing to pack."""
     b, length = shape

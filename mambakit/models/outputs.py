@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 
 CACHE_NAMES = ("cache", "cache_params", "past_key_values")
 _Output = TypeVar("_Output")
@@ -39,14 +39,14 @@ def _takes_each_name(cls: type[_Output]) -> type[_Output]:
 class _WithCache(ModelOutput):
     """An output with the field ``cache`` under three names. Abstract."""
 
-    cache: MambaCache | None
+    cache: StateCache | None
 
     @property
-    def cache_params(self) -> MambaCache | None:
+    def cache_params(self) -> StateCache | None:
         return self.cache
 
     @property
-    def past_key_values(self) -> MambaCache | None:
+    def past_key_values(self) -> StateCache | None:
         return self.cache
 
     def __getitem__(self, key: Any) -> Any:
@@ -77,7 +77,7 @@ class MambaOutput(_WithCache):
     """
 
     last_hidden_state: Tensor | None = None
-    cache: MambaCache | None = None
+    cache: StateCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -88,7 +88,7 @@ class MambaCausalLMOutput(_WithCache):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    cache: MambaCache | None = None
+    cache: StateCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -99,5 +99,5 @@ class MambaSequenceClassifierOutput(_WithCache):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    cache: MambaCache | None = None
+    cache: StateCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None

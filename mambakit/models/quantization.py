@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mambakit.modules.quantized_linear import QuantizedLinear
-from mambakit.ops._memory import PLAIN_TYPES
+from mambakit.ops._backends.memory import PLAIN_TYPES
 from mambakit.ops.linear import lossless
 from mambakit.ops.linear.api import GROUP
 from mambakit.quoting import brief

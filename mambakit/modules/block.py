@@ -7,22 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambakit.modules.cache import MambaCache
-from mambakit.modules.mixers.mamba import MambaMixer
+from mambakit.modules.mixers import mixer_class
 from mambakit.modules.norm import RMSNorm
 from mambakit.modules.packing import Packing
-from mambakit.modules.placement import InHand, is_dispatched
+from mambakit.modules.placement import CacheHandle, is_dispatched
+from mambakit.modules.state_cache import StateCache
 
 
 class MambaBlock(nn.Module):
-    """One layer. It takes the previous mixer's output and the residual stream apart, and returns them apart: their sum is
-    formed inside the next norm, so that the residual is read and written once per layer."""
+    """One layer, with the sequence mixer that the configuration names (`mambakit.modules.mixers.mixer_class`).
+
+    It takes the previous mixer's output and the residual stream apart, and returns them apart: their sum is formed inside the
+    next norm, so that the residual is read and written once per layer.
+    """
 
     def __init__(self, config: Any, layer_idx: int):
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = MambaMixer(config, layer_idx)
+        self.mixer = mixer_class(config, layer_idx)(config, layer_idx)
 
     def reset_parameters(self) -> None:
         """Draw every parameter of the layer anew."""
@@ -33,7 +36,7 @@ class MambaBlock(nn.Module):
         self,
         x: Tensor,
         residual: Tensor | None = None,
-        cache_params: MambaCache | InHand | None = None,
+        cache_params: StateCache | CacheHandle | None = None,
         packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(b, l, h) mixer output of the layer before (the embeddings at first) and the residual stream, or None at first.
@@ -43,6 +46,6 @@ class MambaBlock(nn.Module):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         residual_dtype = wide if self.residual_in_fp32 else self.norm.weight.dtype
         y, residual = self.norm(x, residual, residual_dtype)
-        if cache_params is not None and is_dispatched(self.mixer) and not isinstance(cache_params, InHand):
-            cache_params = InHand(cache_params)
+        if cache_params is not None and is_dispatched(self.mixer) and not isinstance(cache_params, CacheHandle):
+            cache_params = CacheHandle(cache_params)
         return self.mixer(y, cache_params, packing), residual

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mambakit.modules.interception import untouched
 from mambakit.ops._autocast import autocast_dtype
-from mambakit.ops._memory import all_plain, transformed
+from mambakit.ops._backends.memory import all_plain, transformed
 from mambakit.ops._once import differentiated_once
 from mambakit.ops._products import product
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
@@ -207,9 +207,9 @@ def _scan_gradient(
     """The gradients; those of z go into ``dz`` where it is memory."""
     arguments = (dy, dfinal, x, delta, A, B, C, D, z, bias, True, initial, cu_seqlens, checkpoints, CHECKPOINT_INTERVAL)
     if dz is not None and dy.is_cuda:
-        from mambakit.ops.selective_scan import gpu
+        from mambakit.ops.selective_scan import cuda
 
-        found = gpu.backward(*arguments, dz)
+        found = cuda.backward(*arguments, dz)
     else:
         found = torch.ops.mambakit.selective_scan_backward(*arguments)
         dz = found[6] if dz is None else dz.copy_(found[6])
@@ -220,9 +220,9 @@ def _conv_gradient(dx, dy, dfinal, x, weight, bias, activation, state, cu_seqlen
     """Those of x, weight, bias and state; that of x goes into ``dx`` where it is memory."""
     arguments = (dy, dfinal, x, weight, bias, activation, state, cu_seqlens)
     if dx is not None and dy.is_cuda:
-        from mambakit.ops.causal_conv1d import gpu
+        from mambakit.ops.causal_conv1d import triton
 
-        _, dweight, dbias, dstate = gpu.backward(*arguments, dx)
+        _, dweight, dbias, dstate = triton.backward(*arguments, dx)
     else:
         found, dweight, dbias, dstate = torch.ops.mambakit.causal_conv1d_backward(*arguments)
         dx = found if dx is None else dx.copy_(found)

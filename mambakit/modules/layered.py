@@ -10,10 +10,11 @@ from torch import Tensor
 
 
 class LayeredTensor:
-    """One tensor for each layer, each on its layer's device, with what `MambaCache` and its readers ask of one tensor of all layers.
+    """One tensor for each layer, each on its layer's device, with what `StateCache` and its readers ask of one tensor of all
+    layers.
 
-    ``t[i]`` is layer i's own memory. ``t[:, rows]`` reads or writes rows of every layer. `to` and `cpu` give one tensor of all
-    layers, and so does a function of torch that takes it, as a copy on the first layer's device.
+    ``t[i]`` is layer i's own memory. ``t[:, slots]`` reads or writes slots of every layer. `to` and `cpu` give one tensor of
+    all layers, and so does a function of torch that takes it, as a copy on the first layer's device.
     """
 
     def __init__(self, layers: Sequence[Tensor]):
@@ -51,7 +52,7 @@ class LayeredTensor:
         devices = ", ".join(dict.fromkeys(str(t.device) for t in self.layers))
         return f"LayeredTensor(shape={tuple(self.shape)}, {self.dtype}, on {devices})"
 
-    # -- rows of all layers ----------------------------------------------------------------------------------------
+    # -- slots of all layers ---------------------------------------------------------------------------------------
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, int):
@@ -83,6 +84,11 @@ class LayeredTensor:
     def mul_(self, factor: Tensor | float) -> LayeredTensor:
         for t in self.layers:
             t.mul_(factor.to(t.device) if isinstance(factor, Tensor) else factor)
+        return self
+
+    def masked_fill_(self, mask: Tensor, value: float) -> LayeredTensor:
+        for t in self.layers:
+            t.masked_fill_(mask.to(t.device), value)
         return self
 
     def clone(self) -> LayeredTensor:
@@ -120,7 +126,7 @@ class LayeredTensor:
 def _require_every_layer(index: Any) -> None:
     if not (isinstance(index, tuple) and index and index[0] == slice(None)):
         raise TypeError(
-            f"a state on several devices is indexed by a layer, [i], or for every layer, [:, rows]; not by {index!r}: take one "
+            f"a state on several devices is indexed by a layer, [i], or for every layer, [:, slots]; not by {index!r}: take one "
             "tensor of it first, .to(device)"
         )
 

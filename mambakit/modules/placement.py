@@ -12,19 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambakit.modules.cache import MambaCache
+from mambakit.modules.state_cache import StateCache
 
 # Arguments and results of a model that hooks must not move.
 KEPT_IN_PLACE = ("cache_params", "past_key_values", "cache")
 
 
-class InHand:
-    """A state on its way through hooks, which move whatever has a method `to`: this has none."""
+class CacheHandle:
+    """A cache passed through hooks, which copy anything with a method `to` to another device: this has none."""
 
-    __slots__ = ("held",)
+    __slots__ = ("cache",)
 
-    def __init__(self, held: MambaCache):
-        self.held = held
+    def __init__(self, cache: StateCache):
+        self.cache = cache
+
+
+def opened(given: StateCache | CacheHandle | None, layer_idx: int, device: torch.device) -> StateCache | None:
+    """The cache that a mixer was given. Under hooks, its layer's tensors are moved to ``device``, where it computes."""
+    if not isinstance(given, CacheHandle):
+        return given
+    given.cache.place(layer_idx, device)
+    return given.cache
 
 
 def is_dispatched(module: nn.Module) -> bool:

@@ -18,12 +18,9 @@ Dimension glossary, used in every comment and docstring of the project:
 Layout at every public boundary is channels last: ``(b, l, d)``.
 """
 
-from mambakit.ops import native
 from mambakit.ops.causal_conv1d.api import causal_conv1d, causal_conv1d_
 from mambakit.ops.linear_cross_entropy.api import linear_cross_entropy
 from mambakit.ops.rms_norm.api import rms_norm
 from mambakit.ops.selective_scan.api import selective_scan, selective_scan_
-
-native.register()
 
 __all__ = ["causal_conv1d", "causal_conv1d_", "linear_cross_entropy", "rms_norm", "selective_scan", "selective_scan_"]

@@ -92,5 +92,5 @@ def no_forward_mode(op: str, *tensors: Tensor | None) -> None:
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(
             f"{op} has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); use reverse mode (torch.autograd.grad, backward), "
-            f"or mambakit.ops.{op}.reference.forward, which is plain PyTorch"
+            f"or mambakit.ops.{op}.chunked.forward, which is plain PyTorch"
         )

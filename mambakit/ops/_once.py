@@ -37,6 +37,6 @@ class _Once(torch.autograd.Function):
         function = "linear" if ctx.op == "linear" else "forward"
         raise RuntimeError(
             f"mambakit::{ctx.op} has no second derivative, and its gradient was differentiated (create_graph=True, a gradient penalty, a "
-            f"Hessian). mambakit.ops.{ctx.op}.reference.{function} is plain PyTorch, which autograd differentiates any number of times; "
+            f"Hessian). mambakit.ops.{ctx.op}.chunked.{function} is plain PyTorch, which autograd differentiates any number of times; "
             "where the first derivative is all you need, detach it"
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mambakit.ops._autocast import no_autocast
-from mambakit.ops._memory import all_plain
+from mambakit.ops._backends.memory import all_plain
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mambakit.ops import _nvrtc, native
+from mambakit.ops._backends import native, nvrtc
 from mambakit.ops.decode import cuda_persistent as persistent
 from mambakit.ops.linear.api import MOST_ROWS
 
@@ -48,7 +48,7 @@ def _on_gpu(op: str) -> Implementation:
     if op == "linear":
         return Implementation(op, "cuda", "PyTorch; packed weights are widened first")
     if op == "selective_scan":
-        why_not = _nvrtc.available()
+        why_not = nvrtc.available()
         if why_not is None:
             return Implementation(op, "cuda", "CUDA C++ (compiled by NVRTC at the first call)")
         remedy = f"CUDA C++ is several times faster, but {why_not}"

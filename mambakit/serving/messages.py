@@ -1,4 +1,4 @@
-"""What the front and a replica's process say to each other over a pipe."""
+"""The messages between the API server and a replica's process, which travel over one pipe in each direction."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """What a replica's process needs to know to begin.
+    """What a replica's process needs to start.
 
     Attributes:
         model: hub id or folder.
         device: "cpu", "cuda:0", ...
         dtype: of the weights: "auto", "float32", ...; None is float32 on a CPU, the checkpoint's elsewhere.
-        rows: how many texts it writes together.
-        sharers: how many replicas compute on this machine's processors; each takes its part of the threads.
+        slots: texts that one replica decodes together.
+        sharers: replicas that compute on this machine's CPU; each takes its part of the threads.
         chunk_size: prompt tokens per forward; None is 512 on a CPU and 2,048 elsewhere.
-        prefix_cache_bytes: budget of the states of known prefixes; 0 keeps none.
-        heartbeat_seconds: a replica that says nothing for so long is taken for dead.
-        progress_seconds: so is one that has work and does not get on with it.
-        load_seconds: so is one that takes longer to load.
+        prefix_cache_bytes: budget of the prefix cache; 0 disables it.
+        heartbeat_seconds: a replica that sends nothing for longer is killed and restarted.
+        progress_seconds: the same for one that has work and completes no step.
+        load_seconds: the same for one that is not ready in this time.
     """
 
     model: str
     device: str = "cpu"
     dtype: str | None = None
-    rows: int = 8
+    slots: int = 8
     sharers: int = 1
     chunk_size: int | None = None
     prefix_cache_bytes: int = 0
@@ -37,70 +37,72 @@ class WorkerOptions:
 
 @dataclass(frozen=True)
 class Task:
-    """Front to worker: write one text."""
+    """Server to worker: generate one text."""
 
     id: int
     prompt_ids: bytes
-    """int64, l >= 1 of them; bytes, because a list of a million numbers takes a second to pickle."""
+    """int64, at least one id; bytes, because a list of a million numbers takes a second to pickle."""
     sampling: dict[str, Any]
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     share: tuple[Any, ...] = ()
-    """Whose it is, from the outside in: rows are divided evenly at every level."""
+    """Its owner, from the outside in: (key, client, request). Slots are divided evenly at every level."""
 
 
 @dataclass(frozen=True)
 class Cancel:
-    """Front to worker: nobody reads this text any more."""
+    """Server to worker: the client of this text is gone."""
 
     id: int
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Front to worker: exit."""
+    """Server to worker: exit."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """Worker to front: the model is loaded and warm."""
+    """Worker to server: the model is loaded and warmed up."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """Worker to front: why the process is about to end."""
+    """Worker to server: why the process is about to end."""
 
     reason: str
 
 
-class Beat(NamedTuple):
-    """Worker to front, at short intervals: it runs."""
+class Heartbeat(NamedTuple):
+    """Worker to server, at short intervals: the process runs."""
 
     steps: int
-    """Of its main thread, so far."""
+    """Engine steps that the main thread has completed since the start."""
     busy: bool
-    """Whether there is anything to do."""
+    """Whether it has work."""
 
 
 class Piece(NamedTuple):
-    """What a text has gained."""
+    """What one text has gained since its last piece."""
 
     id: int
     text: str = ""
     tokens: int = 0
     finish_reason: str = ""
-    """"" while it goes on; then "stop", "length", "cancelled" or "error"."""
+    """"" while generation continues; then "stop", "length", "cancelled" or "error"."""
     cached_tokens: int = 0
-    """Of the prompt, those whose state was known; said with the end."""
+    """Prompt tokens found in the prefix cache; set in the last piece."""
     error: str = ""
-    """What went wrong with this text; those beside it go on."""
+    """Why this text failed; the others of the batch continue."""
     status: int = 500
-    """Of HTTP, with an error: 400 where the request was at fault."""
+    """HTTP status of the error: 400 where the request was at fault."""
 
 
 class Batch(NamedTuple):
-    """Worker to front: what some steps have made, and how full the replica is."""
+    """Worker to server: the output of some steps, and the load of the replica."""
 
     busy: int
+    """Slots in use."""
     waiting: int
+    """Texts at the replica without a slot."""
     pieces: list[Piece]

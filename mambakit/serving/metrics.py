@@ -1,4 +1,4 @@
-"""What the server counts and times, in Prometheus's terms."""
+"""The server's Prometheus series."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ class Metrics:
 
         self.requests = Counter(
             "mambakit_requests",
-            "Texts by what became of them: stop, length, cancelled (the client went away), failed (the replica died, or the "
-            "server stopped); and requests not taken: rejected (the queue full, or no replica ready), invalid",
+            "Texts by outcome: stop, length, cancelled (the client disconnected), failed (an error, the replica died, or the "
+            "server stopped); and requests not accepted: rejected (the queue is full, or no replica is ready), invalid",
             **labels("outcome"),
         )
         self.prompt_tokens = Counter("mambakit_prompt_tokens", "Tokens of the prompts of ended texts", **labels())
-        self.cached_tokens = Counter("mambakit_cached_tokens", "Prompt tokens whose state was known", **labels())
-        self.tokens = Counter("mambakit_generated_tokens", "Tokens written", **labels())
+        self.cached_tokens = Counter("mambakit_cached_tokens", "Prompt tokens found in the prefix cache", **labels())
+        self.tokens = Counter("mambakit_generated_tokens", "Tokens generated", **labels())
         self.first = Histogram(
             "mambakit_time_to_first_token_seconds", "From the request to its first token", buckets=_FIRST, **labels()
         )
         self.each = Histogram(
             "mambakit_time_per_token_seconds",
-            "Of each text: the mean time between its tokens after the first",
+            "Mean time between the tokens of a text after the first",
             buckets=_TOKEN,
             **labels(),
         )
-        self.waiting = Gauge("mambakit_waiting_requests", "Texts that wait for a row", registry=registry)
-        self.busy = Gauge("mambakit_busy_rows", "Rows that are taken", **labels())
+        self.waiting = Gauge("mambakit_waiting_requests", "Texts that wait for a slot", registry=registry)
+        self.busy = Gauge("mambakit_busy_rows", "Slots in use", **labels())
         self.up = Gauge("mambakit_replica_up", "1 where the replica is ready", **labels())
-        self.restarts = Counter("mambakit_replica_restarts", "Times it was started again", **labels())
+        self.restarts = Counter("mambakit_replica_restarts", "Restarts of the replica", **labels())
 
     def ended(
         self, replica: str, outcome: str, prompt_tokens: int = 0, cached_tokens: int = 0, each: float | None = None

@@ -1,4 +1,4 @@
-"""The front's process: a socket, the application on it, and an end at which nothing is left running."""
+"""The server's process: binds the socket, runs the application, drains, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -14,38 +14,42 @@ from typing import Any
 
 import uvicorn
 
-from mambakit.serving import connections
-from mambakit.serving.access import AccessRules, is_loopback
-from mambakit.serving.app import App
-from mambakit.serving.connection_limits import BACKLOG, ConnectionLimits, connections_that_fit
-from mambakit.serving.intake import Intake, IntakeOptions
+from mambakit.serving.api.intake import Intake, IntakeOptions
+from mambakit.serving.api.protocol import Limits
+from mambakit.serving.dispatch.dispatcher import Dispatcher
+from mambakit.serving.http.access import AccessRules, is_loopback
+from mambakit.serving.http.app import App
+from mambakit.serving.http.connection import Connection, check_all
+from mambakit.serving.http.connection_limits import BACKLOG, ConnectionLimits, connections_that_fit
 from mambakit.serving.messages import WorkerOptions
 from mambakit.serving.metrics import Metrics
-from mambakit.serving.protocol import Limits
-from mambakit.serving.router import Router
+from mambakit.serving.replicas.supervisor import Supervisor
 
 _log = logging.getLogger("mambakit.serving")
 
-# When the time to drain is over each text ends with an error; so long a client has to read it.
-_LAST_WORDS = 1.0
+# When the time to drain is over each text ends with an error, which clients have this many seconds to read.
+_LAST_RESPONSES = 1.0
 _SWEEP = 0.25  # seconds between looks at the connections' deadlines
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What is served, where, and how much of it.
-
+    """
     Attributes:
+        worker: options of every replica.
         devices: one for each replica.
-        name: what the model goes by in the API.
-        max_waiting: texts that may wait for a row.
-        max_texts: of one request.
-        max_connections: None for as many as the limit of open files has room for, up to the default.
+        name: of the model in the API.
+        max_waiting: texts that may wait for a slot.
+        max_new_tokens: of one text.
+        max_prompt_tokens: of one prompt.
+        max_texts: of one request: prompts times n.
+        max_connections: None for as many as the limit of open files allows, up to the default.
         limits: of each connection.
-        drain_seconds: how long texts under way may go on after a signal to stop.
+        intake: limits on the reading of bodies.
+        drain_seconds: how long running texts may continue after a signal to stop.
         request_seconds: how long a request may take.
-        access: who may ask; whether the address is on loopback is filled in here.
+        access: keys and allowed hosts and origins; ``loopback`` is filled in here.
     """
 
     worker: WorkerOptions
@@ -66,11 +70,13 @@ class ServerOptions:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which says when it listens and ends texts with an error when the time to drain is over."""
+    """uvicorn's server, which reports when it listens, and ends texts with an error when the time to drain is over."""
 
-    def __init__(self, config: uvicorn.Config, router: Router, drain_seconds: float, listening: Callable[[], None]):
+    def __init__(
+        self, config: uvicorn.Config, dispatcher: Dispatcher, drain_seconds: float, listening: Callable[[], None]
+    ):
         super().__init__(config)
-        self._router, self._drain_seconds, self._listening = router, drain_seconds, listening
+        self._dispatcher, self._drain_seconds, self._listening = dispatcher, drain_seconds, listening
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -81,25 +87,27 @@ class _Server(uvicorn.Server):
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP)
-            connections.check_all(self.server_state.connections)
+            check_all(self.server_state.connections)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
         reason = f"the server is stopping, and {self._drain_seconds:g} seconds were not enough for this text"
-        loop.call_later(self._drain_seconds, self._router.fail_all, reason)
-        loop.call_later(self._drain_seconds + _LAST_WORDS, self._abort)
+        loop.call_later(self._drain_seconds, self._dispatcher.fail_all, reason)
+        loop.call_later(self._drain_seconds + _LAST_RESPONSES, self._abort)
         await super().shutdown(sockets)
         if self.force_exit:
-            # A second interrupt: requests end as those of clients that went away do, not in the middle of a line.
-            self._router.fail_all("the server was told to stop at once")
+            # A second interrupt: each request ends with an error, not in the middle of a line.
+            self._dispatcher.fail_all("the server was told to stop at once")
             self._abort()
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(asyncio.gather(*self.server_state.tasks, return_exceptions=True), _LAST_WORDS)
+                await asyncio.wait_for(
+                    asyncio.gather(*self.server_state.tasks, return_exceptions=True), _LAST_RESPONSES
+                )
             await self.lifespan.shutdown()  # uvicorn leaves it out
         self._sweeping.cancel()
 
     def _abort(self) -> None:
-        """A client that does not read holds up nobody."""
+        """Close the connections of clients that do not read."""
         for connection in list(self.server_state.connections):
             if connection.transport is not None:
                 connection.transport.abort()
@@ -120,17 +128,20 @@ def serve(options: ServerOptions) -> None:
         server.should_exit = True
 
     metrics = Metrics()
-    router = Router(options.worker, options.devices, max_waiting=options.max_waiting, metrics=metrics, failed=failed)
+    dispatcher = Dispatcher(
+        options.devices, slots=options.worker.slots, max_waiting=options.max_waiting, metrics=metrics
+    )
+    supervisor = Supervisor(options.worker, dispatcher, failed)
     intake = Intake(lambda: _load(options), options.intake)
     options = replace(options, limits=replace(options.limits, connections=room))
-    server = make_server(options, listener, router, intake, metrics, failed)
+    server = make_server(options, listener, dispatcher, supervisor, intake, failed)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    # uvicorn raises the signal again when it has stopped; by then all is done, and the exit status is to say so.
+    # uvicorn raises the signal again when it has stopped; by then all is done, and the exit status is to be 0.
     before = {number: signal.signal(number, _nothing) for number in _SIGNALS}
     try:
         server.run(sockets=[listener])
     finally:
-        router.kill()
+        supervisor.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
     if failures:
@@ -140,23 +151,24 @@ def serve(options: ServerOptions) -> None:
 def make_server(
     options: ServerOptions,
     listener: socket.socket,
-    router: Router,
+    dispatcher: Dispatcher,
+    supervisor: Supervisor,
     intake: Intake,
-    metrics: Metrics,
     failed: Callable[[str], None],
 ) -> uvicorn.Server:
-    """The application on a socket, with who may ask and what a connection may take."""
+    """The application on a socket, with its access rules and the limits of its connections."""
     host, port = listener.getsockname()[:2]
     access = replace(options.access, loopback=is_loopback(host))
     if not access.loopback and not access.keys:
         _log.warning(
-            "--host %s is reached from other machines, and everybody there may use this server: ask for a key (--api-key-file), or "
-            "listen on 127.0.0.1",
+            "--host %s is reached from other machines, and everybody there may use this server: require a key "
+            "(--api-key-file), or listen on 127.0.0.1",
             options.host,
         )
-    app = App(router, options.name, intake, failed, metrics, access, options.request_seconds)
+    caching = options.worker.prefix_cache_bytes > 0
+    app = App(dispatcher, supervisor, options.name, intake, failed, access, options.request_seconds, caching)
     config = uvicorn.Config(
-        app.starlette(), http=functools.partial(connections.Connection, limits=options.limits),  # type: ignore[arg-type]
+        app.starlette(), http=functools.partial(Connection, limits=options.limits),  # type: ignore[arg-type]
         ws="none", log_config=None, access_log=False, lifespan="on", proxy_headers=False, backlog=BACKLOG,
         timeout_keep_alive=options.limits.idle_seconds,  # type: ignore[arg-type]
         timeout_graceful_shutdown=int(options.drain_seconds) + 5,
@@ -166,11 +178,11 @@ def make_server(
     def listening() -> None:
         print(f"{options.name} at {address}, replicas: {', '.join(options.devices)}", flush=True)
 
-    return _Server(config, router, options.drain_seconds, listening)
+    return _Server(config, dispatcher, options.drain_seconds, listening)
 
 
 def _load(options: ServerOptions) -> tuple[Any, Limits]:
-    """The tokenizer, and what may be asked: all that the front needs to know of the model."""
+    """The tokenizer and the limits of requests: all that the server needs of the model."""
     from mambakit.models.auto import AutoConfig, AutoTokenizer
 
     limits = Limits(
@@ -178,7 +190,7 @@ def _load(options: ServerOptions) -> tuple[Any, Limits]:
         vocab_size=AutoConfig.from_pretrained(options.worker.model).vocab_size,
         max_new_tokens=options.max_new_tokens,
         max_prompt_tokens=options.max_prompt_tokens,
-        most_texts=min(options.max_texts, options.max_waiting + options.worker.rows * len(options.devices)),
+        most_texts=min(options.max_texts, options.max_waiting + options.worker.slots * len(options.devices)),
     )
     return AutoTokenizer.from_pretrained(options.worker.model), limits
 
@@ -195,6 +207,6 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         raise ValueError(
-            f"cannot listen on --host {host} --port {port}: {error.strerror}; take another, or --port 0 for any that is free"
+            f"cannot listen on --host {host} --port {port}: {error.strerror}; use another, or --port 0 for any free one"
         ) from error
     return listener

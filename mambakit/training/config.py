@@ -18,7 +18,7 @@ from mambakit.training.limits import check_limits
 class TrainConfig:
     # -- data ----------------------------------------------------------------------------------------------------------
     train_files: list[str] = dataclasses.field(default_factory=list)
-    """Files to learn from: paths, folders or patterns (`data/*.parquet`), each plain or compressed (.gz, .xz)."""
+    """Files to learn from: paths, folders or patterns (`data/*.parquet`), each plain or compressed (.gz, .bz2, .xz, .zst)."""
     heldout_files: list[str] = dataclasses.field(default_factory=list)
     """Files to evaluate on, never learned from."""
     validation_fraction: float = 0.0

@@ -7,16 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mambakit.generation.score import Score, TokenScorer
+from mambakit.generation.token_scores import score_packed
 from mambakit.training.data import TokenStore
 from mambakit.training.data.rows import sample_rows
 from mambakit.training.step import TrainingStep
 from mambakit.training.tokenizer import Vocabulary
-
-# Logits are formed for this many tokens at a time.
-_LOGIT_ROWS = 256
 
 
 @torch.no_grad()
@@ -74,23 +71,9 @@ def _scored(model: Any, store: TokenStore, end: int, chunk_size: int) -> Iterato
 
 def _packed(model: Any, documents: list[Tensor], end: int) -> tuple[Tensor, Tensor]:
     """Documents side by side in one row, each from a zero state, the end token before it."""
-    ids = torch.cat(documents)
-    inputs = torch.cat(
-        [torch.cat([torch.tensor([end], dtype=torch.int64, device="cpu"), document[:-1]]) for document in documents]
-    )
-    cuts = (
-        torch.tensor([0, *(len(document) for document in documents)], dtype=torch.int64, device="cpu")
-        .cumsum(0)
-        .to(torch.int32)
-    )
-    device = model.device
-    hidden = model.backbone(inputs[None].to(device), use_cache=False, cu_seqlens=cuts.to(device)).last_hidden_state[0]
-    targets = ids.to(device)
-    parts = [
-        -functional.cross_entropy(model.lm_head(rows).float(), wanted, reduction="none")
-        for rows, wanted in zip(hidden.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True)
-    ]
-    return ids, torch.cat(parts).cpu()
+    start = torch.tensor([end], dtype=torch.int64, device="cpu")
+    scores = score_packed(model, [(start, document) for document in documents])
+    return torch.cat(documents), torch.cat([found.log_probs for found in scores])
 
 
 def _ids(store: TokenStore, document: int, start: int, stop: int) -> Tensor:

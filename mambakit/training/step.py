@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 from mambakit.modules.interception import untouched
 from mambakit.ops import linear_cross_entropy
-from mambakit.ops._memory import PLAIN_TYPES
+from mambakit.ops._backends.memory import PLAIN_TYPES
 from mambakit.training.distributed import Processes, full, stretch_of_packed
 from mambakit.training.guard import UpdateGuard
 
@@ -73,7 +73,7 @@ class TrainingStep:
         self._rehearsing = False
         parts = accumulate if carry_rows else 0
         rows = carry_rows // self.processes.data_size
-        self.carried: list[MambaCache] = [model.backbone.new_cache(rows // parts) for _ in range(parts)]
+        self.carried: list[StateCache] = [model.backbone.new_cache(rows // parts) for _ in range(parts)]
 
     def autocast(self) -> contextlib.AbstractContextManager:
         # Without the cache of cast weights: it would keep a captured graph's tensors alive between replays.
@@ -98,7 +98,7 @@ class TrainingStep:
     def _count(self, rows: Tensor, begins: Tensor) -> Tensor:
         return (self.targets(rows, begins) != _IGNORE).sum().clamp(min=1)
 
-    def _share(self, rows: Tensor, begins: Tensor, count: Tensor, cache: MambaCache | None) -> Tensor:
+    def _share(self, rows: Tensor, begins: Tensor, count: Tensor, cache: StateCache | None) -> Tensor:
         """This process's share of a batch's loss, scaled so that the mean over processes is the batch's.
 
         ``cache`` is the state before this process's rows, and is brought up to date.
@@ -168,27 +168,23 @@ class TrainingStep:
             self.optimizer.zero_grad(set_to_none=True)
             self._settled = True
 
-    def _carry(self, part: int, cache: MambaCache) -> None:
+    def _carry(self, part: int, cache: StateCache) -> None:
         """Keep the state after a row for the next one. In place, after the backward pass: a CUDA graph's memory is fixed."""
-        kept = self.carried[part]
-        kept.advance(cache.get_seq_length() - kept.get_seq_length())
-        kept.conv_states.copy_(cache.conv_states.detach())
-        kept.ssm_states.copy_(cache.ssm_states.detach())
+        self.carried[part].load_(cache)
 
     def forget(self, rows: np.ndarray) -> None:
         """These rows (batch_size,) bool of the next batch start from a zero state. In place: a CUDA graph's memory is fixed."""
         if not self.carried or not rows.any():
             return
-        kept = torch.from_numpy(~rows).to(self.device, non_blocking=True)
-        for cache, part in zip(self.carried, kept.chunk(self.accumulate), strict=True):
-            mine = self.processes.rows(part)[:, None, None]
-            cache.conv_states.mul_(mine)
-            cache.ssm_states.mul_(mine)
+        fresh = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        for cache, part in zip(self.carried, fresh.chunk(self.accumulate), strict=True):
+            cache.reset(self.processes.rows(part))
 
     def state_dict(self) -> dict[str, Any]:
         """What an exact continuation needs besides parameters and optimiser."""
         rows = self.processes.gather_rows
-        carried = [(rows(c.conv_states, 1), rows(c.ssm_states, 1), c.get_seq_length()) for c in self.carried]
+        # Of each part the stacked tensors in the specification's order, then the tokens seen.
+        carried = [(*(rows(t, 1) for t in c.tensors().values()), c.get_seq_length()) for c in self.carried]
         return {"guard": self.guard.state_dict(), "carried": carried}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -196,11 +192,11 @@ class TrainingStep:
         if not self.carried:
             return
         # (layers, rows, ...) of the whole batch: it may be computed in another number of parts now.
-        convs, ssms = (torch.cat([part[i] for part in state["carried"]], 1).chunk(self.accumulate, 1) for i in (0, 1))
-        for cache, conv, ssm in zip(self.carried, convs, ssms, strict=True):
-            cache.conv_states.copy_(self.processes.rows(conv.transpose(0, 1)).transpose(0, 1))
-            cache.ssm_states.copy_(self.processes.rows(ssm.transpose(0, 1)).transpose(0, 1))
-            cache.advance(state["carried"][0][2] - cache.get_seq_length())
+        *parts, seen = zip(*state["carried"], strict=True)
+        whole = [torch.cat(tensors, 1).chunk(self.accumulate, 1) for tensors in parts]
+        for i, cache in enumerate(self.carried):
+            mine = [self.processes.rows(chunks[i].transpose(0, 1)).transpose(0, 1) for chunks in whole]
+            cache.fill_(dict(zip(cache.tensors(), mine, strict=True)), seen[0])
 
 
 class CapturedStep:

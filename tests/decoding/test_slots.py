@@ -184,3 +184,63 @@ def test_random_growing_and_shrinking(seed, way, model):
         if held is not None:
             expected = model(torch.tensor([texts[held]]), use_cache=True).cache_params
             assert worst(rows.copy_of(row).ssm_states, expected.ssm_states) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 3])
+def test_drafts_are_verified_and_partly_kept(size, way, model):
+    """Logits after every token of each draft; only what is kept is in the states; steps go on from there, also in between."""
+    ids = tokens(size, 60)
+    cache = model(ids[:, :6], use_cache=True).cache_params
+    pool, read = SlotPool(model, size, cache), [6] * size
+    chance = random.Random(size)
+
+    def expected(slot: int, more: torch.Tensor) -> torch.Tensor:
+        return model(torch.cat([ids[slot, : read[slot]], more])[None]).logits[0, read[slot] :]
+
+    for turn, count in enumerate([4, 4, 2, 1, 5, 3]):
+        draft = torch.stack([ids[i, read[i] : read[i] + count] for i in range(size)])
+        before = pool.states.clone()
+        logits = pool.verify(draft, most=5)
+        assert logits.shape == (size, count, model.config.vocab_size)
+        assert torch.equal(pool.states.ssm_states, before.ssm_states), "a verification changes no state"
+        assert torch.equal(pool.states.conv_states, before.conv_states)
+        for slot in range(size):
+            assert worst(logits[slot], expected(slot, draft[slot])) < 1e-5
+        kept = [0 if turn == 2 else chance.randrange(count + 1) for _ in range(size)]
+        kept[-1] = count if turn == 1 else kept[-1]
+        pool.commit(kept)
+        read = [r + m for r, m in zip(read, kept, strict=True)]
+        if turn % 2:
+            step = torch.stack([ids[i, read[i]] for i in range(size)])
+            logits = pool.step(step)
+            for slot in range(size):
+                assert worst(logits[slot], expected(slot, step[slot : slot + 1])[-1]) < 1e-5
+            read = [r + 1 for r in read]
+            with pytest.raises(ValueError, match="no draft"):
+                pool.commit([1] * size)
+        for slot in range(size):
+            state = pool.copy_of(slot)
+            assert state.get_seq_length() == read[slot]
+            whole = model(ids[slot : slot + 1, : read[slot]], use_cache=True).cache_params
+            assert worst(state.ssm_states, whole.ssm_states) < 1e-5
+            assert worst(state.conv_states, whole.conv_states) < 1e-5
+    pool.verify(torch.ones(size, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="commit of 3 tokens, but 2"):
+        pool.commit([3] * size)
+    pool.close()
+    assert cache.get_seq_length() == max(read)
+
+
+@torch.no_grad()
+def test_going_back_takes_commits_back(way, model):
+    ids = tokens(2, 20)
+    pool = SlotPool(model, 2, model(ids[:, :6], use_cache=True).cache_params)
+    before = pool.snapshot()
+    pool.verify(ids[:, 6:9])
+    pool.commit([3, 1])
+    assert [pool.copy_of(i).get_seq_length() for i in range(2)] == [9, 7]
+    pool.go_back(before)
+    assert [pool.copy_of(i).get_seq_length() for i in range(2)] == [6, 6]
+    logits = pool.verify(ids[:, 6:8])
+    assert worst(logits[0], model(ids[:1, :8]).logits[0, 6:]) < 1e-5

@@ -1,4 +1,4 @@
-"""Tokens on trial: the bits of decoding token by token, whatever else was on trial and however much of it is kept."""
+"""Draft verification: the bits of decoding token by token, whatever the draft was and however much of it is kept."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import torch
 from mambakit import MambaConfig, MambaForCausalLM
 from mambakit.decoding import verify as module
 from mambakit.decoding.step import token_step
-from mambakit.decoding.verify import _GraphVerifier, _ModelVerifier, _NativeVerifier, _TrialVerifier, verifier
-from mambakit.ops import native
+from mambakit.decoding.verify import _GraphVerifier, _ModelVerifier, _NativeVerifier, _PersistentVerifier, verifier
+from mambakit.ops._backends import native
 from tests.models.configurations import NAMES, pair, tokens, worst
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-# (tokens on trial, how many of them are kept)
-TRIALS = ((5, 2), (7, 7), (1, 1), (6, 1), (3, 0), (4, 4), (7, 5))
+# (tokens of a draft, how many of them are kept)
+DRAFTS = ((5, 2), (7, 7), (1, 1), (6, 1), (3, 0), (4, 4), (7, 5))
 
 
 def compare(model, make, ids, start=10):
-    """Worst differences of logits and states between trials and plain steps, and whether every bit is the same."""
+    """Worst differences of logits and states between verified drafts and plain steps, and whether every bit is the same."""
     plain = model(ids[:, :start], use_cache=True).cache_params
     tried = plain.clone()
     step, verify = token_step(model, plain), make(model, tried, 7)
     at, exact, error = start, True, 0.0
-    for count, kept in TRIALS:
+    for count, kept in DRAFTS:
         wrong = torch.randint(0, 61, (count - kept,)).tolist()
         before = tried.clone()
         logits = verify(ids[0, at : at + kept].tolist() + wrong)
         assert logits.shape == (count, model.config.vocab_size)
-        assert torch.equal(before.ssm_states, tried.ssm_states), "a trial writes no state"
+        assert torch.equal(before.ssm_states, tried.ssm_states), "a verification writes no state"
         assert torch.equal(before.conv_states, tried.conv_states)
         for j in range(kept):
             expected = step(ids[:, at + j])[0]
@@ -128,11 +128,11 @@ def served(dtype=torch.bfloat16, **changed):
 @pytest.mark.parametrize("tokens_at_most", [7, 8])
 @torch.no_grad()
 def test_the_persistent_kernel(tokens_at_most):
-    """One launch a trial, and its bits are those of the graph of one token."""
+    """One launch a draft, and its bits are those of the graph of one token."""
     model = served()
     ids = torch.randint(0, 61, (1, 40), device="cuda")
     made = verifier(model, model.backbone.new_cache(1), tokens_at_most)
-    assert isinstance(made, _TrialVerifier)
+    assert isinstance(made, _PersistentVerifier)
     exact, _ = compare(model, lambda m, cache, _: verifier(m, cache, tokens_at_most), ids)
     assert exact
     assert isinstance(verifier(model, model.backbone.new_cache(1), 9), _GraphVerifier)

@@ -8,6 +8,7 @@ import torch
 import mambakit
 from mambakit.assets import default_model_path
 from mambakit.generation import score as module
+from mambakit.generation import token_scores
 from mambakit.generation.score import score_choices, score_continuations
 from mambakit.generation.state import State
 from tests.models.configurations import pair, tokens
@@ -64,9 +65,9 @@ def test_groups_do_not_change_the_numbers(monkeypatch):
     for name, value in (
         ("_PACKED_TOKENS", 7),
         ("_PACKED_BYTES", 3 * model.backbone.new_cache(1).nbytes),
-        ("_LOGIT_ROWS", 2),
+        ("LOGIT_ROWS", 2),
     ):
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(token_scores if name == "LOGIT_ROWS" else module, name, value)
         parts = score_continuations(model, prefix, continuations)
         for a, b in zip(whole, parts, strict=True):
             assert torch.allclose(a.log_probs, b.log_probs, rtol=1e-5, atol=1e-5)

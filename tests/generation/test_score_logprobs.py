@@ -25,7 +25,7 @@ def both(tmp_path_factory):
 
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
 def test_prompt_log_probs(chunk, monkeypatch):
-    monkeypatch.setattr(module, "_LOGIT_ROWS", 3)
+    monkeypatch.setattr(module, "LOGIT_ROWS", 3)
     model = pair("plain")[0].eval()
     ids = tokens(1, 17)[0]
     with torch.no_grad():

@@ -274,7 +274,7 @@ def test_states_of_several_devices_are_those_of_one():
         assert not empty.ssm_states.cpu().any()
         assert kept.ssm_states.cpu().any()
         assert kept.nbytes == cache.nbytes == 3 * 4 * 64 * (16 + 3) * 4
-        assert "rows=4" in repr(cache)
+        assert "slots=4" in repr(cache)
         found.append([t.clone() for c in (cache, kept, forked, other, empty) for t in states(c)])
         assert torch.equal(cache.ssm_states, found[-1][1])
         cache.conv_states.copy_(kept.conv_states)
@@ -283,7 +283,7 @@ def test_states_of_several_devices_are_those_of_one():
         found[-1] += states(cache)
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(TypeError, match=r"\[:, rows\]"):
+    with pytest.raises(TypeError, match=r"\[:, slots\]"):
         MambaCache(config, 4, ["cpu"] * 3).ssm_states[0:2]
     with pytest.raises(ValueError, match="2 devices for 3 layers"):
         MambaCache(config, 4, ["cpu"] * 2)

@@ -19,7 +19,7 @@ from mambakit.generation.stream import Sampling
 from mambakit.modules import MambaMixer
 from mambakit.modules.interception import Watch, any_intercepted, intercepted, is_ours, modules_of, untouched
 from mambakit.modules.mixers.mamba import TimeStepProjection
-from mambakit.ops.native import library
+from mambakit.ops._backends import native
 from tests.models.configurations import pair, tokens, worst
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -147,7 +147,7 @@ def test_generate_calls_it_at_every_step(way, place):
     assert torch.equal(model.generate(ids, **options), expected)
     assert len(calls) == 4
     assert not any_intercepted(modules_of(model))
-    if library.is_available():
+    if native.is_available():
         assert native_serves(model, model.backbone.new_cache(1))
 
 

@@ -17,10 +17,10 @@ from mambakit.ops import (
     selective_scan,
     selective_scan_,
 )
-from mambakit.ops.causal_conv1d import reference as conv_reference
-from mambakit.ops.linear_cross_entropy import reference as loss_reference
-from mambakit.ops.rms_norm import reference as norm_reference
-from mambakit.ops.selective_scan import reference as scan_reference
+from mambakit.ops.causal_conv1d import chunked as conv_reference
+from mambakit.ops.linear_cross_entropy import chunked as loss_reference
+from mambakit.ops.rms_norm import chunked as norm_reference
+from mambakit.ops.selective_scan import chunked as scan_reference
 
 NAMES = ["scan", "final state", "convolution", "window", "norm", "stream", "loss"]
 Case = tuple[str, Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]
@@ -92,7 +92,7 @@ def test_a_second_derivative_raises(name, dtype):
                 retain_graph=True
             ),
         ):
-            with pytest.raises(RuntimeError, match=r"no second derivative.*reference\.forward"):
+            with pytest.raises(RuntimeError, match=r"no second derivative.*chunked\.forward"):
                 take()
 
 

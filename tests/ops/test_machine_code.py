@@ -10,7 +10,7 @@ import torch
 
 import mambakit
 from mambakit.decoding.graph_step import gpu_weights
-from mambakit.ops import _nvrtc
+from mambakit.ops._backends import nvrtc
 from mambakit.ops.decode import cuda_persistent as persistent
 from mambakit.ops.selective_scan import cuda
 from mambakit.ops.selective_scan.plan import backward_plan, forward_plan
@@ -59,7 +59,7 @@ def compile_scan(
     taken = plan.forward_bytes(dtype.itemsize, gated) if kind == "forward" else plan.backward_bytes
     assert taken <= shared
     macros = cuda._macros(kind, plan, dtype, gated, True, packed, whole)
-    return _nvrtc.machine_code(cuda._FOLDER, "kernel.cu", macros, arch)
+    return nvrtc.machine_code(cuda._FOLDER, "kernel.cu", macros, arch)
 
 
 @pytest.mark.parametrize("arch", CARDS)
@@ -95,4 +95,4 @@ def test_the_decode_step(kind, arch):
         model.quantize(kind)
     plan = persistent._plan(gpu_weights(model), 1, BF16, CARDS[arch])
     assert isinstance(plan, dict), plan
-    assert _nvrtc.machine_code(Path(persistent.__file__).parent, "persistent.cu", plan, arch)
+    assert nvrtc.machine_code(Path(persistent.__file__).parent, "persistent.cu", plan, arch)

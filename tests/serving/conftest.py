@@ -1,4 +1,4 @@
-"""Real servers: a front, replicas, and a port of its own each."""
+"""Real servers: `mambakit serve` with replicas, each on a port of its own."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="package")
 def server(model, tmp_path_factory) -> Iterator[Server]:
-    """Two replicas of two rows."""
-    options = ("--model", model, "--served-model-name", "tiny", "--replicas", "2", "--rows", "2")
+    """Two replicas of two slots."""
+    options = ("--model", model, "--served-model-name", "tiny", "--replicas", "2", "--slots", "2")
     with serving(tmp_path_factory.mktemp("serve") / "log", *options, "--max-new-tokens", "1000000") as server:
         yield server.ready()

@@ -28,7 +28,7 @@ def alive(pid: int) -> bool:
 def strict(model, tmp_path_factory):
     """A server of one row that lets one text wait, for those who know the key."""
     options = (
-        "--model", model, "--rows", "1", "--max-waiting", "1", "--max-new-tokens", "100000", "--max-prompt-tokens", "200",
+        "--model", model, "--slots", "1", "--max-waiting", "1", "--max-new-tokens", "100000", "--max-prompt-tokens", "200",
         "--drain-seconds", "1", "--prefix-cache", "--prefill-chunk-size", "16",
     )  # fmt: skip
     log = tmp_path_factory.mktemp("strict") / "log"
@@ -111,7 +111,7 @@ def test_a_full_queue_and_a_graceful_end(strict):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
-def test_no_replica_outlives_its_front(model, tmp_path):
+def test_no_replica_outlives_its_server(model, tmp_path):
     with serving(tmp_path / "log", "--model", model, "--replicas", "2") as server:
         early = server.post(prompt="x")
         assert early.status_code == 503
@@ -125,7 +125,7 @@ def test_no_replica_outlives_its_front(model, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--rows", "0"), "--rows is 0; it must be 1 or more"),
+        (("--slots", "0"), "--slots is 0; it must be 1 or more"),
         (("--port", "70000"), "--port is 70000"),
         (("--devices", "tpu"), "there is no device 'tpu'"),
         (("--devices", "cuda:99"), "cuda:99 is not here"),
@@ -211,10 +211,18 @@ def test_each_option_reaches_the_server(monkeypatch):
     assert len(options.devices) == values["--replicas"]
 
 
+def test_slots_had_another_name(monkeypatch):
+    served = []
+    monkeypatch.setattr("mambakit.serving.server.serve", served.append)
+    for name in ("--slots", "--rows"):
+        assert cli.main(["serve", "--device", "cpu", name, "3"]) == 0
+    assert [options.worker.slots for options in served] == [3, 3]
+
+
 def test_room_for_connections(monkeypatch):
     import resource
 
-    from mambakit.serving.connection_limits import connections_that_fit
+    from mambakit.serving.http.connection_limits import connections_that_fit
 
     limits = [(1024, 4096)]
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])

@@ -175,7 +175,7 @@ def test_a_text_without_numbers_is_an_error_of_its_own(tmp_path):
     with torch.no_grad():
         broken.backbone.embeddings.weight[302] = float("nan")
     broken.save_pretrained(tmp_path / "model")
-    options = ("--model", str(tmp_path / "model"), "--rows", "2")
+    options = ("--model", str(tmp_path / "model"), "--slots", "2")
     with serving(tmp_path / "log", *options) as server:
         server.ready()
         asked = {"prompt": "The cat", "temperature": 0, "max_tokens": 200}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import lzma
@@ -39,11 +40,12 @@ def documents(path, **options) -> list:
 
 def test_text_is_split_and_decompressed(tmp_path):
     text = "one two|three — naïve||  \n|four\n"
-    plain, gz, xz = (tmp_path / name for name in ("a.txt", "b.txt.gz", "c.txt.xz"))
+    plain, gz, xz, bz2_ = (tmp_path / name for name in ("a.txt", "b.txt.gz", "c.txt.xz", "d.txt.bz2"))
     plain.write_text(text, encoding="utf-8")
     gz.write_bytes(gzip.compress(text.encode()))
     xz.write_bytes(lzma.compress(text.encode()))
-    for path in (plain, gz, xz):
+    bz2_.write_bytes(bz2.compress(text.encode()))
+    for path in (plain, gz, xz, bz2_):
         assert documents(path, separator="|") == ["one two", "three — naïve", "four\n"]
     assert documents(plain) == [text]
 

@@ -33,7 +33,7 @@ class CheckpointInfo:
     files: dict[str, int]
     """Bytes of each weight file."""
     state_bytes: int
-    """Bytes of the state of one sequence (float32 SSM states; convolution windows in the weights' dtype)."""
+    """Bytes of the state of one sequence."""
     tokenizer: bool
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,12 +64,9 @@ def describe(name: str | os.PathLike, **hub: Any) -> CheckpointInfo:
         kind, count = format.count(stored, tensor, config)
         if count:
             dtypes[kind] = dtypes.get(kind, 0) + count
-    per_layer = config.intermediate_size * (
-        4 * config.state_size + format.dtype(found).itemsize * (config.conv_kernel - 1)
-    )
     return CheckpointInfo(
         name=str(name), folder=str(folder), format=format.name, architecture=FAMILIES[config.model_type].prefix,
         config={field: getattr(config, field) for field in _SHOWN},
         parameters=sum(dtypes.values()), dtypes=dtypes, files={f.name: f.stat().st_size for f in files},
-        state_bytes=config.num_hidden_layers * per_layer, tokenizer=(folder / "tokenizer.json").is_file(),
+        state_bytes=config.state_spec(format.dtype(found)).nbytes, tokenizer=(folder / "tokenizer.json").is_file(),
     )  # fmt: skip

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 import transformers
 
 from mambakit.models import configuration as shared
+from mambakit.modules.mixers import MIXERS, Mixer, state_spec
+from mambakit.modules.state_spec import StateSpec
 
 
 class FalconMambaConfig(transformers.FalconMambaConfig):
@@ -27,6 +30,14 @@ class FalconMambaConfig(transformers.FalconMambaConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """The configuration of a checkpoint in any format (`mambakit.models.checkpoints`), checked."""
         return shared.read(cls, pretrained_model_name_or_path, kwargs)
+
+    def mixer_class(self, layer_idx: int) -> type[Mixer]:
+        """The sequence mixer of layer ``layer_idx``."""
+        return MIXERS["mamba"]
+
+    def state_spec(self, dtype: torch.dtype | str | None = None) -> StateSpec:
+        """As `MambaConfig.state_spec`."""
+        return state_spec(self, dtype)
 
     def to_dict(self) -> dict[str, Any]:
         return shared.without_unset_range(super().to_dict())

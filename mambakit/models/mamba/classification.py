@@ -13,7 +13,7 @@ from mambakit.models.mamba.configuration import MambaConfig
 from mambakit.models.mamba.modeling import MambaModel
 from mambakit.models.outputs import MambaSequenceClassifierOutput
 from mambakit.models.pretrained import MambaPreTrainedModel
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 from mambakit.modules.tracing import values_are_hidden
 
 
@@ -38,15 +38,15 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        cache_params: MambaCache | None = None,
+        cache_params: StateCache | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         use_cache: bool | None = None,
-        past_key_values: MambaCache | None = None,
+        past_key_values: StateCache | None = None,
         output_attentions: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        cache: MambaCache | None = None,
+        cache: StateCache | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         seq_idx: Tensor | None = None,
@@ -123,7 +123,7 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
 
 
 def _require_one_document(
-    tokens: Tensor, attention_mask: Tensor | None, marks: Marks, cache: MambaCache | None
+    tokens: Tensor, attention_mask: Tensor | None, marks: Marks, cache: StateCache | None
 ) -> None:
     if values_are_hidden(tokens, attention_mask, *marks):
         return

@@ -14,10 +14,10 @@ from mambakit.models.mamba.configuration import MambaConfig
 from mambakit.models.outputs import MambaCausalLMOutput, MambaOutput
 from mambakit.models.pretrained import MambaPreTrainedModel
 from mambakit.models.quantization import require_learning
-from mambakit.modules import MambaBlock, MambaCache, RMSNorm
+from mambakit.modules import MambaBlock, RMSNorm, StateCache, new_cache
 from mambakit.modules.interception import is_ours
-from mambakit.modules.placement import InHand, computing_device, is_dispatched
-from mambakit.ops._memory import in_functorch
+from mambakit.modules.placement import CacheHandle, computing_device, is_dispatched
+from mambakit.ops._backends.memory import in_functorch
 
 
 class MambaModel(MambaPreTrainedModel):
@@ -37,27 +37,27 @@ class MambaModel(MambaPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embeddings = value
 
-    def new_cache(self, batch_size: int) -> MambaCache:
+    def new_cache(self, batch_size: int) -> StateCache:
         """A zero state for ``batch_size`` rows, in this model's dtype, where its layers compute."""
         weight = next(self.norm_f.parameters())  # norm_f may be wrapped by another library's module
         devices = [computing_device(block) for block in self.layers]
         place = devices if len(set(devices)) > 1 else next(iter(devices), weight.device)
-        return MambaCache(self.config, batch_size, place, weight.dtype)
+        return new_cache(self.config, batch_size, place, weight.dtype)
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        cache_params: MambaCache | None = None,
+        cache_params: StateCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        past_key_values: MambaCache | None = None,
+        past_key_values: StateCache | None = None,
         output_attentions: bool | None = None,
-        cache: MambaCache | None = None,
+        cache: StateCache | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
@@ -125,7 +125,7 @@ class MambaModel(MambaPreTrainedModel):
             if checkpointing:
                 x, residual = self._gradient_checkpointing_func(block.__call__, x, residual, None, packing)
             else:
-                state = InHand(cache) if cache is not None and is_dispatched(block) else cache
+                state = CacheHandle(cache) if cache is not None and is_dispatched(block) else cache
                 x, residual = block(x, residual, state, packing)
             if output_hidden_states:  # else they would stay alive: 4 h bytes for each token and layer
                 streams.append(residual)
@@ -169,7 +169,7 @@ class MambaForCausalLM(GenerativeMambaModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        cache_params: MambaCache | None = None,
+        cache_params: StateCache | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -177,10 +177,10 @@ class MambaForCausalLM(GenerativeMambaModel):
         logits_to_keep: int | Tensor = 0,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        past_key_values: MambaCache | None = None,
+        past_key_values: StateCache | None = None,
         output_attentions: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        cache: MambaCache | None = None,
+        cache: StateCache | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,

@@ -9,16 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambakit.modules.cache import MambaCache
 from mambakit.modules.convolution import convolve, convolve_
 from mambakit.modules.fused_mixer import Weights, in_training, mix, project
 from mambakit.modules.initialization import TimeSteps, initial_a_log
 from mambakit.modules.interception import untouched
+from mambakit.modules.mixers.mixer import Mixer
 from mambakit.modules.packing import Packing
-from mambakit.modules.placement import InHand
+from mambakit.modules.placement import CacheHandle, opened
 from mambakit.modules.precision import keep_float32
+from mambakit.modules.state_cache import StateCache
+from mambakit.modules.state_spec import StateTensor
 from mambakit.ops import causal_conv1d, causal_conv1d_, rms_norm, selective_scan, selective_scan_
-from mambakit.ops._memory import all_plain
+from mambakit.ops._backends.memory import all_plain
 from mambakit.quoting import brief
 
 
@@ -58,7 +60,7 @@ class TimeStepProjection(nn.Linear):
         return super()._apply(lambda t: keep_float32(fn, t) if t.dim() == 1 else fn(t), recurse)
 
 
-class MambaMixer(nn.Module):
+class MambaMixer(Mixer):
     """The Mamba layer: state in, state out, and one forward for training, prefill and decode.
 
     Without a cache it trains. With one, the same code prefills, continues and decodes, for any number of new tokens.
@@ -67,6 +69,21 @@ class MambaMixer(nn.Module):
         config: a `MambaConfig` (or any object with its fields).
         layer_idx: which layer's states of the cache are this layer's.
     """
+
+    STATE_FIELDS = (
+        "intermediate_size", "state_size", "conv_kernel", "time_step_rank", "use_bias", "use_conv_bias", "hidden_act",
+    )  # fmt: skip
+    COMPUTATION_FIELDS = ("hidden_act", "mixer_rms_eps")
+
+    @staticmethod
+    def state_tensors(config: Any, dtype: torch.dtype) -> tuple[StateTensor, ...]:
+        """``conv`` (d, k - 1), the convolution's last inputs, in ``dtype``; ``ssm`` (d, n), float32 whatever the weights are
+        (float64 in a float64 model)."""
+        d, wide = config.intermediate_size, torch.float64 if dtype == torch.float64 else torch.float32
+        return (
+            StateTensor("conv", (d, config.conv_kernel - 1), dtype),
+            StateTensor("ssm", (d, config.state_size), wide),
+        )
 
     def __init__(self, config: Any, layer_idx: int = 0):
         super().__init__()
@@ -120,21 +137,22 @@ class MambaMixer(nn.Module):
         self.conv_activation, self.act = None, ACT2FN[name]
 
     def forward(
-        self, hidden_states: Tensor, cache_params: MambaCache | InHand | None = None, packing: Packing | None = None
+        self,
+        hidden_states: Tensor,
+        cache_params: StateCache | CacheHandle | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Mix over time.
 
         Args:
             hidden_states: (b, l, h), or the packed row (1, total, h) with ``packing``.
             cache_params: read as the state before the first token and left as the state after the last.
-            packing: where the sequences of a packed row start, and their cache rows.
+            packing: where the sequences of a packed row start, and their slots.
 
         Returns:
             (b, l, h).
         """
-        if isinstance(cache_params, InHand):
-            cache_params.held.place(self.layer_idx, hidden_states.device)
-        cache = cache_params.held if isinstance(cache_params, InHand) else cache_params
+        cache = opened(cache_params, self.layer_idx, hidden_states.device)
         if packing is not None:
             packing = packing.on(hidden_states.device)
         xz = project(self.in_proj, hidden_states)  # (b, l, 2 d)
@@ -158,7 +176,7 @@ class MambaMixer(nn.Module):
             ))
         )  # fmt: skip
 
-    def _mix_joined(self, xz: Tensor, cache: MambaCache | None, packing: Packing | None) -> Tensor:
+    def _mix_joined(self, xz: Tensor, cache: StateCache | None, packing: Packing | None) -> Tensor:
         """As `_mix`, the ops as one function."""
         weights = Weights(
             *self._filter()[:2], self.x_proj.weight, self.dt_proj.weight, self.A_log, self.D,
@@ -169,16 +187,17 @@ class MambaMixer(nn.Module):
         self._keep(cache, packing, *states)
         return y
 
-    def _states(self, cache: MambaCache | None, packing: Packing | None) -> tuple[Tensor | None, Tensor | None]:
+    def _states(self, cache: StateCache | None, packing: Packing | None) -> tuple[Tensor | None, Tensor | None]:
         if cache is None:
             return None, None
-        return cache.layer(self.layer_idx, None if packing is None else packing.read)
+        conv_state, ssm_state = cache.layer(self.layer_idx, None if packing is None else packing.read)
+        return conv_state, ssm_state
 
-    def _keep(self, cache: MambaCache | None, packing: Packing | None, conv_state: Tensor, ssm_state: Tensor) -> None:
+    def _keep(self, cache: StateCache | None, packing: Packing | None, conv_state: Tensor, ssm_state: Tensor) -> None:
         if cache is not None:
-            cache.update(self.layer_idx, conv_state, ssm_state, None if packing is None else packing.write)
+            cache.update(self.layer_idx, conv_state, ssm_state, rows=None if packing is None else packing.write)
 
-    def _mix(self, x: Tensor, z: Tensor, cache: MambaCache | None, packing: Packing | None) -> Tensor:
+    def _mix(self, x: Tensor, z: Tensor, cache: StateCache | None, packing: Packing | None) -> Tensor:
         """States go in and come out as values, and gradients flow through them."""
         conv_state, ssm_state = self._states(cache, packing)
         cu_seqlens = None if packing is None else packing.cu_seqlens
@@ -193,11 +212,11 @@ class MambaMixer(nn.Module):
         self._keep(cache, packing, conv_state, ssm_state)
         return y.to(z.dtype)
 
-    def _mix_in_place(self, x: Tensor, z: Tensor, cache: MambaCache, packing: Packing | None) -> Tensor:
+    def _mix_in_place(self, x: Tensor, z: Tensor, cache: StateCache, packing: Packing | None) -> Tensor:
         """Inference: the ops read and write the cache's own memory."""
         cu_seqlens = None if packing is None else packing.cu_seqlens
         slots = None if packing is None else packing.read.to(torch.int32)
-        conv_state, ssm_state = cache.conv_states[self.layer_idx], cache.ssm_states[self.layer_idx]
+        conv_state, ssm_state = cache.memory(self.layer_idx)
         if untouched(self.conv1d, nn.Conv1d):
             x, _ = causal_conv1d_(x, *self._filter(), state=conv_state, slot_indices=slots, cu_seqlens=cu_seqlens)
         else:

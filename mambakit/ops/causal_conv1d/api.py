@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from mambakit.ops import _checks
-from mambakit.ops._memory import in_functorch
+from mambakit.ops._backends.memory import in_functorch
 from mambakit.ops.causal_conv1d import (
-    reference,
+    chunked,
     schema,  # noqa: F401, defines the op
 )
 
@@ -52,7 +52,7 @@ def causal_conv1d(
         _checks.same_device(op, x.device, initial_state=initial_state)
     _checks.no_forward_mode(op, x, weight, bias, initial_state)
     if in_functorch():
-        return reference.forward(x, weight, bias, name, initial_state, cu_seqlens)
+        return chunked.forward(x, weight, bias, name, initial_state, cu_seqlens)
     return torch.ops.mambakit.causal_conv1d(x, weight, bias, name, initial_state, cu_seqlens)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from mambakit.ops._library import LIBRARY, define, implement_on_cuda
+from mambakit.ops._backends.dispatch import LIBRARY, define, implement_on_cpu, implement_on_cuda
 from mambakit.ops._once import differentiated_once
-from mambakit.ops.causal_conv1d import reference
+from mambakit.ops.causal_conv1d import chunked, cpu
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, str activation"
 
@@ -35,18 +35,18 @@ def _forward_fake_(state, slot_indices, x, *rest):
 
 define(
     f"causal_conv1d({_INPUTS}, Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor)",
-    reference.forward,
+    chunked.forward,
     _fake,
 )
 define(
     f"causal_conv1d_backward(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor? initial_state, Tensor? cu_seqlens)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    reference.backward,
+    chunked.backward,
     _backward_fake,
 )
 define(
     f"causal_conv1d_(Tensor(a!) state, Tensor? slot_indices, {_INPUTS}, Tensor? cu_seqlens) -> Tensor",
-    reference.forward_,
+    chunked.forward_,
     _forward_fake_,
 )
 
@@ -72,6 +72,10 @@ def _backward(ctx, dy, dfinal):
 
 
 torch.library.register_autograd("mambakit::causal_conv1d", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+implement_on_cpu("causal_conv1d", cpu.forward, cpu.serves)
+implement_on_cpu("causal_conv1d_backward", cpu.backward, cpu.serves_backward)
+implement_on_cpu("causal_conv1d_", cpu.forward_, cpu.serves_in_place)
 
 _GPU = "mambakit.ops.causal_conv1d.triton"
 implement_on_cuda("causal_conv1d", _GPU, "forward")

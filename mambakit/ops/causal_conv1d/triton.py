@@ -1,6 +1,6 @@
-"""causal_conv1d on a GPU, in Triton. Contract: `reference.py` and `api.py`; the kernels are in `triton_kernels.py`.
+"""causal_conv1d on a GPU, in Triton. Contract: `chunked.py` and `api.py`; the kernels are in `triton_kernels.py`.
 
-Other widths than 2 to 8, and float64, go to the reference, which is PyTorch and runs on any device.
+Other widths than 2 to 8, and float64, go to `chunked.py`, which is PyTorch and runs on any device.
 
 The op moves bytes: forward reads x and writes y, backward reads x and dy and writes dx, and the arithmetic has to stay
 below what the memory system needs anyway (about 38 instructions per element forward and 57 backward on an H100).
@@ -25,7 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mambakit.ops.causal_conv1d import reference
+from mambakit.ops.causal_conv1d import chunked
 from mambakit.ops.causal_conv1d import triton_kernels as kernels
 
 
@@ -126,7 +126,7 @@ def _convolve(x, weight, bias, activation, state, slots, cu_seqlens, final_dtype
 def forward(x, weight, bias, activation, initial_state, cu_seqlens):
     """`mambakit::causal_conv1d`: (y, final_state)."""
     if not _on_kernels(x, weight.shape[1]):
-        return reference.forward(x, weight, bias, activation, initial_state, cu_seqlens)
+        return chunked.forward(x, weight, bias, activation, initial_state, cu_seqlens)
     with torch.cuda.device_of(x):
         bias = None if bias is None else bias.contiguous()
         return _convolve(x, weight, bias, activation, initial_state, None, cu_seqlens, x.dtype)
@@ -135,7 +135,7 @@ def forward(x, weight, bias, activation, initial_state, cu_seqlens):
 def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens, dx=None):
     """`mambakit::causal_conv1d_backward`: (dx, dweight, dbias, dinitial_state); into ``dx`` (b, l, d) where it is given."""
     if not _on_kernels(x, weight.shape[1]):
-        found = reference.backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens)
+        found = chunked.backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens)
         return found if dx is None else (dx.copy_(found[0]), *found[1:])
     b, length, d = x.shape
     k = weight.shape[1]
@@ -179,7 +179,7 @@ def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens,
 def forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens):
     """`mambakit::causal_conv1d_`: y; ``state`` (slots, d, k - 1) is read and written at ``slot_indices``."""
     if not _on_kernels(x, weight.shape[1]) or state.dtype == torch.float64:
-        return reference.forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens)
+        return chunked.forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens)
     b, length, d = x.shape
     k = weight.shape[1]
     sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -1,1 +1,1 @@
-"""One token through a whole model on a GPU. (On a CPU: `mambakit.ops.native.decode`.)"""
+"""One token through a whole model on a GPU. (On a CPU: `mambakit.ops.decode.cpu`.)"""

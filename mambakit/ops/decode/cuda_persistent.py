@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mambakit.ops import _nvrtc
-from mambakit.ops._memory import all_plain, zeros
+from mambakit.ops._backends import nvrtc
+from mambakit.ops._backends.memory import all_plain, zeros
 from mambakit.ops.decode.weights import ModelWeights, check_states, shape_of, tensors_of
 
 MOST_ROWS = 8
@@ -31,12 +31,12 @@ _READ = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.int16, 
 @functools.cache
 def _limits(device: int) -> tuple[int, int]:
     """(multiprocessors, shared bytes of a block)."""
-    return torch.cuda.get_device_properties(device).multi_processor_count, _nvrtc.shared_memory(device)
+    return torch.cuda.get_device_properties(device).multi_processor_count, nvrtc.shared_memory(device)
 
 
 @functools.cache
-def _kernel(macros: tuple[tuple[str, int], ...], device: int) -> _nvrtc.Kernel:
-    module = _nvrtc.Module(Path(__file__).parent, "persistent.cu", dict(macros), device)
+def _kernel(macros: tuple[tuple[str, int], ...], device: int) -> nvrtc.Kernel:
+    module = nvrtc.Module(Path(__file__).parent, "persistent.cu", dict(macros), device)
     return module.kernel("decode_step", dict(macros)["SHARED"], together=True)
 
 
@@ -148,7 +148,7 @@ def unavailable(device: torch.device) -> str | None:
     """Why the kernel cannot be made for this GPU, or None when it can."""
     if torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < 8:
         return "it needs an NVIDIA GPU of compute capability 8.0 or later"
-    return _nvrtc.available()
+    return nvrtc.available()
 
 
 def why_not(weights: ModelWeights, rows: int, conv_dtype: torch.dtype) -> str | None:
@@ -203,7 +203,7 @@ class PersistentStep:
 
         def address(t: Tensor | None) -> int:
             """Of a tensor whose dtype and shape `_plan` has checked, or that was made here."""
-            return _nvrtc.address(t, _READ, index)
+            return nvrtc.address(t, _READ, index)
 
         self.tokens, self.position = buffer(rows, dtype=torch.int64), buffer(1, dtype=torch.int64)
         self.slot = buffer(1, dtype=torch.int64)

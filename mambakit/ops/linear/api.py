@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambakit.ops._memory import PlainMemoryError, observed, transformed, zeros
-from mambakit.ops.linear import lossless, reference
+from mambakit.ops._backends.memory import PlainMemoryError, observed, transformed, zeros
+from mambakit.ops.linear import chunked, lossless
 from mambakit.quoting import brief
 
 FORMATS = ("float32", "bfloat16", "int8", "int4", "lossless32", "lossless16")
@@ -89,7 +89,7 @@ class PackedWeight:
 
     def dequantized(self) -> Tensor:
         """The weight (out, in) in float32."""
-        return reference.dequantize(self)
+        return chunked.dequantize(self)
 
 
 def pack(weight: Tensor, format: str, group: int = GROUP) -> PackedWeight:
@@ -180,19 +180,20 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     """
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"linear: x has shape {tuple(x.shape)}, but the weight takes {weight.in_features} features")
-    from mambakit.ops.native import library, matvec
+    from mambakit.ops._backends import native
+    from mambakit.ops.linear import cpu
 
-    if x.device.type != "cpu" or x.dtype == torch.float64 or not library.is_available():
-        return reference.linear(x, weight, bias)
+    if x.device.type != "cpu" or x.dtype == torch.float64 or not native.is_available():
+        return chunked.linear(x, weight, bias)
     # Addresses are read here without torch's dispatcher, which would have told who transforms or follows the call.
     if transformed() or observed():
-        return reference.linear(x, weight, bias)
+        return chunked.linear(x, weight, bias)
     rows = x.numel() // max(1, x.shape[-1])
     in_training = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     try:
         if rows <= MOST_ROWS and not in_training:
-            return matvec.linear(x, weight, bias)
-        widened = matvec.widen(weight)
+            return cpu.linear(x, weight, bias)
+        widened = cpu.widen(weight)
     except PlainMemoryError:
-        return reference.linear(x, weight, bias)
-    return reference.linear(x, weight, bias, widened)
+        return chunked.linear(x, weight, bias)
+    return chunked.linear(x, weight, bias, widened)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from mambakit.ops import _checks
 from mambakit.ops._autocast import autocast_dtype
-from mambakit.ops._memory import in_functorch
-from mambakit.ops.linear_cross_entropy import reference, schema  # noqa: F401  (defines the op)
+from mambakit.ops._backends.memory import in_functorch
+from mambakit.ops.linear_cross_entropy import chunked, schema  # noqa: F401  (defines the op)
 
 
 def linear_cross_entropy(
@@ -68,7 +68,7 @@ def linear_cross_entropy(
         hidden = hidden.to(dtype)
     training = torch.is_grad_enabled()
     if in_functorch():
-        total, _, _ = reference.forward(hidden, weight, targets, ignore_index, False, False)
+        total, _, _ = chunked.forward(hidden, weight, targets, ignore_index, False, False)
     else:
         total, _, _ = torch.ops.mambakit.linear_cross_entropy(
             hidden, weight, targets, ignore_index, training and hidden.requires_grad, training and weight.requires_grad

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from mambakit.ops._library import LIBRARY, define, implement_on_cuda
+from mambakit.ops._backends.dispatch import LIBRARY, define, implement_on_cuda
 from mambakit.ops._once import differentiated_once
-from mambakit.ops.linear_cross_entropy import reference
+from mambakit.ops.linear_cross_entropy import chunked
 
 
 def _fake(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
     return (
-        hidden.new_empty((), dtype=reference.loss_dtype(hidden, weight)),
+        hidden.new_empty((), dtype=chunked.loss_dtype(hidden, weight)),
         hidden.new_empty(hidden.shape if need_dhidden else (0,)),
         weight.new_empty(weight.shape if need_dweight else (0,)),
     )
@@ -24,7 +24,7 @@ def _fake(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
 define(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool need_dhidden,"
     " bool need_dweight) -> (Tensor, Tensor, Tensor)",
-    reference.forward,
+    chunked.forward,
     _fake,
 )
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from mambakit.ops._products import product
-from mambakit.ops.linear_cross_entropy import reference
+from mambakit.ops.linear_cross_entropy import chunked
 
 # Logits of a chunk: 512 MiB of float32, half of it again for their gradient, and as much at most for dhidden in float32.
 CHUNK_LOGITS = 2**27
@@ -111,7 +111,7 @@ def softmax_plan(v: int) -> tuple[int, int, int]:
 def forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
     """`mambakit::linear_cross_entropy`: (summed loss, dhidden, dweight)."""
     if torch.float64 in (hidden.dtype, weight.dtype):
-        return reference.forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweight)
+        return chunked.forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweight)
     tokens, h = hidden.shape
     v = weight.shape[0]
     device, dtype = hidden.device, hidden.dtype

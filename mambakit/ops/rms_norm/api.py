@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from mambakit.ops import _checks
-from mambakit.ops._memory import in_functorch
+from mambakit.ops._backends.memory import in_functorch
 from mambakit.ops.rms_norm import (
-    reference,
+    chunked,
     schema,  # noqa: F401, defines the op
 )
 
@@ -53,5 +53,5 @@ def rms_norm(
     if residual_dtype is None:
         residual_dtype = x.dtype if residual is None else residual.dtype
     if in_functorch():
-        return reference.forward(x, weight, residual, eps, residual_dtype, out_dtype or x.dtype)
+        return chunked.forward(x, weight, residual, eps, residual_dtype, out_dtype or x.dtype)
     return torch.ops.mambakit.rms_norm(x, weight, residual, eps, residual_dtype, out_dtype or x.dtype)

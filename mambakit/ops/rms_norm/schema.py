@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from mambakit.ops._library import LIBRARY, define, implement_on_cuda
+from mambakit.ops._backends.dispatch import LIBRARY, define, implement_on_cpu, implement_on_cuda
 from mambakit.ops._once import differentiated_once
-from mambakit.ops.rms_norm import reference
+from mambakit.ops.rms_norm import chunked, cpu
 
 
 def _fake(x, weight, residual, eps, residual_dtype, out_dtype):
@@ -24,13 +24,13 @@ def _backward_fake(dy, dresidual_out, residual_out, weight, eps, x_dtype, has_re
 define(
     "rms_norm(Tensor x, Tensor? weight, Tensor? residual, float eps, ScalarType residual_dtype, ScalarType out_dtype)"
     " -> (Tensor, Tensor)",
-    reference.forward,
+    chunked.forward,
     _fake,
 )
 define(
     "rms_norm_backward(Tensor dy, Tensor? dresidual_out, Tensor residual_out, Tensor? weight, float eps,"
     " ScalarType x_dtype, bool has_residual) -> (Tensor, Tensor, Tensor)",
-    reference.backward,
+    chunked.backward,
     _backward_fake,
 )
 
@@ -54,6 +54,9 @@ def _backward(ctx, dy, dresidual_out):
 
 
 torch.library.register_autograd("mambakit::rms_norm", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+implement_on_cpu("rms_norm", cpu.forward, cpu.serves)
+implement_on_cpu("rms_norm_backward", cpu.backward, cpu.serves)
 
 _GPU = "mambakit.ops.rms_norm.triton"
 implement_on_cuda("rms_norm", _GPU, "forward")

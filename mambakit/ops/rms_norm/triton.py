@@ -1,10 +1,10 @@
-"""rms_norm on a GPU, in Triton. Contract: `reference.py` and `api.py`; this file only says how.
+"""rms_norm on a GPU, in Triton. Contract: `chunked.py` and `api.py`; this file only says how.
 
 Memory bound: forward reads x and the residual and writes the new residual and y in one pass, with the whole row in
 registers. Backward reads dy, the saved sum and the gradient of the residual stream, writes dx and the residual's
 gradient, and recomputes the row's scale instead of loading a saved one. Each backward program takes a fixed run of
 rows and keeps their share of dweight in registers; a second kernel adds the programs' shares in order, so the same
-inputs give the same bits. float64 goes to the reference.
+inputs give the same bits. float64 goes to plain PyTorch (`chunked.py`).
 """
 
 import torch
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambakit.ops.rms_norm import reference
+from mambakit.ops.rms_norm import chunked
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -107,7 +107,7 @@ def _block(h: int) -> tuple[int, int, int]:
 def forward(x, weight, residual, eps, residual_dtype, out_dtype):
     """`mambakit::rms_norm`: (y, residual)."""
     if torch.float64 in (x.dtype, residual_dtype, out_dtype):
-        return reference.forward(x, weight, residual, eps, residual_dtype, out_dtype)
+        return chunked.forward(x, weight, residual, eps, residual_dtype, out_dtype)
     h = x.shape[-1]
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     kept = torch.empty(x.shape, dtype=residual_dtype, device=x.device)
@@ -135,7 +135,7 @@ def _programs(device: torch.device, num_warps: int) -> int:
 def backward(dy, dresidual_out, residual_out, weight, eps, x_dtype, has_residual):
     """`mambakit::rms_norm_backward`: (dx, dweight, dresidual)."""
     if torch.float64 in (dy.dtype, residual_out.dtype, x_dtype):
-        return reference.backward(dy, dresidual_out, residual_out, weight, eps, x_dtype, has_residual)
+        return chunked.backward(dy, dresidual_out, residual_out, weight, eps, x_dtype, has_residual)
     h = residual_out.shape[-1]
     device = residual_out.device
     dx = torch.empty(residual_out.shape, dtype=x_dtype, device=device)

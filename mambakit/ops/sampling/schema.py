@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mambakit.ops._library import LIBRARY, define, implement_on_cuda
+from mambakit.ops._backends.dispatch import LIBRARY, define, implement_on_cuda
 from mambakit.ops.sampling import cpu, reference
 
 

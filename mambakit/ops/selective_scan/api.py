@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mambakit.ops import _checks
-from mambakit.ops._memory import in_functorch
-from mambakit.ops.selective_scan import reference
+from mambakit.ops._backends.memory import in_functorch
+from mambakit.ops.selective_scan import chunked
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
 
 
@@ -61,7 +61,7 @@ def selective_scan(
     differentiable = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     _checks.no_forward_mode("selective_scan", *differentiable)
     if in_functorch():
-        return reference.forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, 0)[:2]
+        return chunked.forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, 0)[:2]
     # An exported program is for inference (its gradient still works: it recomputes the checkpoints).
     needs_grad = (
         torch.is_grad_enabled()

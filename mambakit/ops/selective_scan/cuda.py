@@ -2,7 +2,7 @@
 
 This file allocates and launches; the layout of a call is `plan.py`'s choice. How the kernels work is in `common.cuh`, `forward.cuh` and
 `backward.cuh`. Where CUDA C++ cannot be compiled, the Triton kernels of `triton.py` serve, after one warning; one token in place goes
-there, too. float64 and empty inputs go to the reference.
+there, too. float64 and empty inputs go to plain PyTorch (`chunked.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mambakit.ops import _memory, _nvrtc
-from mambakit.ops._memory import FLOAT32, INT32
-from mambakit.ops.selective_scan import reference
+from mambakit.ops._backends import memory, nvrtc
+from mambakit.ops._backends.memory import FLOAT32, INT32
+from mambakit.ops.selective_scan import chunked
 from mambakit.ops.selective_scan.plan import Plan, backward_plan, forward_plan
 
 _FOLDER = Path(__file__).parent
@@ -54,7 +54,7 @@ def _module(
     kind: str, plan: Plan, dtype: torch.dtype, gated: bool, softplus: bool, packed: bool, whole: int, device: int
 ):
     macros = _macros(kind, plan, dtype, gated, softplus, packed, whole)
-    return _nvrtc.Module(_FOLDER, "kernel.cu", macros, device)
+    return nvrtc.Module(_FOLDER, "kernel.cu", macros, device)
 
 
 @functools.cache
@@ -71,7 +71,7 @@ def _portable(reason: str):
 @functools.cache
 def _fallback():
     """The Triton kernels when CUDA C++ cannot be compiled here, else None."""
-    reason = _nvrtc.available()
+    reason = nvrtc.available()
     return None if reason is None else _portable(reason)
 
 
@@ -88,7 +88,7 @@ def _one_token():
 def _elsewhere(u: Tensor, A: Tensor):
     """The module that serves this call instead of the kernels here, or None."""
     if u.dtype == torch.float64 or u.numel() == 0 or A.shape[1] == 0:
-        return reference
+        return chunked
     fallback = _fallback()
     if fallback is None and A.shape[1] > 256:
         return _portable(f"A has {A.shape[1]} states, the CUDA C++ kernels take 256")
@@ -100,7 +100,7 @@ def _gradient_elsewhere(u: Tensor, A: Tensor):
     other = _elsewhere(u, A)
     if other is not None:
         return other
-    shared = _nvrtc.shared_memory(u.device.index)
+    shared = nvrtc.shared_memory(u.device.index)
     needed = backward_plan(*u.shape, A.shape[1], _multiprocessors(u.device.index), shared).backward_bytes
     if needed <= shared:
         return None
@@ -154,7 +154,7 @@ def _operands(d: int, n: int, itemsize: int, *given: Tensor | None) -> _Operands
             if element != 1 or token >= _FARTHEST:
                 t = t.contiguous()
                 row, token, _ = t.stride()
-            address = _memory.address_of_rows(t, dtypes, (b, length, d if t.shape[2] == d else n), device)
+            address = memory.address_of_rows(t, dtypes, (b, length, d if t.shape[2] == d else n), device)
             odd |= row | token | address // itemsize
         tensors.append(t)
         addresses.append(address)
@@ -199,16 +199,16 @@ def _number_sequences(kernel, stream, cu_seqlens, ids, from_state, to_state, sta
     sequences, device = cu_seqlens.shape[0] - 1, cu_seqlens.get_device()
     rounds = min(64, -(-ids.shape[0] // (sequences * 1024)) + 1)
     kernel(
-        sequences, 256, stream, *(_nvrtc.address(t, INT32, device) for t in (cu_seqlens, ids)),
-        *(_nvrtc.address(t, FLOAT32, device) for t in (from_state, to_state)), state_size, blocks_y=rounds,
+        sequences, 256, stream, *(nvrtc.address(t, INT32, device) for t in (cu_seqlens, ids)),
+        *(nvrtc.address(t, FLOAT32, device) for t in (from_state, to_state)), state_size, blocks_y=rounds,
     )  # fmt: skip
 
 
 class _ForwardCall(NamedTuple):
     """What a forward call of given shapes launches."""
 
-    walk: _nvrtc.Kernel
-    find_sequences: _nvrtc.Kernel
+    walk: nvrtc.Kernel
+    find_sequences: nvrtc.Kernel
     blocks: int  # of one launch
     threads: int
     tiles: int
@@ -233,7 +233,7 @@ def _forward_call(
     module = _module("forward", plan._replace(chunks=1), dtype, gated, softplus, packed, whole, device)
     shared = plan.forward_bytes(dtype.itemsize, gated)
     if plan.resident:
-        shared = max(shared, plan.relay_bytes(_nvrtc.shared_memory(device)))
+        shared = max(shared, plan.relay_bytes(nvrtc.shared_memory(device)))
     return _ForwardCall(
         module.kernel("selective_scan_forward", shared), module.kernel("selective_scan_sequences"),
         b * tiles * (chunks if in_parts or plan.resident else max(chunks - 1, 1)), 32 * plan.warps, tiles, chunk_length,
@@ -265,9 +265,9 @@ class ForwardLaunch:
         self.ids = torch.empty(length, dtype=torch.int32, device=device) if packed else None
         self.kept = inputs, A, D, delta_bias  # the launches read them
         self.device, self.dtype = u.get_device(), (u.dtype,)
-        self.before = (*inputs.addresses, *(_nvrtc.address(t, FLOAT32, self.device) for t in (A, D, delta_bias)))
+        self.before = (*inputs.addresses, *(nvrtc.address(t, FLOAT32, self.device) for t in (A, D, delta_bias)))
         self.after = (
-            local, sums, _nvrtc.address(self.turns, INT32, self.device), *inputs.steps, length, d, n, call.tiles, call.chunk_length, chunks,
+            local, sums, nvrtc.address(self.turns, INT32, self.device), *inputs.steps, length, d, n, call.tiles, call.chunk_length, chunks,
         )  # fmt: skip
         self.interval, self.state_size = interval, d * n
 
@@ -279,7 +279,7 @@ class ForwardLaunch:
             )  # fmt: skip
 
     def launch(self, passes: tuple[int, ...], initial, y, final, checkpoints) -> None:
-        address, device = _nvrtc.address, self.device
+        address, device = nvrtc.address, self.device
         fields = (
             *self.before, address(initial, FLOAT32, device),
             *(address(t, INT32, device) for t in (self.slots, self.ids, self.cu_seqlens)), address(y, self.dtype, device),
@@ -346,10 +346,10 @@ def forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_sof
 class _BackwardCall(NamedTuple):
     """What a backward call of given shapes launches."""
 
-    walk: _nvrtc.Kernel
-    arrive: _nvrtc.Kernel
-    finish: _nvrtc.Kernel
-    find_sequences: _nvrtc.Kernel
+    walk: nvrtc.Kernel
+    arrive: nvrtc.Kernel
+    finish: nvrtc.Kernel
+    find_sequences: nvrtc.Kernel
     threads: int
     tiles: int
     chunk_length: int
@@ -360,7 +360,7 @@ class _BackwardCall(NamedTuple):
 
 @functools.lru_cache(4096)
 def _backward_call(b, length, d, n, dtype, gated, softplus, packed, whole, device, interval, in_parts) -> _BackwardCall:
-    shared = _nvrtc.shared_memory(device)
+    shared = nvrtc.shared_memory(device)
     plan = backward_plan(b, length, d, n, _multiprocessors(device), shared, not (packed or in_parts))
     if plan.backward_bytes > shared:  # of a row in parts alone: other gradients are elsewhere by now
         raise RuntimeError(
@@ -427,8 +427,8 @@ class BackwardLaunch:
         call = self.call
         partial, dA_parts, dD_parts, dbias_parts, local, sums = self.places
         to = self.dinitial if initial is not None else None
-        address, device, dtype = _nvrtc.address, self.du.get_device(), (self.du.dtype,)
-        dz = _memory.address_of_rows(self.dz, dtype, self.dz.shape, device)  # it may be half of a wider tensor
+        address, device, dtype = nvrtc.address, self.du.get_device(), (self.du.dtype,)
+        dz = memory.address_of_rows(self.dz, dtype, self.dz.shape, device)  # it may be half of a wider tensor
         return (
             *inputs.addresses,
             *(address(t, FLOAT32, device) for t in (A, D, delta_bias, initial, dfinal, checkpoints)),
@@ -455,7 +455,7 @@ class BackwardLaunch:
         call, (b, length, d, n) = self.call, self.shape
         call.walk(b * call.tiles * call.chunks, call.threads, self.stream, *self._fields(dfinal))
         partial, dA_parts, dD_parts, dbias_parts, *_ = self.places
-        address, device, dtype = _nvrtc.address, self.du.get_device(), (self.du.dtype,)
+        address, device, dtype = nvrtc.address, self.du.get_device(), (self.du.dtype,)
         blocks = -(-b * length * call.padded // 2 // 256) + -(-(d * n + 2 * d) // 256)
         call.finish(
             blocks, 256, self.stream, partial, dA_parts, dD_parts, dbias_parts,

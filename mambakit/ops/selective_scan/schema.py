@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from mambakit.ops._library import LIBRARY, define, implement_on_cuda
+from mambakit.ops._backends.dispatch import LIBRARY, define, implement_on_cpu, implement_on_cuda
 from mambakit.ops._once import differentiated_once
-from mambakit.ops.selective_scan import reference
+from mambakit.ops.selective_scan import chunked, cpu
 
 # 64 bytes of state per channel every 64 tokens is 1 byte per element, against 2 for one bfloat16 activation; the CUDA
 # gradient was faster with it than with 128 (docs/kernels.md).
@@ -58,19 +58,19 @@ def _forward_fake_(state, slot_indices, u, *rest):
 define(
     f"selective_scan({_INPUTS}, Tensor? initial_state, Tensor? cu_seqlens, int checkpoint_interval)"
     " -> (Tensor, Tensor, Tensor)",
-    reference.forward,
+    chunked.forward,
     _fake,
 )
 define(
     f"selective_scan_backward(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor? initial_state, Tensor? cu_seqlens,"
     " Tensor checkpoints, int checkpoint_interval)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference.backward,
+    chunked.backward,
     _backward_fake,
 )
 define(
     f"selective_scan_(Tensor(a!) state, Tensor? slot_indices, {_INPUTS}, Tensor? cu_seqlens) -> Tensor",
-    reference.forward_,
+    chunked.forward_,
     _forward_fake_,
 )
 
@@ -108,6 +108,10 @@ def _backward(ctx, dy, dfinal, _):
 
 
 torch.library.register_autograd("mambakit::selective_scan", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+implement_on_cpu("selective_scan", cpu.forward, cpu.serves)
+implement_on_cpu("selective_scan_backward", cpu.backward, cpu.serves)
+implement_on_cpu("selective_scan_", cpu.forward_, cpu.serves)
 
 _GPU = "mambakit.ops.selective_scan.cuda"
 implement_on_cuda("selective_scan", _GPU, "forward")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mambakit.training.data.files import Piece, open_binary
+from mambakit.opening import open_binary
+from mambakit.training.data.files import Piece
 
 _FRAMES = 1 << 18
 _MU = 255.0

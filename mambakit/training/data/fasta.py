@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from mambakit.training.data.files import Piece, open_text
+from mambakit.opening import open_text
+from mambakit.training.data.files import Piece
 
 _PIECE_LETTERS = 1 << 20
 # N and IUPAC's letters for one of several nucleotides.

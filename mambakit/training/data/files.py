@@ -1,28 +1,23 @@
-"""Which files, of which format, and how they are opened."""
+"""Which files are read, and in which format."""
 
 from __future__ import annotations
 
 import dataclasses
 import glob
-import gzip
-import lzma
-import zlib
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
 from mambakit.errors import UsageError
+from mambakit.opening import COMPRESSED
 
-_COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
 _FORMATS = {
     ".txt": "text", ".text": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
     ".fa": "fasta", ".fasta": "fasta", ".fna": "fasta", ".ffn": "fasta", ".wav": "wav", ".wave": "wav",
 }  # fmt: skip
-# Errors of a stream that is not what its name says, or ends too early.
-DAMAGED = (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError)
 
 
 class Piece(NamedTuple):
-    """A stretch of a document: text, or bytes (audio codes). Documents of any length pass in pieces of bounded size."""
+    """Part of a document: text, or bytes (audio codes). Documents of any length are read in pieces of bounded size."""
 
     data: str | bytes
     last: bool
@@ -54,7 +49,9 @@ def expand(names: list[str]) -> list[Path]:
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in _FORMATS)
             if not inside:
-                raise ValueError(f"the folder {path} holds no file named {', '.join(_FORMATS)} (or with .gz, .xz)")
+                raise ValueError(
+                    f"the folder {path} holds no file named {', '.join(_FORMATS)} (or with {', '.join(COMPRESSED)})"
+                )
             found += inside
         elif path.is_file():
             found.append(path)
@@ -74,14 +71,4 @@ def format_of(path: Path, options: FileOptions) -> str:
 
 
 def _suffix(path: Path) -> str:
-    return Path(path.stem).suffix.lower() if path.suffix in _COMPRESSED else path.suffix.lower()
-
-
-def open_binary(path: Path) -> IO[bytes]:
-    """Open a file for reading, decompressed where its name ends in .gz or .xz."""
-    opener = _COMPRESSED.get(path.suffix)
-    return open(path, "rb") if opener is None else opener(path, "rb")
-
-
-def open_text(path: Path) -> IO[str]:
-    return _COMPRESSED.get(path.suffix, open)(path, "rt", encoding="utf-8")
+    return Path(path.stem).suffix.lower() if path.suffix in COMPRESSED else path.suffix.lower()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from mambakit.opening import named_damage
 from mambakit.training.data import audio, fasta, text
-from mambakit.training.data.files import DAMAGED, FileOptions, Piece, format_of
+from mambakit.training.data.files import FileOptions, Piece, format_of
 
 
 def read_pieces(path: Path, options: FileOptions) -> Iterator[Piece]:
@@ -16,7 +17,7 @@ def read_pieces(path: Path, options: FileOptions) -> Iterator[Piece]:
         ValueError: the file is not of its format, or damaged.
     """
     kind = format_of(path, options)
-    try:
+    with named_damage(f"{path} cannot be read as {kind}, in UTF-8 where it is text"):
         if kind == "text":
             yield from text.read_text(path, options.separator)
         elif kind == "jsonl":
@@ -27,5 +28,3 @@ def read_pieces(path: Path, options: FileOptions) -> Iterator[Piece]:
             yield from fasta.read_fasta(path, options.ambiguous == "split")
         else:
             yield from audio.read_wav(path, options.sample_rate)
-    except DAMAGED as error:
-        raise ValueError(f"{path} cannot be read as {kind}, in UTF-8 where it is text: {error}") from error

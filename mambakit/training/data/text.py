@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from mambakit.errors import UsageError
+from mambakit.opening import open_text, read_json_lines
 from mambakit.reading import require_unicode
-from mambakit.training.data.files import Piece, open_text
+from mambakit.training.data.files import Piece
 
 # Long documents pass in pieces, cut at a line end: bounded memory, and work for all cores.
 PIECE_CHARACTERS = 50_000
@@ -38,20 +39,13 @@ def read_text(path: Path, separator: str) -> Iterator[Piece]:
 
 def read_jsonl(path: Path, field: str) -> Iterator[Piece]:
     """A document for every line: the string under ``field`` of the line's object."""
-    with open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
-                raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
-            if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise ValueError(f"{path}, line {number}: no text under {field!r} (it has: {keys}); set text_field")
-            if record[field].strip():
-                require_unicode(record[field], f"{path}, line {number}: {field}")
-                yield from _document(record[field])
+    for where, record in read_json_lines(path):
+        text = record.get(field)
+        if not isinstance(text, str):
+            raise UsageError(f"{where}: no text under {field!r} (it has: {', '.join(record)}); set text_field")
+        if text.strip():
+            require_unicode(text, f"{where}: {field}")
+            yield from _document(text)
 
 
 def read_parquet(path: Path, field: str) -> Iterator[Piece]:

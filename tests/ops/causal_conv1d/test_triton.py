@@ -7,7 +7,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from mambakit.ops.causal_conv1d import reference  # noqa: E402
+from mambakit.ops.causal_conv1d import chunked  # noqa: E402
 from mambakit.ops.causal_conv1d import triton as conv  # noqa: E402
 from mambakit.ops.causal_conv1d import triton_kernels as kernels  # noqa: E402
 from tests.ops.interpreter import DEVICES, INTERPRETED, run_interpreted  # noqa: E402
@@ -93,11 +93,11 @@ def assert_close(got, expected, dtype, name):
 def check(case, dtype, device):
     arguments = inputs(case, dtype, device)
     dy, dfinal, *rest = arguments.values()
-    expected = reference.forward(*map(exact, rest))
+    expected = chunked.forward(*map(exact, rest))
     for name, got, want in zip(("y", "final_state"), conv.forward(*rest), expected, strict=True):
         assert got.dtype == dtype
         assert_close(got, want, dtype, name)
-    expected = reference.backward(*map(exact, (dy, dfinal, *rest)))
+    expected = chunked.backward(*map(exact, (dy, dfinal, *rest)))
     names = ("dx", "dweight", "dbias", "dinitial_state")
     for name, got, want in zip(names, conv.backward(dy, dfinal, *rest), expected, strict=True):
         assert_close(got, want, dtype, name)
@@ -134,7 +134,7 @@ def test_in_place(device, packed, length, state_dtype, has_slots):
     pool = pool.to(state_dtype)
     before = pool.clone()
     expected_pool = pool.double()
-    expected = reference.forward_(expected_pool, slots, x.double(), weight.double(), bias.double(), "silu", cu)
+    expected = chunked.forward_(expected_pool, slots, x.double(), weight.double(), bias.double(), "silu", cu)
 
     move = lambda t: None if t is None else t.to(device)  # noqa: E731
     pool = move(pool)

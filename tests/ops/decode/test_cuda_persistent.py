@@ -182,7 +182,7 @@ def test_what_it_cannot_serve(on):
     with pytest.raises(ValueError, match="shape h=128, d=256, n=8"):
         step_of(other, other.backbone.new_cache(1))
     cache = model.backbone.new_cache(2)
-    cache._ssm = cache._ssm.transpose(0, 1).contiguous().transpose(0, 1)
+    cache._memory._stacks["ssm_states"] = cache.ssm_states.transpose(0, 1).contiguous().transpose(0, 1)
     with pytest.raises(ValueError, match="contiguous"):
         step_of(model, cache)
     assert persistent.why_not(gpu_weights(model), 1, torch.float32) == "the weights are on cpu"

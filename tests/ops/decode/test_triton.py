@@ -158,7 +158,7 @@ def test_what_it_cannot_serve():
     with pytest.raises(ValueError, match="it serves 1 to"):
         step_of(model, cache)
     cache = model.backbone.new_cache(2)
-    cache._ssm = cache._ssm.transpose(0, 1).contiguous().transpose(0, 1)
+    cache._memory._stacks["ssm_states"] = cache.ssm_states.transpose(0, 1).contiguous().transpose(0, 1)
     with pytest.raises(ValueError, match="contiguous"):
         step_of(model, cache)
     packed = made({}, torch.float32, "cpu").quantize("int8")

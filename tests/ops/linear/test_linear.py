@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mambakit.ops import native
-from mambakit.ops.linear import linear, pack, reference
+from mambakit.ops._backends import native
+from mambakit.ops.linear import chunked, cpu, linear, pack
 from mambakit.ops.linear.api import FORMATS
-from mambakit.ops.native import matvec
 from tests.ops.oracles import in_16_bits, relative_error
 
 DTYPES = {"bfloat16": torch.bfloat16, "lossless16": torch.bfloat16}
@@ -22,7 +21,7 @@ def weight_of(rows, columns, format):
 
 
 @pytest.fixture(params=ISAS, autouse=True)
-def isa(request):
+def instruction_set(request):
     native.use_isa(request.param)
     yield request.param
     native.use_isa(None)
@@ -109,8 +108,8 @@ def test_zeros_and_tiny_numbers(format):
 def test_many_rows_use_the_reference(format, columns):
     packed = pack(weight_of(21, columns, format), format, 32)
     x = torch.randn(3, 11, columns)
-    assert torch.equal(matvec.widen(packed), packed.dequantized())
-    assert torch.equal(linear(x, packed), reference.linear(x, packed, None))
+    assert torch.equal(cpu.widen(packed), packed.dequantized())
+    assert torch.equal(linear(x, packed), chunked.linear(x, packed, None))
 
 
 def test_shapes():
@@ -139,7 +138,7 @@ def test_lossless_is(format):
     dtype, integer = (torch.float32, torch.int32) if format == "lossless32" else (torch.bfloat16, torch.int16)
     weight = unusual(dtype)
     packed = pack(weight, format)
-    for again in (packed.dequantized(), matvec.widen(packed), reference.dequantize(packed)):
+    for again in (packed.dequantized(), cpu.widen(packed), chunked.dequantize(packed)):
         assert torch.equal(again.to(dtype).view(integer), weight.view(integer))  # the bits: NaN and -0 too
     x = torch.randn(4, 130)
     rows = [0, 1, 2, 3, 6, 7, 8]

@@ -59,7 +59,7 @@ def _source(name: str) -> str:
 
 
 class Module:
-    """`_nvrtc.Module` on the CPU; ``folder`` keeps the compiled libraries."""
+    """`nvrtc.Module` on the CPU; ``folder`` keeps the compiled libraries."""
 
     def __init__(self, folder: Path, macros: dict[str, int]):
         kind, kernels = (
@@ -126,10 +126,10 @@ class Module:
 
 def install(monkeypatch, folder: Path, multiprocessors: int = 132) -> None:
     """Until the test ends, cuda.py runs its kernels on CPU tensors, planned for so many multiprocessors."""
-    monkeypatch.setattr(cuda._nvrtc, "Module", lambda _folder, _source, macros, _device: Module(folder, macros))
+    monkeypatch.setattr(cuda.nvrtc, "Module", lambda _folder, _source, macros, _device: Module(folder, macros))
     monkeypatch.setattr(cuda, "_fallback", lambda: None)
     monkeypatch.setattr(cuda, "_multiprocessors", lambda device: multiprocessors)
-    monkeypatch.setattr(cuda._nvrtc, "shared_memory", lambda device: 227 * 1024)
+    monkeypatch.setattr(cuda.nvrtc, "shared_memory", lambda device: 227 * 1024)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from mambakit.ops.selective_scan import cuda, plan, reference
+from mambakit.ops.selective_scan import chunked, cuda, plan
 from tests.ops.oracles import relative_error
 
 pytestmark = [
@@ -122,11 +122,11 @@ OUTPUTS = ("y", "final", "du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias", 
 
 
 def errors(case, implementation=cuda, device="cuda", interval=128):
-    """Each output's relative error against the float64 reference."""
+    """Each output's relative error against the float64 chunked."""
     arguments, dy, dfinal = make(case, device)
     doubles = tuple(map(exact, arguments))
-    expected = reference.forward(*doubles, interval)
-    gradients = reference.backward(exact(dy), exact(dfinal), *doubles, expected[2], interval)
+    expected = chunked.forward(*doubles, interval)
+    gradients = chunked.backward(exact(dy), exact(dfinal), *doubles, expected[2], interval)
     poison(device)
     y, final, checkpoints = implementation.forward(*arguments, interval)
     poison(device)
@@ -155,7 +155,7 @@ def test_checkpoint_intervals(interval):
     assert not failures(case, errors(case, interval=interval))
     arguments, _, _ = make(case)
     checkpoints = cuda.forward(*arguments, interval)[2]
-    assert relative_error(checkpoints, reference.forward(*map(exact, arguments), interval)[2]) < 1e-5
+    assert relative_error(checkpoints, chunked.forward(*map(exact, arguments), interval)[2]) < 1e-5
 
 
 @pytest.mark.parametrize("case", [CASES[20], CASES[35], CASES[42]], ids=name_of)
@@ -202,7 +202,7 @@ def test_in_place_with_slots(length):
     for slots in (torch.tensor([4, -1, 0], dtype=torch.int32, device="cuda"), None):
         ours, theirs = pool.clone(), pool.clone()
         y = cuda.forward_(ours, slots, u, delta, A, B, C, D, z, bias, True, None)
-        want = reference.forward_(theirs, slots, u, delta, A, B, C, D, z, bias, True, None)
+        want = chunked.forward_(theirs, slots, u, delta, A, B, C, D, z, bias, True, None)
         assert relative_error(y, want) < 1e-5
         assert relative_error(ours, theirs) < 1e-5
 
@@ -214,7 +214,7 @@ def test_in_place_packed():
     ours = torch.randn(6, 40, 16, device="cuda")
     theirs = ours.clone()
     y = cuda.forward_(ours, slots, u, delta, A, B, C, D, z, bias, True, cu)
-    want = reference.forward_(theirs, slots, u, delta, A, B, C, D, z, bias, True, cu)
+    want = chunked.forward_(theirs, slots, u, delta, A, B, C, D, z, bias, True, cu)
     assert relative_error(y, want) < 1e-5
     assert relative_error(ours, theirs) < 1e-5
 

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels' logic without a GPU: compiled for the CPU (`cuda_on_cpu.py`), against the float64 reference.
+"""The CUDA C++ kernels' logic without a GPU: compiled for the CPU (`cuda_on_cpu.py`), against the float64 chunked.
 
 The full list of shapes is `test_cuda.CASES`, which the GPU runs; here are the ones that differ most, few because each compiles.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mambakit.ops.selective_scan import cuda, cuda_split_scan, reference
+from mambakit.ops.selective_scan import chunked, cuda, cuda_split_scan
 from mambakit.ops.selective_scan import plan as plans
 from tests.ops.oracles import relative_error
 from tests.ops.selective_scan import cuda_on_cpu, test_cuda
@@ -53,7 +53,7 @@ def test_every_layout_whole_and_cut(on_cpu, monkeypatch, layout, cut):
     monkeypatch.setattr(cuda, "forward_plan", lambda *_: plan)
     case = (1, 300, 40, 16, F32, None, True, False)
     arguments, _, _ = test_cuda.make(case, "cpu")
-    expected = reference.forward(*map(test_cuda.exact, arguments), 64)
+    expected = chunked.forward(*map(test_cuda.exact, arguments), 64)
     for ours, theirs in zip(cuda.forward(*arguments, 64), expected, strict=True):
         assert relative_error(ours, theirs) < 1e-5
 
@@ -163,7 +163,7 @@ def test_the_gradient_of_the_gate_into_given_memory(on_cpu):
 
 @pytest.mark.parametrize(("kilobytes", "most"), [(227, 256), (163, 128), (99, 64)], ids=["Hopper", "A100", "Ada"])
 def test_gradients_of_many_states_go_where_shared_memory_suffices(on_cpu, monkeypatch, kilobytes, most):
-    monkeypatch.setattr(cuda._nvrtc, "shared_memory", lambda device: kilobytes * 1024)
+    monkeypatch.setattr(cuda.nvrtc, "shared_memory", lambda device: kilobytes * 1024)
     cuda._portable.cache_clear()
     u = torch.zeros(2, 300, 64)
     for n in (1, 4, 8, 16, 32, 64, 128, 256):
@@ -225,6 +225,6 @@ def test_in_place_with_slots(on_cpu):
     ours = torch.randn(5, 40, 16)
     theirs = ours.clone()
     y = cuda.forward_(ours, slots, u, delta, A, B, C, D, z, bias, True, None)
-    want = reference.forward_(theirs, slots, u, delta, A, B, C, D, z, bias, True, None)
+    want = chunked.forward_(theirs, slots, u, delta, A, B, C, D, z, bias, True, None)
     assert relative_error(y, want) < 1e-5
     assert relative_error(ours, theirs) < 1e-5

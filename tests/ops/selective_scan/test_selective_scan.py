@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mambakit.ops import selective_scan, selective_scan_
-from mambakit.ops.selective_scan import reference
+from mambakit.ops.selective_scan import chunked
 from tests.ops.oracles import relative_error, scan_oracle
 
 # b, l, d, n: odd lengths, one token, chunk edges (32 and 128 tokens), one state, many states
@@ -235,7 +235,7 @@ def test_the_gradient_bounds_its_memory(monkeypatch):
     inputs = make(1, 200, 2, 3)
     weights = torch.randn(1, 200, 2, dtype=torch.float64), torch.randn(1, 2, 3, dtype=torch.float64)
     _, _, whole = gradients(selective_scan, inputs, weights)
-    monkeypatch.setattr(reference, "_GROUP_ELEMENTS", 1)
+    monkeypatch.setattr(chunked, "_GROUP_ELEMENTS", 1)
     _, _, grouped = gradients(selective_scan, inputs, weights)
     for name, grad in grouped.items():
         assert relative_error(grad, whole[name]) < 1e-12, name

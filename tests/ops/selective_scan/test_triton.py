@@ -15,7 +15,7 @@ _CHECK = """
 # bfloat16: the interpreter truncates where a GPU rounds, twice the error
 import torch
 from mambakit.ops.selective_scan import triton as kernel
-from mambakit.ops.selective_scan import reference
+from mambakit.ops.selective_scan import chunked
 
 torch.manual_seed(0)
 error = lambda a, b: float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)) if a.numel() else 0.0
@@ -40,21 +40,21 @@ for b, l, d, n, lengths, full, dtype in cases:
     double = tuple(t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in arguments)
     half = dtype != torch.float32
     out = kernel.forward(*arguments, 32)
-    expected = reference.forward(*double, 32)
+    expected = chunked.forward(*double, 32)
     for name, x, y in zip(("y", "final", "checkpoints"), out, expected):
         if name == "checkpoints" and cu is not None:
             continue  # where a sequence starts on the grid its value is free
         assert x.shape == y.shape and error(x, y) < (7e-3 if half and name == "y" else 1e-5), (name, error(x, y))
     dy, dfinal = torch.randn(b, l, d).to(dtype), torch.randn(s, d, n)
     grads = kernel.backward(dy, dfinal, *arguments, out[2], 32)
-    wanted = reference.backward(dy.double(), dfinal.double(), *double, expected[2], 32)
+    wanted = chunked.backward(dy.double(), dfinal.double(), *double, expected[2], 32)
     for i, (x, y) in enumerate(zip(grads, wanted)):
         assert x.shape == y.shape and error(x, y) < (7e-3 if half else 1e-5), (i, error(x, y))
     pool = torch.randn(s + 1, d, n)
     slots = torch.tensor([s, *([-1] if s > 1 else []), *range(s - 2)], dtype=torch.int32)
     a, c = pool.clone(), pool.clone()
     y1 = kernel.forward_(a, slots, *arguments[:9], cu)
-    y2 = reference.forward_(c, slots, *arguments[:9], cu)
+    y2 = chunked.forward_(c, slots, *arguments[:9], cu)
     assert error(y1, y2) < (7e-3 if half else 1e-5) and error(a, c) < 1e-5
 print("all right")
 """

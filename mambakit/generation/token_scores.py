@@ -1,0 +1,107 @@
+"""ln p of tokens that are given: from hidden states, after one state in many continuations, and of whole documents side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambakit.decoding.choosing import require_numbers
+from mambakit.decoding.prefill import hidden_states
+from mambakit.modules import MambaCache
+
+# Logits are formed for this many tokens at a time: with a vocabulary of 50,280 that is 51 MB of float32.
+LOGIT_ROWS = 256
+
+
+class TokenScores(NamedTuple):
+    """Of l tokens, each given those before it; on the CPU."""
+
+    log_probs: Tensor
+    """(l,) float32, in nats."""
+    likeliest: Tensor
+    """(l,) bool: whether the token is the model's most probable one."""
+
+
+def score_tokens(model: Any, hidden: Tensor, targets: Tensor) -> TokenScores:
+    """Scores of ``targets`` (l,) int64 from the hidden states (l, h) that predict them.
+
+    Raises:
+        LogitsError: the model's log-probabilities are NaN.
+    """
+    log_probs, likeliest = [], []
+    for rows, wanted in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+        logits = model.lm_head(rows).float()
+        wanted = wanted.to(logits.device)
+        log_probs.append(-F.cross_entropy(logits, wanted, reduction="none"))
+        likeliest.append(logits.argmax(-1) == wanted)
+    return TokenScores(require_numbers(torch.cat(log_probs).cpu()), torch.cat(likeliest).cpu())
+
+
+def score_after(
+    model: Any,
+    cache: MambaCache,
+    logits: Tensor,
+    continuations: Sequence[Tensor],
+    *,
+    most_tokens: int,
+    most_rows: int,
+) -> Iterator[list[TokenScores]]:
+    """Scores of many continuations of one text: each goes on from a copy of its state, several packed into a forward.
+
+    A continuation's last token is not read: nothing comes after it.
+
+    Args:
+        cache: of one row, after the text; it stays as it is.
+        logits: (v,) after the text.
+        continuations: (l_i,) int64 each; they may be empty.
+        most_tokens: of a forward, about; a longer continuation is read in chunks of as many.
+        most_rows: copies of the state at once.
+
+    Yields:
+        The scores of the next continuations, in their order, a group at a time.
+    """
+    first, best = logits.log_softmax(-1).cpu(), logits.argmax().cpu()
+    rows = [tokens.to(torch.long) for tokens in continuations]
+    for group in groups(rows, list(map(len, rows)), most_tokens, most_rows):
+        parts = [[(first[begin := tokens[:1].cpu()], best == begin)] for tokens in group]
+        at = [1] * len(group)
+        forks = cache.select([0] * len(group))
+        unread = [tokens[:-1].to(model.device) for tokens in group]
+        for hidden in hidden_states(model, unread, forks, chunk_size=most_tokens):
+            lengths = list(map(len, hidden))
+            targets = [tokens[a : a + n] for tokens, a, n in zip(group, at, lengths, strict=True)]
+            found = score_tokens(model, torch.cat(hidden), torch.cat(targets))
+            for part, scores in zip(parts, zip(*(t.split(lengths) for t in found), strict=True), strict=True):
+                part.append(scores)
+            at = [a + n for a, n in zip(at, lengths, strict=True)]
+        whole = [[torch.cat(column) for column in zip(*part, strict=True)] for part in parts]
+        yield [TokenScores(require_numbers(log_probs), likeliest) for log_probs, likeliest in whole]
+
+
+def score_packed(model: Any, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[TokenScores]:
+    """Scores of the second of each pair (context, continuation), (l_i,) int64 of one token or more each: whole sequences side by side
+    in one forward, each from a zero state."""
+    texts = [torch.cat([context, continuation[:-1]]).to(model.device) for context, continuation in pairs]
+    (hidden,) = hidden_states(model, texts, chunk_size=sum(map(len, texts)))
+    predicting = [h[len(context) - 1 :] for h, (context, _) in zip(hidden, pairs, strict=True)]
+    targets = torch.cat([continuation for _, continuation in pairs])
+    found, lengths = score_tokens(model, torch.cat(predicting), targets), [len(c) for _, c in pairs]
+    return [TokenScores(*scores) for scores in zip(*(t.split(lengths) for t in found), strict=True)]
+
+
+def groups(items: Sequence[Any], lengths: Sequence[int], most_tokens: int, most_rows: int = 0) -> Iterator[list[Any]]:
+    """Runs of ``items`` whose lengths add up to at most ``most_tokens`` (or that are alone), at most ``most_rows`` of them (0: any)."""
+    group: list[Any] = []
+    size = 0
+    for item, length in zip(items, lengths, strict=True):
+        if group and (size + length > most_tokens or len(group) == most_rows):
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += length
+    if group:
+        yield group

@@ -1,0 +1,38 @@
+"""What a block asks of its sequence mixer, whatever the architecture."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import nn
+
+from mambakit.modules.state_spec import StateTensor
+
+
+class Mixer(nn.Module):
+    """A layer's sequence mixer: ``mixer(x (b, l, h), cache, packing) -> (b, l, h)``. Abstract.
+
+    ``forward`` takes a `StateCache`, or None while it trains, and a `Packing`, or None where the batch is not packed. It reads
+    its state as it was before the first token and leaves it as it is after the last. Where gradients flow it uses
+    `StateCache.layer` and `StateCache.update`, which work out of place; in inference it may write into
+    `StateCache.memory`. A wrapped cache (`mambakit.modules.placement.opened`) is opened first. Nothing else of a model knows
+    what the state tensors mean.
+
+    A subclass is made as ``Class(config, layer_idx)``, and a configuration names it by its `mixer_class`.
+    """
+
+    # Fields of the configuration that must agree between the model that wrote a state and the one that reads it.
+    STATE_FIELDS: tuple[str, ...] = ()
+    # Fields that change what the mixer computes and that the shapes of its weights do not show.
+    COMPUTATION_FIELDS: tuple[str, ...] = ()
+
+    @staticmethod
+    @abstractmethod
+    def state_tensors(config: Any, dtype: torch.dtype) -> tuple[StateTensor, ...]:
+        """One layer's state in a model of this dtype, in the order of `StateCache.layer` and `StateCache.update`."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""

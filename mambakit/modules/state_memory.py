@@ -1,0 +1,140 @@
+"""The memory of a state: each layer's tensors, stacked where layers are alike, replaced out of place where gradients flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambakit.modules.layered import stack_layers, zeros_of_layers
+from mambakit.modules.state_spec import StateSpec
+
+
+class StateMemory:
+    """The tensors of a specification, for a number of slots. `StateCache` is the interface to it.
+
+    Args:
+        spec: names, shapes and dtypes of each layer's tensors.
+        slots: their number, 0 or more.
+        device: of all layers, or a list of devices, one for each layer.
+    """
+
+    def __init__(self, spec: StateSpec, slots: int, device: Any = None):
+        if slots < 0:
+            raise ValueError(f"max_batch_size is {slots}; it must be 0 or more")
+        if isinstance(device, (list, tuple)) and len(device) != len(spec.layers):
+            raise ValueError(
+                f"device names {len(device)} devices for {len(spec.layers)} layers; give one of each layer, or one of all"
+            )
+        self.spec = spec
+        self._slots = slots  # of a model without a state
+        self._stacks: dict[str, Any] = {}
+        for stack in spec.stacks:
+            own = [device[i] for i in stack.layers] if isinstance(device, (list, tuple)) else device
+            shape = (slots, *stack.tensor.shape)
+            self._stacks[stack.key] = zeros_of_layers(len(stack.layers), shape, own, stack.tensor.dtype)
+        # Layers replaced out of place (where gradients flow) since the stacked tensors were last formed.
+        self._replaced: dict[int, tuple[Tensor, ...]] = {}
+
+    # -- all layers ------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Any]:
+        """By `Stack.key`: each (layers, b, *shape), a Tensor or, on several devices, a `LayeredTensor`."""
+        if self._replaced:
+            now: dict[str, list[Tensor]] = {key: [] for key in self._stacks}
+            for index, places in enumerate(self.spec.places):
+                for (key, _), tensor in zip(places, self.layer(index), strict=True):
+                    now[key].append(tensor)
+            self._stacks = {key: stack_layers(tensors) for key, tensors in now.items()}
+            self._replaced = {}
+        return self._stacks
+
+    def mapped(self, function: Callable[[Any], Any], slots: int | None = None) -> StateMemory:
+        """The memory whose stacked tensors are made from this one's by ``function``; it has ``slots`` slots if that changes."""
+        other = object.__new__(StateMemory)
+        other.spec, other._replaced, other._slots = self.spec, {}, self.slots if slots is None else slots
+        other._stacks = {key: function(t) for key, t in self.tensors().items()}
+        return other
+
+    def fill_(self, tensors: Mapping[str, Any]) -> None:
+        """Take over these values, in place and without their gradients."""
+        for key, stacked in self.tensors().items():
+            stacked.copy_(tensors[key].detach())
+
+    @property
+    def slots(self) -> int:
+        for stacked in self._stacks.values():
+            return stacked.shape[1]
+        return self._slots
+
+    @property
+    def device(self) -> torch.device:
+        """The first layer's."""
+        for stacked in self._stacks.values():
+            return stacked.device
+        return torch.device("cpu")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self._stacks.values())
+
+    # -- one layer -------------------------------------------------------------------------------------------------
+
+    def layer(self, index: int, rows: Tensor | None = None) -> tuple[Tensor, ...]:
+        tensors = self._replaced.get(index) or tuple(self._stacks[key][at] for key, at in self.spec.places[index])
+        if rows is None:
+            return tensors
+        at = rows.clamp(min=0)
+        return tuple(torch.where((rows >= 0).view(-1, *[1] * (t.dim() - 1)), t[at], 0) for t in tensors)
+
+    def own(self, index: int) -> tuple[Tensor, ...]:
+        """Layer ``index``'s memory, to be written to."""
+        stacks = self.tensors()
+        return tuple(stacks[key][at] for key, at in self.spec.places[index])
+
+    def update(self, index: int, tensors: tuple[Tensor, ...], rows: Tensor | None) -> None:
+        named = self.spec.layers[index]
+        if len(tensors) != len(named):
+            names = ", ".join(t.name for t in named)
+            raise ValueError(f"layer {index} was given {len(tensors)} state tensors; it has {len(named)}: {names}")
+        tensors = tuple(t.to(own.dtype) for t, own in zip(tensors, named, strict=True))
+        if rows is not None:
+            at = torch.where(rows >= 0, rows, self.slots)  # a slot beyond the last takes what is dropped
+            tensors = tuple(_put(old, at, new) for old, new in zip(self.layer(index), tensors, strict=True))
+        self._replaced[index] = tensors
+
+    def place(self, index: int, device: torch.device) -> None:
+        if all(t.device == device for t in self.layer(index)):
+            return
+        stacks = self.tensors()
+        for key, at in self.spec.places[index]:
+            layers = enumerate(stacks[key])
+            stacks[key] = stack_layers([t.to(device) if i == at else t.clone() for i, t in layers])
+
+
+def _put(old: Tensor, at: Tensor, new: Tensor) -> Tensor:
+    """``old`` (b, ...) with slots ``at`` replaced, b for none."""
+    return torch.cat([old, torch.zeros_like(new[:1])]).index_put((at,), new)[: old.shape[0]]
+
+
+def slot_index(
+    indices: Tensor | list[int], limit: int, device: torch.device, name: str, ranges: bool = False
+) -> Tensor | slice:
+    """Slots below ``limit`` as int64 on ``device``; with ``ranges`` a list of consecutive ones is a slice, which costs no copy.
+
+    Raises:
+        ValueError: indices of more than one dimension, or beyond the slots; they are called ``name``.
+    """
+    if ranges and isinstance(indices, list) and indices and 0 <= indices[0] <= limit - len(indices):
+        consecutive = range(indices[0], indices[0] + len(indices))
+        if indices == list(consecutive):
+            return slice(consecutive.start, consecutive.stop)
+    home = indices.device if isinstance(indices, Tensor) else "cpu"
+    index = torch.as_tensor(indices, dtype=torch.long, device=home)
+    if index.dim() != 1:
+        raise ValueError(f"{name} has shape {tuple(index.shape)}, expected one dimension")
+    if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < limit):
+        raise ValueError(f"{name} {index.tolist()} reach outside the {limit} rows of the cache")
+    return index.to(device)

@@ -1,0 +1,183 @@
+"""One token through a whole model: a program of kernel calls, recorded once and run by one call into C.
+
+Between the kernels of a step there is no Python, no dispatcher and no allocation: at batch 1 those would cost more than
+reading a quantised model. Activations are float32 whatever the weights are, so half weights cost nothing in precision.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mambakit.ops._backends import native
+from mambakit.ops._backends.memory import zeros
+from mambakit.ops._backends.structures import (
+    FLOAT32,
+    FLOAT32_OR_BFLOAT16,
+    address,
+    address_of_rows,
+    as_float32,
+    check,
+    is_half,
+)
+from mambakit.ops.causal_conv1d import cpu as conv
+from mambakit.ops.linear import cpu as matvec
+from mambakit.ops.linear.api import MOST_ROWS, PackedWeight
+from mambakit.ops.rms_norm import cpu as norm
+from mambakit.ops.selective_scan import cpu as scan
+
+
+def buffer(*shape: int) -> Tensor:
+    """Activations are float32 on the CPU."""
+    return zeros(*shape, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """What one layer reads. Linear weights are packed; biases may be None."""
+
+    norm: Tensor  # (h,)
+    in_proj: PackedWeight  # (2d, h)
+    in_proj_bias: Tensor | None
+    conv: Tensor  # (d, k), k in 2..8
+    conv_bias: Tensor | None
+    x_proj: PackedWeight  # (r + 2n, d)
+    dt_proj: PackedWeight  # (d, r)
+    dt_bias: Tensor | None  # (d,), added before the softplus
+    A: Tensor  # (d, n), -exp(A_log)
+    D: Tensor  # (d,)
+    out_proj: PackedWeight  # (h, d)
+    out_proj_bias: Tensor | None
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [("kernel", ctypes.c_void_p), ("arguments", ctypes.c_void_p), ("variant", ctypes.c_int64)]
+
+
+@dataclass
+class _Program:
+    calls: list[_Call] = field(default_factory=list)
+    held: list[object] = field(default_factory=list)  # tensors and structures that the calls point to
+
+    def hold(self, tensor: Tensor | None) -> Tensor | None:
+        self.held.append(tensor)
+        return tensor
+
+    def add(self, kernel: str, arguments: ctypes.Structure, variant: int) -> None:
+        self.calls.append(_Call(native.kernel_address(kernel), ctypes.addressof(arguments), variant))
+        self.held.append(arguments)
+
+
+class DecodeStep:
+    """``step(x) -> logits``: (b, h) embeddings of the next tokens in, (b, v) float32 logits out, states updated in place.
+
+    Args:
+        layers: the weights of every layer, in order.
+        final_norm: (h,) float32.
+        head: the output head (v, h).
+        eps: of every norm.
+        conv_states, ssm_states: (layers, b, d, k - 1) float32 or bfloat16 and (layers, b, d, n) float32, contiguous:
+            read and written in place, so a cache's own tensors. They must not be moved while the step is in use.
+
+    ``logits`` is the same memory at every step. The weights are read where they are; the number of threads is
+    torch's when the step is made. Serves b from 1 to 16.
+
+    Raises:
+        ValueError: states that the kernels cannot use in place, or a batch outside 1 to 16.
+        TypeError: weights or states that are not plain memory on the CPU.
+    """
+
+    def __init__(
+        self,
+        layers: list[LayerWeights],
+        final_norm: Tensor,
+        head: PackedWeight,
+        eps: float,
+        conv_states: Tensor,
+        ssm_states: Tensor,
+    ):
+        b = ssm_states.shape[1]
+        if not 1 <= b <= MOST_ROWS:
+            raise ValueError(f"DecodeStep: the batch is {b}; it serves 1 to {MOST_ROWS}, use the model itself beyond")
+        if conv_states.dtype not in (torch.float32, torch.bfloat16) or ssm_states.dtype != torch.float32:
+            raise ValueError(
+                f"DecodeStep: states are {conv_states.dtype} and {ssm_states.dtype}; they must be float32 or bfloat16, "
+                "and float32"
+            )
+        if not (conv_states.is_contiguous() and ssm_states.is_contiguous()):
+            raise ValueError("DecodeStep: states must be contiguous to be updated in place; pass a cache's own tensors")
+        self._program = program = _Program()
+        self._threads = native.threads()
+        self._b = b
+        h, d = final_norm.shape[0], ssm_states.shape[2]
+        r, n = layers[0].dt_proj.in_features, ssm_states.shape[3]
+        # Every layer uses the same buffers: they stay in cache.
+        self._x, self._residual, normed = (buffer(b, h) for _ in range(3))
+        xz, p = buffer(b, 2 * d), buffer(b, r + 2 * n)
+        u, delta, y = (buffer(b, d) for _ in range(3))
+        self.logits = buffer(b, head.out_features)
+        program.held += [conv_states, ssm_states, layers, head, normed, xz, p, u, delta, y]
+        for i, w in enumerate(layers):
+            self._norm(w.norm, eps, normed)
+            self._linear(normed, w.in_proj, w.in_proj_bias, xz)
+            self._conv(xz[:, :d], w, conv_states[i], u)
+            self._linear(u, w.x_proj, None, p)
+            self._linear(p[:, :r], w.dt_proj, None, delta)
+            self._scan(u, delta, p[:, r:], xz[:, d:], w, ssm_states[i], y)
+            self._linear(y, w.out_proj, w.out_proj_bias, self._x)
+        self._norm(final_norm, eps, normed)
+        self._linear(normed, head, None, self.logits)
+        self._calls = (_Call * len(program.calls))(*program.calls)
+        self._run = native.runner()
+        self._count, self._team = ctypes.c_int64(len(program.calls)), ctypes.c_int64(self._threads)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self._x.copy_(x)
+        self._residual.zero_()
+        check(self._run(self._calls, self._count, self._team))
+        return self.logits
+
+    def _norm(self, weight: Tensor, eps: float, y: Tensor) -> None:
+        """The residual stream takes up x, in place, and y is its norm."""
+        x, residual = self._x, self._residual
+        b, h = x.shape
+        scale = self._program.hold(as_float32(weight))
+        stream = address(residual, FLOAT32, b * h)
+        arguments = norm.Arguments(
+            address(x, FLOAT32, b * h), address(scale, FLOAT32, h), stream, address(y, FLOAT32, b * h), stream,
+            b, h, 0, 0, 0, 0, self._threads, x.stride(0), x.stride(0), eps,
+        )  # fmt: skip
+        self._program.add("rms_norm", arguments, 0)
+
+    def _linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> None:
+        bias = self._program.hold(as_float32(bias))
+        self._program.add("linear", matvec.arguments(x, weight, bias, y), matvec.KINDS[weight.format])
+
+    def _conv(self, x: Tensor, w: LayerWeights, state: Tensor, u: Tensor) -> None:
+        weight, bias = self._program.hold(as_float32(w.conv)), self._program.hold(as_float32(w.conv_bias))
+        (b, d), k = u.shape, w.conv.shape[1]
+        window = address(state, FLOAT32_OR_BFLOAT16, b * d * (k - 1))
+        arguments = conv.Arguments(
+            address_of_rows(x, FLOAT32, (b, d)), address(weight, FLOAT32, d * k), address(bias, FLOAT32, d), window,
+            None, None, window, address(u, FLOAT32, b * d),
+            b, 1, d, k, b, 1, is_half(state), self._threads, x.stride(0), 0,
+        )  # fmt: skip
+        self._program.add("causal_conv1d", arguments, 0)
+
+    def _scan(self, u: Tensor, delta: Tensor, BC: Tensor, z: Tensor, w: LayerWeights, state: Tensor, y: Tensor) -> None:
+        A, D, bias = (self._program.hold(as_float32(t)) for t in (w.A, w.D, w.dt_bias))
+        b, d = u.shape
+        n = state.shape[2]
+        held = address(state, FLOAT32, b * d * n)
+        arguments = scan.Arguments(
+            address(u, FLOAT32, b * d), address(delta, FLOAT32, b * d), address(A, FLOAT32, d * n),
+            address_of_rows(BC[:, :n], FLOAT32, (b, n)), address_of_rows(BC[:, n:], FLOAT32, (b, n)), address(D, FLOAT32, d),
+            address_of_rows(z, FLOAT32, (b, d)), address(bias, FLOAT32, d), held, None, None, held, None,
+            address(y, FLOAT32, b * d),
+            b, 1, d, n, b, 0, 1, self._threads,
+            u.stride(0), 0, delta.stride(0), 0, z.stride(0), 0, BC.stride(0), 0, BC.stride(0), 0,
+        )  # fmt: skip
+        self._program.add("selective_scan", arguments, 0)

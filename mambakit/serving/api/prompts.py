@@ -1,0 +1,103 @@
+"""From a body's bytes to a valid request, with its prompts as token ids."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from array import array
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mambakit.generation.start_token import find_start_token
+from mambakit.serving.api import protocol
+from mambakit.serving.api.protocol import ApiError, Asked, Limits
+
+# A token is taken to stand for at least so many characters at most; a longer text is not tokenised to find that it is too long.
+_LEAST_WIDTH = 16
+# Characters of prompts in one answer, with `echo`: an answer is written as JSON on the event loop.
+MOST_ECHO = 1 << 20
+
+
+class Codec:
+    """A tokenizer as far as requests need it. It can be sent to a process, and called from several threads at once."""
+
+    def __init__(self, tokenizer: Any):
+        self._start = find_start_token(tokenizer)
+        self._width = max(_LEAST_WIDTH, max(map(len, tokenizer.get_vocab()), default=0))
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            # Written in Python: one call at a time.
+            self._encode = functools.partial(_encode_alone, tokenizer)
+        else:
+            backend = type(backend).from_str(backend.to_str())  # nobody else's settings
+            backend.no_truncation()
+            backend.no_padding()
+            self._encode = functools.partial(_encode, backend)
+
+    def encode(self, prompt: str, limits: Limits) -> list[int]:
+        if limits.max_prompt_tokens is not None and len(prompt) > limits.max_prompt_tokens * self._width:
+            message = (
+                f"the prompt has {len(prompt):,} characters, more than {limits.max_prompt_tokens:,} tokens can stand for; shorten it, "
+                "or serve with a larger --max-prompt-tokens"
+            )
+            raise ApiError(400, message, param="prompt")
+        ids = self._encode(prompt)
+        if ids:
+            return ids
+        if self._start is None:
+            message = "the prompt is empty and the tokenizer has no bos token to start from; give a prompt"
+            raise ApiError(400, message, param="prompt")
+        return [self._start]
+
+
+def _encode(backend: Any, text: str) -> list[int]:
+    return backend.encode(text, add_special_tokens=False).ids
+
+
+_alone = threading.Lock()
+
+
+def _encode_alone(tokenizer: Any, text: str) -> list[int]:
+    with _alone:
+        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A valid request.
+
+    Attributes:
+        asked: without its prompts.
+        prompts: int64 ids of each, as bytes.
+        texts: with `echo`, what was asked as text; None for token ids.
+    """
+
+    asked: Asked
+    prompts: list[bytes]
+    texts: list[str | None]
+
+
+def prepare(body: bytes, codec: Codec, limits: Limits) -> Prepared:
+    """Raises an `ApiError` for what is not a request to this server."""
+    try:
+        asked = protocol.parse(protocol.parse_body(body), limits)
+    except RecursionError as error:
+        raise ApiError(
+            400, "the body's lists and objects are too deep in each other; send a request as documented"
+        ) from error
+    prompts, texts = [], []
+    for prompt in asked.prompts:
+        ids = codec.encode(prompt, limits) if isinstance(prompt, str) else prompt
+        protocol.check_tokens(ids, limits)
+        prompts.append(array("q", ids).tobytes())
+        texts.append(prompt if asked.echo and isinstance(prompt, str) else None)
+    if asked.echo:
+        check_echo(asked.n * sum(len(text or "") for text in texts))
+        check_echo(asked.n * sum(len(ids) // 8 for ids in prompts))  # the text of ids is not known yet
+    return Prepared(replace(asked, prompts=[]), prompts, texts)
+
+
+def check_echo(characters: int) -> None:
+    if characters > MOST_ECHO:
+        message = f"echo would answer with {characters:,} characters of prompts; at most {MOST_ECHO:,} are sent: leave echo out"
+        raise ApiError(400, message, param="echo")

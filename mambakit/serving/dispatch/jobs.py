@@ -1,0 +1,105 @@
+"""One text of a request (a job), the inbox where its request reads the output, and a replica as dispatch sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from mambakit.serving.errors import ApiError
+from mambakit.serving.messages import Piece
+
+# Prefill reads chunks: a prompt token costs about this fraction of a generated one.
+_PROMPT_COST = 1 / 16
+
+
+class Inbox:
+    """The pieces of one request's texts; all that arrived since the last `take` is returned together."""
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[int, Piece]] = []
+        self._error: ApiError | None = None
+        self._changed = asyncio.Event()
+
+    def put(self, index: int, piece: Piece) -> None:
+        self._pieces.append((index, piece))
+        self._changed.set()
+
+    def fail(self, error: ApiError) -> None:
+        self._error = error
+        self._changed.set()
+
+    async def take(self) -> list[tuple[int, Piece]]:
+        """(index of the text, its piece), at least one; after the last of them the error is raised."""
+        await self._changed.wait()
+        pieces, self._pieces = self._pieces, []
+        if not pieces:
+            assert self._error is not None
+            raise self._error
+        if self._error is None:
+            self._changed.clear()
+        return pieces
+
+
+@dataclass(eq=False)
+class Replica:
+    """A replica as dispatch sees it."""
+
+    number: int
+    device: str
+    state: str = "loading"
+    """"loading", "ready", "silent" while its heartbeat is late, or "dead" until it is restarted."""
+    jobs: dict[int, Job] = field(default_factory=dict)
+    """The texts that it has, by `Job.id`, in the order in which they were sent."""
+    busy: int = 0
+    waiting: int = 0
+    restarts: int = 0
+    error: str = ""
+    """The reason of its last death."""
+    pid: int | None = None
+    outgoing: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
+    """Messages to its process."""
+
+    @property
+    def name(self) -> str:
+        return f"replica {self.number} ({self.device})"
+
+
+@dataclass(eq=False)
+class Job:
+    """One text of a request."""
+
+    inbox: Inbox
+    index: int
+    prompt_ids: bytes
+    prompt_tokens: int
+    sampling: dict[str, Any]
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    copy: int = 0
+    """Its number among the n texts of its prompt; the prompt's tokens are counted with copy 0."""
+    share: tuple[Any, ...] = ()
+    """Its owner, from the outside in: (key, client, request)."""
+
+    id: int = field(default_factory=itertools.count().__next__, init=False)
+    created: float = field(default_factory=time.monotonic, init=False)
+    first: float = field(default=0.0, init=False)
+    """When its first token came."""
+    tokens: int = field(default=0, init=False)
+    replica: Replica | None = field(default=None, init=False)
+    ended: bool = field(default=False, init=False)
+    """Finished, failed or cancelled: its inbox gets nothing more."""
+
+    @property
+    def work(self) -> int:
+        """A hash of all that is asked except the seed: equal for two requests of the same work."""
+        sampling = tuple((name, value) for name, value in self.sampling.items() if name != "seed")
+        return hash((self.prompt_ids, sampling, self.max_new_tokens, self.stop))
+
+    @property
+    def remaining(self) -> float:
+        """An upper bound of the work that is left, in generated tokens."""
+        return self.max_new_tokens - self.tokens + (0 if self.tokens else self.prompt_tokens * _PROMPT_COST)

@@ -1,0 +1,210 @@
+"""Access: the API keys that clients send, the host that a request names, and the web page that it comes from.
+
+A web page can send requests to addresses of its visitor's machine. Its `Origin` shows that, or its own name in `Host` where the
+page's name was made to resolve to this address (DNS rebinding).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import re
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from mambakit.quoting import cut
+from mambakit.serving.errors import ApiError
+
+LEAST_KEY = 16
+KEY_VARIABLE = "MAMBAKIT_API_KEY"
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._~*-]+)(?::([0-9]{1,5}))?")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._~-]+)(?::[0-9]{1,5})?")
+
+
+def read_keys(given: Iterable[str] | None, file: str | None, environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The keys of --api-key and --api-key-file, else that of the environment.
+
+    Raises:
+        ValueError: a key cannot be sent in a header, or is too short.
+    """
+    found = [("--api-key", key) for key in given or ()]
+    if file is not None:
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"--api-key-file {file} cannot be read ({error}); name a file with a key on each line"
+            ) from None
+        found += [(f"--api-key-file {file}, line {i}", line) for i, line in enumerate(lines, 1) if line]
+        if not any(lines):
+            raise ValueError(f"--api-key-file {file} holds no key; write one on each line")
+    if not found and KEY_VARIABLE in environment:
+        found = [(KEY_VARIABLE, environment[KEY_VARIABLE])]
+    for source, key in found:
+        _check_key(source, key)
+    return tuple(dict.fromkeys(key for _, key in found))
+
+
+def _check_key(source: str, key: str) -> None:
+    """The message never shows the key: it goes to logs."""
+    remedy = """make one: python -c "import secrets; print(secrets.token_urlsafe())\""""
+    if not key.strip():
+        raise ValueError(
+            f"{source}: the key is {'blank' if key else 'empty'}, as an unset variable is; leave {source.split(',')[0]} out "
+            f"to serve without a key, or {remedy}"
+        )
+    if key != key.strip():
+        raise ValueError(f"{source}: the key begins or ends with a blank or a line end; take it away")
+    bad = next((i for i, character in enumerate(key) if not "!" <= character <= "~"), None)
+    if bad is not None:
+        raise ValueError(
+            f"{source}: character {bad + 1} of the key (U+{ord(key[bad]):04X}) cannot be sent in a header; use visible ASCII "
+            f"without blanks, or {remedy}"
+        )
+    if len(key) < LEAST_KEY:
+        raise ValueError(
+            f"{source}: the key has {len(key)} characters; at least {LEAST_KEY} keep it from being guessed: {remedy}"
+        )
+
+
+def check_hosts(hosts: Iterable[str]) -> tuple[str, ...]:
+    """The names of --allowed-host in lower case.
+
+    Raises:
+        ValueError: one is neither a host nor *.
+    """
+    checked = []
+    for host in hosts:
+        name = host.lower().removesuffix(".")
+        found = _HOST.fullmatch(name)
+        if name != "*" and (found is None or found[2] is not None or "*" in name):
+            raise ValueError(f"--allowed-host is {host!r}; give a host's name or address without scheme or port, or *")
+        checked.append(name)
+    return tuple(checked)
+
+
+def check_origins(origins: Iterable[str]) -> tuple[str, ...]:
+    """The origins of --allowed-origin in lower case.
+
+    Raises:
+        ValueError: one is neither an origin nor *.
+    """
+    checked = []
+    for origin in origins:
+        if origin != "*" and _ORIGIN.fullmatch(origin.lower()) is None:
+            raise ValueError(
+                f"--allowed-origin is {origin!r}; give scheme and host as https://example.org, without a path, or *"
+            )
+        checked.append(origin.lower())
+    return tuple(checked)
+
+
+@dataclass(frozen=True)
+class AccessRules:
+    """
+    Attributes:
+        keys: any of them is accepted as a bearer token; without keys none is required.
+        hosts: names of this server besides its addresses and localhost; "*" for any.
+        origins: of web pages that may send requests; "*" for any.
+        loopback: whether the address is reached from this machine only.
+    """
+
+    keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    loopback: bool = True
+
+    def require_key(self, authorization: str) -> None:
+        """Raises an `ApiError` unless the header holds a key. Takes constant time for any wrong key."""
+        if not self.keys:
+            return
+        # Digests have one length; every key is compared, whether or not an earlier one was equal.
+        sent = hashlib.sha256(_sent(authorization)).digest()
+        equal = [hmac.compare_digest(sent, hashlib.sha256(known.encode()).digest()) for known in self.keys]
+        if authorization.partition(" ")[0].lower() != "bearer" or not any(equal):
+            message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key")
+
+    def holder(self, authorization: str) -> str:
+        """An identifier of the key, the same however the header is written; "" without keys, since clients could invent some."""
+        return hashlib.sha256(_sent(authorization)).hexdigest()[:16] if self.keys else ""
+
+    def allows_host(self, host: str) -> bool:
+        """Whether ``host``, without port, is a name of this server."""
+        name = host.lower().removesuffix(".")
+        if "*" in self.hosts or name in self.hosts or name == "localhost" or name.endswith(".localhost"):
+            return True
+        address = _address(name)
+        if address is not None:
+            # An address cannot be rebound; on loopback only loopback addresses are this server's.
+            return not self.loopback or address.is_loopback
+        if self.loopback:
+            return False
+        # With keys any name is allowed: a page that was rebound to this address does not know one.
+        return name == socket.gethostname().lower() or bool(self.keys and not self.hosts)
+
+    def allows_origin(self, origin: str, host: str) -> bool:
+        origin = origin.lower()
+        return "*" in self.origins or origin in self.origins or origin == f"http://{host.lower()}"
+
+    def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Raises an `ApiError` for a request to another host name, or from another site's page."""
+        found: dict[bytes, list[str]] = {b"host": [], b"origin": [], b"sec-fetch-site": []}
+        for name, value in headers:
+            if name in found:
+                found[name].append(value.decode("latin-1"))
+        hosts, origins, sites = found.values()
+        parsed = _HOST.fullmatch(hosts[0].lower()) if len(hosts) == 1 else None
+        if parsed is None:
+            raise ApiError(
+                400, f"the request has {len(hosts)} Host headers, or one that is no host; send one Host: NAME[:PORT]"
+            )
+        if not self.allows_host(parsed[1]):
+            message = f"{cut(parsed[1])!r} is no name of this server; use one of its addresses, or serve with --allowed-host NAME"
+            raise ApiError(403, message, code="host_not_allowed")
+        for origin in origins:
+            if not self.allows_origin(origin, hosts[0]):
+                message = f"pages of {cut(origin)!r} may not use this server; serve with --allowed-origin ORIGIN to allow them"
+                raise ApiError(403, message, code="origin_not_allowed")
+        if not origins and "*" not in self.origins and any(site in ("cross-site", "same-site") for site in sites):
+            message = "pages of other sites may not use this server; serve with --allowed-origin ORIGIN to allow them"
+            raise ApiError(403, message, code="origin_not_allowed")
+
+
+def _sent(authorization: str) -> bytes:
+    return authorization.partition(" ")[2].strip().encode("utf-8", "surrogatepass")
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def is_loopback(address: str) -> bool:
+    found = _address(address.partition("%")[0])
+    return found is not None and found.is_loopback
+
+
+class Access:
+    """Middleware: checks host and origin on every path."""
+
+    def __init__(self, app: ASGIApp, rules: AccessRules):
+        self._app, self._rules = app, rules
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._rules.check(scope["headers"])
+            except ApiError as error:
+                await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

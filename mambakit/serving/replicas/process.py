@@ -1,0 +1,87 @@
+"""The server's side of one replica's process, from its start to its exit.
+
+Two threads carry the messages: one receives, and one sends, so that a process that does not read its pipe blocks nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from mambakit.serving.messages import Heartbeat, WorkerOptions
+from mambakit.serving.replicas import worker
+from mambakit.serving.replicas.heartbeat import HeartbeatMonitor
+
+_EXIT_SECONDS = 5.0  # for a process to exit after its pipe has closed
+
+
+class ReplicaProcess:
+    """A started process.
+
+    Args:
+        options: of the worker.
+        outgoing: the messages for it; None ends the thread that sends them.
+        loop: the event loop on which the callbacks run.
+        on_message: called with every message except heartbeats.
+        on_exit: called once with the exit status.
+    """
+
+    def __init__(
+        self,
+        options: WorkerOptions,
+        outgoing: queue.SimpleQueue[Any],
+        loop: asyncio.AbstractEventLoop,
+        on_message: Callable[[ReplicaProcess, Any], None],
+        on_exit: Callable[[ReplicaProcess, int], None],
+    ):
+        self.monitor = HeartbeatMonitor(options)
+        self.reason = ""
+        """Why it ends, where that is known before it does."""
+        self._loop, self._on_message, self._on_exit = loop, on_message, on_exit
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._process = context.Process(target=worker.main, args=(options, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        for target, *arguments in ((self._receive, ours, outgoing), (_send, outgoing, ours)):
+            threading.Thread(target=target, args=arguments, daemon=True).start()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def _receive(self, connection: Any, outgoing: queue.SimpleQueue[Any]) -> None:
+        """A thread: forward every message to the event loop until the process ends."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
+            with contextlib.suppress(EOFError, OSError):
+                while True:
+                    message = connection.recv()
+                    self.monitor.received(message)
+                    if not isinstance(message, Heartbeat):
+                        self._loop.call_soon_threadsafe(self._on_message, self, message)
+            outgoing.put(None)
+            self._process.join(_EXIT_SECONDS)
+            if self._process.exitcode is None:
+                self._process.kill()
+                self._process.join()
+            status = self._process.exitcode
+            assert status is not None, "it was joined"
+            self._loop.call_soon_threadsafe(self._on_exit, self, status)
+
+
+def _send(outgoing: queue.SimpleQueue[Any], connection: Any) -> None:
+    """A thread: send every message in order."""
+    with contextlib.suppress(OSError):
+        while (message := outgoing.get()) is not None:
+            connection.send(message)

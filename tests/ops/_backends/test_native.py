@@ -1,0 +1,54 @@
+"""The library: what it says of itself, what happens without it, and in a forked child."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import pytest
+import torch
+
+from mambakit.ops._backends import dispatch, native
+from mambakit.ops.causal_conv1d import cpu as conv
+from mambakit.ops.rms_norm import cpu as norm
+
+
+def test_describe_and_use_isa(isa):
+    report = native.describe()
+    assert report["isa"] == isa
+    assert os.path.isfile(str(report["path"]))
+    with pytest.raises(ValueError, match="is not available here"):
+        native.use_isa("mmx")
+
+
+def test_without_the_library_the_reference_runs_and_says_so_once(monkeypatch):
+    monkeypatch.setattr(native, "_library", lambda: None)
+    native.warn_missing.cache_clear()
+    implementation = dispatch.choose(lambda: 1, lambda: 2, lambda: True)
+    with pytest.warns(RuntimeWarning, match="Install a C\\+\\+ compiler"):
+        assert implementation() == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert implementation() == 2
+    assert native.describe()["isa"] is None
+
+
+def test_float64_and_wide_filters_are_the_references(isa):
+    served = conv.serves
+    x = torch.randn(1, 3, 2)
+    assert served(x, torch.randn(2, 8), None, "", None, None)
+    assert not served(x, torch.randn(2, 9), None, "", None, None)
+    assert not served(x.double(), torch.randn(2, 4), None, "", None, None)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_computes(isa):
+    x = torch.randn(64, 512)
+    arguments = (x, None, None, 1e-5, torch.float32, torch.float32)
+    y, _ = norm.forward(*arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python warns of fork() beside threads: that is what is tested
+        child = os.fork()
+    if child == 0:
+        os._exit(0 if norm.forward(*arguments)[0].numpy().tobytes() == y.numpy().tobytes() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

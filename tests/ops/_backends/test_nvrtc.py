@@ -1,0 +1,46 @@
+"""Launching through the driver, with a driver that is not there."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from mambakit.ops._backends import nvrtc
+
+
+def kernel_with(monkeypatch, codes: list[int]) -> tuple[nvrtc.Kernel, list[tuple], list[int]]:
+    calls: list[tuple] = []
+    contexts: list[int] = []
+
+    def launch(*arguments):
+        calls.append(arguments)
+        return codes.pop(0)
+
+    monkeypatch.setattr(nvrtc, "_launcher", lambda together: launch)
+    monkeypatch.setattr(nvrtc, "_use_context", contexts.append)
+    monkeypatch.setattr(nvrtc.torch.cuda, "current_device", lambda: 3)
+    return nvrtc.Kernel(1234, 64), calls, contexts
+
+
+def test_fields_reach_the_driver(monkeypatch):
+    kernel, calls, contexts = kernel_with(monkeypatch, [0])
+    kernel(5, 128, 77, 1, -2, 2**40, blocks_y=6)
+    assert calls[0][:9] == (1234, 5, 6, 1, 128, 1, 1, 64, 77)
+    assert list(nvrtc._arguments.values[:3]) == [1, -2, 2**40]
+    assert contexts == []
+
+
+def test_a_thread_without_a_context_gets_one(monkeypatch):
+    kernel, calls, contexts = kernel_with(monkeypatch, [nvrtc._INVALID_CONTEXT, 0])
+    kernel(1, 32, 0, 9)
+    assert contexts == [3]
+    assert calls[0] == calls[1]
+
+
+def test_a_launch_that_fails_says_so(monkeypatch):
+    driver = SimpleNamespace(CUresult=lambda code: SimpleNamespace(name=f"CUDA_ERROR_{code}"))
+    monkeypatch.setattr(nvrtc, "_bindings", lambda: (driver, None))
+    kernel, _, _ = kernel_with(monkeypatch, [719])
+    with pytest.raises(RuntimeError, match="kernel launch failed: CUDA_ERROR_719"):
+        kernel(1, 32, 0)
