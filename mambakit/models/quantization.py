@@ -15,7 +15,7 @@ from torch import nn
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops._backends.memory import PLAIN_TYPES
 from mambakit.ops.linear import lossless
-from mambakit.ops.linear.api import GROUP
+from mambakit.ops.linear.packed import GROUP
 from mambakit.quoting import brief
 
 METHOD = "mambakit"

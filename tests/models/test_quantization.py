@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mambakit
-from mambakit.decoding.step import token_step
+from mambakit.decoding.registry import token_step
 from mambakit.generation.score import score_text
 from mambakit.models.checkpoints import describe
 from mambakit.modules.quantized_linear import QuantizedLinear

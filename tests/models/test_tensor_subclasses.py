@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from mambakit.decoding.step import native_serves
 from mambakit.decoding.verify import verifier
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
+from tests.decoding.eager_graph import native_serves
 from tests.models.configurations import pair, tokens, worst
 from tests.tensor_subclasses import Named, doubled
 

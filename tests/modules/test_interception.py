@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from mambakit.decoding.step import native_serves, token_step
+from mambakit.decoding.registry import token_step
 from mambakit.decoding.verify import verifier
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
@@ -20,6 +20,7 @@ from mambakit.modules import MambaMixer
 from mambakit.modules.interception import Watch, any_intercepted, intercepted, is_ours, modules_of, untouched
 from mambakit.modules.mixers.mamba import TimeStepProjection
 from mambakit.ops._backends import native
+from tests.decoding.eager_graph import native_serves
 from tests.models.configurations import pair, tokens, worst
 
 pytestmark = pytest.mark.filterwarnings("ignore")

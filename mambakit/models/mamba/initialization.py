@@ -22,7 +22,7 @@ from transformers import initialization as init  # skips parameters that a check
 
 from mambakit.models.configuration import uses_mamba_ssm_recipe
 from mambakit.modules import MambaMixer, RMSNorm
-from mambakit.modules.initialization import initial_a_log
+from mambakit.modules.mixers import Mixer
 from mambakit.modules.mixers.mamba import TimeStepProjection
 
 _EMBEDDING_STD = 0.02
@@ -48,9 +48,9 @@ def initialize(module: nn.Module, config) -> None:
             init.zeros_(module.bias)
     elif isinstance(module, RMSNorm):
         init.ones_(module.weight)
-    elif isinstance(module, MambaMixer):
-        init.copy_(module.A_log, initial_a_log(module.A_log))
-        init.ones_(module.D)
+    elif isinstance(module, Mixer):
+        for name, value in module.initial_values().items():
+            init.copy_(getattr(module, name), value)
 
 
 @torch.no_grad()
