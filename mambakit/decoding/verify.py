@@ -183,7 +183,7 @@ class _ForwardVerifier:
 class _ModelVerifier:
     """The model's own layers, with the ops that do not write the state."""
 
-    def __init__(self, model: Any, cache: MambaCache):
+    def __init__(self, model: Any, cache: StateCache):
         self.model, self.cache = model, cache
         self._inputs: list[tuple[Tensor, tuple]] = []  # of each layer: the convolution's, and the scan's
         self._read = 0
@@ -215,9 +215,10 @@ class _ModelVerifier:
             m = block.mixer
             conv_input, z = m.in_proj(y).chunk(2, -1)  # (1, t, d) each
             conv = (m.conv1d.weight.squeeze(1), m.conv1d.bias, m.conv_activation)
-            u, _ = causal_conv1d(conv_input, *conv, initial_state=self.cache.conv_states[i])
+            conv_state, ssm_state = self.cache.memory(i)
+            u, _ = causal_conv1d(conv_input, *conv, initial_state=conv_state)
             scan_inputs = m._scan_inputs(u, z)
-            y, _ = selective_scan(*scan_inputs, initial_state=self.cache.ssm_states[i])
+            y, _ = selective_scan(*scan_inputs, initial_state=ssm_state)
             x = m.out_proj(y)
             self._inputs.append((conv_input, scan_inputs))
         x, _ = backbone.norm_f(x, residual, wide if self.model.config.residual_in_fp32 else None)
@@ -227,7 +228,7 @@ class _ModelVerifier:
     def _replay(self, m: Tensor) -> None:
         """The recurrences over the first m (1,) of the tokens; the shapes are the same for every m, as a graph needs."""
         for i, (conv_input, (u, delta, *rest)) in enumerate(self._inputs):
-            conv_state, ssm_state = self.cache.conv_states[i], self.cache.ssm_states[i]
+            conv_state, ssm_state = self.cache.memory(i)
             windows = torch.cat([conv_state, conv_input.transpose(1, 2).to(conv_state.dtype)], 2)  # (1, d, k - 1 + t)
             conv_state.copy_(
                 windows.index_select(2, m + torch.arange(conv_state.shape[2], dtype=torch.int64, device=m.device))
