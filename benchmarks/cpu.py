@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import record
 from mambakit import MambaConfig, MambaForCausalLM
 from mambakit.decoding.step import token_step
 from mambakit.ops._backends import native
@@ -37,6 +39,10 @@ from mambakit.ops.linear.lossless import DTYPES
 LLAMA_FORMATS = {"float32": "F32", "bfloat16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
 # Ours -> llama.cpp's of the same precision. The lossless ones hold the same numbers in 28 and 12 bits.
 RIVALS = LLAMA_FORMATS | {"lossless32": "F32", "lossless16": "F16"}
+NAMES = {
+    "float32": "decode, batch 1, float32", "lossless32": "float32, lossless (28 bits)", "bfloat16": "bfloat16",
+    "lossless16": "bfloat16, lossless (12 bits)", "int8": "int8", "int4": "int4",
+}  # fmt: skip
 STEPS = 16  # tokens per timing of decode
 
 
@@ -259,6 +265,13 @@ def median_times(contenders: dict[str, Callable[[], object]], rounds: int) -> di
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+def compared(what: str, rate: float, seconds: float, times: dict[str, float], llama_format: str) -> dict[str, object]:
+    """A row of the run's record."""
+    rival = times.get(f"llama.cpp {llama_format}")
+    against = {"against_llama": rival / seconds, "llama_format": llama_format} if rival else {}
+    return {"what": what, "tokens_per_second": rate, "against_transformers": times["transformers"] / seconds, **against}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
@@ -266,7 +279,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--skip-training", action="store_true")
     parser.add_argument("--patience", type=float, default=120, help="seconds to wait for transformers' training step")
-    parser.add_argument("--json", type=Path)
+    record.add_argument(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -314,6 +327,11 @@ def main() -> None:
     for name, seconds in prefill_times.items():
         results["prefill"][name] = options.length / seconds
         print(f"  {name:<22}{options.length / seconds:8.0f}   mambakit is {seconds / prefill_times['mambakit']:.2f}x")
+    ours_ms = prefill_times["mambakit"]
+    rows = [
+        compared(f"prefill {options.length}", options.length / ours_ms, ours_ms, prefill_times, "F32")
+        | {"share": prefill_times["products"] / ours_ms, "share_of": "the same products alone in torch"}
+    ]
     bandwidth = buffer.nbytes / decode_times.pop("read")
     results["decode"]["read bandwidth GB/s"] = bandwidth / 1e9
     print(f"\ndecode, batch 1: tokens/s; read bandwidth {bandwidth / 1e9:.1f} GB/s")
@@ -324,6 +342,10 @@ def main() -> None:
         if format in steps:
             share = results["decode"][f"{name}, share of bandwidth"] = step_bytes(steps[format]) * rate / bandwidth
             line += f"   {share:4.0%} of the bandwidth"
+            rows.append(
+                compared(NAMES[format], rate, seconds, decode_times, RIVALS[format])
+                | {"share": share, "share_of": "the read bandwidth"}
+            )
             rival = decode_times.get(f"llama.cpp {RIVALS[format]}")
             line += "" if rival is None else f"   {rival / seconds:.2f}x llama.cpp {RIVALS[format]}"
             line += f"   {decode_times['transformers'] / seconds:.2f}x transformers float32"
@@ -364,8 +386,7 @@ def main() -> None:
         else:
             result |= {"transformers s": peer, "ratio": peer / mine}
             print(f"  transformers {peer:.1f} s (its first): mambakit is {peer / mine:.1f}x")
-    if options.json:
-        options.json.write_text(json.dumps({"native": native.describe(), **results}, indent=2, default=str))
+    record.write(options.json, {"bandwidth": bandwidth, "rows": rows, **results}, gpus=0, notes=str(native.describe()))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -36,6 +35,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mambakit
+from benchmarks import record as records
 from mambakit.decoding.graph_step import graph_step
 from mambakit.decoding.prefill import prefill
 from mambakit.decoding.step import token_step
@@ -373,8 +373,8 @@ def measure_draft(options: Options, clock: Clock, record: dict) -> None:
         print(f"{most:>9} {seconds * 1e3:11.3f} {step / seconds:13.2f}x {kept:>16} {stream.rounds:>7}", flush=True)
         record["draft"].append(
             {
-                "target": target, "draft": order[0], "guesses": most, "step": step, "token": seconds,
-                "kept": stream.accepted / stream.proposed, "rounds": stream.rounds,
+                "target": target, "draft": order[0], "draft_tokens": most, "step": step, "token": seconds,
+                "speedup": step / seconds, "accepted": stream.accepted, "proposed": stream.proposed, "rounds": stream.rounds,
             }
         )  # fmt: skip
 
@@ -433,7 +433,7 @@ def main() -> None:
         "--compiled", action="store_true", help="the Transformer with a static cache and torch.compile, too"
     )
     parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--json", type=Path)
+    records.add_argument(parser)
     parser.add_argument("--plots", type=Path, help="a folder for generate.png and length.png")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -450,7 +450,10 @@ def main() -> None:
     for part in options.parts:
         PARTS[part](options, clock, record)
         if options.json:  # after each part: a run that is cut off leaves what it has
-            options.json.write_text(json.dumps(record, indent=2))
+            results = {key: value for key, value in record.items() if key != "device"}
+            records.write(
+                options.json, results, gpus=int(options.device == "cuda"), transformers=transformers.__version__
+            )
     if options.plots:
         plot(record, options.plots)
 

@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import record
 from mambakit.ops.causal_conv1d import chunked as conv_reference
 from mambakit.ops.causal_conv1d import triton as conv
 from mambakit.ops.causal_conv1d.api import causal_conv1d
@@ -90,7 +94,16 @@ def sets(size):
 def report(op, shape, variant, ms, size, eager=None, peer=None):
     rate = size / ms * 1e3
     RESULTS.append(
-        {"op": op, "shape": shape, "variant": variant, "ms": ms, "GB/s": rate / 1e9, "eager_ms": eager, "peer_ms": peer}
+        {
+            "op": op,
+            "shape": shape,
+            "variant": variant,
+            "ms": ms,
+            "GB/s": rate / 1e9,
+            "share": rate / COPY,
+            "eager_ms": eager,
+            "peer_ms": peer,
+        }
     )
     extra = "" if eager is None else f"  eager {eager:7.3f}"
     extra += "" if peer is None else f"  peer {peer:6.3f}  {peer / ms:5.2f}x"
@@ -322,7 +335,7 @@ def sweep_head():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="time the rival tiles too")
-    parser.add_argument("--json", help="write every number here")
+    record.add_argument(parser)
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     plans = [
@@ -342,9 +355,7 @@ def main():
         time()
         if options.sweep:
             sweep()
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "results": RESULTS}, file, indent=1)
+    record.write(options.json, {"ops": RESULTS}, gpus=1)
     raise SystemExit(1 if red else 0)
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -27,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import peer
+from benchmarks import peer, record
 from mambakit.ops.selective_scan import chunked, cuda
 from mambakit.ops.selective_scan import plan as plans
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
@@ -48,6 +47,7 @@ SHAPES = {
 }
 INTERVAL = CHECKPOINT_INTERVAL
 RESULTS: list[dict] = []
+WORST: list[dict] = []
 
 
 def inputs(b, d, length, n=16, dtype=torch.bfloat16):
@@ -155,6 +155,7 @@ def check(cases):
             worst[key] = max(worst.get(key, 0.0), error)
     for name, error in sorted(worst.items()):
         print(f"  {name:<20}{error:.1e}")
+        WORST.append({"what": name, "error": error})
     for name, what in red.items():
         print(f"  RED {name}: {what}")
     return not red
@@ -256,7 +257,7 @@ def main():
         "--peer", type=Path, metavar="CHECKOUT", help="of github.com/state-spaces/mamba: measure it too"
     )
     parser.add_argument("--peer-build", type=Path, help="keep what is built of it here")
-    parser.add_argument("--json", help="write every number here")
+    record.add_argument(parser)
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     module = peer.build(options.peer, options.peer_build) if options.peer else None
@@ -272,10 +273,11 @@ def main():
             sweep_relays(options.interval)
     else:
         print("selective_scan: WRONG, not timed")
-    if options.json:
-        Path(options.json).write_text(
-            json.dumps({"device": torch.cuda.get_device_name(), "results": RESULTS}, indent=1)
-        )
+    parts = {
+        "scan": [row for row in RESULTS if "kind" in row],
+        "peer_errors": [row for row in RESULTS if "error" in row],
+    }
+    record.write(options.json, {**parts, "worst_errors": WORST}, gpus=1)
     raise SystemExit(0 if green else 1)
 
 

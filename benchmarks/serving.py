@@ -25,8 +25,10 @@ import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import record
+from benchmarks.record import ROOT
 
 SHAPES = {"tiny": (64, 2), "130m": (768, 24), "1.4b": (2048, 48)}
 VOCABULARY = 50280
@@ -167,10 +169,10 @@ def measure(model: str | None, replicas: int, options: Options) -> dict:
     return row
 
 
-def device_name() -> str:
+def gpus_used(options: Options) -> int:
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return min(options.replicas, torch.cuda.device_count())
 
 
 def main() -> None:
@@ -186,7 +188,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--clients", type=int, default=min(8, os.cpu_count() or 1), help="processes that send")
-    parser.add_argument("--json", type=Path)
+    record.add_argument(parser)
     options = parser.parse_args()
     options.concurrency = options.concurrency or options.rows * options.replicas
     options.requests = options.requests or 4 * options.concurrency
@@ -197,19 +199,13 @@ def main() -> None:
             make_checkpoint(options.random_shape, Path(folder))
             model = folder
         rows = [measure(model, n, options) for n in ([1] if options.compare else []) + [options.replicas]]
-    settings = {k: v for k, v in vars(options).items() if k != "json"}
-    report: dict = {"device": device_name(), "settings": settings, "rows": rows}
     if options.compare:
-        report["ratio"] = {name: rows[1][name] / rows[0][name] for name in rows[0] if name != "replicas"}
-        ratio = report["ratio"]
+        ratio = {name: rows[1][name] / rows[0][name] for name in rows[0] if name != "replicas"}
         print(
             f"{options.replicas} replicas to 1: {ratio['tokens_per_second']:.2f} x the tokens/s, "
-            f"first token p50 {ratio['first_token_p50']:.2f} x, p99 {ratio['first_token_p99']:.2f} x ({report['device']})"
+            f"first token p50 {ratio['first_token_p50']:.2f} x, p99 {ratio['first_token_p99']:.2f} x ({record.machine(gpus_used(options))})"
         )
-    if options.json is not None:
-        temporary = options.json.with_name(options.json.name + ".tmp")
-        temporary.write_text(json.dumps(report, indent=2))
-        temporary.replace(options.json)
+    record.write(options.json, {"serving": rows}, gpus=gpus_used(options))
 
 
 if __name__ == "__main__":

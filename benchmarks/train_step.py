@@ -13,7 +13,6 @@ model of the same make.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mambakit
+from benchmarks import record
 from mambakit.training.model import recompute_selection
 from mambakit.training.optimizer import make_optimizer
 from mambakit.training.step import CapturedStep, TrainingStep
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="and the kernels of one step that take longest, by torch's profiler"
     )
-    parser.add_argument("--json", type=Path)
+    record.add_argument(parser)
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     check()
@@ -119,8 +119,7 @@ def main() -> None:
             results.append(
                 {"model": name, "batch": batch, "length": length, "how": how, "tokens_per_second": rate, **result}
             )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2))
+    record.write(arguments.json, {"train_step": results}, gpus=1)
 
 
 if __name__ == "__main__":
