@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-# docs/cpu.md has the measurement (benchmarks/busy_machine.py): enough for the gaps between two ops, far less than a time slice.
+# docs/guides/cpu.md has the measurement (benchmarks/busy_machine.py): enough for the gaps between two ops, far less than a time slice.
 SPINS = 300
 MILLISECONDS = 1
 # Any of these is the user's own word on the matter.
