@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import record
 from mambakit import MambaConfig, MambaForCausalLM
-from mambakit.decoding.step import token_step
+from mambakit.decoding.registry import token_step
 from mambakit.ops._backends import native
 from mambakit.ops.decode.cpu import DecodeStep, LayerWeights
 from mambakit.ops.linear import pack
-from mambakit.ops.linear.api import FORMATS
 from mambakit.ops.linear.lossless import DTYPES
+from mambakit.ops.linear.packed import FORMATS
 
 LLAMA_FORMATS = {"float32": "F32", "bfloat16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
 # Ours -> llama.cpp's of the same precision. The lossless ones hold the same numbers in 28 and 12 bits.

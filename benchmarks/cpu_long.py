@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import record
 from mambakit import MambaConfig, MambaForCausalLM
-from mambakit.decoding.step import token_step
+from mambakit.decoding.registry import token_step
 
 
 def resident_megabytes() -> float:

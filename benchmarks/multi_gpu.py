@@ -66,48 +66,48 @@ def timed(run, warm: int, count: int) -> float:
 
 def training(mode: str, captured: bool, per_gpu: int, parts: int) -> dict:
     """Whole steps: forward and backward of ``parts`` times ``per_gpu`` rows, clip, AdamW."""
-    from mambakit.training.distributed import processes
+    from mambakit.training.distributed import process_mesh
     from mambakit.training.optimizer import make_optimizer
     from mambakit.training.step import CapturedStep, Objective, TrainingStep
 
-    with processes(mode) as team:
+    with process_mesh(mode) as mesh:
         model = make_model("1.4b")
-        objective = team.parallelize(Objective(model), model)
+        objective = mesh.parallelize(Objective(model), model)
         optimizer = make_optimizer(model, 1e-4, (0.9, 0.95), 0.1)
         step = TrainingStep(
-            model, optimizer, 1.0, "bfloat16", False, accumulate=parts, processes=team, objective=objective
+            model, optimizer, 1.0, "bfloat16", False, accumulate=parts, processes=mesh, objective=objective
         )  # fmt: skip
         runner = CapturedStep(step) if captured else step
-        rows = torch.randint(0, model.config.vocab_size, (per_gpu * parts * team.world, LENGTH + 1), device=team.device)
+        rows = torch.randint(0, model.config.vocab_size, (per_gpu * parts * mesh.world, LENGTH + 1), device=mesh.device)
         begins = torch.zeros_like(rows, dtype=torch.bool)
         torch.cuda.reset_peak_memory_stats()
         seconds = timed(lambda: runner.run(rows, begins), 5, 10)
         return {
             "seconds": seconds, "tokens_per_second": rows.shape[0] * LENGTH / seconds,
-            "gib": torch.cuda.max_memory_allocated() / 2**30, "first": team.first,
+            "gib": torch.cuda.max_memory_allocated() / 2**30, "first": mesh.first,
         }  # fmt: skip
 
 
 def context(shape: str, length: int, mode: str, autocast: bool, gradients: str, share: int) -> dict:
     """Forward and backward of one sequence; ``share`` > 1 takes that part of it, as one process of as many would."""
-    from mambakit.training.distributed import context_parallel, processes
+    from mambakit.training.distributed import context_parallel, process_mesh
     from mambakit.training.step import Objective
 
     world = int(os.environ.get("WORLD_SIZE", 1))
-    with processes(mode, world if mode != "none" else 1) as team:
+    with process_mesh(mode, world if mode != "none" else 1) as mesh:
         model = make_model(shape)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         generator = torch.Generator().manual_seed(1)
-        tokens = torch.randint(0, model.config.vocab_size, (1, length + 1), generator=generator).to(team.device)
+        tokens = torch.randint(0, model.config.vocab_size, (1, length + 1), generator=generator).to(mesh.device)
         if share > 1:  # a group of one: what a process computes for the exchange, without the exchange
             tokens = tokens[:, : length // share + 1]
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
             context_parallel(model, torch.distributed.group.WORLD)
-        objective = team.parallelize(Objective(model), model)
-        part = team.stretch(tokens.shape[1] - 1)
+        objective = mesh.parallelize(Objective(model), model)
+        part = mesh.sequence_shard(tokens.shape[1] - 1)
         inputs, targets = tokens[:, :-1][:, part], tokens[:, 1:][:, part]
-        count = torch.tensor((tokens.shape[1] - 1) / team.world, device=team.device)
+        count = torch.tensor((tokens.shape[1] - 1) / mesh.world, device=mesh.device)
         found = {}
 
         def run() -> None:
@@ -118,9 +118,9 @@ def context(shape: str, length: int, mode: str, autocast: bool, gradients: str, 
             found["loss"] = loss.detach()
 
         torch.cuda.reset_peak_memory_stats()
-        result = {"seconds": timed(run, 2, 3), "gib": torch.cuda.max_memory_allocated() / 2**30, "first": team.first}
-        result["loss"] = float(team.mean(found["loss"]))
-        if team.first and gradients:
+        result = {"seconds": timed(run, 2, 3), "gib": torch.cuda.max_memory_allocated() / 2**30, "first": mesh.first}
+        result["loss"] = float(mesh.mean(found["loss"]))
+        if mesh.first and gradients:
             result |= compare({n: p.grad.cpu() for n, p in model.named_parameters()}, Path(gradients))
         return result
 

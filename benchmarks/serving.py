@@ -1,12 +1,15 @@
-"""Requests a second, tokens a second and time to first token of `mambakit serve`, by the number of its replicas.
+"""Requests and tokens per second and time to first token of `mambakit serve`, greedy and sampled, by number of replicas.
 
     python benchmarks/serving.py --replicas 2 --compare                                      # the embedded model, on a CPU
     python benchmarks/serving.py --replicas 2 --compare --random-shape 1.4b --json out.json  # two NVIDIA GPUs, bfloat16
+    python benchmarks/serving.py --temperature 0.8 --top-p 0.95                              # one setting only
 
 Starts a server, sends it all requests from --concurrency clients over HTTP, streamed, and stops it; with --compare the same
-with one replica before, and the ratios. Every prompt is other random tokens, every text runs to its full length or to the end
-that the model chooses, and what is counted is what the server says it wrote. Nothing is timed before the server has answered
-one request from each client. The clients are processes of their own, so that reading streams does not slow down the server's.
+with one replica before, and the ratios. Without --temperature and --top-p everything is measured twice: greedy, and with
+temperature 1, which is OpenAI's default. Sampled requests carry no seed, as most clients' do not. Each prompt is other random
+tokens, each text runs to its full length or to the end that the model chooses, and tokens are counted by the server's usage
+field. Nothing is timed before the server has answered one request from each client. The clients are processes of their own,
+so that reading streams does not slow down the server.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ from benchmarks.record import ROOT
 
 SHAPES = {"tiny": (64, 2), "130m": (768, 24), "1.4b": (2048, 48)}
 VOCABULARY = 50280
+RATIOS = ("requests_per_second", "tokens_per_second", "first_token_p50", "first_token_p99", "seconds")
 Options = argparse.Namespace
+Sampling = dict[str, float]
 
 
 def make_checkpoint(shape: str, folder: Path) -> None:
@@ -63,7 +68,14 @@ class Server:
 
     def __init__(self, model: str | None, replicas: int, options: Options):
         command = [sys.executable, "-m", "mambakit", "serve", "--port", "0", "--replicas", str(replicas)]
-        command += ["--rows", str(options.rows), "--max-waiting", "100000", "--max-new-tokens", str(options.new_tokens)]
+        command += [
+            "--slots",
+            str(options.slots),
+            "--max-waiting",
+            "100000",
+            "--max-new-tokens",
+            str(options.new_tokens),
+        ]
         command += ["--model", model] if model else []
         command += ["--devices", *options.devices[:replicas]] if options.devices else []
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -101,10 +113,24 @@ def prompts(count: int, options: Options, seed: int) -> list[list[int]]:
     return [[generator.randrange(1, options.vocabulary) for _ in range(options.prompt_tokens)] for _ in range(count)]
 
 
-def request(connection: http.client.HTTPConnection, prompt: list[int], new_tokens: int) -> dict[str, float]:
-    """One streamed text: when it began, its first event and its end came, and how many tokens it has."""
+def samplings(options: Options) -> list[Sampling]:
+    """The settings to measure, as fields of a request."""
+    if options.temperature is None and options.top_p is None:
+        return [{"temperature": 0.0}, {"temperature": 1.0}]
+    given = {"temperature": 1.0 if options.temperature is None else options.temperature}
+    return [given if options.top_p is None else {**given, "top_p": options.top_p}]
+
+
+def title(sampling: Sampling) -> str:
+    return "greedy" if sampling == {"temperature": 0.0} else ", ".join(f"{k} {v:g}" for k, v in sampling.items())
+
+
+def request(
+    connection: http.client.HTTPConnection, prompt: list[int], new_tokens: int, sampling: Sampling
+) -> dict[str, float]:
+    """One streamed text: the times of the request, of its first event and of its end, and its number of tokens."""
     body = {
-        "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
+        "prompt": prompt, "max_tokens": new_tokens, "stream": True, "stream_options": {"include_usage": True}, **sampling,
     }  # fmt: skip
     began, first, usage = time.monotonic(), 0.0, b""
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -119,13 +145,15 @@ def request(connection: http.client.HTTPConnection, prompt: list[int], new_token
     return {"began": began, "first": first, "end": time.monotonic(), "tokens": tokens}
 
 
-def client(host: str, port: int, new_tokens: int, mine: list[list[list[int]]]) -> list[dict[str, float]]:
+def client(
+    host: str, port: int, new_tokens: int, sampling: Sampling, mine: list[list[list[int]]]
+) -> list[dict[str, float]]:
     """A process: for each list of prompts, a thread that sends them one after another over one connection."""
 
     def send(these: list[list[int]]) -> list[dict[str, float]]:
         connection = http.client.HTTPConnection(host, port)
         try:
-            return [request(connection, prompt, new_tokens) for prompt in these]
+            return [request(connection, prompt, new_tokens, sampling) for prompt in these]
         finally:
             connection.close()
 
@@ -133,37 +161,48 @@ def client(host: str, port: int, new_tokens: int, mine: list[list[list[int]]]) -
         return [one for found in pool.map(send, mine) for one in found]
 
 
-def load(server: Server, options: Options, count: int, new_tokens: int, seed: int) -> list[dict[str, float]]:
+def load(
+    server: Server, options: Options, count: int, new_tokens: int, sampling: Sampling, seed: int
+) -> list[dict[str, float]]:
     """``count`` requests, --concurrency of them at a time."""
     all_prompts = prompts(count, options, seed)
     lanes = [lane for i in range(options.concurrency) if (lane := all_prompts[i :: options.concurrency])]
     processes = min(options.clients, len(lanes))
     with ProcessPoolExecutor(processes) as pool:
         parts = [
-            pool.submit(client, server.host, server.port, new_tokens, lanes[i::processes]) for i in range(processes)
+            pool.submit(client, server.host, server.port, new_tokens, sampling, lanes[i::processes])
+            for i in range(processes)
         ]
         return [one for part in parts for one in part.result()]
 
 
-def measure(model: str | None, replicas: int, options: Options) -> dict:
+def measure(model: str | None, replicas: int, options: Options) -> list[dict]:
+    """One server with ``replicas``: a row for each setting."""
     server = Server(model, replicas, options)
     try:
-        load(server, options, options.concurrency, min(8, options.new_tokens), seed=1)
-        found = load(server, options, options.requests, options.new_tokens, seed=2)
+        rows = []
+        for number, sampling in enumerate(samplings(options)):
+            load(server, options, options.concurrency, min(8, options.new_tokens), sampling, seed=2 * number + 1)
+            found = load(server, options, options.requests, options.new_tokens, sampling, seed=2 * number + 2)
+            rows.append(summary(found, replicas, sampling, server.start_seconds))
+        return rows
     finally:
         server.stop()
+
+
+def summary(found: list[dict[str, float]], replicas: int, sampling: Sampling, start_seconds: float) -> dict:
     seconds = max(one["end"] for one in found) - min(one["began"] for one in found)
     firsts = sorted(one["first"] - one["began"] for one in found)
     row = {
-        "replicas": replicas, "requests_per_second": len(found) / seconds,
+        "replicas": replicas, "sampling": title(sampling), **sampling, "requests_per_second": len(found) / seconds,
         "tokens_per_second": sum(one["tokens"] for one in found) / seconds,
         "first_token_p50": statistics.median(firsts), "first_token_p99": firsts[min(len(firsts) - 1, len(firsts) * 99 // 100)],
-        "seconds": seconds, "start_seconds": server.start_seconds,
+        "seconds": seconds, "start_seconds": start_seconds,
     }  # fmt: skip
     print(
-        f"{replicas} replicas: {row['requests_per_second']:8.2f} requests/s {row['tokens_per_second']:10.0f} tokens/s, "
+        f"{replicas} replicas, {row['sampling']}: {row['requests_per_second']:8.2f} requests/s {row['tokens_per_second']:10.0f} tokens/s, "
         f"first token p50 {row['first_token_p50'] * 1e3:.0f} ms, p99 {row['first_token_p99'] * 1e3:.0f} ms "
-        f"({len(found)} requests in {seconds:.1f} s; ready after {server.start_seconds:.1f} s)",
+        f"({len(found)} requests in {seconds:.1f} s; ready after {start_seconds:.1f} s)",
         flush=True,
     )
     return row
@@ -179,18 +218,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--compare", action="store_true", help="the same with one replica, and the ratios")
-    parser.add_argument("--devices", nargs="+", help="one for each replica (default: dealt by the server)")
+    parser.add_argument("--devices", nargs="+", help="one for each replica (default: assigned by the server)")
     parser.add_argument("--model", help="hub id or folder (default: the embedded model)")
     parser.add_argument("--random-shape", choices=SHAPES, help="a checkpoint of random weights of this shape instead")
-    parser.add_argument("--rows", type=int, default=8, help="of a replica")
-    parser.add_argument("--concurrency", type=int, help="requests at a time (default: rows times replicas)")
+    parser.add_argument("--slots", "--rows", type=int, default=8, help="of a replica")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: both 0 and 1)")
+    parser.add_argument("--top-p", type=float, help="nucleus (default: 1)")
+    parser.add_argument("--concurrency", type=int, help="requests at a time (default: slots times replicas)")
     parser.add_argument("--requests", type=int, help="in all (default: four times the concurrency)")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--clients", type=int, default=min(8, os.cpu_count() or 1), help="processes that send")
     record.add_argument(parser)
     options = parser.parse_args()
-    options.concurrency = options.concurrency or options.rows * options.replicas
+    options.concurrency = options.concurrency or options.slots * options.replicas
     options.requests = options.requests or 4 * options.concurrency
     with tempfile.TemporaryDirectory() as folder:
         model = options.model
@@ -198,14 +239,16 @@ def main() -> None:
         if options.random_shape:
             make_checkpoint(options.random_shape, Path(folder))
             model = folder
-        rows = [measure(model, n, options) for n in ([1] if options.compare else []) + [options.replicas]]
+        counts = [1, options.replicas] if options.compare else [options.replicas]
+        measured = [measure(model, count, options) for count in counts]
     if options.compare:
-        ratio = {name: rows[1][name] / rows[0][name] for name in rows[0] if name != "replicas"}
-        print(
-            f"{options.replicas} replicas to 1: {ratio['tokens_per_second']:.2f} x the tokens/s, "
-            f"first token p50 {ratio['first_token_p50']:.2f} x, p99 {ratio['first_token_p99']:.2f} x ({record.machine(gpus_used(options))})"
-        )
-    record.write(options.json, {"serving": rows}, gpus=gpus_used(options))
+        for one, many in zip(*measured, strict=True):
+            ratio = {name: many[name] / one[name] for name in RATIOS}
+            print(
+                f"{options.replicas} replicas to 1, {one['sampling']}: {ratio['tokens_per_second']:.2f} x the tokens/s, first "
+                f"token p50 {ratio['first_token_p50']:.2f} x, p99 {ratio['first_token_p99']:.2f} x"
+            )
+    record.write(options.json, {"serving": [row for rows in measured for row in rows]}, gpus=gpus_used(options))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.decoding.graph_step import graphs_serve, kept_with
-from mambakit.modules import StateCache as MambaCache
+from mambakit.decoding.cuda_graph import CapturedGraph, graphs_serve, kept_with
+from mambakit.modules import StateCache
 from mambakit.modules.interception import is_ours
 from mambakit.quoting import brief
 
@@ -48,7 +48,7 @@ def chunk_sizes(device: torch.device) -> ChunkSizes:
 def prefill(
     model: Any,
     prompts: Prompts,
-    cache: MambaCache,
+    cache: StateCache,
     *,
     attention_mask: Tensor | None = None,
     chunk_size: int | None = None,
@@ -76,7 +76,7 @@ def prefill(
 def prefill_states(
     model: Any,
     prompts: Prompts,
-    cache: MambaCache,
+    cache: StateCache,
     *,
     attention_mask: Tensor | None = None,
     chunk_size: int | None = None,
@@ -91,7 +91,7 @@ def prefill_states(
 def prefill_parts(
     model: Any,
     prompts: Prompts,
-    cache: MambaCache,
+    cache: StateCache,
     attention_mask: Tensor | None = None,
     chunk_size: int | None = None,
     progress: Progress | None = None,
@@ -116,7 +116,7 @@ def prefill_parts(
             graphs.load(cache)
             done = 0
             for part in ids.split(buckets(ids.shape[1], size), 1):  # without a pause: the graphs share one state
-                hidden = graphs.read(part)
+                hidden = graphs.read(model, part)
                 done += part.shape[1]
                 if progress is not None:
                     progress(done)
@@ -154,7 +154,7 @@ def prefill_parts(
 def hidden_states(
     model: Any,
     prompts: Prompts,
-    cache: MambaCache | None = None,
+    cache: StateCache | None = None,
     *,
     chunk_size: int | None = None,
     progress: Progress | None = None,
@@ -255,7 +255,7 @@ def _chunks(texts: Prompts, attention_mask: Tensor | None, size: int) -> Iterato
 # -- the ways to read a chunk -------------------------------------------------------------------------------------------
 
 
-def _by_layer(model: Any, ids: Tensor, cache: MambaCache, want_logits: bool) -> Generator[None, None, Tensor]:
+def _by_layer(model: Any, ids: Tensor, cache: StateCache, want_logits: bool) -> Generator[None, None, Tensor]:
     """The call of a model that is its layers, with a pause after each of them; (b, v) logits, or nothing of use."""
     backbone = model.backbone
     x, residual = backbone.embeddings(ids), None
@@ -299,40 +299,37 @@ class _BucketGraphs:
     """The prefill graphs of one model. They work on a state of their own, and share their memory: one runs at a time."""
 
     def __init__(self, model: Any):
-        self.model = model
-        self.cache: MambaCache = model.backbone.new_cache(1)
+        self.states: Any = model.backbone.new_cache(1)
         self._used: set[int] = set()
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self._pool: Any = None
+        self._graphs: dict[int, tuple[CapturedGraph[Tensor], Tensor]] = {}  # by length, with what it reads
 
-    def load(self, cache: MambaCache) -> None:
+    def load(self, cache: StateCache) -> None:
         """Go on from this state."""
-        self.cache.load_(cache)
+        self.states.load_(cache)
 
-    def store(self, cache: MambaCache, tokens: int) -> None:
+    def store(self, cache: StateCache, tokens: int) -> None:
         """Leave the state in ``cache``, which is ``tokens`` behind it."""
         seen = cache.get_seq_length()
-        cache.load_(self.cache)
+        cache.load_(self.states)
         cache.advance(seen + tokens - cache.get_seq_length())
 
-    def _forward(self, ids: Tensor) -> Tensor:
-        return self.model.backbone(ids, cache_params=self.cache).last_hidden_state[:, -1:]
+    def _forward(self, model: Any, ids: Tensor) -> Tensor:
+        return model.backbone(ids, cache_params=self.states).last_hidden_state[:, -1:]
 
     @torch.inference_mode(False)  # a graph's tensors outlive the call
     @torch.no_grad()
-    def read(self, ids: Tensor) -> Tensor:
+    def read(self, model: Any, ids: Tensor) -> Tensor:
         """(1, 1, h) after the last token; of a graph valid until the next bucket."""
         length = ids.shape[1]
         if length not in self._graphs:
             if length not in self._used:  # compiles what is not compiled yet, which a capture must not
                 self._used.add(length)
-                return self._forward(ids)
-            graph, held = torch.cuda.CUDAGraph(), ids.clone()
-            with torch.cuda.graph(graph, pool=self._pool):
-                hidden = self._forward(held)
-            self._pool = graph.pool()
-            self._graphs[length] = graph, held, hidden
-        graph, held, hidden = self._graphs[length]
+                return self._forward(model, ids)
+            held = ids.clone()
+            shared = next(iter(self._graphs.values()), (None,))[0]
+            graph = CapturedGraph(lambda: self._forward(model, held), model.device, shared=shared)
+            self._graphs[length] = graph, held
+        graph, held = self._graphs[length]
         held.copy_(ids)
         graph.replay()
-        return hidden
+        return graph.result

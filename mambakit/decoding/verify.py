@@ -7,19 +7,18 @@ possible (many slots, layers that are not known) the draft is read over a copy o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mambakit.decoding.graph_step import VerificationStep, graphs_serve, verification_step
+from mambakit.decoding import native_step
+from mambakit.decoding.cuda_graph import CapturedGraph, graphs_serve
+from mambakit.decoding.eligibility import why_not_by_layers
+from mambakit.decoding.graph_step import VerificationStep, verification_step
 from mambakit.decoding.prefill import prefill_states
-from mambakit.decoding.step import native_serves, native_weights
-from mambakit.modules import MambaBlock, MambaMixer, StateCache
-from mambakit.modules.interception import is_ours, untouched
+from mambakit.modules import MambaCache, StateCache
 from mambakit.ops import causal_conv1d, selective_scan, selective_scan_
-from mambakit.ops._backends.memory import transformed
 from mambakit.ops.decode.cpu_verify import VerifyStep
 from mambakit.ops.linear.api import MOST_ROWS
 
@@ -44,7 +43,7 @@ class Verifier(Protocol):
         """The cache was changed by others than `commit`: go on from what is in it now. Tokens that were read are forgotten."""
 
 
-def verifier(model: Any, cache: StateCache, tokens: int) -> Verifier:
+def verifier(model: Any, cache: Any, tokens: int) -> Verifier:
     """The fastest verifier there is for where the model lies and what it is made of.
 
     Where a step of the model is one native call on the CPU, so is a verification, and its bits are those of decoding token by
@@ -60,28 +59,13 @@ def verifier(model: Any, cache: StateCache, tokens: int) -> Verifier:
         raise ValueError(f"tokens is {tokens}; a verification is of 1 to {MOST_ROWS} tokens")
     if cache.max_batch_size != 1:
         raise ValueError(f"the cache has {cache.max_batch_size} rows; a verification is of one text: select one row")
-    if native_serves(model, cache):
+    if native_step.why_not(model, 1, states=cache) is None:
         return _NativeVerifier(model, cache, tokens)
     if (step := verification_step(model, tokens)) is not None:
         return _PersistentVerifier(step, cache)
-    if not _layers_are_known(model):
+    if why_not_by_layers(model) is not None:
         return _ForwardVerifier(model, cache)
     return _GraphVerifier(model, cache, tokens) if graphs_serve(model) else _ModelVerifier(model, cache)
-
-
-def _layers_are_known(model: Any) -> bool:
-    """Whether the layers may be run projection by projection, without a call of the model, its blocks, mixers and convolutions."""
-    if transformed() or not is_ours(model) or not is_ours(model.backbone):
-        return False
-    for i, block in enumerate(model.backbone.layers):
-        if not untouched(block, MambaBlock):
-            return False
-        m = block.mixer
-        if not (untouched(m, MambaMixer) and untouched(m.conv1d, nn.Conv1d)):
-            return False
-        if m.layer_idx != i or m.causal_conv1d is not causal_conv1d or m.selective_scan is not selective_scan:
-            return False
-    return True
 
 
 def _require_read(m: int, read: int) -> None:
@@ -90,8 +74,8 @@ def _require_read(m: int, read: int) -> None:
 
 
 class _NativeVerifier:
-    def __init__(self, model: Any, cache: StateCache, tokens: int):
-        layers, head = native_weights(model)
+    def __init__(self, model: Any, cache: MambaCache, tokens: int):
+        layers, head = native_step.native_weights(model)
         self._embeddings, self._cache = model.backbone.embeddings, cache
         self._step = VerifyStep(
             layers, model.backbone.norm_f.weight, head, model.config.layer_norm_epsilon,
@@ -260,36 +244,50 @@ class _GraphVerifier(_ModelVerifier):
         self._ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
         self._kept = torch.zeros(1, dtype=torch.long, device=model.device)
         with torch.no_grad():
-            self._run_verify, self._logits = _captured(model.device, lambda: self._verify(self._ids))
-            self._run_replay, _ = _captured(
-                model.device, lambda: self._replay(self._kept)
-            )  # of 0 tokens: the state stays
+            self._verifying = CapturedGraph(lambda: self._verify(self._ids), model.device, warm_ups=2)
+            # Of 0 tokens: the state stays as it is in the warm-up.
+            self._replaying = CapturedGraph(lambda: self._replay(self._kept), model.device, warm_ups=2)
 
     def __call__(self, tokens: list[int]) -> Tensor:
         self._read = len(tokens)
         filled = tokens + tokens[-1:] * (self._ids.shape[1] - len(tokens))
         self._ids.copy_(torch.tensor([filled], dtype=torch.int64, device="cpu"), non_blocking=True)
-        self._run_verify()
-        return self._logits[: len(tokens)].clone()
+        self._verifying.replay()
+        return self._verifying.result[: len(tokens)].clone()
 
     def commit(self, m: int) -> None:
         _require_read(m, self._read)
         self._read = 0
         self._kept.fill_(m)
-        self._run_replay()
+        self._replaying.replay()
         self.cache.advance(m)
 
 
-def _captured(device: torch.device, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """(replay, the result's memory): ``run`` as a CUDA graph. It runs twice first, so that kernels are compiled."""
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = run()
-    return graph.replay, result
+class DraftVerification:
+    """Drafts of the rows of a cache: of one row by the fastest verifier, of several, and of longer drafts, by the model's forward.
+
+    Args:
+        states: the cache; it must not be replaced meanwhile.
+        most: the most tokens of a draft.
+    """
+
+    def __init__(self, model: Any, states: StateCache, most: int):
+        self.most = most
+        one = states.max_batch_size == 1 and most <= MOST_ROWS
+        self._one: Verifier | None = verifier(model, states, most) if one else None
+        self._several = PackedVerifier(model, states)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(b, t, v) logits after each of ``tokens`` (b, t) int64; the states are as they were."""
+        return self._several(tokens) if self._one is None else self._one(tokens[0].tolist())[None]
+
+    def commit(self, kept: list[int]) -> None:
+        """Bring row i to after the first ``kept[i]`` of its tokens."""
+        if self._one is None:
+            self._several.commit(kept)
+        else:
+            self._one.commit(kept[0])
+
+    def reload(self) -> None:
+        """The states were changed by others than `commit`."""
+        (self._several if self._one is None else self._one).reload()

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mambakit.decoding.graph_step import GraphStep, graphs_serve
+from mambakit.decoding.cuda_graph import Placement, graphs_serve, placement_of
+from mambakit.decoding.graph_step import GraphDecoder
 from mambakit.decoding.prefill import prefill_states
-from mambakit.decoding.step import forward_step, token_step
+from mambakit.decoding.registry import ForwardDecoder, choose, token_step
 from mambakit.generation.stream import SamplingParams, drawn
 from mambakit.modules import MambaCache
 from mambakit.modules.interception import Watch, modules_of
@@ -97,7 +98,8 @@ class DraftModel:
 
     def __init__(self, model: Any):
         self.model = model
-        self._graph: GraphStep | None = None
+        self._graph: Any = None
+        self._placement: Placement | None = None
 
     @torch.no_grad()
     def begin(self, ids: Tensor, sampling: SamplingParams, scores: _Scores | None, generator: torch.Generator) -> None:
@@ -106,10 +108,11 @@ class DraftModel:
         ids = ids.to(self.model.device)
         prefill_states(self.model, [ids[:-1]], self._cache)
         if graphs_serve(self.model):
-            if self._graph is None or not self._graph.current:
-                self._graph = GraphStep(self.model, 1)
+            if self._graph is None or self._placement is not placement_of(self.model):
+                self._graph = choose(self.model, 1).make(self.model, self.model.backbone.new_cache(1))
+                self._placement = placement_of(self.model)
             self._graph.load(self._cache)
-            self._cache, self._watch = self._graph.cache, Watch(modules_of(self.model))
+            self._cache, self._watch = self._graph.states, Watch(modules_of(self.model))
         else:
             self._graph, self._step = None, token_step(self.model, self._cache)
         self._read: list[int] = ids[:-1].tolist()
@@ -144,15 +147,14 @@ class DraftModel:
         if self._graph is None:
             logits = self._step(ids)
         elif not self._watch.holds():  # somebody has put a hook or a forward on a module since
-            logits = forward_step(self.model, self._cache)(ids)
+            logits = ForwardDecoder(self.model, self._cache).step(ids)
         else:
-            self._graph.tokens.fill_(token)
-            logits = self._graph()
+            logits = self._graph.step(ids)
         self._read.append(token)
         self._keep()
         return logits
 
-    def _guesses(self, graph: GraphStep, token: int, most: int) -> list[int]:
+    def _guesses(self, graph: GraphDecoder, token: int, most: int) -> list[int]:
         """The likeliest tokens after ``token``: the graph leaves each where it reads the next."""
         if not most:
             return []

@@ -12,9 +12,9 @@ from torch import Tensor
 from mambakit.decoding.choosing import NO_CHOICE, are_numbers, draw
 from mambakit.decoding.parameters import CHUNK_SIZE, NEW_TOKENS
 from mambakit.decoding.prefill import prefill
+from mambakit.decoding.registry import token_step
 from mambakit.decoding.sampler import SampledText, Sampler
 from mambakit.decoding.sampling_params import SamplingParams
-from mambakit.decoding.step import token_step
 from mambakit.errors import LogitsError
 from mambakit.generation.stopping import StopSearch, read_stops
 from mambakit.generation.token_ids import require_in_vocabulary, token_ids

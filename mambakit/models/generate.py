@@ -16,7 +16,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from mambakit.decoding.choosing import WITHOUT_WAITING, Choosing
-from mambakit.decoding.graph_step import graphs_serve
+from mambakit.decoding.cuda_graph import graphs_serve
 from mambakit.decoding.prefill import chunk_sizes, prefill, prefill_states, reads_in_buckets
 from mambakit.decoding.scaling import widened
 from mambakit.decoding.token_loop import GeneratingSteps, write_tokens

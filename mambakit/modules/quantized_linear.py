@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mambakit.modules.precision import keep_float32
 from mambakit.ops.linear import linear, pack
-from mambakit.ops.linear.api import GROUP, PackedWeight, blank
+from mambakit.ops.linear.packed import GROUP, PackedWeight, blank
 
 
 class QuantizedLinear(nn.Module):

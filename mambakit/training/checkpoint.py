@@ -19,7 +19,7 @@ from torch import nn
 
 from mambakit.errors import CheckpointError
 from mambakit.reading import read_pickle
-from mambakit.training.distributed import Processes
+from mambakit.training.distributed import ProcessMesh
 
 _NAME = re.compile(r"step-(\d{8,})(\.tmp)?")
 _MARK = "run.json"
@@ -71,7 +71,7 @@ def keep_latest(folder: Path, run: str, keep: int) -> None:
 
 def save_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: dict[str, Any], keep: int = 2,
-    processes: Processes | None = None, run: str = "", config: dict[str, Any] | None = None,
+    processes: ProcessMesh | None = None, run: str = "", config: dict[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """Write ``folder/step-<step>`` under a temporary name, put it in its place, then remove all but the run's latest ``keep``.
 
@@ -115,7 +115,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes | None = None
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, processes: ProcessMesh | None = None
 ) -> tuple[int, dict[str, Any]]:
     """Restore a run's model and optimiser from one of `checkpoints`; returns its step and the extra state.
 

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mambakit.training.config import TrainConfig
-from mambakit.training.distributed import Processes
+from mambakit.training.distributed import ProcessMesh
 from mambakit.training.folder import RunFolder
 
 _LOCK = "run.lock"
 
 
 @contextlib.contextmanager
-def claim(config: TrainConfig, team: Processes) -> Iterator[RunFolder | None]:
+def claim(config: TrainConfig, mesh: ProcessMesh) -> Iterator[RunFolder | None]:
     """The folder of a run, held by this process alone until the end; None in all processes but the first.
 
     The lock is the operating system's: it ends with the process that holds it, however that ends.
@@ -25,12 +25,12 @@ def claim(config: TrainConfig, team: Processes) -> Iterator[RunFolder | None]:
     with contextlib.ExitStack() as stack:
         folder: RunFolder | None = None
         refusal: Exception | None = None
-        if team.first:
+        if mesh.first:
             try:
                 folder = stack.enter_context(_locked(config))
             except (ValueError, OSError) as error:
                 refusal = error
-        refusal = team.share(refusal)
+        refusal = mesh.share(refusal)
         if refusal is not None:
             raise refusal
         yield folder

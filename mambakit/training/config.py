@@ -39,7 +39,7 @@ class TrainConfig:
     """FASTA: letters that are not A, C, G or T are read as N. "mask": N is read but never predicted. "predict": it is a
     letter like the others. "split": a run of N ends the document."""
     reverse_complement: bool = False
-    """FASTA: read each stretch of a row from either strand with probability 1/2, anew in every epoch (a whole document
+    """FASTA: read each document's part of a row from either strand with probability 1/2, anew in every epoch (a whole document
     with `stateful`)."""
     sample_rate: int = 0
     """WAV: refuse files of another rate (Hz). 0: whatever rate the first file has."""
@@ -122,7 +122,7 @@ class TrainConfig:
     """How the processes that torchrun started share the work: "ddp", each holds the model and takes a part of the batch;
     "fsdp", each holds a shard of the model too (FSDP2); "none", one process."""
     context_parallel: int = 1
-    """Processes that one row is spread over, with "ddp" or "fsdp": rows longer than one device's memory."""
+    """ProcessMesh that one row is spread over, with "ddp" or "fsdp": rows longer than one device's memory."""
     seed: int = 0
 
     # -- run -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: list[float], width: int = 60) -> str:
-    """``values`` in ``width`` bars, the mean of each stretch."""
+    """``values`` as ``width`` bars, each the mean of an equal part."""
     if not values:
         return ""
     width = min(width, len(values))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mambakit.training.distributed import Processes, local
+from mambakit.training.distributed import ProcessMesh, local
 
 # The running mean of the gradient's norm means something after this many updates.
 _SETTLING = 50
@@ -64,9 +64,9 @@ class UpdateGuard:
             value.copy_(state[name])
 
 
-def weights_are_finite(model: nn.Module, team: Processes) -> bool:
+def weights_are_finite(model: nn.Module, mesh: ProcessMesh) -> bool:
     """Whether every parameter is a number, at every process, so that all answer alike. All of them make the call."""
-    finite = torch.ones((), dtype=torch.float32, device=team.device)
+    finite = torch.ones((), dtype=torch.float32, device=mesh.device)
     for parameter in model.parameters():
         finite *= torch.isfinite(local(parameter.detach())).all()
-    return float(team.mean(finite)) == 1.0
+    return float(mesh.mean(finite)) == 1.0

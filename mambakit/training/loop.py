@@ -21,7 +21,7 @@ from mambakit.training.curve import sparkline, write_curve
 from mambakit.training.data import ShuffledRows, StatefulRows, TokenStore
 from mambakit.training.data.rows import cut_rows
 from mambakit.training.data.store import remove_tokens
-from mambakit.training.distributed import Processes, processes
+from mambakit.training.distributed import ProcessMesh, process_mesh
 from mambakit.training.evaluate import sample_loss
 from mambakit.training.export import export
 from mambakit.training.folder import RunFolder
@@ -57,12 +57,12 @@ def train(config: TrainConfig, console: Console, report: Console | None = None) 
         RunInterrupted: Ctrl-C after the first step.
     """
     precision = "high" if config.autocast == "bfloat16" else "highest"
-    with _float32_products(precision), processes(config.parallel, config.context_parallel) as team:
-        team.require_even(config.batch_size // config.accumulate, "batch_size / accumulate")
-        if not team.first:
+    with _float32_products(precision), process_mesh(config.parallel, config.context_parallel) as mesh:
+        mesh.require_even(config.batch_size // config.accumulate, "batch_size / accumulate")
+        if not mesh.first:
             console = report = Console(quiet=True)
-        with claim(config, team) as folder:
-            return _train(config, folder, console, report or console, team)
+        with claim(config, mesh) as folder:
+            return _train(config, folder, console, report or console, mesh)
 
 
 @contextlib.contextmanager
@@ -76,31 +76,31 @@ def _float32_products(precision: str) -> Iterator[None]:
 
 
 def _train(
-    config: TrainConfig, folder: RunFolder | None, console: Console, report: Console, team: Processes
+    config: TrainConfig, folder: RunFolder | None, console: Console, report: Console, mesh: ProcessMesh
 ) -> dict[str, Any]:
     """``folder`` is the first process's alone: the others write nothing but their shards of a checkpoint."""
     out = Path(config.out)
     # The first process makes the vocabulary and the tokens; the others read them.
     data = prepare(config, out, console) if folder is not None else None
-    vocabulary = team.share(None if data is None else dataclasses.replace(data.vocabulary, source=None))
+    vocabulary = mesh.share(None if data is None else dataclasses.replace(data.vocabulary, source=None))
     data = data or prepare(config, out, console, vocabulary)
     torch.manual_seed(config.seed)
-    model = make_model(config, data.vocabulary, console).to(team.device)
-    run = _Run(config, model, data, folder, console, team)
+    model = make_model(config, data.vocabulary, console).to(mesh.device)
+    run = _Run(config, model, data, folder, console, mesh)
     # Whatever may be refused has been. From here on the folder is this run's.
     if folder is not None:
         folder.begin()
         folder.place("tokenizer", data.vocabulary.save)
-        record_environment(out, team.device)
+        record_environment(out, mesh.device)
         if not config.token_cache:
             remove_tokens(out / "tokens", data.cached)
-    announce(model, data, config, team, run.rows.steps_per_epoch, console)
+    announce(model, data, config, mesh, run.rows.steps_per_epoch, console)
     try:
         run.go()
     except KeyboardInterrupt as error:
-        raise RunInterrupted(interrupted(run.step, run.saved) if team.first else "") from error
+        raise RunInterrupted(interrupted(run.step, run.saved) if mesh.first else "") from error
     summary: dict[str, Any] | None = None
-    whole = team.whole(model)
+    whole = mesh.whole(model)
     if whole is not None and folder is not None:
         if config.lora_rank:
             folder.place("adapter", lambda temporary: save_adapters(whole, temporary / "adapter"))
@@ -108,18 +108,18 @@ def _train(
         loss = run.final_loss()
         summary = export(whole, data, config, folder, steps=run.step, seconds=run.seconds, training_loss=loss)
         say_end(summary, config, data.vocabulary, report)
-    return team.share(summary)
+    return mesh.share(summary)
 
 
 class _Run:
     """The loop's own state: where it is, what it has seen, and when to do what."""
 
     def __init__(
-        self, config: TrainConfig, model: Any, data: Prepared, folder: RunFolder | None, console: Console, team: Processes
+        self, config: TrainConfig, model: Any, data: Prepared, folder: RunFolder | None, console: Console, mesh: ProcessMesh
     ):  # fmt: skip
-        self.config, self.model, self.folder, self.console, self.team = config, model, folder, console, team
+        self.config, self.model, self.folder, self.console, self.mesh = config, model, folder, console, mesh
         self.out = Path(config.out)
-        self.run = team.share(None if folder is None else folder.run)
+        self.run = mesh.share(None if folder is None else folder.run)
         self.heldout: TokenStore | None = data.heldout
         self.contents = {
             "train_files": data.train.fingerprint,
@@ -133,15 +133,15 @@ class _Run:
         )  # fmt: skip
         self.rows = StatefulRows(*how, config.fresh_rows) if config.stateful else ShuffledRows(*how)
         self.steps = config.steps or max(1, round(config.epochs * self.rows.steps_per_epoch))
-        objective = team.parallelize(Objective(model), model)
+        objective = mesh.parallelize(Objective(model), model)
         self.optimizer = make_optimizer(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
         self.plain = TrainingStep(
             model, self.optimizer, config.clip, config.autocast, config.respect_documents,
             accumulate=config.accumulate, spike_factor=config.spike_factor,
             ignored_token=data.vocabulary.unknown if config.ambiguous == "mask" else None,
-            carry_rows=config.batch_size if config.stateful else 0, processes=team, objective=objective,
+            carry_rows=config.batch_size if config.stateful else 0, processes=mesh, objective=objective,
         )  # fmt: skip
-        captured = config.cuda_graph and device.type == "cuda" and team.capturable
+        captured = config.cuda_graph and device.type == "cuda" and mesh.capturable
         self.stepper = CapturedStep(self.plain) if captured else self.plain
         self.step, self.seconds = 0, 0.0
         self.losses: list[torch.Tensor] = []
@@ -152,14 +152,14 @@ class _Run:
         self.flops = flops_per_token(model)
         if config.resume:
             self._restore()
-        if team.first:
+        if mesh.first:
             check_tensorboard(config.tensorboard)
 
     def _restore(self) -> None:
-        latest, ignored = self.team.share(None if self.folder is None else self.folder.latest())
+        latest, ignored = self.mesh.share(None if self.folder is None else self.folder.latest())
         if not to_resume_from(latest, ignored, self.run, self.config, self.console):
             return
-        self.step, extra = load_checkpoint(latest, self.model, self.optimizer, self.team)
+        self.step, extra = load_checkpoint(latest, self.model, self.optimizer, self.mesh)
         require_same_contents(extra["contents"], self.contents, self.out)
         rates_to_device(self.optimizer, self.plain.device)
         self.seconds, self.skipped, self.saved = extra["seconds"], extra["skipped"], self.step
@@ -171,7 +171,7 @@ class _Run:
         if int(self.plain.guard.in_a_row):
             say(self.console, f"step {self.step}: no checkpoint, since the latest update was skipped")
             return
-        if not weights_are_finite(self.model, self.team):
+        if not weights_are_finite(self.model, self.mesh):
             say(self.console, f"step {self.step}: no checkpoint, since the weights are not finite any more")
             return
         extra = {
@@ -180,7 +180,7 @@ class _Run:
         }  # fmt: skip
         save_checkpoint(
             self.out / "checkpoints", self.model, self.optimizer, self.step, extra, self.config.keep_checkpoints,
-            self.team, self.run, plain_config(self.config),
+            self.mesh, self.run, plain_config(self.config),
         )  # fmt: skip
         self.saved = self.step
 
@@ -208,7 +208,7 @@ class _Run:
         config = self.config
         began = time.monotonic() - self.seconds
         self._last = time.monotonic(), self.step
-        if self.team.first:
+        if self.mesh.first:
             self.telemetry = Telemetry(self.out, self.console, config.tensorboard, self.step)
         if self.over() and self.step and not config.export_only:
             say(self.console, f"step {self.step}: nothing left to train: the model is written again")
@@ -231,7 +231,7 @@ class _Run:
             if self.losses and self.step > first:  # the clock ended the run between two records
                 self._log(rate, norm, began)
         self._require_finite(rate)
-        self.seconds = self.team.agree(time.monotonic() - began)
+        self.seconds = self.mesh.agree(time.monotonic() - began)
         if config.checkpoint_every and self.saved != self.step:
             self._save()
         if self.telemetry is None:
@@ -246,10 +246,10 @@ class _Run:
 
     def _require_finite(self, rate: float) -> None:
         """A run whose weights give no numbers ends with an error about its loss: no checkpoint, no model."""
-        few = self.team.data_size
+        few = self.mesh.data_size
         rows, begins = self.rows.batch(max(0, self.step - 1))
         loss = float(self.plain.loss(rows[:few], begins[:few]))
-        if math.isfinite(loss) and weights_are_finite(self.model, self.team):
+        if math.isfinite(loss) and weights_are_finite(self.model, self.mesh):
             return
         raise FloatingPointError(
             f"the loss is {loss} at step {self.step} (learning rate {rate:.2e}) and no model is written: the weights give no finite "
@@ -263,7 +263,7 @@ class _Run:
         mean = float(finite.mean()) if len(finite) else None
         self._report_skipped(rate)
         now = time.monotonic()
-        self.seconds = self.team.agree(now - began)
+        self.seconds = self.mesh.agree(now - began)
         tokens = (self.step - self._last[1]) * self.config.batch_size * self.config.sequence_length
         per_second = tokens / (now - self._last[0])
         self._last = now, self.step
@@ -273,7 +273,7 @@ class _Run:
             "tokens_per_second": per_second, "seconds": self.seconds,
         }  # fmt: skip
         if self.peak is not None:
-            record["mfu"] = per_second * self.flops / (self.peak * self.team.world)
+            record["mfu"] = per_second * self.flops / (self.peak * self.mesh.world)
         if self.skipped:
             record["skipped"] = self.skipped
         if self.heldout is not None and self.step % self.config.eval_every < self.config.log_every:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from mambakit.output import say
 from mambakit.training.config import TrainConfig
-from mambakit.training.distributed import Processes
+from mambakit.training.distributed import ProcessMesh
 from mambakit.training.prepare import Prepared
 from mambakit.training.tokenizer import Vocabulary
 
@@ -23,21 +23,21 @@ class FinalLoss(NamedTuple):
 
 
 def announce(
-    model: Any, data: Prepared, config: TrainConfig, team: Processes, steps_per_epoch: float, console: Console
+    model: Any, data: Prepared, config: TrainConfig, mesh: ProcessMesh, steps_per_epoch: float, console: Console
 ) -> None:
     every = sum(p.numel() for p in model.parameters())
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     characters = int(data.train.characters.sum())
     only = "" if learning == every else f" ({learning:,} of them learn)"
-    if not team.capturable:
-        count = "1 process" if team.world == 1 else f"{team.world} processes"
-        spread = f", a row over {team.context_size}" if team.context_size > 1 else ""
-        say(console, f"{count}, {team.mode}{spread}; the step runs without a CUDA graph")
+    if not mesh.capturable:
+        count = "1 process" if mesh.world == 1 else f"{mesh.world} processes"
+        spread = f", a row over {mesh.context_size}" if mesh.context_size > 1 else ""
+        say(console, f"{count}, {mesh.mode}{spread}; the step runs without a CUDA graph")
     if config.max_minutes:
         say(console, f"the run ends after max_minutes={config.max_minutes:g}; steps and epochs do not count")
     say(
         console,
-        f"{every:,} parameters{only} on {team.device}; {data.train.tokens:,} tokens of {characters:,} "
+        f"{every:,} parameters{only} on {mesh.device}; {data.train.tokens:,} tokens of {characters:,} "
         f"{data.vocabulary.unit}s in {len(data.train):,} documents; {steps_per_epoch:,.1f} steps an epoch",
     )
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mambakit.decoding.cuda_graph import CapturedGraph
 from mambakit.modules import StateCache
 from mambakit.modules.interception import untouched
 from mambakit.ops import linear_cross_entropy
 from mambakit.ops._backends.memory import PLAIN_TYPES
-from mambakit.training.distributed import Processes, full, stretch_of_packed
+from mambakit.training.distributed import ProcessMesh, full, shard_cu_seqlens
 from mambakit.training.guard import UpdateGuard
 
 _IGNORE = -100
@@ -52,13 +53,13 @@ class TrainingStep:
         carry_rows: rows of a batch where every row goes on from the state its predecessor ended with; 0: none does.
         spike_factor: see `UpdateGuard`.
         processes: those that share the batch; this one alone when absent.
-        objective: what `Processes.parallelize` made of the model's `Objective`, where there are several.
+        objective: what `ProcessMesh.parallelize` made of the model's `Objective`, where there are several.
     """
 
     def __init__(
         self, model: Any, optimizer: torch.optim.Optimizer, clip: float, autocast: str, respect_documents: bool, *,
         accumulate: int = 1, ignored_token: int | None = None, carry_rows: int = 0, spike_factor: float = 0.0,
-        processes: Processes | None = None, objective: nn.Module | None = None,
+        processes: ProcessMesh | None = None, objective: nn.Module | None = None,
     ):  # fmt: skip
         self.model, self.optimizer, self.clip = model, optimizer, clip
         self.device = next(model.parameters()).device
@@ -67,10 +68,10 @@ class TrainingStep:
         self.accumulate, self.ignored_token = accumulate, ignored_token
         self.guard = UpdateGuard(self.device, spike_factor)
         optimizer.found_inf = self.guard.skip  # type: ignore[attr-defined]  # the fused step's own way to skip
-        self.processes = processes or Processes("none", self.device)
+        self.processes = processes or ProcessMesh("none", self.device)
         self.objective = objective or Objective(model)
-        self._settled = self.processes.mode != "ddp"
-        self._rehearsing = False
+        self._buckets_built = self.processes.mode != "ddp"
+        self._warming_up = False
         parts = accumulate if carry_rows else 0
         rows = carry_rows // self.processes.data_size
         self.carried: list[StateCache] = [model.backbone.new_cache(rows // parts) for _ in range(parts)]
@@ -103,29 +104,29 @@ class TrainingStep:
 
         ``cache`` is the state before this process's rows, and is brought up to date.
         """
-        team = self.processes
-        targets = team.rows(self.targets(rows, begins), _IGNORE)
-        tokens, begins = team.rows(rows[:, :-1]), team.rows(begins[:, :-1])
+        mesh = self.processes
+        targets = mesh.rows(self.targets(rows, begins), _IGNORE)
+        tokens, begins = mesh.rows(rows[:, :-1]), mesh.rows(begins[:, :-1])
         inputs: dict[str, Any] = {}
-        if team.context_size > 1:
+        if mesh.context_size > 1:
             if self.respect_documents:  # rows, too, are sequences of one packed row, cut without regard to them
                 begins = begins.clone()
                 begins[:, 0] = True
                 tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
-            part = team.stretch(tokens.shape[1])
+            part = mesh.sequence_shard(tokens.shape[1])
             tokens, targets = tokens[:, part], targets[:, part]
             if self.respect_documents:
-                inputs["cu_seqlens"] = stretch_of_packed(begins.flatten().nonzero().squeeze(1), part)
+                inputs["cu_seqlens"] = shard_cu_seqlens(begins.flatten().nonzero().squeeze(1), part)
         elif self.respect_documents:
             inputs["position_ids"] = _positions(begins, cache is not None)
         if cache is not None:
             inputs["cache_params"] = cache
         with self.autocast():
-            return self.objective(tokens, targets, count / team.world, **inputs)
+            return self.objective(tokens, targets, count / mesh.world, **inputs)
 
     def run(self, rows: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
         """One update from rows (b, l + 1) int64 and (b, l + 1) bool, true where a document begins."""
-        self._settle(rows, begins)
+        self._build_buckets(rows, begins)
         count = self._count(rows, begins)
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for part, (tokens, starts) in enumerate(
@@ -142,31 +143,31 @@ class TrainingStep:
         self.guard.check(norm)
         # The fused optimiser divides by this as it reads the gradients: they are not clipped in a pass of its own.
         self.optimizer.grad_scale = (norm / self.clip).clamp(min=1.0)  # type: ignore[attr-defined]
-        if self._rehearsing:
+        if self._warming_up:
             self.guard.skip.fill_(1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return self.processes.mean(total), norm
 
-    def rehearse(self, rows: Tensor, begins: Tensor) -> None:
-        """A step that changes nothing: kernels are compiled for these shapes, and the optimiser's memory is made."""
+    def warm_up(self, rows: Tensor, begins: Tensor) -> None:
+        """A step that changes nothing: compiles the kernels for these shapes and allocates the optimiser's state."""
         guard = {name: value.clone() for name, value in self.guard.state_dict().items()}
         carried = [cache.clone() for cache in self.carried]
-        self._rehearsing = True
+        self._warming_up = True
         self.run(rows, begins)
-        self._rehearsing = False
+        self._warming_up = False
         self.guard.load_state_dict(guard)
         for part, cache in enumerate(carried):
             self._carry(part, cache)
 
-    def _settle(self, rows: Tensor, begins: Tensor) -> None:
-        """A gradient for nothing, once: after its first backward pass DDP groups gradients anew, and with the groups the
-        order of its sums changes. A run that goes on from a checkpoint would differ in the last bits of its first step."""
-        if not self._settled:
+    def _build_buckets(self, rows: Tensor, begins: Tensor) -> None:
+        """One backward pass whose gradient is dropped: after its first one DDP rebuilds its buckets, which changes the order of
+        its sums. Without this the first step of a resumed run would differ in the last bits."""
+        if not self._buckets_built:
             rows, begins = rows.chunk(self.accumulate)[0], begins.chunk(self.accumulate)[0]
             self._share(rows, begins, self._count(rows, begins), None).backward()
             self.optimizer.zero_grad(set_to_none=True)
-            self._settled = True
+            self._buckets_built = True
 
     def _carry(self, part: int, cache: StateCache) -> None:
         """Keep the state after a row for the next one. In place, after the backward pass: a CUDA graph's memory is fixed."""
@@ -202,7 +203,7 @@ class TrainingStep:
 class CapturedStep:
     """A `TrainingStep` as CUDA graphs over fixed input memory, one for each shape of batch.
 
-    A shape's first call rehearses the step, captures it and replays it. No step runs in any other way: a run that goes on
+    A shape's first call warms the step up, captures it and replays it. No step runs in any other way: a run that goes on
     from a checkpoint repeats the arithmetic of one that was never stopped.
     """
 
@@ -232,7 +233,7 @@ class CapturedStep:
             with torch.cuda.stream(self.stream):
                 ddp = self.step.processes.mode == "ddp"
                 for _ in range(self._REHEARSALS_OF_DDP if ddp else self._REHEARSALS):
-                    self.step.rehearse(rows, begins)
+                    self.step.warm_up(rows, begins)
             torch.cuda.current_stream().wait_stream(self.stream)
             graph = self.graphs[rows.shape] = _Graph(self.step, rows, begins, self.stream)
         return graph.replay(rows)
@@ -243,16 +244,17 @@ class _Graph:
 
     def __init__(self, step: TrainingStep, rows: Tensor, begins: Tensor, stream: torch.cuda.Stream):
         self.rows, self.begins = rows.clone(), begins.clone()  # begins is read by no captured work
-        self.graph = torch.cuda.CUDAGraph()
         # NCCL's watchdog looks at events meanwhile, from a thread of its own: that must not end the capture.
-        mode = "thread_local" if step.processes.world > 1 else "global"
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode=mode):
-            self.result = step.run(self.rows, self.begins)
+        mode: Literal["thread_local", "global"] = "thread_local" if step.processes.world > 1 else "global"
+        self.graph = CapturedGraph(
+            lambda: step.run(self.rows, self.begins), step.device, stream=stream, error_mode=mode
+        )
 
     def replay(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         self.rows.copy_(rows)
         self.graph.replay()
-        return self.result[0].clone(), self.result[1].clone()
+        loss, norm = self.graph.result
+        return loss.clone(), norm.clone()
 
 
 def _positions(begins: Tensor, continues: bool = False) -> Tensor:

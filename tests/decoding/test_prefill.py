@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mambakit import MambaConfig, MambaForCausalLM
-from mambakit.decoding import graph_step
+from mambakit.decoding import cuda_graph
 from mambakit.decoding import prefill as prompt
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
@@ -111,7 +111,7 @@ def test_generate_reads_its_prompt_in_pieces(on, device, sampled, monkeypatch):
         assert cache.get_seq_length() == 45 + 11
         assert torch.equal(model.generate(ids, prefill_chunk_size=16, **options), expected)
     if device == "cuda":
-        (reader,) = [kept for (key, _), kept in graph_step._steps[model].items() if key == ("prefill",)]
+        reader = cuda_graph._kept[model].things["prefill",]
         assert sorted(reader._graphs) == [1, 4, 8, 16, 32]  # 45, also in pieces of 16
     hooked = []
     handle = model.register_forward_hook(lambda module, inputs, output: hooked.append(output.logits.shape))
@@ -189,12 +189,13 @@ def test_adapters_switched_off_are_noticed(on, device):
         return prompt.prefill(model, ids, model.backbone.new_cache(1)).clone()
 
     with_adapters = [read() for _ in range(3)]
-    before = graph_step._place(model)
+    before = cuda_graph.placement_of(model)
+    assert cuda_graph.placement_of(model) is before
     layers = [m for m in model.modules() if hasattr(m, "enable_adapters") and hasattr(m, "merged_adapters")]
     assert len(layers) == 6
     for layer in layers:
         layer.enable_adapters(False)
-    assert graph_step._place(model) != before
+    assert cuda_graph.placement_of(model) is not before
     plain = [read() for _ in range(3)]
     assert not torch.allclose(plain[0], with_adapters[0], atol=1e-3)
     for logits in plain:

@@ -1,4 +1,4 @@
-"""The documents hold what `benchmarks/render.py` renders from the records, and no table of figures that was written by hand."""
+"""Documents hold what `benchmarks/render.py` renders from the records, and no table of figures written by hand."""
 
 from __future__ import annotations
 

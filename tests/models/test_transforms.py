@@ -1,4 +1,5 @@
-"""torch.func's transforms, backward passes of several gradients at once, and models on meta: as with plain PyTorch layers."""
+"""torch.func's transforms, backward passes of several gradients at once, and models on meta: as with plain PyTorch
+layers."""
 
 from __future__ import annotations
 

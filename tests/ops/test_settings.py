@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mambakit.ops import causal_conv1d, causal_conv1d_, linear_cross_entropy, rms_norm, selective_scan, selective_scan_
-from mambakit.ops.linear.api import FORMATS, blank, linear, pack
+from mambakit.ops.linear import linear, pack
+from mambakit.ops.linear.packed import FORMATS, blank
 from tests.torch_settings import SETTINGS, setting
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -17,7 +17,7 @@ import torch.distributed as dist
 def launch(function: Callable, world: int, *args: Any, seconds: float = 120) -> list[Any]:
     """``function(*args)`` in ``world`` processes; their results (picklable, no tensors), the first process's first.
 
-    Processes are forked from a server that has imported everything once.
+    ProcessMesh are forked from a server that has imported everything once.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.preloaded"])

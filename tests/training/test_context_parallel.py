@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from mambakit.ops import linear_cross_entropy
-from mambakit.training.distributed import context_parallel, stretch, stretch_of_packed
+from mambakit.training.distributed import context_parallel, sequence_shard, shard_cu_seqlens
 from tests.models.configurations import pair, worst
 from tests.training.launch import launch
 
@@ -41,9 +41,9 @@ def spread(name: str, dtype: str, length: int, starts: list[int] | None, checkpo
     packed = {}
     if starts is not None:
         ids, targets = ids.reshape(1, -1), targets.reshape(1, -1)
-    part = stretch(ids.shape[1], dist.get_rank(), dist.get_world_size())
+    part = sequence_shard(ids.shape[1], dist.get_rank(), dist.get_world_size())
     if starts is not None:
-        packed = {"cu_seqlens": stretch_of_packed(torch.tensor(starts), part)}
+        packed = {"cu_seqlens": shard_cu_seqlens(torch.tensor(starts), part)}
     loss = share(model, ids[:, part], targets[:, part], targets.numel(), **packed)
     loss.backward()
     for parameter in model.parameters():
@@ -85,3 +85,13 @@ def test_the_loss_and_every_gradient_are_one_processes(world, name, dtype, lengt
         assert np.abs(expected[parameter]).max() > 0
         error = worst(torch.from_numpy(actual), torch.from_numpy(expected[parameter]))
         assert error < limit, f"{parameter}: {error:.1e}"
+
+
+def test_earlier_names_still_import():
+    from mambakit.training import distributed
+
+    for old, new in distributed._RENAMED.items():
+        with pytest.warns(DeprecationWarning, match=f"{old} is now {new}"):
+            assert getattr(distributed, old) is getattr(distributed, new)
+    with pytest.raises(AttributeError, match="team"):
+        _ = distributed.team

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from mambakit.training import loop
 from mambakit.training.checkpoint import checkpoints
 from mambakit.training.config import TrainConfig
-from mambakit.training.distributed import Processes, processes
+from mambakit.training.distributed import ProcessMesh, process_mesh
 from mambakit.training.optimizer import make_optimizer
 from mambakit.training.step import CapturedStep, Objective, TrainingStep
 from tests.models.configurations import pair, worst
@@ -30,7 +30,7 @@ def batch():
     torch.manual_seed(2)
     rows = torch.randint(1, 61, (8, 18))
     begins = torch.zeros(8, 18, dtype=torch.bool)
-    # Documents that begin at a stretch's first token (17 tokens over 2: 9 and 8), one before, in a row's first and last.
+    # Documents that begin at a shard's first token (17 tokens over 2: 9 and 8), one before, in a row's first and last.
     for row, token in ((0, 9), (1, 8), (2, 0), (2, 17), (3, 4), (3, 5), (5, 9), (6, 16)):
         begins[row, token] = True
     return rows, begins
@@ -44,18 +44,18 @@ def untrained():
 def update(mode: str, context: int, respect: bool, accumulate: int, clip: float = 0.5):
     """Loss, gradient norm, the held-out loss of an odd number of rows, and the parameters after two updates."""
     model = untrained()
-    with processes(mode, context) as team:
-        objective = team.parallelize(Objective(model), model)
+    with process_mesh(mode, context) as mesh:
+        objective = mesh.parallelize(Objective(model), model)
         # A large eps: Adam's own division would hide a gradient's scale, and follow its rounding where it is tiny.
         optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, eps=1.0, fused=True)
         step = TrainingStep(
-            model, optimizer, clip, "float32", respect, accumulate=accumulate, processes=team, objective=objective
+            model, optimizer, clip, "float32", respect, accumulate=accumulate, processes=mesh, objective=objective
         )
         rows, begins = batch()
         results = [tuple(map(float, step.run(rows, begins))) for _ in range(2)]
         with torch.no_grad():
             heldout = float(step.loss(rows[:3, :14], begins[:3, :14]))
-        whole = team.whole(model)
+        whole = mesh.whole(model)
         weights = None if whole is None else {n: p.detach().numpy() for n, p in whole.named_parameters()}
     return [*results[0], *results[1], heldout], weights
 
@@ -177,29 +177,29 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
 
 
 def capturable(mode: str):
-    with processes(mode) as team:
+    with process_mesh(mode) as mesh:
         objective = Objective(untrained())
         step = TrainingStep(objective.model, make_optimizer(objective.model, 1e-3, (0.9, 0.95), 0.1), 1.0, "float32", False,
-                            processes=team)  # fmt: skip
-        if not team.capturable:
+                            processes=mesh)  # fmt: skip
+        if not mesh.capturable:
             with pytest.raises(ValueError, match=f"parallel={mode} and context_parallel=1 cannot be a CUDA"):
                 CapturedStep(step)
-        return team.capturable
+        return mesh.capturable
 
 
 def test_exchanges_are_captured_on_gpus_alone():
-    assert Processes("none", torch.device("cpu")).capturable
+    assert ProcessMesh("none", torch.device("cpu")).capturable
     assert not any(launch(capturable, world, mode)[0] for world, mode in ((1, "ddp"), (2, "fsdp")))
 
 
 def uneven(context: int):
     with pytest.raises(ValueError, match="do not divide into groups of context_parallel=3"):
-        Processes("ddp", torch.device("cpu"), 3)
-    with processes("ddp", context) as team:
+        ProcessMesh("ddp", torch.device("cpu"), 3)
+    with process_mesh("ddp", context) as mesh:
         with pytest.raises(ValueError, match="make it a multiple of 2"):
-            team.require_even(7, "batch_size")
+            mesh.require_even(7, "batch_size")
         model = pair("plain")[0]
-        team.parallelize(Objective(model), model)
+        mesh.parallelize(Objective(model), model)
         ids = torch.ones(1, 8, dtype=torch.int64)
         messages = []
         for arguments in (

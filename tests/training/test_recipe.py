@@ -222,21 +222,21 @@ def test_an_update_that_is_not_finite_changes_nothing():
     assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_a_rehearsed_step_changes_nothing():
+def test_a_warm_up_step_changes_nothing():
     model = seeded()
     step = make_step(model, carry_rows=4)
     step.run(*batch())
     before = parameters_of(model), [c.clone() for c in step.carried], step.guard.state_dict()
     guard = {name: value.clone() for name, value in before[2].items()}
-    step.rehearse(*batch(seed=1))
+    step.warm_up(*batch(seed=1))
     assert all(torch.equal(p, before[0][n]) for n, p in model.named_parameters())
     assert all(torch.equal(c.ssm_states, old.ssm_states) for c, old in zip(step.carried, before[1], strict=True))
     assert step.carried[0].get_seq_length() == before[1][0].get_seq_length()
     assert all(torch.equal(value, guard[name]) for name, value in step.guard.state_dict().items())
     other = seeded()
-    unrehearsed = make_step(other, carry_rows=4)
-    unrehearsed.run(*batch())
-    assert torch.equal(step.run(*batch(seed=2))[0], unrehearsed.run(*batch(seed=2))[0])
+    cold = make_step(other, carry_rows=4)
+    cold.run(*batch())
+    assert torch.equal(step.run(*batch(seed=2))[0], cold.run(*batch(seed=2))[0])
 
 
 def test_a_spike_is_skipped():

@@ -79,8 +79,8 @@ def nccl(folder: Path, how: str, gpus: int, out: str, *fields: str) -> list[floa
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_nccl_on_one_gpu(tmp_path, mode):
     """A group of one: what one GPU can say of NCCL, of FSDP's kernels and of sharded checkpoints on a GPU."""
-    alone, team = (nccl(tmp_path, how, 1, how) for how in ("none", mode))
-    assert team == pytest.approx(alone, rel=1e-2)  # bfloat16 products
+    alone, mesh = (nccl(tmp_path, how, 1, how) for how in ("none", mode))
+    assert mesh == pytest.approx(alone, rel=1e-2)  # bfloat16 products
 
 
 @pytest.mark.cuda

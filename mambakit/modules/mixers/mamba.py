@@ -110,19 +110,11 @@ class MambaMixer(Mixer):
         self.recompute_selection = False
         # Context parallelism puts ops of the same contract in their place, which pass the state between processes.
         self.causal_conv1d, self.selective_scan = causal_conv1d, selective_scan
-        self._reset_own()  # its layers did when they were made
+        self.reset_own_parameters()  # its layers did when they were made
 
-    def reset_parameters(self) -> None:
-        """Draw every parameter of the layer anew, as mamba_ssm's `Mamba` starts."""
-        for child in self.children():
-            if callable(reset := getattr(child, "reset_parameters", None)):
-                reset()
-        self._reset_own()
-
-    @torch.no_grad()
-    def _reset_own(self) -> None:
-        self.A_log.copy_(initial_a_log(self.A_log))
-        self.D.fill_(1)
+    def initial_values(self) -> dict[str, Tensor]:
+        """As mamba_ssm's `Mamba` starts: A = -(1, ..., n) in every channel, D = 1."""
+        return {"A_log": initial_a_log(self.A_log), "D": torch.ones_like(self.D)}
 
     def _set_activation(self, name: str) -> None:
         """SiLU runs inside the convolution; any other activation of transformers' table follows it."""

@@ -76,6 +76,11 @@ def in_functorch() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def in_forward_mode() -> bool:
+    """Whether calls carry tangents (torch.func.jvp, forward_ad): a custom op has none; its plain PyTorch version has."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
 def observed() -> bool:
     """Whether somebody follows torch's calls: a dispatch mode (FakeTensorMode, FlopCounterMode, ...) or a function mode.
 

@@ -25,7 +25,8 @@ from mambakit.ops._backends.structures import (
 )
 from mambakit.ops.causal_conv1d import cpu as conv
 from mambakit.ops.linear import cpu as matvec
-from mambakit.ops.linear.api import MOST_ROWS, PackedWeight
+from mambakit.ops.linear.cpu import MOST_ROWS
+from mambakit.ops.linear.packed import PackedWeight
 from mambakit.ops.rms_norm import cpu as norm
 from mambakit.ops.selective_scan import cpu as scan
 

@@ -16,7 +16,8 @@ from mambakit.ops._backends import native
 from mambakit.ops._backends.structures import FLOAT32, FLOAT32_OR_BFLOAT16, address, as_float32, check, is_half
 from mambakit.ops.causal_conv1d import cpu as conv
 from mambakit.ops.decode.cpu import DecodeStep, LayerWeights, _Call, _Program, buffer
-from mambakit.ops.linear.api import MOST_ROWS, PackedWeight
+from mambakit.ops.linear.cpu import MOST_ROWS
+from mambakit.ops.linear.packed import PackedWeight
 from mambakit.ops.selective_scan import cpu as scan
 
 

@@ -6,6 +6,7 @@ shape of model and number of rows.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import struct
 from pathlib import Path
@@ -37,7 +38,39 @@ def _limits(device: int) -> tuple[int, int]:
 @functools.cache
 def _kernel(macros: tuple[tuple[str, int], ...], device: int) -> nvrtc.Kernel:
     module = nvrtc.Module(Path(__file__).parent, "persistent.cu", dict(macros), device)
-    return module.kernel("decode_step", dict(macros)["SHARED"], together=True)
+    return module.kernel("decode_step", dict(macros)["SHARED"], cooperative=True)
+
+
+class _Params(ctypes.Structure):
+    """`Params` of persistent.cu."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in [
+                "layers",
+                "embeddings",
+                "final_norm",
+                "head",
+                "head_scales",
+                "conv_states",
+                "ssm_states",
+                "tokens",
+                "position",
+                "history",
+                "logits",
+                "stream",
+                "squares",
+                "y",
+                "sums",
+                "best",
+                "counter",
+                "slot",
+            ]
+        ),
+        *((name, ctypes.c_int64) for name in ("eps_bits", "capacity", "choose")),
+        ("cycles", ctypes.c_void_p),
+    ]
 
 
 def _lines(size: int) -> int:
@@ -229,16 +262,21 @@ class PersistentStep:
             kept += fields
             table.append([address(t) for t in fields])
         addresses = torch.tensor(table, dtype=torch.int64, device=device)
-        operands = [
-            addresses, weights.embeddings, weights.final_norm, *tensors_of(weights.head), conv_states, ssm_states, self.tokens,
-            self.position, self.history, self.logits, stream, squares, y, sums, best, counter,
-            self.slot,
-        ]  # fmt: skip
-        # The kernel holds addresses only: all of this must live as long.
-        self._kept = [*kept, *operands]
-        self._fields = [address(t) for t in operands]
-        self._fields += [struct.unpack("I", struct.pack("f", weights.eps))[0], self.history.shape[1]]
+        head, head_scales = tensors_of(weights.head)
         self.cycles = buffer(len(PARTS), dtype=torch.int32)
+        operands = {
+            "layers": addresses, "embeddings": weights.embeddings, "final_norm": weights.final_norm, "head": head,
+            "head_scales": head_scales, "conv_states": conv_states, "ssm_states": ssm_states, "tokens": self.tokens,
+            "position": self.position, "history": self.history, "logits": self.logits, "stream": stream,
+            "squares": squares, "y": y, "sums": sums, "best": best, "counter": counter, "slot": self.slot,
+            "cycles": self.cycles,
+        }  # fmt: skip
+        # The kernel has addresses only: these tensors must live as long as the step.
+        self._kept = [*kept, *operands.values()]
+        self._params = _Params(
+            **{name: address(t) for name, t in operands.items()},
+            eps_bits=struct.unpack("I", struct.pack("f", weights.eps))[0], capacity=self.history.shape[1],
+        )  # fmt: skip
         if clock:
             plan["CLOCK"] = 7 % plan["GRID"]
         self._grid, self._threads, self._device = plan["GRID"], 32 * (plan["WARPS"] + 1), device
@@ -246,5 +284,6 @@ class PersistentStep:
 
     def __call__(self, choose: bool = False) -> Tensor:
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
-        self._kernel(self._grid, self._threads, stream, *self._fields, int(choose), self.cycles.data_ptr())
+        self._params.choose = int(choose)
+        self._kernel(self._grid, self._threads, stream, self._params)
         return self.logits

@@ -104,8 +104,8 @@ struct Params {
     u64* sums;      // (2, COPIES, rows, r): zero between steps
     u64* best;      // (rows,): zero between steps
     u32* counter;   // [0] arrivals, [32] arrivals at the step's start, [33] steps
-    const i64* from;  // with TRIAL: the slot of the state before the first token
-    i64 eps;          // the bits of a float
+    const i64* slot;  // with TRIAL: of the state before the first token
+    i64 eps_bits;     // of a float
     i64 capacity;
     i64 choose;
     u32* cycles;  // (PARTS,) of one block, added up over the layers; read by benchmarks, with CLOCK
@@ -482,7 +482,7 @@ DEVICE void rate_texts(const Params& p, const u64* squares, float* rate, float* 
     if (lane < ROWS) listen([&] { return ((sum = heard(squares + lane * 16)) & 255) == GRID % 256; });
     if (lane < ROWS) {
         const float before = rate[lane], mean = (float)(sum >> 8) * (1.f / (SQUARE * H));
-        scale[lane] = rsqrtf(mean + __uint_as_float((u32)p.eps) * before * before), rate[lane] = before * scale[lane];
+        scale[lane] = rsqrtf(mean + __uint_as_float((u32)p.eps_bits) * before * before), rate[lane] = before * scale[lane];
     }
     __syncwarp();
 }
@@ -543,7 +543,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     if (tid == 0) *(u32*)(memory + AT_MET) = p.counter[32];
     Meeting sums_there = {p.counter, (volatile u32*)(memory + AT_MET), p.counter[32]};
     const u32 turn = 2 + (p.counter[33] & 1);
-    const int from = TRIAL ? (int)*p.from : 0;
+    const int from = TRIAL ? (int)*p.slot : 0;
     __syncthreads();
 
     Run* runs = (Run*)(memory + AT_RUNS) + (works ? warp : 0) * RUNS;
@@ -620,7 +620,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         if (layer == 0 && tid < ROWS) {
             float sum = 0.f;
             for (int i = 0; i < SLICES; i++) sum += ((const float*)(memory + AT_SQUARES))[tid * SLICES + i];
-            rate[tid] = scale[tid] = rsqrtf(sum / H + __uint_as_float((u32)p.eps));
+            rate[tid] = scale[tid] = rsqrtf(sum / H + __uint_as_float((u32)p.eps_bits));
         }
         ring.repay(SLOTS);
         if (works) {

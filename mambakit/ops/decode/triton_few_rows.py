@@ -61,7 +61,7 @@ def _integer_products(
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
     NORMED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(BN, BB) products of rows n of an int8 or int4 weight and rows of x, and (BB,) sums of x^2. Layouts: `mambakit.ops.linear.api`.
+    """(BN, BB) products of rows n of an int8 or int4 weight and rows of x, and (BB,) sums of x^2. Layouts: `mambakit.ops.linear.packed`.
 
     An integer becomes a float without a conversion: as the low bits of 2^23, which is then subtracted.
     """

@@ -77,8 +77,8 @@ class ShuffledRows:
         batch_size: rows of a step.
         seed: decides the order.
         device: where batches go.
-        complement: the vocabulary's, to read each document's stretch of a row from either strand.
-        end: the end token, which stays last in a stretch read from the other strand.
+        complement: the vocabulary's, to read each document's part of a row from either strand.
+        end: the end token, which stays last in a part read from the other strand.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class ShuffledRows:
         return first + int(self._rows[epoch][number - first])
 
     def _flip(self, number: int, tokens: np.ndarray, begins: np.ndarray) -> None:
-        """Read each document's stretch of a row from the other strand, as a coin decides; its end token stays last."""
+        """Read each document's part of a row from the other strand, as a coin decides; its end token stays last."""
         assert self.complement is not None
         cuts = [0, *(np.flatnonzero(begins[1:]) + 1).tolist(), len(tokens)]
         for index, (start, stop) in enumerate(pairwise(cuts)):

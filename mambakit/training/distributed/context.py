@@ -1,10 +1,10 @@
-"""Context parallelism: one sequence spans processes, each holding a stretch of it, exact in the loss and every gradient.
+"""Context parallelism: one sequence is sharded over processes; the loss and every gradient stay exact.
 
-A layer looks back in two places. The convolution needs its predecessor's last k - 1 inputs, (b, k - 1, d). The scan needs
-the state at the stretch's start: every process reduces its stretch to the pair (decay, state) of `segment.py`, all pairs,
-(b, d, n) each, are gathered, and every process folds those before it. No process waits for another's scan: forward is one
-scan and one small exchange, and backward the same in the other direction. What is exchanged does not grow with the length. On a GPU
-the pair falls out of the scan's own first half.
+A layer looks back in two places. The convolution needs the last k - 1 inputs of the previous shard, (b, k - 1, d). The scan
+needs the state at the shard's start: every process reduces its shard to the pair (decay, state) of `sharded_scan.py`, all
+pairs, (b, d, n) each, are gathered, and every process folds those before its own. No process waits for another's scan: forward
+is one scan and one small all-gather, and backward the same in the other direction. The messages do not grow with the length.
+On a GPU the first half of the scan computes the pair as well.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from mambakit.models.mamba.modeling import MambaModel
 from mambakit.models.outputs import CACHE_NAMES
 from mambakit.modules import MambaMixer
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
-from mambakit.training.distributed.segment import scan_in_parts
+from mambakit.training.distributed.sharded_scan import two_phase_scan
 
 
 def context_parallel(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Make ``model`` read one sequence spread over the processes of ``group``, in their order, each a stretch of it.
+    """Make ``model`` read one sequence that is sharded over the processes of ``group``, in the order of their ranks.
 
-    Afterwards every process of the group calls the model together, in the same order, on its own stretch: ``input_ids``
-    (b, l / processes), or the packed row (1, total / processes) with the ``cu_seqlens`` of `stretch_of_packed`. Stretches may
+    Afterwards all processes of the group call the model together, in the same order, each on its own shard: ``input_ids``
+    (b, l / processes), or the packed row (1, total / processes) with the ``cu_seqlens`` of `shard_cu_seqlens`. Shards may
     differ in length. Losses and gradients are each process's share: their sums over the group are those of one process.
-    Labels are shifted before the sequence is cut, since a stretch's last token predicts the next one's first.
+    Shift labels before the sequence is cut: a shard's last token predicts the next shard's first.
 
     Raises (in the model's forward):
-        ValueError: attention_mask, position_ids or a cache, or a stretch shorter than the convolution's window.
+        ValueError: attention_mask, position_ids or a cache, or a shard shorter than the convolution's window.
     """
     for module in model.modules():
         if isinstance(module, MambaMixer):
@@ -49,27 +49,29 @@ def _refuse(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
         if name != "cu_seqlens" and kwargs.get(name) is not None:
             raise ValueError(f"a context-parallel model takes no {name}; pack documents and give cu_seqlens instead")
     if kwargs.get("use_cache"):
-        raise ValueError("a context-parallel model keeps no cache: its state is spread over processes; use_cache=False")
+        raise ValueError(
+            "a context-parallel model keeps no cache: its state is sharded over processes; use_cache=False"
+        )
     return args, {**kwargs, "use_cache": False}  # eval mode would make one
 
 
-def stretch(length: int, group_rank: int, group_size: int) -> slice:
-    """The tokens of ``length`` that a process of the group holds: as even as possible, the first ones one longer."""
+def sequence_shard(length: int, group_rank: int, group_size: int) -> slice:
+    """The tokens of a sequence of ``length`` that a process of the group holds: as even as possible, the first longer by one."""
     each, rest = divmod(length, group_size)
     begin = group_rank * each + min(group_rank, rest)
     return slice(begin, begin + each + (group_rank < rest))
 
 
-def stretch_of_packed(starts: Tensor, part: slice) -> Tensor:
-    """The cu_seqlens of a process's stretch of a packed row.
+def shard_cu_seqlens(starts: Tensor, part: slice) -> Tensor:
+    """The cu_seqlens of one shard of a packed row.
 
     Args:
-        starts: (s,) integer, rising: where sequences start in the whole row.
-        part: the process's tokens, `stretch` of the whole.
+        starts: (s,) integer, ascending: where sequences start in the whole row.
+        part: the shard, as of `sequence_shard`.
 
     Returns:
-        (m + 1,) int32. By convention the first sequence goes on from the previous process and the last one goes on in the
-        next: where a sequence starts just at the stretch's start, an empty one precedes it.
+        (m + 1,) int32. By convention the first sequence continues that of the previous shard, and the last one continues in
+        the next: where a sequence starts at the shard's first token, an empty one precedes it.
     """
     inside = starts[(starts >= part.start) & (starts < part.stop) & (starts > 0)] - part.start
     edges = inside.new_tensor([0, part.stop - part.start])
@@ -80,10 +82,10 @@ def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = "silu", *,
     group: dist.ProcessGroup, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`mambakit.ops.causal_conv1d` of a sequence spread over ``group``; ``x`` (b, l, d) is this process's stretch.
+    """`mambakit.ops.causal_conv1d` of a sequence that is sharded over ``group``; ``x`` (b, l, d) is this process's shard.
 
-    With ``cu_seqlens`` the first sequence goes on from the previous process. ``initial_state`` must be None: it is the
-    previous process's last inputs.
+    With ``cu_seqlens`` the first sequence continues that of the previous process. ``initial_state`` must be None: it is the
+    last inputs of the previous process.
     """
     _no_state("causal_conv1d", initial_state)
     length, reach = x.shape[1], weight.shape[1] - 1
@@ -108,10 +110,10 @@ def selective_scan(
     delta_bias: Tensor | None = None, delta_softplus: bool = False, *,
     group: dist.ProcessGroup, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`mambakit.ops.selective_scan` of a sequence spread over ``group``; the inputs are this process's stretch.
+    """`mambakit.ops.selective_scan` of a sequence that is sharded over ``group``; the inputs are this process's shard.
 
-    With ``cu_seqlens`` the first sequence goes on from the previous process, and the last one in the next.
-    ``initial_state`` must be None. The final state (of this stretch) is a value: no gradient flows through it.
+    With ``cu_seqlens`` the first sequence continues that of the previous process, and the last one continues in the next.
+    ``initial_state`` must be None. The final state (of this shard) is a value: no gradient flows through it.
     """
     _no_state("selective_scan", initial_state)
     differentiable = (u, delta, A, B, C, D, z, delta_bias)
@@ -138,11 +140,11 @@ class _FromPrevious(torch.autograd.Function):
 
 
 class _Scan(torch.autograd.Function):
-    """The scan of a stretch. The state that enters it, and the gradient of the one that leaves it, come from the other processes."""
+    """The scan of a shard. Its initial state, and the gradient of its final state, come from the other processes."""
 
     @staticmethod
     def forward(ctx, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, interval, group):
-        part = scan_in_parts(u, A)[0](u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, interval)
+        part = two_phase_scan(u, A)[0](u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, interval)
         decays, states = _gather(torch.stack([part.decay, part.state]), group).unbind(1)  # (processes, b, d, n) each
         entering = torch.zeros_like(part.state)
         for before in range(dist.get_rank(group)):
@@ -159,7 +161,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor, _):
         u, delta, A, B, C, D, z, delta_bias, initial, cu_seqlens, checkpoints, decays = ctx.saved_tensors
-        part = scan_in_parts(u, A)[1](
+        part = two_phase_scan(u, A)[1](
             dy, u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus, initial, cu_seqlens, checkpoints, ctx.interval
         )  # fmt: skip
         gradients = _gather(part.gradient, ctx.group)  # (processes, b, d, n)

@@ -20,7 +20,8 @@ from mambakit.ops._backends.memory import (
     observed,
     transformed,
 )
-from mambakit.ops.linear.api import FORMATS, PackedWeight, chunked, linear, pack
+from mambakit.ops.linear import PackedWeight, chunked, linear, pack
+from mambakit.ops.linear.packed import FORMATS
 from tests.tensor_subclasses import Doubled, Named, doubled
 
 pytestmark = [
@@ -113,7 +114,6 @@ def test_a_wrapper_is_asked_itself():
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", ["negated", "zeros without memory", "subclass", "wrapper"])
 def test_a_packed_product_of_what_is_special(format, name):
-    """This op does not go through the dispatcher."""
     x = special()[name]
     weight = pack(torch.randn(5, 6).to(torch.bfloat16 if format == "lossless16" else torch.float32), format)
     plain = x.dequantize() if isinstance(x, Doubled) else x.as_subclass(torch.Tensor) + 0

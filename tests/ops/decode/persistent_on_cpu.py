@@ -44,10 +44,10 @@ def install(monkeypatch, folder: Path, blocks: int, shared: int = 232448) -> Non
         library.run.argtypes = [ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p]
         library.allow.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
-        def launch(grid: int, threads: int, stream: int, *fields: int) -> None:
+        def launch(grid: int, threads: int, stream: int, parameters: ctypes.Structure) -> None:
             for tensor in launch.kept:
                 library.allow(tensor.data_ptr(), tensor.nbytes)
-            library.run(grid, threads, (ctypes.c_int64 * len(fields))(*fields))
+            library.run(grid, threads, ctypes.addressof(parameters))
 
         return launch
 

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from mambakit.ops.selective_scan import chunked, cuda, plan
-from tests.ops.oracles import relative_error
+from mambakit.ops.selective_scan import chunked, cuda, cuda_backward, cuda_forward, plan
+from tests.ops.closeness import relative_error
 
 pytestmark = [
     pytest.mark.cuda,
@@ -171,28 +171,28 @@ def test_same_inputs_same_bits(case):
 
 
 @pytest.mark.parametrize("layout", [0, 1])
-def test_a_row_that_is_handed_on_has_the_bits_of_a_whole_one(monkeypatch, layout):
+def test_a_chained_scan_has_the_bits_of_a_whole_row(monkeypatch, layout):
     arguments, dy, dfinal = make((4, 320, 5120, 16, BF16, None, True, False))
     found = []
     for resident in (0, 2, 2, 2):
         forward = plan._LAYOUTS[layout].plan._replace(chunks=5 if resident else 1, resident=resident)
         backward = plan.backward_plan(16, 640, 4096, 16, 132, 227 * 1024)
         backward = backward._replace(chunks=5 if resident else 1, resident=resident)
-        monkeypatch.setattr(cuda, "forward_plan", lambda *_, plan=forward: plan)
-        monkeypatch.setattr(cuda, "backward_plan", lambda *_, plan=backward: plan)
-        cuda._forward_call.cache_clear()
-        cuda._backward_call.cache_clear()
+        monkeypatch.setattr(cuda_forward, "forward_plan", lambda *_, plan=forward: plan)
+        monkeypatch.setattr(cuda_backward, "backward_plan", lambda *_, plan=backward: plan)
+        cuda_forward.forward_kernel.cache_clear()
+        cuda_backward.backward_kernel.cache_clear()
         poison()
         y, final, checkpoints = cuda.forward(*arguments, 64)
         found.append((y, final, *cuda.backward(dy, dfinal, *arguments, checkpoints, 64)))
-    cuda._forward_call.cache_clear()
-    cuda._backward_call.cache_clear()
-    for name, whole, *relayed in zip(OUTPUTS, *found, strict=True):
+    cuda_forward.forward_kernel.cache_clear()
+    cuda_backward.backward_kernel.cache_clear()
+    for name, whole, *chained in zip(OUTPUTS, *found, strict=True):
         if name in ("dA", "dD", "dbias"):  # summed for every chunk, then over chunks
-            assert relative_error(relayed[0], whole.double()) < 2e-6
-            assert all(torch.equal(relayed[0], again) for again in relayed[1:]), name
+            assert relative_error(chained[0], whole.double()) < 2e-6
+            assert all(torch.equal(chained[0], again) for again in chained[1:]), name
         else:
-            assert all(torch.equal(whole, again) for again in relayed), name
+            assert all(torch.equal(whole, again) for again in chained), name
 
 
 @pytest.mark.parametrize("length", [1, 5, 700])

@@ -1,14 +1,14 @@
-"""What one process's tokens do to a state that crosses them, and the scan that waits for it.
+"""How the tokens of one shard change a state that passes through them, and the scan that starts from that state.
 
-The recurrence is linear in the state, so a segment of tokens 1..T maps the state that enters it to the one that leaves it
-by two (b, d, n) tensors, and the gradient the other way by the same decay:
+The recurrence is linear in the state, so a shard of tokens 1..T maps its initial state h_0 to its final state h_T by two
+(b, d, n) tensors, and the gradient in the other direction by the same decay:
 
     h_T = decay h_0 + state        decay = exp(A S_T),  state    = sum_t exp(A (S_T - S_t)) delta_t B_t u_t
     g_0 = decay g_T + gradient                          gradient = sum_t exp(A S_t) C_t dy_t
 
-with S_t = delta_1 + ... + delta_t (arXiv 2312.00752, equation 2, unrolled). Both sums run away from the end they belong to,
-where the exponentials only shrink, and stop where all of them are below 2^-64 in float32, which keeps 24 bits, and exactly 0 in
-float64: so a segment much longer than the model's memory costs a fraction of a scan.
+with S_t = delta_1 + ... + delta_t (arXiv 2312.00752, equation 2, unrolled). Each sum starts at the end where its exponentials
+are largest, and stops where all of them are below 2^-64 in float32, which keeps 24 bits, or exactly 0 in float64: a shard much
+longer than the model's memory costs a fraction of a scan.
 
 This is the plain PyTorch form; on a GPU the scan's own kernels find the same on their way (`mambakit/ops/selective_scan/cuda_split_scan.py`).
 """
@@ -26,15 +26,15 @@ _CHUNK_ELEMENTS = 2**24
 
 
 def _vanishing_exponent(dtype: torch.dtype) -> float:
-    """Below this, exp is out of sight of a sum in ``dtype``: 0 in float64, 2^-64 in float32."""
+    """Below this exponent, exp does not change a sum in ``dtype``: 0 in float64, 2^-64 in float32."""
     return -746.0 if dtype == torch.float64 else -44.36
 
 
-def segment_map(
+def shard_carry(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None, delta_softplus: bool,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``(decay, state)``, both (b, d, n): what the segment does to the state that enters it.
+    """``(decay, state)``, both (b, d, n): a shard maps its initial state h to ``decay * h + state``.
 
     Args:
         u, delta (b, l, d), A (d, n), B (b, l, n), delta_bias (d,): as in `mambakit.ops.selective_scan`.
@@ -61,11 +61,11 @@ def segment_map(
     return torch.exp(after[..., None] * A), state
 
 
-def segment_gradient(
+def shard_carry_gradient(
     dy: Tensor, delta: Tensor, A: Tensor, C: Tensor, z: Tensor | None, delta_bias: Tensor | None,
     delta_softplus: bool, end: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """(b, d, n): the gradient that the outputs' gradient ``dy`` (b, l, d) has in the state that enters the segment.
+    """(b, d, n): the gradient that the outputs' gradient ``dy`` (b, l, d) has in the initial state of the shard.
 
     ``z`` is the gate, as in `mambakit.ops.selective_scan`; only tokens before ``end`` (), where the first of several packed
     sequences ends, count.
@@ -90,50 +90,38 @@ def segment_gradient(
     return gradient
 
 
-def scan_in_parts(u: Tensor, A: Tensor) -> tuple[type, type]:
-    """The `Forward` and the `Backward` that do this scan: `cuda_split_scan`'s, or those below."""
+def two_phase_scan(u: Tensor, A: Tensor) -> tuple[type, type]:
+    """The classes `Forward` and `Backward` of this scan: those of `cuda_split_scan` where it serves, else those below."""
     return (cuda_split_scan.Forward, cuda_split_scan.Backward) if cuda_split_scan.serves(u, A) else (Forward, Backward)
 
 
 class Forward:
-    """`cuda_split_scan.Forward`, by `segment_map` and the whole scan."""
+    """As `cuda_split_scan.Forward`, in plain PyTorch: `shard_carry`, then the whole scan."""
 
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, interval):
         self._given = u, delta, A, B, C, D, z, delta_bias, delta_softplus
         self._cu_seqlens, self._interval = cu_seqlens, interval
         start = None if cu_seqlens is None else cu_seqlens[-2]
-        self.decay, self.state = segment_map(u, delta, A, B, delta_bias, delta_softplus, start)
+        self.decay, self.state = shard_carry(u, delta, A, B, delta_bias, delta_softplus, start)
         if cu_seqlens is not None and cu_seqlens.shape[0] > 2:
-            self.decay = torch.zeros_like(self.decay)  # a sequence begins inside: nothing passes through
+            self.decay = torch.zeros_like(self.decay)  # a sequence begins inside the shard: no state passes through
 
     def finish(self, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.mambakit.selective_scan(*self._given, initial, self._cu_seqlens, self._interval)
 
 
 class Backward:
-    """`cuda_split_scan.Backward`, by `segment_gradient` and the whole gradient."""
+    """As `cuda_split_scan.Backward`, in plain PyTorch: `shard_carry_gradient`, then the whole gradient."""
 
     def __init__(
         self, dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval
     ):  # fmt: skip
         self._dy = dy
         self._given = (
-            u,
-            delta,
-            A,
-            B,
-            C,
-            D,
-            z,
-            delta_bias,
-            delta_softplus,
-            initial_state,
-            cu_seqlens,
-            checkpoints,
-            interval,
-        )
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval,
+        )  # fmt: skip
         end = None if cu_seqlens is None else cu_seqlens[1]
-        self.gradient = segment_gradient(dy, delta, A, C, z, delta_bias, delta_softplus, end)
+        self.gradient = shard_carry_gradient(dy, delta, A, C, z, delta_bias, delta_softplus, end)
 
     def finish(self, dfinal: Tensor) -> tuple[Tensor, ...]:
         return torch.ops.mambakit.selective_scan_backward(self._dy, dfinal, *self._given)
@@ -154,5 +142,5 @@ def _weighted(sums: Tensor, A: Tensor, weight: Tensor, value: Tensor) -> Tensor:
 
 
 def _vanished(sums: Tensor, A: Tensor) -> bool:
-    """Whether exp(A sums) is out of sight everywhere, and with it everything farther away."""
+    """Whether exp(A sums) is negligible everywhere, and so are the terms farther away."""
     return sums.numel() > 0 and float((sums * A.amax(1)).max()) < _vanishing_exponent(A.dtype)

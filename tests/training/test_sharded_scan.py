@@ -1,4 +1,4 @@
-"""The scan in two parts: `segment.py` against the recurrence, the GPU's kernels against it."""
+"""The scan in two parts: `sharded_scan.py` against the recurrence, the GPU's kernels against it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from mambakit.ops.selective_scan import cuda_split_scan
-from mambakit.training.distributed import context_parallel, segment, stretch
-from mambakit.training.distributed.segment import segment_gradient, segment_map
+from mambakit.training.distributed import context_parallel, sequence_shard, sharded_scan
+from mambakit.training.distributed.sharded_scan import shard_carry, shard_carry_gradient
 from tests.models.configurations import worst
-from tests.ops.oracles import relative_error
+from tests.ops.closeness import relative_error
 from tests.ops.selective_scan import cuda_on_cpu
 from tests.training.launch import launch
 
@@ -48,13 +48,13 @@ def check(device: str, dtype: torch.dtype, case: tuple) -> None:
     exact = [t.double().cpu() if torch.is_tensor(t) else t for t in given]
     exact_cu = None if cu is None else cu.cpu()
 
-    ours, theirs = cuda_split_scan.Forward(*given, cu, 64), segment.Forward(*exact, exact_cu, 64)
+    ours, theirs = cuda_split_scan.Forward(*given, cu, 64), sharded_scan.Forward(*exact, exact_cu, 64)
     found, expected = ours.finish(initial), theirs.finish(initial.double().cpu())
     pairs = [("decay", ours.decay, theirs.decay), ("state", ours.state, theirs.state)]
     pairs += zip(("y", "final", "checkpoints"), found, expected, strict=True)
 
     ours = cuda_split_scan.Backward(dy, *given, initial, cu, found[2], 64)
-    theirs = segment.Backward(dy.double().cpu(), *exact, initial.double().cpu(), exact_cu, expected[2], 64)
+    theirs = sharded_scan.Backward(dy.double().cpu(), *exact, initial.double().cpu(), exact_cu, expected[2], 64)
     pairs.append(("gradient", ours.gradient, theirs.gradient))
     pairs += zip(
         ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias", "dinitial"),
@@ -77,7 +77,7 @@ def test_the_kernels_on_a_cpu(case, monkeypatch, tmp_path_factory):
 
 
 def test_the_sums_stop_only_where_nothing_is_left():
-    """Against the recurrence itself, on segments far longer than the state lives."""
+    """Against the recurrence itself, on shards far longer than the model's memory."""
     torch.manual_seed(0)
     length, d, n = 3000, 4, 3
     u, delta = torch.randn(2, 1, length, d, dtype=torch.float64)
@@ -86,13 +86,13 @@ def test_the_sums_stop_only_where_nothing_is_left():
     h, steps = torch.zeros(1, d, n, dtype=torch.float64), torch.nn.functional.softplus(delta)
     for t in range(length):
         h = torch.exp(steps[:, t, :, None] * A) * h + (steps[:, t] * u[:, t])[..., None] * B[:, t, None]
-    decay, state = segment_map(u, delta, A, B, None, True)
+    decay, state = shard_carry(u, delta, A, B, None, True)
     assert worst(state, h) < 1e-13
     assert decay.max() == 0
     g = torch.zeros_like(h)
     for t in reversed(range(length)):
         g = torch.exp(steps[:, t, :, None] * A) * (g + u[:, t, :, None] * C[:, t, None])
-    assert worst(segment_gradient(u, delta, A, C, None, None, True), g) < 1e-13
+    assert worst(shard_carry_gradient(u, delta, A, C, None, None, True), g) < 1e-13
 
 
 @pytest.mark.cuda
@@ -111,7 +111,7 @@ def spread_on_a_gpu(length: int):
     ids = torch.randint(0, 97, (1, length + 1), device="cuda")
     if dist.is_initialized():
         context_parallel(model, dist.group.WORLD)
-        part = stretch(length, dist.get_rank(), dist.get_world_size())
+        part = sequence_shard(length, dist.get_rank(), dist.get_world_size())
     else:
         part = slice(0, length)
     logits = model(ids[:, :-1][:, part], use_cache=False).logits

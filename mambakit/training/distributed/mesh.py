@@ -1,7 +1,7 @@
-"""Several processes training one model, on PyTorch's own engine: who they are, and what each takes on.
+"""The process mesh of a training run, on PyTorch's own DDP and FSDP2.
 
-Every process reads the same batch and takes its part of it, so the data's order is that of one process however many there
-are. Gradients are means over processes; a process's loss is scaled so that the mean is the gradient of the whole batch.
+Every process reads the same batch and takes its shard of it, so the order of the data does not depend on the number of
+processes. Gradients are means over processes; a process's loss is scaled so that the mean is the gradient of the batch.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from mambakit.modules import MambaBlock
-from mambakit.training.distributed.context import context_parallel, stretch
+from mambakit.training.distributed.context import context_parallel, sequence_shard
 
 # The first process may tokenise, export or write a checkpoint for longer than NCCL's own ten minutes.
 _TIMEOUT = datetime.timedelta(hours=2)
 _DDP: dict[str, Any] = {"gradient_as_bucket_view": True, "bucket_cap_mb": 100}
-# Of a model, in one of FSDP's units: fewer exchanges, and more memory.
-_BLOCKS_TOGETHER = 4
+# Blocks in one FSDP unit: more mean fewer all-gathers, and more memory.
+_BLOCKS_PER_UNIT = 4
 _LAUNCH = "torchrun --nproc-per-node {count} -m mambakit train ..."
 
 
-class Processes:
-    """The processes of a run. They form a grid: `data_size` parts of a batch, each spread over `context_size` processes.
+class ProcessMesh:
+    """A mesh of `data_size` by `context_size` processes: rows of a batch are sharded along the first dimension, the tokens
+    of each row along the second.
 
     Attributes:
         mode: "none" (one process), "ddp" (every process holds the model) or "fsdp" (each holds a shard of it).
         rank, world: this process's number and how many there are.
         device: this process's.
-        data_rank, data_size: which part of a batch's rows is this process's.
-        context_rank, context_size: which stretch of a row is this process's.
+        data_rank, data_size: which shard of a batch's rows is this process's.
+        context_rank, context_size: which shard of a row is this process's.
     """
 
     def __init__(self, mode: str, device: torch.device, context_size: int = 1):
@@ -49,9 +50,9 @@ class Processes:
         self.data_size = self.world // context_size
         self.data_rank, self.context_rank = divmod(self.rank, context_size)
         self._skeleton: nn.Module | None = None
-        # Where steps are captured. DDP keeps gradient accumulators on the stream that it is made on: it is made on this one.
+        # The stream on which steps are captured. DDP keeps its gradient accumulators on the stream that it is made on.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # What holds on to the connection and must go before it: graphs with its exchanges.
+        # Called before the process group is destroyed: captured graphs hold its collectives.
         self.before_closing: list[Callable[[], None]] = []
         if mode != "none":
             grid = init_device_mesh(device.type, (self.data_size, context_size), mesh_dim_names=("data", "context"))
@@ -64,20 +65,20 @@ class Processes:
 
     @property
     def capturable(self) -> bool:
-        """Whether a step of this team may be captured in a CUDA graph, its exchanges with it: where no row is shared."""
+        """Whether a step, its collectives included, can be captured in a CUDA graph: where no row is sharded."""
         return self.mode == "none" or (self.device.type == "cuda" and self.context_size == 1)
 
     def require_even(self, rows: int, what: str) -> None:
         if rows % self.data_size:
             raise ValueError(
-                f"{what} is {rows}, which {self.data_size} processes cannot share evenly; make it a multiple of "
+                f"{what} is {rows}, which {self.data_size} processes cannot divide evenly; make it a multiple of "
                 f"{self.data_size}"
             )
 
     def parallelize(self, objective: nn.Module, model: nn.Module) -> nn.Module:
-        """What to call in place of ``objective``, a module whose forward is the loss of ``model``, its submodule.
+        """The module to call in place of ``objective``, whose forward is the loss of ``model``, its submodule.
 
-        Before the optimiser is made: FSDP replaces the model's parameters by shards.
+        Call this before the optimiser is made: FSDP replaces the model's parameters by shards.
         """
         if self.first and (self.mode == "fsdp" or self.context_size > 1):
             self._skeleton = _empty_copy(model)
@@ -90,27 +91,27 @@ class Processes:
                 return DistributedDataParallel(objective, **_DDP)
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                team = DistributedDataParallel(objective, device_ids=[self.device], **_DDP)
+                wrapped = DistributedDataParallel(objective, device_ids=[self.device], **_DDP)
             torch.cuda.current_stream().wait_stream(self.stream)
-            return team
+            return wrapped
         if self.mode == "fsdp":
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh(self.device.type, (self.world,))
             blocks: list[nn.Module] = [block for block in model.modules() if isinstance(block, MambaBlock)]
-            for i in range(0, len(blocks), _BLOCKS_TOGETHER):
-                fully_shard(blocks[i : i + _BLOCKS_TOGETHER], mesh=mesh)
+            for i in range(0, len(blocks), _BLOCKS_PER_UNIT):
+                fully_shard(blocks[i : i + _BLOCKS_PER_UNIT], mesh=mesh)
             fully_shard(objective, mesh=mesh)
         return objective
 
     @contextlib.contextmanager
     def accumulating(self, objective: nn.Module, last: bool) -> Iterator[None]:
-        """Around forward and backward of one part of a batch: DDP exchanges gradients in the last part only."""
+        """A context for forward and backward of one micro-batch: DDP reduces gradients in the last one only."""
         with objective.no_sync() if self.mode == "ddp" and not last else contextlib.nullcontext():  # type: ignore[operator]
             yield
 
     def whole(self, model: nn.Module) -> nn.Module | None:
-        """The model in one piece and for one process, at the first; None at the others. All call it together."""
+        """The unsharded model for one process at the first process, None at the others. A collective call."""
         if self.mode == "fsdp":
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -124,19 +125,19 @@ class Processes:
         self._skeleton.load_state_dict(state)
         return self._skeleton.to(self.device)
 
-    # -- parts of a batch ------------------------------------------------------------------------------------------
+    # -- shards of a batch -----------------------------------------------------------------------------------------
 
     def rows(self, x: Tensor, fill: Any = 0) -> Tensor:
-        """This process's rows of ``x`` (b, ...), (ceil(b / data_size), ...); ``fill`` where the rows do not reach."""
+        """This process's shard of the rows of ``x`` (b, ...): (ceil(b / data_size), ...), padded with ``fill``."""
         each = -(-x.shape[0] // self.data_size)
         part = x[self.data_rank * each : (self.data_rank + 1) * each]
         if part.shape[0] == each:
             return part
         return torch.cat([part, x.new_full((each - part.shape[0], *x.shape[1:]), fill)])
 
-    def stretch(self, length: int) -> slice:
-        """This process's stretch of ``length`` tokens."""
-        return stretch(length, self.context_rank, self.context_size)
+    def sequence_shard(self, length: int) -> slice:
+        """This process's shard of a row of ``length`` tokens."""
+        return sequence_shard(length, self.context_rank, self.context_size)
 
     # -- agreement -------------------------------------------------------------------------------------------------
 
@@ -157,7 +158,7 @@ class Processes:
         return box.item()
 
     def gather_rows(self, x: Tensor, dim: int) -> Tensor:
-        """Every process's rows along ``dim``, in order."""
+        """The rows of all data shards along ``dim``, in order."""
         if self.data_size == 1:
             return x
         x = x.movedim(dim, 0).contiguous()
@@ -179,7 +180,7 @@ class Processes:
 
 
 def _empty_copy(model: nn.Module) -> nn.Module:
-    """A copy in the CPU's memory whose parameters hold nothing yet, tied where the model's are."""
+    """A copy on the CPU with uninitialised parameters, tied where the model's are."""
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {id(t): torch.empty_like(t, device="cpu") for t in tensors}
     for p in model.parameters():
@@ -198,12 +199,12 @@ def local(x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def processes(mode: str, context_size: int = 1) -> Iterator[Processes]:
-    """The processes that torchrun started this one among; their connection is closed at the end.
+def process_mesh(mode: str, context_size: int = 1) -> Iterator[ProcessMesh]:
+    """The mesh of the processes that torchrun started; its process group is destroyed at the end.
 
     Args:
         mode: "none", "ddp" or "fsdp".
-        context_size: processes that share one sequence.
+        context_size: processes over which one sequence is sharded.
 
     Raises:
         ValueError: ``mode`` does not fit how this process was launched.
@@ -216,7 +217,7 @@ def processes(mode: str, context_size: int = 1) -> Iterator[Processes]:
             raise ValueError(
                 f'{world} processes were launched, but parallel is "none"; set parallel=ddp or parallel=fsdp'
             )
-        yield Processes("none", torch.device("cuda" if cuda else "cpu"))
+        yield ProcessMesh("none", torch.device("cuda" if cuda else "cpu"))
         return
     if not launched and not dist.is_initialized():
         raise ValueError(f"parallel is {mode!r} but one process was started; launch it with {_LAUNCH.format(count=2)}")
@@ -232,11 +233,11 @@ def processes(mode: str, context_size: int = 1) -> Iterator[Processes]:
     ours = not dist.is_initialized()
     if ours:  # gloo as well: checkpoints exchange CPU objects
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
-    team = Processes(mode, device, context_size)
+    mesh = ProcessMesh(mode, device, context_size)
     try:
-        yield team
+        yield mesh
     finally:
-        for close in team.before_closing:
+        for close in mesh.before_closing:
             close()
         if ours:
             dist.destroy_process_group()
