@@ -3,10 +3,10 @@
     python benchmarks/busy_machine.py --json busy.json          # about 4 minutes; nothing else may run
     python benchmarks/busy_machine.py --neighbours 2 --spins 0 10000 300000
 
-A process for each bound (`GOMP_SPINCOUNT`; 300,000 is GNU's own, without a bound) loads torch, then waits; in each round every
-one of them is measured in turn, alone and beside ``--neighbours`` processes that never rest. Three cases, each for
-``--seconds``: optimiser steps of configs/tiny.toml, a prompt of 512 tokens and 64 tokens one after the other with the embedded
-model. Figures are tokens per second: the median over rounds, and the worst round.
+A process for each bound (`GOMP_SPINCOUNT`; 300,000 is GNU's own, without a bound) loads torch, then waits; in each
+round every one of them is measured in turn, alone and beside ``--neighbours`` processes that never rest. Three cases,
+each for ``--seconds``: optimiser steps of configs/tiny.toml, a prompt of 512 tokens and 64 tokens one after the other
+with the embedded model. Figures are tokens per second: the median over rounds, and the worst round.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def worker(seconds: float) -> None:
 def start(spins: int, seconds: float) -> subprocess.Popen:
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME")}
     return subprocess.Popen(
-        [sys.executable, __file__, "--worker", "--seconds", str(seconds)], env={**environment, "GOMP_SPINCOUNT": str(spins)},
+        [sys.executable, __file__, "--worker", "--seconds", str(seconds)], env={**environment, "GOMP_SPINCOUNT":
+        str(spins)},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 

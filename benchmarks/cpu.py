@@ -3,11 +3,12 @@
     python benchmarks/cpu.py                        # 2 threads; llama-cpp-python and gguf run where installed
     python benchmarks/cpu.py --threads 8 --json out.json
 
-Random weights; the contenders have the same ones. Every round times each contender once, in turn, so that a machine whose
-speed drifts is unkind to all alike; a figure is the median over rounds. Shares are of the read bandwidth (a sum over 256
-MB on all threads) and of the matrix products alone in torch, both measured in the same rounds.
+Random weights; the contenders have the same ones. Every round times each contender once, in turn, so that a machine
+whose speed drifts is unkind to all alike; a figure is the median over rounds. Shares are of the read bandwidth (a sum
+over 256 MB on all threads) and of the matrix products alone in torch, both measured in the same rounds.
 Decode times the kernels of a step (`DecodeStep`), from a token's embedding to its logits; nobody samples.
-llama.cpp runs with its defaults (weights repacked), except for a format that crashes with them, which the output then says.
+llama.cpp runs with its defaults (weights repacked), except for a format that crashes with them, which the output then
+says.
 """
 
 from __future__ import annotations
@@ -190,7 +191,8 @@ def llamas(model: MambaForCausalLM, threads: int, length: int) -> dict[str, Llam
         for format, name in LLAMA_FORMATS.items():
             path = Path(folder) / f"{name}.gguf"
             write_gguf(model, path, name)
-            # With its weights repacked, its default, 0.3.36 crashed on a Q8_0 prompt on one processor (a Xeon with AMX).
+            # With its weights repacked, its default, 0.3.36 crashed on a Q8_0 prompt on one processor (a Xeon with
+            # AMX).
             repack = survives(path, threads, length)
             if not repack:
                 print(f"llama.cpp {name} crashes with repacked weights here: it runs without (use_extra_bufts=False)")
@@ -229,7 +231,8 @@ def generate_times(model: MambaForCausalLM, ids: torch.Tensor, rounds: int) -> t
 
 
 def their_training_step(threads: int, length: int, patience: float) -> float | None:
-    """Seconds of transformers' first training step, in a process of its own; None when it takes longer than ``patience``."""
+    """Seconds of transformers' first training step, in a process of its own; None when it takes longer than
+    ``patience``."""
     code = f"""
 import time, torch
 from transformers import MambaConfig, MambaForCausalLM

@@ -3,8 +3,8 @@
     python benchmarks/cpu_long.py --json out.json               # 130m shape, 2 threads: about 25 minutes
     python benchmarks/cpu_long.py --tokens 100000 --most 14     # a shorter look
 
-Random weights and tokens. Time is fitted as time = a + b * length, a line through the relative errors; `off` is the worst
-distance of a measured time from it. Decode times at position 1,000 and at the last one are taken in turn.
+Random weights and tokens. Time is fitted as time = a + b * length, a line through the relative errors; `off` is the
+worst distance of a measured time from it. Decode times at position 1,000 and at the last one are taken in turn.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/cpu_ops.py                # one thread
     python benchmarks/cpu_ops.py --threads 2
 
-Random data; the contenders in turn, the best of all rounds (a shared machine's speed drifts). Each is first checked against its
-chunked. The products' weights (512 x 768) stay in the caches, so that arithmetic is timed and not memory.
+Random data; the contenders in turn, the best of all rounds (a shared machine's speed drifts). Each is first checked
+against plain PyTorch. The products' weights (512 x 768) stay in the caches, so that arithmetic is timed and not memory.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""The decode steps on one NVIDIA GPU: how the persistent kernel's queue of weights is chosen, where its time goes, and which way serves
-how many rows.
+"""The decode steps on one NVIDIA GPU: how the persistent kernel's queue of weights is chosen, where its time goes, and
+which way serves how many rows.
 
-    python benchmarks/decode_step.py                          # the shapes and formats below, the chosen variant and its rivals
+    python benchmarks/decode_step.py                 # the shapes below, the chosen variant and its rivals
     python benchmarks/decode_step.py --shapes 130m --rows 1 8 --formats plain int4
     python benchmarks/decode_step.py --ways --rows 1 4 8 16 32 64 128     # every way that can serve so many rows
 
-`ms` is the median of graph replays, bfloat16, random weights; a variant whose logits are further than 1.2e-2 from the model's
-forward is printed as WRONG. `queue 6, 2, 1`: 6 slots of each warp's ring, 2 of them filled again at once at the end of a phase, 1
-more while the block waits after it. With --clock, the cycles of one block's first thread, a layer, for the chosen variant. docs/kernels/decode.md has what was found.
+`ms` is the median of graph replays, bfloat16, random weights; a variant whose logits are further than 1.2e-2 from the
+model's forward is printed as WRONG. `queue 6, 2, 1`: 6 slots of each warp's ring, 2 of them filled again at once at the
+end of a phase, 1 more while the block waits after it. With --clock, the cycles of one block's first thread, a layer,
+for the chosen variant. docs/kernels/decode.md has what was found.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Check and time causal_conv1d, rms_norm and linear_cross_entropy on one NVIDIA GPU.
 
     python benchmarks/gpu_conv_norm.py             # check, then the tables
-    python benchmarks/gpu_conv_norm.py --sweep     # and every tile of the small tables in causal_conv1d/triton.py beside its rivals
+    python benchmarks/gpu_conv_norm.py --sweep     # and every tile of the small tables in triton.py beside its rivals
     python benchmarks/gpu_conv_norm.py --json out.json
 
 An op that is wrong is not timed. `ms` is the median of CUDA-graph replays, so it holds no launch gaps; `eager` is the
@@ -173,11 +173,13 @@ def time_conv(shapes, variant=""):
 
 def sweep_conv():
     tiles = [conv.Tile(d, 32 * w * c // d, s, u, w) for d, c, s, u, w in [
-        (64, 8, 16, 8, 4), (64, 8, 32, 8, 4), (64, 8, 64, 8, 4), (64, 8, 32, 4, 4), (64, 4, 32, 8, 4), (64, 4, 64, 8, 4),
+        (64, 8, 16, 8, 4), (64, 8, 32, 8, 4), (64, 8, 64, 8, 4), (64, 8, 32, 4, 4), (64, 4, 32, 8, 4), (64, 4, 64, 8,
+        4),
         (128, 8, 32, 8, 4), (64, 8, 32, 8, 2),
     ]]  # fmt: skip
     backward_tiles = [conv.Tile(d, 32 * w * c // d, s, u, w) for d, c, s, u, w in [
-        (64, 4, 32, 4, 4), (64, 4, 64, 4, 4), (64, 4, 128, 4, 4), (64, 4, 64, 8, 4), (64, 8, 64, 2, 4), (64, 8, 64, 4, 4),
+        (64, 4, 32, 4, 4), (64, 4, 64, 4, 4), (64, 4, 128, 4, 4), (64, 4, 64, 8, 4), (64, 8, 64, 2, 4), (64, 8, 64, 4,
+        4),
         (128, 4, 64, 4, 4), (64, 4, 64, 4, 2),
     ]]  # fmt: skip
     chosen = conv.forward_tile, conv.backward_tile

@@ -5,12 +5,13 @@
     python benchmarks/gpu_ops.py --peer mamba      # mamba-ssm, from a checkout of it, in the same run
     python benchmarks/gpu_ops.py --json out.json
 
-A scan that is wrong is not timed. `ms` is the median of CUDA-graph replays between CUDA events (no launch gaps), `eager` the
-same calls launched one by one. Data is random, with a trained model's step sizes (0.001 to 0.1) and A = -1 .. -16. An element
-is one (b, l, d). The floor is the special-function unit: forward 20 operations per element (16 exponentials, softplus, the
-gate), 4.0e12 per second measured on an H100, so 200 G elements per second; forward + backward at least twice the
-exponentials and the gates again, 40. `peer` is mamba-ssm (CUDA extension, sm_90): with --peer built and measured in this run, its
-errors too; else RECORDED at commit e9594ce on the same kind of card on 2026-11-23.
+A scan that is wrong is not timed. `ms` is the median of CUDA-graph replays between CUDA events (no launch gaps),
+`eager` the same calls launched one by one. Data is random, with a trained model's step sizes (0.001 to 0.1) and A = -1
+.. -16. An element is one (b, l, d). The floor is the special-function unit: forward 20 operations per element (16
+exponentials, softplus, the gate), 4.0e12 per second measured on an H100, so 200 G elements per second; forward +
+backward at least twice the exponentials and the gates again, 40. `peer` is mamba-ssm (CUDA extension, sm_90): with
+--peer built and measured in this run, its errors too; else RECORDED at commit e9594ce on the same kind of card on
+2026-11-23.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ def time_shape(shape, interval, variant="", kinds=("forward", "both"), repeats=2
         share = rate * OPERATIONS[kind] / SPECIAL
         RESULTS.append({"shape": shape, "kind": kind, "variant": variant, "ms": ms, "eager_ms": loose,
                         "elements_per_s": rate, "share_of_floor": share, f"{source}_peer_ms": their_ms})  # fmt: skip
-        print(f"{'x'.join(map(str, shape)):<15}{kind:<8}{variant:<30}{ms:8.4f} ms  eager {loose:8.4f}  {rate / 1e9:6.1f} G/s  "
+        print(f"{'x'.join(map(str, shape)):<15}{kind:<8}{variant:<30}{ms:8.4f} ms  eager {loose:8.4f}  "
+        f"{rate / 1e9:6.1f} G/s  "
               f"{share:4.0%} of floor  {source} peer {their_ms:7.3f}  {their_ms / ms:5.2f}x", flush=True)  # fmt: skip
 
 

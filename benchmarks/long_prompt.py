@@ -1,4 +1,4 @@
-"""What a long prompt costs the others: a newcomer's first token, and the gaps between the tokens of those who write. On a CPU.
+"""What a long prompt costs other texts: a new text's first token, and the gaps between tokens. On a CPU.
 
     python benchmarks/long_prompt.py                            # the embedded model, a prompt of 10,000 tokens
     python benchmarks/long_prompt.py --tokens 50000 --prefix-cache

@@ -1,20 +1,20 @@
 """Training on several NVIDIA GPUs of one machine, against one of them.
 
     python benchmarks/multi_gpu.py --gpus 2 --json multi_gpu.json
-    python benchmarks/multi_gpu.py --one-gpu            # what one GPU can say: the one-GPU rows, and a process's own share
+    python benchmarks/multi_gpu.py --one-gpu      # what one GPU can say: the one-GPU rows, and a process's own share
 
-1. training: tokens per second of the 1.4b shape with DDP and FSDP2, --rows of 2048 tokens a GPU, against one GPU that runs the
-   same step on as many rows; each as a CUDA graph, with --eager also eagerly (of one GPU the faster counts). `8x2` is 8 rows at
-   a time, twice, their gradients added before the update.
+1. training: tokens per second of the 1.4b shape with DDP and FSDP2, --rows of 2048 tokens a GPU, against one GPU that
+   runs the same step on as many rows; each as a CUDA graph, with --eager also eagerly (of one GPU the faster counts).
+   `8x2` is 8 rows at a time, twice, their gradients added before the update.
 2. context: one sequence over all GPUs, activations checkpointed: time and peak memory of forward and backward, and the
-   distance of the loss and of every gradient from one GPU's. `rounding` is the distance of one GPU's own bfloat16 gradients
-   from its float32 ones, on the shortest case: what two correct runs may differ by.
+   distance of the loss and of every gradient from one GPU's. `rounding` is the distance of one GPU's own bfloat16
+   gradients from its float32 ones, on the shortest case: what two correct runs may differ by.
 
-`--one-gpu` times half a sequence as one of two processes would compute it, exchange of states left out: `bound` is the speed-up
-that is left if communication cost nothing.
+`--one-gpu` times half a sequence as one of two processes would compute it, exchange of states left out: `bound` is the
+speed-up that is left if communication cost nothing.
 
-float32 parameters, bfloat16 autocast, random weights and tokens. Every measurement is a process (torchrun starts as many as it
-takes), so that memory is its own. NCCL's NVLink multicast stays off (NCCL_NVLS_ENABLE=0).
+float32 parameters, bfloat16 autocast, random weights and tokens. Every measurement is a process (torchrun starts as
+many as it takes), so that memory is its own. NCCL's NVLink multicast stays off (NCCL_NVLS_ENABLE=0).
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def context(shape: str, length: int, mode: str, autocast: bool, gradients: str, 
 
 
 def compare(gradients: dict[str, torch.Tensor], path: Path) -> dict:
-    """Keep the gradients where there are none yet; else their distance from those kept, relative, the worst tensor's too."""
+    """Keep the gradients where there are none yet; else their distance from those kept, relative, the worst tensor's
+    too."""
     if not path.is_file():
         torch.save(gradients, path)
         return {}
@@ -227,7 +228,8 @@ def main() -> None:
     there = torch.cuda.device_count()
     if there < gpus:
         sys.exit(
-            f"this machine has {there} NVIDIA GPUs, {gpus} are asked for; run it where there are as many, lower --gpus, or see "
+            f"this machine has {there} NVIDIA GPUs, {gpus} are asked for; run it where there are as many, lower "
+            f"--gpus, or see "
             "what one GPU can say with --one-gpu"
         )
     if gpus == 1 and not arguments.one_gpu:

@@ -2,9 +2,9 @@
 
     python benchmarks/numerics.py [--device cuda] [--tokens 1048576]
 
-The state is then nearly a plain sum of a million inputs. Each figure is ||x - exact|| / ||exact|| of the outputs and of the
-final state against float64, for a token-by-token loop in float32 (what a decoder does) and for the op, as one call and in
-chunks of 4,096 tokens with a carried state.
+The state is then nearly a plain sum of a million inputs. Each figure is ||x - exact|| / ||exact|| of the outputs and of
+the final state against float64, for a token-by-token loop in float32 (what a decoder does) and for the op, as one call
+and in chunks of 4,096 tokens with a carried state.
 """
 
 from __future__ import annotations

@@ -1,17 +1,20 @@
-"""The record of a run: docs/benchmarks/*.json. Every script here writes one with ``--json FILE``; `render.py` makes the docs' tables of them.
+"""The record of a run: docs/benchmarks/*.json.
+
+Every script here writes one with ``--json FILE``; `render.py` makes the documentation's tables of them.
 
 A record says what ran where and what came out:
 
-    machine   public name of the hardware: "NVIDIA H200", "2 x NVIDIA H200", "AMD EPYC 7763 64-Core Processor, 2 threads"
+    machine   public name of the hardware: "NVIDIA H200", "2 x NVIDIA H200", "AMD EPYC 7763, 2 threads"
     date      UTC, YYYY-MM-DD
     commit    of this repository; "-dirty" behind it where files had changes
     command   as typed, from the repository's root, without --json
     software  versions of torch and of what else was compared
-    results   a list of rows for each part; a row is a flat object, its values numbers in SI units where the key names none
+    results   a list of rows for each part; a row is a flat object, numbers in SI units where the key names none
     notes     what a reader must know besides
     source    of figures that were entered from a document: file, commit and date of the line
 
-The results of a script have the same keys on every machine, so that a new run's record can take the place of an old one in `tables`.
+The results of a script have the same keys on every machine, so that a new run's record can take the place of an old one
+in `tables`.
 """
 
 from __future__ import annotations
@@ -38,8 +41,8 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def write(path: Path | None, results: dict[str, Any], *, gpus: int, notes: str | None = None, **software: str) -> None:
-    """Write the record of this process's run, whole or not at all. Without a path nothing is written. ``gpus``: how many the run
-    used, 0 for one on the CPU."""
+    """Write the record of this process's run, whole or not at all. Without a path nothing is written. ``gpus``: how
+    many the run used, 0 for one on the CPU."""
     if path is None:
         return
     content = {

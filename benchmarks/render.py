@@ -8,8 +8,8 @@ A table stands between two comments, and what is there is replaced:
     <!-- table: train-step -->
     <!-- end -->
 
-A name is one of `tables`, or RECORD/PART: the rows of one part of one record, as they are. Below a table its records are named, with
-machine, date and command (not in README.md, which links to them).
+A name is one of `tables`, or RECORD/PART: the rows of one part of one record, as they are. Below a table its records
+are named, with machine, date and command (not in README.md, which links to them).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def block(name: str, path: Path) -> str:
         found = records.load(record)
         link = os.path.relpath(FOLDER / f"{record}.json", path.parent)
         sources.append(f"[{found['machine']}, {found['date']}]({link}): `{found['command']}`")
-    return content + "\n" + "; ".join(sources) + ".\n"
+    return content + ("\n" + "; ".join(sources) + ".\n" if sources else "")
 
 
 def rendered(path: Path) -> str:

@@ -3,8 +3,8 @@
     python benchmarks/reuse.py                      # one thread; every figure is a ratio of times taken in turn
     python benchmarks/reuse.py --threads 8 --json out.json
 
-Contenders run in turn, round after round; each counts with its best round, so that other work on the machine is not measured.
-The embedded model serves where words matter; random weights of the 130m shape where a step's cost does.
+Contenders run in turn, round after round; each counts with its best round, so that other work on the machine is not
+measured. The embedded model serves where words matter; random weights of the 130m shape where a step's cost does.
 """
 
 from __future__ import annotations

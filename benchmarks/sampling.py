@@ -3,9 +3,9 @@
     python benchmarks/sampling.py --json out.json               # one NVIDIA GPU
     python benchmarks/sampling.py --device cpu --rows 1 16      # a CPU
 
-Random logits of the size of a vocabulary of 50,280. The op's time is that of its launch (CUDA events, median), and with the host's work
-around it, random numbers and reading the tokens included (`Sampler.choose`, wall clock). Nothing is timed before the op draws what its
-float64 reference draws.
+Random logits of the size of a vocabulary of 50,280. The op's time is that of its launch (CUDA events, median), and with
+the host's work around it, random numbers and reading the tokens included (`Sampler.choose`, wall clock). Nothing is
+timed before the op draws what its float64 reference draws.
 """
 
 from __future__ import annotations

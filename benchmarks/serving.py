@@ -1,15 +1,15 @@
-"""Requests and tokens per second and time to first token of `mambakit serve`, greedy and sampled, by number of replicas.
+"""Requests and tokens per second and time to first token of `mambakit serve`, greedy and sampled, by replicas.
 
-    python benchmarks/serving.py --replicas 2 --compare                                      # the embedded model, on a CPU
+    python benchmarks/serving.py --replicas 2 --compare                       # the embedded model, on a CPU
     python benchmarks/serving.py --replicas 2 --compare --random-shape 1.4b --json out.json  # two NVIDIA GPUs, bfloat16
     python benchmarks/serving.py --temperature 0.8 --top-p 0.95                              # one setting only
 
-Starts a server, sends it all requests from --concurrency clients over HTTP, streamed, and stops it; with --compare the same
-with one replica before, and the ratios. Without --temperature and --top-p everything is measured twice: greedy, and with
-temperature 1, which is OpenAI's default. Sampled requests carry no seed, as most clients' do not. Each prompt is other random
-tokens, each text runs to its full length or to the end that the model chooses, and tokens are counted by the server's usage
-field. Nothing is timed before the server has answered one request from each client. The clients are processes of their own,
-so that reading streams does not slow down the server.
+Starts a server, sends it all requests from --concurrency clients over HTTP, streamed, and stops it; with --compare the
+same with one replica before, and the ratios. Without --temperature and --top-p everything is measured twice: greedy,
+and with temperature 1, which is OpenAI's default. Sampled requests carry no seed, as most clients' do not. Each prompt
+is other random tokens, each text runs to its full length or to the end that the model chooses, and tokens are counted
+by the server's usage field. Nothing is timed before the server has answered one request from each client. The clients
+are processes of their own, so that reading streams does not slow down the server.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def request(
 ) -> dict[str, float]:
     """One streamed text: the times of the request, of its first event and of its end, and its number of tokens."""
     body = {
-        "prompt": prompt, "max_tokens": new_tokens, "stream": True, "stream_options": {"include_usage": True}, **sampling,
+        "prompt": prompt, "max_tokens": new_tokens, "stream": True, "stream_options": {"include_usage": True},
+        **sampling,
     }  # fmt: skip
     began, first, usage = time.monotonic(), 0.0, b""
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -196,11 +197,13 @@ def summary(found: list[dict[str, float]], replicas: int, sampling: Sampling, st
     row = {
         "replicas": replicas, "sampling": title(sampling), **sampling, "requests_per_second": len(found) / seconds,
         "tokens_per_second": sum(one["tokens"] for one in found) / seconds,
-        "first_token_p50": statistics.median(firsts), "first_token_p99": firsts[min(len(firsts) - 1, len(firsts) * 99 // 100)],
+        "first_token_p50": statistics.median(firsts), "first_token_p99": firsts[min(len(firsts) - 1, len(firsts) * 99
+        // 100)],
         "seconds": seconds, "start_seconds": start_seconds,
     }  # fmt: skip
     print(
-        f"{replicas} replicas, {row['sampling']}: {row['requests_per_second']:8.2f} requests/s {row['tokens_per_second']:10.0f} tokens/s, "
+        f"{replicas} replicas, {row['sampling']}: {row['requests_per_second']:8.2f} requests/s "
+        f"{row['tokens_per_second']:10.0f} tokens/s, "
         f"first token p50 {row['first_token_p50'] * 1e3:.0f} ms, p99 {row['first_token_p99'] * 1e3:.0f} ms "
         f"({len(found)} requests in {seconds:.1f} s; ready after {start_seconds:.1f} s)",
         flush=True,
@@ -245,7 +248,8 @@ def main() -> None:
         for one, many in zip(*measured, strict=True):
             ratio = {name: many[name] / one[name] for name in RATIOS}
             print(
-                f"{options.replicas} replicas to 1, {one['sampling']}: {ratio['tokens_per_second']:.2f} x the tokens/s, first "
+                f"{options.replicas} replicas to 1, {one['sampling']}: {ratio['tokens_per_second']:.2f} x the "
+                f"tokens/s, first "
                 f"token p50 {ratio['first_token_p50']:.2f} x, p99 {ratio['first_token_p99']:.2f} x"
             )
     record.write(options.json, {"serving": [row for rows in measured for row in rows]}, gpus=gpus_used(options))

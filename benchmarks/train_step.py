@@ -5,9 +5,9 @@
 
 float32 parameters, bfloat16 autocast, fused AdamW, no activation checkpointing, random tokens; median of steps between
 CUDA events, as one CUDA graph (what `mambakit train` runs), with --eager eagerly too, with --recompute also with
-`recompute_selection`. `peer` is mamba-ssm at commit e9594ce with the same settings, RECORDED on an H100 on 2026-11-23, not measured
-in this run. A model is first checked: its loss and its embedding's gradient against the float64 reference on the CPU, on a small
-model of the same make.
+`recompute_selection`. `peer` is mamba-ssm at commit e9594ce with the same settings, RECORDED on an H100 on 2026-11-23,
+not measured in this run. A model is first checked: its loss and its embedding's gradient against the float64 reference
+on the CPU, on a small model of the same make.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def main() -> None:
             result = measure(width, layers, batch, length, how, arguments.steps, arguments.profile)
             rate = batch * length / result["ms"] * 1e3
             print(
-                f"{name:6} {batch:>4} x {length:>5} {how:>9} {result['ms']:8.1f} {rate:10,.0f} {result['gib']:6.1f} {rate / peer:17.2f}x",
+                f"{name:6} {batch:>4} x {length:>5} {how:>9} {result['ms']:8.1f} {rate:10,.0f} {result['gib']:6.1f} "
+                f"{rate / peer:17.2f}x",
                 flush=True,
             )
             results.append(

@@ -33,7 +33,8 @@ from benchmarks.tables.records import Records, select
 IMAGES = ROOT / "docs" / "images"
 PLAIN, STATE, CHOICE = "#e8eef7", "#fde7c9", "#dff1e0"
 TEXT = (
-    "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals, when it was checked by a "
+    "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals, when it was checked by "
+    "a "
     "violent gust."
 )
 

@@ -3,9 +3,10 @@
     python -m experiments.plot runs/experiments --out docs/experiments --records docs/benchmarks
     python benchmarks/render.py
 
-Writes NAME.png for each NAME.json there is, the generated digits as WAV, and results.md: a table for each, every number the
-mean over seeds with the smallest and the largest. A run that the budget cut short is counted, and said to be. With --records each
-table is also kept as a record of the run, and results.md names it, for `benchmarks/render.py` to fill in.
+Writes NAME.png for each NAME.json there is, the generated digits as WAV, and results.md: a table for each, every number
+the mean over seeds with the smallest and the largest. A run that the budget cut short is counted, and said to be. With
+--records each table is also kept as a record of the run, and results.md names it, for `benchmarks/render.py` to fill
+in.
 """
 
 from __future__ import annotations
@@ -201,7 +202,8 @@ def keep(name: str, head: list[str], rows: list[list[str]], where: dict, folder:
 
     title = f"{where['date']}-experiment-{name.replace('_', '-')}"
     content = {
-        "machine": where["device"], "date": where["date"], "commit": record.commit(), "command": f"python -m experiments.{name}",
+        "machine": where["device"], "date": where["date"], "commit": record.commit(), "command": f"python -m "
+        f"experiments.{name}",
         "software": {"torch": where["torch"]}, "results": {name: [dict(zip(head, row, strict=True)) for row in rows]},
     }  # fmt: skip
     (folder / f"{title}.json").write_text(record.text(content), encoding="utf-8")

@@ -1,4 +1,6 @@
-"""The docs' tables: which records each one reads, and how its cells are written. `render.py` puts them into the documents.
+"""The documentation's tables: which records each one reads, and how its cells are written.
+
+`render.py` puts them into the documents.
 
 To show a new run, keep its record in docs/benchmarks and name it here.
 """
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.tables import cpu, gpu, kernels, readme
+from benchmarks.tables import cpu, decoders, gpu, kernels, readme
 from benchmarks.tables.records import Content, Records, plain
 
 TABLES: dict[str, Callable[[Records], Content]] = {
@@ -26,6 +28,7 @@ TABLES: dict[str, Callable[[Records], Content]] = {
     "norm": kernels.norm,
     "cross-entropy": kernels.cross_entropy,
     "decode-ways": kernels.decode_ways,
+    "decoders": decoders.decoders,
     "cpu": cpu.cpu,
     "cpu-others": cpu.cpu_others,
     "busy-machine": cpu.busy_machine,

@@ -30,7 +30,8 @@ def cpu_others(records: Records) -> Content:
             share = cell("{share:.0%} of {share_of}", r).replace("%", " %")
             rows.append(
                 [
-                    records.load(name)["machine"], r["what"], cell("{tokens_per_second:,}", r), cell("{against_transformers}x", r),
+                    records.load(name)["machine"], r["what"], cell("{tokens_per_second:,}", r),
+                    cell("{against_transformers}x", r),
                     cell("{against_llama}x {llama_format}", r), share,
                 ]
             )  # fmt: skip

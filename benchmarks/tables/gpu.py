@@ -20,9 +20,11 @@ def train_step(records: Records) -> Content:
         rate = "{tokens_per_second:,.0f}"
         rows.append(
             [
-                case["model"], cell("{batch} x {length}", row), cell("{ms:.1f}", row), cell(rate, row), cell("{gib:.1f}", row),
+                case["model"], cell("{batch} x {length}", row), cell("{ms:.1f}", row), cell(rate, row),
+                cell("{gib:.1f}", row),
                 cell("{ms:.1f}", h200), cell(rate, h200), cell(rate + ", {gib:.1f}", less),
-                cell(rate + ", {gb} GB", theirs) or cell(rate, theirs), cell(rate + ", {note}", goal) or cell(rate, goal),
+                cell(rate + ", {gb} GB", theirs) or cell(rate, theirs), cell(rate + ", {note}", goal) or cell(rate,
+                goal),
             ]
         )  # fmt: skip
     return head, rows
@@ -65,7 +67,8 @@ def generate(records: Records) -> Content:
                 f"{ours['tokens_per_second'] / theirs:.3g}x" if theirs else "",
                 cell(rate, records.row(before, "generate", batch=batch)), ", ".join(other),
                 f"{faster:,.0f}: {ours['tokens_per_second'] / faster:.1f}x" if faster else "",
-                cell(rate, peers) or ("out of memory" if peers else ""), cell(rate, records.goal("generate", batch=batch)),
+                cell(rate, peers) or ("out of memory" if peers else ""), cell(rate, records.goal("generate",
+                batch=batch)),
             ]
         )  # fmt: skip
     return head, rows
@@ -126,7 +129,8 @@ def multi_gpu_context(records: Records) -> Content:
         rows.append(
             [
                 case, f"{r['seconds']:.3f}" + cell(": {speedup:.2f}x", r),
-                f"{r['gib']:.1f}" + (f": {r['memory_ratio'] * 100:.0f} %" if "memory_ratio" in r else ""), f"{r['loss']:.6f}",
+                f"{r['gib']:.1f}" + (f": {r['memory_ratio'] * 100:.0f} %" if "memory_ratio" in r else ""),
+                f"{r['loss']:.6f}",
                 "" if error is None else f"{error * 100:.2g} %",
             ]
         )  # fmt: skip

@@ -63,7 +63,8 @@ def shape(row: Row) -> str:
 
 
 def ratio(row: Row, mine: float, theirs: float | None) -> str:
-    """How many times as fast, of unrounded times where the record has it; 2.5, a goal of the kernels, is never reached by rounding."""
+    """How many times as fast, of unrounded times where the record has it; 2.5, a goal of the kernels, is never reached
+    by rounding."""
     value = row.get("ratio") or (theirs / mine if theirs else None)
     if value is None:
         return ""

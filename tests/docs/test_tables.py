@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from benchmarks import render, tables
 from benchmarks.record import FOLDER, ROOT
+from benchmarks.tables.decoders import SERVES
 
 DOCUMENTS = render.documents()
 # A cell that is a measured figure and nothing else: 0.338, 74 %, 2.59x, **1.2**.
@@ -70,3 +72,17 @@ def test_a_change_of_a_record_shows(monkeypatch):
 def test_an_unknown_table_is_refused_by_name():
     with pytest.raises(KeyError, match="there is no table speed"):
         tables.table("speed", tables.Records())
+
+
+def test_the_limits_of_the_decoders():
+    """The numbers in the table of decoders are the code's."""
+    pytest.importorskip("triton")
+    from mambakit.ops.decode import cuda_persistent, triton_few_rows, triton_many_rows
+
+    assert f"up to {cuda_persistent.MOST_ROWS} slots" in SERVES["persistent kernel (CUDA)"]
+    assert f"up to {triton_few_rows.MOST_ROWS} slots" in SERVES["kernels for few rows (Triton)"]
+    half, wide_half, single, wide_single = (
+        triton_many_rows.most_rows(width, dtype) for dtype in (torch.bfloat16, torch.float32) for width in (2048, 2560)
+    )
+    text = f"up to {half} slots (of 2.8b {wide_half}; in float32 {single}, of 2.8b {wide_single})"
+    assert text in SERVES["kernels for many rows (Triton)"]
