@@ -237,7 +237,7 @@ class VerificationStep:
         self.holder: Any = None
         self._slot = 0
 
-    def load(self, cache: MambaCache, holder: Any) -> None:
+    def load(self, cache: Any, holder: Any) -> None:
         """Start from this state of one row."""
         self.holder, self._slot = holder, 0
         self._step.slot.zero_()
@@ -249,7 +249,7 @@ class VerificationStep:
         self._step.tokens.copy_(torch.tensor(filled, dtype=torch.int64, device="cpu"), non_blocking=True)
         return self._step()[: len(tokens)]
 
-    def keep(self, m: int, cache: MambaCache) -> None:
+    def keep(self, m: int, cache: Any) -> None:
         """Go on from after the first ``m`` tokens, and bring ``cache`` there."""
         self._slot = (self._slot + m) % (self.tokens + 1)
         self._step.slot.fill_(self._slot)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.decoding.choosing import are_numbers
 from mambakit.decoding.eligibility import skipped_modules
+from mambakit.decoding.logits import are_numbers
 from mambakit.decoding.registry import Decoder, ForwardDecoder, choose, kept_decoder
 from mambakit.decoding.verify import DraftVerification
 from mambakit.modules import StateCache

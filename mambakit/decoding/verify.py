@@ -100,7 +100,7 @@ class _NativeVerifier:
 class _PersistentVerifier:
     """The persistent kernel, which every text of the model shares: whoever finds another one's state in it loads its own."""
 
-    def __init__(self, step: VerificationStep, cache: StateCache):
+    def __init__(self, step: VerificationStep, cache: MambaCache):
         self._step, self._cache, self._read = step, cache, 0
 
     @torch.no_grad()
@@ -167,7 +167,7 @@ class PackedVerifier:
 class _ForwardVerifier:
     """`PackedVerifier` of one row."""
 
-    def __init__(self, model: Any, cache: StateCache):
+    def __init__(self, model: Any, cache: MambaCache):
         self._model, self._packed = model, PackedVerifier(model, cache)
 
     def __call__(self, tokens: list[int]) -> Tensor:
@@ -215,9 +215,10 @@ class _ModelVerifier:
             m = block.mixer
             conv_input, z = m.in_proj(y).chunk(2, -1)  # (1, t, d) each
             conv = (m.conv1d.weight.squeeze(1), m.conv1d.bias, m.conv_activation)
-            u, _ = causal_conv1d(conv_input, *conv, initial_state=self.cache.conv_states[i])
+            conv_state, ssm_state = self.cache.memory(i)
+            u, _ = causal_conv1d(conv_input, *conv, initial_state=conv_state)
             scan_inputs = m._scan_inputs(u, z)
-            y, _ = selective_scan(*scan_inputs, initial_state=self.cache.ssm_states[i])
+            y, _ = selective_scan(*scan_inputs, initial_state=ssm_state)
             x = m.out_proj(y)
             self._inputs.append((conv_input, scan_inputs))
         x, _ = backbone.norm_f(x, residual, wide if self.model.config.residual_in_fp32 else None)
@@ -227,7 +228,7 @@ class _ModelVerifier:
     def _replay(self, m: Tensor) -> None:
         """The recurrences over the first m (1,) of the tokens; the shapes are the same for every m, as a graph needs."""
         for i, (conv_input, (u, delta, *rest)) in enumerate(self._inputs):
-            conv_state, ssm_state = self.cache.conv_states[i], self.cache.ssm_states[i]
+            conv_state, ssm_state = self.cache.memory(i)
             windows = torch.cat([conv_state, conv_input.transpose(1, 2).to(conv_state.dtype)], 2)  # (1, d, k - 1 + t)
             conv_state.copy_(
                 windows.index_select(2, m + torch.arange(conv_state.shape[2], dtype=torch.int64, device=m.device))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.decoding.choosing import require_numbers
+from mambakit.decoding.logits import require_numbers
 from mambakit.decoding.prefill import SCORING_CHUNK, hidden_states
 from mambakit.generation.state import State
 from mambakit.generation.stream import _TextDecoder
