@@ -117,3 +117,24 @@ def test_commands_parse(path, capsys):
         except SystemExit as stop:
             code = stop.code
         assert code == 0, f"{line}: {capsys.readouterr().err}"
+
+
+SCRIPT = re.compile(r"python ((?:benchmarks|docs|examples)/\w+\.py)((?: +[^`\n#]*)?)")
+
+
+@pytest.mark.parametrize("path", TODAY, ids=identify)
+def test_scripts_and_their_options(path):
+    for script, rest in SCRIPT.findall(path.read_text(encoding="utf-8")):
+        assert (ROOT / script).is_file(), script
+        text = (ROOT / script).read_text(encoding="utf-8")
+        declared = set(re.findall(r'"(--[\w-]+)"', text)) | ({"--json"} if "add_argument(parser)" in text else set())
+        unknown = set(re.findall(r"(?<!\S)--[\w-]+", rest)) - declared
+        assert not unknown, f"{script} has no {', '.join(sorted(unknown))}"
+
+
+def test_pictures_are_drawn_and_shown():
+    script = (ROOT / "docs" / "figures.py").read_text(encoding="utf-8")
+    drawn = set(re.findall(r"^images/(\w+\.png)", script, re.MULTILINE))
+    kept = {picture.name for picture in (ROOT / "docs" / "images").iterdir()}
+    links = [link for path in DOCUMENTS for link in LINK.findall(path.read_text(encoding="utf-8"))]
+    assert drawn == kept == {link.rsplit("/", 1)[1] for link in links if "images/" in link}
