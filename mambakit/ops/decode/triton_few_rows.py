@@ -273,7 +273,7 @@ class Tile:
 
 
 def _tiles(rows: int, h: int) -> dict[str, Tile]:
-    """Measured on an H100 (docs/kernels.md): as many programs as it takes to keep all of the memory busy."""
+    """Measured on an H100 (docs/kernels/decode.md): as many programs as it takes to keep all of the memory busy."""
     columns, wide = 256, h >= 1536
     return {
         "in_proj": Tile(8, columns, 2 if rows == 1 else 4, 3),

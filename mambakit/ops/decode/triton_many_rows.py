@@ -25,7 +25,7 @@ MOST_ROWS = 128
 
 def most_rows(width: int, dtype: torch.dtype) -> int:
     """Rows up to which these kernels are the faster ones, beside the model's forward as a graph: measured on an H100 in bfloat16
-    (docs/kernels.md). In float32, where the tensor cores do not multiply, not measured: as many as Triton's kernels before served."""
+    (docs/kernels/decode.md). In float32, where the tensor cores do not multiply, not measured: as many as Triton's kernels before served."""
     if dtype == torch.float32:
         return 32 if width < 2560 else 16
     return MOST_ROWS if width < 2560 else 64
@@ -227,7 +227,7 @@ class Tile:
 
 
 def plans(rows: int, state_size: int) -> dict[str, Product | Tile]:
-    """Measured on an H100 with 1.4b's layers (docs/kernels.md)."""
+    """Measured on an H100 with 1.4b's layers (docs/kernels/decode.md)."""
     if rows <= 64:
         products = {
             "in_proj": Product(64, 128, 4, 5),

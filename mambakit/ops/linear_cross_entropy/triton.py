@@ -27,7 +27,8 @@ from mambakit.ops.linear_cross_entropy import chunked
 
 # Logits of a chunk: 512 MiB of float32, half of it again for their gradient, and as much at most for dhidden in float32.
 CHUNK_LOGITS = 2**27
-# Blocks of 2,048 logits that the registers of 16 warps hold, and the longest row of which they hold a part. docs/kernels.md has the rivals.
+# Blocks of 2,048 logits that the registers of 16 warps hold, and the longest row of which they hold a part.
+# docs/lab/2026-11-28-head-and-norm.md has the rivals.
 HELD_BLOCKS = 25
 LONGEST_HELD = 90000
 
