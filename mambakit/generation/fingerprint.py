@@ -1,4 +1,4 @@
-"""Which model a state belongs to: a name made of its weights and of what they are computed with."""
+"""Which model a state belongs to: a name made of its weights and of what else changes its results."""
 
 from __future__ import annotations
 

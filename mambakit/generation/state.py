@@ -1,7 +1,7 @@
-"""A text's state as a value: read a prompt once, then snapshot, fork, extend, save and resume it.
+"""The state of texts as a value: read a prompt once, then snapshot, fork, extend, save and resume it.
 
-A Mamba model keeps of any number of tokens two small tensors per layer. So a fork is a copy of those, whatever was read, and a
-file of a few megabytes resumes a text of any length.
+A recurrent model keeps a few small tensors per layer, whatever the number of tokens read. So a fork is a copy of those, and
+a file of a few megabytes resumes a text of any length.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ _FORMAT = "mambakit.State/1"
 
 
 class State:
-    """What a model knows after b texts: the recurrent state, and the last token of each, which is chosen but not yet read.
+    """What a model knows after b texts: the recurrent state, and the last token of each, which is not read yet.
 
     The last token stays unread because reading it gives what every continuation needs first, the next token's logits. A
-    state is never changed: `inputs` and `prompt` give out copies, `extend` and `fork` make new ones.
+    state never changes: `inputs` and `prompt` give out copies, `extend` and `fork` make new ones.
 
     Args:
         cache: the state, b rows.
-        pending: (b, 1) int64, the last tokens; or (b, 0) where everything has been read, and new tokens must come first.
+        pending: (b, 1) int64, the last tokens; or (b, 0) where everything has been read, and new tokens must come
+            first.
     """
 
     def __init__(self, cache: StateCache, pending: Tensor):
         if pending.dim() != 2 or pending.shape[0] != cache.max_batch_size or pending.shape[1] > 1:
             raise ValueError(
-                f"pending has shape {tuple(pending.shape)}; it must be {(cache.max_batch_size, 1)}, one unread token for each "
-                f"row of the cache, or {(cache.max_batch_size, 0)}"
+                f"pending has shape {tuple(pending.shape)}; it must be {(cache.max_batch_size, 1)}, one unread token for "
+                f"each row of the cache, or {(cache.max_batch_size, 0)}"
             )
         self.cache, self.pending = cache, pending.to(cache.device, torch.long)
 
@@ -60,8 +61,9 @@ class State:
         Args:
             model: a causal language model in eval mode.
             prompts: (l,) int64, (b, l) int64, or b tensors (l_i,) of any lengths, which are packed: no work on padding.
-            chunk_size: tokens per forward, of all prompts together; memory does not grow with the prompts. Unless given, of one
-                prompt 512 on a CPU and 4,096 elsewhere, of several 1,024 and 16,384 (`mambakit.decoding.chunks.CHUNK_SIZES`).
+            chunk_size: tokens per forward, of all prompts together; memory does not grow with the prompts. Unless
+                given, of one prompt 512 on a CPU and 4,096 elsewhere, of several 1,024 and 16,384
+                (`mambakit.decoding.chunks.CHUNK_SIZES`).
             progress: called with the number of tokens read.
 
         Raises:
@@ -226,7 +228,8 @@ def fill_cache(model: Any, tensors: dict[str, Tensor], seen_tokens: int) -> Stat
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file under a name of this process's own, then rename it: a reader sees all of it or nothing."""
+    """Write a safetensors file under a name of this process's own, then rename it: a reader sees all of it or
+    nothing."""
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
