@@ -1,6 +1,6 @@
-"""Turns between texts that want the same rows: fair between keys, then between clients, requests, or whatever a text's path names.
+"""Turns between texts that want the same slots: fair between keys, then between clients, requests, or whatever a text's path names.
 
-Knows neither torch nor time. A text has a path, such as (key, client, request). At every level the rows are divided evenly among
+Knows neither torch nor time. A text has a path, such as (key, client, request). At every level slots are divided evenly among
 those who want them (max-min fairness), and where they do not come out even, the least served is next. Texts with the same
 path are in the order in which they came.
 """
@@ -53,7 +53,7 @@ class Turns(Generic[T]):
         return iter(self._leaves)
 
     def add(self, text: T, path: Path = ()) -> None:
-        """A text that wants a row."""
+        """A text that wants a slot."""
         assert text not in self._leaves
         node = self._root
         for name in (*path, _LEAF):
@@ -85,10 +85,10 @@ class Turns(Generic[T]):
     def next(
         self, count: int, among: Callable[[T], bool], running: Iterable[T] = (), per_request: int | None = None
     ) -> list[T]:
-        """Up to ``count`` texts ``among`` those that wait, for rows that are to be given away.
+        """Up to ``count`` texts ``among`` those that wait, for slots that are to be given away.
 
         Args:
-            running: texts that have a row and keep it; they count as their paths' part.
+            running: texts that have a slot and keep it; they count as their paths' part.
             per_request: of one path at most, besides those that run.
         """
         taken: dict[_Node, int] = {}
