@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mambakit.decoding.prefill import SNAPSHOT_CHUNK, prefill_states
+from mambakit.decoding.chunks import SNAPSHOT_CHUNK
+from mambakit.decoding.prefill import prefill_states
 from mambakit.errors import CheckpointError
 from mambakit.generation.state import State, fill_cache, fingerprint, write_tensors
 from mambakit.modules import StateCache
@@ -125,6 +126,7 @@ class PrefixCache:
         self._root = None if folder is None else Path(folder)
         self._entries: OrderedDict[_Key, dict[str, Tensor]] = OrderedDict()  # least recently used first
         self._held = 0
+        self._fresh: tuple[_Key, dict[str, Tensor], torch.cuda.Event] | None = None
         self._lock = RLock()
 
     # -- using it --------------------------------------------------------------------------------------------------
@@ -172,6 +174,7 @@ class PrefixCache:
         """Forget every state in memory and delete this model's files."""
         with self._lock:
             self._entries.clear()
+            self._fresh = None
             self._held = 0
         for file in self._files(self._model_name()):
             file.unlink(missing_ok=True)
@@ -243,11 +246,35 @@ class PrefixCache:
             if key in self._entries:
                 self._entries.move_to_end(key)
                 return
+            self._move_fresh()
             # A copy always: the cache goes on to be written to.
-            tensors = {n: t[:, row : row + 1].detach().to(self.device, copy=True) for n, t in cache.tensors().items()}
+            states = {n: t[:, row : row + 1].detach() for n, t in cache.tensors().items()}
+            if (
+                self._root is None
+                and self.device.type == "cpu"
+                and all(type(t) is Tensor and t.is_cuda for t in states.values())
+            ):
+                tensors = {n: t.clone() for n, t in states.items()}
+                ready = torch.cuda.Event()
+                ready.record(torch.cuda.current_stream(cache.device))
+                self._fresh = key, tensors, ready
+            else:
+                tensors = {n: t.to(self.device, copy=True) for n, t in states.items()}
             self._hold(key, tensors)
             if self._root is not None:
                 self._to_disk(key, tensors)
+
+    def _move_fresh(self) -> None:
+        """Bring the last snapshot, which is still on the GPU, to where states are held. Not when it is taken, which would wait for the
+        prompt to be read; and beside what the GPU does for others now."""
+        if self._fresh is None:
+            return
+        (key, tensors, ready), self._fresh = self._fresh, None
+        if self._entries.get(key) is tensors:
+            device = next(iter(tensors.values())).device
+            with torch.cuda.stream(torch.cuda.Stream(device)):
+                ready.wait()
+                self._entries[key] = {n: t.to(self.device) for n, t in tensors.items()}  # waits for this copy alone
 
     def _hold(self, key: _Key, tensors: dict[str, Tensor]) -> None:
         size = sum(t.nbytes for t in tensors.values())

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.decoding.prefill import SCORING_CHUNK, hidden_states, prefill
+from mambakit.decoding.chunks import SCORING_CHUNK
+from mambakit.decoding.prefill import hidden_states, prefill
 from mambakit.generation.start_token import start_token
 from mambakit.generation.state import State, prompt_rows
 from mambakit.generation.token_ids import require_in_vocabulary

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambakit.decoding.choosing import require_numbers
+from mambakit.decoding.logits import require_numbers
 from mambakit.decoding.prefill import hidden_states
 from mambakit.modules import MambaCache
 

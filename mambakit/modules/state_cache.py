@@ -241,13 +241,7 @@ class StateCache:
         Raises:
             ValueError: one is missing, has another shape, or is floating where this cache's is not.
         """
-        own = self.tensors()
-        wrong = [
-            f"{key} is {'missing' if t is None else f'{tuple(t.shape)} {t.dtype}'}, not {tuple(own[key].shape)} {own[key].dtype}"
-            for key in own for t in [tensors.get(key)]
-            if t is None or t.shape != own[key].shape or t.is_floating_point() != own[key].dtype.is_floating_point
-        ]  # fmt: skip
-        if wrong:
+        if wrong := self._memory.misfits(tensors):
             raise ValueError(f"the state does not fit: {'; '.join(wrong)}")
         self._fill(tensors, seen_tokens)
         return self

@@ -63,6 +63,17 @@ class StateMemory:
         for key, stacked in self.tensors().items():
             stacked.copy_(tensors[key].detach())
 
+    def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """What `fill_` cannot take: tensors that are missing, of another shape, or not floating where this memory is."""
+        found = []
+        for key, own in self.tensors().items():
+            given = tensors.get(key)
+            if given is None:
+                found.append(f"{key} is missing")
+            elif given.shape != own.shape or given.dtype.is_floating_point != own.dtype.is_floating_point:
+                found.append(f"{key} is {tuple(given.shape)} {given.dtype}, not {tuple(own.shape)} {own.dtype}")
+        return found
+
     @property
     def slots(self) -> int:
         for stacked in self._stacks.values():

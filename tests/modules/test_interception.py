@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from mambakit.decoding.registry import token_step
-from mambakit.decoding.verify import verifier
+from mambakit.decoding.registry import token_step, verifier
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
 from mambakit.modules import MambaMixer

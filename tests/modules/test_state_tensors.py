@@ -13,7 +13,7 @@ NAMES = {"conv_states", "ssm_states"}
 ALLOWED = {
     "mambakit/modules/cache.py",
     "mambakit/decoding/graph_step.py",
-    "mambakit/decoding/step.py",
+    "mambakit/decoding/native_step.py",
     "mambakit/decoding/verify.py",
     "benchmarks/cpu.py",
     "benchmarks/decode_step.py",

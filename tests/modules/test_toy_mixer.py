@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationMixin
 
 import mambakit
-from mambakit.decoding.verify import verifier
+from mambakit.decoding.registry import verifier
 from mambakit.evaluation.likelihood import log_likelihoods
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.prefix_cache import PrefixCache

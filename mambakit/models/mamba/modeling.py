@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from mambakit.decoding.transformers_steps import TransformersSteps
 from mambakit.models.documents import Marks
 from mambakit.models.generate import GenerativeMambaModel
 from mambakit.models.inputs import one_cache, packing_of, shifted_labels
@@ -186,6 +187,7 @@ class MambaForCausalLM(GenerativeMambaModel):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        steps: TransformersSteps | None = None,
     ) -> MambaCausalLMOutput | tuple:
         """Next-token logits, and the loss when ``labels`` are given. Arguments not listed are `MambaModel.forward`'s.
 
@@ -194,6 +196,7 @@ class MambaForCausalLM(GenerativeMambaModel):
                 of each packed document add no loss.
             logits_to_keep: only the last this many positions' logits (0: all), or a tensor of positions.
             num_items_in_batch: divide the summed loss by this instead of the number of labels (gradient accumulation).
+            steps: of a `generate` call under way: logits that it knows, or its fast step.
 
         Returns:
             `MambaCausalLMOutput` with ``logits`` (b, l, v) in float32.
@@ -203,7 +206,7 @@ class MambaForCausalLM(GenerativeMambaModel):
         marks = Marks(position_ids, cu_seqlens, seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         others = (attention_mask, inputs_embeds, labels)
         if all(t is None for t in others) and not (marks.given or output_hidden_states or output_attentions):
-            logits = self.next_logits(input_ids, cache)
+            logits = None if steps is None else steps.logits(input_ids, cache)
             if logits is not None:
                 result = MambaCausalLMOutput(logits=logits[:, None], cache=cache)
                 return result if return_dict else result.to_tuple()

@@ -38,8 +38,9 @@ def state_spec(config: Any, dtype: torch.dtype | str | None = None) -> StateSpec
     # A configuration has it as text after its model was saved.
     kind: torch.dtype = getattr(torch, given.removeprefix("torch.")) if isinstance(given, str) else given
     mixers = _mixers(config)
-    layers = tuple(mixer.state_tensors(config, kind) for mixer in mixers)
-    own = [field for mixer in dict.fromkeys(mixers) for field in mixer.STATE_FIELDS]
+    tensors = {mixer: mixer.state_tensors(config, kind) for mixer in dict.fromkeys(mixers)}
+    layers = tuple(tensors[mixer] for mixer in mixers)
+    own = [field for mixer in tensors for field in mixer.STATE_FIELDS]
     return StateSpec(layers, kind, {field: getattr(config, field, None) for field in (*_STATE_FIELDS, *own)})
 
 
