@@ -91,7 +91,7 @@ class Writer:
         for copy in range(args.num_return_sequences):
             if copy and not args.json:
                 print("\n---")
-            stream = self._stream(state, ids, copy)  # what it refuses is told before the prompt is shown
+            stream = self._stream(state, ids, copy)  # raises for what it refuses before the prompt is printed
             if not args.json:
                 print(prompt, end="", flush=True)
             for piece in stream:
@@ -209,7 +209,7 @@ class Writer:
 
 
 def _after(stream: Any, before: Any) -> Any:
-    """The state after a whole text. A text cut off by its length goes on from its last token, which is not read yet."""
+    """The state after a whole text. The last token of a text that reached its length is not read yet."""
     import torch
 
     from mambakit.generation.state import State
