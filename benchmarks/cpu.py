@@ -27,12 +27,13 @@ import torch
 import torch.nn.functional as F
 
 from mambakit import MambaConfig, MambaForCausalLM
-from mambakit.decoding.step import token_step
+from mambakit.decoding.registry import token_step
 from mambakit.ops._backends import native
-from mambakit.ops.decode.cpu import DecodeStep, LayerWeights
+from mambakit.ops.decode.cpu import DecodeStep
+from mambakit.ops.decode.packed import PackedLayer
 from mambakit.ops.linear import pack
-from mambakit.ops.linear.api import FORMATS
 from mambakit.ops.linear.lossless import DTYPES
+from mambakit.ops.linear.packed import FORMATS
 
 LLAMA_FORMATS = {"float32": "F32", "bfloat16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
 # Ours -> llama.cpp's of the same precision. The lossless ones hold the same numbers in 28 and 12 bits.
@@ -49,7 +50,7 @@ def decode_step(model: MambaForCausalLM, format: str, batch: int = 1) -> DecodeS
     for block in model.backbone.layers:
         m = block.mixer
         layers.append(
-            LayerWeights(
+            PackedLayer(
                 norm=block.norm.weight,
                 in_proj=packed(m.in_proj),
                 in_proj_bias=m.in_proj.bias,

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mambakit import MambaConfig, MambaForCausalLM
-from mambakit.decoding.step import token_step
+from mambakit.decoding.registry import token_step
 
 
 def resident_megabytes() -> float:

@@ -21,8 +21,8 @@ from mambakit.ops._backends import native
 from mambakit.ops.causal_conv1d import chunked as conv_reference
 from mambakit.ops.linear import cpu as matvec
 from mambakit.ops.linear import pack
-from mambakit.ops.linear.api import FORMATS
 from mambakit.ops.linear.lossless import DTYPES
+from mambakit.ops.linear.packed import FORMATS
 from mambakit.ops.selective_scan import chunked as scan_reference
 
 

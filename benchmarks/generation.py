@@ -36,9 +36,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mambakit
-from mambakit.decoding.graph_step import graph_step
 from mambakit.decoding.prefill import prefill
-from mambakit.decoding.step import token_step
+from mambakit.decoding.registry import kept_decoder, token_step
 from mambakit.generation.drafters import Draft, DraftModel
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.speculative import SpeculativeStream
@@ -149,7 +148,7 @@ def bandwidth(clock: Clock, device: str) -> float:
 
 def step_seconds(model, rows: int, clock: Clock, rounds: int) -> float:
     if model.device.type == "cuda":
-        return clock.median(graph_step(model, rows), rounds)
+        return clock.median(kept_decoder(model, rows), rounds)
     step = token_step(model, model.backbone.new_cache(rows))
     token = torch.zeros(rows, dtype=torch.int64)
     return clock.median(lambda: step(token), rounds)
@@ -175,7 +174,7 @@ def measure_steps(options: Options, clock: Clock, record: dict) -> None:
                     print(f"{shape:6} {format:>6} {rows:>5} out of memory")
                     continue
                 cache = model.backbone.new_cache(rows)
-                touched = weights + 2 * (cache.conv_states.nbytes + cache.ssm_states.nbytes)
+                touched = weights + 2 * cache.nbytes
                 share = touched / speed / seconds
                 print(
                     f"{shape:6} {format:>6} {rows:>5} {seconds * 1e3:8.3f} {rows / seconds:10,.0f} {share:6.0%}",

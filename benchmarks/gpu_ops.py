@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import peer
-from mambakit.ops.selective_scan import chunked, cuda
+from mambakit.ops.selective_scan import chunked, cuda, cuda_backward, cuda_forward
 from mambakit.ops.selective_scan import plan as plans
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
 from tests.ops.selective_scan import test_cuda
@@ -162,35 +162,36 @@ def check(cases):
 
 def sweep(interval):
     """Other layouts than the chosen ones, and other numbers of chunks where a row is cut."""
-    chosen = cuda.forward_plan, cuda.backward_plan
+    chosen = cuda_forward.forward_plan, cuda_backward.backward_plan
     for layout in FORWARD_LAYOUTS:
         for shape in SHAPES:
-            tiles = shape[0] * -(-shape[1] // layout.block_channels)
+            tiles = shape[0] * -(-shape[1] // layout.cta_channels)
             for chunks in [1] if tiles > 200 else [132 * waves // tiles + 1 for waves in (2, 3, 4, 8, 16)]:
                 plan = layout._replace(chunks=chunks)
-                cuda.forward_plan = lambda *_, plan=plan: plan
-                cuda._forward_call.cache_clear()
+                cuda_forward.forward_plan = lambda *_, plan=plan: plan
+                cuda_forward.forward_kernel.cache_clear()
                 time_shape(shape, interval, describe(plan), ("forward",), 5, eager=False)
-    cuda.forward_plan = chosen[0]
-    cuda._forward_call.cache_clear()
+    cuda_forward.forward_plan = chosen[0]
+    cuda_forward.forward_kernel.cache_clear()
     for layout in BACKWARD_LAYOUTS:
         for shape in SWEEP_BACKWARD:
-            tiles = shape[0] * -(-shape[1] // layout.block_channels)
+            tiles = shape[0] * -(-shape[1] // layout.cta_channels)
             for chunks in [1] if tiles > 200 else [132 * waves // tiles for waves in (2, 3, 6, 9)]:
                 plan = layout._replace(chunks=chunks)
-                cuda.backward_plan = lambda *_, plan=plan: plan
-                cuda._backward_call.cache_clear()
+                cuda_backward.backward_plan = lambda *_, plan=plan: plan
+                cuda_backward.backward_kernel.cache_clear()
                 time_shape(shape, interval, describe(plan), ("both",), 4, eager=False)
-    cuda.backward_plan = chosen[1]
-    cuda._backward_call.cache_clear()
+    cuda_backward.backward_plan = chosen[1]
+    cuda_backward.backward_kernel.cache_clear()
 
 
-def sweep_relays(interval):
-    """Rows that fill the card unevenly: each walked by its own block, as plan.py chooses, and handed on between other numbers of blocks."""
+def sweep_chained(interval):
+    """Rows that fill the card unevenly: in a CTA each, as plan.py chooses, and as chained scans of other layouts."""
+    modules = {"forward": cuda_forward, "backward": cuda_backward}
 
     def time(kind, variant, choose):
-        setattr(cuda, f"{kind}_plan", choose)
-        getattr(cuda, f"_{kind}_call").cache_clear()
+        setattr(modules[kind], f"{kind}_plan", choose)
+        getattr(modules[kind], f"{kind}_kernel").cache_clear()
         time_shape(shape, interval, variant, ("forward" if kind == "forward" else "both",), 5, eager=False)
 
     for kind, shape in itertools.product(("forward", "backward"), UNEVEN):
@@ -201,12 +202,12 @@ def sweep_relays(interval):
         layouts = [BACKWARD_LAYOUTS[1]]
         if kind == "forward":
             layouts = [layout.plan for layout in plans._LAYOUTS]
-            layouts += [layouts[0]._replace(min_blocks=6, round=tokens) for tokens in (16, 32)]
+            layouts += [layouts[0]._replace(min_ctas=6, round=tokens) for tokens in (16, 32)]
         for layout, resident, chunks in itertools.product(layouts, (2, 4, 6), (4, 8, 16)):
-            most = layout.min_blocks - (kind == "forward")  # more than those are not resident, or are all whole rows
-            if resident <= most and resident * 132 < b * -(-d // layout.block_channels):
-                relay = layout._replace(chunks=chunks, resident=resident)
-                time(kind, describe(relay), lambda *_, relay=relay: relay)
+            most = layout.min_ctas - (kind == "forward")  # more are not resident, or are all whole rows
+            if resident <= most and resident * 132 < b * -(-d // layout.cta_channels):
+                plan = layout._replace(chunks=chunks, resident=resident)
+                time(kind, describe(plan), lambda *_, plan=plan: plan)
         time(kind, "chosen, again", chosen)
 
 
@@ -215,24 +216,24 @@ def describe(plan):
 
 
 FORWARD_LAYOUTS = [
-    *(cuda.Plan(2, 8, 1, 2, 8, 1, round=tokens) for tokens in (8, 16, 32)),
-    *(cuda.Plan(2, 8, 1, 2, blocks, 1, round=16) for blocks in (4, 6)),
-    cuda.Plan(2, 8, 1, 4, 4, 1, round=16),
-    cuda.Plan(2, 8, 1, 1, 16, 1, round=16),
-    *(cuda.Plan(1, 16, 1, 2, blocks, 1, round=16) for blocks in (4, 5, 6, 7)),
-    cuda.Plan(1, 16, 1, 2, 8, 1, round=8),
-    cuda.Plan(1, 16, 1, 4, 3, 1, round=16),
-    cuda.Plan(1, 16, 1, 1, 12, 1, round=16),
-    cuda.Plan(4, 4, 2, 4, 4, 1, round=16),
-    *(cuda.Plan(4, 4, 1, 4, 6, 1, round=tokens) for tokens in (16, 32)),
+    *(plans.Plan(2, 8, 1, 2, 8, 1, round=tokens) for tokens in (8, 16, 32)),
+    *(plans.Plan(2, 8, 1, 2, blocks, 1, round=16) for blocks in (4, 6)),
+    plans.Plan(2, 8, 1, 4, 4, 1, round=16),
+    plans.Plan(2, 8, 1, 1, 16, 1, round=16),
+    *(plans.Plan(1, 16, 1, 2, blocks, 1, round=16) for blocks in (4, 5, 6, 7)),
+    plans.Plan(1, 16, 1, 2, 8, 1, round=8),
+    plans.Plan(1, 16, 1, 4, 3, 1, round=16),
+    plans.Plan(1, 16, 1, 1, 12, 1, round=16),
+    plans.Plan(4, 4, 2, 4, 4, 1, round=16),
+    *(plans.Plan(4, 4, 1, 4, 6, 1, round=tokens) for tokens in (16, 32)),
 ]
 BACKWARD_LAYOUTS = [
-    cuda.Plan(4, 4, 2, 4, 3, 1, segment=64, sub=4),
-    cuda.Plan(4, 4, 2, 4, 2, 1, segment=64, sub=4, save=4),
-    cuda.Plan(4, 4, 2, 4, 3, 1, segment=32, sub=4, save=4),  # worth it with --interval 32 alone, as those below
-    cuda.Plan(4, 4, 2, 4, 4, 1, segment=16, sub=2, save=4),
-    cuda.Plan(4, 4, 2, 4, 4, 1, segment=32, sub=2),
-    cuda.Plan(4, 4, 2, 2, 6, 1, segment=32, sub=4, save=4),
+    plans.Plan(4, 4, 2, 4, 3, 1, segment=64, sub=4),
+    plans.Plan(4, 4, 2, 4, 2, 1, segment=64, sub=4, save=4),
+    plans.Plan(4, 4, 2, 4, 3, 1, segment=32, sub=4, save=4),  # worth it with --interval 32 alone, as those below
+    plans.Plan(4, 4, 2, 4, 4, 1, segment=16, sub=2, save=4),
+    plans.Plan(4, 4, 2, 4, 4, 1, segment=32, sub=2),
+    plans.Plan(4, 4, 2, 2, 6, 1, segment=32, sub=4, save=4),
 ]
 UNEVEN = [
     (4, 5120, 4096),
@@ -249,7 +250,7 @@ SWEEP_BACKWARD = [(16, 1536, 2048), (8, 4096, 2048), (1, 4096, 32768), (1, 1024,
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="time other layouts too")
-    parser.add_argument("--relays", action="store_true", help="time rows that are handed on between blocks")
+    parser.add_argument("--chained", action="store_true", help="time chained scans of other layouts too")
     parser.add_argument("--quick", action="store_true", help="check every fourth case only")
     parser.add_argument("--interval", type=int, default=INTERVAL, help="tokens between checkpoints")
     parser.add_argument(
@@ -268,8 +269,8 @@ def main():
             time_shape(shape, options.interval, module=module)
         if options.sweep:
             sweep(options.interval)
-        if options.relays:
-            sweep_relays(options.interval)
+        if options.chained:
+            sweep_chained(options.interval)
     else:
         print("selective_scan: WRONG, not timed")
     if options.json:

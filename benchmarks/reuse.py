@@ -21,8 +21,7 @@ from transformers.utils import logging
 
 import mambakit
 from mambakit.assets import default_model_path
-from mambakit.decoding.step import token_step
-from mambakit.decoding.verify import verifier
+from mambakit.decoding.registry import token_step, verifier
 from mambakit.generation.drafters import DraftModel, PromptLookup
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.score import score_continuations

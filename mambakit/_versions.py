@@ -1,4 +1,4 @@
-"""Whether the installed torch and transformers are releases that mambakit was tested with, told in one sentence at import."""
+"""The check at import that the installed torch and transformers are releases that mambakit was tested with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TESTED = {"torch": ((2, 9), (2, 13)), "transformers": ((5, 17), (5, 24))}
 def check_versions() -> None:
     """Warn of a release that is newer than those tested; ImportError for an older one. Nothing is imported.
 
-    A package that is not there is none of its own: what needs it says so.
+    A missing package is passed over: the module that needs it raises.
     """
     for package, (oldest, newest) in TESTED.items():
         try:
@@ -28,11 +28,12 @@ def check_versions() -> None:
         beyond = f"{newest[0]}.{newest[1] + 1}"
         if minor < oldest:
             raise ImportError(
-                f"mambakit needs {package} {first} or newer and found {version}: pip install '{package}>={first},<{beyond}'"
+                f"mambakit needs {package} {first} or newer and found {version}: "
+                f"pip install '{package}>={first},<{beyond}'"
             )
         if minor > newest:
             warnings.warn(
-                f"mambakit was tested with {package} {first} to {last} and found {version}, with which something may fail: "
-                f"pip install '{package}<{beyond}'",
+                f"mambakit was tested with {package} {first} to {last} and found {version}, with which something may "
+                f"fail: pip install '{package}<{beyond}'",
                 stacklevel=3,
             )

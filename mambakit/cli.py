@@ -1,4 +1,4 @@
-"""The command line: a table of commands. Each command's module is imported when it is asked for."""
+"""The command line: a table of commands, the parser made from it, and exit statuses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMMANDS = {
     "quantize": "rewrite a checkpoint with int8, int4 or losslessly packed weights",
     "env": "versions, devices, and what serves each op",
 }
-# What is the user's to mend, and ends with status 2; whatever else is raised ends with 1.
+# Errors that the user can correct end with status 2, all others with 1.
 _MISTAKES = (MambakitError, ValueError, TypeError, OSError, ArithmeticError, NotImplementedError)
 
 
@@ -62,7 +62,7 @@ def _parse(argv: list[str]) -> Any:
 
 
 def _misplaced(parser: Parser, option: str) -> NoReturn:
-    """Refuse an option before the command: it belongs to one, or to none."""
+    """Refuse an option that stands before the command, and name the command that has it."""
     known = {option: name for name, command in reversed(parser.commands.items()) for option in command.option_names()}
     near = difflib.get_close_matches(option, known, 1)
     if near:
@@ -72,12 +72,17 @@ def _misplaced(parser: Parser, option: str) -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command. 0: done; 2: a mistake in what was asked; 1: any other error, each in one line; 130: interrupted."""
+    """Run a command.
+
+    Returns:
+        The exit status: 0 done, 2 an error that the user can correct, 1 any other error, 130 interrupted. An error is
+        printed in one line.
+    """
     bound_spinning()  # before torch is loaded: the commands load it
     argv = sys.argv[1:] if argv is None else list(argv)
     command = next((a for a in argv if a in COMMANDS), None)
     name, debug = f"mambakit {command}" if command else "mambakit", "--debug" in argv
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal's encoding lacks is shown escaped
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the encoding lacks is printed escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = _parse(argv)
@@ -87,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader (head, less) has seen enough
+    except BrokenPipeError:  # the reader (head, less) has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:

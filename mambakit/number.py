@@ -1,4 +1,4 @@
-"""Numbers that somebody gives: coerced to what is meant, or refused by name. Imports no torch."""
+"""Checks of numbers that a caller gives: converted to int or float, or refused by name. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ LARGEST = sys.float_info.max
 
 @dataclass(frozen=True)
 class Number:
-    """A number of a request.
+    """The type and range of one numeric argument.
 
     Attributes:
-        default: what None stands for.
+        default: the value that None stands for.
         low, high: its range, both included unless ``above`` excludes ``low``.
-        whole: an int, for which a float without a fraction is taken, too; else a float, for which an int is.
+        whole: the number is an int, and a float without a fraction is accepted; else it is a float, and an int is
+            accepted.
         remedy: added to the message about a value outside of the range.
     """
 
@@ -34,11 +35,15 @@ class Number:
     remedy: str = ""
 
     def read(self, name: str, value: Any) -> Any:
-        """``value`` as a Python int or float: of an int, a float, NumPy's or torch's scalars; the default for None.
+        """``value`` as a Python int or float; the default for None.
+
+        Args:
+            name: of the argument, for errors.
+            value: an int, a float, or a scalar of NumPy or torch.
 
         Raises:
-            TypeError: it is no number. A bool is none, nor is a string of digits.
-            ValueError: it is outside of the range, not finite, or has a fraction where none may be.
+            TypeError: it is not a number. A bool or a string of digits is not a number.
+            ValueError: it is outside of the range, not finite, or has a fraction and ``whole`` is set.
         """
         if value is None:
             return self.default
@@ -63,11 +68,11 @@ class Number:
 
 
 SEED = Number(None, -(1 << 63), (1 << 64) - 1, whole=True)
-"""What torch's generators take."""
+"""A seed, as torch's generators accept it."""
 
 
 def _plain(value: Any) -> int | float | None:
-    """A Python number of the same value; None where ``value`` is no number."""
+    """A Python number of the same value; None where ``value`` is not a number."""
     if isinstance(value, bool):
         return None
     if isinstance(value, numbers.Integral):

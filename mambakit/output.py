@@ -1,7 +1,7 @@
-"""What is printed for people: text of users is never markup, and nothing is lost.
+"""Printing for people: text of users is never read as markup, and control characters are escaped.
 
-On a terminal rows are a table, or one field to a line where a table would not fit. In a pipe they are plain lines whose fields
-are separated by tabs.
+On a terminal, rows are a table, or one field to a line where a table would not fit. In a pipe they are plain lines with
+tabs between fields.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069
 _NUMBER = re.compile(r"[-+]?(\d[\d,]*(\.\d+)?(e[-+]?\d+)?|inf|nan)( ?%)?", re.IGNORECASE)
 # A text column is folded no narrower than this.
 _FOLDED = 12
-# An error of another package may hold a page; its first lines say what it is.
+# Errors of other packages may be pages long: the rest is cut.
 _LONGEST_ERROR = 600
 
 
@@ -30,14 +30,14 @@ def printable(text: str) -> str:
 
 
 def terminal(stderr: bool = False) -> Console:
-    """A console on which square brackets and colons are what they are."""
+    """A console that prints square brackets and colons as they are."""
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def say(console: Console, text: str, style: str = "") -> None:
-    """Print text, however wide its lines: a terminal wraps them, a pipe gets them whole."""
+    """Print text: a terminal wraps long lines, a pipe gets them whole."""
     from rich.text import Text
 
     lines = "\n".join(printable(line) for line in text.split("\n"))
@@ -114,7 +114,7 @@ def _print_records(columns: Sequence[str], cells: list[list[str]], title: str, c
 
 
 def error_line(error: BaseException) -> str:
-    """An error in one line: the message, which kind it is where that says more, and how to see where it came from."""
+    """An error in one line: its message, its type where that says more, and how to see the traceback."""
     text = " ".join(str(error).split())
     if isinstance(error, MambakitError):
         return printable(text)

@@ -1,7 +1,7 @@
-"""The contents of files of every format that there is: JSON, safetensors, torch's pickles. Each is checked before it is used: that
-it is there, whole, not a Git LFS pointer, and holds what its name says. Nothing pickled is ever executed.
+"""Reading files: JSON, safetensors, torch's pickles. Each is checked first: it exists, is whole, is not a Git LFS
+pointer, and is of the format that its name says. Pickled code is never executed.
 
-Whatever is wrong with a file's contents is a `CheckpointError` that names the file and the remedy.
+A file with wrong contents raises a `CheckpointError` that names the file and the remedy.
 """
 
 from __future__ import annotations
@@ -76,7 +76,11 @@ def read_json(path: Path, remedy: str = _FETCH) -> dict[str, Any]:
 
 
 def require_unicode(text: str, what: str) -> None:
-    """UsageError for half of a surrogate pair, which JSON can write and no tokenizer reads; ``what`` names the place."""
+    """UsageError for half of a surrogate pair, which JSON can write and no tokenizer reads.
+
+    Args:
+        what: the place of ``text``, for the error.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -133,7 +137,7 @@ def read_bin(file: Path) -> dict[str, Tensor]:
 
 
 def read_pickle(file: Path, remedy: str = _FETCH) -> Any:
-    """What torch.save wrote, read with weights_only=True: tensors, numbers and containers, never code."""
+    """A file of torch.save, read with weights_only=True: tensors, numbers and containers, never code."""
     require_whole(file, remedy)
     with open(file, "rb") as opened:
         start = opened.read(len(_LEGACY))
@@ -146,8 +150,8 @@ def read_pickle(file: Path, remedy: str = _FETCH) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{file} holds pickled code, or is damaged, and was not opened further; get the weights as safetensors, or from "
-            "a source you trust"
+            f"{file} holds pickled code, or is damaged, and was not opened further; get the weights as safetensors, or "
+            "from a source you trust"
         ) from error
     except _DAMAGE as error:
         raise CheckpointError(f"{file} is truncated or damaged ({error}); {remedy}") from error

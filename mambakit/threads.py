@@ -1,8 +1,8 @@
-"""How long the threads of OpenMP wait for work by spinning, in processes that are mambakit's own.
+"""A limit on how long OpenMP's threads spin while they wait for work, in processes that are mambakit's own.
 
-A thread that spins keeps its processor. On a machine that others use, it spins through the time in which a neighbour's thread,
-or another of the team's, could run: everything that waits for that one waits longer. GNU's runtime, which torch brings on
-Linux, spins 300,000 times (5 to 15 ms) before it sleeps; LLVM's and Intel's 200 ms.
+A spinning thread keeps its core. On a shared machine that is time in which another process, or another thread of the
+same OpenMP team, could run. GNU's runtime, which torch brings on Linux, spins 300,000 times (5 to 15 ms) before a
+thread sleeps; LLVM's and Intel's spin for 200 ms.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ from __future__ import annotations
 import os
 import sys
 
-# docs/cpu.md has the measurement (benchmarks/busy_machine.py): enough for the gaps between two ops, far less than a time slice.
+# Longer than the gaps between two ops, far shorter than a time slice; measured with benchmarks/busy_machine.py.
 SPINS = 300
 MILLISECONDS = 1
-# Any of these is the user's own word on the matter.
+# The user has decided where one of these is set.
 _SETTINGS = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 
 
 def bound_spinning() -> bool:
-    """Bound the spinning of this process's threads, and of processes that it starts; whether it did.
+    """Set the limit for this process and those that it starts.
 
-    The runtime reads the environment when it is loaded, with torch: afterwards nothing is changed, and neither is anything
+    OpenMP's runtime reads the environment when it is loaded, together with torch. So nothing is changed after that, nor
     where the user has set one of `GOMP_SPINCOUNT`, `KMP_BLOCKTIME` and `OMP_WAIT_POLICY`.
+
+    Returns:
+        Whether the limit was set.
     """
     if "torch" in sys.modules or any(name in os.environ for name in _SETTINGS):
         return False

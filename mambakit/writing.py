@@ -1,4 +1,4 @@
-"""Files that are replaced whole: written under another name first, then renamed. A reader sees the old file or the new one."""
+"""Atomic writes: a file is written under a temporary name, then renamed. A reader sees the old file or the new one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mambakit.errors import UsageError
 
 
 def replaceable(path: str | os.PathLike) -> Path:
-    """Where a new file goes: ``path`` itself, or what it links to.
+    """The path to rename a new file to: ``path`` itself, or the target of a link.
 
     Raises:
-        UsageError: a device, a pipe or a socket is there. A rename would put a file in the place of /dev/null, for every program.
+        UsageError: it is a device, a pipe or a socket. A rename would replace /dev/null for every program.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file() and not target.is_dir():
@@ -40,10 +40,10 @@ def set_aside(path: Path) -> None:
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A name of this process's own to write to; the file takes the place of ``path`` unless the block raises.
+    """A temporary name to write to; the file replaces ``path`` when the block ends, unless it raises.
 
     Raises:
-        UsageError: what is there is no file.
+        UsageError: ``path`` is a device, a pipe or a socket.
     """
     target = replaceable(path)
     temporary = target.with_name(f"{target.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")

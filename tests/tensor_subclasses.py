@@ -12,8 +12,8 @@ class Named(Tensor):
 
 
 class Doubled(Tensor):
-    """Half of what it stands for, as torchao's and bitsandbytes' weights are integers and scales: it has no memory to read itself, and
-    every op of it is one of its dequantised value."""
+    """Half of what it stands for, as torchao's and bitsandbytes' weights are integers and scales: it has no memory to
+    read itself, and every op of it is one of its dequantised value."""
 
     half: Tensor
 

@@ -90,7 +90,10 @@ def model(tmp_path_factory) -> str:
 
 
 def modules_of(*arguments: str) -> set[str]:
-    code = "import sys, mambakit.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit: pass\nprint('MODULES', *sys.modules)"
+    code = (
+        "import sys, mambakit.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print('MODULES', *sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=True
     )

@@ -173,7 +173,12 @@ def test_random_tables():
     for _ in range(200):
         columns = [f"c{i}" for i in range(choice.randrange(1, 8))]
         rows = [
-            ["".join(choice.choices(letters, k=choice.randrange(40))).strip() if i % 2 else f"{choice.uniform(0, 1e6):,.4f}" for i in range(len(columns))]
+            [
+                "".join(choice.choices(letters, k=choice.randrange(40))).strip()
+                if i % 2
+                else f"{choice.uniform(0, 1e6):,.4f}"
+                for i in range(len(columns))
+            ]
             for _ in range(choice.randrange(4))
         ]  # fmt: skip
         table(columns, rows, console=(on := console(width=choice.choice([20, 40, 60, 80, 120]))))

@@ -24,9 +24,13 @@ def nested(depth: int) -> list:
 
 
 VALUES = [
-    "", "a", "a" * 99, "a" * 10**6, "\ud800", "\udcff" * 500, "日本語" * 100, "\n\x00\x7f", b"x" * 1000, None, True, 0, -1, 0.5, 1e400,
-    float("nan"), 10**400, -(10**5000), (10**5000,), [10**5000], [1] * 10**6, [[1] * 1000] * 1000, nested(100_000), {"a" * 1000: 1},
-    {"\ud800": ["\ud800"]}, {1: {2: {3: {4: {5: 6}}}}}, {i: i for i in range(10**5)}, set(range(1000)), object(), Broken(), [Broken()],
+    "", "a", "a" * 99, "a" * 10**6, "\ud800", "\udcff" * 500, "日本語" * 100, "\n\x00\x7f", b"x" * 1000, None, True, 0,
+    -1,
+    0.5, 1e400,
+    float("nan"), 10**400, -(10**5000), (10**5000,), [10**5000], [1] * 10**6, [[1] * 1000] * 1000, nested(100_000),
+    {"a" * 1000: 1},
+    {"\ud800": ["\ud800"]}, {1: {2: {3: {4: {5: 6}}}}}, {i: i for i in range(10**5)}, set(range(1000)), object(),
+    Broken(), [Broken()],
     np.float32(0.1), np.zeros((100, 100)), torch.zeros(100, 100), torch.tensor(1.5), range(10**9), lambda: None,
 ]  # fmt: skip
 

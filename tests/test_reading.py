@@ -1,4 +1,5 @@
-"""One reader for every format: what is cut short, overwritten, a pointer, or something else is an error that names the file."""
+"""One reader for every format: what is cut short, overwritten, a pointer, or something else is an error that names the
+file."""
 
 from __future__ import annotations
 
@@ -123,7 +124,8 @@ def load_adapters_of(path: Path, model) -> None:
 
 FORMATS = {
     "safetensors": (single, load), "a shard": (sharded, load), "an index": (index, load), "packed": (packed, load),
-    "a pickle": (pickled, load), "config.json": (configuration, load), "a state": (state, load_state), "a cache": (cache, load_cache),
+    "a pickle": (pickled, load), "config.json": (configuration, load), "a state": (state, load_state),
+    "a cache": (cache, load_cache),
     "a training checkpoint": (training, load_training), "a tokenizer": (tokenizer, load_tokenizer),
     "a vocabulary": (tokenizer, load_vocabulary), "adapters": (adapters, load_adapters_of),
     "adapter_config.json": (adapters_configuration, load_adapters_of),
@@ -137,7 +139,8 @@ def test_every_format(name, model, tmp_path):
     read(path, model)
     whole = path.read_bytes()
     damaged = {
-        "empty": b"", "pointer": POINTER, "half": whole[: len(whole) // 2], "one byte short": whole.rstrip()[:-1] if path.suffix == ".json" else whole[:-1], "first byte": whole[:1],
+        "empty": b"", "pointer": POINTER, "half": whole[: len(whole) // 2],
+        "one byte short": whole.rstrip()[:-1] if path.suffix == ".json" else whole[:-1], "first byte": whole[:1],
         "ten bytes": whole[:10], "text": b"not at all " * 50, "zeros": bytes(len(whole)), "ones": b"\xff" * 300,
     }  # fmt: skip
     for kind, content in damaged.items():
@@ -189,7 +192,8 @@ def test_a_state_that_says_nonsense(model, tmp_path):
         with pytest.raises(CheckpointError, match=message):
             State.load(path, model)
     for name, tensor in (
-        ("pending", torch.tensor([[999_999]])), ("pending", torch.tensor([[-1]])), ("pending", torch.zeros(1, 2).long()),
+        ("pending", torch.tensor([[999_999]])), ("pending", torch.tensor([[-1]])),
+        ("pending", torch.zeros(1, 2).long()),
         ("pending", torch.zeros(1, 1)), ("conv_states", torch.zeros(2)), ("ssm_states", torch.zeros(1, 1, 1, 1)),
     ):  # fmt: skip
         save_file({**tensors, name: tensor}, path, metadata)
@@ -223,7 +227,8 @@ def test_an_index_that_points_elsewhere(weight_map, model, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": "8"}, "r is '8'"), ({"r": 0}, "r is 0; it must be 1 or more"), ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"r": "8"}, "r is '8'"), ({"r": 0}, "r is 0; it must be 1 or more"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
         ({"target_modules": [3]}, r"target_modules is \[3\]"), ({"peft_type": "IA4"}, "peft_type is 'IA4'"),
         ({"use_rslora": "yes"}, "use_rslora is 'yes'"), ({"rank_pattern": [1]}, r"rank_pattern is \[1\]"),
     ],

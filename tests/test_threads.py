@@ -20,7 +20,8 @@ UNSET = {name: value for name, value in os.environ.items() if name not in SETTIN
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env={**UNSET, **environment}, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, *arguments], cwd=ROOT, env={**UNSET, **environment}, capture_output=True, text=True,
+        timeout=120, check=True,
     )  # fmt: skip
 
 

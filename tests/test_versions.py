@@ -1,4 +1,5 @@
-"""A release of torch or transformers outside the tested ones is one sentence at import; the caps are the same everywhere."""
+"""A release of torch or transformers outside the tested ones is one sentence at import; the caps are the same
+everywhere."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ INSIDE = {"torch": "2.13.0+cpu", "transformers": "5.23.0"}
 
 
 @pytest.mark.parametrize("versions", [
-    INSIDE, {"torch": "2.9.0", "transformers": "5.17.0"}, {"torch": "2.13.9", "transformers": "5.24.7"}, {"torch": "2.13.0a0+git12"},
+    INSIDE, {"torch": "2.9.0", "transformers": "5.17.0"}, {"torch": "2.13.9", "transformers": "5.24.7"},
+    {"torch": "2.13.0a0+git12"},
     {}, {"torch": "nightly", "transformers": "5.24.0.dev0"},
 ])  # fmt: skip
 def test_tested_releases_are_silent(monkeypatch, versions):
@@ -40,7 +42,8 @@ def test_tested_releases_are_silent(monkeypatch, versions):
 
 
 @pytest.mark.parametrize("package, version", [
-    ("torch", "2.8.1"), ("torch", "1.13.1+cu117"), ("torch", "2.8.0rc1"), ("transformers", "5.16.2"), ("transformers", "4.57.0"),
+    ("torch", "2.8.1"), ("torch", "1.13.1+cu117"), ("torch", "2.8.0rc1"), ("transformers", "5.16.2"),
+    ("transformers", "4.57.0"),
 ])  # fmt: skip
 def test_an_older_release_ends_the_import(monkeypatch, package, version):
     installed(monkeypatch, **{**INSIDE, package: version})
@@ -70,7 +73,10 @@ def test_at_import_and_once(tmp_path):
         folder = tmp_path / version / f"transformers-{version}.dist-info"
         folder.mkdir(parents=True)
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {version}\n")
-        code = f"import sys; sys.path.insert(0, {str(tmp_path / version)!r}); import mambakit; import mambakit.ops; assert 'torch' not in dir()"
+        code = (
+            f"import sys; sys.path.insert(0, {str(tmp_path / version)!r}); import mambakit; import mambakit.ops; "
+            "assert 'torch' not in dir()"
+        )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
         assert (done.returncode != 0) == ends, done.stderr
         assert done.stderr.count(f"found {version}") == 1

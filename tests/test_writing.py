@@ -26,7 +26,8 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_what_is_no_file_stays(tmp_path):
-    """A rename over /dev/null, as root, would take it from every program. (Here pipes and sockets stand for devices.)"""
+    """A rename over /dev/null, as root, would take it from every program. (Here pipes and sockets stand for
+    devices.)"""
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as opened:
         opened.bind(str(tmp_path / "socket"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,49 +83,77 @@ class Writer:
         return PrefixCache(self.model, folder=self.args.prefix_cache, disk_bytes=megabytes << 20)
 
     def write(self, prompt: str) -> None:
-        args = self.args
         began = time.perf_counter()
         ids = self._ids(prompt)
         saved = 0 if self.prefix_cache is None else self.prefix_cache.statistics.tokens_saved
         state = self._read(ids)
         cached = None if self.prefix_cache is None else self.prefix_cache.statistics.tokens_saved - saved
-        for copy in range(args.num_return_sequences):
-            if copy and not args.json:
+        args = self.args
+        together = args.num_return_sequences > 1 and self.drafter is None and args.max_new_tokens > 0
+        texts = self._together(state, ids) if together else self._one_by_one(state, ids)
+        for copy, text in enumerate(texts):
+            if copy and not self.args.json:
                 print("\n---")
-            stream = self._stream(state, ids, copy)  # raises for what it refuses before the prompt is printed
-            if not args.json:
+            if not self.args.json:
                 print(prompt, end="", flush=True)
-            for piece in stream:
-                if not args.json:
+            for piece in text:
+                if not self.args.json:
                     print(piece, end="", flush=True)
             seconds = time.perf_counter() - began
-            if self.prefix_cache is not None:  # what follows this text later need not read it either
-                read = [*ids.tolist(), *stream.tokens][: stream.cache.get_seq_length()]
-                self.prefix_cache.store(read, stream.cache)
-            if args.save_state:
-                _after(stream, state).save(args.save_state, self.model)
-            rate = len(stream.tokens) / seconds if seconds else 0.0
-            if args.json:
-                result = {
-                    "prompt": prompt, "text": (prompt if args.echo else "") + stream.text, "tokens": stream.tokens,
-                    "finish_reason": stream.finish_reason, "prompt_tokens": len(ids), "seconds": round(seconds, 4),
-                    "tokens_per_second": round(rate, 2),
-                }  # fmt: skip
-                if cached is not None:
-                    result["cached_tokens"] = cached
-                if self.drafter is not None:
-                    result |= {"guessed_tokens": stream.proposed, "accepted_tokens": stream.accepted}
-                if args.logprobs is not None:
-                    result["logprobs"] = self._logprobs(prompt, ids, state, stream.tokens)
-                print(json.dumps(result, ensure_ascii=False), flush=True)
-            else:
-                print(flush=True)
-                if self.console.is_terminal:
-                    line = f"{len(ids)} tokens read, {len(stream.tokens)} written, {rate:.1f} a second in all"
-                    if self.drafter is not None:
-                        line += f", {stream.accepted} of {stream.proposed} guesses right"
-                    say(self.console, line, "dim")
-            began = time.perf_counter()
+            self._keep(text, state, ids)
+            self._tell(prompt, ids, state, text, seconds, cached)
+            if not together:
+                began = time.perf_counter()
+
+    def _one_by_one(self, state: Any, ids: Any) -> Iterator[Any]:
+        for copy in range(self.args.num_return_sequences):
+            yield self._stream(state, ids, copy)  # what it refuses is told before the prompt is shown
+
+    def _together(self, state: Any, ids: Any) -> Iterator[Any]:
+        """All texts, written in one batch; the first is shown as it is made, the others as soon as it is their turn."""
+        from mambakit.generation.engine import Engine, Request
+        from mambakit.generation.engine_stream import stream_together
+
+        args, prompt = self.args, state.prompt()
+        requests = [
+            Request(
+                prompt["prompt_ids"], self._sampling(copy), args.max_new_tokens, state=prompt["cache"],
+                keep_state=self.prefix_cache is not None, context=ids[:-1],
+            )
+            for copy in range(args.num_return_sequences)
+        ]  # fmt: skip
+        yield from stream_together(Engine(self.model, len(requests)), self.tokenizer, requests, tuple(args.stop))
+
+    def _keep(self, text: Any, state: Any, ids: Any) -> None:
+        """What follows this text later need not read it either."""
+        if self.prefix_cache is not None and text.cache is not None:
+            read = [*ids.tolist(), *text.tokens][: text.cache.get_seq_length()]
+            self.prefix_cache.store(read, text.cache)
+        if self.args.save_state:
+            _after(text, state).save(self.args.save_state, self.model)
+
+    def _tell(self, prompt: str, ids: Any, state: Any, text: Any, seconds: float, cached: int | None) -> None:
+        args, rate = self.args, len(text.tokens) / seconds if seconds else 0.0
+        if args.json:
+            result = {
+                "prompt": prompt, "text": (prompt if args.echo else "") + text.text, "tokens": text.tokens,
+                "finish_reason": text.finish_reason, "prompt_tokens": len(ids), "seconds": round(seconds, 4),
+                "tokens_per_second": round(rate, 2),
+            }  # fmt: skip
+            if cached is not None:
+                result["cached_tokens"] = cached
+            if self.drafter is not None:
+                result |= {"guessed_tokens": text.proposed, "accepted_tokens": text.accepted}
+            if args.logprobs is not None:
+                result["logprobs"] = self._logprobs(prompt, ids, state, text.tokens)
+            print(json.dumps(result, ensure_ascii=False), flush=True)
+            return
+        print(flush=True)
+        if self.console.is_terminal:
+            line = f"{len(ids)} tokens read, {len(text.tokens)} written, {rate:.1f} a second in all"
+            if self.drafter is not None:
+                line += f", {text.accepted} of {text.proposed} guesses right"
+            say(self.console, line, "dim")
 
     def _ids(self, prompt: str) -> Any:
         import torch
@@ -145,9 +174,10 @@ class Writer:
         """The state after the prompt, with its last token unread."""
         from contextlib import nullcontext
 
+        from mambakit.decoding.chunks import chunk_sizes
         from mambakit.generation.state import State
 
-        chunk = self.args.prefill_chunk_size
+        chunk = self.args.prefill_chunk_size or chunk_sizes(self.model.device).single
         status = (
             self.console.status(literal("reading the prompt"))
             if self.console.is_terminal and len(ids) > chunk
@@ -167,22 +197,26 @@ class Writer:
                 return self.prefix_cache.read(ids, progress=progress)
             return State.read(self.model, ids, chunk_size=chunk, progress=progress)
 
-    def _stream(self, state: Any, ids: Any, copy: int) -> Any:
-        """The text number ``copy`` after the prompt: a fork of its state."""
-        from mambakit.generation.speculative import SpeculativeStream
-        from mambakit.generation.stream import SamplingParams, Stream
+    def _sampling(self, copy: int) -> Any:
+        """How the tokens of text number ``copy`` are chosen."""
+        from mambakit.generation.stream import SamplingParams
 
         args = self.args
         sampling = SamplingParams(
             0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
             None if args.seed is None else args.seed + copy,
         )  # fmt: skip
-        if self.constraint is not None:
-            sampling = self.constraint.sampling(sampling)
+        return sampling if self.constraint is None else self.constraint.sampling(sampling)
+
+    def _stream(self, state: Any, ids: Any, copy: int) -> Any:
+        """Text number ``copy`` after the prompt: a fork of its state."""
+        from mambakit.generation.speculative import SpeculativeStream
+        from mambakit.generation.stream import Stream
+
+        args, sampling = self.args, self._sampling(copy)
         options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "stop": tuple(args.stop), **state.prompt()}
-        options["context"] = ids[
-            :-1
-        ]  # what a repetition penalty counts, too; the state's last token comes with its prompt
+        # What a repetition penalty counts, too; the state's last token comes with its prompt.
+        options["context"] = ids[:-1]
         if self.drafter is not None:
             guesses = {"drafter": self.drafter, "draft_tokens": args.draft_tokens or _DRAFT_TOKENS}
             return SpeculativeStream(self.model, self.tokenizer, sampling=sampling, **guesses, **options)

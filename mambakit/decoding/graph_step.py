@@ -1,53 +1,27 @@
-"""One token through a model on a GPU: the whole step as a CUDA graph, captured at its first use and kept with the model."""
+"""One token for each of several rows on a GPU: the whole step as a CUDA graph, of a kernel that stays on the card, of Triton's kernels,
+or of the model's own forward."""
 
 from __future__ import annotations
 
 import importlib.util
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mambakit.decoding.step import forward_step, made_of_known, tensors_of
+from mambakit.decoding.cuda_graph import CapturedGraph, kept_with, why_not_captured
+from mambakit.decoding.eligibility import dtype_names, weight_kinds, why_not_by_weights
 from mambakit.modules import MambaCache
-from mambakit.modules.interception import Watch, any_intercepted, modules_of
 from mambakit.modules.quantized_linear import QuantizedLinear
-from mambakit.ops._backends.memory import PLAIN_TYPES, all_plain, observed, transformed
-from mambakit.ops.decode import cuda_persistent as persistent
+from mambakit.ops.decode import cuda_persistent
 from mambakit.ops.decode.weights import LayerWeights, ModelWeights
 
-
-def graphs_serve(model: Any, called: bool = False) -> bool:
-    """Whether a step of this model can be a graph: plain tensors on one CUDA device, nobody listening, outside autocast and capture.
-
-    Args:
-        called: the model is in its own forward: its hooks have been called.
-    """
-    device = model.device
-    if device.type != "cuda" or model.dtype == torch.float64:
-        return False
-    if torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing() or transformed() or observed():
-        return False
-    if not called and any_intercepted([model]):
-        return False
-    watch = _watches.get(model)
-    if watch is None or not watch.holds():
-        modules = modules_of(model)[1:]
-        if any_intercepted(modules):
-            return False
-        watch = _watches[model] = Watch(modules)
-    own = (*model._parameters.values(), *model._buffers.values())
-    return all(
-        type(t) in PLAIN_TYPES and t.device == device for t in (*own, *tensors_of(watch.modules)) if t is not None
-    )
-
-
-# The modules within each model that a graph may pass by, as they were found; looking again takes a tenth of the time. The model itself
-# is not among them: it would keep itself alive.
-_watches: weakref.WeakKeyDictionary[Any, Watch] = weakref.WeakKeyDictionary()
+# Rows times hidden size above which Triton's kernels are faster than the persistent one: measured on an H200 (docs/kernels.md).
+_MOST_PERSISTENT = 12800
+_LARGEST_STATE = 256
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PACKED = {(format, group) for format in ("int8", "int4") for group in (32, 64, 128)}
 
 
 def gpu_weights(model: Any) -> ModelWeights:
@@ -70,12 +44,90 @@ def gpu_weights(model: Any) -> ModelWeights:
     return ModelWeights(layers, backbone.embeddings.weight, backbone.norm_f.weight, weight(model.lm_head), eps)
 
 
-class GraphStep:
-    """One token for each of ``rows`` texts, as one CUDA graph over a state of its own.
+# -- which kernels can serve --------------------------------------------------------------------------------------------
 
-    A plain model in one floating dtype, int8 or int4 runs the kernels of `mambakit.ops.decode`: one that stays on the card up
-    to 8 rows (wide models fewer), else Triton's (up to 128 rows, in float32 32; int8 and int4 up to 4). Any other (FalconMamba, with adapters, more rows) is captured
-    as its own forward. Captured when made; `load` and `store` move states in and out.
+
+def _why_not_kernels(model: Any) -> str | None:
+    """Why no kernel of `mambakit.ops.decode` reads this model, or None where its weights are such that one may."""
+    if (reason := why_not_by_weights(model, called=True)) is not None:
+        return reason
+    if model.config.state_size > _LARGEST_STATE:
+        return f"state_size is {model.config.state_size}; the kernels hold up to {_LARGEST_STATE}"
+    backbone = model.backbone
+    dtype = backbone.embeddings.weight.dtype
+    if dtype not in _DTYPES:
+        return f"weights of {dtype_names([dtype])}; the kernels read {dtype_names(_DTYPES)}"
+    others = {backbone.norm_f.weight.dtype, *(block.mixer.dt_proj.weight.dtype for block in backbone.layers)}
+    if others != {dtype}:
+        return f"weights of several dtypes: {dtype_names({dtype, *others})}"
+    kinds = weight_kinds(model)
+    if len(kinds) != 1 or not kinds <= {dtype, *_PACKED}:
+        return f"projections of {dtype_names(kinds)}; the kernels read one of {dtype_names([dtype])}, int8 and int4 in all of them"
+    return None
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def why_not_persistent(model: Any, rows: int, *, states: Any = None, called: bool = False) -> str | None:
+    """Why the persistent kernel does not decode so many rows of this model, or None where it does."""
+    if (reason := why_not_captured(model, called) or _why_not_kernels(model)) is not None:
+        return reason
+    weights, width = gpu_weights(model), model.config.hidden_size
+    if (reason := cuda_persistent.why_not(weights, rows, model.backbone.norm_f.weight.dtype)) is not None:
+        return reason
+    if rows * width > _MOST_PERSISTENT and weights.kind is None and _has_triton():
+        return f"{rows} rows of {width} values; above {_MOST_PERSISTENT:,} in all Triton's kernels are faster"
+    return None
+
+
+def _why_not_triton(model: Any, called: bool) -> str | None:
+    if (reason := why_not_captured(model, called) or _why_not_kernels(model)) is not None:
+        return reason
+    return None if _has_triton() else "Triton is not installed"
+
+
+def why_not_few_rows(model: Any, rows: int, *, states: Any = None, called: bool = False) -> str | None:
+    """Why Triton's kernels for few rows do not decode so many rows of this model, or None where they do."""
+    if (reason := _why_not_triton(model, called)) is not None:
+        return reason
+    from mambakit.ops.decode import triton_few_rows
+
+    most = triton_few_rows.MOST_ROWS
+    return None if rows <= most else f"{rows} rows; they serve 1 to {most}"
+
+
+def why_not_many_rows(model: Any, rows: int, *, states: Any = None, called: bool = False) -> str | None:
+    """Why Triton's kernels for many rows do not decode so many rows of this model, or None where they do."""
+    if (reason := _why_not_triton(model, called)) is not None:
+        return reason
+    from mambakit.ops.decode import triton_many_rows
+
+    if gpu_weights(model).kind is not None:
+        return "packed weights; they read floating ones"
+    width, dtype = model.config.hidden_size, model.dtype
+    most = triton_many_rows.most_rows(width, dtype)
+    if rows <= most:
+        return None
+    return f"{rows} rows; in {dtype_names([dtype])} of {width} values they are the faster ones up to {most}"
+
+
+def why_not_graph(model: Any, rows: int, *, states: Any = None, called: bool = False) -> str | None:
+    """Why the model's forward is not captured, or None where it is."""
+    return why_not_captured(model, called)
+
+
+# -- decoding by a graph ------------------------------------------------------------------------------------------------
+
+
+class GraphDecoder:
+    """A `mambakit.decoding.registry.Decoder` whose step is one CUDA graph, captured when it is made.
+
+    Args:
+        states: what it reads and writes, in place; a graph holds on to their memory.
+        run: the kernels of a step over these states, an object of `mambakit.ops.decode`; None for the model's forward.
+        capacity: how many tokens in a row it chooses itself, without the host.
 
     Attributes:
         tokens: (rows,) int64, what the next step reads, and what a step leaves: the most probable token of each row, kept in
@@ -88,13 +140,10 @@ class GraphStep:
         False
     )  # its tensors outlive the call; one of an inference mode could not be written to after it
     @torch.no_grad()
-    def __init__(self, model: Any, rows: int, capacity: int = 64):
-        self.model, self.rows, self.capacity = model, rows, capacity
+    def __init__(self, model: Any, states: Any, run: Any = None, capacity: int = 64):
+        self.states, self.rows, self.capacity = states, states.max_batch_size, capacity
         self.holder: weakref.ref[Any] | None = None
-        self._place = _place(model)
-        self.cache = model.backbone.new_cache(rows)
-        device = model.device
-        run = _fused(model, self.cache, capacity)
+        rows, device = self.rows, model.device
         if run is not None:
             self._run = run  # the graph reads and writes its buffers: they must live as long
             self.tokens, self.history, self.position = run.tokens, run.history, run.position
@@ -109,65 +158,67 @@ class GraphStep:
             self.logits = torch.zeros(rows, model.config.vocab_size, dtype=torch.float32, device=device)
 
             def step() -> None:
-                self.logits.copy_(model(self.tokens[:, None], cache_params=self.cache).logits[:, -1])
+                self.logits.copy_(model(self.tokens[:, None], cache_params=self.states).logits[:, -1])
                 torch.argmax(self.logits, -1, out=self.tokens)
                 at = self.position.clamp(max=capacity - 1).expand(rows, 1)
                 self.history.scatter_(1, at, self.tokens[:, None])
                 self.position += 1
 
-        # Kernels are compiled before the capture, on a stream of their own as a capture asks.
-        with torch.cuda.device(device):  # whichever device is current
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                step()
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                step()
+        self._graph = CapturedGraph(step, device, warm_ups=1)
 
-    @property
-    def current(self) -> bool:
-        """Whether the model's parameters still lie where the graph reads them."""
-        return self._place == _place(self.model)
-
-    def load(self, cache: Any) -> None:
-        """Start from this state (rows as many)."""
-        self.cache.conv_states.copy_(cache.conv_states)
-        self.cache.ssm_states.copy_(cache.ssm_states)
+    def load(self, states: Any) -> None:
+        """Start from these states, as many rows."""
+        self.states.load_(states)
         self.position.zero_()
 
-    def store(self, cache: Any, tokens: int) -> None:
-        """Leave the state in ``cache``, ``tokens`` later than it was."""
-        cache.conv_states.copy_(self.cache.conv_states)
-        cache.ssm_states.copy_(self.cache.ssm_states)
-        cache.advance(tokens)
+    def store(self, states: Any, tokens: int) -> None:
+        """Leave its states in ``states``, ``tokens`` later than they were."""
+        seen = states.get_seq_length()
+        states.load_(self.states)
+        states.advance(seen + tokens - states.get_seq_length())
 
-    def __call__(self) -> Tensor:
-        self._graph.replay()
+    def step(self, tokens: Tensor) -> Tensor:
+        self.tokens.copy_(tokens)
+        self()
         return self.logits
 
+    def likeliest(self, tokens: Tensor, count: int) -> Tensor:
+        """(rows, count) the most probable tokens after ``tokens`` (rows,), at most ``capacity``; the host does not wait."""
+        assert count <= self.capacity
+        self.tokens.copy_(tokens)
+        self.position.zero_()
+        for _ in range(count):
+            self()
+        return self.history[:, :count].clone()
 
-def _fused(model: Any, cache: MambaCache, capacity: int) -> Any:
-    """The step's own kernels over this cache: one that stays on the card, or Triton's; None where the forward must do."""
-    if not _plain(model, cache):
-        return None
-    weights, rows, width = gpu_weights(model), cache.max_batch_size, model.config.hidden_size
-    states = cache.conv_states, cache.ssm_states
-    triton = importlib.util.find_spec("triton") is not None  # `mambakit env` says so
-    # Measured on an H100 (docs/kernels.md): more rows of a wide model are faster by Triton's kernels.
-    stays = rows * width <= 12800 or weights.kind is not None or not triton
-    if stays and persistent.why_not(weights, rows, cache.conv_states.dtype) is None:
-        return persistent.PersistentStep(weights, *states, capacity)
-    if not triton:
-        return None
-    from mambakit.ops.decode import triton_few_rows, triton_many_rows
+    def __call__(self) -> None:
+        """A step of ``tokens`` as they are."""
+        self._graph.replay()
 
-    if rows <= triton_few_rows.MOST_ROWS:
-        return triton_few_rows.FewRowsStep(weights, *states, capacity)
-    if weights.kind is None and rows <= triton_many_rows.most_rows(width, model.dtype):
-        return triton_many_rows.ManyRowsStep(weights, *states, capacity)
-    return None
+
+def persistent_decoder(model: Any, states: MambaCache) -> GraphDecoder:
+    run = cuda_persistent.PersistentStep(gpu_weights(model), states.conv_states, states.ssm_states, _CAPACITY)
+    return GraphDecoder(model, states, run, _CAPACITY)
+
+
+def few_rows_decoder(model: Any, states: MambaCache) -> GraphDecoder:
+    from mambakit.ops.decode.triton_few_rows import FewRowsStep
+
+    run = FewRowsStep(gpu_weights(model), states.conv_states, states.ssm_states, _CAPACITY)
+    return GraphDecoder(model, states, run, _CAPACITY)
+
+
+def many_rows_decoder(model: Any, states: MambaCache) -> GraphDecoder:
+    from mambakit.ops.decode.triton_many_rows import ManyRowsStep
+
+    run = ManyRowsStep(gpu_weights(model), states.conv_states, states.ssm_states, _CAPACITY)
+    return GraphDecoder(model, states, run, _CAPACITY)
+
+
+_CAPACITY = 64  # tokens that a graph chooses by itself
+
+
+# -- verifying a draft --------------------------------------------------------------------------------------------------
 
 
 class VerificationStep:
@@ -181,17 +232,16 @@ class VerificationStep:
         holder: whose text the state is of; whoever finds another one there loads its own.
     """
 
-    def __init__(self, step: persistent.PersistentStep, cache: MambaCache):
-        self.tokens, self._step, self._cache = step.tokens.numel(), step, cache
+    def __init__(self, step: cuda_persistent.PersistentStep, slots: MambaCache):
+        self.tokens, self._step, self._slots = step.tokens.numel(), step, slots
         self.holder: Any = None
         self._slot = 0
 
-    def load(self, cache: MambaCache, holder: Any) -> None:
+    def load(self, cache: Any, holder: Any) -> None:
         """Start from this state of one row."""
         self.holder, self._slot = holder, 0
         self._step.slot.zero_()
-        self._cache.conv_states[:, :1].copy_(cache.conv_states)
-        self._cache.ssm_states[:, :1].copy_(cache.ssm_states)
+        self._slots.copy_(cache, [0], [0])
 
     def __call__(self, tokens: list[int]) -> Tensor:
         """(t, v) float32, the logits after each token, valid until the next call; what fills the draft up comes after them."""
@@ -199,116 +249,29 @@ class VerificationStep:
         self._step.tokens.copy_(torch.tensor(filled, dtype=torch.int64, device="cpu"), non_blocking=True)
         return self._step()[: len(tokens)]
 
-    def keep(self, m: int, cache: MambaCache) -> None:
+    def keep(self, m: int, cache: Any) -> None:
         """Go on from after the first ``m`` tokens, and bring ``cache`` there."""
         self._slot = (self._slot + m) % (self.tokens + 1)
         self._step.slot.fill_(self._slot)
-        at = slice(self._slot, self._slot + 1)
-        cache.conv_states.copy_(self._cache.conv_states[:, at])
-        cache.ssm_states.copy_(self._cache.ssm_states[:, at])
-        cache.advance(m)
+        seen = cache.get_seq_length()
+        cache.copy_(self._slots, [self._slot], [0])
+        cache.advance(seen + m - cache.get_seq_length())
 
 
-def verification_step(model: Any, tokens: int) -> VerificationStep | None:
-    """The model's step for drafts of so many tokens, made at its first use; None where the persistent kernel cannot serve."""
-    if not graphs_serve(model):
-        return None
+def why_not_verification(model: Any, tokens: int, *, states: Any = None) -> str | None:
+    """Why drafts of so many tokens are not verified by the persistent kernel, or None where they are."""
+    if (reason := why_not_captured(model) or _why_not_kernels(model)) is not None:
+        return reason
+    return cuda_persistent.why_not(gpu_weights(model), tokens, model.backbone.norm_f.weight.dtype)
 
-    def make() -> VerificationStep | None:
-        cache = model.backbone.new_cache(tokens + 1)
-        if not _plain(model, cache):
-            return None
-        weights = gpu_weights(model)
-        if persistent.why_not(weights, tokens, cache.conv_states.dtype) is not None:
-            return None
-        step = persistent.PersistentStep(weights, cache.conv_states, cache.ssm_states, trial=True)
-        return VerificationStep(step, cache)
+
+def verification_step(model: Any, tokens: int) -> VerificationStep:
+    """The model's step for drafts of so many tokens, made at its first use; `why_not_verification` tells whether it can be."""
+
+    def make() -> VerificationStep:
+        slots = model.backbone.new_cache(tokens + 1)
+        step = cuda_persistent.PersistentStep(gpu_weights(model), slots.conv_states, slots.ssm_states, verify=True)
+        return VerificationStep(step, slots)
 
     with torch.cuda.device(model.device):
         return kept_with(model, ("verify", tokens), make)
-
-
-def _plain(model: Any, cache: MambaCache) -> bool:
-    """Whether the model is made of what the kernels know, all in one dtype or packed alike."""
-    backbone = model.backbone
-    if (
-        not made_of_known(model)
-        or any_intercepted(modules_of(model)[1:])
-        or not all_plain(tensors_of(modules_of(model)))
-    ):
-        return False
-    if cache.ssm_states.dtype != torch.float32 or model.config.state_size > 256:
-        return False
-    dtype = backbone.embeddings.weight.dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or backbone.norm_f.weight.dtype != dtype:
-        return False
-    kinds = {_kind(model.lm_head)}
-    for block in backbone.layers:
-        m = block.mixer
-        if m.dt_proj.weight.dtype != dtype:
-            return False
-        kinds |= {_kind(linear) for linear in (m.in_proj, m.x_proj, m.out_proj)}
-    packed = {(format, group) for format in ("int8", "int4") for group in (32, 64, 128)}
-    return len(kinds) == 1 and kinds <= {dtype, *packed}
-
-
-def _kind(linear: Any) -> Any:
-    if type(linear) is QuantizedLinear:
-        return linear.format, linear.group
-    return linear.weight.dtype
-
-
-# Steps and prompts' graphs of each model, by what they serve; they go with the model. Few: each holds states for its rows.
-_steps: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, Any]] = weakref.WeakKeyDictionary()
-_MOST_STEPS = 5
-
-
-def _place(model: Any) -> tuple[Any, ...]:
-    """Where the parameters lie, and how the switches stand that a captured forward has passed: adapters on or off, training."""
-    modules: list[Any] = modules_of(model)
-    switches = [
-        (m.disable_adapters, tuple(m.active_adapters), tuple(getattr(m, "merged_adapters", ())))
-        for m in modules if isinstance(getattr(type(m), "disable_adapters", None), property)
-    ]  # fmt: skip
-    return (*(t.data_ptr() for t in tensors_of(modules)), model.training, *switches)
-
-
-def kept_with(model: Any, key: tuple, make: Callable[[], Any]) -> Any:
-    """What ``make`` made at the first use, for as long as parameters stay where they are and adapters as they are switched."""
-    place = _place(model)
-    kept = _steps.setdefault(model, OrderedDict())
-    if (key, place) not in kept:
-        for stale in [k for k in kept if k[1] != place]:
-            del kept[stale]
-        while len(kept) >= _MOST_STEPS:
-            kept.popitem(last=False)
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # tensors of an inference mode could not be written to after it
-            kept[key, place] = make()
-    kept.move_to_end((key, place))
-    return kept[key, place]
-
-
-def graph_step(model: Any, rows: int) -> GraphStep:
-    """The model's graph for this many rows, captured at its first use and as long as the parameters stay where they are."""
-    return kept_with(model, ("graph", rows), lambda: GraphStep(model, rows))
-
-
-def graph_token_step(model: Any, cache: MambaCache) -> Callable[[Tensor], Tensor]:
-    """`mambakit.decoding.step.token_step` by the model's graph. Others use it too: the state moves in and out at every token, which
-    takes about a hundredth of the time of reading the weights."""
-    graph = graph_step(model, cache.max_batch_size)
-    watch, forward = Watch(modules_of(model)), forward_step(model, cache)
-
-    def step(tokens: Tensor) -> Tensor:
-        if not watch.holds():
-            return forward(tokens)
-        graph.load(cache)
-        graph.tokens.copy_(tokens)
-        logits = graph().clone()
-        graph.store(cache, 1)
-        return logits
-
-    return step

@@ -8,47 +8,24 @@ never on which graphs exist, so that a prompt's bits do not depend on what was r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mambakit.decoding.graph_step import graphs_serve, kept_with
-from mambakit.modules import StateCache as MambaCache
+from mambakit.decoding.chunks import Prompts, buckets, chunks, row_count, size_of_chunks, texts_of
+from mambakit.decoding.cuda_graph import CapturedGraph, graphs_serve, kept_with
+from mambakit.modules import StateCache
 from mambakit.modules.interception import is_ours
-from mambakit.quoting import brief
 
-Prompts = Tensor | Sequence[Tensor]
-"""(b, l) int64; or b tensors (l_i,) of any lengths, which are packed: no work on padding."""
 Progress = Callable[[int], None]
-
-LARGEST_BUCKET = 4096  # tokens: beyond, the card is the slower one, and memory grows with it
-
-
-@dataclass(frozen=True)
-class ChunkSizes:
-    """Tokens of a forward where nobody says another number."""
-
-    single: int  # of one text
-    batch: int  # of all texts of a batch together: enough to keep the device busy, and a bound on its memory
-
-
-CHUNK_SIZES = {"cpu": ChunkSizes(512, 2**10), "cuda": ChunkSizes(LARGEST_BUCKET, 2**14)}
-SNAPSHOT_CHUNK = 512  # tokens between two snapshots of a prefix cache, and of a prompt between two steps of an engine
-SCORING_CHUNK = 1024  # tokens of which every hidden state is kept until it is scored
-
-
-def chunk_sizes(device: torch.device) -> ChunkSizes:
-    """Those of ``device``."""
-    return CHUNK_SIZES.get(device.type, CHUNK_SIZES["cuda"])
 
 
 def prefill(
     model: Any,
     prompts: Prompts,
-    cache: MambaCache,
+    cache: StateCache,
     *,
     attention_mask: Tensor | None = None,
     chunk_size: int | None = None,
@@ -61,8 +38,8 @@ def prefill(
         prompts: (b, l) int64 with l >= 1, or b tensors (l_i,) with l_i >= 1, on the model's device.
         cache: of b rows.
         attention_mask: (b, l), 0 where a token of (b, l) prompts is padding; every row's last token is a real one.
-        chunk_size: tokens per forward: of each row of (b, l) prompts, of all rows together where they are packed. `CHUNK_SIZES`
-            unless given.
+        chunk_size: tokens per forward: of each row of (b, l) prompts, of all rows together where they are packed. Unless given,
+            those of `mambakit.decoding.chunks.CHUNK_SIZES`.
         progress: called after each chunk with the number of tokens read so far, of all rows (padding included).
 
     Returns:
@@ -76,7 +53,7 @@ def prefill(
 def prefill_states(
     model: Any,
     prompts: Prompts,
-    cache: MambaCache,
+    cache: StateCache,
     *,
     attention_mask: Tensor | None = None,
     chunk_size: int | None = None,
@@ -91,7 +68,7 @@ def prefill_states(
 def prefill_parts(
     model: Any,
     prompts: Prompts,
-    cache: MambaCache,
+    cache: StateCache,
     attention_mask: Tensor | None = None,
     chunk_size: int | None = None,
     progress: Progress | None = None,
@@ -105,18 +82,18 @@ def prefill_parts(
 
     Returns (as the generator's value) what `prefill` returns, None without ``want_logits``.
     """
-    texts, longest = _texts(prompts)
+    texts, longest = texts_of(prompts)
     if not longest:
         return None
-    size = _chunk_size(model, texts, chunk_size)
-    if attention_mask is None and reads_in_buckets(model, _rows(texts)):
+    size = size_of_chunks(model.device, texts, chunk_size)
+    if attention_mask is None and reads_in_buckets(model, row_count(texts)):
         ids = texts if isinstance(texts, Tensor) else texts[0][None]
         with torch.cuda.device(model.device):
             graphs: _BucketGraphs = kept_with(model, ("prefill",), lambda: _BucketGraphs(model))
             graphs.load(cache)
             done = 0
             for part in ids.split(buckets(ids.shape[1], size), 1):  # without a pause: the graphs share one state
-                hidden = graphs.read(part)
+                hidden = graphs.read(model, part)
                 done += part.shape[1]
                 if progress is not None:
                     progress(done)
@@ -127,9 +104,9 @@ def prefill_parts(
     # A model with a forward of its own, or with a hook, is called itself for every chunk where logits are asked for.
     ours = is_ours(model)
     keywords: dict[str, Any] = {"return_dict": True} if ours else {}
-    for chunk in _chunks(texts, attention_mask, size):
+    for chunk in chunks(texts, attention_mask, size):
         last = want_logits and bool(chunk.ends)
-        if by_layer and _rows(texts) == 1 and attention_mask is None and model.is_its_layers():
+        if by_layer and row_count(texts) == 1 and attention_mask is None and model.is_its_layers():
             logits = yield from _by_layer(model, chunk.ids, cache, last)
         elif last or (want_logits and not ours):
             kept = 1 if chunk.positions is None else chunk.positions
@@ -154,7 +131,7 @@ def prefill_parts(
 def hidden_states(
     model: Any,
     prompts: Prompts,
-    cache: MambaCache | None = None,
+    cache: StateCache | None = None,
     *,
     chunk_size: int | None = None,
     progress: Progress | None = None,
@@ -172,12 +149,12 @@ def hidden_states(
     Raises:
         ValueError: several chunks and no cache.
     """
-    texts, longest = _texts(prompts)
+    texts, longest = texts_of(prompts)
     if not longest:
         return
-    size = _chunk_size(model, texts, chunk_size)
+    size = size_of_chunks(model.device, texts, chunk_size)
     state: dict[str, Any] = {"use_cache": False} if cache is None else {"cache_params": cache}
-    for chunk in _chunks(texts, None, size):
+    for chunk in chunks(texts, None, size):
         if cache is None and not chunk.is_last:
             raise ValueError(
                 f"{sum(map(len, texts))} tokens are more than a chunk of {size}, which needs a cache to carry the state"
@@ -188,74 +165,10 @@ def hidden_states(
             progress(chunk.done)
 
 
-# -- how prompts are cut ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    ids: Tensor  # (b, l); (1, l) where texts are packed
-    marks: dict[str, Tensor]  # the backbone's argument that says which tokens are whose
-    lengths: list[int]  # tokens of each text in it
-    ends: list[int]  # the texts whose last token is in it
-    positions: Tensor | None  # (len(ends),) int64 of those tokens, where texts are packed
-    done: int  # tokens read after it
-    is_last: bool
-
-
-def _texts(prompts: Prompts) -> tuple[Prompts, int]:
-    """(the prompts, with one text as (1, l); the length of the longest)."""
-    if not isinstance(prompts, Tensor):
-        if len(prompts) != 1:
-            return prompts, max(map(len, prompts), default=0)
-        prompts = prompts[0][None]
-    return prompts, prompts.shape[1]
-
-
-def _rows(texts: Prompts) -> int:
-    return texts.shape[0] if isinstance(texts, Tensor) else len(texts)
-
-
-def _chunk_size(model: Any, texts: Prompts, given: int | None) -> int:
-    if given is not None:
-        if given < 1:
-            raise ValueError(f"chunk_size is {brief(given)}; it must be 1 or more")
-        return given
-    sizes, rows = chunk_sizes(model.device), _rows(texts)
-    if rows == 1:
-        return sizes.single
-    return max(64, sizes.batch // rows) if isinstance(texts, Tensor) else sizes.batch
-
-
-def _chunks(texts: Prompts, attention_mask: Tensor | None, size: int) -> Iterator[_Chunk]:
-    if isinstance(texts, Tensor):
-        rows, length = texts.shape
-        for start in range(0, length, size):
-            stop = min(length, start + size)
-            mask = {} if attention_mask is None else {"attention_mask": attention_mask[:, start:stop]}
-            last, ids = stop == length, texts[:, start:stop]
-            ends = list(range(rows)) if last else []
-            yield _Chunk(ids, mask, [stop - start] * rows, ends, None, rows * stop, last)
-        return
-    unread, done, total = list(texts), 0, sum(map(len, texts))
-    device = texts[0].device
-    while done < total:
-        left = [n for text in unread if (n := len(text))]
-        share = max(left) if sum(left) <= size else max(1, size // len(left))
-        parts = [text[:share] for text in unread]
-        lengths = list(map(len, parts))
-        ends = [i for i, text in enumerate(unread) if 0 < len(text) <= share]
-        unread = [text[share:] for text in unread]
-        bounds = torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0)
-        done += sum(lengths)
-        marks = {"cu_seqlens": bounds.to(device, torch.int32)}
-        positions = (bounds[1:][ends] - 1).to(device)
-        yield _Chunk(torch.cat(parts)[None], marks, lengths, ends, positions, done, done == total)
-
-
 # -- the ways to read a chunk -------------------------------------------------------------------------------------------
 
 
-def _by_layer(model: Any, ids: Tensor, cache: MambaCache, want_logits: bool) -> Generator[None, None, Tensor]:
+def _by_layer(model: Any, ids: Tensor, cache: StateCache, want_logits: bool) -> Generator[None, None, Tensor]:
     """The call of a model that is its layers, with a pause after each of them; (b, v) logits, or nothing of use."""
     backbone = model.backbone
     x, residual = backbone.embeddings(ids), None
@@ -287,52 +200,41 @@ def reads_in_buckets(model: Any, rows: int) -> bool:
     return rows == 1 and not torch.is_grad_enabled() and graphs_serve(model)
 
 
-def buckets(length: int, longest: int) -> list[int]:
-    """Powers of two that add up to ``length``, none above ``longest`` or `LARGEST_BUCKET`, the largest first."""
-    most = 1 << (max(1, min(longest, LARGEST_BUCKET)).bit_length() - 1)
-    sizes = [most] * (length // most)
-    rest = length % most
-    return sizes + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
-
-
 class _BucketGraphs:
     """The prefill graphs of one model. They work on a state of their own, and share their memory: one runs at a time."""
 
     def __init__(self, model: Any):
-        self.model = model
-        self.cache: MambaCache = model.backbone.new_cache(1)
+        self.states: Any = model.backbone.new_cache(1)
         self._used: set[int] = set()
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self._pool: Any = None
+        self._graphs: dict[int, tuple[CapturedGraph[Tensor], Tensor]] = {}  # by length, with what it reads
 
-    def load(self, cache: MambaCache) -> None:
+    def load(self, cache: StateCache) -> None:
         """Go on from this state."""
-        self.cache.load_(cache)
+        self.states.load_(cache)
 
-    def store(self, cache: MambaCache, tokens: int) -> None:
+    def store(self, cache: StateCache, tokens: int) -> None:
         """Leave the state in ``cache``, which is ``tokens`` behind it."""
         seen = cache.get_seq_length()
-        cache.load_(self.cache)
+        cache.load_(self.states)
         cache.advance(seen + tokens - cache.get_seq_length())
 
-    def _forward(self, ids: Tensor) -> Tensor:
-        return self.model.backbone(ids, cache_params=self.cache).last_hidden_state[:, -1:]
+    def _forward(self, model: Any, ids: Tensor) -> Tensor:
+        return model.backbone(ids, cache_params=self.states).last_hidden_state[:, -1:]
 
     @torch.inference_mode(False)  # a graph's tensors outlive the call
     @torch.no_grad()
-    def read(self, ids: Tensor) -> Tensor:
+    def read(self, model: Any, ids: Tensor) -> Tensor:
         """(1, 1, h) after the last token; of a graph valid until the next bucket."""
         length = ids.shape[1]
         if length not in self._graphs:
             if length not in self._used:  # compiles what is not compiled yet, which a capture must not
                 self._used.add(length)
-                return self._forward(ids)
-            graph, held = torch.cuda.CUDAGraph(), ids.clone()
-            with torch.cuda.graph(graph, pool=self._pool):
-                hidden = self._forward(held)
-            self._pool = graph.pool()
-            self._graphs[length] = graph, held, hidden
-        graph, held, hidden = self._graphs[length]
+                return self._forward(model, ids)
+            held = ids.clone()
+            shared = next(iter(self._graphs.values()), (None,))[0]
+            graph = CapturedGraph(lambda: self._forward(model, held), model.device, shared=shared)
+            self._graphs[length] = graph, held
+        graph, held = self._graphs[length]
         held.copy_(ids)
         graph.replay()
-        return hidden
+        return graph.result

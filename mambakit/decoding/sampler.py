@@ -1,206 +1,180 @@
 """The next token of many texts at once: each has its own parameters, random numbers and constraint.
 
-In a few launches for all of them: constraint masks, biases and penalties where a text has them, then one launch of
-`mambakit.ops.sampling`. The device is waited for once, when the tokens are read.
+In a few launches for all slots: constraint masks, biases and penalties where a text has them, then one launch of
+`mambakit.ops.sampling`. Random numbers of many tokens lie ready on the device, so that tokens can follow one another without the
+host; only a constraint must be told of each token before the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mambakit.decoding.choosing import NO_CHOICE
-from mambakit.decoding.sampling_params import BLOCK, SamplingParams, random_numbers
-from mambakit.ops.sampling.api import NO_TOKEN, sample
-from mambakit.quoting import cut
+from mambakit.decoding.logits import NO_CHOICE
+from mambakit.decoding.sampled_text import SampledText
+from mambakit.decoding.sampling_params import BLOCK
+from mambakit.decoding.tables import Tables
+from mambakit.ops.sampling.api import NO_TOKEN, OFF, sample
 
-_LARGE = 3e38
+_FREE = (0.0, *OFF[1:])  # parameters of a free slot: the most probable token costs least
 
 
-class SampledText:
-    """What choosing the tokens of one text needs to know of it, whatever it is batched with.
-
-    Args:
-        params: how tokens are chosen.
-        vocab_size: v.
-        device: where logits lie.
-        read: (p,) int64, the prompt: what a repetition penalty counts, too.
-
-    Attributes:
-        error: why the last token could not be chosen; "" where it could.
-        exception: what its constraint raised then, if that was why.
-    """
-
-    def __init__(self, params: SamplingParams, vocab_size: int, device: torch.device, read: Tensor):
-        # Others may use and change the same object, and tables are made of it whenever the batch changes.
-        self.params, self.position = params.snapshot(), 0
-        params = self.params
-        self.error: str = ""
-        self.exception: Exception | None = None
-        self.matcher = params.matcher()
-        self._key, self._block, self._numbers = params.key(), -1, np.empty(0, dtype=np.float64)
-        # (v,) each, where it is needed: what was read or written, how often it was written, biases.
-        self.seen = self.counts = self.bias = None
-        if params.repetition_penalty != 1:
-            self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self.seen[read.to(device)] = True
-        if params.presence_penalty or params.frequency_penalty:
-            self.counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
-        if params.logit_bias:
-            self.bias = torch.zeros(vocab_size, dtype=torch.float32, device=device)
-            if (largest := max(params.logit_bias)) >= vocab_size:
-                raise ValueError(f"logit_bias names token {largest}; the model's are 0 to {vocab_size - 1}")
-            tokens = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=device)
-            self.bias[tokens] = _table(list(params.logit_bias.values()), device)
-
-    @property
-    def changes_logits(self) -> bool:
-        """Whether a token is chosen from other logits than the model's."""
-        return any(part is not None for part in (self.matcher, self.seen, self.counts, self.bias))
+class Chooser(Protocol):
+    """Chooses a token for every slot of a pool: a `Sampler`, or a `ProcessorSampler` as transformers does."""
 
     @property
     def plain(self) -> bool:
-        """Whether it wants the most probable token of the logits as they are. Such a token may be chosen elsewhere."""
-        return self.params.greedy and not self.changes_logits
+        """Whether each token is the most probable one of the logits as they are: the decoder may choose it."""
 
-    def uniform(self) -> float:
-        """The random number of the next token; a text without a choice takes none."""
-        if self.params.greedy:
-            return 0.0
-        block, at = divmod(self.position, BLOCK)
-        if block != self._block:
-            self._block, self._numbers = block, random_numbers(self._key, block)
-        return float(self._numbers[at])
+    def sample(self, logits: Tensor) -> Tensor:
+        """(size,) int64, the next tokens, from ``logits`` (size, v), which stay as they are; `NO_TOKEN` may stand where a slot's are no
+        numbers. The device is not waited for."""
 
-    def accept(self, token: int) -> int:
-        """The token, which is now the text's; `NO_TOKEN` where it cannot be."""
-        if token == NO_TOKEN or self.error:
-            self.error = self.error or NO_CHOICE
-            return NO_TOKEN
-        if self.matcher is not None:
-            try:
-                self.matcher.accept(token)
-            except Exception as error:  # of a constraint: its text ends alone
-                self.fail(error)
-                return NO_TOKEN
-        self.position += 1
-        return token
+    def select(self, kept: list[int]) -> None:
+        """Slot i is from now on what slot ``kept[i]`` was."""
 
-    def fail(self, error: Exception) -> None:
-        """Its constraint raised: the text has no next token. Raises what no text survives."""
-        if isinstance(error, torch.AcceleratorError):  # the device answers nobody any more
-            raise error
-        self.exception, self.error = error, f"{type(error).__name__}: {cut(str(error), 500)}"
+    def snapshot(self) -> Any:
+        """What `restore` needs."""
+
+    def restore(self, snapshot: Any) -> None:
+        """Go back: the tokens after the snapshot are chosen once more."""
 
 
 class Sampler:
-    """Chooses the tokens of texts, all in one batch. What stays from one token to the next is made once for a batch."""
+    """A `Chooser` whose texts come and go, each with its own `SamplingParams`.
 
-    def __init__(self) -> None:
-        self._batch: _Batch | None = None
+    A text's token depends on its logits, parameters, seed and position: not on its slot, nor on the other texts.
 
-    @torch.no_grad()
-    def choose(self, logits: Tensor, texts: Sequence[SampledText]) -> list[int]:
-        """The next token of each of ``texts``, from logits (m, v), a row each; `NO_TOKEN` where none can be chosen, and `SampledText.error`
-        says why, of that text alone. What is chosen belongs to the text: the next call goes on from there."""
-        if self._batch is None or self._batch.texts != list(texts):
-            self._batch = _Batch(list(texts), logits.device)
-        batch = self._batch
-        for text in texts:
-            text.error, text.exception = "", None
-        changed = batch.change(logits)
-        uniform = torch.zeros(len(texts), dtype=torch.float64, device="cpu")
-        if batch.draws:
-            uniform = torch.from_numpy(np.fromiter((text.uniform() for text in texts), np.float64, len(texts)))
-        tokens = sample(changed, uniform.to(logits.device, non_blocking=True), batch.parameters)
-        batch.count(tokens)
-        return [text.accept(token) for text, token in zip(texts, tokens.tolist(), strict=True)]
+    Args:
+        texts: as in `seat`.
+    """
 
-
-class _Batch:
-    """Texts that are chosen for together: their parameters as tensors, and the tables of those that change their logits."""
-
-    def __init__(self, texts: list[SampledText], device: torch.device):
-        self.texts = texts
-        self.parameters = _table([text.params.columns for text in texts], device).reshape(-1, 6)
-        self.draws = any(not text.params.greedy for text in texts)
-        rows = [i for i, text in enumerate(texts) if text.changes_logits]
-        changed = [texts[i] for i in rows]
-        self.rows = torch.tensor(rows, dtype=torch.int64, device=device) if rows else None
-        self.whole = len(rows) == len(texts)
-        self.masked = [(j, text) for j, text in enumerate(changed) if text.matcher is not None]
-        self.seen = self._stack(changed, "seen", torch.bool)
-        self.counts = self._stack(changed, "counts", torch.float32)
-        self.bias = self._stack(changed, "bias", torch.float32)
-        penalties = [[min(max(text.params.repetition_penalty, 1e-30), 1e30)] for text in changed]
-        self.repetition = _table(penalties, device)  # (m, 1)
-        self.presence = _table([[text.params.presence_penalty] for text in changed], device)
-        self.frequency = _table([[text.params.frequency_penalty] for text in changed], device)
-
-    @staticmethod
-    def _stack(texts: list[SampledText], name: str, dtype: torch.dtype) -> Tensor | None:
-        """(m, v), of which each text's own table is from now on a row; None where no text has one."""
-        tables = [getattr(text, name) for text in texts]
-        one = next((table for table in tables if table is not None), None)
-        if one is None:
-            return None
-        nothing = torch.zeros(one.shape, dtype=dtype, device=one.device)
-        stacked = torch.stack([nothing if table is None else table for table in tables])
-        for text, table, row in zip(texts, tables, stacked, strict=True):
-            if table is not None:
-                setattr(text, name, row)
-        return stacked
-
-    def change(self, logits: Tensor) -> Tensor:
-        """``logits`` (b, v) with masks, biases and penalties; they themselves stay."""
-        if self.rows is None:
-            return logits
-        wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-        x = wide if self.whole else wide[self.rows]
-        if self.masked:
-            x = self._mask(x.clone())
-        if self.bias is not None:
-            x = x + self.bias
-        if self.seen is not None:  # a text without the penalty has seen nothing
-            scaled = x * torch.where(x < 0, self.repetition, 1 / self.repetition)
-            # The largest penalties leave float32's range; their limit is a large number.
-            scaled = torch.where(x.isfinite(), scaled.clamp(-_LARGE, _LARGE), scaled)
-            x = torch.where(self.seen, scaled, x)
-        if self.counts is not None:
-            x = x - self.presence * (self.counts > 0) - self.frequency * self.counts
-        return x if self.whole else wide.index_copy(0, self.rows, x)
-
-    def _mask(self, x: Tensor) -> Tensor:
-        rows, texts = [j for j, _ in self.masked], [text for _, text in self.masked]
-        try:
-            x[rows] = texts[0].params.mask(x[rows], [text.matcher for text in texts])
-        except Exception:  # of one constraint: which one, and the others go on
-            for j, text in self.masked:
-                try:
-                    x[j : j + 1] = text.params.mask(x[j : j + 1], [text.matcher])
-                except Exception as error:
-                    text.fail(error)
-        return x
-
-    def count(self, tokens: Tensor) -> None:
-        """Take up the tokens (b,) that were chosen."""
-        if self.rows is None or (self.seen is None and self.counts is None):
-            return
-        written = tokens[self.rows][:, None]
-        there = written != NO_TOKEN
-        for text_has, table in ((self.repetition != 1, self.seen), (self._counted, self.counts)):
-            if table is not None:
-                at = written.clamp(min=0)
-                table.scatter_(1, at, table.gather(1, at) + (there & text_has))
+    def __init__(self, texts: Sequence[SampledText | None] = ()):
+        self._texts: list[SampledText | None] = []
+        self._changed: list[int] | None = None  # slots whose tables below are out of date; None: all
+        self._column = 0  # of the random numbers, the next one
+        self._noted: list[int] = []  # of each slot, the column that belongs to its text's ``position``
+        self._draws = False
+        self._parameters = self._uniform = torch.empty(0, dtype=torch.float32, device="cpu")
+        self._tables: Tables | None = None
+        self._constrained: list[tuple[int, SampledText]] = []
+        self.plain = True
+        self.seat(texts)
 
     @property
-    def _counted(self) -> Tensor:
-        return (self.presence != 0) | (self.frequency != 0)
+    def must_look(self) -> bool:
+        """Whether each token must be accepted before the next is chosen: there is a constraint."""
+        return bool(self._constrained)
 
+    def seat(self, texts: Sequence[SampledText | None]) -> None:
+        """From now on slot i is of ``texts[i]``; None: it is free."""
+        before, self._texts = self._texts, list(texts)
+        if len(before) == len(texts):
+            changed = [i for i, text in enumerate(texts) if text is not before[i]]
+            if not changed:
+                return
+            if self._changed is not None:
+                self._changed += changed
+        else:
+            changed, self._changed = list(range(len(texts))), None
+        self._note_positions(before)
+        self._noted = [self._column] * len(texts)
+        seated = [text for text in texts if text is not None]
+        self.plain = all(text.plain for text in seated)
+        self._draws = any(not text.params.greedy for text in seated)
+        self._constrained = [(i, text) for i, text in enumerate(texts) if text is not None and text.matcher is not None]
 
-def _table(values: Any, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device="cpu").to(device, non_blocking=True)
+    def select(self, kept: list[int]) -> None:
+        self.seat([self._texts[i] for i in kept])
+
+    @torch.no_grad()
+    def sample(self, logits: Tensor) -> Tensor:
+        if self._changed is None or self._changed:
+            self._update(logits.device)
+        if self._draws and self._column == BLOCK:
+            self._next_block(logits.device)
+        changed = logits if self._tables is None else self._tables.change(logits)
+        tokens = sample(changed, self._uniform[:, self._column % BLOCK], self._parameters)
+        self._column += self._draws
+        if self._tables is not None:
+            self._tables.count(tokens)
+        return tokens
+
+    def accept(self, tokens: list[int]) -> list[int]:
+        """The host's part: the tokens (size) that `sample` chose, told to their constraints; `NO_TOKEN` where none can be chosen, and
+        `SampledText.error` says why, of that text alone."""
+        for slot, text in self._constrained:
+            tokens[slot] = text.accept(tokens[slot])
+        if NO_TOKEN in tokens:
+            for text, token in zip(self._texts, tokens, strict=True):
+                if token == NO_TOKEN and text is not None:
+                    text.error = text.error or NO_CHOICE
+        return tokens
+
+    def choose(self, logits: Tensor, texts: Sequence[SampledText]) -> list[int]:
+        """The next token of each of ``texts``, from logits (m, v), a row each: `seat`, `sample` and `accept` in one."""
+        self.seat(texts)
+        for text in texts:
+            text.error, text.exception = "", None
+        tokens = self.accept(self.sample(logits).tolist())
+        self._note_positions()
+        return tokens
+
+    def snapshot(self) -> Any:
+        self._note_positions()
+        positions = [None if text is None else text.position for text in self._texts]
+        return positions, None if self._tables is None else self._tables.snapshot()
+
+    def restore(self, snapshot: Any) -> None:
+        positions, tables = snapshot
+        self._column, self._noted = BLOCK, [BLOCK] * len(self._texts)
+        for text, position in zip(self._texts, positions, strict=True):
+            if text is not None:
+                text.position = position
+        if self._tables is not None and tables is not None:
+            self._tables.restore(tables)
+
+    def _note_positions(self, texts: Sequence[SampledText | None] | None = None) -> None:
+        for slot, text in enumerate(self._texts if texts is None else texts):
+            if text is not None:
+                text.position += self._column - self._noted[slot]
+                self._noted[slot] = self._column
+
+    def _update(self, device: torch.device) -> None:
+        """Tables of the slots that have changed."""
+        slots = list(range(len(self._texts))) if self._changed is None else sorted(set(self._changed))
+        texts = [self._texts[i] for i in slots]
+        parameters = torch.tensor(
+            [_FREE if text is None else text.params.columns for text in texts], dtype=torch.float32, device="cpu"
+        ).reshape(-1, len(OFF))
+        numbers = np.zeros((len(texts), BLOCK))
+        for row, text in enumerate(texts):
+            if text is not None and self._column < BLOCK:
+                numbers[row, self._column :] = text.numbers(text.position, BLOCK - self._column)
+        uniform = torch.from_numpy(numbers)
+        if self._changed is None:
+            self._parameters = parameters.to(device, non_blocking=True)
+            self._uniform = uniform.to(device, non_blocking=True)
+        else:
+            at = torch.tensor(slots, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+            self._parameters[at] = parameters.to(device, non_blocking=True)
+            self._uniform[at] = uniform.to(device, non_blocking=True)
+        self._changed = []
+        changing = [text for text in self._texts if text is not None and text.changes_logits]
+        if not changing:
+            self._tables = None
+        elif self._tables is None or not self._tables.are_of(self._texts):
+            self._tables = Tables(self._texts, device)
+
+    def _next_block(self, device: torch.device) -> None:
+        self._note_positions()
+        self._column, self._noted = 0, [0] * len(self._texts)
+        numbers = np.zeros((len(self._texts), BLOCK))
+        for row, text in enumerate(self._texts):
+            if text is not None:
+                numbers[row] = text.numbers(text.position, BLOCK)
+        self._uniform = torch.from_numpy(numbers).to(device, non_blocking=True)

@@ -11,7 +11,6 @@ import numpy as np
 from torch import Tensor
 
 from mambakit.decoding.parameters import BIAS, NEW_TOKENS, SAMPLING
-from mambakit.decoding.scaling import processors
 from mambakit.quoting import quoted
 
 BLOCK = 64  # random numbers that are made at a time
@@ -29,8 +28,8 @@ class SamplingParams:
         presence_penalty: taken from the logits of every token that was written before.
         frequency_penalty: the same, times how often it was written.
         logit_bias: {token: number added to its logit}.
-        seed: of the text's own random numbers, which are those of a counter: the text does not depend on its neighbours. Without one
-            every text differs.
+        seed: of the text's own random numbers, which are made from a counter: the text does not depend on the others of its batch.
+            Without one every text differs.
 
     Raises:
         TypeError, ValueError: a field that is no number, or outside of its range (`mambakit.decoding.parameters`).
@@ -76,29 +75,6 @@ class SamplingParams:
         temperature = 0.0 if self.greedy else min(max(self.temperature, 1e-37), 1e30)
         return (temperature, self.top_k, self.top_p, self.min_p, self.typical_p, self.epsilon_cutoff)
 
-    def filters(self) -> tuple[Any, Any]:
-        """transformers' processors in its order: those that look at the tokens before, and those of one row of logits alone.
-
-        Raises:
-            ValueError: a penalty or bias that these processors do not have.
-        """
-        from transformers import generation
-
-        others = [n for n in ("presence_penalty", "frequency_penalty", "logit_bias") if getattr(self, n)]
-        if others:
-            raise ValueError(f"{others[0]} is not known to speculative decoding; drop it, or use a plain Stream")
-        by_text, by_row = processors(self.repetition_penalty, self.temperature)
-        for used, processor, value in (
-            (self.top_k, generation.TopKLogitsWarper, self.top_k),
-            (self.top_p < 1, generation.TopPLogitsWarper, self.top_p),
-            (self.min_p, generation.MinPLogitsWarper, self.min_p),
-            (self.typical_p < 1, generation.TypicalLogitsWarper, self.typical_p),
-            (0 < self.epsilon_cutoff < 1, generation.EpsilonLogitsWarper, self.epsilon_cutoff),
-        ):
-            if used:
-                by_row.append(processor(value))
-        return by_text, by_row
-
     def key(self) -> int:
         """The seed, or without one a number from the operating system."""
         return secrets.randbits(64) if self.seed is None else self.seed
@@ -113,8 +89,12 @@ class SamplingParams:
         raise NotImplementedError
 
 
-def random_numbers(seed: int, block: int) -> np.ndarray:
-    """(64,) float64, uniform in [0, 1): numbers 64 * block onwards of a seed, by Philox (Salmon et al. 2011). Number i of a seed is always
-    the same, whatever was asked before; 64 bits of the seed count."""
-    bits = np.random.Philox(key=seed % 2**64, counter=[0, block, 0, 0]).random_raw(BLOCK)
+# Each text has several sequences of random numbers, of which number i belongs to its token i.
+DRAW, ACCEPT, PROPOSE = range(3)  # the token itself; whether a guess of it is kept; the guess
+
+
+def random_numbers(seed: int, block: int, sequence: int = DRAW) -> np.ndarray:
+    """(64,) float64, uniform in [0, 1): numbers 64 * block onwards of one of a seed's sequences, by Philox (Salmon et al. 2011). Number i
+    is always the same, whatever was asked before; 64 bits of the seed count."""
+    bits = np.random.Philox(key=seed % 2**64, counter=[0, block, sequence, 0]).random_raw(BLOCK)
     return (bits >> np.uint64(11)) * 2.0**-53

@@ -7,21 +7,19 @@ possible (many slots, layers that are not known) the draft is read over a copy o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mambakit.decoding.graph_step import VerificationStep, graphs_serve, verification_step
+from mambakit.decoding import native_step
+from mambakit.decoding.cuda_graph import CapturedGraph, why_not_captured
+from mambakit.decoding.eligibility import why_not_by_layers
+from mambakit.decoding.graph_step import verification_step
 from mambakit.decoding.prefill import prefill_states
-from mambakit.decoding.step import native_serves, native_weights
-from mambakit.modules import MambaBlock, MambaMixer, StateCache
-from mambakit.modules.interception import is_ours, untouched
+from mambakit.modules import MambaCache, StateCache
 from mambakit.ops import causal_conv1d, selective_scan, selective_scan_
-from mambakit.ops._backends.memory import transformed
 from mambakit.ops.decode.cpu_verify import VerifyStep
-from mambakit.ops.linear.api import MOST_ROWS
 
 # A step size whose softplus is exactly 0: the recurrence then keeps its state, bit for bit.
 _NO_STEP = -1e4
@@ -44,44 +42,22 @@ class Verifier(Protocol):
         """The cache was changed by others than `commit`: go on from what is in it now. Tokens that were read are forgotten."""
 
 
-def verifier(model: Any, cache: StateCache, tokens: int) -> Verifier:
-    """The fastest verifier there is for where the model lies and what it is made of.
-
-    Where a step of the model is one native call on the CPU, so is a verification, and its bits are those of decoding token by
-    token. So it is on CUDA where the persistent decode kernel serves the model, up to 8 tokens. Elsewhere it runs the model's own
-    projections and norms; on CUDA as two graphs, captured here. A model whose layers are not known (a hook or a forward of its
-    own on a block, a mixer, its convolution or the model; subclasses) is read by its forward, and again for the tokens that are kept.
-
-    Args:
-        cache: of one row; it must not be replaced while the verifier is in use.
-        tokens: the most tokens of one call, 1 to 16.
-    """
-    if not 1 <= tokens <= MOST_ROWS:
-        raise ValueError(f"tokens is {tokens}; a verification is of 1 to {MOST_ROWS} tokens")
-    if cache.max_batch_size != 1:
-        raise ValueError(f"the cache has {cache.max_batch_size} rows; a verification is of one text: select one row")
-    if native_serves(model, cache):
-        return _NativeVerifier(model, cache, tokens)
-    if (step := verification_step(model, tokens)) is not None:
-        return _PersistentVerifier(step, cache)
-    if not _layers_are_known(model):
-        return _ForwardVerifier(model, cache)
-    return _GraphVerifier(model, cache, tokens) if graphs_serve(model) else _ModelVerifier(model, cache)
+# -- one row, fastest first ---------------------------------------------------------------------------------------------
 
 
-def _layers_are_known(model: Any) -> bool:
-    """Whether the layers may be run projection by projection, without a call of the model, its blocks, mixers and convolutions."""
-    if transformed() or not is_ours(model) or not is_ours(model.backbone):
-        return False
-    for i, block in enumerate(model.backbone.layers):
-        if not untouched(block, MambaBlock):
-            return False
-        m = block.mixer
-        if not (untouched(m, MambaMixer) and untouched(m.conv1d, nn.Conv1d)):
-            return False
-        if m.layer_idx != i or m.causal_conv1d is not causal_conv1d or m.selective_scan is not selective_scan:
-            return False
-    return True
+def why_not_native(model: Any, tokens: int, *, states: Any = None) -> str | None:
+    """Why `NativeVerifier` cannot verify drafts of so many tokens, or None where it can."""
+    return native_step.why_not(model, 1, states=states)
+
+
+def why_not_captured_layers(model: Any, tokens: int, *, states: Any = None) -> str | None:
+    """Why `CapturedVerifier` cannot, or None where it can."""
+    return why_not_captured(model) or why_not_by_layers(model)
+
+
+def why_not_layers(model: Any, tokens: int, *, states: Any = None) -> str | None:
+    """Why `LayersVerifier` cannot, or None where it can."""
+    return why_not_by_layers(model)
 
 
 def _require_read(m: int, read: int) -> None:
@@ -89,9 +65,11 @@ def _require_read(m: int, read: int) -> None:
         raise ValueError(f"commit of {m} tokens, but {read} were read since the last commit")
 
 
-class _NativeVerifier:
-    def __init__(self, model: Any, cache: StateCache, tokens: int):
-        layers, head = native_weights(model)
+class NativeVerifier:
+    """One call into the native library, whose bits are those of decoding token by token."""
+
+    def __init__(self, model: Any, cache: MambaCache, tokens: int):
+        layers, head = native_step.native_weights(model)
         self._embeddings, self._cache = model.backbone.embeddings, cache
         self._step = VerifyStep(
             layers, model.backbone.norm_f.weight, head, model.config.layer_norm_epsilon,
@@ -113,11 +91,12 @@ class _NativeVerifier:
         self._read = 0
 
 
-class _PersistentVerifier:
-    """The persistent kernel, which every text of the model shares: whoever finds another one's state in it loads its own."""
+class PersistentVerifier:
+    """The persistent kernel, whose bits are those of its decoding. Every text of the model shares it: one that finds another's state
+    in it loads its own."""
 
-    def __init__(self, step: VerificationStep, cache: StateCache):
-        self._step, self._cache, self._read = step, cache, 0
+    def __init__(self, model: Any, cache: StateCache, tokens: int):
+        self._step, self._cache, self._read = verification_step(model, tokens), cache, 0
 
     @torch.no_grad()
     def __call__(self, tokens: list[int]) -> Tensor:
@@ -180,10 +159,10 @@ class PackedVerifier:
         self._tokens = None
 
 
-class _ForwardVerifier:
+class ForwardVerifier:
     """`PackedVerifier` of one row."""
 
-    def __init__(self, model: Any, cache: StateCache):
+    def __init__(self, model: Any, cache: StateCache, tokens: int):
         self._model, self._packed = model, PackedVerifier(model, cache)
 
     def __call__(self, tokens: list[int]) -> Tensor:
@@ -196,10 +175,10 @@ class _ForwardVerifier:
         self._packed.reload()
 
 
-class _ModelVerifier:
-    """The model's own layers, with the ops that do not write the state."""
+class LayersVerifier:
+    """The model's own projections and norms, with the ops that do not write the state."""
 
-    def __init__(self, model: Any, cache: StateCache):
+    def __init__(self, model: Any, cache: StateCache, tokens: int):
         self.model, self.cache = model, cache
         self._inputs: list[tuple[Tensor, tuple]] = []  # of each layer: the convolution's, and the scan's
         self._read = 0
@@ -231,9 +210,10 @@ class _ModelVerifier:
             m = block.mixer
             conv_input, z = m.in_proj(y).chunk(2, -1)  # (1, t, d) each
             conv = (m.conv1d.weight.squeeze(1), m.conv1d.bias, m.conv_activation)
-            u, _ = causal_conv1d(conv_input, *conv, initial_state=self.cache.conv_states[i])
+            conv_state, ssm_state = self.cache.memory(i)
+            u, _ = causal_conv1d(conv_input, *conv, initial_state=conv_state)
             scan_inputs = m._scan_inputs(u, z)
-            y, _ = selective_scan(*scan_inputs, initial_state=self.cache.ssm_states[i])
+            y, _ = selective_scan(*scan_inputs, initial_state=ssm_state)
             x = m.out_proj(y)
             self._inputs.append((conv_input, scan_inputs))
         x, _ = backbone.norm_f(x, residual, wide if self.model.config.residual_in_fp32 else None)
@@ -243,7 +223,7 @@ class _ModelVerifier:
     def _replay(self, m: Tensor) -> None:
         """The recurrences over the first m (1,) of the tokens; the shapes are the same for every m, as a graph needs."""
         for i, (conv_input, (u, delta, *rest)) in enumerate(self._inputs):
-            conv_state, ssm_state = self.cache.conv_states[i], self.cache.ssm_states[i]
+            conv_state, ssm_state = self.cache.memory(i)
             windows = torch.cat([conv_state, conv_input.transpose(1, 2).to(conv_state.dtype)], 2)  # (1, d, k - 1 + t)
             conv_state.copy_(
                 windows.index_select(2, m + torch.arange(conv_state.shape[2], dtype=torch.int64, device=m.device))
@@ -252,44 +232,28 @@ class _ModelVerifier:
             selective_scan_(u, torch.where(kept[:, None], delta, _NO_STEP), *rest, state=ssm_state)
 
 
-class _GraphVerifier(_ModelVerifier):
+class CapturedVerifier(LayersVerifier):
     """The same as two CUDA graphs of a fixed number of tokens; shorter drafts are filled up and the rest not kept."""
 
-    def __init__(self, model: Any, cache: StateCache, tokens: int):
-        super().__init__(model, cache)
+    def __init__(self, model: Any, cache: MambaCache, tokens: int):
+        super().__init__(model, cache, tokens)
         self._ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
         self._kept = torch.zeros(1, dtype=torch.long, device=model.device)
         with torch.no_grad():
-            self._run_verify, self._logits = _captured(model.device, lambda: self._verify(self._ids))
-            self._run_replay, _ = _captured(
-                model.device, lambda: self._replay(self._kept)
-            )  # of 0 tokens: the state stays
+            self._verifying = CapturedGraph(lambda: self._verify(self._ids), model.device, warm_ups=2)
+            # Of 0 tokens: the state stays as it is in the warm-up.
+            self._replaying = CapturedGraph(lambda: self._replay(self._kept), model.device, warm_ups=2)
 
     def __call__(self, tokens: list[int]) -> Tensor:
         self._read = len(tokens)
         filled = tokens + tokens[-1:] * (self._ids.shape[1] - len(tokens))
         self._ids.copy_(torch.tensor([filled], dtype=torch.int64, device="cpu"), non_blocking=True)
-        self._run_verify()
-        return self._logits[: len(tokens)].clone()
+        self._verifying.replay()
+        return self._verifying.result[: len(tokens)].clone()
 
     def commit(self, m: int) -> None:
         _require_read(m, self._read)
         self._read = 0
         self._kept.fill_(m)
-        self._run_replay()
+        self._replaying.replay()
         self.cache.advance(m)
-
-
-def _captured(device: torch.device, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """(replay, the result's memory): ``run`` as a CUDA graph. It runs twice first, so that kernels are compiled."""
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = run()
-    return graph.replay, result

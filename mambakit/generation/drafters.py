@@ -3,44 +3,29 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mambakit.decoding.graph_step import GraphStep, graphs_serve
+from mambakit.decoding.acceptance import draw, probabilities
+from mambakit.decoding.drafting import Draft as Draft
+from mambakit.decoding.drafting import Drafter as Drafter
+from mambakit.decoding.drafting import Scores
+from mambakit.decoding.logits import NO_CHOICE
+from mambakit.decoding.loop import TokenLoop
 from mambakit.decoding.prefill import prefill_states
-from mambakit.decoding.step import forward_step, token_step
-from mambakit.generation.stream import SamplingParams, drawn
-from mambakit.modules import MambaCache
-from mambakit.modules.interception import Watch, modules_of
+from mambakit.decoding.sampled_text import SampledText
+from mambakit.decoding.sampling_params import PROPOSE, SamplingParams
+from mambakit.decoding.slots import SlotPool
+from mambakit.decoding.tables import Tables
+from mambakit.errors import LogitsError
+from mambakit.ops.sampling.api import NO_TOKEN
 from mambakit.quoting import brief
 
 # Places that prompt lookup compares, from the latest back.
 _CANDIDATES = 64
-
-_Scores = Callable[[list[int], Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Draft:
-    """Guesses of the next tokens."""
-
-    tokens: list[int]
-    probabilities: Tensor | None = None
-    """(t, v) float32, the distributions they were drawn from; None where they are certain (a rule, or greedy)."""
-
-
-class Drafter(Protocol):
-    """Guesses what comes next. One drafter serves one text at a time."""
-
-    def begin(self, ids: Tensor, sampling: SamplingParams, scores: _Scores | None, generator: torch.Generator) -> None:
-        """A new text: its prompt (l,), how its tokens are chosen, and where random numbers come from."""
-
-    def propose(self, text: list[int], most: int) -> Draft:
-        """At most ``most`` guesses of what follows ``text``, all tokens so far (the last one is not read by the model yet)."""
 
 
 class PromptLookup:
@@ -59,7 +44,7 @@ class PromptLookup:
             )
         self.longest, self.shortest = longest, shortest
 
-    def begin(self, ids: Tensor, sampling: SamplingParams, scores: _Scores | None, generator: torch.Generator) -> None:
+    def begin(self, ids: Tensor, sampling: SamplingParams, scores: Scores | None, generator: torch.Generator) -> None:
         # Where the latest run of `shortest` tokens like this ends, and for each place where the one before it ends:
         # eight bytes for each token of the text, and an entry for each different run.
         self._latest: dict[tuple[int, ...], int] = {}
@@ -88,8 +73,8 @@ class PromptLookup:
 class DraftModel:
     """Guesses with a smaller model of the same vocabulary, which chooses as the large one is to choose.
 
-    Its own state is rolled back by copies, one for each guess: those of a small model cost less than reading it again. On CUDA its
-    step is a graph, and greedy guesses come from one another without a word to the host.
+    Its own state is rolled back by copies, one for each guess: those of a small model cost less than reading it again. Guesses
+    follow one another on the device; the host waits once for all of them.
 
     Args:
         model: a causal language model in eval mode.
@@ -97,81 +82,100 @@ class DraftModel:
 
     def __init__(self, model: Any):
         self.model = model
-        self._graph: GraphStep | None = None
+        self._loop: TokenLoop | None = None
 
     @torch.no_grad()
-    def begin(self, ids: Tensor, sampling: SamplingParams, scores: _Scores | None, generator: torch.Generator) -> None:
-        self._scores, self._greedy, self._generator = scores, sampling.temperature == 0, generator
-        self._cache: MambaCache = self.model.backbone.new_cache(1)
+    def begin(self, ids: Tensor, sampling: SamplingParams, scores: Scores | None, generator: torch.Generator) -> None:
+        if self._loop is not None:
+            self._loop.pool.close()
+        cache = self.model.backbone.new_cache(1)
         ids = ids.to(self.model.device)
-        prefill_states(self.model, [ids[:-1]], self._cache)
-        if graphs_serve(self.model):
-            if self._graph is None or not self._graph.current:
-                self._graph = GraphStep(self.model, 1)
-            self._graph.load(self._cache)
-            self._cache, self._watch = self._graph.cache, Watch(modules_of(self.model))
-        else:
-            self._graph, self._step = None, token_step(self.model, self._cache)
+        prefill_states(self.model, [ids[:-1]], cache)
+        self._sampler = _Proposing(sampling, self.model.config.vocab_size, ids)
+        self._loop = TokenLoop(SlotPool(self.model, 1, cache), self._sampler, ids[-1:])
         self._read: list[int] = ids[:-1].tolist()
         # snapshots[i]: the state after the first _base + i tokens of _read
-        self._base, self._snapshots = len(self._read), [self._cache.clone()]
+        self._base, self._snapshots = len(self._read), [self._loop.pool.snapshot()]
 
     @torch.no_grad()
     def propose(self, text: list[int], most: int) -> Draft:
+        loop = self._loop
+        assert loop is not None
         known = _agreement(self._read, text, self._base)
         if known < len(self._read):
-            self._return_to(known)
-        self._base, self._snapshots = known, []
-        self._keep()
+            loop.pool.go_back(self._snapshots[known - self._base])
+            del self._read[known:]
+        self._base, self._snapshots = known, [loop.pool.snapshot()]
+        self._sampler.follow(text)
         for token in text[known:-1]:
-            self._advance(token)
-        if self._graph is not None and self._greedy and self._watch.holds():
-            return Draft(self._guesses(self._graph, text[-1], most))
-        tokens: list[int] = []
-        rows: list[Tensor] = []
-        while len(tokens) < most:
-            logits = self._advance((text + tokens)[-1])
-            scores = logits if self._scores is None else self._scores(text + tokens, logits)
-            if self._greedy:
-                tokens.append(int(scores.argmax()))
-            else:
-                rows.append(scores.softmax(-1))
-                tokens.append(drawn(rows[-1][0], self._generator))
-        return Draft(tokens, torch.cat(rows) if rows else None)
-
-    def _advance(self, token: int) -> Tensor:
-        ids = torch.tensor([token], dtype=torch.int64, device=self.model.device)
-        if self._graph is None:
-            logits = self._step(ids)
-        elif not self._watch.holds():  # somebody has put a hook or a forward on a module since
-            logits = forward_step(self.model, self._cache)(ids)
-        else:
-            self._graph.tokens.fill_(token)
-            logits = self._graph()
-        self._read.append(token)
-        self._keep()
-        return logits
-
-    def _guesses(self, graph: GraphStep, token: int, most: int) -> list[int]:
-        """The likeliest tokens after ``token``: the graph leaves each where it reads the next."""
+            loop.read(torch.tensor([token], dtype=torch.int64, device=self.model.device))
+            self._read.append(token)
+            self._snapshots.append(loop.pool.snapshot())
+        loop.tokens = torch.tensor(text[-1:], dtype=torch.int64, device=self.model.device)
         if not most:
-            return []
-        graph.tokens.fill_(token)
-        graph.position.zero_()
+            return Draft([])
+        guesses = []
         for _ in range(most):
-            graph()
-            self._keep()
-        guesses: list[int] = graph.history[0, :most].tolist()
-        self._read += [token, *guesses[:-1]]
-        return guesses
+            guesses.append(loop.write()[0])
+            self._snapshots.append(loop.pool.snapshot())
+        found: list[int] = torch.cat(guesses, 1)[0].tolist()
+        if NO_TOKEN in found:
+            raise LogitsError(NO_CHOICE)
+        self._read += [text[-1], *found[:-1]]
+        return Draft(found, self._sampler.probabilities())
 
-    def _keep(self) -> None:
-        self._snapshots.append(self._cache.clone())
 
-    def _return_to(self, tokens: int) -> None:
-        """The cache as it was after so many tokens; in place, for the step holds on to its memory."""
-        self._cache.restore_(self._snapshots[tokens - self._base])
-        del self._read[tokens:]
+class _Proposing:
+    """A `Chooser` of guesses: drawn as tokens are, with random numbers of their own, and the distributions are kept.
+
+    Penalties and biases count as they do for the text; constraints do not.
+    """
+
+    def __init__(self, sampling: SamplingParams, vocab_size: int, read: Tensor):
+        params = SamplingParams(**{f.name: getattr(sampling, f.name) for f in fields(SamplingParams)})
+        self._text = SampledText(params, vocab_size, read.device, read)
+        self._tables = Tables([self._text], read.device) if self._text.changes_logits else None
+        self._before = [] if self._tables is None else self._tables.snapshot()
+        self._device, self._prompt = read.device, len(read)
+        self._counted = len(read)  # tokens of the text that the tables have
+        self._place = 0  # of the next guess in the text
+        self._kept: list[Tensor] = []
+        self.plain = self._text.plain
+
+    def follow(self, text: list[int]) -> None:
+        """Guess what follows ``text``, all tokens so far."""
+        if self._tables is not None:
+            self._tables.restore(self._before)  # without the guesses
+            for token in text[self._counted :]:
+                self._tables.count(torch.tensor([token], dtype=torch.int64, device=self._device))
+            self._before = self._tables.snapshot()
+        self._counted, self._place, self._kept = len(text), len(text) - self._prompt, []
+
+    def sample(self, logits: Tensor) -> Tensor:
+        if self._tables is not None:
+            logits = self._tables.change(logits)
+        if self._text.params.greedy:
+            token = logits.argmax(-1)
+        else:
+            self._kept.append(probabilities(self._text.params, logits))
+            token = draw(self._kept[-1], self._text.numbers(self._place, 1, PROPOSE))
+        self._place += 1
+        if self._tables is not None:
+            self._tables.count(token)
+        return token
+
+    def probabilities(self) -> Tensor | None:
+        """(t, v) of the guesses since `follow`; None where they are certain."""
+        return torch.cat(self._kept) if self._kept else None
+
+    def select(self, kept: list[int]) -> None:
+        """One slot stays one."""
+
+    def snapshot(self) -> None:
+        """Nothing: `follow` says where a guess begins."""
+
+    def restore(self, snapshot: None) -> None:
+        """See `snapshot`."""
 
 
 def _agreement(read: list[int], text: list[int], start: int) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from mambakit.decoding.parameters import NEW_TOKENS
-from mambakit.decoding.sampler import SampledText
+from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampling_params import SamplingParams
 from mambakit.generation.reading import PromptReading
 from mambakit.generation.token_ids import token_ids
@@ -28,7 +29,7 @@ class Request:
         state: a `StateCache` (`MambaCache`) of one row to continue from; it is copied, never changed.
         keep_state: whether the request is to hold its state at the end.
         context: (p,) int64, what the ``state`` has read: a repetition penalty counts its tokens, too.
-        share: a tuple: whose it is, from the outside in, such as (key, request): at every level rows are divided evenly among those who
+        share: a tuple: whose it is, from the outside in, such as (key, request): at every level slots are divided evenly among those who
             want them. Requests of the same share, by default all, are in the order in which they were submitted. A prompt that
             several requests of a share have is read once, unless the share is ().
 
@@ -56,6 +57,8 @@ class Request:
     exception: Exception | None = field(default=None, init=False, repr=False)
     cached_tokens: int = field(default=0, init=False)
     final_state: StateCache | None = field(default=None, init=False)
+    on_cancel: Callable[[Request], None] | None = field(default=None, init=False, repr=False)
+    """What an engine that writes it wants to be told; its own."""
 
     def __post_init__(self) -> None:
         self.prompt_ids = token_ids("prompt_ids", self.prompt_ids)
@@ -81,11 +84,13 @@ class Request:
     def cancel(self) -> None:
         """Stop before the next token."""
         self.finish_reason = self.finish_reason or "cancelled"
+        if (told := self.on_cancel) is not None:
+            told(self)
 
 
 @dataclass(eq=False)
 class Text:
-    """A request on its way: its prompt is being read; or it has a row; or it has a ``state``, and waits for a row.
+    """A request being served: its prompt is read; or it has a slot; or it has a ``state``, and waits for a slot.
 
     The caller may take tokens out of the request or change its fields: the engine goes by what is here.
     """
@@ -97,9 +102,11 @@ class Text:
     prompt: Path | None
     """The same for texts whose prompt need be read once only; None where it is this one's alone."""
     state: StateCache | None = None
-    since: int = 0
-    """Tokens since it had its row."""
+    seated_at: int = 0
+    """Tokens it had when it got its slot."""
     written: list[int] = field(default_factory=list)
+    counted: int = 0
+    """Of these, what the turns know of."""
     sampled: SampledText | None = None
     """Once its prompt has been read."""
 
@@ -110,8 +117,3 @@ class Text:
         read = torch.cat([ids.to(device, torch.int64) for ids in parts])
         self.sampled = SampledText(request.sampling, vocab_size, device, read)
         return self.sampled
-
-    def take(self, token: int) -> None:
-        self.written.append(token)
-        self.request.tokens.append(token)
-        self.since += 1

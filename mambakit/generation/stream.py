@@ -9,38 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.decoding.choosing import NO_CHOICE, are_numbers, draw
+from mambakit.decoding.loop import SlotLoop
 from mambakit.decoding.parameters import CHUNK_SIZE, NEW_TOKENS
 from mambakit.decoding.prefill import prefill
-from mambakit.decoding.sampler import SampledText, Sampler
+from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampling_params import SamplingParams
-from mambakit.decoding.step import token_step
+from mambakit.decoding.slots import SlotPool
 from mambakit.errors import LogitsError
 from mambakit.generation.stopping import StopSearch, read_stops
 from mambakit.generation.token_ids import require_in_vocabulary, token_ids
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 from mambakit.ops.sampling.api import NO_TOKEN
 from mambakit.quoting import quoted
-
-
-def token_number(chosen: int) -> int:
-    """The token that a chooser chose, on the host; RuntimeError where the logits were no numbers."""
-    if chosen == NO_TOKEN:
-        raise LogitsError(NO_CHOICE)
-    return chosen
-
-
-def likeliest(scores: Tensor) -> Tensor:
-    """(b,) the most probable tokens by ``scores`` (b, v), `NO_TOKEN` where they are no numbers."""
-    token = scores.argmax(-1)
-    return token.masked_fill(~are_numbers(scores, token), NO_TOKEN)
-
-
-def drawn(weights: Tensor, generator: torch.Generator) -> int:
-    """A token drawn by ``weights`` (v,), which need not add up to 1: `torch.multinomial`'s; the device is waited for once."""
-    token, sane = draw(weights[None], generator)
-    return token_number(int(token.masked_fill(~sane, NO_TOKEN)))
-
 
 Sampling = SamplingParams
 """The earlier name."""
@@ -69,7 +49,7 @@ class Stream:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
-    cache: MambaCache | None = None
+    cache: StateCache | None = None
     chunk_size: int | None = None
     progress: Callable[[int], None] | None = None
     context: Tensor | None = None
@@ -95,48 +75,68 @@ class Stream:
     @torch.no_grad()
     def __iter__(self) -> Iterator[str]:
         model, device = self.model, self.model.device
-        ids = self.prompt_ids.to(device)[None]
-        cache = self.cache = self.cache or model.backbone.new_cache(1)
-        ends = _end_tokens(model)
-        read = (
-            self.prompt_ids
-            if self.context is None
-            else torch.cat([self.context.to(self.prompt_ids.device), self.prompt_ids])
-        )
-        sampler, text = Sampler(), SampledText(self.sampling, model.config.vocab_size, device, read)
-        logits = self._read(ids)
-        step = token_step(model, cache)
-        shown = StoppingDecoder(self.tokenizer, self.stop)
-        while len(self.tokens) < self.max_new_tokens:
-            (number,) = sampler.choose(logits, [text])
-            if number == NO_TOKEN:
-                raise text.exception or LogitsError(text.error)
-            if number in ends:
+        ids = self.prompt_ids.to(device)
+        self.cache = self.cache or model.backbone.new_cache(1)
+        known = ids if self.context is None else torch.cat([self.context.to(device), ids])
+        sampled = SampledText(self.sampling, model.config.vocab_size, device, known)
+        logits = prefill(model, ids[None], self.cache, chunk_size=self.chunk_size, progress=self.progress)
+        with self._writer(sampled, self.cache, known) as writer:
+            yield from self._pieces(writer, logits)
+
+    def _writer(self, sampled: SampledText, cache: StateCache, known: Tensor) -> _Writer:
+        """Writes the tokens after the prompt; ``known`` (l,) are all tokens so far."""
+        return _Writer(sampled, SlotPool(self.model, 1, cache))
+
+    def _pieces(self, writer: _Writer, logits: Tensor) -> Iterator[str]:
+        assembly = _Assembly(self.tokenizer, self.stop, _end_tokens(self.model))
+        chosen = writer.first(logits) if self.max_new_tokens else []
+        while chosen:
+            if chosen[-1] == NO_TOKEN:
+                raise writer.sampled.exception or LogitsError(writer.sampled.error)
+            kept, piece, reason = assembly.take(chosen)
+            self.tokens += kept
+            # Of a text that goes on the last token is not read yet; nor is one that completes a stop string.
+            writer.keep(chosen, kept, len(kept) + (reason == "end"))
+            if piece:
+                self.text += piece
+                yield piece
+            if reason:
                 self.finish_reason = "stop"
                 break
-            self.tokens.append(number)
-            piece = shown.push(number)
-            self.text += piece
-            if shown.stopped:
-                self.finish_reason = "stop"
-            if piece or shown.stopped:
-                yield piece
-            if shown.stopped:
-                return
-            if len(self.tokens) < self.max_new_tokens:
-                logits = step(torch.tensor([number], dtype=torch.int64, device=device))
-        else:
-            self.finish_reason = "length"
-        if rest := shown.rest():
+            left = self.max_new_tokens - len(self.tokens)
+            chosen = writer.next(left) if left else []
+        self.finish_reason = self.finish_reason or "length"
+        if rest := assembly.rest():
             self.text += rest
             yield rest
-        if shown.stopped:  # in the text of what looked like half a character
+        if assembly.stopped:  # also in the text of what looked like half a character
             self.finish_reason = "stop"
 
-    def _read(self, ids: Tensor) -> Tensor:
-        """Read the prompt in chunks; the logits (1, v) after it."""
-        assert self.cache is not None
-        return prefill(self.model, ids, self.cache, chunk_size=self.chunk_size, progress=self.progress)
+
+class _Writer:
+    """Writes one text's tokens in the one slot of a pool, whose state has read the prompt."""
+
+    def __init__(self, sampled: SampledText, pool: SlotPool, guesses: int = 0):
+        self.sampled, self.loop = sampled, SlotLoop(pool, guesses)
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.pool.close()
+
+    def first(self, logits: Tensor) -> list[int]:
+        """The first token, after the prompt's logits (1, v)."""
+        (token,) = self.loop.first(self, logits)
+        self.loop.seat(0, self, token)
+        return [token]
+
+    def next(self, most: int) -> list[int]:
+        """At most ``most`` >= 1 tokens that follow; `NO_TOKEN` is the last where none can be chosen."""
+        return self.loop.look()[0]
+
+    def keep(self, chosen: list[int], kept: list[int], read: int) -> None:
+        """Of the tokens ``chosen`` last, ``kept`` are the text's; of the token before and these, ``read`` are to be in the state."""
 
 
 # A character has at most 4 bytes, and so many tokens. Where more wait for their text, their bytes are no text.
@@ -182,6 +182,35 @@ class _TextDecoder:
 
     def _text(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+class _Assembly:
+    """Tokens to text, in the pieces that may be shown, until an end token or a stop string."""
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], ends: set[int]):
+        self._shown, self._ends = StoppingDecoder(tokenizer, stop), ends
+
+    def take(self, chosen: list[int]) -> tuple[list[int], str, str]:
+        """(the tokens that belong to the text, text to show, "end" or "stop" where it is over)."""
+        kept: list[int] = []
+        piece = ""
+        for token in chosen:
+            if token in self._ends:
+                return kept, piece, "end"
+            kept.append(token)
+            piece += self._shown.push(token)
+            if self._shown.stopped:
+                return kept, piece, "stop"
+        return kept, piece, ""
+
+    def rest(self) -> str:
+        """What was held back, once the text is over."""
+        return self._shown.rest()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self._shown.stopped
 
 
 class StoppingDecoder:

@@ -1,4 +1,4 @@
-"""AutoConfig, AutoModel*, AutoTokenizer: transformers' interface, for Mamba models only and in either checkpoint format."""
+"""AutoConfig, AutoModel*, AutoTokenizer: transformers' interface, for the families and formats that mambakit has."""
 
 from __future__ import annotations
 

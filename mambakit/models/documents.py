@@ -1,14 +1,14 @@
-"""Where documents begin in a batch, by every name under which collators say it.
+"""Where documents begin in a batch, from any of the arguments in which collators mark it.
 
 - ``position_ids`` (b, l): positions that restart;
 - ``seq_idx`` (b, l): the document of each token (transformers' DataCollatorWithFlattening, TRL, causal_conv1d);
-- ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (s + 1,): cumulative lengths over all b * l tokens (flash attention); attention would take two,
-  a state is read and written at the same places;
-- ``max_length_q`` and ``max_length_k``: no document is longer;
+- ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (s + 1,): cumulative lengths over all b * l tokens (flash attention).
+  Attention has one for queries and one for keys; here both must be equal;
+- ``max_length_q`` and ``max_length_k``: the length of the longest document;
 - ``attention_mask`` (b, l) with values above 1: 0 is padding, other values are documents;
-- ``cu_seqlens`` (s + 1,): cumulative lengths over one row, where with a state sequence i goes on from row i of it.
+- ``cu_seqlens`` (s + 1,): cumulative lengths over one row; with a state, sequence i continues slot i.
 
-Each says which tokens begin a document, and what is said twice must agree.
+Each marks the tokens that begin a document. Where several are given they must agree.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ONLY_A_MASK = (
 
 
 class Marks(NamedTuple):
-    """The arguments of a forward that mark documents, as they were given: tensors, arrays or lists."""
+    """The arguments of a forward that mark documents: tensors, arrays or lists."""
 
     position_ids: Any = None
     cu_seqlens: Any = None
@@ -43,12 +43,11 @@ class Marks(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """What marks and a mask say of a (b, l) batch.
+    """The documents of a (b, l) batch.
 
     Attributes:
-        keep: (b, l) bool, the real tokens; None when all are.
-        starts: (b, l) bool, the tokens that begin a document; None where nothing was said. A row's first token begins one where that
-            was said in so many words (position 0).
+        keep: (b, l) bool, the real tokens; None when all are. starts: (b, l) bool, the tokens that begin a document;
+        None where nothing marks documents. A row's first token is among them only where it is marked (position 0).
     """
 
     keep: Tensor | None
@@ -58,11 +57,11 @@ class Documents(NamedTuple):
 def documents_of(
     shape: tuple[int, int], device: torch.device, attention_mask: Any, marks: Marks, seen: int = 0, check: bool = True
 ) -> Documents:
-    """Bring mask and marks together.
+    """The documents that a mask and marks describe.
 
     Args:
-        seen: tokens of each row that are in the state already: what has a column for each token may cover them, too.
-        check: raise where values are not what they can be, or disagree. It waits for the device.
+        seen: tokens of each row that are in the state already. Arguments with a column for each token may cover them.
+        check: raise where values are impossible or disagree. This waits for the device.
 
     Raises:
         ValueError: a wrong shape or value, or two marks that disagree.
@@ -109,7 +108,7 @@ def as_lengths(name: str, cu: Any, device: torch.device | None = None) -> Tensor
 
 
 def require_cumulative(name: str, cu: Tensor, shape: tuple[int, int]) -> None:
-    """ValueError unless ``cu`` divides the b * l tokens of a batch into sequences within rows."""
+    """ValueError unless ``cu`` divides the b * l tokens of a batch into sequences, each within a row."""
     b, length = shape
     values = cu.tolist()
     if values[0] != 0 or values[-1] != b * length or values != sorted(values):
@@ -134,7 +133,7 @@ def _starts_of_lengths(name: str, cu: Any, shape: tuple[int, int], device: torch
 
 
 def _columns(name: str, given: Any, shape: tuple[int, int], seen: int, device: torch.device) -> Tensor:
-    """A tensor (b, l) or (b, seen + l); one row serves all."""
+    """``given`` as a tensor (b, l) or (b, seen + l); one row is repeated for all."""
     b, length = shape
     tensor = torch.as_tensor(given, device=device)
     if name != "attention_mask" and tensor.dim() in (1, 2) and tensor.shape[:-1] in ((), (1,)):
@@ -150,25 +149,24 @@ def _last(tensor: Tensor, columns: int) -> Tensor:
 
 
 def _numbers_documents(mask: Tensor) -> bool:
-    """Whether the mask's values are documents, and not only 0 and 1."""
+    """Whether the mask numbers documents, with values above 1."""
     if mask.numel() == 0:
         return False
     least, most = torch.stack(torch.aminmax(mask)).tolist()
     whole = not mask.is_floating_point() or bool((mask == mask.round()).all())
     if least < 0 or not whole:
         raise ValueError(
-            f"attention_mask has values from {least} to {most}; give 1 for a token and 0 for padding (or the number of each "
-            "token's document), not what is added to attention scores"
+            f"attention_mask has values from {least} to {most}; give 1 for a token and 0 for padding (or the number of "
+            "each token's document), not what is added to attention scores"
         )
     return most > 1
 
 
 def _only_a_mask(mask: Tensor) -> Tensor:
-    """``mask`` as bool; a traced program looks at each mask whether that is all that it says."""
+    """``mask`` as bool. A traced program checks at each call that its values are 0 and 1."""
     sound = ((mask == 0) | (mask == 1)).all()
-    if (
-        torch.jit.is_tracing() and mask.device.type == "cpu"
-    ):  # its dead code elimination takes a statement without a result away
+    # jit's dead code elimination would remove an assertion whose result nothing uses.
+    if torch.jit.is_tracing() and mask.device.type == "cpu":
         token = torch.ops.aten._functional_assert_async.msg(sound, _ONLY_A_MASK, torch.ones_like(sound))
         return mask.bool() & token
     torch._assert_async(sound, _ONLY_A_MASK)
@@ -176,7 +174,7 @@ def _only_a_mask(mask: Tensor) -> Tensor:
 
 
 def _as_wide(keep: Tensor | None, like: Tensor) -> Tensor | None:
-    """``keep`` with as many columns as ``like``: of columns that only one of them covers, the tokens are real."""
+    """``keep`` with as many columns as ``like``; tokens in columns that only ``like`` has are real."""
     if keep is None or keep.shape == like.shape:
         return keep
     if keep.shape[1] > like.shape[1]:
@@ -202,7 +200,7 @@ def _changes(ids: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def begin_inside(starts: Tensor, keep: Tensor | None) -> Tensor:
-    """``starts`` but for each row's first real token: where a document begins after another one."""
+    """``starts`` without each row's first real token: where a document follows another one in its row."""
     if keep is None:
         return torch.cat([torch.zeros_like(starts[:, :1]), starts[:, 1:]], 1)
     return starts & keep & (keep.cumsum(1) > 1)
@@ -217,8 +215,8 @@ def _require_agreement(found: dict[str, Tensor], keep: Tensor | None) -> None:
         return
     which, row, column = differs.nonzero()[0].tolist()
     raise ValueError(
-        f"{first} and {others[which][0]} mark different documents: only one of them has one begin at row {row}, token {column}; "
-        "drop the one that is wrong"
+        f"{first} and {others[which][0]} mark different documents: only one of them has one begin at row {row}, token "
+        f"{column}; drop the one that is wrong"
     )
 
 

@@ -6,7 +6,7 @@ What is done here and not there: prompts padded on any side, a state that alread
 
 from __future__ import annotations
 
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,16 +15,20 @@ from transformers import GenerationMixin
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from mambakit.decoding.choosing import WITHOUT_WAITING, Choosing
-from mambakit.decoding.graph_step import graphs_serve
-from mambakit.decoding.prefill import chunk_sizes, prefill, prefill_states, reads_in_buckets
+from mambakit.decoding.chunks import chunk_sizes
+from mambakit.decoding.cuda_graph import graphs_serve
+from mambakit.decoding.loop import write_tokens
+from mambakit.decoding.prefill import prefill, prefill_states, reads_in_buckets
+from mambakit.decoding.processor_sampler import WITHOUT_WAITING, ProcessorSampler
+from mambakit.decoding.sampler import Chooser
 from mambakit.decoding.scaling import widened
-from mambakit.decoding.token_loop import GeneratingSteps, write_tokens
+from mambakit.decoding.seeded import seeded_sampler
+from mambakit.decoding.transformers_steps import TransformersSteps
 from mambakit.models.inputs import one_cache
 from mambakit.models.options import check_generating, setting
 from mambakit.models.outputs import CACHE_NAMES
 from mambakit.models.pretrained import MambaPreTrainedModel
-from mambakit.modules import StateCache as MambaCache
+from mambakit.modules import StateCache
 from mambakit.modules.interception import is_ours
 from mambakit.number import SEED
 from mambakit.quoting import brief
@@ -35,8 +39,6 @@ _ARGUMENT, _RESULT = (
     if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__
     else ("cache_params", "past_key_values")
 )
-# Of the `generate` call under way in this thread of work.
-_steps: ContextVar[GeneratingSteps | None] = ContextVar("steps", default=None)
 
 
 class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
@@ -45,7 +47,14 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
     backbone: Any
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, generation_config=None, *args, seed: int | None = None, **kwargs):
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config=None,
+        *args,
+        seed: int | Sequence[int] | None = None,
+        **kwargs,
+    ):
         """Generate tokens. Arguments and results are transformers' `GenerationMixin.generate`; greedy and sampled tokens are chosen
         without waiting for the device where nothing looks at them in between (docs/generation.md). And besides:
 
@@ -59,8 +68,13 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
             prefill_chunk_size: read the prompt this many tokens at a time; memory does not grow with its length. Without it
                 prompts of more than 16,384 tokens in all (1,024 on a CPU) are read in chunks of about so many, one text on
                 a GPU in pieces of at most 4,096.
-            seed: seeds this call's sampling alone; the global generator is left as it was.
+            seed: seeds this call's sampling alone; the global generator is left as it was. A sequence has a seed for each text that is
+                written: a text then has random numbers of its own, those of `mambakit.generation`'s streams and engine, and does not
+                depend on the others of its batch.
         """
+        seeds = None
+        if isinstance(seed, (list, tuple)):
+            seeds, seed = [int(SEED.read(f"seed[{i}]", one)) for i, one in enumerate(seed)], None
         seed = SEED.read("seed", seed)
         if seed is not None:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -75,6 +89,10 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         chunk = getattr(generation_config, "prefill_chunk_size", None) if chunk is None else chunk
         if chunk is not None and chunk < 1:
             raise ValueError(f"prefill_chunk_size is {brief(chunk)}; it must be 1 or more")
+        steps = TransformersSteps(self, seeds)
+        if seeds is not None and setting(kwargs, settings, "num_beams", 1) > 1:
+            raise ValueError(f"seed has {len(seeds)} seeds; beams share one random number generator: give one seed")
+        kwargs["steps"] = steps
         if input_ids is None:  # from inputs_embeds, or from a bos token alone
             if chunk:
                 raise ValueError("prefill_chunk_size reads input_ids in chunks; give the prompt as input_ids")
@@ -82,7 +100,10 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
                 _require_left_padding(mask)
             if cache is not None:
                 kwargs[_ARGUMENT] = cache
-            result = super().generate(inputs, generation_config, *args, attention_mask=mask, **kwargs)
+            try:
+                result = super().generate(inputs, generation_config, *args, attention_mask=mask, **kwargs)
+            finally:
+                steps.close()
             return result if isinstance(result, Tensor) else _with_each_name(result)
 
         given = input_ids
@@ -100,35 +121,33 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
 
         copies = max(setting(kwargs, settings, "num_beams", 1), setting(kwargs, settings, "num_return_sequences", 1))
         use_cache = setting(kwargs, settings, "use_cache", True)
-        steps = GeneratingSteps(self)
         given_cache = cache
         limit = chunk_sizes(self.device).batch
         whole = bool(setting(kwargs, settings, "output_hidden_states", False))  # asks for the whole prompt's
         alone = copies == 1 and use_cache and not whole and reads_in_buckets(self, input_ids.shape[0])
         if alone and is_ours(self) and (mask is None or bool(mask[:, -new:].all())):
             cache = self.backbone.new_cache(1) if cache is None else cache
-            steps.longest_piece, chunk = int(chunk or limit), None
+            steps.chunk_size, chunk = int(chunk or limit), None
         elif not chunk and use_cache and not whole and input_ids.shape[0] * new > limit:
             chunk = max(64, limit // input_ids.shape[0])
         if chunk and not use_cache:
             raise ValueError("prefill_chunk_size keeps the prompt in a cache; drop use_cache=False")
-        before = _steps.set(steps)
         try:
             if chunk:
                 cache = self.backbone.new_cache(input_ids.shape[0]) if cache is None else cache
                 last_too = copies == 1 and not whole and is_ours(self)
-                cached, logits = self._prefill_in_chunks(input_ids, mask, cache, cached, int(chunk), last_too)
-                steps.after_prompt = logits
+                cached, steps.prompt_logits = self._prefill_in_chunks(
+                    input_ids, mask, cache, cached, int(chunk), last_too
+                )
             if cache is not None:
                 if copies > 1:
                     cache = cache.clone()
                     cache.batch_repeat_interleave(copies)
                 steps.own_cache = None if cache is given_cache else cache
                 kwargs[_ARGUMENT] = cache
-                kwargs["cached_columns"] = cached
+                steps.cached_columns = cached
             result = super().generate(input_ids, generation_config, *args, attention_mask=mask, **kwargs)
         finally:
-            _steps.reset(before)
             steps.close()
 
         sequences = result if isinstance(result, Tensor) else result.sequences
@@ -140,15 +159,6 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         if (final := getattr(result, _RESULT)) is not None:
             final.remember_tail(sequences)
         return _with_each_name(result)
-
-    def next_logits(self, input_ids: Tensor | None, cache: MambaCache | None) -> Tensor | None:
-        """(b, v) logits of one more token per row by the fast step of the `generate` under way; None where there is none."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a trace is of the forward
-            return None
-        steps = _steps.get()
-        if steps is None or steps.model is not self or input_ids is None or cache is None or input_ids.shape[1] != 1:
-            return None
-        return steps.logits(input_ids[:, 0], cache)
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' processors, those of extreme numbers computed in float64: its own overflow float32 there."""
@@ -165,41 +175,76 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         streamer=None,
         **kwargs,
     ):
-        """transformers' token loop, or the same tokens from a loop of our own (`write_tokens`), where nothing looks at them in
-        between and no processor waits for the device; a GPU then says no word to the host until texts may have ended."""
-        wanted = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
-        looked_at = synced_gpus or streamer is not None or not kwargs.get("use_cache", True)
-        looked_at = looked_at or any(type(p) not in WITHOUT_WAITING for p in logits_processor)
-        looked_at = looked_at or any(getattr(generation_config, name, None) for name in wanted)
-        looked_at = looked_at or any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in stopping_criteria)
-        looked_at = looked_at or not is_ours(self)
-        if looked_at or not (graphs_serve(self) or self.device.type == "cpu"):
-            return super()._sample(
-                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **kwargs
+        """transformers' loop over tokens; or the same tokens from `write_tokens`, where nothing looks at them in between and no
+        processor waits for the device. Then there is no device-to-host sync until texts may have ended."""
+        steps: TransformersSteps | None = kwargs.get("steps")
+        cache: StateCache | None = kwargs.get(_ARGUMENT)
+        if steps is not None and steps.chunk_size and cache is not None:
+            prompt = input_ids[:, steps.cached_columns :]
+            steps.prompt_logits = prefill(self, prompt, cache, chunk_size=steps.chunk_size)
+        looked_at = self._looked_at(logits_processor, stopping_criteria, generation_config, streamer, kwargs)
+        if synced_gpus:
+            looked_at = "synced_gpus"
+        seeds = None if steps is None else steps.seeds
+        if seeds is not None and looked_at:
+            raise ValueError(
+                f"seed has {len(seeds)} seeds, which {looked_at} does not go with; drop it, or give one seed"
             )
-        output = self(
-            **self.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs), return_dict=True
-        )
-        cache, logits = output.cache, output.logits[:, -1]
+        if seeds is None:
+            if looked_at or not is_ours(self) or not (graphs_serve(self) or self.device.type == "cpu"):
+                return super()._sample(
+                    input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **kwargs
+                )
+            sampler: Chooser = ProcessorSampler(logits_processor, bool(generation_config.do_sample), input_ids)
+        else:
+            sampler = seeded_sampler(
+                self,
+                seeds,
+                logits_processor,
+                bool(generation_config.do_sample),
+                input_ids,
+                kwargs.get("attention_mask"),
+            )
+        if steps is not None and steps.prompt_logits is not None:
+            logits, steps.prompt_logits = steps.prompt_logits, None
+        else:
+            step = self.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
+            output = self(**step, return_dict=True)
+            cache, logits = output.cache, output.logits[:, -1]
         ends = [c.eos_token_id.to(self.device) for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
         most = min(c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)) - input_ids.shape[1]
-        choose = Choosing(
-            list(logits_processor),
-            sample=bool(generation_config.do_sample),
-            ends=torch.cat(ends) if ends else None,
-            padding=int(generation_config._pad_token_tensor) if ends else 0,
-        )
-        given, steps = kwargs.get(_ARGUMENT), _steps.get()
+        padding = int(generation_config._pad_token_tensor) if ends else 0
+        given = kwargs.get(_ARGUMENT)
         own = given is None or (steps is not None and steps.own_cache is given)
         kept = bool(generation_config.return_dict_in_generate) or not own
-        tokens = write_tokens(self, cache, input_ids, logits, most, choose, kept)
+        tokens = write_tokens(
+            self, cache, input_ids, logits, most, sampler, kept, torch.cat(ends) if ends else None, padding
+        )
         sequences = torch.cat([input_ids, tokens], 1)
         if not generation_config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(sequences=sequences, **{_RESULT: cache})
 
+    @staticmethod
+    def _looked_at(processors: Any, criteria: Any, settings: Any, streamer: Any, kwargs: dict[str, Any]) -> str:
+        """What wants to see each token or its scores; "" for nothing."""
+        if streamer is not None:
+            return "a streamer"
+        if not kwargs.get("use_cache", True):
+            return "use_cache=False"
+        for one in processors:
+            if type(one) not in WITHOUT_WAITING:
+                return type(one).__name__
+        for name in ("output_scores", "output_logits", "output_hidden_states", "output_attentions"):
+            if getattr(settings, name, None):
+                return name
+        for one in criteria:
+            if type(one) not in (MaxLengthCriteria, EosTokenCriteria):
+                return type(one).__name__
+        return ""
+
     def _prefill_in_chunks(
-        self, ids: Tensor, mask: Tensor | None, cache: MambaCache, cached: int, chunk: int, last_too: bool
+        self, ids: Tensor, mask: Tensor | None, cache: StateCache, cached: int, chunk: int, last_too: bool
     ) -> tuple[int, Tensor | None]:
         """Read the prompt but for its last token, or with it: (the columns of ``ids`` that generation need not read, the logits (b, v) after
         the last)."""
@@ -224,36 +269,32 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        cache_params: MambaCache | None = None,
+        cache_params: StateCache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        cached_columns: int = 0,
+        steps: TransformersSteps | None = None,
         is_first_iteration: bool | None = False,
         next_sequence_length: int | None = None,
-        cache: MambaCache | None = None,
-        past_key_values: MambaCache | None = None,
+        cache: StateCache | None = None,
+        past_key_values: StateCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The inputs of one step: the prompt's columns that are not in the cache at first, then the last token."""
         cache_params = one_cache(cache=cache, cache_params=cache_params, past_key_values=past_key_values)
         step: dict[str, Any] = {"use_cache": use_cache, "cache_params": cache_params}
-        steps = _steps.get()
-        steps = steps if is_first_iteration and steps is not None and steps.model is self else None
-        if steps is not None and steps.longest_piece:
-            assert cache_params is not None
-            prompt = input_ids[:, cached_columns:]
-            steps.after_prompt = prefill(self, prompt, cache_params, chunk_size=steps.longest_piece)
-        if steps is not None and steps.after_prompt is not None:
-            step["input_ids"] = input_ids[:, -1:]  # it is read: forward is told the logits after it
+        if is_first_iteration and steps is not None and steps.prompt_logits is not None:
+            step |= {"input_ids": input_ids[:, -1:], "steps": steps}  # it is read: forward says the logits after it
         elif is_first_iteration or not use_cache:
             step["attention_mask"] = attention_mask
             if inputs_embeds is not None and is_first_iteration:
                 step["inputs_embeds"] = inputs_embeds
             else:
-                step["input_ids"] = input_ids[:, cached_columns:]
+                step["input_ids"] = input_ids[:, 0 if steps is None else steps.cached_columns :]
         else:
             step["input_ids"] = input_ids[:, -1:]  # every row has a real token here, so no mask
+            if is_ours(self):  # another forward has not heard of it
+                step["steps"] = steps
         for name in ("output_hidden_states", "logits_to_keep", "return_dict"):
             if name in kwargs:
                 step[name] = kwargs[name]
@@ -268,7 +309,7 @@ def _with_each_name(result: Any) -> Any:
     return result
 
 
-def _cached_columns(cache: MambaCache, input_ids: Tensor, mask: Tensor | None) -> int:
+def _cached_columns(cache: StateCache, input_ids: Tensor, mask: Tensor | None) -> int:
     """How many leading columns of ``input_ids`` the cache already holds: none of them, or all it has seen."""
     seen, length = cache.get_seq_length(), input_ids.shape[1]
     if seen == 0 or length <= seen or (mask is not None and mask.shape[1] == seen + length):

@@ -1,4 +1,4 @@
-"""From forward's arguments to a packing: masks, positions and cumulative lengths, checked once per forward."""
+"""forward's arguments made into a packing: masks, positions and cumulative lengths, checked once per forward."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ IGNORE = -100
 
 
 def one_cache(**given: Any) -> StateCache | None:
-    """The state among the names of one argument.
+    """The state, given under one of its names (`mambakit.models.outputs.CACHE_NAMES`).
 
     Raises:
         ValueError: two names with two states.
-        TypeError: something that is no `StateCache`.
+        TypeError: something that is not a `StateCache`.
     """
     caches = {name: cache for name, cache in given.items() if cache is not None}
     cache = next(iter(caches.values()), None)
@@ -36,7 +36,7 @@ def one_cache(**given: Any) -> StateCache | None:
 def packing_of(
     shape: tuple[int, int], device: torch.device, attention_mask: Tensor | None, marks: Marks, cache: StateCache | None
 ) -> Packing | None:
-    """The packing of a (b, l) batch, or None where it can run as it is."""
+    """The packing of a (b, l) batch, or None where there is nothing to pack."""
     b, length = shape
     if marks.cu_seqlens is not None:
         cu_seqlens = as_lengths("cu_seqlens", marks.cu_seqlens, device)
@@ -68,7 +68,7 @@ def packing_of(
 
 
 def shifted_labels(labels: Tensor, attention_mask: Tensor | None, marks: Marks) -> Tensor:
-    """Targets (b, l): position t is to predict token t + 1, -100 where there is none to predict."""
+    """Targets (b, l) int64: token t + 1 at position t; -100 where the loss is not computed."""
     last = labels.shape[1]
     mask = None if attention_mask is None else torch.as_tensor(attention_mask, device=labels.device)[:, -last:]
     cut = {

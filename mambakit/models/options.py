@@ -1,4 +1,4 @@
-"""transformers' options that a Mamba model here cannot follow, each with what to do in its place: none is ignored in silence."""
+"""transformers' options that a Mamba model cannot follow, each with its remedy: none is ignored in silence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 from mambakit.quoting import brief
 
-_ONE_PROCESS = "a model is loaded by one process onto the devices of device_map; `mambakit train` and `mambakit serve` spread over several"
+_ONE_PROCESS = (
+    "a model is loaded by one process onto the devices of device_map; `mambakit train` and `mambakit serve` spread "
+    "over several"
+)
 _OWN_KERNELS = "mambakit brings its own kernels (`mambakit env` lists them); drop it"
 _NO_ADAPTERS = "load the base model, then mambakit.training.lora.load_adapters or peft.PeftModel.from_pretrained"
 _LOADING = {
@@ -15,22 +18,26 @@ _LOADING = {
     "quantization_config": 'use quantization="int8", "int4" or "lossless"',
     "gguf_file": "it reads safetensors and .bin; convert the file first",
     "variant": "it reads model.safetensors or pytorch_model.bin; give the file that name in a folder of its own",
-    "from_tf": "it reads PyTorch's weights; convert them first", "from_flax": "it reads PyTorch's weights; convert them first",
+    "from_tf": "it reads PyTorch's weights; convert them first",
+    "from_flax": "it reads PyTorch's weights; convert them first",
     "tp_plan": _ONE_PROCESS, "tp_size": _ONE_PROCESS, "device_mesh": _ONE_PROCESS, "distributed_config": _ONE_PROCESS,
     "use_kernels": _OWN_KERNELS, "kernel_config": _OWN_KERNELS, "allow_all_kernels": _OWN_KERNELS,
     "experts_implementation": "a Mamba model has no experts; drop it",
     "key_mapping": "names are translated already; rename the tensors in the file where they are others",
     "adapter_kwargs": _NO_ADAPTERS, "adapter_name": _NO_ADAPTERS,
     "proxies": "set HTTPS_PROXY, which huggingface_hub reads", "use_auth_token": "its name is token",
-    "resume_download": "downloads are always resumed; drop it", "mirror": "set HF_ENDPOINT", "code_revision": "no code is loaded; drop it",
-    "tqdm_class": "downloads show huggingface_hub's own bars; drop it", "offload_state_dict": "use device_map and offload_folder",
+    "resume_download": "downloads are always resumed; drop it", "mirror": "set HF_ENDPOINT",
+    "code_revision": "no code is loaded; drop it",
+    "tqdm_class": "downloads show huggingface_hub's own bars; drop it",
+    "offload_state_dict": "use device_map and offload_folder",
 }  # fmt: skip
-# Options of which another value than this one cannot be followed.
+# Options that can have one value only.
 _ONLY = {
     "weights_only": (True, "pickled code is never run; get the weights as safetensors"),
     "low_cpu_mem_usage": (True, "weights are always read without a second copy; drop it"),
 }
-_SAID = {
+# Options that change nothing: a warning says why.
+_WITHOUT_EFFECT = {
     "attn_implementation": "a Mamba model has no attention, so the choice changes nothing",
     "trust_remote_code": "mambakit's own classes read the checkpoint, and no code of it is run",
 }
@@ -41,22 +48,29 @@ _SPECULATIVE = (
 _INPUTS = "generate() reads one document in each row; give attention_mask for padding"
 _GENERATING = {
     "assistant_model": _SPECULATIVE, "assistant_tokenizer": _SPECULATIVE, "prompt_lookup_num_tokens": _SPECULATIVE,
-    "assistant_early_exit": _SPECULATIVE, "use_mtp": _SPECULATIVE, "cache_implementation": "a Mamba state has one form; drop the argument",
-    "cache_config": "a Mamba state has one form; drop the argument", "max_cache_len": "a Mamba state does not grow; drop the argument",
-    "output_attentions": "a Mamba model has no attentions; ask for output_hidden_states", "position_ids": _INPUTS, "seq_idx": _INPUTS,
-    "cu_seqlens": _INPUTS, "cu_seq_lens_q": _INPUTS, "cu_seq_lens_k": _INPUTS, "max_length_q": _INPUTS, "max_length_k": _INPUTS,
+    "assistant_early_exit": _SPECULATIVE, "use_mtp": _SPECULATIVE,
+    "cache_implementation": "a Mamba state has one form; drop the argument",
+    "cache_config": "a Mamba state has one form; drop the argument",
+    "max_cache_len": "a Mamba state does not grow; drop the argument",
+    "output_attentions": "a Mamba model has no attentions; ask for output_hidden_states",
+    **dict.fromkeys(
+        ("position_ids", "seq_idx", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+        _INPUTS,
+    ),
     "labels": "generate() has no loss; call the model", "num_items_in_batch": "generate() has no loss; call the model",
     "token_type_ids": "a Mamba model has no token types; drop them",
 }  # fmt: skip
 
 
 def check_loading(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of `from_pretrained`, `from_config` and `pipeline` without those that change nothing, which are said.
+    """The options of `from_pretrained`, `from_config` and `pipeline` that remain to be followed.
+
+    Those that change nothing are taken out, with a warning.
 
     Raises:
         ValueError: an option that cannot be followed.
     """
-    # transformers' Auto classes pass on the revision that they found, which asks for no adapter.
+    # transformers' Auto classes pass the revision that they found here. It asks for no adapter.
     passed_on = options.get("adapter_kwargs")
     if isinstance(passed_on, dict) and passed_on.keys() <= {"revision", "_commit_hash"}:
         options = {name: value for name, value in options.items() if name != "adapter_kwargs"}
@@ -66,10 +80,10 @@ def check_loading(options: dict[str, Any]) -> dict[str, Any]:
     for name, (only, remedy) in _ONLY.items():
         if options.get(name) not in (None, only):
             raise ValueError(f"{name}={brief(options[name])} cannot be followed: {remedy}")
-    for name, why in _SAID.items():
+    for name, why in _WITHOUT_EFFECT.items():
         if options.get(name):
             warnings.warn(f"{name}={brief(options[name])}: {why}", stacklevel=3)
-    return {name: value for name, value in options.items() if name not in (*_SAID, *_ONLY, *_LOADING)}
+    return {name: value for name, value in options.items() if name not in (*_WITHOUT_EFFECT, *_ONLY, *_LOADING)}
 
 
 def check_generating(arguments: dict[str, Any], settings: Any) -> None:
@@ -85,12 +99,13 @@ def check_generating(arguments: dict[str, Any], settings: Any) -> None:
         raise ValueError("negative_prompt_ids are read with a guidance_scale other than 1; give one, or drop them")
     if scale != 1 and setting(arguments, settings, "num_beams", 1) > 1:
         raise ValueError(
-            f"guidance_scale={scale} with num_beams: the state of the text without a prompt would not follow its beam; use num_beams=1"
+            f"guidance_scale={scale} with num_beams: the state of the text without a prompt would not follow its beam; "
+            "use num_beams=1"
         )
 
 
 def setting(arguments: dict[str, Any], settings: Any, name: str, default: Any) -> Any:
-    """An argument of `generate`, else its configuration's, else ``default``."""
+    """The value of an argument of `generate`: as given, else of the generation configuration, else ``default``."""
     value = arguments.get(name)
     value = getattr(settings, name, None) if value is None else value
     return default if value is None else value

@@ -1,7 +1,8 @@
-"""What the models return: transformers' ModelOutput, so that fields, keys and tuples all work.
+"""The models' outputs: transformers' ModelOutput, so that fields, keys and tuples all work.
 
-The state has three names there: ``cache`` since transformers 5.24, ``cache_params`` before it, and ``past_key_values``, which code
-for Transformers says. The field is ``cache``, and each name means it: as an attribute, a key, in ``in``, `get` and the constructor.
+The state has three names in transformers: ``cache`` since 5.24, ``cache_params`` before, and ``past_key_values`` in
+code for attention models. The field is ``cache``. All three work as attributes, as keys, with ``in``, in `get` and in
+the constructor.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def _name(key: Any) -> Any:
 
 
 def _takes_each_name(cls: type[_Output]) -> type[_Output]:
-    """Let the constructor of a dataclass take the field ``cache`` under its other names."""
+    """Class decorator: the constructor of a dataclass takes the field ``cache`` under its other names, too."""
     init = vars(cls)["__init__"]
 
     @functools.wraps(init)
@@ -36,7 +37,7 @@ def _takes_each_name(cls: type[_Output]) -> type[_Output]:
 
 
 class _WithCache(ModelOutput):
-    """The names of ``cache``. Abstract."""
+    """An output with the field ``cache`` under three names. Abstract."""
 
     cache: StateCache | None
 
@@ -94,7 +95,7 @@ class MambaCausalLMOutput(_WithCache):
 @_takes_each_name
 @dataclass
 class MambaSequenceClassifierOutput(_WithCache):
-    """Output of `MambaForSequenceClassification`: ``loss`` (), ``logits`` (b, labels), and the fields of `MambaOutput`."""
+    """Output of `MambaForSequenceClassification`: ``loss`` (), ``logits`` (b, labels), and fields of `MambaOutput`."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None

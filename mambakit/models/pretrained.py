@@ -1,7 +1,7 @@
-"""What all Mamba models share: loading, saving, initialisation, and which parameters stay float32.
+"""The base class of all models: loading, saving, initialisation, and which parameters stay float32.
 
-Only PreTrainedModel, GenerationMixin and ModelOutput are taken from transformers: what else lies there has come and gone
-between its releases.
+mambakit's models use PreTrainedModel, GenerationMixin and ModelOutput of transformers. Its other classes have changed
+between releases.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mambakit.modules.placement import KEPT_IN_PLACE, computing_device, keep_in_
 
 
 class MambaPreTrainedModel(PreTrainedModel):
-    """What all Mamba models share: the configuration class, initialisation, and which parameters stay float32."""
+    """The base class of all models. Abstract."""
 
     config_class: Any = MambaConfig  # a family's models name its own
     base_model_prefix = "backbone"
@@ -41,15 +41,21 @@ class MambaPreTrainedModel(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its inputs: where its first parameters are, or where accelerate's hooks bring them."""
+        """The device of the model's inputs: that of its first parameters, or of accelerate's hooks."""
         device = super().device
         return computing_device(self) if device.type == "meta" else device
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.embeddings  # the backbone's, or its own
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.embeddings = value
 
     def _init_weights(self, module: nn.Module) -> None:
         initialize_in_turn(module, self.config)
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew, as a new model's: after ``to_empty``, say.
+        """Draw every parameter anew, as for a new model; after ``to_empty``, for example.
 
         Raises:
             ValueError: the weights are packed.
@@ -57,7 +63,7 @@ class MambaPreTrainedModel(PreTrainedModel):
         if is_quantized(self.config):
             raise ValueError("packed weights are not drawn; dequantize() the model first")
         for parameter in self.parameters():
-            if getattr(parameter, "_is_hf_initialized", False):  # what a checkpoint has filled is passed over, else
+            if getattr(parameter, "_is_hf_initialized", False):  # else it would be passed over as loaded
                 del parameter._is_hf_initialized
         for module in self.modules():
             initialize(module, self.config)
@@ -65,12 +71,12 @@ class MambaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint: transformers' format or the original state-spaces format, from a folder or a hub id.
+        """Load a checkpoint of any format (`mambakit.models.checkpoints`), from a folder or a hub id.
 
-        ``quantization`` ("int8", "int4" or "lossless") packs the weights once they are loaded; a checkpoint saved after `quantize`
-        needs no argument. The other arguments are transformers' (``dtype``, "auto" for the checkpoint's own; ``device_map``, ``revision``,
-        ``cache_dir``, ``local_files_only``, fields of the configuration, ...); those that mean nothing here are said or refused by name
-        (`mambakit.models.options`).
+        ``quantization`` ("int8", "int4" or "lossless") packs the weights once they are loaded; a checkpoint saved after
+        `quantize` needs no argument. The other arguments are transformers' (``dtype``, "auto" for the checkpoint's own;
+        ``device_map``, ``revision``, ``cache_dir``, ``local_files_only``, fields of the configuration, ...). One that
+        cannot be followed raises, one without effect warns (`mambakit.models.options`).
 
         Raises:
             ValueError: an option that cannot be followed.
@@ -85,16 +91,21 @@ class MambaPreTrainedModel(PreTrainedModel):
         return super()._from_config(config, **check_loading(kwargs))
 
     def quantize(self, format: str, group: int | None = None) -> MambaPreTrainedModel:
-        """Pack the weights in place, for inference: "int8", "int4" or "lossless"; see `mambakit.models.quantization`."""
+        """Pack the weights in place, for inference: "int8", "int4" or "lossless".
+
+        See `mambakit.models.quantization`.
+        """
         return quantize(self, format, group)
 
     def dequantize(self, dtype: torch.dtype | str | None = None) -> MambaPreTrainedModel:
-        """Unpack the weights in place, to train the model or to save it for transformers; ``dtype`` is the model's own when None.
-        See `mambakit.models.quantization`."""
+        """Unpack the weights in place, to train the model or to save it for transformers.
+
+        ``dtype`` is the model's own when None. See `mambakit.models.quantization`.
+        """
         return dequantize(self, dtype)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the model has, packed ones too; with its arguments transformers'. A tied head counts as the embeddings."""
+        """The number of weights, packed ones included; the arguments are transformers'. A tied head is not counted."""
         plain = super().num_parameters(only_trainable, exclude_embeddings)
         return plain if only_trainable else plain + packed_numbers(self)
 
@@ -121,5 +132,5 @@ class MambaPreTrainedModel(PreTrainedModel):
         save_pretrained(self, save_directory, is_main_process, state_dict, *args, **kwargs)
 
     def save_original(self, folder: str | os.PathLike) -> None:
-        """Save in the original state-spaces format; `save_pretrained` saves in transformers'. Packed weights: `dequantize` first."""
+        """Save in state-spaces' original format. Packed weights: `dequantize` first."""
         save_original(self, folder)

@@ -1,8 +1,8 @@
-"""Packed weights for a whole model, and back: int8 or int4, or the same numbers in fewer bits.
+"""Packing a whole model's weights, and unpacking them: int8, int4, or lossless (the same numbers in fewer bits).
 
-in_proj, x_proj, out_proj and the head are packed: nearly all of what a step reads. The convolution, norms, A_log, D, dt_proj
-(its rows are short) and the states stay as they are, and so do embeddings that are not tied to the head. Tied ones are the
-packed head's rows, a plain tensor of the model's dtype since a step reads one row of it.
+in_proj, x_proj, out_proj and the head are packed: nearly all of the bytes that a decoding step reads. The convolution,
+norms, A_log, D, dt_proj (its rows are short) and the states stay as they are, and so do embeddings that are not tied to
+the head. Tied embeddings get the packed head's values, in a plain tensor of the model's dtype: a step reads one row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops._backends.memory import PLAIN_TYPES
 from mambakit.ops.linear import lossless
-from mambakit.ops.linear.api import GROUP
+from mambakit.ops.linear.packed import GROUP
 from mambakit.quoting import brief
 
 METHOD = "mambakit"
@@ -25,12 +25,14 @@ LAYERS = ("in_proj", "x_proj", "out_proj")
 
 
 def quantize(model: Any, format: str, group: int | None = None) -> Any:
-    """Replace ``model``'s large linear layers by quantised ones, in place; returns the model. Tied embeddings become the
-    numbers that the packed head stands for. A quantised model is dequantised first, and keeps what its format had rounded.
+    """Replace ``model``'s large linear layers by quantised ones, in place; returns the model.
+
+    Tied embeddings get the values of the packed head. A quantised model is dequantised first: what its format has
+    rounded stays rounded.
 
     Args:
-        format: "int8" or "int4"; or "lossless", which keeps every number to the last bit: bfloat16 in 12 bits, float32 in 28.
-        group: numbers of a row that share a scale: 32, 64 (when None) or 128; lossless packing has no scales.
+        format: "int8" or "int4"; or "lossless", which keeps every bit: bfloat16 in 12 bits, float32 in 28.
+        group: weights of a row that share a scale: 32, 64 (when None) or 128; lossless packing has no scales.
 
     Raises:
         ValueError: an unknown format or group, layers that are not plain linear layers (adapters: merge them first), or
@@ -50,8 +52,8 @@ def quantize(model: Any, format: str, group: int | None = None) -> Any:
             raise ValueError(f"{name} is a {type(layer).__name__}, not a plain linear layer; merge adapters first")
         if type(layer.weight) not in PLAIN_TYPES:
             raise ValueError(
-                f"{name}.weight is a {type(layer.weight).__name__}, not a plain tensor; load the model without what another library has "
-                "made of its weights (torchao, bitsandbytes, a sharding), and quantise that"
+                f"{name}.weight is a {type(layer.weight).__name__}, not a plain tensor; load the model without what "
+                "another library has made of its weights (torchao, bitsandbytes, a sharding), and quantise that"
             )
     if format == "lossless":
         format = _lossless_format({getattr(parent, name).weight.dtype for parent, name in targets})
@@ -66,15 +68,15 @@ def quantize(model: Any, format: str, group: int | None = None) -> Any:
 
 
 def dequantize(model: Any, dtype: torch.dtype | str | None = None) -> Any:
-    """Replace ``model``'s quantised layers by plain linear ones with the numbers they stand for, in place; returns the model.
+    """Replace ``model``'s quantised layers by plain linear ones of the same values, in place; returns the model.
 
-    The head is tied to the embeddings again where these are its rows. Embeddings of their own (of checkpoints that were
-    quantised before tied ones were rounded with the head) stay what they are: the head keeps its numbers, and
+    The head is tied to the embeddings again where these are its rows. Embeddings with other values (of checkpoints that
+    were quantised before tied ones were rounded with the head) stay as they are: the head keeps its values, and
     ``config.tie_word_embeddings`` becomes false.
 
     Args:
-        dtype: of the whole model; its own when None, in which lossless weights come back to the last bit. int8 and int4
-            weights are float32 numbers, which a half dtype rounds.
+        dtype: of the whole model; its own when None, in which lossless weights are restored bit for bit. int8 and int4
+            weights have float32 values, which a half dtype rounds.
 
     Raises:
         ValueError: the model is not quantised.
@@ -90,33 +92,33 @@ def dequantize(model: Any, dtype: torch.dtype | str | None = None) -> Any:
         embeddings.weight = model.lm_head.weight
     elif has_head(model) and model.config.tie_word_embeddings:
         model.config.tie_word_embeddings = False
-        model.all_tied_weights_keys = {}  # what transformers read of the configuration when the model was made
+        model.all_tied_weights_keys = {}  # transformers read it from the configuration when the model was made
     del model.config.quantization_config
     return model.to(dtype).train(model.training)  # the new layers too
 
 
 def require_plain(model: Any, what: str) -> None:
-    """ValueError where ``model`` is quantised and is to do ``what``, which packed weights cannot."""
+    """ValueError where ``model`` is quantised and ``what`` needs plain weights."""
     if is_quantized(model.config):
         format = model.config.quantization_config["format"]
         raise ValueError(f"{what}: the model's weights are packed ({format}); call model.dequantize() first")
 
 
 def require_learning(model: Any) -> None:
-    """ValueError where a quantised ``model`` in training would learn by what little of it is not packed.
+    """ValueError where training a quantised ``model`` would change only the few parameters that are not packed.
 
-    Adapters may learn, and what PEFT was told to train beside them.
+    Adapters may be trained, and the modules that PEFT trains beside them.
     """
     if is_quantized(model.config) and (name := _learning(model)) is not None:
         format = model.config.quantization_config["format"]
         raise ValueError(
-            f"training: the model's weights are packed ({format}) and do not learn, only {name} and the like would; call "
-            "model.dequantize() first, or freeze the model (requires_grad_(False)) and train adapters"
+            f"training: the model's weights are packed ({format}) and do not learn, only {name} and the like would; "
+            "call model.dequantize() first, or freeze the model (requires_grad_(False)) and train adapters"
         )
 
 
 def _learning(module: nn.Module, prefix: str = "") -> str | None:
-    """The name of a parameter that learns, outside PEFT's layers."""
+    """The name of a parameter that requires a gradient, outside PEFT's layers."""
     if type(module).__module__.startswith("peft."):
         return None
     for name, parameter in module.named_parameters(recurse=False):
@@ -129,7 +131,7 @@ def _learning(module: nn.Module, prefix: str = "") -> str | None:
 
 
 def packed_numbers(model: Any) -> int:
-    """How many weights are in packed layers, but for a head whose rows are the embeddings."""
+    """The number of weights in packed layers, without a head whose rows are the embeddings."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     if shares_table(model):
         layers.remove(model.lm_head)
@@ -137,7 +139,7 @@ def packed_numbers(model: Any) -> int:
 
 
 def shares_table(model: Any) -> bool:
-    """Whether the embeddings are the packed head's rows, so that a checkpoint needs the head alone."""
+    """Whether the embeddings equal the packed head's rows, so that a checkpoint needs the head alone."""
     if not model.config.tie_word_embeddings or not isinstance(getattr(model, "lm_head", None), QuantizedLinear):
         return False
     weight = model.get_input_embeddings().weight

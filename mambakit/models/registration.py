@@ -14,9 +14,9 @@ _AUTO_CLASSES = {
 
 
 def register() -> None:
-    """Make `transformers.AutoConfig`, `AutoModel*` and `pipeline` resolve every family's model_type to its classes here.
+    """Make `transformers.AutoConfig`, `AutoModel*` and `pipeline` use mambakit's classes for every family's model_type.
 
-    It changes transformers' registries for the whole process; calling it again changes nothing more.
+    It changes transformers' registries for the whole process. A second call changes nothing.
     """
     for model_type, family in FAMILIES.items():
         config_class = family.load(CONFIG)

@@ -1,4 +1,4 @@
-"""nn.Module building blocks and the state they carry. Imports mambakit.ops and torch (safetensors to store a state)."""
+"""nn.Module building blocks and their state. Imports mambakit.ops, torch, and safetensors to store a state."""
 
 from mambakit.modules.block import MambaBlock
 from mambakit.modules.cache import MambaCache, new_cache

@@ -1,6 +1,6 @@
-"""The first values of a mixer's own parameters (Gu & Dao 2023, section 3.6 and appendix E), as mamba_ssm draws them.
+"""The initial values of a mixer's own parameters (Gu & Dao 2023, section 3.6 and appendix E), as mamba_ssm draws them.
 
-They are computed beside the parameter, on its device, whatever it is there: also on meta, and as a sharded tensor.
+They are computed like the parameter: on its device, also on meta, and as a sharded tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TimeSteps:
-    """Which step sizes a new layer has: the configuration's ``time_step_*`` fields."""
+    """The distribution of a new layer's step sizes: the configuration's ``time_step_*`` fields."""
 
     low: float = 0.001
     high: float = 0.1
@@ -31,11 +31,17 @@ class TimeSteps:
         )  # fmt: skip
 
     def bound(self, rank: int) -> float:
-        """The projection's weights are within +- this ("random"), or this ("constant"): the steps' variance is kept."""
+        """The projection's weights are uniform within +- this ("random"), or equal to it ("constant").
+
+        The scale keeps the variance of the projection's input.
+        """
         return rank**-0.5 * self.scale
 
     def bias(self, like: Tensor) -> Tensor:
-        """The inverse softplus of steps drawn log-uniformly between ``low`` and ``high``, none below ``floor``; shaped as ``like``."""
+        """The inverse softplus of steps drawn log-uniformly from ``low`` to ``high``, at least ``floor``.
+
+        Its shape and device are those of ``like``.
+        """
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         low, high = math.log(self.low), math.log(self.high)
         steps = (torch.empty_like(like, dtype=wide).uniform_() * (high - low) + low).exp().clamp(min=self.floor)

@@ -1,9 +1,9 @@
-"""Whether calling a module is its class's own forward and nothing else: the one test before a fast path passes modules by.
+"""Whether a call of a module runs its class's forward and nothing else: the one test before a fast path skips the call.
 
-A fast path (a layer's joined training pass, a step of the whole model as one native call, a CUDA graph, a verification) reads a
-module's weights and does not call it. That is the same only where nobody has put anything on the call: a hook of any kind on the module
-or on all modules, a ``forward`` of its own (accelerate's and others' wrappers), a compiled call, a patched class, a subclass, a
-parametrisation (which is a subclass). Else the module is called.
+A fast path (a layer's fused training pass, a decoding step as one native call, a CUDA graph, draft verification) reads
+a module's weights and does not call it. That equals the call only where nothing intercepts it: no hook on the module or
+on all modules, no ``forward`` of the instance (as accelerate sets), no compiled call, no patched class, no subclass, no
+parametrisation (which is a subclass). Otherwise the module is called.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as base
 
-# What an instance's own dictionary replaces a call with.
+# Names by which an instance's own dictionary replaces its call.
 _REPLACING = frozenset({"forward", "_compiled_call_impl", "_call_impl", "_slow_forward", "_conv_forward"})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Packages whose forwards are work for the device alone. What a forward of others does besides, a graph would do once.
+# Packages whose forwards only compute on the device. Side effects of other forwards would happen once, at capture.
 _PURE = ("torch", "mambakit", "transformers", "peft")
 
 
 def hooked_globally() -> bool:
-    """Whether there are hooks on the calls of every module."""
+    """Whether hooks for all modules are registered."""
     return bool(
         base._global_forward_hooks or base._global_forward_pre_hooks
         or base._global_backward_hooks or base._global_backward_pre_hooks
@@ -30,19 +30,19 @@ def hooked_globally() -> bool:
 
 
 def intercepted(module: nn.Module) -> bool:
-    """Whether a call of this very module does something else than its class's forward."""
+    """Whether a call of this instance does anything but its class's forward."""
     own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return True
     if _REPLACING.isdisjoint(own):
         return False
     replaced = [own[name] for name in _REPLACING if own.get(name) is not None]
-    # Who takes a wrapper away again may leave the class's own method in its place.
+    # Removing a wrapper may leave the class's own method in the instance's dictionary.
     return any(getattr(f, "__func__", None) is not type(module).forward or f.__self__ is not module for f in replaced)
 
 
 def patched(kind: type[nn.Module]) -> bool:
-    """Whether the class's call or forward was replaced by one that was not written in its module."""
+    """Whether the class's call or forward was replaced by a function of another module."""
     calls: tuple[Any, ...] = (kind.__call__, kind._call_impl)
     if any(getattr(call, "__globals__", None) is not vars(base) for call in calls):
         return True
@@ -51,20 +51,20 @@ def patched(kind: type[nn.Module]) -> bool:
 
 
 def untouched(module: Any, *kinds: type[nn.Module]) -> bool:
-    """Whether calling ``module`` is the forward of one of these classes, and nothing else."""
+    """Whether a call of ``module`` runs the forward of one of these classes, and nothing else."""
     kind = type(module)
     return kind in kinds and not intercepted(module) and not patched(kind) and not hooked_globally()
 
 
 def is_ours(module: Any) -> bool:
-    """Whether calling ``module`` is a forward of this package, and nothing else; a subclass may have changed other things."""
+    """Whether a call of ``module`` runs a forward of this package and nothing else, also of a subclass."""
     kind = type(module)
     ours = _home(kind.forward).partition(".")[0] == __name__.partition(".")[0]
     return ours and not intercepted(module) and not patched(kind) and not hooked_globally()
 
 
 def any_intercepted(modules: Iterable[nn.Module]) -> bool:
-    """Whether a call of any of these does something else than its class's forward, or may do more than work for the device."""
+    """Whether a call of any of these does more than its class's forward, or may have effects on the host."""
     if hooked_globally():
         return True
     kinds = set()
@@ -76,7 +76,7 @@ def any_intercepted(modules: Iterable[nn.Module]) -> bool:
 
 
 def modules_of(module: nn.Module, found: list[nn.Module] | None = None) -> list[nn.Module]:
-    """``module.modules()`` in a tenth of the time; a shared module comes as often as it is named."""
+    """``module.modules()`` in a tenth of the time; a shared module is repeated for each of its names."""
     found = [] if found is None else found
     found.append(module)
     for child in module._modules.values():
@@ -86,7 +86,7 @@ def modules_of(module: nn.Module, found: list[nn.Module] | None = None) -> list[
 
 
 class Watch:
-    """A model's modules when a step was made that passes them by; `holds` says in microseconds whether it still may."""
+    """A model's modules when a step was built that skips their calls. `holds` takes microseconds."""
 
     def __init__(self, modules: Sequence[nn.Module]):
         self.modules = list(modules)
@@ -98,7 +98,7 @@ class Watch:
         self._calls = [(kind, kind.forward, kind.__call__, kind._call_impl) for kind in kinds]
 
     def holds(self) -> bool:
-        """Nobody has put anything on a call since, and the modules are the same."""
+        """Whether no call has been intercepted since, and the modules are the same."""
         if self._patched or any(self._hooks) or hooked_globally():
             return False
         for kind, *calls in self._calls:
@@ -114,5 +114,5 @@ class Watch:
 
 
 def _home(function: Any) -> str:
-    """The module that a function was written in, also where a wrapper borrows its name."""
+    """The module that a function was written in; a wrapper may copy the name of what it wraps."""
     return getattr(function, "__globals__", {}).get("__name__", "")

@@ -12,8 +12,8 @@ from mambakit.ops._autocast import autocast_dtype
 class RMSNorm(nn.Module):
     """Root mean square norm (arXiv 1910.07467) with a learned weight (h,).
 
-    ``norm(x, residual, residual_dtype=...)`` returns ``(y, residual)``: the sum of both, and its norm. y has the dtype
-    that the following linear layer computes in (the weight's, or autocast's), so nothing is cast twice.
+    ``norm(x, residual, residual_dtype=...)`` returns ``(y, residual)``: the norm of the sum, and the sum. y has the
+    dtype that the next linear layer computes in (the weight's, or autocast's), so that nothing is cast twice.
     """
 
     def __init__(self, hidden_size: int, eps: float = 1e-5):

@@ -1,10 +1,11 @@
-"""Padding, restarts and documents, all as one thing: sequences packed into a single row without padding.
+"""Packing: padding, restarts and documents as sequences in a single row without padding.
 
 A batch with an attention mask, position_ids that restart, or cu_seqlens becomes one row (1, total, h) of the real
-tokens and the places where sequences start. That is exact for any mask (left, right, ragged, holes), costs no work
-on padding, and is what the ops understand.
+tokens, with the offsets where sequences start. That is exact for any mask (left, right, ragged, holes), does no work on
+padding, and is the ops' own layout (``cu_seqlens``).
 
-Where a call is traced no shape may depend on the mask: the row then has all b * l tokens, and its last sequence is the padding.
+In a traced call no shape may depend on the mask: the row then has all b * l tokens, and its last sequence is the
+padding.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from mambakit.modules.tracing import values_are_hidden
 
 @dataclass(frozen=True)
 class Packing:
-    """How the tokens of a (b, l) batch lie in one packed row, and which cache row each sequence continues.
+    """Where the tokens of a (b, l) batch are in one packed row, and which slot of the state each sequence continues.
 
     Attributes:
         cu_seqlens: (s + 1,) int32, where sequences start in the packed row.
-        read: (s,) int64, the cache row a sequence continues from; -1 starts from a zero state.
-        write: (s,) int64, the cache row its final state goes to; -1 drops it.
+        read: (s,) int64, the slot of a sequence's initial state; -1 starts from zeros.
+        write: (s,) int64, the slot of its final state; -1 drops it.
         tokens: (total,) int64, the flat position b*l of each packed token; None when the batch is the packed row.
         shape: (b, l) of the batch.
-        in_place: ``read`` and ``write`` are the same rows, so that the in-place ops serve.
-        keep: (b, l) bool, the real tokens, where the row has the padding too; else None.
+        in_place: ``read`` and ``write`` are equal, so that the in-place ops can run.
+        keep: (b, l) bool, the real tokens, where the packed row holds the padding, too; else None.
     """
 
     cu_seqlens: Tensor
@@ -42,7 +43,7 @@ class Packing:
 
     @staticmethod
     def from_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> Packing:
-        """Sequences the caller packed; sequence i belongs to cache row i."""
+        """Sequences that the caller packed; sequence i belongs to slot i."""
         rows = torch.arange(cu_seqlens.shape[0] - 1, dtype=torch.int64, device=cu_seqlens.device)
         return Packing(cu_seqlens, rows, rows, None, shape, True)
 
@@ -55,10 +56,10 @@ class Packing:
         Args:
             keep: (b, l) bool, the real tokens; all when None.
             starts: (b, l) bool, tokens that begin a new document; none when None.
-            continues: a filled cache precedes the batch, so that a row's first token need not begin a document.
+            continues: the state holds tokens before the batch, so that a row's first token may continue a document.
 
         Returns:
-            None where nothing has to be packed: every token is real and no document begins inside a row.
+            None where nothing has to be packed: all tokens are real and no document begins inside a row.
         """
         given = keep if keep is not None else starts
         assert given is not None
@@ -67,11 +68,11 @@ class Packing:
         if starts is None:
             return _by_shape(given, shape)
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            return _outside_the_graph(keep, starts, continues, shape)  # which fullgraph=True refuses
+            return _outside_the_graph(keep, starts, continues, shape)  # raises under fullgraph=True
         raise ValueError(_NOT_TRACED)
 
     def on(self, device: torch.device) -> Packing:
-        """This packing where a layer computes, of a model on several devices."""
+        """This packing on the device of a layer, for a model on several devices."""
         if self.cu_seqlens.device == device:
             return self
         if device not in self._elsewhere:
@@ -87,12 +88,12 @@ class Packing:
         """(b, l, h) -> (1, total, h)."""
         if self.tokens is None:
             return x
-        if self.keep is not None:  # padding takes part: whatever stands there must not reach a gradient
+        if self.keep is not None:  # padding is computed, too: its values must not reach a gradient
             x = torch.where(self.keep[..., None], x, 0)
         return x.reshape(-1, x.shape[-1])[self.tokens][None]
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(1, total, h) -> (b, l, h), zero where there was no token."""
+        """(1, total, h) -> (b, l, h), zero at padding."""
         if self.tokens is None:
             return x
         b, length = self.shape
@@ -102,7 +103,7 @@ class Packing:
 
 
 def _by_values(keep: Tensor | None, starts: Tensor | None, continues: bool, shape: tuple[int, int]) -> Packing | None:
-    """`Packing.from_batch` of the real tokens alone."""
+    """`Packing.from_batch` without the padding; shapes depend on the values of ``keep``."""
     keep_all = keep is None or bool(keep.all())
     if keep_all and (starts is None or not bool((starts if continues else starts[:, 1:]).any())):
         return None
@@ -128,8 +129,10 @@ def _by_values(keep: Tensor | None, starts: Tensor | None, continues: bool, shap
 
 
 def _by_shape(keep: Tensor, shape: tuple[int, int]) -> Packing:
-    """`Packing.from_batch` by operations whose shapes depend on ``keep``'s shape alone: b sequences, which may be empty, and the padding
-    as one more that belongs to no cache row."""
+    """`Packing.from_batch` whose shapes depend on ``keep``'s shape alone.
+
+    There are b sequences, which may be empty, and one more of the padding, which belongs to no slot.
+    """
     ones = torch.ones_like(keep, dtype=torch.int64)
     tokens = torch.argsort(~keep.flatten(), stable=True)  # the real ones first, in their order
     ends = keep.sum(1).cumsum(0)
@@ -140,8 +143,8 @@ def _by_shape(keep: Tensor, shape: tuple[int, int]) -> Packing:
 
 
 _NOT_TRACED = (
-    "position_ids, seq_idx, cu_seq_lens_q and cu_seq_lens_k: how many documents begin in a row is a matter of values, which a trace "
-    "cannot follow; give cu_seqlens, whose shape says it, or none of them where every row is one document"
+    "position_ids, seq_idx, cu_seq_lens_q and cu_seq_lens_k: how many documents begin in a row is a matter of values, "
+    "which a trace cannot follow; give cu_seqlens, whose shape says it, or none of them where every row is one document"
 )
 _outside_the_graph = torch.compiler.disable(_by_values, reason=_NOT_TRACED)
 

@@ -1,8 +1,8 @@
-"""Models that accelerate has spread over devices, or whose weights lie elsewhere between uses (`device_map`, `cpu_offload`,
+"""Models that accelerate has placed: on several devices (`device_map`), or with offloaded weights (`cpu_offload`,
 `disk_offload`).
 
-Its hooks replace a module's forward: they bring the weights, move the inputs to the device where the module computes, and take the
-weights away again. What they move they copy. A state must not be copied, or what a layer writes into it is lost.
+accelerate's hooks replace a module's forward. They load the weights, move the inputs to the module's device, and unload
+the weights again. Moving makes copies. A state must not be copied: a layer's update of the copy would be lost.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from mambakit.modules.state_cache import StateCache
 
-# Arguments and results of a model that its hooks leave where they are.
+# Arguments and results of a model that hooks must not move.
 KEPT_IN_PLACE = ("cache_params", "past_key_values", "cache")
 
 
 class CacheHandle:
-    """A cache as hooks see it, which copy whatever has a method `to` to another device: this has none."""
+    """A cache passed through hooks, which copy anything with a method `to` to another device: this has none."""
 
     __slots__ = ("cache",)
 
@@ -28,7 +28,7 @@ class CacheHandle:
 
 
 def opened(given: StateCache | CacheHandle | None, layer_idx: int, device: torch.device) -> StateCache | None:
-    """The cache that a mixer was given; where hooks lie between, with its layer's tensors on ``device``, where it computes."""
+    """The cache that a mixer was given. Under hooks, its layer's tensors are moved to ``device``, where it computes."""
     if not isinstance(given, CacheHandle):
         return given
     given.cache.place(layer_idx, device)
@@ -36,7 +36,7 @@ def opened(given: StateCache | CacheHandle | None, layer_idx: int, device: torch
 
 
 def is_dispatched(module: nn.Module) -> bool:
-    """Whether a hook of accelerate is on this very module."""
+    """Whether this module has a hook of accelerate."""
     return "_hf_hook" in module.__dict__
 
 
@@ -46,8 +46,10 @@ def _hooks_on(module: nn.Module) -> tuple[Any, ...]:
 
 
 def keep_in_place(hook: Any) -> None:
-    """Have a hook of accelerate leave states where they are. `device_map` says so itself, `dispatch_model` and the offloads do
-    not."""
+    """Tell a hook of accelerate not to move states.
+
+    `device_map` does so by itself; `dispatch_model` and the offloads do not.
+    """
     for each in getattr(hook, "hooks", (hook,)):
         if hasattr(each, "skip_keys"):
             given = [each.skip_keys] if isinstance(each.skip_keys, str) else list(each.skip_keys or ())
@@ -55,7 +57,7 @@ def keep_in_place(hook: Any) -> None:
 
 
 def computing_device(module: nn.Module) -> torch.device:
-    """Where ``module`` computes: where its parameters are, or where hooks bring them."""
+    """The device that ``module`` computes on: that of its parameters, or that to which hooks move them."""
     parameter = next(module.parameters(), None)
     if parameter is not None and parameter.device.type != "meta":
         return parameter.device
@@ -67,7 +69,7 @@ def computing_device(module: nn.Module) -> torch.device:
 
 
 def stored_value(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """The values of ``model``'s parameter or buffer ``name``: ``tensor`` itself, or what hooks keep of it elsewhere.
+    """The values of ``model``'s parameter or buffer ``name``: ``tensor`` itself, or the offloaded values of a hook.
 
     Raises:
         ValueError: it is on meta and no hook has its values.
@@ -75,9 +77,8 @@ def stored_value(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_meta:
         return tensor
     *path, leaf = name.split(".")
-    for depth in range(
-        len(path), -1, -1
-    ):  # the module's own hook, or one of a module around it that brings all at once
+    # The module's own hook has the values, or one of a module around it that loads all weights at once.
+    for depth in range(len(path), -1, -1):
         for hook in _hooks_on(model.get_submodule(".".join(path[:depth]))):
             key, values = ".".join([*path[depth:], leaf]), getattr(hook, "weights_map", None)
             if values is not None and key in values:

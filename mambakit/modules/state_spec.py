@@ -33,8 +33,8 @@ class Stack:
     """The tensors of several layers that share a name, a shape and a dtype: one memory (layers, b, *shape).
 
     Attributes:
-        key: the stack's name in `StateCache.tensors` and in files: ``<name>_states``. Where a name has more than one shape or
-            dtype, the second and later stacks add their first layer: ``<name>_states.<layer>``.
+        key: the stack's name in `StateCache.tensors` and in files: ``<name>_states``. Where a name has more than one
+            shape or dtype, the second and later stacks add their first layer: ``<name>_states.<layer>``.
         tensor: what each of the layers has.
         layers: their indices, rising.
     """
@@ -68,20 +68,20 @@ class StateSpec:
     ):
         self.layers, self.dtype, self.model = layers, dtype, dict(model or {})
         groups: dict[StateTensor, list[int]] = {}
+        keys: dict[StateTensor, str] = {}
+        places = []
         for index, tensors in enumerate(layers):
             names = [t.name for t in tensors]
             if len(set(names)) < len(names) or not all(name.isidentifier() for name in names):
                 raise ValueError(f"layer {index} names its state tensors {names}; give each an identifier of its own")
             for tensor in tensors:
+                if tensor not in keys:
+                    key = f"{tensor.name}_states"
+                    keys[tensor] = f"{key}.{index}" if key in keys.values() else key
                 groups.setdefault(tensor, []).append(index)
-        keys: dict[StateTensor, str] = {}
-        for tensor, members in groups.items():
-            key = f"{tensor.name}_states"
-            keys[tensor] = f"{key}.{members[0]}" if key in keys.values() else key
+            places.append(tuple((keys[t], len(groups[t]) - 1) for t in tensors))
         self.stacks = tuple(Stack(keys[t], t, tuple(members)) for t, members in groups.items())
-        self.places = tuple(
-            tuple((keys[t], groups[t].index(index)) for t in tensors) for index, tensors in enumerate(layers)
-        )
+        self.places = tuple(places)
 
     @property
     def nbytes(self) -> int:
@@ -89,15 +89,20 @@ class StateSpec:
         return sum(math.prod(t.shape) * t.dtype.itemsize for tensors in self.layers for t in tensors)
 
     def difference(self, other: StateSpec) -> str | None:
-        """Why a state of ``other`` does not fit this one; None where it does. Dtypes may differ: values are converted."""
+        """Why a state of ``other`` does not fit this one; None where it does. The dtypes of tensors may differ: values
+        are converted."""
         if len(self.layers) != len(other.layers):
             return f"{len(other.layers)} layers, not {len(self.layers)}"
+        if self._stacked_alike(other):  # a state is compared at every copy: a few stacks are quicker than all layers
+            return None
         for index, (ours, theirs) in enumerate(zip(self.layers, other.layers, strict=True)):
             if [(t.name, t.shape) for t in ours] != [(t.name, t.shape) for t in theirs]:
                 return f"layer {index} has {_listed(theirs)}, not {_listed(ours)}"
-        if [(s.key, s.layers) for s in self.stacks] != [(s.key, s.layers) for s in other.stacks]:
-            return "some of its layers have tensors of another dtype than the others"
-        return None
+        return "some of its layers have tensors of another dtype than the others"
+
+    def _stacked_alike(self, other: StateSpec) -> bool:
+        ours, theirs = ([(s.key, s.tensor.shape, s.layers) for s in spec.stacks] for spec in (self, other))
+        return ours == theirs
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StateSpec) and (self.layers, self.dtype) == (other.layers, other.dtype)

@@ -1,4 +1,4 @@
-"""Whether a call is recorded to run again: it must then not depend on the values that its tensors happen to have."""
+"""Whether a call is being traced or captured: it must then not depend on the values of its tensors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def values_are_hidden(*tensors: Any) -> bool:
-    """Whether values must not be read, or cannot be: in torch.compile, torch.export, torch.jit.trace and make_fx, in the capture of
-    a CUDA graph, of fake tensors and on meta. What is no tensor is passed over."""
+    """Whether values must not be read, or cannot be.
+
+    That is so in torch.compile, torch.export, torch.jit.trace, make_fx and the capture of a CUDA graph, and for fake
+    and meta tensors. Arguments that are not tensors are ignored.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     for tensor in tensors:

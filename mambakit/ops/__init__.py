@@ -3,8 +3,10 @@
 An op is a folder:
 
     api.py        the public function: the contract, the checks, the one entry
-    reference.py  plain PyTorch that reads like the paper; the oracle of every test
+    reference.py  a float64 loop that reads like the paper; the oracle of the tests
+    chunked.py    plain PyTorch for any device and any tensor; it serves where no kernel does
     schema.py     the torch.library definition: schema, fake, autograd, and who implements it on which device
+    cpu.py        the launcher of the CPU implementation: outputs, strides, addresses
     cuda*.py      CUDA C++ (kernels in .cu and .cuh beside it), compiled at run time by NVRTC
     triton*.py    Triton kernels; both are imported at the first CUDA call
     native.cpp    the CPU implementation, built when the package is

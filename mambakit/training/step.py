@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mambakit.decoding.cuda_graph import CapturedGraph
 from mambakit.modules import StateCache
 from mambakit.modules.interception import untouched
 from mambakit.ops import linear_cross_entropy
@@ -247,16 +248,17 @@ class _Graph:
 
     def __init__(self, step: TrainingStep, rows: Tensor, begins: Tensor, stream: torch.cuda.Stream):
         self.rows, self.begins = rows.clone(), begins.clone()  # begins is read by no captured work
-        self.graph = torch.cuda.CUDAGraph()
         # NCCL's watchdog looks at events meanwhile, from a thread of its own: that must not end the capture.
-        mode = "thread_local" if step.processes.world > 1 else "global"
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode=mode):
-            self.result = step.run(self.rows, self.begins)
+        mode: Literal["thread_local", "global"] = "thread_local" if step.processes.world > 1 else "global"
+        self.graph = CapturedGraph(
+            lambda: step.run(self.rows, self.begins), step.device, stream=stream, error_mode=mode
+        )
 
     def replay(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         self.rows.copy_(rows)
         self.graph.replay()
-        return self.result[0].clone(), self.result[1].clone()
+        loss, norm = self.graph.result
+        return loss.clone(), norm.clone()
 
 
 def _positions(begins: Tensor, continues: bool = False) -> Tensor:

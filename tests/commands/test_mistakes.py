@@ -60,7 +60,8 @@ def unread(monkeypatch):
 def commands(folder: Path, text: Path):
     """Every command that reads a model."""
     return [
-        ("generate", "x", "--model", folder), ("score", text, "--model", folder), ("score", "--echo", "x", "--model", folder),
+        ("generate", "x", "--model", folder), ("score", text, "--model", folder),
+        ("score", "--echo", "x", "--model", folder),
         ("evaluate", "bpb", text, "--model", folder), ("info", folder), ("convert", folder, text.parent / "out"),
         ("quantize", folder, text.parent / "out"),
     ]  # fmt: skip
@@ -129,7 +130,8 @@ def test_weights_that_are_no_numbers(fails, copy, text, tmp_path):
     passages = tmp_path / "passages.jsonl"
     passages.write_text(json.dumps({"text": "the cat sat"}) + "\n")
     for command in (
-        ("score", text), ("score", "--echo", "The cat"), ("score", "--prefix", "The", "--choice", " cat"), ("score", text, "--json"),
+        ("score", text), ("score", "--echo", "The cat"), ("score", "--prefix", "The", "--choice", " cat"),
+        ("score", text, "--json"),
         ("evaluate", "bpb", text), ("evaluate", "blimp", pairs), ("evaluate", "lambada", passages),
     ):  # fmt: skip
         assert "check its weights" in fails(*command, "--model", copy)
@@ -143,7 +145,8 @@ def test_the_tokenizer_of_another_model(fails, tmp_path, text):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"sentence_good": "a cat", "sentence_bad": "cat a", "UID": "u", "field": "f"}) + "\n")
     for command in (
-        ("generate", "The cat"), ("generate", "The cat", "--prefix-cache", tmp_path / "c"), ("score", text), ("score", "--echo", "The cat"),
+        ("generate", "The cat"), ("generate", "The cat", "--prefix-cache", tmp_path / "c"), ("score", text),
+        ("score", "--echo", "The cat"),
         ("score", "--prefix", "The", "--choice", " cat"), ("evaluate", "bpb", text), ("evaluate", "blimp", pairs),
     ):  # fmt: skip
         assert "the model's are 0 to 39" in fails(*command, "--model", tmp_path / "m")
@@ -222,11 +225,16 @@ def test_names_that_look_like_markup(name, model, tmp_path, capsys, monkeypatch)
         ('train_files=[""]', "train_files holds an empty name"), ("text_field=''", "text_field is empty"),
         ("seed=-1", "seed is -1; it must be 0 or more"),
         ("seed=100000000000000000000000", "seed is 100000000000000000000000; it must be at most"),
-        ("learning_rate=0", "learning_rate is 0.0; it must be above 0"), ("learning_rate=1e999", "learning_rate is inf"),
-        ("learning_rate=nan", "learning_rate is 'nan', expected a float"), ("clip=-1", "clip is -1.0; it must be above 0"),
-        ("beta1=1", "beta1 is 1.0"), ("eval_every=0", "eval_every is 0; it must be 1 or more"), ("steps=-1", "steps is -1"),
-        ("hidden_size=0", "hidden_size is 0; it must be 1 or more"), ("num_hidden_layers=-2", "num_hidden_layers is -2"),
-        ("max_shard_size=big", "max_shard_size is 'big'"), ("epochs=-1", "epochs is -1.0"), ("lora_rank=-1", "lora_rank is -1"),
+        ("learning_rate=0", "learning_rate is 0.0; it must be above 0"),
+        ("learning_rate=1e999", "learning_rate is inf"),
+        ("learning_rate=nan", "learning_rate is 'nan', expected a float"),
+        ("clip=-1", "clip is -1.0; it must be above 0"),
+        ("beta1=1", "beta1 is 1.0"), ("eval_every=0", "eval_every is 0; it must be 1 or more"),
+        ("steps=-1", "steps is -1"),
+        ("hidden_size=0", "hidden_size is 0; it must be 1 or more"),
+        ("num_hidden_layers=-2", "num_hidden_layers is -2"),
+        ("max_shard_size=big", "max_shard_size is 'big'"), ("epochs=-1", "epochs is -1.0"),
+        ("lora_rank=-1", "lora_rank is -1"),
         ("batch_size=true", "batch_size is True, expected a int"), ("steps=1.5", "steps is 1.5, expected a int"),
         ("checkpoint_every=-1", "checkpoint_every is -1"), ("weight_decay=-1", "weight_decay is -1.0"),
         ("out=" + "[" * 5000, "File name too long"),

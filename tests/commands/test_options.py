@@ -1,4 +1,5 @@
-"""Options as the command line reads them: nothing empty, numbers within their limits, paths that can be written, near misses."""
+"""Options as the command line reads them: nothing empty, numbers within their limits, paths that can be written, near
+misses."""
 
 from __future__ import annotations
 
@@ -113,7 +114,8 @@ def test_every_number_has_limits(reached):
 
 
 def test_no_number_outside_its_limits_gets_through(capsys, reached):
-    """Negative, zero, NaN, infinite, huge and broken numbers, for every option; what is accepted is finite and not negative."""
+    """Negative, zero, NaN, infinite, huge and broken numbers, for every option; what is accepted is finite and not
+    negative."""
     values = [
         "-1",
         "-3",
@@ -177,10 +179,20 @@ def test_numbers(arguments, message, refused):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("generate --temprature 1 x", "mambakit generate: error: unrecognized arguments: --temprature; did you mean --temperature?"),
-        ("--temprature 1 x", "mambakit generate: error: unrecognized arguments: --temprature; did you mean `mambakit generate --temperature"),
+        (
+            "generate --temprature 1 x",
+            "mambakit generate: error: unrecognized arguments: --temprature; did you mean --temperature?",
+        ),
+        (
+            "--temprature 1 x",
+            "mambakit generate: error: unrecognized arguments: --temprature; did you mean `mambakit generate "
+            "--temperature",
+        ),
         ("--temprature=1 generate x", "did you mean `mambakit generate --temperature"),
-        ("evaluate bpb f --batch-tokenz 3", "mambakit evaluate bpb: error: unrecognized arguments: --batch-tokenz 3; did you mean --batch-tokens?"),
+        (
+            "evaluate bpb f --batch-tokenz 3",
+            "mambakit evaluate bpb: error: unrecognized arguments: --batch-tokenz 3; did you mean --batch-tokens?",
+        ),
         ("score --chunksize 3 f", "did you mean --chunk-size?"),
         ("genrate x", "there is no command 'genrate'; did you mean 'generate'?"),
         ("generate x --zzz", "mambakit generate: error: unrecognized arguments: --zzz"),
@@ -213,7 +225,10 @@ class StrangeError(Exception):
         (UsageError("a\n  b"), 2, "mambakit env: error: a b"),
         (MambakitError("text\x1b[31m"), 2, r"mambakit env: error: text\x1b[31m"),
         (ValueError("bad"), 2, "mambakit env: error: bad (--debug shows the traceback)"),
-        (FileNotFoundError(2, "No such file or directory", "a/b"), 2, "mambakit env: error: No such file or directory: a/b (--debug"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a/b"), 2,
+            "mambakit env: error: No such file or directory: a/b (--debug",
+        ),
         (RuntimeError("first\nsecond"), 1, "mambakit env: error: RuntimeError: first second (--debug"),
         (KeyError("x"), 1, "mambakit env: error: KeyError: 'x' (--debug"),
         (AssertionError(), 1, "mambakit env: error: AssertionError (--debug"),

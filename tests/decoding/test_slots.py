@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from mambakit.decoding import slots as module
+from mambakit.decoding.registry import kept_decoder
 from mambakit.decoding.slots import SlotPool
 from tests.decoding.eager_graph import decode_by
 from tests.models.configurations import pair, tokens, worst
@@ -136,7 +136,7 @@ def test_rows_of_a_pool_are_not_those_of_generate():
         rows.put(row, model(ids[row : row + 1, :6], use_cache=True).cache_params)
     rows.step(ids[:, 6])
     model.generate(ids, max_new_tokens=9, do_sample=False)
-    assert rows._graph is not module.graph_step(model, 2)
+    assert rows._decoder is not kept_decoder(model, 2)
     assert worst(rows.step(ids[:, 7]), model(ids).logits[:, -1]) < 1e-4
     assert rows.copy_of(1).get_seq_length() == 8
 

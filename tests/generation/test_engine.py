@@ -212,7 +212,7 @@ def test_a_penalty_counts_what_the_state_has_read(model):
 
 def test_what_makes_no_sense():
     model = pair("plain")[0]
-    with pytest.raises(ValueError, match="rows is 0"):
+    with pytest.raises(ValueError, match="slots is 0"):
         Engine(model, 0)
     with pytest.raises(ValueError, match=r"expected \(l,\)"):
         Request(torch.zeros(1, 2, dtype=torch.int64))

@@ -12,7 +12,7 @@ import torch
 import mambakit
 from mambakit.assets import default_model_path
 from mambakit.generation.drafters import Draft, DraftModel, PromptLookup
-from mambakit.generation.speculative import SpeculativeStream, _Rule
+from mambakit.generation.speculative import SpeculativeStream
 from mambakit.generation.state import State
 from mambakit.generation.stream import Sampling, Stream
 from tests.models.tiny import save_tiny
@@ -216,25 +216,19 @@ def test_prompt_lookup_is_quick_and_small():
     assert len(lookup._latest) == 2
 
 
-def test_rejection_keeps_the_distribution():
-    """Tokens kept or drawn anew follow p, for guesses from q and for certain ones: chi-square at a fixed seed."""
-    generator = torch.Generator().manual_seed(0)
-    rule = _Rule(Sampling(), generator)
-    p, q = torch.tensor([0.5, 0.2, 0.2, 0.08, 0.02]), torch.tensor([0.1, 0.6, 0.0, 0.1, 0.2])
-    logits = torch.stack([p.log(), torch.zeros(5)])
-    draws = 8000
-    for certain in (False, True):
-        counts = torch.zeros(5)
-        for _ in range(draws):
-            guess = 1 if certain else int(torch.multinomial(q, 1, generator=generator))
-            counts[rule.choose([], Draft([guess], None if certain else q[None]), logits)[0]] += 1
-        statistic = ((counts - draws * p) ** 2 / (draws * p)).sum()
-        assert statistic < 18.5  # 4 degrees of freedom: 0.1 %
-
-
+@pytest.mark.parametrize("penalised", [False, True], ids=["plain", "penalised"])
 @pytest.mark.parametrize("kind", ["lookup", "draft"])
-def test_samples_have_the_models_distribution(both, kind):
-    """Pairs of tokens from whole streams against their exact probabilities, by chi-square at fixed seeds."""
+def test_samples_have_the_models_distribution(both, kind, penalised):
+    """Three tokens from whole streams against their exact probabilities, by chi-square at fixed seeds."""
+    how = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "logit_bias": {2: 0.5}} if penalised else {}
+
+    def distribution(logits, written):
+        """(5,) from what the model says, after these tokens of the text."""
+        if penalised:
+            counts = torch.bincount(torch.tensor(written, dtype=torch.int64), minlength=5).float()
+            logits = logits + 0.5 * (torch.arange(5) == 2) - 0.7 * (counts > 0) - 0.4 * counts
+        return logits.softmax(-1)
+
     torch.manual_seed(3)
     config = mambakit.MambaConfig(
         vocab_size=5, hidden_size=8, num_hidden_layers=1, initializer_range=0.8, eos_token_id=None
@@ -243,17 +237,20 @@ def test_samples_have_the_models_distribution(both, kind):
     model.generation_config.eos_token_id = None
     prompt = torch.tensor([1, 2, 1, 3, 1])
     with torch.no_grad():
-        first = model(prompt[None]).logits[0, -1].softmax(-1)
+        first = distribution(model(prompt[None]).logits[0, -1], [])
         exact = {}
         for a, b in itertools.product(range(5), repeat=2):
-            logits = model(torch.tensor([[*prompt.tolist(), a, b]])).logits[0].softmax(-1)
+            logits = model(torch.tensor([[*prompt.tolist(), a, b]])).logits[0]
+            second, third = distribution(logits[-2], [a]), distribution(logits[-1], [a, b])
             for c in range(5):
-                exact[a, b, c] = float(first[a] * logits[-2, b] * logits[-1, c])
+                exact[a, b, c] = float(first[a] * second[b] * third[c])
     assert sum(exact.values()) == pytest.approx(1, abs=1e-5)
     drafter = PromptLookup(1, 1) if kind == "lookup" else DraftModel(other)
     draws, counts, accepted, proposed = 600, dict.fromkeys(exact, 0), 0, 0
     for seed in range(draws):
-        stream = SpeculativeStream(model, both[1], prompt, Sampling(seed=seed), 3, drafter=drafter, draft_tokens=2)
+        stream = SpeculativeStream(
+            model, both[1], prompt, Sampling(seed=seed, **how), 3, drafter=drafter, draft_tokens=2
+        )
         list(stream)
         counts[tuple(stream.tokens)] += 1
         accepted, proposed = accepted + stream.accepted, proposed + stream.proposed

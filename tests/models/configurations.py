@@ -49,7 +49,8 @@ NAMES = [*MAMBA, *FALCON]
 
 
 def pair(name: str):
-    """(ours, transformers') MambaForCausalLM or FalconMambaForCausalLM with the same random weights, float32, eval mode."""
+    """(ours, transformers') MambaForCausalLM or FalconMambaForCausalLM with the same random weights, float32, eval
+    mode."""
     falcon = name in FALCON
     fields = {**BASE, **(FALCON if falcon else MAMBA)[name]}
     if falcon:

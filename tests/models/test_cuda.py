@@ -59,8 +59,7 @@ def test_generation_padding_and_chunks(name):
 @pytest.mark.parametrize("b", [1, 3, 9])
 @pytest.mark.parametrize("name", ["plain", "untied", "falcon", "gelu"])
 def test_a_graph_generates_what_the_forward_does(name, b, monkeypatch):
-    from mambakit.decoding import graph_step
-    from mambakit.decoding import slots as rows
+    from mambakit.decoding import graph_step, registry
     from mambakit.models import generate
 
     model = pair(name)[0].cuda()
@@ -69,7 +68,7 @@ def test_a_graph_generates_what_the_forward_does(name, b, monkeypatch):
     plain = {"do_sample": False, "eos_token_id": None}
     made = []
     monkeypatch.setattr(
-        graph_step.GraphStep, "__call__", lambda self, f=graph_step.GraphStep.__call__: made.append(1) or f(self)
+        graph_step.GraphDecoder, "__call__", lambda self, f=graph_step.GraphDecoder.__call__: made.append(1) or f(self)
     )
     free = model.generate(ids, **options, **plain)
     end = free.sequences[0, 20].item()  # the first row ends here at the latest
@@ -81,7 +80,8 @@ def test_a_graph_generates_what_the_forward_does(name, b, monkeypatch):
     fast = [model.generate(ids, **options, **extra) for extra in asked]
     assert made, "graphs ran"
     monkeypatch.setattr(generate, "graphs_serve", lambda *_: False)
-    monkeypatch.setattr(rows, "graphs_serve", lambda *_: False)
+    monkeypatch.setattr(registry, "why_not_captured", lambda *_, **__: "switched off")
+    monkeypatch.setattr(registry, "DECODERS", (registry.FORWARD,))
     made.clear()
     for extra, result in zip(asked, fast, strict=True):
         expected = model.generate(ids, **options, **extra)

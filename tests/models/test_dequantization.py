@@ -1,4 +1,5 @@
-"""Packed weights made plain again: the same numbers, tied as they were, trained, saved, and read by transformers itself."""
+"""Packed weights made plain again: the same numbers, tied as they were, trained, saved, and read by transformers
+itself."""
 
 from __future__ import annotations
 

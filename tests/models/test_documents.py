@@ -28,7 +28,8 @@ def marks_of(lengths: list[int]) -> dict:
 
 MARKS = marks_of(LENGTHS)
 WAYS = {
-    "position_ids": ("position_ids",), "seq_idx": ("seq_idx",), "cu_seq_lens_q": ("cu_seq_lens_q",), "cu_seq_lens_k": ("cu_seq_lens_k",),
+    "position_ids": ("position_ids",), "seq_idx": ("seq_idx",), "cu_seq_lens_q": ("cu_seq_lens_q",),
+    "cu_seq_lens_k": ("cu_seq_lens_k",),
     "flash": ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"), "all": tuple(MARKS),
     "positions and index": ("position_ids", "seq_idx"), "index and length": ("seq_idx", "max_length_q"),
 }  # fmt: skip
@@ -144,7 +145,8 @@ def test_after_a_state():
 
 WRONG = {
     "seq_idx": [[0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3]], "position_ids": [[*range(11)]], "cu_seq_lens_q": [0, 3, 5, 9, 11],
-    "cu_seq_lens_k": [0, 11], "max_length_q": 4, "max_length_k": 2, "attention_mask": [[1] * 6 + [2] * 5], "cu_seqlens": [0, 11],
+    "cu_seq_lens_k": [0, 11], "max_length_q": 4, "max_length_k": 2, "attention_mask": [[1] * 6 + [2] * 5],
+    "cu_seqlens": [0, 11],
 }  # fmt: skip
 
 
@@ -166,10 +168,15 @@ def test_contradictions_raise(name):
     ({"cu_seq_lens_k": [1, 11]}, "cu_seq_lens_k must rise"), ({"cu_seq_lens_q": [0, 7, 3, 11]}, "must rise"),
     ({"cu_seq_lens_q": [0.0, 11.0]}, "float32, expected"), ({"cu_seq_lens_q": [[0, 11]]}, r"\(1, 2\)"),
     ({"cu_seq_lens_q": [11]}, r"\(1,\)"), ({"seq_idx": [[0, 0, 1]]}, r"seq_idx has shape \(1, 3\), expected \(1, 11\)"),
-    ({"position_ids": torch.zeros(3, 1, 11)}, "position_ids has shape"), ({"max_length_q": 10}, "a document has 11 tokens"),
+    ({"position_ids": torch.zeros(3, 1, 11)}, "position_ids has shape"),
+    ({"max_length_q": 10}, "a document has 11 tokens"),
     ({"max_length_q": 11, "max_length_k": 12}, "they are of one text"),
-    ({"attention_mask": torch.zeros(1, 11).index_fill(1, torch.tensor([3]), -1e9)}, "what is added to attention scores"),
-    ({"attention_mask": torch.full((1, 11), 0.5)}, "what is added"), ({"attention_mask": torch.full((1, 11), -1)}, "from -1 to -1"),
+    (
+        {"attention_mask": torch.zeros(1, 11).index_fill(1, torch.tensor([3]), -1e9)},
+        "what is added to attention scores",
+    ),
+    ({"attention_mask": torch.full((1, 11), 0.5)}, "what is added"),
+    ({"attention_mask": torch.full((1, 11), -1)}, "from -1 to -1"),
 ])  # fmt: skip
 @torch.no_grad()
 def test_wrong_values_raise(marks, message):
@@ -193,7 +200,8 @@ def test_random_documents_in_every_way():
         expected[:, 0] = False
         longest = int(cu.diff().max())
         every = {
-            "position_ids": positions, "seq_idx": idx, "cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest,
+            "position_ids": positions, "seq_idx": idx, "cu_seq_lens_q": cu, "cu_seq_lens_k": cu,
+            "max_length_q": longest,
         }  # fmt: skip
         for given in (every, *({name: every[name]} for name in list(every)[:4])):
             found = documents_of((b, length), CPU, None, Marks(**given))
@@ -230,8 +238,10 @@ def test_a_classifier_scores_rows():
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"return_flash_attn_kwargs": True}, {"return_seq_idx": True}, {"return_flash_attn_kwargs": True, "return_seq_idx": True},
-    {"return_position_ids": False, "return_seq_idx": True}, {"return_position_ids": False, "return_flash_attn_kwargs": True},
+    {}, {"return_flash_attn_kwargs": True}, {"return_seq_idx": True},
+    {"return_flash_attn_kwargs": True, "return_seq_idx": True},
+    {"return_position_ids": False, "return_seq_idx": True},
+    {"return_position_ids": False, "return_flash_attn_kwargs": True},
 ])  # fmt: skip
 @torch.no_grad()
 def test_transformers_collator(options):
@@ -256,7 +266,8 @@ def test_trl_trains(options, tmp_path):
     rows = datasets.Dataset.from_dict({"input_ids": [tokens(1, n)[0].tolist() for n in [5, 9, 3, 7] * 4]})
     arguments = trl.SFTConfig(
         output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=3, report_to=[], use_cpu=True,
-        logging_steps=1, dataset_kwargs={"skip_prepare_dataset": not options.get("packing", False)}, bf16=False, save_strategy="no",
+        logging_steps=1, dataset_kwargs={"skip_prepare_dataset": not options.get("packing", False)}, bf16=False,
+        save_strategy="no",
         eos_token=None, max_length=16 if options.get("packing") else None, **options,
     )  # fmt: skip
     tokenizer = transformers.PreTrainedTokenizerFast(

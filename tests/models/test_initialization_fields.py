@@ -78,8 +78,8 @@ def test_original_to_transformers_and_round_again(tied, dtype, tmp_path):
 
 @pytest.mark.parametrize("kind", ["mamba", "falcon"])
 def test_a_folder_that_says_rescale_is_mended_by_writing_it_again(kind, tmp_path):
-    """As transformers saves a model with the field, and as mambakit wrote originals: ours reads the stored numbers, and writes a folder
-    that transformers reads as such."""
+    """As transformers saves a model with the field, and as mambakit wrote originals: ours reads the stored numbers, and
+    writes a folder that transformers reads as such."""
     model = started(kind)
     model.save_pretrained(tmp_path / "said")
     path = tmp_path / "said/config.json"

@@ -120,11 +120,13 @@ def test_the_remedy_exists():
 @pytest.mark.parametrize("name", ["plain", "falcon"])
 @pytest.mark.parametrize("options", [
     {"guidance_scale": 1.5}, {"guidance_scale": 0.5}, {"guidance_scale": 3.0, "negative": True},
-    {"guidance_scale": 1.5, "do_sample": True}, {"guidance_scale": 2.0, "repetition_penalty": 1.3}, {"guidance_scale": 1.0},
+    {"guidance_scale": 1.5, "do_sample": True}, {"guidance_scale": 2.0, "repetition_penalty": 1.3},
+    {"guidance_scale": 1.0},
 ])  # fmt: skip
 @pytest.mark.parametrize("b", [1, 2])
 def test_guidance_gives_the_tokens_of_transformers(name, options, b):
-    """Of transformers without a cache: up to 5.23 its processor loses Mamba's state, and goes on from the last token alone."""
+    """Of transformers without a cache: up to 5.23 its processor loses Mamba's state, and goes on from the last token
+    alone."""
     ours, theirs = pair(name)
     options = dict(options)
     if options.pop("negative", False):

@@ -1,4 +1,5 @@
-"""What a model with packed weights cannot do is refused, with `dequantize()` as the remedy; and its numbers are counted, not its tensors."""
+"""What a model with packed weights cannot do is refused, with `dequantize()` as the remedy; and its numbers are
+counted, not its tensors."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def test_what_is_refused(name, format, tmp_path):
     model = pair(name)[0].quantize(format)
     plain = pair(name)[0].state_dict()
     for refused in (
-        lambda: model.resize_token_embeddings(70), lambda: model.load_state_dict(plain), lambda: model.save_original(tmp_path / "o"),
+        lambda: model.resize_token_embeddings(70), lambda: model.load_state_dict(plain),
+        lambda: model.save_original(tmp_path / "o"),
         lambda: model.save_pretrained(tmp_path / "p", state_dict=plain),
         lambda: model.backbone.layers[0].mixer.in_proj.weight, lambda: model.lm_head.weight,
     ):  # fmt: skip

@@ -206,7 +206,10 @@ def test_from_pretrained(format, tmp_path):
     save(tmp_path / "model")
     for places in (
         {"": "cpu"},
-        {"backbone.embeddings": "cpu", "backbone.layers.0": "cpu", "backbone.layers.1": "disk", "backbone.norm_f": "cpu", "lm_head": "cpu"},
+        {
+            "backbone.embeddings": "cpu", "backbone.layers.0": "cpu", "backbone.layers.1": "disk",
+            "backbone.norm_f": "cpu", "lm_head": "cpu",
+        },
     ):  # fmt: skip
         model = mambakit.MambaForCausalLM.from_pretrained(
             tmp_path / "model", device_map=places, offload_folder=tmp_path / "weights", dtype=torch.float32
@@ -217,7 +220,8 @@ def test_from_pretrained(format, tmp_path):
 
 
 def gather_around_calls(model: nn.Module) -> None:
-    """As DeepSpeed's ZeRO-3 does in inference: a module has its own parameters during its call, and nothing between calls."""
+    """As DeepSpeed's ZeRO-3 does in inference: a module has its own parameters during its call, and nothing between
+    calls."""
 
     def gather(module, *_):
         for name, parameter in module._parameters.items():

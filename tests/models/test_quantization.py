@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mambakit
-from mambakit.decoding.step import token_step
+from mambakit.decoding.registry import token_step
 from mambakit.generation.score import score_text
 from mambakit.models.checkpoints import describe
 from mambakit.modules.quantized_linear import QuantizedLinear
@@ -16,8 +16,8 @@ from tests.models.tiny import save_tiny, with_own_embeddings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TEXT = (
-    "The old man took his hat from the chair and went slowly to the door. He stood there for a moment, as though he had "
-    "forgotten something, and then he turned and looked at her. 'I shall not come again,' he said."
+    "The old man took his hat from the chair and went slowly to the door. He stood there for a moment, as though he "
+    "had forgotten something, and then he turned and looked at her. 'I shall not come again,' he said."
 )
 
 

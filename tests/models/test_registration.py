@@ -72,7 +72,8 @@ def test_registering_changes_nothing_else(hub):
         "mambakit.register()\n"
         "assert transformers.AutoConfig.for_model('gpt2').__class__ is before\n"
         "assert isinstance(transformers.AutoConfig.for_model('mamba'), mambakit.MambaConfig)\n"
-        "config = transformers.AutoConfig.for_model('falcon_mamba', hidden_size=16, num_hidden_layers=1, vocab_size=32)\n"
+        "config = transformers.AutoConfig.for_model(\n"
+        "    'falcon_mamba', hidden_size=16, num_hidden_layers=1, vocab_size=32)\n"
         "model = transformers.AutoModelForCausalLM.from_config(config)\n"
         "assert type(model) is mambakit.FalconMambaForCausalLM\n",
         hub,

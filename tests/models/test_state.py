@@ -121,7 +121,8 @@ def test_cu_seqlens_packed_equals_separate(model):
     total = sum(s.loss * n for s, n in zip(separate, scored, strict=True) if n)
     assert worst(packed.loss, total / sum(scored)) < TIGHT
     # and it continues: sequence i from row i
-    more = run(model, row[:, :4], cu_seqlens=torch.tensor([0, 1, 2, 3, 4], dtype=torch.int32), cache_params=packed.cache_params)  # fmt: skip
+    one_each = torch.tensor([0, 1, 2, 3, 4], dtype=torch.int32)
+    more = run(model, row[:, :4], cu_seqlens=one_each, cache_params=packed.cache_params)
     for i, s in enumerate(separate):
         assert worst(more.logits[:, i], run(model, row[:, i : i + 1], cache_params=s.cache_params).logits[:, 0]) < TIGHT
 

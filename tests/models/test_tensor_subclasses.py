@@ -1,4 +1,5 @@
-"""Weights that are no plain tensors: a model made of them writes, verifies and trains as its own forward does, and nobody reads an address."""
+"""Weights that are no plain tensors: a model made of them writes, verifies and trains as its own forward does, and
+nobody reads an address."""
 
 from __future__ import annotations
 
@@ -10,17 +11,19 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from mambakit.decoding.step import native_serves
-from mambakit.decoding.verify import verifier
+from mambakit.decoding.registry import verifier
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
+from tests.decoding.eager_graph import native_serves
 from tests.models.configurations import pair, tokens, worst
 from tests.tensor_subclasses import Named, doubled
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PLACES = [
-    "lm_head.weight", "backbone.norm_f.weight", "backbone.layers.1.norm.weight", "backbone.layers.1.mixer.in_proj.weight",
-    "backbone.layers.1.mixer.x_proj.weight", "backbone.layers.1.mixer.dt_proj.weight", "backbone.layers.1.mixer.dt_proj.bias",
+    "lm_head.weight", "backbone.norm_f.weight", "backbone.layers.1.norm.weight",
+    "backbone.layers.1.mixer.in_proj.weight",
+    "backbone.layers.1.mixer.x_proj.weight", "backbone.layers.1.mixer.dt_proj.weight",
+    "backbone.layers.1.mixer.dt_proj.bias",
     "backbone.layers.1.mixer.conv1d.weight", "backbone.layers.1.mixer.A_log", "backbone.layers.1.mixer.D",
     "backbone.layers.1.mixer.out_proj.weight",
 ]  # fmt: skip

@@ -1,4 +1,5 @@
-"""Masks, packed rows and positions where a call is recorded to run again: right for other values, or refused by name."""
+"""Masks, packed rows and positions where a call is recorded to run again: right for other values, or refused by
+name."""
 
 from __future__ import annotations
 

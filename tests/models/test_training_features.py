@@ -113,7 +113,8 @@ def test_a_linear_replacement_that_adds_its_own_bias_is_not_biased_twice():
 
 
 def test_transformers_trainer(tmp_path):
-    """Trainer and accelerate, unchanged: padding, accumulation with num_items_in_batch, checkpointing of activations."""
+    """Trainer and accelerate, unchanged: padding, accumulation with num_items_in_batch, checkpointing of
+    activations."""
     pytest.importorskip("accelerate")
     import transformers
 

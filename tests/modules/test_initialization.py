@@ -1,4 +1,5 @@
-"""Modules draw their own parameters, alone as in a model; a model adds the embeddings, the division of out_proj, zero biases."""
+"""Modules draw their own parameters, alone as in a model; a model adds the embeddings, the division of out_proj, zero
+biases."""
 
 from __future__ import annotations
 
@@ -131,7 +132,8 @@ def test_from_meta(make):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_one_module_after_another(order):
-    """As FSDP's deferred initialisation does: each module's own tensors are allocated and drawn, parents first or last."""
+    """As FSDP's deferred initialisation does: each module's own tensors are allocated and drawn, parents first or
+    last."""
     config = config_of(tie_word_embeddings=False)
     for by_model in (True, False):
         with torch.device("meta"):

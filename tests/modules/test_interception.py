@@ -1,4 +1,5 @@
-"""Nothing that somebody puts on a module is passed by: not by a step of the whole model, nor by a layer's joined training pass."""
+"""Nothing that somebody puts on a module is passed by: not by a step of the whole model, nor by a layer's fused
+mixer in training."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from mambakit.decoding.step import native_serves, token_step
-from mambakit.decoding.verify import verifier
+from mambakit.decoding.registry import token_step, verifier
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
 from mambakit.modules import MambaMixer
 from mambakit.modules.interception import Watch, any_intercepted, intercepted, is_ours, modules_of, untouched
 from mambakit.modules.mixers.mamba import TimeStepProjection
 from mambakit.ops._backends import native
+from tests.decoding.eager_graph import native_serves
 from tests.models.configurations import pair, tokens, worst
 
 pytestmark = pytest.mark.filterwarnings("ignore")

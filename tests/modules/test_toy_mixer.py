@@ -1,16 +1,17 @@
-"""An architecture that the library has never seen goes through all that it does with states: the specification is enough."""
+"""An architecture that the library has never seen goes through all that is done with states, by its specification."""
 
 from __future__ import annotations
 
 import copy
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationMixin
 
 import mambakit
-from mambakit.decoding.verify import verifier
+from mambakit.decoding.registry import verifier
 from mambakit.evaluation.likelihood import log_likelihoods
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.prefix_cache import PrefixCache
@@ -20,6 +21,8 @@ from mambakit.generation.state import State, fingerprint
 from mambakit.generation.stream import Sampling, Stream
 from mambakit.modules import MambaCache, StateCache
 from mambakit.modules.layered import LayeredTensor
+from mambakit.training.optimizer import make_optimizer
+from mambakit.training.step import TrainingStep
 from tests.models.configurations import tokens, worst
 from tests.models.tiny import TEXT, save_tiny
 from tests.modules.toy_mixer import CONFIGS, ToyMixer, toy
@@ -41,7 +44,7 @@ def close(a, b) -> bool:
     return all(worst(t.cpu(), b.tensors()[key].cpu()) < TIGHT for key, t in a.tensors().items())
 
 
-# -- forward ---------------------------------------------------------------------------------------------------------------
+# -- forward -------------------------------------------------------------------------------------------------------
 
 
 def test_the_blocks_are_what_the_configuration_names(model):
@@ -91,7 +94,7 @@ def test_gradients_flow_through_the_state(model):
         assert worst(parameter.grad, expected[name]) < 1e-4, name
 
 
-# -- tokens ----------------------------------------------------------------------------------------------------------------
+# -- tokens --------------------------------------------------------------------------------------------------------
 
 CHOICES = {
     "greedy": {"do_sample": False},
@@ -176,7 +179,7 @@ def test_draft_tokens_that_are_not_kept_leave_no_trace(model, kept):
     assert cache.get_seq_length() == 6 + kept
 
 
-# -- states ----------------------------------------------------------------------------------------------------------------
+# -- states --------------------------------------------------------------------------------------------------------
 
 
 def test_states_are_read_forked_extended_and_saved(model, tmp_path):
@@ -304,6 +307,42 @@ def test_scores(model):
         for likelihood in (packed[i], chunked[i]):
             assert likelihood.log_prob == pytest.approx(expected, rel=1e-5)
         assert found[i].log_prob == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_carries_the_state(model):
+    """Rows in a row are one long row; a checkpoint has the states; a mask makes rows start anew."""
+    ids, begins = tokens(2, 13), torch.zeros(2, 13, dtype=torch.bool)
+
+    def made():
+        own = copy.deepcopy(model).train()
+        return TrainingStep(own, make_optimizer(own, 0.0, (0.9, 0.95), 0.0), 1.0, "float32", False, carry_rows=2)
+
+    step = made()
+    step.run(ids[:, :7], begins[:, :7])
+    with torch.no_grad():
+        expected = model(ids[:, :6], use_cache=True).cache_params
+    assert close(step.carried[0], expected)
+    again = made()
+    again.load_state_dict(step.state_dict())
+    assert same(again.carried[0], step.carried[0])
+    assert again.carried[0].get_seq_length() == 6
+    for each in (step, again):
+        each.run(ids[:, 6:], begins[:, 6:])
+    assert same(again.carried[0], step.carried[0])
+    with torch.no_grad():
+        assert close(step.carried[0], model(ids[:, 6:12], cache_params=expected).cache_params)
+    step.forget(np.array([True, False]))
+    assert same(step.carried[0].select([0]), step.carried[0].empty_like(1))
+    assert same(step.carried[0].select([1]), again.carried[0].select([1]))
+
+
+def test_parameters_are_drawn_anew(model):
+    emptied = copy.deepcopy(model).to_empty(device="cpu")
+    for parameter in emptied.parameters():
+        parameter.data.fill_(9)
+    emptied.reset_parameters()
+    assert all(block.mixer.bias.eq(0.5).all() for block in emptied.backbone.layers if isinstance(block.mixer, ToyMixer))
+    assert not any(p.eq(9).any() for p in emptied.parameters())
 
 
 def test_a_fingerprint_tells_what_the_mixers_compute(model, monkeypatch):

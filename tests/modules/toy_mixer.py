@@ -1,7 +1,7 @@
-"""An architecture that the library does not know: a gated linear recurrence, and models of nothing else and in part of it.
+"""An architecture that the library does not know: a gated linear recurrence, alone and in a hybrid with Mamba.
 
-Its state has other names, numbers, shapes and dtypes than Mamba's: ``memory`` (m,), and ``count`` (), an int64 that turns the
-output, so that a count that is lost changes the tokens.
+Its state has other names, numbers, shapes and dtypes than Mamba's: ``memory`` (m,), and ``count`` (), an int64 that
+turns the output, so that a count that is lost changes the tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from mambakit.modules.placement import opened
 
 
 class ToyMixer(Mixer):
-    """m_t = g_t m_{t-1} + (1 - g_t) v_t;  y_t = W_o (m_t * silu(z_t) * (1 + cos(t / 3)))."""
+    """m_t = g_t m_{t-1} + (1 - g_t) v_t, g_t = sigmoid(W_g x_t + bias);  y_t = W_o (m_t * silu(z_t) * (1 + cos(t /
+    3)))."""
 
     STATE_FIELDS = ("expand",)
 
@@ -32,16 +33,17 @@ class ToyMixer(Mixer):
         self.layer_idx, self.m = layer_idx, config.hidden_size + 3
         self.in_proj = nn.Linear(config.hidden_size, 3 * self.m)
         self.out_proj = nn.Linear(self.m, config.hidden_size)
+        self.bias = nn.Parameter(torch.empty(self.m))
+        self.reset_own_parameters()
 
-    def reset_parameters(self):
-        self.in_proj.reset_parameters()
-        self.out_proj.reset_parameters()
+    def initial_values(self):
+        return {"bias": torch.full_like(self.bias, 0.5)}
 
     def forward(self, x, cache_params=None, packing=None):
         cache = opened(cache_params, self.layer_idx, x.device)
         gate, value, z = self.in_proj(x).chunk(3, -1)  # (b, l, m) each
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        gate, value = gate.to(wide).sigmoid(), value.to(wide)
+        gate, value = (gate + self.bias).to(wide).sigmoid(), value.to(wide)
         if packing is None:
             sequences = [slice(None)]
         else:

@@ -1,4 +1,7 @@
-"""The CUDA C++ kernels compiled by NVRTC for every architecture they are meant for. Needs no GPU, and says nothing of what they compute."""
+"""The CUDA C++ kernels compiled by NVRTC for every architecture they are meant for.
+
+Needs no GPU, and says nothing of what they compute.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ import torch
 import mambakit
 from mambakit.decoding.graph_step import gpu_weights
 from mambakit.ops._backends import nvrtc
-from mambakit.ops.decode import cuda_persistent as persistent
-from mambakit.ops.selective_scan import cuda
+from mambakit.ops.decode import persistent_plan
+from mambakit.ops.selective_scan import cuda_launch
 from mambakit.ops.selective_scan.plan import backward_plan, forward_plan
 
 # Where the dev extra brings NVRTC it has to be found, so that these tests do not stay away unnoticed.
@@ -42,12 +45,12 @@ def compile_scan(
     arch: str,
     n: int,
     *,
-    whole=8,
+    aligned=8,
     packed=False,
     dtype=BF16,
     gated=True,
     shape=(16, 2048, 1536),
-    relayed=False,
+    chained=False,
 ):
     multiprocessors, shared = CARDS[arch]
     plan = (
@@ -55,11 +58,12 @@ def compile_scan(
         if kind == "forward"
         else backward_plan(*shape, n, multiprocessors, shared)
     )
-    assert plan.resident or not relayed
+    assert plan.resident or not chained
     taken = plan.forward_bytes(dtype.itemsize, gated) if kind == "forward" else plan.backward_bytes
     assert taken <= shared
-    macros = cuda._macros(kind, plan, dtype, gated, True, packed, whole)
-    return nvrtc.machine_code(cuda._FOLDER, "kernel.cu", macros, arch)
+    macros = plan.forward_macros if kind == "forward" else plan.backward_macros
+    compiled_with = dict(macros(dtype, gated, True, packed, aligned))
+    return nvrtc.machine_code(cuda_launch._FOLDER, "kernel.cu", compiled_with, arch)
 
 
 @pytest.mark.parametrize("arch", CARDS)
@@ -72,10 +76,10 @@ def test_the_scan(kind, n, arch):
 @pytest.mark.parametrize(
     ("n", "options"),
     [
-        (1, {"whole": 0, "packed": True, "dtype": F32, "gated": False}),
-        (8, {"whole": 4, "dtype": F16}),
-        (16, {"whole": 4, "packed": True, "dtype": F32}),
-        (16, {"shape": (4, 4096, 5120), "relayed": True}),
+        (1, {"aligned": 0, "packed": True, "dtype": F32, "gated": False}),
+        (8, {"aligned": 4, "dtype": F16}),
+        (16, {"aligned": 4, "packed": True, "dtype": F32}),
+        (16, {"shape": (4, 4096, 5120), "chained": True}),
         (200, {"packed": True}),
     ],
     ids=str,
@@ -93,6 +97,6 @@ def test_the_decode_step(kind, arch):
     )
     if kind != "plain":
         model.quantize(kind)
-    plan = persistent._plan(gpu_weights(model), 1, BF16, CARDS[arch])
-    assert isinstance(plan, dict), plan
-    assert nvrtc.machine_code(Path(persistent.__file__).parent, "persistent.cu", plan, arch)
+    plan = persistent_plan.plan_of(gpu_weights(model), 1, BF16, CARDS[arch])
+    assert not isinstance(plan, str), plan
+    assert nvrtc.machine_code(Path(persistent_plan.__file__).parent, "persistent.cu", plan.macros, arch)

@@ -1,4 +1,5 @@
-"""Every op gives the same numbers, outputs and gradients, whatever torch's default dtype and device are, and reads no memory that nobody wrote."""
+"""Every op gives the same numbers, outputs and gradients, whatever torch's default dtype and device are, and reads no
+memory that nobody wrote."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mambakit.ops import causal_conv1d, causal_conv1d_, linear_cross_entropy, rms_norm, selective_scan, selective_scan_
-from mambakit.ops.linear.api import FORMATS, blank, linear, pack
+from mambakit.ops.linear import linear, pack
+from mambakit.ops.linear.packed import FORMATS, blank
 from tests.torch_settings import SETTINGS, setting
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -13,7 +13,7 @@ from mambakit.ops.selective_scan import cuda_split_scan
 from mambakit.training.distributed import context_parallel, sequence_shard, sharded_scan
 from mambakit.training.distributed.sharded_scan import shard_carry, shard_carry_gradient
 from tests.models.configurations import worst
-from tests.ops.oracles import relative_error
+from tests.ops.closeness import relative_error
 from tests.ops.selective_scan import cuda_on_cpu
 from tests.training.launch import launch
 

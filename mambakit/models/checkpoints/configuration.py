@@ -1,4 +1,4 @@
-"""A checkpoint's configuration and generation settings, read through the table of formats and checked field by field."""
+"""A checkpoint's configuration and generation settings, read through the table of formats, each field checked."""
 
 from __future__ import annotations
 

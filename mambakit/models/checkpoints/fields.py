@@ -1,4 +1,4 @@
-"""What each field of a checkpoint's JSON files may be: one table for each file, looked at before anything is made of it."""
+"""Which values each field of a checkpoint's JSON files may have: a table for each file, checked before its use."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ _REMEDY = "correct it there or fetch it again"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of value: whether a value is of it, and what to call it in an error."""
+    """The values that a field may have.
+
+    Attributes:
+        accepts: whether a value is one of them.
+        expected: what an error says they are.
+        real: they are floats, and an int is converted to one.
+        low: the least, where there is one.
+    """
 
     accepts: Callable[[Any], bool]
     expected: str
     real: bool = False
-    """A whole number stands for the real number of its value."""
     low: int | None = None
 
     def or_null(self) -> Kind:
         return Kind(lambda v: v is None or self.accepts(v), f"{self.expected}, or null", self.real, self.low)
 
     def wanted(self, value: Any) -> str:
-        """What is expected in place of ``value``."""
+        """What an error says in place of ``value`` is expected."""
         below = self.low is not None and type(value) is int and value < self.low
         return f"{self.low} or more" if below else self.expected
 
@@ -96,7 +102,8 @@ _CONFIG = {
     **_SIZES,
     "layer_norm_epsilon": _real(0, 1, above=True), "mixer_rms_eps": _real(0, 1, above=True),
     "initializer_range": _real(0, 1e3),
-    "time_step_scale": _POSITIVE, "time_step_min": _POSITIVE, "time_step_max": _POSITIVE, "time_step_floor": _real(0, 1e6),
+    "time_step_scale": _POSITIVE, "time_step_min": _POSITIVE, "time_step_max": _POSITIVE,
+    "time_step_floor": _real(0, 1e6),
     "time_step_init_scheme": _one_of("random", "constant"), "hidden_act": _STRING,
     **dict.fromkeys(
         ("use_bias", "use_conv_bias", "residual_in_fp32", "rescale_prenorm_residual", "use_cache", "use_mambapy",
@@ -115,17 +122,19 @@ _CONFIG = {
     "label2id": _object(_is_string, lambda v: type(v) is int, "an object of whole numbers under names").or_null(),
     "num_labels": _whole(1, 2**20),
     "problem_type": _one_of("regression", "single_label_classification", "multi_label_classification").or_null(),
-    "is_encoder_decoder": _one_of(False), "chunk_size_feed_forward": _one_of(0), "output_attentions": _one_of(False).or_null(),
+    "is_encoder_decoder": _one_of(False), "chunk_size_feed_forward": _one_of(0),
+    "output_attentions": _one_of(False).or_null(),
     "quantization_config": Kind(lambda v: isinstance(v, dict), "an object").or_null(),
     "attn_implementation": _one_of("eager").or_null(), "_attn_implementation": _one_of("eager").or_null(),
     **dict.fromkeys(
-        ("experts_implementation", "per_layer_config", "text_config", "vision_config", "audio_config", "decoder", "encoder",
-         "generator", "text_encoder", "rope_parameters", "rope_scaling", "rope_theta", "head_dim", "embed_dim", "num_heads"),
+        ("experts_implementation", "per_layer_config", "text_config", "vision_config", "audio_config", "decoder",
+         "encoder", "generator", "text_encoder", "rope_parameters", "rope_scaling", "rope_theta", "head_dim",
+         "embed_dim", "num_heads"),
         _ABSENT,
     ),
     "model_type": _STRING,
 }  # fmt: skip
-# config.json of state-spaces' format. What mambakit does not follow there is told by `mambakit.models.checkpoints.formats`.
+# config.json of state-spaces' format. `mambakit.models.checkpoints.original` refuses fields that it cannot follow.
 _ORIGINAL = {
     "d_model": _SIZES["hidden_size"], "n_layer": _SIZES["num_hidden_layers"], "vocab_size": _SIZES["vocab_size"],
     "pad_vocab_size_multiple": _whole(1, 2**20), "residual_in_fp32": _BOOLEAN, "tie_embeddings": _BOOLEAN,
@@ -142,7 +151,9 @@ _FRACTION = _real(0, 1).or_null()
 _GENERATION = {
     "bos_token_id": _TOKENS, "pad_token_id": _TOKEN.or_null(), "eos_token_id": _TOKENS,
     "decoder_start_token_id": _TOKENS, "forced_bos_token_id": _TOKENS, "forced_eos_token_id": _TOKENS,
-    **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"), _COUNT),
+    **dict.fromkeys(
+        ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"), _COUNT
+    ),
     **dict.fromkeys(("num_beams", "num_return_sequences", "num_beam_groups"), _whole(1, 2**20).or_null()),
     **dict.fromkeys(("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), _FRACTION),
     "temperature": _real(0, 1e6).or_null(), "repetition_penalty": _POSITIVE.or_null(),
@@ -160,27 +171,31 @@ _GENERATION = {
 _ADAPTER = {
     "peft_type": _STRING, "r": _whole(1, 2**16), "lora_alpha": _real(0, 1e6, above=True), "lora_dropout": _real(0, 1),
     "target_modules": _any_of(
-        "a name of layers, or a list of them", _STRING, _list(lambda v: isinstance(v, str) and bool(v.strip()), "", least=1)
+        "a name of layers, or a list of them",
+        _STRING, _list(lambda v: isinstance(v, str) and bool(v.strip()), "", least=1),
     ).or_null(),
     "base_model_name_or_path": _STRING.or_null(), "bias": _STRING.or_null(),
     **dict.fromkeys(("fan_in_fan_out", "use_rslora", "use_dora", "inference_mode"), _BOOLEAN.or_null()),
     "rank_pattern": _object(_is_string, lambda v: type(v) is int and v > 0, "an object of ranks under names").or_null(),
-    "alpha_pattern": _object(_is_string, lambda v: type(v) in (int, float) and v > 0, "an object of numbers under names").or_null(),
+    "alpha_pattern": _object(
+        _is_string, lambda v: type(v) in (int, float) and v > 0, "an object of numbers under names"
+    ).or_null(),
     "modules_to_save": _list(_is_string, "a list of names, or null").or_null(),
 }  # fmt: skip
 
 
 def check_config(fields: dict[str, Any], path: Path, config_class: Any) -> dict[str, Any]:
-    """The fields of a transformers config.json, each looked at.
+    """The checked fields of a transformers config.json.
 
     Raises:
-        CheckpointError: a field is not what it must be; the error names the file, the field, its value and what it must be.
+        CheckpointError: a field has a value that it must not have; the error names file, field, value and what it may
+        be.
     """
     return _checked(fields, _CONFIG, path, owner=config_class)
 
 
 def check_original(fields: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The same of a state-spaces config.json."""
+    """The checked fields of a state-spaces config.json."""
     fields = _checked(fields, _ORIGINAL, path)
     if fields.get("ssm_cfg"):
         fields["ssm_cfg"] = _checked(fields["ssm_cfg"], _ORIGINAL_SSM, path, prefix="ssm_cfg.")
@@ -188,12 +203,12 @@ def check_original(fields: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def check_generation(fields: dict[str, Any], path: Path, config_class: Any) -> dict[str, Any]:
-    """The same of a generation_config.json."""
+    """The checked fields of a generation_config.json."""
     return _checked(fields, _GENERATION, path, owner=config_class)
 
 
 def check_adapter(fields: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The same of an adapter_config.json."""
+    """The checked fields of an adapter_config.json."""
     return _checked(fields, _ADAPTER, path)
 
 
@@ -223,7 +238,7 @@ def _checked(
 
 
 def _require_free(name: str, path: Path, owner: Any) -> None:
-    """A field that no table knows is kept as it is, unless it would take the place of what the class itself has."""
+    """CheckpointError where a field that no table has would replace an attribute of the class ``owner``."""
     fields = getattr(owner, "__dataclass_fields__", {})
     if not name or name.startswith("__") or (hasattr(owner, name) and name not in fields):
         raise CheckpointError(f"{path}: {brief(name, 60)} is not a field of a {owner.__name__}; remove it there")

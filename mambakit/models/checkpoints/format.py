@@ -1,4 +1,4 @@
-"""The contract of a checkpoint format. To add one: a module with a class that meets it, and a line in `table.FORMATS`."""
+"""The contract of a checkpoint format. To add one, write a class that meets it and a line in `table.FORMATS`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,11 @@ class CheckpointFormat(Protocol):
     """Where the tokenizer is, for a checkpoint that holds none; "" where the format does not say."""
 
     def detect(self, folder: Path, config_json: dict[str, Any]) -> bool:
-        """Whether ``folder``, whose config.json holds ``config_json``, is of this format. The table's first match counts."""
+        """Whether ``folder`` is of this format; the first format of the table that says so is taken.
+
+        Args:
+            config_json: what the folder's config.json holds.
+        """
 
     def read_configuration(self, config_json: dict[str, Any], path: Path) -> dict[str, Any]:
         """The configuration under transformers' names, ``model_type`` included.

@@ -35,7 +35,7 @@ _KNOWN = {
 
 
 class OriginalFormat:
-    """`CheckpointFormat` of state-spaces' own. It holds causal language models of the mamba family."""
+    """state-spaces' own `CheckpointFormat`. It holds causal language models of the mamba family."""
 
     name = "original"
     packed = False

@@ -1,10 +1,10 @@
 """mambakit's format of packed weights: transformers' layout, with this package's ``quantization_config``.
 
-A checkpoint holds the packed layers' ``data``, scales and lists, and what `quantize` leaves as it is. Embeddings that are
-the packed head's rows are left out: the head is enough.
+A checkpoint holds the packed layers' ``data``, scales and lists, and every tensor that `quantize` leaves as it is.
+Embeddings that are the packed head's rows are left out: they are computed from the head.
 
-transformers does not know the format: it warns, and would fill the layers with random numbers. `dequantize` makes a
-plain model.
+transformers does not know the format: it warns, and fills the layers with random numbers. `dequantize` makes a plain
+model.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class PackedFormat:
 
 
 def _stored_tensors(model: Any, state: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What a checkpoint of ``model`` holds of a state dict; None: the model's own, all of it.
+    """The tensors of a state dict that a checkpoint of ``model`` holds. None stands for all of the model's own.
 
     Raises:
         ValueError: plain weights for a model whose configuration says that they are packed.

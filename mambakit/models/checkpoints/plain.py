@@ -19,7 +19,7 @@ _HEADS = ("lm_head.", "score.")
 
 
 def load_plain(loading: Loading, format: CheckpointFormat) -> Any:
-    """`CheckpointFormat.load` of plain weights. Nothing is left at random values."""
+    """`CheckpointFormat.load` of plain weights. A weight that the files do not hold raises: none stays random."""
     cls, config, folder = loading.cls, loading.config, loading.folder
     kwargs = dict(loading.kwargs)
     if loading.dtype is not None:
@@ -68,7 +68,10 @@ def write_by_transformers(
 
 
 def values_to_write(model: Any, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """``state_dict``, or the model's where accelerate has offloaded weights; None where transformers may read it itself."""
+    """``state_dict``, or the model's own where accelerate has offloaded weights.
+
+    None where transformers can read the model's weights itself.
+    """
     by_transformers = hasattr(model, "hf_device_map")  # it then reads offloaded weights
     if state_dict is None and not by_transformers and any(p.is_meta for p in model.parameters()):
         return {name: stored_value(model, name, t) for name, t in model.state_dict().items()}
@@ -104,7 +107,7 @@ def _for_trained_weights(config: Any) -> Iterator[None]:
 
 
 def _definer(cls: Any, method: str) -> Any:
-    """The class of mambakit that overrides transformers' ``method``: the one to go past."""
+    """The class of mambakit that overrides transformers' ``method``."""
     return next(base for base in cls.__mro__ if method in vars(base) and base.__module__.startswith("mambakit."))
 
 

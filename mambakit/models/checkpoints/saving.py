@@ -1,4 +1,4 @@
-"""`save_pretrained` and `save_original`: a model's checkpoint, in the format that its weights have or in the original one."""
+"""`save_pretrained` and `save_original`: write a model's checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoint files: where they are, and which tensors they hold. `mambakit.reading` opens them."""
+"""A checkpoint's files: where they are, and which tensors they hold. `mambakit.reading` opens them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mambakit.quoting import brief
 from mambakit.reading import open_safetensors, read_bin, read_file, read_header, read_json
 
 __all__ = [
-    "HUB_ARGUMENTS", "CheckpointError", "StoredTensor", "read_bin", "read_headers", "read_json", "read_tensor", "read_tensors",
-    "resolve", "small_files", "weight_files",
+    "HUB_ARGUMENTS", "CheckpointError", "StoredTensor", "read_bin", "read_headers", "read_json", "read_tensor",
+    "read_tensors", "resolve", "small_files", "weight_files",
 ]  # fmt: skip
 
 # The arguments of from_pretrained that say where a checkpoint is.
@@ -27,7 +27,7 @@ _PATTERNS = [*_SMALL, "*.safetensors"]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a file's header says of a tensor."""
+    """A tensor as a file's header describes it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -53,7 +53,7 @@ def resolve(name: str | os.PathLike, **hub: Any) -> Path:
 
 
 def _require_names(name: Any, hub: dict[str, Any]) -> None:
-    """UsageError where a name is empty: an unset variable is not the current folder, and not a default."""
+    """UsageError where a name is empty: an unset shell variable must not mean the current folder or a default."""
     if not isinstance(name, (str, os.PathLike)):
         raise UsageError(f"a checkpoint is named by a folder or a hub id, not by {name!r}")
     if not str(name).strip():

@@ -18,7 +18,7 @@ from mambakit.models.checkpoints.storage import StoredTensor
 
 
 class TransformersFormat:
-    """`CheckpointFormat` of transformers' own."""
+    """transformers' own `CheckpointFormat`."""
 
     name = "transformers"
     packed = False
@@ -31,8 +31,8 @@ class TransformersFormat:
         settings = config_json.get("quantization_config")
         if isinstance(settings, dict) and not isinstance(settings.get("quant_method"), str):
             raise CheckpointError(
-                f"{path}: quantization_config.quant_method is {shown(settings.get('quant_method'))}; it must be the name "
-                "of a method; correct it there or fetch it again"
+                f"{path}: quantization_config.quant_method is {shown(settings.get('quant_method'))}; it must be the "
+                "name of a method; correct it there or fetch it again"
             )
         return config_json
 

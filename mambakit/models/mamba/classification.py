@@ -27,12 +27,6 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.backbone.embeddings = value
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -59,13 +53,13 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
 
         Without a mask, the last token that is not ``pad_token_id`` counts; a row of nothing but padding is an error.
         ``labels`` (b,) int64 classifies, float regresses with one label, and (b, labels) float is multi-label; the
-        configuration's ``problem_type`` decides where it is set. Arguments not listed are `MambaModel.forward`'s; a row is one
-        document, and marks that say otherwise raise.
+        configuration's ``problem_type`` decides where it is set. Arguments not listed are `MambaModel.forward`'s. A row
+        is one document; arguments that mark several in a row raise.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             padding = input_ids == self.config.pad_token_id
-            # Trailing padding only: the same id may well be a real token (a separator) further in front.
+            # Trailing padding only: before it the same id may be a real token (a separator).
             trailing = padding.flip(1).cumprod(1).flip(1).bool()
             needed = values_are_hidden(trailing) or bool(trailing.any())
             attention_mask = (~trailing).to(torch.int64) if needed else None
@@ -133,6 +127,6 @@ def _require_one_document(
     if inside is not None and bool(inside.any()):
         row, column = inside.nonzero()[0].tolist()
         raise ValueError(
-            f"row {row} holds several documents (one begins at token {column}), and a classifier scores one of each row; give "
-            "every document a row of its own, padded and with attention_mask"
+            f"row {row} holds several documents (one begins at token {column}), and a classifier scores one of each "
+            "row; give every document a row of its own, padded and with attention_mask"
         )

@@ -1,14 +1,15 @@
-"""How a new model's parameters are drawn.
+"""The initial values of a new model's parameters.
 
-Two recipes, told apart by whether the configuration's ``initializer_range`` was given:
+There are two recipes. The configuration's ``initializer_range`` chooses:
 
-- not given: mamba_ssm's. Linear layers and convolutions as PyTorch draws them, embeddings N(0, 0.02), out_proj divided by
-  sqrt(layers). A 768 x 24 model's first loss is near ln(vocab_size).
-- given: transformers'. Every linear layer and embedding N(0, initializer_range); the mixer's own parameters then as below.
+- not given: mamba_ssm's. Linear layers and convolutions as PyTorch draws them, embeddings N(0, 0.02), out_proj divided
+  by sqrt(layers). A 768 x 24 model's first loss is near ln(vocab_size).
+- given: transformers'. Every linear layer and embedding N(0, initializer_range).
 
-Common to both, and how a mixer alone starts (`mambakit.modules.initialization`): A_log = log(1..n), D = 1, dt_proj.weight uniform
-in +-r^-0.5 * time_step_scale, and dt_proj.bias the inverse softplus of a step drawn log-uniformly between time_step_min and
-time_step_max. What is the model's alone: the embeddings, the division of out_proj, biases of zero.
+In both, the mixer's own parameters start as in a mixer alone (`mambakit.modules.initialization`): A_log = log(1..n),
+D = 1, dt_proj.weight uniform in +-r^-0.5 * time_step_scale, and dt_proj.bias the inverse softplus of a step drawn
+log-uniformly between time_step_min and time_step_max. The embeddings, the division of out_proj and zero biases need the
+model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers import initialization as init  # skips parameters that a check
 
 from mambakit.models.configuration import uses_mamba_ssm_recipe
 from mambakit.modules import MambaMixer, RMSNorm
-from mambakit.modules.initialization import initial_a_log
+from mambakit.modules.mixers import Mixer
 from mambakit.modules.mixers.mamba import TimeStepProjection
 
 _EMBEDDING_STD = 0.02
@@ -29,7 +30,7 @@ _EMBEDDING_STD = 0.02
 
 @torch.no_grad()
 def initialize(module: nn.Module, config) -> None:
-    """Draw the parameters that are ``module``'s own, not those of its children: in any order, also module by module as FSDP does."""
+    """Draw ``module``'s own parameters, not its children's. Modules may come in any order, as FSDP calls them."""
     std = config.initializer_range
     as_mamba_ssm = uses_mamba_ssm_recipe(std)
     if isinstance(module, nn.Embedding):
@@ -47,17 +48,18 @@ def initialize(module: nn.Module, config) -> None:
             init.zeros_(module.bias)
     elif isinstance(module, RMSNorm):
         init.ones_(module.weight)
-    elif isinstance(module, MambaMixer):
-        init.copy_(module.A_log, initial_a_log(module.A_log))
-        init.ones_(module.D)
+    elif isinstance(module, Mixer):
+        for name, value in module.initial_values().items():
+            init.copy_(getattr(module, name), value)
 
 
 @torch.no_grad()
 def initialize_in_turn(module: nn.Module, config) -> None:
-    """`initialize` where all of a model's modules come in turn, children before parents, as `PreTrainedModel` walks them.
+    """`initialize` for `PreTrainedModel`'s walk over all modules, children before parents.
 
-    dt_proj, conv1d and out_proj are drawn when their mixer's turn comes, and the linear ones in their own turn, too: a seed makes the
-    model that it has always made.
+    dt_proj, conv1d and out_proj are drawn after the rest of their mixer, and the linear ones also in their own turn.
+    The
+    order of random numbers is fixed: a seed gives the model that it gave in every release.
     """
     if isinstance(module, nn.Conv1d):
         return

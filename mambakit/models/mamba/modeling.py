@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from mambakit.decoding.transformers_steps import TransformersSteps
 from mambakit.models.documents import Marks
 from mambakit.models.generate import GenerativeMambaModel
 from mambakit.models.inputs import one_cache, packing_of, shifted_labels
@@ -31,15 +32,9 @@ class MambaModel(MambaPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings = value
-
     def new_cache(self, batch_size: int) -> StateCache:
         """A zero state for ``batch_size`` rows, in this model's dtype, where its layers compute."""
-        weight = next(self.norm_f.parameters())  # also of a norm within a module that others have put around it
+        weight = next(self.norm_f.parameters())  # norm_f may be wrapped by another library's module
         devices = [computing_device(block) for block in self.layers]
         place = devices if len(set(devices)) > 1 else next(iter(devices), weight.device)
         return new_cache(self.config, batch_size, place, weight.dtype)
@@ -67,19 +62,19 @@ class MambaModel(MambaPreTrainedModel):
         """Run the model over new tokens.
 
         Args:
-            input_ids: (b, l) int64; or ``inputs_embeds`` (b, l, h) in its place.
-            cache_params: the state before the first of these tokens, any number of them; it is brought up to date.
-                ``cache`` and ``past_key_values`` are other names of it.
-            use_cache: make and return a state when none is given; the configuration's value, off while training.
+            input_ids: (b, l) int64; or ``inputs_embeds`` (b, l, h) in its place. cache_params: the state before the
+            first token, for any number of tokens; it is updated in place. ``cache`` and ``past_key_values`` are other
+            names of the argument.
+            use_cache: make and return a state when none is given. None: the configuration's value, False in training.
             output_hidden_states: return the residual stream after each layer.
             return_dict: False for a tuple.
-            attention_mask: (b, l), 0 where a token is padding: left, right or anywhere. Padding changes no state; the
-                outputs there are zero. A mask that also covers the tokens already in the state is cut to the new ones.
+            attention_mask: (b, l), 0 where a token is padding, on any side or inside. Padding changes no state, and its
+                outputs are zero. A mask that also covers the tokens already in the state is cut to the new ones.
             position_ids: (b, l). Positions that restart begin a new document: no state passes into it.
             cu_seqlens: (s + 1,) int32; ``input_ids`` is one row of s packed sequences. With a cache, sequence i
-                continues row i.
-            seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: documents as collators mark them for other
-                layers; all that is given must mark the same (`mambakit.models.documents`).
+                continues slot i.
+            seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: documents, as collators for attention
+                mark them. Those that are given must agree (`mambakit.models.documents`).
             output_attentions: must be false; there are no attentions.
 
         Returns:
@@ -95,14 +90,14 @@ class MambaModel(MambaPreTrainedModel):
         return_dict = config.return_dict if return_dict is None else return_dict
         if self.training and torch.is_grad_enabled():
             require_learning(self)
-        # Without gradients there is no backward pass to compute anything again for: `generate` in train mode keeps its state.
+        # Without gradients there is no backward pass that recomputes: `generate` in train mode keeps its state.
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         only_tensors = self._returns_only_tensors()
         if use_cache and cache is None and (checkpointing or only_tensors):
             why = "gradient checkpointing keeps no state" if checkpointing else f"{only_tensors} returns tensors alone"
             warnings.warn(f"use_cache=True: {why}, cache_params is None", stacklevel=2)
         if use_cache is None:
-            # What torch.func transforms is a function of tensors: vmap cannot write into memory that is not its own.
+            # torch.func transforms functions of tensors: vmap cannot write into memory from outside of it.
             use_cache = config.use_cache and not self.training and not in_functorch()
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         b, length = x.shape[:2]
@@ -127,7 +122,7 @@ class MambaModel(MambaPreTrainedModel):
             else:
                 state = CacheHandle(cache) if cache is not None and is_dispatched(block) else cache
                 x, residual = block(x, residual, state, packing)
-            if output_hidden_states:  # else they would all stay alive: 4 h bytes for each token and layer
+            if output_hidden_states:  # else they would stay alive: 4 h bytes for each token and layer
                 streams.append(residual)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         x, residual = self.norm_f(x, residual, wide if config.residual_in_fp32 else None)
@@ -141,7 +136,7 @@ class MambaModel(MambaPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def _returns_only_tensors(self) -> str:
-        """Who calls forward and takes tensors alone, so that the state cannot be among its results; "" for nobody."""
+        """The caller that takes tensors only, to which no state can be returned; "" where there is none."""
         if getattr(self, "_is_replica", False):
             return "a replica of DataParallel"
         return "an exported program" if torch.compiler.is_exporting() or torch.jit.is_tracing() else ""
@@ -157,12 +152,6 @@ class MambaForCausalLM(GenerativeMambaModel):
         self.backbone = MambaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.backbone.embeddings = value
 
     def forward(
         self,
@@ -186,14 +175,16 @@ class MambaForCausalLM(GenerativeMambaModel):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        steps: TransformersSteps | None = None,
     ) -> MambaCausalLMOutput | tuple:
         """Next-token logits, and the loss when ``labels`` are given. Arguments not listed are `MambaModel.forward`'s.
 
         Args:
-            labels: (b, l) int64, the input tokens themselves: they are shifted here. -100 is left out, and so are padding
-                and the first token of a packed document, which nothing precedes.
+            labels: (b, l) int64, the input tokens themselves: they are shifted here. -100, padding and the first token
+                of each packed document add no loss.
             logits_to_keep: only the last this many positions' logits (0: all), or a tensor of positions.
             num_items_in_batch: divide the summed loss by this instead of the number of labels (gradient accumulation).
+            steps: of a `generate` call under way: logits that it knows, or its fast step.
 
         Returns:
             `MambaCausalLMOutput` with ``logits`` (b, l, v) in float32.
@@ -203,7 +194,7 @@ class MambaForCausalLM(GenerativeMambaModel):
         marks = Marks(position_ids, cu_seqlens, seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         others = (attention_mask, inputs_embeds, labels)
         if all(t is None for t in others) and not (marks.given or output_hidden_states or output_attentions):
-            logits = self.next_logits(input_ids, cache)
+            logits = None if steps is None else steps.logits(input_ids, cache)
             if logits is not None:
                 result = MambaCausalLMOutput(logits=logits[:, None], cache=cache)
                 return result if return_dict else result.to_tuple()
@@ -242,7 +233,7 @@ class MambaForCausalLM(GenerativeMambaModel):
         return result if return_dict else result.to_tuple()
 
     def is_its_layers(self) -> bool:
-        """Whether a call of the model is nothing but one of its layers after the other, so that a caller may pause between them."""
+        """Whether a call of the model only calls its layers in order, so that a caller may pause between them."""
         backbone = self.backbone
         ours = type(self).forward is MambaForCausalLM.forward and type(backbone).forward is MambaModel.forward
         return (

@@ -1,4 +1,10 @@
-"""Sequence mixers, one file each, and what a configuration's choice of them makes of a model's state."""
+"""Sequence mixers, one file each, and what a configuration's choice of them makes of a model's state.
+
+To add one: a subclass of `Mixer` in a file here, with its state tensors, an entry in `MIXERS`, and a configuration
+whose ``mixer_class(layer_idx)`` names it. Forward, prefill, decode, caches, files and training then work on its state;
+decode kernels that read weights say by themselves that they do not serve it.
+``tests/modules/toy_mixer.py`` is an example.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +28,8 @@ _COMPUTATION_FIELDS = ("model_type", "layer_norm_epsilon", "residual_in_fp32")
 
 
 def mixer_class(config: Any, layer_idx: int) -> type[Mixer]:
-    """Layer ``layer_idx``'s mixer: what ``config.mixer_class(layer_idx)`` says, and Mamba's for a configuration that is not
-    mambakit's own (transformers' `MambaConfig`)."""
+    """Layer ``layer_idx``'s mixer: what ``config.mixer_class(layer_idx)`` says, and Mamba's for a configuration that is
+    not mambakit's own (transformers' `MambaConfig`)."""
     choose = getattr(config, "mixer_class", None)
     return MIXERS["mamba"] if choose is None else choose(layer_idx)
 
@@ -38,8 +44,9 @@ def state_spec(config: Any, dtype: torch.dtype | str | None = None) -> StateSpec
     # A configuration has it as text after its model was saved.
     kind: torch.dtype = getattr(torch, given.removeprefix("torch.")) if isinstance(given, str) else given
     mixers = _mixers(config)
-    layers = tuple(mixer.state_tensors(config, kind) for mixer in mixers)
-    own = [field for mixer in dict.fromkeys(mixers) for field in mixer.STATE_FIELDS]
+    tensors = {mixer: mixer.state_tensors(config, kind) for mixer in dict.fromkeys(mixers)}
+    layers = tuple(tensors[mixer] for mixer in mixers)
+    own = [field for mixer in tensors for field in mixer.STATE_FIELDS]
     return StateSpec(layers, kind, {field: getattr(config, field, None) for field in (*_STATE_FIELDS, *own)})
 
 

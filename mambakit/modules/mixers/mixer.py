@@ -6,7 +6,7 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mambakit.modules.state_spec import StateTensor
 
@@ -14,11 +14,11 @@ from mambakit.modules.state_spec import StateTensor
 class Mixer(nn.Module):
     """A layer's sequence mixer: ``mixer(x (b, l, h), cache, packing) -> (b, l, h)``. Abstract.
 
-    ``forward`` takes a `StateCache`, or None while it trains, and a `Packing`, or None where the batch is not packed. It reads
-    its state as it was before the first token and leaves it as it is after the last. Where gradients flow it uses
-    `StateCache.layer` and `StateCache.update`, which work out of place; in inference it may write into
-    `StateCache.memory`. A wrapped cache (`mambakit.modules.placement.opened`) is opened first. Nothing else of a model knows
-    what the state tensors mean.
+    ``forward`` takes a `StateCache`, or None while it trains, and a `Packing`, or None where the batch is not packed.
+    It reads its state as it was before the first token and leaves it as it is after the last. Where gradients flow it
+    uses `StateCache.layer` and `StateCache.update`, which work out of place; in inference it may write into
+    `StateCache.memory`. A wrapped cache (`mambakit.modules.placement.opened`) is opened first. Nothing else of a model
+    knows what the state tensors mean.
 
     A subclass is made as ``Class(config, layer_idx)``, and a configuration names it by its `mixer_class`.
     """
@@ -33,6 +33,19 @@ class Mixer(nn.Module):
     def state_tensors(config: Any, dtype: torch.dtype) -> tuple[StateTensor, ...]:
         """One layer's state in a model of this dtype, in the order of `StateCache.layer` and `StateCache.update`."""
 
-    @abstractmethod
+    def initial_values(self) -> dict[str, Tensor]:
+        """What the mixer's own parameters (not its children's) start from, by name; drawn anew at each call."""
+        return {}
+
     def reset_parameters(self) -> None:
-        """Draw every parameter anew."""
+        """Draw every parameter anew, the children's first."""
+        for child in self.children():
+            if callable(reset := getattr(child, "reset_parameters", None)):
+                reset()
+        self.reset_own_parameters()
+
+    @torch.no_grad()
+    def reset_own_parameters(self) -> None:
+        """Draw the mixer's own parameters anew."""
+        for name, value in self.initial_values().items():
+            getattr(self, name).copy_(value)

@@ -1,8 +1,8 @@
 """CUDA C++ compiled at run time (NVRTC, which torch's CUDA wheels bring) and launched on torch's current stream.
 
 `Module` compiles a source once per device and set of macros and keeps the machine code in the user's cache folder:
-``$MAMBAKIT_CACHE``, else ``$XDG_CACHE_HOME/mambakit``, else ``~/.cache/mambakit``. The file's name is a hash of everything
-that went into it, so an old file is never wrong, only unused.
+``$MAMBAKIT_CACHE``, else ``$XDG_CACHE_HOME/mambakit``, else ``~/.cache/mambakit``. The file's name is a hash of
+everything that went into it, so an old file is never wrong, only unused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import struct
 import tempfile
 import threading
 from pathlib import Path
@@ -52,7 +51,7 @@ def _check(result):
 
 @functools.cache
 def shared_memory(device: int) -> int:
-    """How many bytes of shared memory a block may have: 227 KB of Hopper and the large Blackwell, 163 of an A100, 99 of Ada."""
+    """Bytes of shared memory that a CTA may have: 227 KB on Hopper and B200, 163 on A100, 99 on Ada."""
     driver, _ = _bindings()
     attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     return int(_check(driver.cuDeviceGetAttribute(attribute, _check(driver.cuDeviceGet(device)))))
@@ -119,24 +118,22 @@ def address(tensor: torch.Tensor | None, dtypes: tuple[torch.dtype, ...], device
 
 
 class _Arguments(threading.local):
-    """Where a kernel's parameters are handed to the driver, which copies them before it returns; one per thread."""
+    """The driver's array of pointers to a kernel's parameters, of which there is one; an array per thread."""
 
     def __init__(self):
-        self.values = (ctypes.c_int64 * 64)()
-        self.pointer = ctypes.c_void_p(ctypes.addressof(self.values))
+        self.pointer = ctypes.c_void_p()
         self.address = ctypes.addressof(self.pointer)
 
 
 _arguments = _Arguments()
-_PACK = [struct.Struct(f"{count}q").pack_into for count in range(65)]
 
 
 @functools.cache
-def _launcher(together: bool):
+def _launcher(cooperative: bool):
     """cuLaunchKernel as a plain C call: a few microseconds less per launch than through cuda-bindings' objects."""
     library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    launch = library.cuLaunchCooperativeKernel if together else library.cuLaunchKernel
-    pointers = 2 if together else 3  # stream, parameters; extra
+    launch = library.cuLaunchCooperativeKernel if cooperative else library.cuLaunchKernel
+    pointers = 2 if cooperative else 3  # stream, parameters; extra
     launch.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * pointers]
     launch.restype = ctypes.c_int
     return launch
@@ -156,23 +153,25 @@ def _use_context(device: int) -> None:
 
 
 class Kernel:
-    """One kernel whose only parameter is a struct of at most 64 8-byte fields, passed as Python integers.
+    """One kernel whose only parameter is a struct, which ``parameters`` mirrors; the driver copies it at the launch.
 
-    ``together``: all blocks run at the same time, or the launch fails: they may wait for each other.
+    ``cooperative``: all CTAs are resident at once, or the launch fails: they may wait for each other.
     """
 
-    def __init__(self, function, shared_bytes: int, together: bool = False):
+    def __init__(self, function, shared_bytes: int, cooperative: bool = False):
         self._function, self._shared = int(function), shared_bytes
-        self._launch = _launcher(together)
-        self._extra = () if together else (None,)
+        self._launch = _launcher(cooperative)
+        self._extra = () if cooperative else (None,)
 
-    def __call__(self, blocks: int, threads: int, stream: int, *fields: int, blocks_y: int = 1) -> None:
+    def __call__(
+        self, grid: int, threads: int, stream: int, parameters: ctypes.Structure, grid_y: int = 1
+    ) -> None:  # fmt: skip
         arguments = _arguments
-        _PACK[len(fields)](arguments.values, 0, *fields)
+        arguments.pointer.value = ctypes.addressof(parameters)
         call = (
             self._function,
-            blocks,
-            blocks_y,
+            grid,
+            grid_y,
             1,
             threads,
             1,
@@ -201,11 +200,11 @@ class Module:
             _use_context(device)
             self._module = _check(driver.cuModuleLoadData(cubin))
 
-    def kernel(self, name: str, shared_bytes: int = 0, together: bool = False) -> Kernel:
-        """``shared_bytes`` of dynamic shared memory; ``together`` as `Kernel` says."""
+    def kernel(self, name: str, shared_bytes: int = 0, cooperative: bool = False) -> Kernel:
+        """``shared_bytes`` of dynamic shared memory; ``cooperative`` as `Kernel` says."""
         driver, _ = _bindings()
         function = _check(driver.cuModuleGetFunction(self._module, name.encode()))
         if shared_bytes > 0:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
-        return Kernel(function, shared_bytes, together)
+        return Kernel(function, shared_bytes, cooperative)

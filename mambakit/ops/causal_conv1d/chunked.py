@@ -1,4 +1,4 @@
-"""The causal depthwise convolution in plain PyTorch: the oracle of every kernel, and the path where there is none.
+"""The causal depthwise convolution in plain PyTorch, all tokens at once: it serves where no kernel does.
 
     y_t = act(bias + sum_j weight[:, j] x_{t-k+1+j})
 

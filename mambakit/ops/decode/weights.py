@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mambakit.ops.linear.api import PackedWeight
+from mambakit.ops.linear.packed import PackedWeight
 
 Weight = Tensor | PackedWeight
 

@@ -1,199 +1,41 @@
-"""The public linear op with packed weights: formats, packing, and `linear(x, weight, bias)`.
+"""The public linear op with a packed weight: contract, checks, and the one entry to `mambakit::linear`.
 
-Formats of a weight (out, in), named by their precision:
-
-    "float32", "bfloat16"   the numbers themselves, (out, in)
-    "int8"   int8 (out, in), and one float32 scale per `group` neighbours of a row: w = q * scale, q in [-127, 127]
-    "int4"   int16 (out, padded / 4), and one float32 scale per `group`: w = q * scale, q in [-8, 7]. A block of 64 columns is
-             16 words of 4 nibbles; nibble s of word i (bits 4s to 4s+3, two's complement) is column 16 s + i of the block,
-             so that a register of words gives 16 neighbouring columns with one shift. Rows are padded with zeros to
-             whole blocks and whole groups.
-    scales   float32 (out, ceil(in / group)); for int4 those of the padding too
-    "lossless32", "lossless16"   float32 in 28 bits and bfloat16 in 12, the same numbers to the last bit; see lossless.py
-
-On a CPU the kernels round x to 16 bits where the weight is int8 or int4, one scale for every group: integers are multiplied
-and summed exactly, groups are summed in float32. That is an error of at most 2^-16 of a group's largest number in each number
-of x, typically 2e-5 of a product: a hundredth of what int8 weights bring.
+On a CPU the kernels round x to 16 bits where the weight is int8 or int4, with one scale for every group: integers are
+multiplied and summed exactly, groups are summed in float32. The error is at most 2^-16 of a group's largest number in
+each number of x, typically 2e-5 of a product: a hundredth of what int8 weights bring.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mambakit.ops._backends.memory import PlainMemoryError, observed, transformed, zeros
-from mambakit.ops.linear import chunked, lossless
-from mambakit.quoting import brief
-
-FORMATS = ("float32", "bfloat16", "int8", "int4", "lossless32", "lossless16")
-GROUP = 64  # numbers per scale: half a bit of scale per weight
-GROUPS = (32, 64, 128)
-BLOCK, WORDS = 64, 16
-# Beyond this many rows of x the product is bound by arithmetic, and torch's matrix product is faster.
-MOST_ROWS = 16
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """A weight (out, in) in one of `FORMATS`; see the module's docstring for ``data`` and ``scales``."""
-
-    format: str
-    data: Tensor
-    scales: Tensor | None
-    in_features: int
-    group: int = GROUP
-    exceptions: tuple[Tensor, Tensor, Tensor] | None = None  # of the lossless formats: starts, columns, values
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(f"PackedWeight: format {brief(self.format)} is not known; choose one of {FORMATS}")
-        if self.group not in GROUPS:
-            raise ValueError(f"PackedWeight: group is {brief(self.group)}; choose one of {GROUPS}")
-        if (self.scales is not None) != (self.format in ("int8", "int4")):
-            raise ValueError(f"PackedWeight: int8 and int4 have scales, and only they; the format is {self.format}")
-        if (self.exceptions is not None) != (self.format in lossless.DTYPES):
-            raise ValueError(
-                f"PackedWeight: the lossless formats list exceptions, and only they; this is {self.format}"
-            )
-
-    @property
-    def out_features(self) -> int:
-        return self.data.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors().values())
-
-    def row_sizes(self) -> tuple[int, int]:
-        """What a row has in ``data``, elements, and in ``scales``."""
-        if self.format in lossless.DTYPES:
-            return lossless.row_bytes(self.format, self.in_features), 0
-        if self.format == "int8":
-            return self.in_features, -(-self.in_features // self.group)
-        if self.format == "int4":
-            columns = _padded(self.in_features, self.group)
-            return columns // BLOCK * WORDS, columns // self.group
-        return self.in_features, 0
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What there is to store, by name."""
-        tensors = {"data": self.data}
-        if self.scales is not None:
-            tensors["scales"] = self.scales
-        if self.exceptions is not None:
-            tensors |= zip(("starts", "columns", "values"), self.exceptions, strict=True)
-        return tensors
-
-    def dequantized(self) -> Tensor:
-        """The weight (out, in) in float32."""
-        return chunked.dequantize(self)
-
-
-def pack(weight: Tensor, format: str, group: int = GROUP) -> PackedWeight:
-    """Pack a weight (out, in) of any floating dtype.
-
-    Args:
-        format: one of `FORMATS`.
-        group: numbers of a row that share a scale: 32, 64 or 128. Of int8 and int4 alone.
-
-    Raises:
-        ValueError: an unknown format or group, a weight that is not a matrix, one that is not finite (int8, int4), or one of
-            another dtype than the format's (lossless32, lossless16).
-    """
-    if weight.dim() != 2:
-        raise ValueError(f"pack: weight has shape {tuple(weight.shape)}, expected (out, in)")
-    if format not in FORMATS:
-        raise ValueError(f"pack: format {brief(format)} is not known; choose one of {FORMATS}")
-    if group not in GROUPS:
-        raise ValueError(f"pack: group is {brief(group)}; choose 32, 64 or 128")
-    columns = weight.shape[1]
-    weight = weight.detach()
-    if format in ("float32", "bfloat16"):
-        return PackedWeight(format, weight.to(getattr(torch, format)).contiguous(), None, columns, group)
-    if format in lossless.DTYPES:
-        if weight.dtype != lossless.DTYPES[format]:
-            raise ValueError(
-                f"pack: {format} holds {lossless.DTYPES[format]} and the weight is {weight.dtype}; cast it first"
-            )
-        data, exceptions = lossless.pack(weight, format)
-        return PackedWeight(format, data, None, columns, group, exceptions)
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"pack: the weight has numbers that are not finite, which {format} cannot hold")
-    multiple = group if format == "int8" else max(BLOCK, group)
-    padded = F.pad(weight.float(), (0, -columns % multiple)).unflatten(1, (-1, group))  # (out, groups, group)
-    if format == "int8":
-        scales = padded.abs().amax(-1) / 127
-        q = torch.round(padded / _divisor(scales)).flatten(1)[:, :columns].to(torch.int8)
-        return PackedWeight(format, q.contiguous(), scales, columns, group)
-    # The number furthest from 0 becomes -8 exactly: the 16 levels are not symmetric, and this uses all of them.
-    extreme = padded.gather(-1, padded.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    scales = extreme / -8
-    q = torch.round(padded / _divisor(scales)).clamp(-8, 7).flatten(1).to(torch.int32)
-    nibbles = (q & 15).unflatten(1, (-1, 4, WORDS))  # (out, blocks, s, word)
-    shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=q.device)[:, None]
-    words = (nibbles << shifts).sum(2)  # (out, blocks, word), as unsigned 16-bit numbers
-    data = torch.where(words >= 2**15, words - 2**16, words).to(torch.int16).flatten(1)
-    return PackedWeight(format, data.contiguous(), scales.contiguous(), columns, group)
-
-
-def _divisor(scales: Tensor) -> Tensor:
-    return torch.where(scales == 0, 1.0, scales)[..., None]
-
-
-def _padded(in_features: int, group: int) -> int:
-    """Columns of an int4 row with its padding: whole blocks and whole groups."""
-    step = max(BLOCK, group)
-    return -(-in_features // step) * step
-
-
-def blank(
-    format: str, out_features: int, in_features: int, group: int = GROUP, device: torch.device | str | None = None
-) -> PackedWeight:
-    """A weight of zeros in a format that is not torch's own, for a checkpoint to fill; on torch's default device when None."""
-    device = torch.get_default_device() if device is None else device
-    scales = exceptions = None
-    if format in lossless.DTYPES:
-        data = zeros(out_features, lossless.row_bytes(format, in_features), dtype=torch.uint8, device=device)
-        starts = zeros(out_features + 1, dtype=torch.int32, device=device)
-        exceptions = (starts, zeros(0, dtype=torch.int32, device=device), zeros(0, dtype=torch.float32, device=device))
-    elif format == "int8":
-        data = zeros(out_features, in_features, dtype=torch.int8, device=device)
-        scales = zeros(out_features, -(-in_features // group), dtype=torch.float32, device=device)
-    else:
-        columns = _padded(in_features, group)
-        data = zeros(out_features, columns // BLOCK * WORDS, dtype=torch.int16, device=device)
-        scales = zeros(out_features, columns // group, dtype=torch.float32, device=device)
-    return PackedWeight(format, data, scales, in_features, group, exceptions)
+from mambakit.ops._backends.memory import in_forward_mode, in_functorch
+from mambakit.ops.linear import chunked, schema
+from mambakit.ops.linear.cpu import MOST_ROWS as MOST_ROWS  # above it the CPU's product is torch's
+from mambakit.ops.linear.packed import PackedWeight
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` for x (..., in), in x's dtype; sums are float32.
+    """``x @ weight.T + bias`` for x (..., in), in x's dtype; sums are float32 (float64 for float64).
 
     On a CPU, up to `MOST_ROWS` rows run on the native kernels at the speed of reading the weight; more rows, other
-    devices and float64 widen the weight and use torch's product. Not differentiable in the weight.
+    devices and float64 widen the weight and use torch's product. Differentiable in x and bias, any number of times, and
+    not in the weight.
+
+    Args:
+        x: (..., in), any floating dtype.
+        weight: (out, in), packed.
+        bias: (out,), any floating dtype.
+
+    Returns:
+        (..., out) in the dtype of ``x``.
 
     Raises:
         ValueError: shapes that do not fit.
     """
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"linear: x has shape {tuple(x.shape)}, but the weight takes {weight.in_features} features")
-    from mambakit.ops._backends import native
-    from mambakit.ops.linear import cpu
-
-    if x.device.type != "cpu" or x.dtype == torch.float64 or not native.is_available():
+    if in_functorch() or in_forward_mode():  # a custom op has no rules for them; plain PyTorch has
         return chunked.linear(x, weight, bias)
-    # Addresses are read here without torch's dispatcher, which would have told who transforms or follows the call.
-    if transformed() or observed():
-        return chunked.linear(x, weight, bias)
-    rows = x.numel() // max(1, x.shape[-1])
-    in_training = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    try:
-        if rows <= MOST_ROWS and not in_training:
-            return cpu.linear(x, weight, bias)
-        widened = cpu.widen(weight)
-    except PlainMemoryError:
-        return chunked.linear(x, weight, bias)
-    return chunked.linear(x, weight, bias, widened)
+    return torch.ops.mambakit.linear(x, *schema.parts_of(weight), bias, weight.format, weight.in_features, weight.group)

@@ -1,9 +1,8 @@
-"""The Python side of the linear kernels."""
+"""The launcher of the CPU's linear kernels: outputs, strides and addresses."""
 
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,9 +10,10 @@ from torch import Tensor
 from mambakit.ops._backends import native
 from mambakit.ops._backends.memory import empty
 from mambakit.ops._backends.structures import FLOAT32, INT32, address, address_of_rows, as_float32, check, structure
+from mambakit.ops.linear.packed import PackedWeight
 
-if TYPE_CHECKING:
-    from mambakit.ops.linear.api import PackedWeight
+# Beyond this many rows of x the product is bound by arithmetic, and torch's matrix product is faster.
+MOST_ROWS = 16
 
 Arguments = structure(
     "Arguments", "x weight scales bias y starts columns values", "b in_ out group threads x_stride y_stride"
@@ -42,8 +42,8 @@ def _arguments(
     starts, listed, values = weight.exceptions or (None, None, None)
     count = 0 if listed is None else listed.shape[0]
     return Arguments(
-        x, address(weight.data, _DATA[weight.format], out * columns), address(weight.scales, FLOAT32, out * groups), bias, y,
-        address(starts, INT32, out + 1), address(listed, INT32, count), address(values, FLOAT32, count),
+        x, address(weight.data, _DATA[weight.format], out * columns), address(weight.scales, FLOAT32, out * groups),
+        bias, y, address(starts, INT32, out + 1), address(listed, INT32, count), address(values, FLOAT32, count),
         rows, weight.in_features, out, weight.group, native.threads(), x_stride, y_stride,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The fused head and cross-entropy in plain PyTorch: the oracle of the kernels, and the path where there are none.
+"""The fused head and cross-entropy in plain PyTorch, a chunk of tokens at a time: it serves where no kernel does.
 
     z = hidden weight^T ;  loss_t = logsumexp(z_t) - z_t,target_t ;  d loss_t / d z_t = softmax(z_t) - onehot(target_t)
 

@@ -1,51 +1,57 @@
 // The gradient of the scan. See common.cuh for the layout, reference.py for the equations.
 //
-// With g_t the gradient of h_t, walking time backwards:
+// With g_t the gradient of h_t, backwards in time:
 //     g_t += dy_t silu(z_t) C_t;  dC_t = sum_d dy_t silu(z_t) h_t;  dB_t = sum_d delta_t u_t g_t;  gB_t = g_t . B_t
 //     d delta_t = sum_n g_t a_t h_{t-1} A + gB_t u_t;  dA += g_t a_t h_{t-1} delta_t;  g_{t-1} = g_t a_t
 //
-// States are recomputed. A block takes its chunk in segments, last first: it walks forward through one from the checkpoint
-// before it and keeps the state at every SAVE-th token in shared memory, then goes back tile by tile: the states and decays of SUB
-// tokens at a time in registers, then those tokens in reverse. dB and dC are summed over the block's channels (in
-// shared memory) and written as one partial per block of channels; `finish` adds the partials in a fixed order.
+// States are recomputed. A CTA processes its chunk in segments, last first. It scans a segment forward from its
+// checkpoint and saves the state at every SAVE-th token in shared memory, then goes back tile by tile: states and
+// decays of SUB tokens in registers, then those tokens in reverse. dB and dC are summed over the CTA's channels in
+// shared memory and written as one partial sum per channel tile; selective_scan_reduce adds the partial sums in a fixed
+// order.
 //
-// When b * d is too small to fill the card, rows are cut into `chunks`: `arrive` first finds, for all chunks but the first,
-// the gradient that leaves it to the left when nothing enters from the right, and sum(delta). For a caller that learns the
-// gradient of a row's final state only from that (cuda_split_scan.py) `arrive` visits every chunk (`first` is 0) without dfinal, which
-// the walk adds then. In a RELAY (common.cuh) the chunks of a row are walked one after the other, last first.
+// Where b * d is too small to fill the card, rows are cut into `chunks`. selective_scan_backward_carries first
+// computes, of all chunks but the first, the aggregate: the gradient of the state before the chunk if that of the state
+// after it were zero, and sum(delta). selective_scan_backward combines them in its look-back. A split scan
+// (cuda_split_scan.py) learns dfinal only after it has reported the aggregates: those of every chunk are computed
+// (first_chunk 0) without dfinal, which the look-back adds. In a CHAINED scan (common.cuh) the chunks of a row pass
+// their carry on, last chunk first.
 
-struct BackwardParams {
+struct BackwardParams {  // cuda_parameters.py mirrors it
     const T *dy, *u, *delta, *z, *B, *C;
     const float *A, *D, *bias, *initial, *dfinal, *checkpoints;
-    const int *ids, *cu;
+    const int *ids, *cu;  // packed: the sequence of each token, cu_seqlens
     T *du, *ddelta, *dz;
-    float *dinitial, *local, *sums, *partial, *dA, *dD, *dbias;
-    int* turns;
-    i64 dy_b, u_b, delta_b, z_b, B_b, C_b, dy_t, u_t, delta_t, z_t, B_t, C_t;
-    i64 dz_b, dz_t, l, d, n, tiles, chunk_length, chunks, first, rows, interval;
+    float* dinitial;
+    float *carries, *delta_sums;               // (b, chunks, d, n): aggregates, or carries; (b, chunks, d)
+    float* partial;                            // (channel tiles, b * l, dB and dC, NP): partial sums of dB and dC
+    float *dA_parts, *dD_parts, *dbias_parts;  // (b * chunks, ...)
+    int* tickets;                              // of a chained scan
+    i64 dy_b, u_b, delta_b, z_b, B_b, C_b, dy_t, u_t, delta_t, z_t, B_t, C_t;  // strides over rows and over tokens
+    i64 dz_b, dz_t, l, d, n, channel_tiles, chunk_length, chunks, first_chunk, rows, interval;
 };
 
-// This lane's elements of one tensor. The place of a tile is the same for all lanes and changes, a lane's place in it does not: registers
-// are what binds, and the former needs none of a lane's own.
-template <typename E> struct Place {
+// This lane's elements of one tensor: a tile's address, which is uniform over the warp and changes, and the lane's
+// offset in a tile, which does not. Registers limit occupancy, and a uniform address takes none of a lane's.
+template <typename E> struct LanePointer {
     E* tile;
-    u32 own[VECS];  // bytes; strides are bounded by gpu.py
+    u32 offset[VECS];  // bytes; cuda_launch.py bounds the strides
 
     DEVICE void set(E* base, i64 t, i64 stride, int first_channel, const Elements& mine) {
         tile = base + t * stride;
 #pragma unroll
         for (int v = 0; v < VECS; v++)
-            own[v] = (u32)(sizeof(E) * (mine.token[v] * (u32)stride + first_channel + mine.column[v]));
+            offset[v] = (u32)(sizeof(E) * (mine.token[v] * (u32)stride + first_channel + mine.column[v]));
     }
 
-    DEVICE E* at(int v) const { return (E*)((char*)tile + own[v]); }
+    DEVICE E* at(int v) const { return (E*)((char*)tile + offset[v]); }
 };
 
-// One that is read: the values of the tile loaded last.
-struct Stream : Place<const T> {
+// The same of an input, with the values of the tile that was loaded last.
+struct LaneStream : LanePointer<const T> {
     Raw<VEC> next[VECS];
 
-    // Load a tile of which `left` tokens exist, and step to the tile `move` elements on.
+    // Loads a tile of which `left` tokens exist, and advances by `move` elements.
     DEVICE void fetch(int left, i64 move, const Elements& mine) {
 #pragma unroll
         for (int v = 0; v < VECS; v++) next[v].load(at(v), mine.token[v] < left ? mine.count[v] : 0);
@@ -60,29 +66,30 @@ DEVICE void clear(float (*h)[NS]) {
         for (int i = 0; i < NS; i++) h[k][i] = 0.f;
 }
 
-constexpr int ARRIVE_ROWS = NP <= 32 ? 32 : 8;
+constexpr int CARRY_ROWS = NP <= 32 ? 32 : 8;
 
-struct ArriveShared {
-    float rows[2][ARRIVE_ROWS * NP];
+struct CarryShared {
+    float rows[2][CARRY_ROWS * NP];
     float2 steps[WARPS][TILE][STEPS_ROW];  // delta, gradient of the output before the gate
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_arrive(const __grid_constant__ BackwardParams p) {
-    __shared__ __align__(16) ArriveShared shared;
+extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_backward_carries(
+    const __grid_constant__ BackwardParams p) {
+    __shared__ __align__(16) CarryShared shared;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int part = lane % LANES, group = lane / LANES;
     const int l = (int)p.l, d = (int)p.d, n = (int)p.n;
     i64 block = blockIdx.x;
-    const int tile = (int)(block % p.tiles);
-    block /= p.tiles;
-    const int count = (int)(p.chunks - p.first);
-    const int chunk = (int)p.first + (int)(block % count), row = (int)(block / count);
+    const int channel_tile = (int)(block % p.channel_tiles);
+    block /= p.channel_tiles;
+    const int count = (int)(p.chunks - p.first_chunk);
+    const int chunk = (int)p.first_chunk + (int)(block % count), row = (int)(block / count);
     const int t0 = chunk * (int)p.chunk_length, t1 = min(l, t0 + (int)p.chunk_length);
-    const int warp_channel = tile * BLOCK_CHANNELS + warp * WARP_CHANNELS;
-    const StatePlace place{warp_channel + group * K, d, n, part * NS};
+    const int warp_channel = channel_tile * CTA_CHANNELS + warp * WARP_CHANNELS;
+    const StateSlice states{warp_channel + group * K, d, n, part * NS};
 
     float A[K][NS], g[K][NS], sum[K];
-    place.load(A, p.A);
+    states.load(A, p.A);
     clear(g);
 #pragma unroll
     for (int k = 0; k < K; k++) {
@@ -91,14 +98,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_arrive(cons
         for (int i = 0; i < NS; i++) A[k][i] *= LOG2E;
     }
     auto load_dfinal = [&](int s) {
-        if (p.dfinal) place.load(g, p.dfinal + (i64)s * d * n);
+        if (p.dfinal) states.load(g, p.dfinal + (i64)s * d * n);
         else clear(g);
     };
     if (!PACKED && t1 == l) load_dfinal(row);
 
     Elements mine;
     mine.set(lane, warp_channel, d);
-    Stream dy, delta, z;
+    LaneStream dy, delta, z;
     int t = t0 + (t1 - t0 - 1) / TILE * TILE;
     dy.set(p.dy + row * p.dy_b, t, p.dy_t, warp_channel, mine);
     delta.set(p.delta + row * p.delta_b, t, p.delta_t, warp_channel, mine);
@@ -107,7 +114,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_arrive(cons
 #pragma unroll
     for (int v = 0; v < VECS; v++)
 #pragma unroll
-        for (int i = 0; i < VEC; i++) bias[v][i] = p.bias && i < mine.count[v] ? p.bias[warp_channel + mine.column[v] + i] : 0.f;
+        for (int i = 0; i < VEC; i++)
+            bias[v][i] = p.bias && i < mine.count[v] ? p.bias[warp_channel + mine.column[v] + i] : 0.f;
     auto fetch = [&](int t) {
         int left = t < t0 ? 0 : t1 - t;
         dy.fetch(left, -TILE * p.dy_t, mine);
@@ -115,18 +123,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_arrive(cons
         if (HAS_Z) z.fetch(left, -TILE * p.z_t, mine);
     };
     const T* C = p.C + row * p.C_b;
-    Rows<ARRIVE_ROWS, 1> rows;
+    Rows<CARRY_ROWS, 1> rows;
 
-    int tb = t0 + (t1 - t0 - 1) / ARRIVE_ROWS * ARRIVE_ROWS;
+    int tb = t0 + (t1 - t0 - 1) / CARRY_ROWS * CARRY_ROWS;
     fetch(t);
     int next_ids = Starts::fetch(p.ids, t, l, lane);
     rows.set(C, C, p.C_t, p.C_t, tb, -1);
     rows.fetch(t1 - tb, n);
     int buffer = 0;
-    for (; tb >= t0; tb -= ARRIVE_ROWS, buffer ^= 1) {
+    for (; tb >= t0; tb -= CARRY_ROWS, buffer ^= 1) {
         rows.put(shared.rows[buffer]);
         __syncthreads();
-        rows.fetch(tb > t0 ? ARRIVE_ROWS : 0, n);
+        rows.fetch(tb > t0 ? CARRY_ROWS : 0, n);
         for (; t >= tb; t -= TILE) {
 #pragma unroll
             for (int v = 0; v < VECS; v++) {
@@ -161,60 +169,63 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_arrive(cons
                 for (int k = 0; k < K; k++) {
                     sum[k] += step[2 * k];
 #pragma unroll
-                    for (int i = 0; i < NS; i++) g[k][i] = fmaf(step[2 * k + 1], Cs[i], g[k][i]) * ex2(step[2 * k] * A[k][i]);
+                    for (int i = 0; i < NS; i++)
+                        g[k][i] = fmaf(step[2 * k + 1], Cs[i], g[k][i]) * ex2(step[2 * k] * A[k][i]);
                 }
-                if (PACKED && starts.starts(j) && t + j > 0) clear(g);  // what reaches the row's start leaves it
+                if (PACKED && starts.starts(j) && t + j > 0) clear(g);  // only the row's first sequence has a carry out
             }
             __syncwarp();
         }
     }
-    place.store(p.local + ((i64)row * p.chunks + chunk) * d * n, g);
+    states.store(p.carries + ((i64)row * p.chunks + chunk) * d * n, g);
     if (part == 0)
 #pragma unroll
         for (int k = 0; k < K; k++)
-            if (place.first + k < d) p.sums[((i64)row * p.chunks + chunk) * d + place.first + k] = sum[k];
+            if (states.first + k < d) p.delta_sums[((i64)row * p.chunks + chunk) * d + states.first + k] = sum[k];
 }
 
-// dB and dC are summed over a warp's groups two tokens at a time: [token][group][dB or dC][NP], where odd groups have dC first, so that
-// lanes which write together and lanes which read together use different banks.
+// dB and dC are summed over a warp's groups, two tokens at a time: [token][group][dB or dC][NP]. Odd groups have dC
+// first, against bank conflicts of both the writes and the reads.
 constexpr int GROUP_SUMS = 2 * NP;
 constexpr int TOKEN_SUMS = GROUPS * GROUP_SUMS;
-DEVICE int place_of(int group, int which) { return group * GROUP_SUMS + ((which ^ group) & 1) * NP; }
+DEVICE int exchange_offset(int group, int which) { return group * GROUP_SUMS + ((which ^ group) & 1) * NP; }
 
-struct BackwardShared {
+struct BackwardShared {  // plan.py counts its bytes
     float rows[SEGMENT * 2 * NP];
     float saved[SEGMENT / SAVE][K * NS][THREADS];  // the states at every SAVE-th token
     float partial[2][WARPS][TILE][2 * NP];
     float exchanged[WARPS][GROUPS > 1 ? 2 * TOKEN_SUMS : 4];
-    float2 steps[2][WARPS][TILE][STEPS_ROW];  // delta, delta * u
-    float dy[2][WARPS][TILE][WARP_CHANNELS];      // gradient of the output before the gate
+    float2 steps[2][WARPS][TILE][STEPS_ROW];    // delta, delta * u
+    float dy[2][WARPS][TILE][WARP_CHANNELS];    // gradient of the output before the gate
     float sums[WARPS][3][TILE][WARP_CHANNELS];  // over states: C . h, g . B, (g a h) . A
 };
+static_assert(sizeof(BackwardShared) == SHARED, "plan.py counts other bytes of shared memory");
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan_backward(
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_backward(
     const __grid_constant__ BackwardParams p) {
     extern __shared__ __align__(16) char memory[];
     BackwardShared& shared = *(BackwardShared*)memory;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int part = lane % LANES, group = lane / LANES;
     const int l = (int)p.l, d = (int)p.d, n = (int)p.n;
-#if RELAY
-    const int number = number_of_block(p.turns, memory), relays = (int)(gridDim.x / p.chunks), relay = number % relays;
-    const int chunk = (int)p.chunks - 1 - number / relays, row = relay / (int)p.tiles, tile = relay % (int)p.tiles;
+#if CHAINED
+    const int ticket = take_ticket(p.tickets, memory), chains = (int)(gridDim.x / p.chunks), chain = ticket % chains;
+    const int chunk = (int)p.chunks - 1 - ticket / chains;
+    const int row = chain / (int)p.channel_tiles, channel_tile = chain % (int)p.channel_tiles;
 #else
     i64 block = blockIdx.x;
-    const int tile = (int)(block % p.tiles);
-    block /= p.tiles;
+    const int channel_tile = (int)(block % p.channel_tiles);
+    block /= p.channel_tiles;
     const int chunk = (int)(block % p.chunks), row = (int)(block / p.chunks);
 #endif
     const int t0 = chunk * (int)p.chunk_length, t1 = min(l, t0 + (int)p.chunk_length);
-    const int warp_channel = tile * BLOCK_CHANNELS + warp * WARP_CHANNELS;
-    const StatePlace place{warp_channel + group * K, d, n, part * NS};
+    const int warp_channel = channel_tile * CTA_CHANNELS + warp * WARP_CHANNELS;
+    const StateSlice states{warp_channel + group * K, d, n, part * NS};
     const int interval = (int)p.interval, segment = min(SEGMENT, interval);
     const i64 check_row = (i64)row * ((l + interval - 1) / interval);
 
     float A[K][NS], g[K][NS], dA[K][NS], h[K][NS];
-    place.load(A, p.A);
+    states.load(A, p.A);
     clear(g);
     clear(dA);
 #pragma unroll
@@ -222,45 +233,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
 #pragma unroll
         for (int i = 0; i < NS; i++) A[k][i] *= LOG2E;
     auto load_initial = [&](int s) {
-        if (p.initial) place.load(h, p.initial + (i64)s * d * n);
+        if (p.initial) states.load(h, p.initial + (i64)s * d * n);
         else clear(h);
     };
     auto load_dfinal = [&](int s) {
-        if (p.dfinal) place.load(g, p.dfinal + (i64)s * d * n);
+        if (p.dfinal) states.load(g, p.dfinal + (i64)s * d * n);
         else clear(g);
     };
     auto store_dinitial = [&](int s) {
-        if (p.dinitial) place.store(p.dinitial + (i64)s * d * n, g);
+        if (p.dinitial) states.store(p.dinitial + (i64)s * d * n, g);
     };
     if (t1 == l) {
         if (!PACKED) load_dfinal(row);
-    } else if (RELAY) {
-        wait_for_turn(p.turns + 1 + row * p.tiles + tile, (int)p.chunks - 1 - chunk);
-        place.load(g, p.local + ((i64)row * p.chunks + chunk + 1) * d * n);
+    } else if (CHAINED) {
+        wait_for_carry(p.tickets + 1 + row * p.channel_tiles + channel_tile, (int)p.chunks - 1 - chunk);
+        states.load(g, p.carries + ((i64)row * p.chunks + chunk + 1) * d * n);
     } else {
-        // What arrives from the right: through the chunks up to the one where the sequence of token t1 ends.
+        // The look-back, from the chunk where the sequence of token t1 ends down to the next one.
         int last = (int)p.chunks - 1, s = row;
         if (PACKED) {
             s = __ldg(p.ids + t1);
             last = __ldg(p.cu + s) == t1 ? chunk : (__ldg(p.cu + s + 1) - 1) / (int)p.chunk_length;
         }
-        if (p.first == 0 && last > chunk) load_dfinal(s);  // 0 but for a sequence that ends with the row
+        if (p.first_chunk == 0 && last > chunk) load_dfinal(s);  // 0 but for a sequence that ends with the row
         for (int c = last; c > chunk; c--) {
             float add[K][NS];
-            place.load(add, p.local + ((i64)row * p.chunks + c) * d * n);
+            states.load(add, p.carries + ((i64)row * p.chunks + c) * d * n);
 #pragma unroll
             for (int k = 0; k < K; k++) {
-                float delta = place.first + k < d ? p.sums[((i64)row * p.chunks + c) * d + place.first + k] : 0.f;
+                float delta =
+                    states.first + k < d ? p.delta_sums[((i64)row * p.chunks + c) * d + states.first + k] : 0.f;
 #pragma unroll
                 for (int i = 0; i < NS; i++)
-                    g[k][i] = c == last && p.first ? add[k][i] : fmaf(ex2(delta * A[k][i]), g[k][i], add[k][i]);
+                    g[k][i] = c == last && p.first_chunk ? add[k][i] : fmaf(ex2(delta * A[k][i]), g[k][i], add[k][i]);
             }
         }
     }
 
     Elements mine;
     mine.set(lane, warp_channel, d);
-    Stream dy, u, delta, z;
+    LaneStream dy, u, delta, z;
     float D[VECS][VEC], bias[VECS][VEC], dD[VEC], dbias[VEC], sum_D[VEC], lost_D[VEC];
 #pragma unroll
     for (int v = 0; v < VECS; v++)
@@ -273,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
         }
     const T *B = p.B + row * p.B_b, *C = p.C + row * p.C_b;
 
-    // (delta, delta u) of tile t, from the values in flight, to shared memory; in reverse, its output gradients too.
+    // (delta, delta u) of tile t, from the prefetched values, to shared memory.
     auto put_steps = [&](int t, int to) {
 #pragma unroll
         for (int v = 0; v < VECS; v++) {
@@ -289,6 +301,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                 write_floats<2 * VEC>((float*)&shared.steps[to][warp][mine.token[v]][mine.column[v]], (float*)steps);
         }
     };
+    // Its output gradients before the gate, likewise.
     auto put_gradients = [&](int to) {
 #pragma unroll
         for (int v = 0; v < VECS; v++) {
@@ -305,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                 write_floats<VEC>(&shared.dy[to][warp][mine.token[v]][mine.column[v]], out);
         }
     };
-    // Four tokens forward from token j of a tile.
+    // SUB tokens forward from token j0 of a tile.
     auto forward = [&](int j0, int now, const float* rows, const Starts& starts, auto keep) {
 #pragma unroll
         for (int jj = 0; jj < SUB; jj++) {
@@ -324,7 +337,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                 }
         }
     };
-    auto forget = [](int, int, int, float, float) {};
+    auto discard = [](int, int, int, float, float) {};
     auto save = [&](int at) {
 #pragma unroll
         for (int i = 0; i < K * NS; i++) shared.saved[at][i][threadIdx.x] = h[i / NS][i % NS];
@@ -334,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
     for (int ts = t0 + (t1 - t0 - 1) / segment * segment; ts >= t0; ts -= segment) {
         const int te = min(t1, ts + segment);
         int base = ts / interval * interval;
-        place.load(h, p.checkpoints + (check_row + base / interval) * d * n);
+        states.load(h, p.checkpoints + (check_row + base / interval) * d * n);
         const int last_tile = ts + (te - ts - 1) / TILE * TILE;
         u.set(p.u + row * p.u_b, base, p.u_t, warp_channel, mine);
         delta.set(p.delta + row * p.delta_b, base, p.delta_t, warp_channel, mine);
@@ -362,11 +375,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                 }
                 u.fetch(t1 - t - TILE, TILE * p.u_t, mine);
                 delta.fetch(t1 - t - TILE, TILE * p.delta_t, mine);
-                __syncwarp();  // the tile before last has been read: its readers were here, or at its barrier, since
+                __syncwarp();  // all lanes have read the tile before last, whose buffer is written next
 #pragma unroll
                 for (int j = 0; j < TILE; j += SUB) {
                     if (j % SAVE == 0 && base == ts) save((t - ts + j) / SAVE);
-                    forward(j, now, rows, starts, forget);
+                    forward(j, now, rows, starts, discard);
                 }
             }
         }
@@ -378,12 +391,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
         delta.tile -= 2 * TILE * p.delta_t;
         put_steps(last_tile, now);
         put_gradients(now);
-        Place<T> du_at, ddelta_at, dz_at;
+        LanePointer<T> du_at, ddelta_at, dz_at;
         du_at.set(p.du + (i64)row * l * d, last_tile, d, warp_channel, mine);
         ddelta_at.set(p.ddelta + (i64)row * l * d, last_tile, d, warp_channel, mine);
         if (HAS_Z) dz_at.set(p.dz + row * p.dz_b, last_tile, p.dz_t, warp_channel, mine);
         float* exchanged = shared.exchanged[warp];
-        float* partial_to = p.partial + ((i64)tile * p.rows + (i64)row * l + last_tile) * 2 * NP;
+        float* partial_to = p.partial + ((i64)channel_tile * p.rows + (i64)row * l + last_tile) * 2 * NP;
         __syncwarp();
         {
             Starts starts;
@@ -394,12 +407,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                 if (j + SAVE < TILE)
 #pragma unroll
                     for (int jj = 0; jj < SAVE; jj += SUB)
-                        forward(j + jj, now, shared.rows + (last_tile - ts) * 2 * NP, starts, forget);
+                        forward(j + jj, now, shared.rows + (last_tile - ts) * 2 * NP, starts, discard);
             }
         }
 
-        // A tile's step sizes are computed while the tile after it in time is worked on, so the order of loads and values
-        // is: `next` holds the tile before t, u_now and its like hold tile t.
+        // Software pipeline: the step sizes of a tile are computed one iteration ahead, so `next` holds the tile before
+        // t, and u_now, delta_now, z_now and dy_now hold tile t.
 #pragma unroll 1
         for (int t = last_tile; t >= ts; t -= TILE, now ^= 1, partial_to -= TILE * 2 * NP) {
             Raw<VEC> u_now[VECS], delta_now[VECS], z_now[VECS], dy_now[VECS];
@@ -421,15 +434,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
 #pragma unroll 1
             for (int j0 = TILE - SUB; j0 >= 0; j0 -= SUB) {
 #pragma unroll
-                for (int i = 0; i < K * NS; i++) h[i / NS][i % NS] = shared.saved[(u32)(t - ts + j0) / SAVE][i][threadIdx.x];
+                for (int i = 0; i < K * NS; i++)
+                    h[i / NS][i % NS] = shared.saved[(u32)(t - ts + j0) / SAVE][i][threadIdx.x];
 #pragma unroll 1
-                for (int j = (u32)j0 / SAVE * SAVE; j < j0; j += SUB) forward(j, now, rows, starts, forget);
+                for (int j = (u32)j0 / SAVE * SAVE; j < j0; j += SUB) forward(j, now, rows, starts, discard);
                 float before[SUB][K][NS], decay[SUB][K][NS];  // h_{t-1} (after a start) and exp(delta A)
                 forward(j0, now, rows, starts, [&](int jj, int k, int i, float state, float a) {
                     before[jj][k][i] = state;
                     decay[jj][k][i] = a;
                 });
-                // In pairs, whose sums over lanes and over channels are made together.
+                // In pairs, which share their reductions over lanes and over channels.
 #pragma unroll
                 for (int pair = SUB - 2; pair >= 0; pair -= 2) {
                     float over_states[3][2 * K];
@@ -476,8 +490,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                         }
 #pragma unroll
                         for (int which = 0; which < 2; which++) {
-                            float* to = GROUPS > 1 ? exchanged + (jj - pair) * TOKEN_SUMS + place_of(group, which)
-                                                   : shared.partial[now][warp][j] + which * NP;
+                            float* to = GROUPS > 1
+                                ? exchanged + (jj - pair) * TOKEN_SUMS + exchange_offset(group, which)
+                                : shared.partial[now][warp][j] + which * NP;
                             write_floats<NS>(to + part * NS, over_channels + which * NS);
                         }
                     }
@@ -491,10 +506,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                             const int which = i / NP % 2;
                             const float* from = exchanged + i / GROUP_SUMS * TOKEN_SUMS + i % NP;
                             float total[RUN], more[RUN];
-                            read_floats<RUN>(total, from + place_of(0, which));
+                            read_floats<RUN>(total, from + exchange_offset(0, which));
 #pragma unroll
                             for (int g = 1; g < GROUPS; g++) {
-                                read_floats<RUN>(more, from + place_of(g, which));
+                                read_floats<RUN>(more, from + exchange_offset(g, which));
 #pragma unroll
                                 for (int r = 0; r < RUN; r++) total[r] += more[r];
                             }
@@ -513,14 +528,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
 #pragma unroll
                             for (int i = 0; i < KEPT; i += RUN)
                                 write_floats<RUN>(
-                                    &shared.sums[warp][q][j0 + pair + (at + i) / K][group * K + (at + i) % K], over_states[q] + i);
+                                    &shared.sums[warp][q][j0 + pair + (at + i) / K][group * K + (at + i) % K],
+                                    over_states[q] + i);
                     }
                 }
             }
             put_steps(t - TILE, now ^ 1);
             put_gradients(now ^ 1);
             __syncthreads();
-            // This buffer of partial sums is written again after the next tile's barrier, which every reader reaches later.
+            // Every reader of this buffer of partial sums passes the next tile's barrier before it is written again.
             constexpr int RUN = NP >= 16 ? 2 : 1;  // neighbouring sums of a thread
             const int sums = min(TILE, t1 - t) * 2 * NP;
 #pragma unroll
@@ -571,8 +587,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
             if (HAS_Z) dz_at.tile -= TILE * p.dz_t;
             __syncwarp();
         }
-        // A segment's dD to those of the segments before (Kahan): a sum of a whole chunk in one register loses what a rounding is
-        // worth in every token.
+        // Kahan summation of dD over segments: one float32 sum over a whole chunk would add up a rounding error per
+        // token.
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
             float add = dD[i] - lost_D[i], sum = sum_D[i] + add;
@@ -581,11 +597,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
     }
     if (!PACKED && chunk == 0) store_dinitial(row);
     const i64 at = (i64)row * p.chunks + chunk;
-    if (RELAY) {
-        if (chunk > 0) place.store(p.local + at * d * n, g);
-        hand_on(p.turns + 1 + row * p.tiles + tile, (int)p.chunks - chunk);
+    if (CHAINED) {
+        if (chunk > 0) states.store(p.carries + at * d * n, g);
+        publish_carry(p.tickets + 1 + row * p.channel_tiles + channel_tile, (int)p.chunks - chunk);
     }
-    place.store(p.dA + at * d * n, dA);
+    states.store(p.dA_parts + at * d * n, dA);
 #pragma unroll
     for (int i = 0; i < VEC; i++) {
         double all_D = (double)sum_D[i] - lost_D[i];
@@ -595,19 +611,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
             dbias[i] += __shfl_xor_sync(ALL, dbias[i], w);
         }
         const int c = warp_channel + mine.column[0] + i;
-        if (lane < ROW_VECS && c < d) p.dD[at * d + c] = (float)all_D, p.dbias[at * d + c] = dbias[i];
+        if (lane < ROW_VECS && c < d) p.dD_parts[at * d + c] = (float)all_D, p.dbias_parts[at * d + c] = dbias[i];
     }
 }
 
-// The partial sums of dB and dC over blocks of channels, and of dA, dD and ddelta_bias over rows and chunks.
-struct FinishParams {
+// Adds the partial sums: of dB and dC over channel tiles, of dA, dD and ddelta_bias over rows and chunks, in a fixed
+// order.
+struct ReduceParams {  // cuda_parameters.py mirrors it
     const float *partial, *dA_parts, *dD_parts, *dbias_parts;
     T *dB, *dC;
     float *dA, *dD, *dbias;
-    i64 rows, tiles, n, d, parts;
+    i64 rows, channel_tiles, n, d, parts;
 };
 
-extern "C" __global__ void __launch_bounds__(256) selective_scan_finish(const __grid_constant__ FinishParams p) {
+extern "C" __global__ void __launch_bounds__(256) selective_scan_reduce(const __grid_constant__ ReduceParams p) {
     i64 item = (i64)blockIdx.x * 256 + threadIdx.x;
     const i64 items = p.rows * 2 * QUADS;
     const i64 padded = (items + 255) / 256 * 256;
@@ -616,8 +633,8 @@ extern "C" __global__ void __launch_bounds__(256) selective_scan_finish(const __
         const float4* from = (const float4*)p.partial + item;
         float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 8
-        for (i64 tile = 0; tile < p.tiles; tile++) {
-            float4 x = __ldcs(from + tile * items);
+        for (i64 channel_tile = 0; channel_tile < p.channel_tiles; channel_tile++) {
+            float4 x = __ldcs(from + channel_tile * items);
             total.x += x.x, total.y += x.y, total.z += x.z, total.w += x.w;
         }
         i64 row = item / (2 * QUADS);

@@ -1,6 +1,6 @@
-"""The selective scan in plain PyTorch: the oracle of every kernel, and the path on devices that have none.
+"""The selective scan in plain PyTorch, over all chunks at once: it serves where no kernel does.
 
-The recurrence (Gu & Dao 2023, arXiv 2312.00752, equations 2a, 2b and algorithm 2), per channel with n states:
+The recurrence (`reference.py` is the plain loop), per channel with n states:
 
     delta_t = softplus(raw_t + bias)
     h_t     = exp(delta_t A) h_{t-1} + delta_t B_t u_t            a linear recurrence: h_t = a_t h_{t-1} + x_t
@@ -117,7 +117,8 @@ class _Row:
         return (self.delta[:, cs, t] * self.u[:, cs, t])[..., None] * self.B[:, cs, t, None, :]
 
     def chunk_decay(self) -> Tensor:
-        """What a chunk does to the state that enters it: exp(A sum(delta)), or nothing passes where a sequence starts."""
+        """What a chunk does to the state that enters it: exp(A sum(delta)), or nothing passes where a sequence
+        starts."""
         decay = torch.exp(self.delta.sum(2)[..., None] * self.A)
         return decay.masked_fill(self.has_start, 0.0)
 

@@ -1,34 +1,38 @@
-// Shared by the forward and the backward kernels. Compiled at run time: the macros below come from gpu.py.
+// Shared by the forward and the backward kernels. Compiled at run time, with the macros of plan.py:
 //
-//   DTYPE    0 float32, 1 bfloat16, 2 float16: u, delta, z, B, C, y and their gradients
-//   LANES    neighbouring lanes that share a channel (a power of two)
-//   NS       states of a channel in each of those lanes, a multiple of 4; LANES * NS >= n, the rest is padding with A = B = C = 0
-//   K        channels of each thread
-//   WARPS    warps of a block
-//   HAS_Z, SOFTPLUS, PACKED, RELAY: 0 or 1
-//   WHOLE    4 or 8 when every four or eight neighbours of a row of u, delta, z, B, C and the gradients can be read at once: their
-//            strides, d and n are multiples of it and their addresses of as many elements; else 0
+//   DTYPE     0 float32, 1 bfloat16, 2 float16: u, delta, z, B, C, y and their gradients
+//   LANES     neighbouring lanes that share a channel (a power of two)
+//   NS        states of a channel in each of those lanes, a multiple of 4; LANES * NS >= n, the rest is padding: A = B
+//             = C = 0
+//   K         channels of each thread
+//   WARPS     warps of a CTA
+//   MIN_CTAS  CTAs per SM that the registers must leave room for
+//   SHARED    bytes of dynamic shared memory of the kernel that scans, as plan.py counts them
+//   HAS_Z, SOFTPLUS, PACKED: 0 or 1
+//   CHAINED   1: chunks of a row pass their carry from CTA to CTA (a chained scan, below)
+//   ALIGNED   8, 4 or 0: the number of neighbouring elements that one load may read. Strides, d and n are multiples of
+//             it, and addresses of as many elements. 0: element by element
 //
-// A group of LANES lanes serves K channels, a warp 32 / LANES groups, and every thread walks time with NS states of K
-// channels in registers. Time goes by in tiles of 8 tokens: the warp first computes each (token, channel)'s step size
-// once, every lane other elements, and hands them over through shared memory; B and C are in shared memory as float32.
-// A token past the end has step 0 and input 0, so that states pass through it.
+// A group of LANES lanes serves K channels, a warp 32 / LANES groups. Each thread steps through time with NS states of
+// K channels in registers, in tiles of 8 tokens. A warp first computes the step size of every (token, channel) of a
+// tile once, spread over its lanes, and shares them through shared memory; B and C are in shared memory as float32. A
+// token past the end has step size 0 and input 0, which leaves the state unchanged.
 
 typedef unsigned int u32;
 typedef long long i64;
 #define DEVICE __device__ __forceinline__
 
 constexpr int TILE = 8;
-constexpr int NP = LANES * NS;              // states with padding, a multiple of 4
-constexpr int GROUPS = 32 / LANES;          // of a warp
+constexpr int NP = LANES * NS;      // padded state size, a multiple of 4
+constexpr int GROUPS = 32 / LANES;  // of a warp
 constexpr int WARP_CHANNELS = GROUPS * K;
-constexpr int BLOCK_CHANNELS = WARP_CHANNELS * WARPS;
+constexpr int CTA_CHANNELS = WARP_CHANNELS * WARPS;
 constexpr int THREADS = 32 * WARPS;
-constexpr int VEC = WARP_CHANNELS >= 16 ? 4 : WARP_CHANNELS >= 8 ? 2 : 1;  // neighbouring channels that a lane loads
+constexpr int VEC = WARP_CHANNELS >= 16 ? 4 : WARP_CHANNELS >= 8 ? 2 : 1;  // channels of one lane's vector load
 constexpr int ROW_VECS = WARP_CHANNELS / VEC;
-constexpr int VECS = (TILE * ROW_VECS + 31) / 32;  // of a lane, in one tile
+constexpr int VECS = (TILE * ROW_VECS + 31) / 32;  // vectors of a lane in one tile
 constexpr int QUADS = NP / 4;
-// A row of (step, step * input) pairs and 16 bytes, so that the rows that lanes write together lie in different banks.
+// A row of (step, step * input) pairs, padded by 16 bytes against bank conflicts between rows.
 constexpr int STEPS_ROW = WARP_CHANNELS + 2;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
@@ -38,8 +42,8 @@ DEVICE float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) 
 DEVICE float rcp(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float sigmoid(float x) { return rcp(1.f + ex2(-LOG2E * x)); }
 
-// max(x, 0) + log1p(exp(-|x|)), and log1p(e) = e p(e) with the best polynomial on [0, 1], relative error 3e-8: no cancellation
-// for small e, which lg2 would have.
+// max(x, 0) + log1p(exp(-|x|)), where log1p(e) = e p(e) with the minimax polynomial p on [0, 1], relative error 3e-8.
+// lg2 would cancel for small e.
 DEVICE float softplus(float x) {
     float e = ex2(-LOG2E * fabsf(x));
     float p = 0.005232693627f;
@@ -81,7 +85,7 @@ DEVICE u32 to_half_pair(float low, float high) {
     return w;
 }
 
-// N neighbouring elements as they lie in memory: loaded early, converted late.
+// N neighbouring elements in their memory format: a load is issued early and converted when the values are used.
 template <int N> struct Raw {
     static constexpr int WORDS = (N * sizeof(T) + 3) / 4;
     u32 w[WORDS];
@@ -94,16 +98,16 @@ template <int N> struct Raw {
 #endif
     }
 
-    // `count` of the N elements exist: with WHOLE, all of them or none.
     DEVICE void clear() {
 #pragma unroll
         for (int i = 0; i < WORDS; i++) w[i] = 0;
     }
 
+    // `count` of the N elements exist: with ALIGNED, all of them or none.
     DEVICE void load(const T* p, int count) {
         clear();
         if (count <= 0) return;
-        if constexpr (WHOLE) {
+        if constexpr (ALIGNED) {
             if constexpr (N * sizeof(T) == 16) {
                 uint4 x = __ldg((const uint4*)p);
                 w[0] = x.x; w[1] = x.y; w[2] = x.z; w[WORDS - 1] = x.w;
@@ -130,13 +134,15 @@ template <int N> struct Raw {
     }
 };
 
-// The same through shared memory, for loads that are asked for long before they are used: registers that wait for a load
-// cannot be handed on from one tile to the next without waiting. Each lane reads back what it asked for itself.
-template <int N> DEVICE void load_early(T* shared, const T* p, int count) {
+// Asynchronous copies to shared memory, for loads that are issued a whole round before they are used. Registers would
+// not do: moving a register from one loop iteration to the next waits for its load. Each lane reads back only what it
+// copied itself.
+template <int N> DEVICE void load_async(T* shared, const T* p, int count) {
     constexpr int BYTES = N * sizeof(T);
-    if constexpr (WHOLE && BYTES >= 4) {
+    if constexpr (ALIGNED && BYTES >= 4) {
         u32 to = (u32)__cvta_generic_to_shared(shared);
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(p), "n"(BYTES), "r"(count > 0 ? BYTES : 0));
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(p), "n"(BYTES),
+                     "r"(count > 0 ? BYTES : 0));
     } else {
         Raw<N> raw;
         raw.load(p, count);
@@ -149,11 +155,11 @@ template <int N> DEVICE void load_early(T* shared, const T* p, int count) {
     }
 }
 
-DEVICE void end_of_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+DEVICE void commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-template <int LATER> DEVICE void wait_for_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory"); }
+template <int LATER> DEVICE void wait_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory"); }
 
-template <int N> DEVICE Raw<N> read_early(const T* shared) {
+template <int N> DEVICE Raw<N> read_async(const T* shared) {
     Raw<N> raw;
     if constexpr (N * sizeof(T) < 4) {
         raw.w[0] = *(const unsigned short*)shared;
@@ -172,7 +178,7 @@ template <int N> DEVICE Raw<N> read_early(const T* shared) {
 template <int N> DEVICE void store(T* p, const float* v, int count) {
     if (count <= 0) return;
 #if DTYPE == 0
-    if constexpr (WHOLE) {
+    if constexpr (ALIGNED) {
         if constexpr (N == 4) { *(float4*)p = make_float4(v[0], v[1], v[N > 2 ? 2 : 0], v[N - 1]); return; }
         if constexpr (N == 2) { *(float2*)p = make_float2(v[0], v[N - 1]); return; }
     }
@@ -180,7 +186,7 @@ template <int N> DEVICE void store(T* p, const float* v, int count) {
     for (int i = 0; i < N; i++)
         if (i < count) p[i] = v[i];
 #else
-    if constexpr (WHOLE) {
+    if constexpr (ALIGNED) {
         if constexpr (N == 4) {
             *(uint2*)p = make_uint2(to_half_pair(v[0], v[1]), to_half_pair(v[N > 2 ? 2 : 0], v[N - 1]));
             return;
@@ -193,9 +199,10 @@ template <int N> DEVICE void store(T* p, const float* v, int count) {
 #endif
 }
 
-// Sums M values over the lanes that differ in bits below HIGH and not below LOW. Each exchange halves the values that a
-// lane still holds: M - 1 shuffles instead of M log2. Afterwards lane `bits = (lane % HIGH) / LOW` holds the sums number
-// bits * (M * LOW / HIGH) + i in v[i], or, when there are fewer values than lanes, number bits / (HIGH / LOW / M).
+// Sums M values over the lanes that differ only in the bits from LOW (inclusive) to HIGH (exclusive): a reduce-scatter.
+// Each shuffle halves the values that a lane holds, M - 1 shuffles instead of M log2. Afterwards lane `bits = (lane %
+// HIGH) / LOW` holds the sums bits * (M * LOW / HIGH) + i in v[i] or, with fewer values than lanes, the sum bits /
+// (HIGH / LOW / M).
 template <int M, int HIGH, int LOW> DEVICE void sum_lanes(float* v, int lane) {
     if constexpr (HIGH > LOW) {
         constexpr int W = HIGH / 2;
@@ -242,8 +249,8 @@ template <int N> DEVICE void write_floats(float* p, const float* v) {
     }
 }
 
-// States in memory are (..., d, n); this thread's part of K channels, zero where there is no channel or no state.
-struct StatePlace {
+// This thread's states of (..., d, n) in memory: K channels of NS states, zero where there is no channel or no state.
+struct StateSlice {
     int first, d, n, s0;  // the thread's first channel and state
 
     DEVICE void load(float (*h)[NS], const float* row) const {
@@ -281,30 +288,34 @@ struct StatePlace {
     }
 };
 
-// RELAY: a row's chunks are walked by different blocks, each of which waits for the state that the one before it hands on. So no block
-// lasts a whole row, and rows fill the card evenly whatever their number. turns[0] numbers the blocks in the order in which
-// they start, so that who is waited for has started; turns[1 + b] counts the chunks done of block of channels b.
-DEVICE int number_of_block(int* turns, char* memory) {
-    if (threadIdx.x == 0) *(int*)memory = atomicAdd(turns, 1);
+// CHAINED: a chained scan. The chunks of a row are scanned by different CTAs, each of which waits for the carry (the
+// state after the chunk) of its predecessor, so that rows fill the card evenly whatever their number. tickets[0]
+// numbers the CTAs in the order in which they start: a predecessor has a smaller ticket, so it is running or done, and
+// no CTA waits for one that is not resident. tickets[1 + c] counts the finished chunks of chain c, the chunks of one
+// (row, channel tile).
+DEVICE int take_ticket(int* tickets, char* memory) {
+    if (threadIdx.x == 0) *(int*)memory = atomicAdd(tickets, 1);
     __syncthreads();
-    const int number = *(int*)memory;
+    const int ticket = *(int*)memory;
     __syncthreads();
-    return number;
+    return ticket;
 }
 
-DEVICE void wait_for_turn(const int* turn, int done) {
-    while (*(const volatile int*)turn < done) __nanosleep(100);
+// Acquires the carry of the predecessor: returns when `done` chunks of the chain are finished.
+DEVICE void wait_for_carry(const int* finished, int done) {
+    while (*(const volatile int*)finished < done) __nanosleep(100);
     __threadfence();
 }
 
-DEVICE void hand_on(int* turn, int done) {
+// Releases this CTA's carry: what its threads stored before is visible to who sees `done`.
+DEVICE void publish_carry(int* finished, int done) {
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) *(volatile int*)turn = done;
+    if (threadIdx.x == 0) *(volatile int*)finished = done;
 }
 
-// Sequence starts of a packed row, for one tile: bit j says that token t + j begins another sequence than token t + j - 1
-// (bit j + 1: that token t + j is the last of its sequence), and of(j) is the sequence of token t + j.
+// Sequence boundaries of a packed row within one tile. Bit j: token t + j is the first of its sequence; bit j + 1:
+// token t + j is the last of its sequence. of(j) is the sequence of token t + j.
 struct Starts {
     int id;
     u32 mask;
@@ -325,8 +336,8 @@ struct Starts {
     DEVICE bool ends(int j) const { return PACKED && (mask >> (j + 1) & 1); }
 };
 
-// Rows of B and C (`PARTS` = 2) or of one of them (1) for TOKENS tokens, as float32 in shared memory: [token][part][NP]. Fetched
-// into registers ahead of time.
+// Rows of B and C (PARTS = 2), or of one of them (1), of TOKENS tokens, prefetched into registers and stored to shared
+// memory as float32: [token][part][NP].
 template <int TOKENS, int PARTS> struct Rows {
     static constexpr int ITEMS = (TOKENS * PARTS * QUADS + THREADS - 1) / THREADS;
     const T* at[ITEMS];
@@ -337,13 +348,14 @@ template <int TOKENS, int PARTS> struct Rows {
     DEVICE int rest(int i) const { return (int)(threadIdx.x + i * THREADS) % (PARTS * QUADS); }
     DEVICE int part(int i) const { return PARTS == 2 && rest(i) >= QUADS; }
 
-    // Begin at token t; each fetch steps TOKENS on, or, with `direction` -1, back.
+    // Begin at token t. Each fetch advances by TOKENS tokens, or goes back with `direction` -1.
     DEVICE void set(const T* first, const T* second, i64 stride1, i64 stride2, int t, int direction) {
         move[0] = direction * TOKENS * stride1;
         move[PARTS - 1] = direction * TOKENS * (PARTS == 2 ? stride2 : stride1);
 #pragma unroll
         for (int i = 0; i < ITEMS; i++)
-            at[i] = (part(i) ? second + (i64)(t + token(i)) * stride2 : first + (i64)(t + token(i)) * stride1) + rest(i) % QUADS * 4;
+            at[i] = (part(i) ? second + (i64)(t + token(i)) * stride2 : first + (i64)(t + token(i)) * stride1) +
+                    rest(i) % QUADS * 4;
     }
 
     // `left` tokens exist.
@@ -365,9 +377,9 @@ template <int TOKENS, int PARTS> struct Rows {
     }
 };
 
-// Which elements of a tile this lane computes step sizes for: VECS vectors of VEC neighbouring channels.
+// The elements of a tile that this lane loads and computes step sizes for: VECS vectors of VEC neighbouring channels.
 struct Elements {
-    int token[VECS], column[VECS], count[VECS];  // count: how many of the vector's channels exist
+    int token[VECS], column[VECS], count[VECS];  // count: channels of the vector that exist
 
     DEVICE void set(int lane, int first_channel, int d) {
 #pragma unroll
@@ -380,20 +392,21 @@ struct Elements {
     }
 };
 
-// One block or more for each packed sequence: which sequence each token belongs to, and, since no token moves the state of
-// an empty sequence, that sequence's state copied through (`to` may be null, `from` null means zeros).
-struct SequencesParams {
+// Runs before the passes of a packed call, one or more CTAs per sequence: writes the sequence of each token, and copies
+// the state of an empty sequence, which no token updates, from `source` (null: zeros) to `target` (null: no copy).
+struct SequencesParams {  // cuda_parameters.py mirrors it
     const int* cu;
     int* ids;
-    const float* from;
-    float* to;
-    i64 state;  // d * n
+    const float* source;
+    float* target;
+    i64 state_size;  // d * n
 };
 
 extern "C" __global__ void __launch_bounds__(256) selective_scan_sequences(const __grid_constant__ SequencesParams p) {
     const int s = blockIdx.x, begin = p.cu[s], end = p.cu[s + 1];
     const i64 at = (i64)blockIdx.y * 256 + threadIdx.x, step = (i64)gridDim.y * 256;
     for (i64 t = begin + at; t < end; t += step) p.ids[t] = s;
-    if (begin == end && p.to)
-        for (i64 i = at; i < p.state; i += step) p.to[s * p.state + i] = p.from ? p.from[s * p.state + i] : 0.f;
+    if (begin == end && p.target)
+        for (i64 i = at; i < p.state_size; i += step)
+            p.target[s * p.state_size + i] = p.source ? p.source[s * p.state_size + i] : 0.f;
 }

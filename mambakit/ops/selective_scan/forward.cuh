@@ -1,67 +1,73 @@
-// The scan. See common.cuh for the layout.
+// The forward scan. See common.cuh for the layout of channels and states over lanes.
 //
-// One block walks one chunk of one row for BLOCK_CHANNELS channels. pass 0: a chunk is a whole row. When b * d is too
-// small to fill the card, rows are cut into `chunks` and walked in two launches: pass 1 walks chunk 0 for good, and of
-// the other chunks but the last finds what they add to a zero state and sum(delta); pass 2 first combines those into
-// the state that enters its chunk (a chunk's decay is exp(A sum(delta))), then walks it for good.
+// One CTA scans one chunk of one row for CTA_CHANNELS channels; the launch's `phase` says how. Where b * d fills the
+// card, a chunk is a whole row (SCAN_ROWS). Else rows are cut into `chunks` and scanned in two launches.
+// SCAN_AGGREGATES scans chunk 0 in full, and of the other chunks but the last only computes the aggregate: the final
+// state from a zero state, and sum(delta), as exp(A sum(delta)) is the decay over the chunk. SCAN_CHUNKS combines the
+// aggregates of its predecessors into the carry that enters its chunk (the look-back), then scans it in full.
 //
-// For a caller that learns the state which enters a row only from what its chunks add (cuda_split_scan.py) there are two other passes:
-// 3 finds what every chunk adds to a zero state, 4 walks all of them for good, from the initial state that is known by then.
-// In a RELAY (common.cuh) every chunk is walked once, for good.
+// A split scan (cuda_split_scan.py) learns the initial state only after it has reported the aggregates:
+// SPLIT_AGGREGATES computes those of every chunk, SPLIT_CHUNKS scans every chunk in full, from the initial state. A
+// CHAINED scan (common.cuh) scans every chunk once.
+enum Phase { SCAN_ROWS, SCAN_AGGREGATES, SCAN_CHUNKS, SPLIT_AGGREGATES, SPLIT_CHUNKS };  // cuda_forward.py has the same
 
-struct ForwardParams {
+struct ForwardParams {  // cuda_parameters.py mirrors it
     const T *u, *delta, *z, *B, *C;
     const float *A, *D, *bias, *initial;
-    const int *slots, *ids, *cu;
+    const int *slots, *ids, *cu;  // slots of the pool of states; packed: the sequence of each token, cu_seqlens
     T* y;
-    float *final, *checkpoints, *local, *sums;
-    int* turns;
-    i64 u_b, delta_b, z_b, B_b, C_b, u_t, delta_t, z_t, B_t, C_t;
-    i64 l, d, n, tiles, chunk_length, chunks, pass, interval;
+    float *final, *checkpoints;
+    float *carries, *delta_sums;  // (b, chunks, d, NP): aggregates, or carries after a chunk; (b, chunks, d)
+    int* tickets;                 // of a chained scan
+    i64 u_b, delta_b, z_b, B_b, C_b, u_t, delta_t, z_t, B_t, C_t;  // strides over rows and over tokens, in elements
+    i64 l, d, n, channel_tiles, chunk_length, chunks, phase, interval;
 };
 
-// A row is walked in rounds of ROUND tokens (a macro, 8 to 32), whose inputs are in shared memory, twice: while one round is
-// walked, the next one's are loaded.
-constexpr int EARLY = WHOLE == 8 && WARP_CHANNELS % 8 == 0 && sizeof(T) == 2 ? 8 : VEC;  // neighbouring channels that a lane loads
-constexpr int ROW_LOADS = WARP_CHANNELS / EARLY;
-constexpr int STEP = 32 / ROW_LOADS;              // tokens of one vector for every lane
-constexpr int LOADS = (ROUND + STEP - 1) / STEP;  // vectors of a lane in one round, of one tensor
+// Tokens go by in rounds of ROUND (a macro, 8 to 32). Inputs are double-buffered in shared memory: the next round's are
+// loaded while this one's are scanned.
+constexpr int ASYNC_VEC = ALIGNED == 8 && WARP_CHANNELS % 8 == 0 && sizeof(T) == 2 ? 8 : VEC;  // channels of one copy
+constexpr int ROW_LOADS = WARP_CHANNELS / ASYNC_VEC;
+constexpr int STEP = 32 / ROW_LOADS;              // tokens that one copy of every lane covers
+constexpr int LOADS = (ROUND + STEP - 1) / STEP;  // copies of a lane in one round, of one tensor
 constexpr int INPUT = WARPS * ROUND * WARP_CHANNELS;
-// Outputs are sums over a channel's lanes: of few lanes whoever stores them adds them. A token's row of those sums lies half the banks
-// away from the one before.
-constexpr int SHARES = LANES <= 4 ? LANES : 1;
-constexpr int SHARES_ROW = SHARES * WARP_CHANNELS + (SHARES > 1 ? 16 : 0);
+// Outputs are sums over a channel's lanes. With few lanes each writes its partial sum, and the lane that stores the
+// output adds them. A token's row of partial sums lies 16 banks from the one before.
+constexpr int PARTIALS = LANES <= 4 ? LANES : 1;
+constexpr int PARTIALS_ROW = PARTIALS * WARP_CHANNELS + (PARTIALS > 1 ? 16 : 0);
 
-struct ForwardShared {
+struct ForwardShared {  // plan.py counts its bytes
     T inputs[2][2 + HAS_Z][WARPS][ROUND][WARP_CHANNELS];
     float rows[2][ROUND * 2 * NP];
     float2 steps[WARPS][ROUND][STEPS_ROW];  // delta, delta * u
-    float y[WARPS][TILE][SHARES_ROW];
+    float y[WARPS][TILE][PARTIALS_ROW];
 };
+static_assert(sizeof(ForwardShared) == SHARED, "plan.py counts other bytes of shared memory");
 
-template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& shared, int row, int chunk, int tile) {
+// FULL: outputs and states; else the aggregate of the chunk only.
+template <bool FULL>
+DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, int chunk, int channel_tile) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int part = lane % LANES, group = lane / LANES;
     const int l = (int)p.l, d = (int)p.d, n = (int)p.n;
     const int t0 = chunk * (int)p.chunk_length, t1 = min(l, t0 + (int)p.chunk_length);
-    const int warp_channel = tile * BLOCK_CHANNELS + warp * WARP_CHANNELS;
-    const StatePlace place{warp_channel + group * K, d, n, part * NS};
-    const StatePlace padded{place.first, d, NP, part * NS};  // in p.local
+    const int warp_channel = channel_tile * CTA_CHANNELS + warp * WARP_CHANNELS;
+    const StateSlice states{warp_channel + group * K, d, n, part * NS};
+    const StateSlice padded{states.first, d, NP, part * NS};  // of p.carries
 
     float A[K][NS], h[K][NS], sum[K];
-    place.load(A, p.A);
+    states.load(A, p.A);
 #pragma unroll
     for (int k = 0; k < K; k++) {
         sum[k] = 0.f;
 #pragma unroll
         for (int i = 0; i < NS; i++) A[k][i] *= LOG2E, h[k][i] = 0.f;
     }
-    // Where sequence s keeps its state: a negative slot is nowhere.
+    // The slot of sequence s in the pool of states; a negative slot is none.
     auto slot = [&](int s) { return p.slots ? __ldg(p.slots + s) : s; };
     auto load_initial = [&](int s) {
         int at = slot(s);
         if (p.initial && at >= 0) {
-            place.load(h, p.initial + (i64)at * d * n);
+            states.load(h, p.initial + (i64)at * d * n);
         } else {
 #pragma unroll
             for (int k = 0; k < K; k++)
@@ -71,87 +77,88 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
     };
     auto store_final = [&](int s) {
         int at = slot(s);
-        if (at >= 0) place.store(p.final + (i64)at * d * n, h);
+        if (at >= 0) states.store(p.final + (i64)at * d * n, h);
     };
     if (chunk == 0) {
         if (!PACKED) load_initial(row);
-    } else if (FULL && !RELAY) {
+    } else if (FULL && !CHAINED) {
         const int s = PACKED ? __ldg(p.ids + t0 - 1) : row, begin = PACKED ? __ldg(p.cu + s) : 0;
         int c = begin / (int)p.chunk_length;
-        if (p.pass == 4 && begin == 0) {
+        if (p.phase == SPLIT_CHUNKS && begin == 0) {
             load_initial(s);
         } else {
-            padded.load(h, p.local + ((i64)row * p.chunks + c) * d * NP);
+            padded.load(h, p.carries + ((i64)row * p.chunks + c) * d * NP);
             c++;
         }
-        // Channels that do not exist read another one's, so that without a branch the loads of several chunks are waited for
-        // together.
+        // The look-back. Channels past d read the last one's, so that no branch separates the loads of several chunks.
 #pragma unroll 4
         for (; c < chunk; c++) {
             const i64 at = ((i64)row * p.chunks + c) * d;
 #pragma unroll
             for (int k = 0; k < K; k++) {
-                const i64 channel = at + min(place.first + k, d - 1);
-                const float delta = p.sums[channel];
+                const i64 channel = at + min(states.first + k, d - 1);
+                const float delta = p.delta_sums[channel];
                 float add[NS];
-                read_floats<NS>(add, p.local + channel * NP + place.s0);
+                read_floats<NS>(add, p.carries + channel * NP + states.s0);
 #pragma unroll
                 for (int i = 0; i < NS; i++) h[k][i] = fmaf(ex2(delta * A[k][i]), h[k][i], add[i]);
             }
         }
     }
 
-    // What this lane loads and makes step sizes of: EARLY channels of every STEP-th token.
-    const int token = lane / ROW_LOADS, column = lane % ROW_LOADS * EARLY, count = min(EARLY, d - warp_channel - column);
+    // This lane loads, and computes the step sizes of, ASYNC_VEC channels of every STEP-th token.
+    const int token = lane / ROW_LOADS, column = lane % ROW_LOADS * ASYNC_VEC;
+    const int count = min(ASYNC_VEC, d - warp_channel - column);
     const i64 at = t0 + token;
     const T* u_at = p.u + row * p.u_b + at * p.u_t + warp_channel + column;
     const T* delta_at = p.delta + row * p.delta_b + at * p.delta_t + warp_channel + column;
     const T* z_at = HAS_Z && FULL ? p.z + row * p.z_b + at * p.z_t + warp_channel + column : nullptr;
-    float bias[EARLY];
+    float bias[ASYNC_VEC];
 #pragma unroll
-    for (int i = 0; i < EARLY; i++) bias[i] = p.bias && i < count ? p.bias[warp_channel + column + i] : 0.f;
-    const int last = count > 0 ? t1 - token : t0;  // loads begin before it
+    for (int i = 0; i < ASYNC_VEC; i++) bias[i] = p.bias && i < count ? p.bias[warp_channel + column + i] : 0.f;
+    const int last = count > 0 ? t1 - token : t0;  // no load at or after this token
     auto fetch = [&](int to, int t) {
 #pragma unroll
         for (int v = 0; v < LOADS; v++) {
             if (STEP > ROUND && token >= ROUND) break;
             int exist = t + v * STEP < last ? count : 0;
             T* shared_at = &shared.inputs[to][0][warp][token + v * STEP][column];
-            load_early<EARLY>(shared_at, u_at + v * STEP * p.u_t, exist);
-            load_early<EARLY>(shared_at + INPUT, delta_at + v * STEP * p.delta_t, exist);
-            if (HAS_Z && FULL) load_early<EARLY>(shared_at + 2 * INPUT, z_at + v * STEP * p.z_t, exist);
+            load_async<ASYNC_VEC>(shared_at, u_at + v * STEP * p.u_t, exist);
+            load_async<ASYNC_VEC>(shared_at + INPUT, delta_at + v * STEP * p.delta_t, exist);
+            if (HAS_Z && FULL) load_async<ASYNC_VEC>(shared_at + 2 * INPUT, z_at + v * STEP * p.z_t, exist);
         }
         u_at += ROUND * p.u_t;
         delta_at += ROUND * p.delta_t;
         if (HAS_Z && FULL) z_at += ROUND * p.z_t;
-        end_of_group();
+        commit_group();
     };
     auto put_steps = [&](int from, int left) {
 #pragma unroll
         for (int v = 0; v < LOADS; v++) {
             if (STEP > ROUND && token >= ROUND) break;
             const T* shared_at = &shared.inputs[from][0][warp][token + v * STEP][column];
-            Raw<EARLY> u = read_early<EARLY>(shared_at), delta = read_early<EARLY>(shared_at + INPUT);
-            float2 steps[EARLY];
+            Raw<ASYNC_VEC> u = read_async<ASYNC_VEC>(shared_at), delta = read_async<ASYNC_VEC>(shared_at + INPUT);
+            float2 steps[ASYNC_VEC];
 #pragma unroll
-            for (int e = 0; e < EARLY; e++) {
+            for (int e = 0; e < ASYNC_VEC; e++) {
                 float x = delta.get(e) + bias[e];
                 if (SOFTPLUS) x = softplus(x);
                 steps[e] = make_float2(x, x * u.get(e));
             }
-            write_floats<2 * EARLY>((float*)&shared.steps[warp][token + v * STEP][column], (float*)steps);
+            write_floats<2 * ASYNC_VEC>((float*)&shared.steps[warp][token + v * STEP][column], (float*)steps);
         }
-        if (left < ROUND)  // the states pass through tokens past the end
+        if (left < ROUND)  // tokens past the end leave the state unchanged
 #pragma unroll
             for (int v = 0; v < LOADS; v++) {
                 if (STEP > ROUND && token >= ROUND) break;
                 if (token + v * STEP >= left)
 #pragma unroll
-                    for (int e = 0; e < EARLY; e++) shared.steps[warp][token + v * STEP][column + e] = make_float2(0.f, 0.f);
+                    for (int e = 0; e < ASYNC_VEC; e++)
+                        shared.steps[warp][token + v * STEP][column + e] = make_float2(0.f, 0.f);
             }
     };
 
-    // What this lane gates and stores of a tile.
+    // The elements of a tile that this lane gates and stores.
     Elements mine;
     mine.set(lane, warp_channel, d);
     float D[VECS][VEC];
@@ -163,16 +170,16 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
 #pragma unroll
         for (int i = 0; i < VEC; i++) D[v][i] = FULL && p.D && i < mine.count[v] ? p.D[c + i] : 0.f;
     }
-    // Outputs are (sum + D u) factor; u and the factor do not wait for the scan.
+    // An output is (C . h + D u) silu(z); u and silu(z) are read before the scan of the tile.
     float factor[VECS][VEC];
     Raw<VEC> skipped[VECS];
     auto prepare_outputs = [&](const T* inputs) {
 #pragma unroll
         for (int v = 0; v < VECS; v++) {
             const T* shared_at = inputs + mine.token[v] % TILE * WARP_CHANNELS + mine.column[v];
-            skipped[v] = read_early<VEC>(shared_at);
+            skipped[v] = read_async<VEC>(shared_at);
             if (HAS_Z) {
-                Raw<VEC> z = read_early<VEC>(shared_at + 2 * INPUT);
+                Raw<VEC> z = read_async<VEC>(shared_at + 2 * INPUT);
 #pragma unroll
                 for (int e = 0; e < VEC; e++) factor[v][e] = z.get(e) * sigmoid(z.get(e));
             }
@@ -185,9 +192,9 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
             const float* y_from = shared.y[warp][mine.token[v] % TILE] + mine.column[v];
             read_floats<VEC>(y, y_from);
 #pragma unroll
-            for (int share = 1; share < SHARES; share++) {
+            for (int partial = 1; partial < PARTIALS; partial++) {
                 float more[VEC];
-                read_floats<VEC>(more, y_from + share * WARP_CHANNELS);
+                read_floats<VEC>(more, y_from + partial * WARP_CHANNELS);
 #pragma unroll
                 for (int e = 0; e < VEC; e++) y[e] += more[e];
             }
@@ -211,19 +218,19 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
     rows.fetch(t1 - t0, n);
     fetch(0, t0);
     int buffer = 0;
-    int check = FULL && p.interval ? t0 : t1;  // where the next checkpoint is
+    int check = FULL && p.interval ? t0 : t1;  // token of the next checkpoint
     float* check_at = p.checkpoints;
-    if (RELAY && chunk > 0) {
-        wait_for_turn(p.turns + 1 + row * p.tiles + tile, chunk);
-        padded.load(h, p.local + ((i64)row * p.chunks + chunk - 1) * d * NP);
+    if (CHAINED && chunk > 0) {
+        wait_for_carry(p.tickets + 1 + row * p.channel_tiles + channel_tile, chunk);
+        padded.load(h, p.carries + ((i64)row * p.chunks + chunk - 1) * d * NP);
     }
     if (check < t1) check_at += ((i64)row * ((l + p.interval - 1) / p.interval) + t0 / (int)p.interval) * d * n;
     for (int tb = t0; tb < t1; tb += ROUND, buffer ^= 1) {
         rows.put(shared.rows[buffer]);
-        wait_for_groups<0>();
-        __syncwarp();  // the last round's steps have been read
+        wait_groups<0>();
+        __syncwarp();  // all lanes have read the last round's steps
         put_steps(buffer, t1 - tb);
-        __syncthreads();  // the other buffer's readers are past their round too
+        __syncthreads();  // all warps have finished the last round: its buffer is free
         rows.fetch(t1 - tb - ROUND, n);
         fetch(buffer ^ 1, tb + ROUND);
         const float* row_at = shared.rows[buffer] + part * NS;
@@ -238,12 +245,12 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
                 if (t == 0) load_initial(starts.of(0));
             }
             if (t == check) {
-                place.store(check_at, h);
+                states.store(check_at, h);
                 check += (int)p.interval;
                 check_at += (i64)d * n;
             }
             if (FULL) prepare_outputs(inputs);
-            constexpr int BATCH = SHARES == LANES ? TILE : 4;  // tokens that the compiler may interleave; less is slower
+            constexpr int BATCH = PARTIALS == LANES ? TILE : 4;  // tokens unrolled together; fewer is slower
 #pragma unroll
             for (int j0 = 0; j0 < TILE; j0 += BATCH) {
                 float y[BATCH * K];
@@ -268,17 +275,17 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
                     }
                     if (PACKED && FULL && starts.ends(j) && t + j < t1) store_final(starts.of(j));
                 }
-                if (FULL && SHARES == LANES) {
+                if (FULL && PARTIALS == LANES) {
 #pragma unroll
                     for (int jj = 0; jj < BATCH; jj++)
                         write_floats<K>(&shared.y[warp][j0 + jj][part * WARP_CHANNELS + group * K], y + jj * K);
                 } else if (FULL) {
                     sum_lanes<BATCH * K, LANES, 1>(y, lane);
-                    constexpr int KEPT = BATCH * K > LANES ? BATCH * K / LANES : 1;  // sums that a lane holds now
-                    constexpr int SAME = LANES > BATCH * K ? LANES / (BATCH * K) : 1;  // lanes that hold the same one
+                    constexpr int KEPT = BATCH * K > LANES ? BATCH * K / LANES : 1;    // sums that a lane holds
+                    constexpr int SAME = LANES > BATCH * K ? LANES / (BATCH * K) : 1;  // lanes that hold the same sum
                     int at = part / SAME * KEPT;
                     if (part % SAME == 0) {
-                        constexpr int RUN = KEPT < K ? KEPT : K;  // neighbouring channels among them
+                        constexpr int RUN = KEPT < K ? KEPT : K;  // of neighbouring channels
 #pragma unroll
                         for (int i = 0; i < KEPT; i += RUN)
                             write_floats<RUN>(&shared.y[warp][j0 + (at + i) / K][group * K + (at + i) % K], y + i);
@@ -297,35 +304,36 @@ template <bool FULL> DEVICE void walk(const ForwardParams& p, ForwardShared& sha
     }
     if (FULL) {
         if (!PACKED && t1 == l) store_final(row);
-        if (p.pass == 1 || (RELAY && t1 < l)) padded.store(p.local + ((i64)row * p.chunks + chunk) * d * NP, h);
-        if (RELAY) hand_on(p.turns + 1 + row * p.tiles + tile, chunk + 1);
+        if (p.phase == SCAN_AGGREGATES || (CHAINED && t1 < l))
+            padded.store(p.carries + ((i64)row * p.chunks + chunk) * d * NP, h);
+        if (CHAINED) publish_carry(p.tickets + 1 + row * p.channel_tiles + channel_tile, chunk + 1);
         return;
     }
-    padded.store(p.local + ((i64)row * p.chunks + chunk) * d * NP, h);
+    padded.store(p.carries + ((i64)row * p.chunks + chunk) * d * NP, h);
     if (part == 0)
 #pragma unroll
         for (int k = 0; k < K; k++)
-            if (place.first + k < d) p.sums[((i64)row * p.chunks + chunk) * d + place.first + k] = sum[k];
+            if (states.first + k < d) p.delta_sums[((i64)row * p.chunks + chunk) * d + states.first + k] = sum[k];
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan_forward(
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_forward(
     const __grid_constant__ ForwardParams p) {
     extern __shared__ __align__(16) char memory[];
     ForwardShared& shared = *(ForwardShared*)memory;
-#if RELAY
-    const int number = number_of_block(p.turns, memory), relays = (int)(gridDim.x / p.chunks), relay = number % relays;
-    walk<true>(p, shared, relay / (int)p.tiles, number / relays, relay % (int)p.tiles);
+#if CHAINED
+    const int ticket = take_ticket(p.tickets, memory), chains = (int)(gridDim.x / p.chunks), chain = ticket % chains;
+    scan_chunk<true>(p, shared, chain / (int)p.channel_tiles, ticket / chains, chain % (int)p.channel_tiles);
 #else
     i64 block = blockIdx.x;
-    int tile = (int)(block % p.tiles);
-    block /= p.tiles;
-    int count = p.pass == 0 ? 1 : p.pass > 2 ? (int)p.chunks : (int)p.chunks - 1;
-    int chunk = (int)(block % count) + (p.pass == 2);
+    int channel_tile = (int)(block % p.channel_tiles);
+    block /= p.channel_tiles;
+    int count = p.phase == SCAN_ROWS ? 1 : p.phase > SCAN_CHUNKS ? (int)p.chunks : (int)p.chunks - 1;
+    int chunk = (int)(block % count) + (p.phase == SCAN_CHUNKS);
     int row = (int)(block / count);
-    if (p.pass == 3 || (p.pass == 1 && chunk > 0)) {
-        walk<false>(p, shared, row, chunk, tile);
+    if (p.phase == SPLIT_AGGREGATES || (p.phase == SCAN_AGGREGATES && chunk > 0)) {
+        scan_chunk<false>(p, shared, row, chunk, channel_tile);
     } else {
-        walk<true>(p, shared, row, chunk, tile);
+        scan_chunk<true>(p, shared, row, chunk, channel_tile);
     }
 #endif
 }

@@ -1,4 +1,4 @@
-// The selective scan on NVIDIA GPUs, compiled at run time by gpu.py for one combination of the macros in common.cuh.
+// The selective scan on NVIDIA GPUs, compiled at run time for one combination of the macros in common.cuh.
 #include "common.cuh"
 #ifdef FORWARD
 #include "forward.cuh"

@@ -1,9 +1,9 @@
-"""The selective scan in Triton: the path of GPUs that the CUDA C++ kernels do not serve.
+"""The selective scan in Triton, for GPUs and shapes that the CUDA C++ kernels do not serve.
 
-One program walks one sequence for a block of channels, the state in registers; packed sequences are simply more programs.
-The gradient walks the checkpoint intervals from the last to the first: it recomputes an interval's states into a scratch
-that stays in cache, then runs back through it. Sums over channels (dB, dC) and over rows (dA, dD, ddelta_bias) are written
-as partial sums and added in a fixed order: no atomics.
+One program scans one sequence for a block of channels, the state in registers; packed sequences are simply more
+programs. The gradient goes through the checkpoint intervals from the last to the first: it recomputes an interval's
+states into scratch memory that stays in cache, then steps back through them. Sums over channels (dB, dC) and over rows
+(dA, dD, ddelta_bias) are written as partial sums and added in a fixed order: no atomics.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mambakit.ops._sums import ALIKE
 
 
 def _block_d(sequences: int, d: int) -> int:
-    """Channels of a program (one warp): fewer where there would not be some twenty warps to each of 132 multiprocessors."""
+    """Channels of a program (one warp): 32 if 132 SMs have 20 warps each, else 16, for more programs."""
     return 32 if sequences * triton.cdiv(d, 32) >= 132 * 20 else 16
 
 
@@ -35,7 +35,8 @@ def _step_size(delta, bias, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, cu_ptr, init_ptr, final_ptr, slot_ptr, y_ptr, check_ptr,
+    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, cu_ptr, init_ptr, final_ptr, slot_ptr, y_ptr,
+    check_ptr,
     length, d, n,
     su, sdelta, sz, sB, sC, su_b, sdelta_b, sz_b, sB_b, sC_b,
     n_checks,

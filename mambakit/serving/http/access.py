@@ -166,8 +166,8 @@ class AccessRules:
                 400, f"the request has {len(hosts)} Host headers, or one that is no host; send one Host: NAME[:PORT]"
             )
         if not self.allows_host(parsed[1]):
-            name = cut(parsed[1])
-            message = f"{name!r} is no name of this server; use one of its addresses, or serve with --allowed-host NAME"
+            asked = cut(parsed[1])
+            message = f"{asked!r} is no name of this server; use one of its addresses, or serve with --allowed-host NAME"
             raise ApiError(403, message, code="host_not_allowed")
         for origin in origins:
             if not self.allows_origin(origin, hosts[0]):

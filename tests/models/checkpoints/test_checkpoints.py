@@ -64,7 +64,8 @@ def test_shards_and_the_index(tmp_path):
 
 
 def original_folder(folder, model, **changes):
-    """A folder as state-spaces publishes them: no model_type, vocabulary not padded, the head stored beside its twin."""
+    """A folder as state-spaces publishes them: no model_type, vocabulary not padded, the head stored beside its
+    twin."""
     state = {k.replace("embeddings.", "embedding."): v for k, v in model.state_dict().items()}
     folder.mkdir(exist_ok=True)
     torch.save(state, folder / "pytorch_model.bin")

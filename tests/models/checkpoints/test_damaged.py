@@ -1,4 +1,5 @@
-"""Damaged and misfit files: every one is a CheckpointError that names the file and the remedy, before anything is loaded."""
+"""Damaged and misfit files: every one is a CheckpointError that names the file and the remedy, before anything is
+loaded."""
 
 from __future__ import annotations
 
@@ -105,7 +106,12 @@ def test_safetensors_that_never_were(content, folder):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{}", "has no weight_map"), ("[]", "holds a list, not an object"), ("{", "not valid JSON"), ('{"weight_map": {}}', "no weight_map")],
+    [
+        ("{}", "has no weight_map"),
+        ("[]", "holds a list, not an object"),
+        ("{", "not valid JSON"),
+        ('{"weight_map": {}}', "no weight_map"),
+    ],
 )  # fmt: skip
 def test_an_index_that_is_none(content, message, folder):
     (folder / "model.safetensors").unlink()

@@ -1,4 +1,5 @@
-"""A checkpoint's JSON files: whatever they hold, they make a working configuration or one error that names file and field."""
+"""A checkpoint's JSON files: whatever they hold, they make a working configuration or one error that names file and
+field."""
 
 from __future__ import annotations
 
@@ -21,18 +22,26 @@ ORIGINAL = {
 # What a hand, a program or an accident writes where a value was.
 VALUES = [
     None, True, False, 0, -1, 1, 2, 7, 10**6, 2**31, 2**63, 10**30, 1.5, -0.5, 0.0, 24.0, float("nan"), float("inf"),
-    float("-inf"), 1e308, "", " ", "24", "auto", "float32", "float99", "mamba", "silu", "softplus", "Blank", "\x00", "\ud800", [], [1],
+    float("-inf"), 1e308, "", " ", "24", "auto", "float32", "float99", "mamba", "silu", "softplus", "Blank", "\x00",
+    "\ud800", [], [1],
     ["a"], [None], [[]], [""], {}, {"a": 1}, {"0": "a"}, {"": []}, [1, 2, 3], "__class__",
 ]  # fmt: skip
 # Names that a field could be renamed to, or that could be added.
 NAMES = [
-    "model_type", "dtype", "torch_dtype", "architectures", "hidden_size", "id2label", "label2id", "num_labels", "problem_type",
-    "quantization_config", "eos_token_id", "per_layer_config", "attn_implementation", "_attn_implementation", "output_attentions",
-    "intermediate_size", "layer_types", "rope_parameters", "rope_scaling", "rope_theta", "to_dict", "validate", "__class__",
-    "__init__", "attribute_map", "is_encoder_decoder", "name_or_path", "_name_or_path", "_commit_hash", "transformers_version",
-    "use_return_dict", "sub_configs", "tie_word_embeddings", "max_length", "temperature", "", "a b", "ssm_cfg", "d_model", "expand",
-    "num_hidden_layers", "time_step_rank", "_post_init_done", "_output_attentions", "head_dim", "num_heads", "embed_dim",
-    "_attn_implementation_internal", "get_text_config", "text_config", "keys_to_ignore_at_inference", "task_specific_params",
+    "model_type", "dtype", "torch_dtype", "architectures", "hidden_size", "id2label", "label2id", "num_labels",
+    "problem_type",
+    "quantization_config", "eos_token_id", "per_layer_config", "attn_implementation", "_attn_implementation",
+    "output_attentions",
+    "intermediate_size", "layer_types", "rope_parameters", "rope_scaling", "rope_theta", "to_dict", "validate",
+    "__class__",
+    "__init__", "attribute_map", "is_encoder_decoder", "name_or_path", "_name_or_path", "_commit_hash",
+    "transformers_version",
+    "use_return_dict", "sub_configs", "tie_word_embeddings", "max_length", "temperature", "", "a b", "ssm_cfg",
+    "d_model", "expand",
+    "num_hidden_layers", "time_step_rank", "_post_init_done", "_output_attentions", "head_dim", "num_heads",
+    "embed_dim",
+    "_attn_implementation_internal", "get_text_config", "text_config", "keys_to_ignore_at_inference",
+    "task_specific_params",
     "pruned_heads", "auto_map", "chunk_size_feed_forward", "return_dict", "output_hidden_states", "base_config_key",
 ]  # fmt: skip
 
@@ -141,7 +150,10 @@ def test_every_field_with_every_value(valid, tmp_path):
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; mambakit loads mamba and falcon_mamba"),
         ({"model_type": ["mamba"]}, r"model_type is \['mamba'\]"),
         ({"quantization_config": []}, r"quantization_config is \[\]; it must be an object"),
-        ({"quantization_config": {"quant_method": "mambakit", "format": "int3"}}, "quantization_config.format is 'int3'"),
+        (
+            {"quantization_config": {"quant_method": "mambakit", "format": "int3"}},
+            "quantization_config.format is 'int3'",
+        ),
         ({"quantization_config": {"quant_method": "mambakit", "format": "int8", "group": True}}, "group is True"),
         ({"to_dict": 1}, "'to_dict' is not a field"),
         ({"hidden_act": "sillu"}, "hidden_act is 'sillu'; it must be an activation"),
@@ -153,8 +165,10 @@ def test_every_field_with_every_value(valid, tmp_path):
 def test_the_error_names_file_field_value_and_what_is_expected(changes, message, valid, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**valid, **changes}))
     for load in (
-        mambakit.AutoConfig.from_pretrained, mambakit.AutoModelForCausalLM.from_pretrained, mambakit.AutoModel.from_pretrained,
-        mambakit.MambaForCausalLM.from_pretrained, mambakit.AutoTokenizer.from_pretrained, mambakit.MambaConfig.from_pretrained,
+        mambakit.AutoConfig.from_pretrained, mambakit.AutoModelForCausalLM.from_pretrained,
+        mambakit.AutoModel.from_pretrained,
+        mambakit.MambaForCausalLM.from_pretrained, mambakit.AutoTokenizer.from_pretrained,
+        mambakit.MambaConfig.from_pretrained,
     ):  # fmt: skip
         with pytest.raises(CheckpointError, match=message) as caught:
             load(tmp_path)
@@ -231,8 +245,10 @@ def test_a_tokenizer_that_is_none(content, tmp_path):
 @pytest.mark.parametrize("name", ["", " ", "\t\n"])
 def test_an_empty_name_selects_nothing(name):
     for load in (
-        mambakit.AutoModelForCausalLM.from_pretrained, mambakit.MambaForCausalLM.from_pretrained, mambakit.AutoConfig.from_pretrained,
-        mambakit.AutoTokenizer.from_pretrained, lambda name: mambakit.pipeline(model=name), lambda name: mambakit.pipeline(tokenizer=name),
+        mambakit.AutoModelForCausalLM.from_pretrained, mambakit.MambaForCausalLM.from_pretrained,
+        mambakit.AutoConfig.from_pretrained,
+        mambakit.AutoTokenizer.from_pretrained, lambda name: mambakit.pipeline(model=name),
+        lambda name: mambakit.pipeline(tokenizer=name),
         mambakit.MambaConfig.from_pretrained,
     ):  # fmt: skip
         with pytest.raises(ValueError, match="the name of a checkpoint is empty"):

@@ -76,7 +76,8 @@ def test_the_published_configuration(tmp_path):
     fields = {
         "architectures": ["MambaForCausalLM"], "bos_token_id": 0, "conv_kernel": 4, "d_inner": 64, "d_model": 32,
         "eos_token_id": 0, "expand": 2, "fused_add_norm": True, "hidden_act": "silu", "hidden_size": 32,
-        "initializer_range": 0.1, "intermediate_size": 64, "layer_norm_epsilon": 1e-05, "model_type": "mamba", "n_layer": 2,
+        "initializer_range": 0.1, "intermediate_size": 64, "layer_norm_epsilon": 1e-05, "model_type": "mamba",
+        "n_layer": 2,
         "num_hidden_layers": 2, "pad_token_id": 0, "pad_vocab_size_multiple": 8, "residual_in_fp32": True,
         "rescale_prenorm_residual": False, "rms_norm": True, "ssm_cfg": {}, "state_size": 16, "time_step_floor": 0.0001,
         "time_step_init_scheme": "random", "time_step_max": 0.1, "time_step_min": 0.001, "time_step_rank": 2,

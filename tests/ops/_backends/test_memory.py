@@ -1,4 +1,5 @@
-"""An address is given away of plain memory alone; whatever else a tensor may be, an op answers with the reference's numbers or an error."""
+"""An address is given away of plain memory alone; whatever else a tensor may be, an op answers with the reference's
+numbers or an error."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from mambakit.ops._backends.memory import (
     observed,
     transformed,
 )
-from mambakit.ops.linear.api import FORMATS, PackedWeight, chunked, linear, pack
+from mambakit.ops.linear import PackedWeight, chunked, linear, pack
+from mambakit.ops.linear.packed import FORMATS
 from tests.tensor_subclasses import Doubled, Named, doubled
 
 pytestmark = [
@@ -37,12 +39,15 @@ def special() -> dict[str, torch.Tensor]:
     with FakeTensorMode():
         fake = torch.empty(4, 6)
     return {
-        "meta": plain.to("meta"), "sparse": plain.to_sparse(), "csr": plain.to_sparse_csr(), "mkldnn": plain.to_mkldnn(),
-        "quantised": torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8), "nested": torch.nested.nested_tensor([plain[:2], plain[2:]]),
+        "meta": plain.to("meta"), "sparse": plain.to_sparse(), "csr": plain.to_sparse_csr(),
+        "mkldnn": plain.to_mkldnn(), "quantised": torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8),
+        "nested": torch.nested.nested_tensor([plain[:2], plain[2:]]),
         "jagged": torch.nested.nested_tensor([plain[:2], plain[2:]], layout=torch.jagged),
-        "negated": torch.view_as_complex(torch.randn(4, 6, 2)).conj().imag, "zeros without memory": torch._efficientzerotensor((4, 6)),
-        "functional": torch._to_functional_tensor(plain), "freed": freed, "fake": fake, "subclass": plain.as_subclass(Named),
-        "wrapper": doubled(plain), "wrapped parameter": nn.Parameter(doubled(plain)),
+        "negated": torch.view_as_complex(torch.randn(4, 6, 2)).conj().imag,
+        "zeros without memory": torch._efficientzerotensor((4, 6)),
+        "functional": torch._to_functional_tensor(plain), "freed": freed, "fake": fake,
+        "subclass": plain.as_subclass(Named), "wrapper": doubled(plain),
+        "wrapped parameter": nn.Parameter(doubled(plain)),
     }  # fmt: skip
 
 
@@ -113,7 +118,6 @@ def test_a_wrapper_is_asked_itself():
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", ["negated", "zeros without memory", "subclass", "wrapper"])
 def test_a_packed_product_of_what_is_special(format, name):
-    """This op does not go through the dispatcher."""
     x = special()[name]
     weight = pack(torch.randn(5, 6).to(torch.bfloat16 if format == "lossless16" else torch.float32), format)
     plain = x.dequantize() if isinstance(x, Doubled) else x.as_subclass(torch.Tensor) + 0

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mambakit.ops import causal_conv1d, causal_conv1d_
-from tests.ops.oracles import conv_oracle, relative_error
+from mambakit.ops.causal_conv1d import reference
+from tests.ops.closeness import relative_error
 
 # b, l, d, k: shorter and longer than the filter, odd, one token, a filter of one tap
 SHAPES = [(1, 1, 1, 4), (2, 2, 3, 4), (2, 7, 5, 3), (1, 64, 4, 2), (2, 33, 3, 8), (1, 5, 2, 1), (3, 100, 7, 4)]
@@ -37,7 +38,7 @@ def test_float64_equals_the_oracle(shape, activation):
     inputs = make(*shape, activation=activation)
     weights = torch.randn(b, length, d, dtype=torch.float64), torch.randn(b, d, k - 1, dtype=torch.float64)
     y, final, grads = gradients(causal_conv1d, inputs, weights)
-    y0, final0, grads0 = gradients(conv_oracle, inputs, weights)
+    y0, final0, grads0 = gradients(reference.causal_conv1d, inputs, weights)
     assert relative_error(y, y0) < 1e-12
     assert torch.equal(final, final0)
     for name, grad in grads.items():
@@ -49,7 +50,7 @@ def test_lower_precision(dtype, tolerance):
     inputs = make(2, 33, 8, 4, dtype=dtype)
     weights = torch.randn(2, 33, 8).to(dtype).double(), torch.randn(2, 8, 3).to(dtype).double()
     y, final, grads = gradients(causal_conv1d, inputs, weights)
-    y0, final0, grads0 = gradients(conv_oracle, {k: v.double() for k, v in inputs.items()}, weights)
+    y0, final0, grads0 = gradients(reference.causal_conv1d, {k: v.double() for k, v in inputs.items()}, weights)
     assert y.dtype == final.dtype == dtype
     assert relative_error(y, y0) < tolerance
     assert torch.equal(final.double(), final0)
@@ -60,7 +61,7 @@ def test_lower_precision(dtype, tolerance):
 def test_float32_weights_with_bfloat16_inputs():
     inputs = make(2, 9, 4, 4, dtype=torch.bfloat16, weight=torch.randn(4, 4), bias=torch.randn(4))
     y, _ = causal_conv1d(**inputs)
-    y0, _ = conv_oracle(**inputs)
+    y0, _ = reference.causal_conv1d(**inputs)
     assert y.dtype == torch.bfloat16
     assert relative_error(y, y0) < 3e-3
 
@@ -77,7 +78,8 @@ def test_packed_equals_separate(lengths):
     def separately(x, weight, bias, initial_state):
         bounds = zip(cu.tolist(), cu.tolist()[1:], strict=False)
         runs = [
-            conv_oracle(x[:, i:j], weight, bias, "silu", initial_state[n : n + 1]) for n, (i, j) in enumerate(bounds)
+            reference.causal_conv1d(x[:, i:j], weight, bias, "silu", initial_state[n : n + 1])
+            for n, (i, j) in enumerate(bounds)
         ]
         return torch.cat([y for y, _ in runs], 1), torch.cat([f for _, f in runs])
 

@@ -9,7 +9,7 @@ import torch
 
 from mambakit.ops.causal_conv1d import chunked
 from mambakit.ops.causal_conv1d import cpu as conv
-from tests.ops.oracles import relative_error
+from tests.ops.closeness import relative_error
 from tests.ops.selective_scan.test_cpu import TOLERANCE, exact, poison
 
 

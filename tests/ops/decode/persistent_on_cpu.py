@@ -1,7 +1,7 @@
-"""Runs the persistent step on CPU tensors: g++ compiles persistent.cu with this folder's `primitives.cuh`, for few blocks.
+"""Runs the persistent step on CPU tensors: g++ compiles persistent.cu with this folder's `primitives.cuh`.
 
-It covers the kernel's logic (the pieces, the ring, the meetings of blocks, the sums) and all of `cuda_persistent.py` but the launch; not
-the compiler's code, the real order of memory, or anything about speed.
+It covers the kernel's logic (weight tiles, the ring, the grid exchange, the sums) and all of `cuda_persistent.py` but
+the launch; not the compiler's code, the order of memory accesses, or anything about speed.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def install(monkeypatch, folder: Path, blocks: int, shared: int = 232448) -> Non
         library.run.argtypes = [ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p]
         library.allow.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
-        def launch(grid: int, threads: int, stream: int, *fields: int) -> None:
+        def launch(grid: int, threads: int, stream: int, parameters: ctypes.Structure) -> None:
             for tensor in launch.kept:
                 library.allow(tensor.data_ptr(), tensor.nbytes)
-            library.run(grid, threads, (ctypes.c_int64 * len(fields))(*fields))
+            library.run(grid, threads, ctypes.addressof(parameters))
 
         return launch
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mambakit.ops.causal_conv1d import chunked as conv_reference
-from mambakit.ops.decode.cpu import DecodeStep, LayerWeights
+from mambakit.ops.decode import reference
+from mambakit.ops.decode.cpu import DecodeStep
+from mambakit.ops.decode.packed import PackedLayer
 from mambakit.ops.linear import pack
-from mambakit.ops.linear.api import FORMATS
-from mambakit.ops.selective_scan import chunked as scan_reference
-from tests.ops.oracles import in_16_bits, norm_oracle, relative_error
+from mambakit.ops.linear.packed import FORMATS
+from tests.ops.closeness import relative_error
 
 H, D, N, R, K, VOCABULARY, LAYERS = 40, 80, 16, 5, 4, 99, 3
 
@@ -22,36 +22,14 @@ def make_layers(format="float32"):
         return pack((torch.randn(rows, columns) / columns**0.5).to(dtype), format)
 
     return [
-        LayerWeights(
+        PackedLayer(
             norm=torch.rand(H) + 0.5, in_proj=matrix(2 * D, H), in_proj_bias=torch.randn(2 * D),
             conv=torch.randn(D, K), conv_bias=torch.randn(D), x_proj=matrix(R + 2 * N, D), dt_proj=matrix(D, R),
-            dt_bias=torch.randn(D), A=-torch.rand(D, N) * 8, D=torch.randn(D), out_proj=matrix(H, D), out_proj_bias=None,
+            dt_bias=torch.randn(D), A=-torch.rand(D, N) * 8, D=torch.randn(D), out_proj=matrix(H, D),
+            out_proj_bias=None,
         )
         for _ in range(LAYERS)
     ]  # fmt: skip
-
-
-def product(x, weight):
-    """Float64 product with what the kernel multiplies: int8 and int4 weights take x in 16 bits."""
-    x = in_16_bits(x, weight.group) if weight.format in ("int8", "int4") else x
-    return x @ weight.dequantized().double().T
-
-
-def expected_step(layers, final_norm, head, conv_states, ssm_states, x):
-    """The model in float64, from the ops' references; states are replaced in the lists."""
-    residual = torch.zeros_like(x)
-    for i, w in enumerate(layers):
-        y, residual = norm_oracle(x, w.norm, residual=residual)
-        u, z = (product(y, w.in_proj) + w.in_proj_bias.double()).chunk(2, -1)
-        arguments = (u[:, None], w.conv.double(), w.conv_bias.double(), "silu", conv_states[i], None)
-        u, conv_states[i] = conv_reference.forward(*arguments)
-        delta, B, C = product(u, w.x_proj).split([R, N, N], -1)
-        y, ssm_states[i], _ = scan_reference.forward(
-            u, product(delta, w.dt_proj), w.A.double(), B, C, w.D.double(), z[:, None],
-            w.dt_bias.double(), True, ssm_states[i], None, 0,
-        )  # fmt: skip
-        x = product(y[:, 0], w.out_proj)
-    return product(norm_oracle(x, final_norm, residual=residual)[0], head)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -63,15 +41,17 @@ def test_tokens_in_a_row(isa, format):
     # Rounding to 16 bits: a number that differs by 1e-7 may go the other way, by 2^-16 of its group's largest.
     bound = 2e-4 if format in ("int8", "int4") else 1e-5
     conv, ssm = torch.randn(LAYERS, b, D, K - 1), torch.randn(LAYERS, b, D, N)
-    expected_conv, expected_ssm = list(conv.double()), list(ssm.double())
+    expected_conv, expected_ssm = conv.double(), ssm.double()
     step = DecodeStep(layers, final_norm, head, 1e-5, conv, ssm)
     for _ in range(4):
         x = torch.randn(b, H)
         logits = step(x)
-        want = expected_step(layers, final_norm, head, expected_conv, expected_ssm, x.double())
+        want, expected_conv, expected_ssm = reference.decode(
+            x, layers, final_norm, head, 1e-5, expected_conv, expected_ssm, x_in_16_bits=True
+        )
         assert relative_error(logits, want) < bound
-    assert relative_error(ssm, torch.stack(expected_ssm)) < bound
-    assert relative_error(conv, torch.stack(expected_conv)) < bound
+    assert relative_error(ssm, expected_ssm) < bound
+    assert relative_error(conv, expected_conv) < bound
 
 
 def test_a_row_alone_is_the_row_of_a_batch(isa):
@@ -80,7 +60,7 @@ def test_a_row_alone_is_the_row_of_a_batch(isa):
     alone = []
     for row in range(5):
         states = (s[:, row : row + 1].clone() for s in (conv, ssm))
-        alone.append(DecodeStep(layers, final_norm, head, 1e-5, *states)(x[row : row + 1]).clone())
+        alone.append(DecodeStep(layers, final_norm, head, 1e-5, *states)(x[row : row + 1]))
     assert torch.equal(DecodeStep(layers, final_norm, head, 1e-5, conv, ssm)(x), torch.cat(alone))
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mambakit.ops._backends import native
-from mambakit.ops.linear import chunked, cpu, linear, pack
-from mambakit.ops.linear.api import FORMATS
-from tests.ops.oracles import in_16_bits, relative_error
+from mambakit.ops.linear import chunked, cpu, linear, pack, reference
+from mambakit.ops.linear.packed import FORMATS, dequantize
+from tests.ops.closeness import relative_error
 
 DTYPES = {"bfloat16": torch.bfloat16, "lossless16": torch.bfloat16}
 # float32 and bfloat16 weights: cancellation in sums of 1000. int8 and int4: the kernels round x to 16 bits per group.
@@ -77,9 +77,10 @@ def test_integer_products_are_those_of_x_in_16_bits(format, group, columns):
     """Not a bit more is lost than rounding x says: the sums are exact within a group."""
     packed = pack(torch.randn(9, columns), format, group)
     x = torch.randn(5, columns) * torch.logspace(-20, 20, columns)  # every group has a scale of its own
-    rounded = in_16_bits(x, group)
+    rounded = reference.in_16_bits(x, group)
     want = rounded @ packed.dequantized().double().T
-    # Against the size of what is summed. A tie may round either way where float32 and this test divide differently: 2^-16.
+    # Against the size of what is summed. A tie may round either way where float32 and this test divide differently:
+    # 2^-16.
     size = rounded.abs() @ packed.dequantized().double().abs().T
     assert ((linear(x, packed) - want).abs() <= 2**-16 * size).all()
 
@@ -112,13 +113,28 @@ def test_many_rows_use_the_reference(format, columns):
     assert torch.equal(linear(x, packed), chunked.linear(x, packed, None))
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("columns", [1, 65, 130])
+def test_the_packed_bits_stand_for_these_numbers(format, columns):
+    """Read column by column as the format is described, by no code that packs or unpacks."""
+    weight = weight_of(7, columns, format)
+    weight[2] *= torch.logspace(-9, 0, columns).to(weight.dtype)  # the lossless formats list the small ones
+    packed = pack(weight, format, 32)
+    assert torch.equal(packed.dequantized(), reference.numbers(packed).float())
+    x, bias = torch.randn(2, columns), torch.randn(7)
+    want = reference.linear(x, packed, bias, x_in_16_bits=True)
+    # A tie may round either way where float32 and the reference divide differently: 2^-16 of a group's largest number.
+    assert relative_error(linear(x, packed, bias), want) < BOUNDS[format]
+
+
 def test_shapes():
     packed = pack(torch.randn(8, 64), "int8")
     assert linear(torch.randn(2, 3, 64), packed).shape == (2, 3, 8)
 
 
 def unusual(dtype):
-    """Rows of every kind: normal, of wide range, zeros of both signs, tiny, huge, subnormal, not finite, one weight alone."""
+    """Rows of every kind: normal, of wide range, zeros of both signs, tiny, huge, subnormal, not finite, one weight
+    alone."""
     weight = torch.randn(9, 130)
     weight[1] *= torch.logspace(-30, 30, 130)
     weight[2] = 0
@@ -138,7 +154,7 @@ def test_lossless_is(format):
     dtype, integer = (torch.float32, torch.int32) if format == "lossless32" else (torch.bfloat16, torch.int16)
     weight = unusual(dtype)
     packed = pack(weight, format)
-    for again in (packed.dequantized(), cpu.widen(packed), chunked.dequantize(packed)):
+    for again in (packed.dequantized(), cpu.widen(packed), dequantize(packed)):
         assert torch.equal(again.to(dtype).view(integer), weight.view(integer))  # the bits: NaN and -0 too
     x = torch.randn(4, 130)
     rows = [0, 1, 2, 3, 6, 7, 8]

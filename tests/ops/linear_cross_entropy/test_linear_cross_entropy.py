@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mambakit.ops.linear_cross_entropy import chunked
+from mambakit.ops.linear_cross_entropy import chunked, reference
 from mambakit.ops.linear_cross_entropy.api import linear_cross_entropy
 
 
@@ -29,6 +29,17 @@ def test_equals_cross_entropy(data, chunk_logits, monkeypatch):
         torch.autograd.grad(3 * loss, (hidden, weight)),
         torch.autograd.grad(3 * expected, (hidden, weight)),
         strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_equals_the_reference(data):
+    hidden, weight, targets = data
+    expected = reference.linear_cross_entropy(hidden, weight, targets) / (targets != -100).sum()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    torch.testing.assert_close(loss, expected)
+    for got, want in zip(
+        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
     ):
         torch.testing.assert_close(got, want)
 

@@ -9,7 +9,7 @@ import torch
 
 from mambakit.ops.rms_norm import chunked
 from mambakit.ops.rms_norm import cpu as norm
-from tests.ops.oracles import relative_error
+from tests.ops.closeness import relative_error
 from tests.ops.selective_scan.test_cpu import TOLERANCE, exact, poison
 
 

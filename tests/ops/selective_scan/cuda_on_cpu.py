@@ -1,7 +1,7 @@
 """Runs the CUDA C++ scan on CPU tensors: g++ compiles the kernels against `cuda_on_cpu.h` instead of NVRTC for a GPU.
 
-What this covers is the kernels' logic (indices, barriers, chunks, tails) and all of `cuda.py` but the launch itself; not the
-compiler's code, the approximate instructions, or anything about speed.
+What this covers is the kernels' logic (indices, barriers, chunks, tails) and all of `cuda.py` but the launch itself;
+not the compiler's code, the approximate instructions, or anything about speed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mambakit.ops.selective_scan import cuda
+from mambakit.ops.selective_scan import cuda, cuda_backward, cuda_forward, cuda_launch
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
@@ -43,14 +43,14 @@ COPY = re.compile(r"u32 to = \(u32\)__cvta_generic_to_shared\(shared\);\s*asm vo
 PARAMETERS = {
     "forward": "ForwardParams",
     "backward": "BackwardParams",
-    "arrive": "BackwardParams",
-    "finish": "FinishParams",
+    "backward_carries": "BackwardParams",
+    "reduce": "ReduceParams",
     "sequences": "SequencesParams",
 }
 
 
 def _source(name: str) -> str:
-    text = (cuda._FOLDER / name).read_text()
+    text = (cuda_launch._FOLDER / name).read_text()
     for assembly, plain in REPLACEMENTS.items():
         text = text.replace(assembly, plain)
     text = COPY.sub("async_copy(shared, p, count > 0 ? BYTES : 0, BYTES);\n", text)
@@ -65,7 +65,7 @@ class Module:
         kind, kernels = (
             ("forward", ["forward", "sequences"])
             if "FORWARD" in macros
-            else ("backward", ["backward", "arrive", "finish", "sequences"])
+            else ("backward", ["backward", "backward_carries", "reduce", "sequences"])
         )
         self.kernels = kernels
         entries = "".join(
@@ -104,22 +104,20 @@ class Module:
             ctypes.c_void_p,
             ctypes.c_bool,
         ]
-        self.relay = macros["RELAY"]
+        self.chained = macros["CHAINED"]
         self.library.shared_bytes.restype = ctypes.c_size_t
 
     def kernel(self, name: str, shared_bytes: int = 0):
         which = self.kernels.index(name.removeprefix("selective_scan_"))
-        together = which == 0 and self.relay
+        together = which == 0 and self.chained
         if which == 0:
-            needed = self.library.shared_bytes()  # a relay may ask for more, to have a multiprocessor to fewer blocks
+            needed = self.library.shared_bytes()  # a chained scan may ask for more, for fewer resident blocks
             assert shared_bytes == needed or (together and shared_bytes > needed), (
-                f"cuda.py asks for {shared_bytes} bytes of shared memory"
+                f"plan.py counts {shared_bytes} bytes of shared memory, the kernel {needed}"
             )
 
-        def launch(blocks: int, threads: int, stream: int, *fields: int, blocks_y: int = 1) -> None:
-            self.library.run(
-                which, blocks, blocks_y, threads, shared_bytes, (ctypes.c_int64 * len(fields))(*fields), together
-            )
+        def launch(grid: int, threads: int, stream: int, parameters: ctypes.Structure, grid_y: int = 1) -> None:
+            self.library.run(which, grid, grid_y, threads, shared_bytes, ctypes.addressof(parameters), together)
 
         return launch
 
@@ -128,7 +126,7 @@ def install(monkeypatch, folder: Path, multiprocessors: int = 132) -> None:
     """Until the test ends, cuda.py runs its kernels on CPU tensors, planned for so many multiprocessors."""
     monkeypatch.setattr(cuda.nvrtc, "Module", lambda _folder, _source, macros, _device: Module(folder, macros))
     monkeypatch.setattr(cuda, "_fallback", lambda: None)
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(cuda_launch, "multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(cuda.nvrtc, "shared_memory", lambda device: 227 * 1024)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
@@ -148,5 +146,5 @@ def guarded(t: torch.Tensor, before: bool) -> torch.Tensor:
 
 def forget() -> None:
     """Drop what cuda.py keeps between calls."""
-    for kept in (cuda._module, cuda._forward_call, cuda._backward_call):
+    for kept in (cuda_launch.compiled, cuda_forward.forward_kernel, cuda_backward.backward_kernel):
         kept.cache_clear()

@@ -7,20 +7,22 @@ import itertools
 import pytest
 import torch
 
-from mambakit.ops.selective_scan import chunked, cuda, plan
-from tests.ops.oracles import relative_error
+from mambakit.ops.selective_scan import chunked, cuda, cuda_backward, cuda_forward, plan
+from tests.ops.closeness import relative_error
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-# float32 arithmetic over hundreds of tokens; a half-precision result is rounded once more, which alone is 1.7e-3 (bfloat16).
+# float32 arithmetic over hundreds of tokens; a half-precision result is rounded once more, which alone is 1.7e-3
+# (bfloat16).
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 5e-4}
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
-# b, l, d, n, dtype, packed lengths, optional arguments, strided: one token, tile and chunk edges (8, 32, 64, 128 tokens), widths
-# off the tile and off the vector width, chunked rows (long and narrow), every number of lanes and of states
+# b, l, d, n, dtype, packed lengths, optional arguments, strided: one token, tile and chunk edges (8, 32, 64, 128
+# tokens), widths off the tile and off the vector width, chunked rows (long and narrow), every number of lanes and of
+# states
 CASES = [
     (1, 1, 1, 1, F32, None, True, False),
     (3, 1, 24, 16, F32, None, True, False),
@@ -137,8 +139,8 @@ def errors(case, implementation=cuda, device="cuda", interval=128):
 
 def failures(case, found):
     limit = LIMITS[case[4]]
-    # Results in float32 whatever the inputs are. The bound for half inputs is 3e-3; these stay near float32's, except dA of
-    # long rows, where 1.2e-5 was seen (2050 tokens, bfloat16). Float32 inputs keep 1e-5 at every length.
+    # Results in float32 whatever the inputs are. The bound for half inputs is 3e-3; these stay near float32's, except
+    # dA of long rows, where 1.2e-5 was seen (2050 tokens, bfloat16). Float32 inputs keep 1e-5 at every length.
     long_half = case[4] != F32 and case[1] >= 2000
     kept = {"final": 1e-5, "dA": 3e-5 if long_half else 1e-5, "dD": 1e-5, "dbias": 1e-5, "dinitial": 1e-5}
     return {name: error for name, error in found.items() if not error < kept.get(name, limit)}
@@ -171,28 +173,28 @@ def test_same_inputs_same_bits(case):
 
 
 @pytest.mark.parametrize("layout", [0, 1])
-def test_a_row_that_is_handed_on_has_the_bits_of_a_whole_one(monkeypatch, layout):
+def test_a_chained_scan_has_the_bits_of_a_whole_row(monkeypatch, layout):
     arguments, dy, dfinal = make((4, 320, 5120, 16, BF16, None, True, False))
     found = []
     for resident in (0, 2, 2, 2):
         forward = plan._LAYOUTS[layout].plan._replace(chunks=5 if resident else 1, resident=resident)
         backward = plan.backward_plan(16, 640, 4096, 16, 132, 227 * 1024)
         backward = backward._replace(chunks=5 if resident else 1, resident=resident)
-        monkeypatch.setattr(cuda, "forward_plan", lambda *_, plan=forward: plan)
-        monkeypatch.setattr(cuda, "backward_plan", lambda *_, plan=backward: plan)
-        cuda._forward_call.cache_clear()
-        cuda._backward_call.cache_clear()
+        monkeypatch.setattr(cuda_forward, "forward_plan", lambda *_, plan=forward: plan)
+        monkeypatch.setattr(cuda_backward, "backward_plan", lambda *_, plan=backward: plan)
+        cuda_forward.forward_kernel.cache_clear()
+        cuda_backward.backward_kernel.cache_clear()
         poison()
         y, final, checkpoints = cuda.forward(*arguments, 64)
         found.append((y, final, *cuda.backward(dy, dfinal, *arguments, checkpoints, 64)))
-    cuda._forward_call.cache_clear()
-    cuda._backward_call.cache_clear()
-    for name, whole, *relayed in zip(OUTPUTS, *found, strict=True):
+    cuda_forward.forward_kernel.cache_clear()
+    cuda_backward.backward_kernel.cache_clear()
+    for name, whole, *chained in zip(OUTPUTS, *found, strict=True):
         if name in ("dA", "dD", "dbias"):  # summed for every chunk, then over chunks
-            assert relative_error(relayed[0], whole.double()) < 2e-6
-            assert all(torch.equal(relayed[0], again) for again in relayed[1:]), name
+            assert relative_error(chained[0], whole.double()) < 2e-6
+            assert all(torch.equal(chained[0], again) for again in chained[1:]), name
         else:
-            assert all(torch.equal(whole, again) for again in relayed), name
+            assert all(torch.equal(whole, again) for again in chained), name
 
 
 @pytest.mark.parametrize("length", [1, 5, 700])

@@ -1,6 +1,7 @@
 """The CUDA C++ kernels' logic without a GPU: compiled for the CPU (`cuda_on_cpu.py`), against the float64 chunked.
 
-The full list of shapes is `test_cuda.CASES`, which the GPU runs; here are the ones that differ most, few because each compiles.
+The full list of shapes is `test_cuda.CASES`, which the GPU runs; here are the ones that differ most, few because each
+compiles.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mambakit.ops.selective_scan import chunked, cuda, cuda_split_scan
+from mambakit.ops.selective_scan import chunked, cuda, cuda_backward, cuda_forward, cuda_launch, cuda_split_scan
 from mambakit.ops.selective_scan import plan as plans
-from tests.ops.oracles import relative_error
+from tests.ops.closeness import relative_error
 from tests.ops.selective_scan import cuda_on_cpu, test_cuda
 
 pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="needs g++")
@@ -50,7 +51,7 @@ def test_against_the_float64_reference(on_cpu, case):
 def test_every_layout_whole_and_cut(on_cpu, monkeypatch, layout, cut):
     offered = [plan for _, plan in plans._timed(1, 300, 40, 132, plans._LAYOUTS[layout])]
     plan = next(plan for plan in offered if (plan.chunks > 1) == cut)
-    monkeypatch.setattr(cuda, "forward_plan", lambda *_: plan)
+    monkeypatch.setattr(cuda_forward, "forward_plan", lambda *_: plan)
     case = (1, 300, 40, 16, F32, None, True, False)
     arguments, _, _ = test_cuda.make(case, "cpu")
     expected = chunked.forward(*map(test_cuda.exact, arguments), 64)
@@ -58,13 +59,13 @@ def test_every_layout_whole_and_cut(on_cpu, monkeypatch, layout, cut):
         assert relative_error(ours, theirs) < 1e-5
 
 
-RELAYED = [(2, 300, 40, 16, F32, None, True, False), (1, 200, 130, 16, BF16, None, True, True)]
+CHAINED = [(2, 300, 40, 16, F32, None, True, False), (1, 200, 130, 16, BF16, None, True, True)]
 
 
-@pytest.mark.parametrize("case", RELAYED, ids=test_cuda.name_of)
+@pytest.mark.parametrize("case", CHAINED, ids=test_cuda.name_of)
 @pytest.mark.parametrize("layout", range(len(plans._LAYOUTS)))
-def test_a_row_that_is_handed_on_has_the_bits_of_a_whole_one(on_cpu, monkeypatch, layout, case):
-    """All blocks at once, later ones first: those that come too early wait."""
+def test_a_chained_scan_has_the_bits_of_a_whole_row(on_cpu, monkeypatch, layout, case):
+    """All CTAs are resident and later ones run first, so that they wait for their carry."""
     _, length, _, n, *_ = case
     arguments, dy, dfinal = test_cuda.make(case, "cpu")
     found = []
@@ -72,20 +73,20 @@ def test_a_row_that_is_handed_on_has_the_bits_of_a_whole_one(on_cpu, monkeypatch
         forward = plans._LAYOUTS[layout].plan._replace(chunks=4 if resident else 1, resident=resident)
         backward = plans.backward_plan(16, length, 4096, n, 132, 227 * 1024)
         backward = backward._replace(chunks=4 if resident else 1, resident=resident)
-        monkeypatch.setattr(cuda, "forward_plan", lambda *_, plan=forward: plan)
-        monkeypatch.setattr(cuda, "backward_plan", lambda *_, plan=backward: plan)
+        monkeypatch.setattr(cuda_forward, "forward_plan", lambda *_, plan=forward: plan)
+        monkeypatch.setattr(cuda_backward, "backward_plan", lambda *_, plan=backward: plan)
         cuda_on_cpu.forget()
         y, final, checkpoints = cuda.forward(*arguments, 32)
         found.append((y, final, checkpoints, *cuda.backward(dy, dfinal, *arguments, checkpoints, 32)))
     names = ("y", "final", "checkpoints", *test_cuda.OUTPUTS[2:])
-    for name, whole, relayed in zip(names, *found, strict=True):
+    for name, whole, chained in zip(names, *found, strict=True):
         if name in ("dA", "dD", "dbias"):  # summed for every chunk, then over chunks
-            assert relative_error(relayed, whole.double()) < 2e-6
+            assert relative_error(chained, whole.double()) < 2e-6
         else:
-            assert torch.equal(whole, relayed), name
+            assert torch.equal(whole, chained), name
 
 
-def test_rows_are_handed_on_where_they_fill_the_card_unevenly():
+def test_a_chained_scan_where_rows_fill_the_card_unevenly():
     choose = {
         "forward": plans.forward_plan.__wrapped__,
         "backward": lambda *shape: plans.backward_plan.__wrapped__(*shape, 227 * 1024),
@@ -99,26 +100,25 @@ def test_rows_are_handed_on_where_they_fill_the_card_unevenly():
             plan = choose[kind](b, length, d, 16, 132)
             assert (plan.resident > 0) == uneven, (kind, b, length, d)
             if uneven:
-                assert plan.resident * 132 < b * -(-d // plan.block_channels)
+                assert plan.resident * 132 < b * -(-d // plan.cta_channels)
                 assert 2 <= plan.chunks <= length // 64
-                taken = plan.backward_bytes if kind == "backward" else plan.relay_bytes(227 * 1024)
+                taken = plan.backward_bytes if kind == "backward" else plan.chained_bytes(227 * 1024)
                 assert plan.resident * (taken + 1024) <= 228 * 1024 < (plan.resident + 1) * (taken + 1024)
 
 
-def test_packed_rows_and_rows_in_parts_are_planned_without_relays(on_cpu, monkeypatch):
+def test_packed_rows_and_split_scans_are_not_chained(on_cpu, monkeypatch):
     whole = plans.forward_plan(4, 4096, 5120, 16, 132, False)
-    assert (whole.chunks, whole.resident, whole.round, whole.min_blocks) == (1, 0, 16, 6)
+    assert (whole.chunks, whole.resident, whole.round, whole.min_ctas) == (1, 0, 16, 6)
     assert plans.backward_plan(4, 4096, 5120, 16, 132, 227 * 1024, False).resident == 0
     asked = []
-    for kind in ("forward", "backward"):
-        chosen = getattr(plans, f"{kind}_plan")
-        monkeypatch.setattr(
-            cuda, f"{kind}_plan", lambda *shape, chosen=chosen: asked.append(shape[-1]) or chosen(*shape)
-        )
-    for packed, in_parts in ((False, False), (True, False), (False, True)):
+    for module, name in ((cuda_forward, "forward_plan"), (cuda_backward, "backward_plan")):
+        chosen = getattr(plans, name)
+        monkeypatch.setattr(module, name, lambda *shape, chosen=chosen: asked.append(shape[-1]) or chosen(*shape))
+    for packed, split in ((False, False), (True, False), (False, True)):
         common = (4, 4096, 5120, 16, BF16, True, True, packed, 4, None, 64)
-        forward, backward = cuda._forward_call(*common, False, in_parts), cuda._backward_call(*common, in_parts)
-        assert forward.relay == backward.relay == (not packed and not in_parts)
+        forward = cuda_forward.forward_kernel(*common, False, split)
+        backward = cuda_backward.backward_kernel(*common, split)
+        assert forward.chained == backward.chained == (not packed and not split)
     assert asked == [True, True, False, False, False, False]
 
 
@@ -127,19 +127,19 @@ def test_tokens_too_far_apart_for_the_kernels_are_copied(on_cpu, monkeypatch):
     u = torch.randn(b, length, d)
     apart = torch.full((b, length, 2 * d), 7.0)
     apart[..., :d] = u
-    monkeypatch.setattr(cuda, "_FARTHEST", 2 * d)
-    operands = cuda._operands(d, 16, 4, u, apart[..., :d])
-    assert operands.steps[2:] == [d, d]  # the second one is a copy
+    monkeypatch.setattr(cuda_launch, "_FARTHEST", 2 * d)
+    operands = cuda_launch.operands(d, 16, 4, u=u, z=apart[..., :d])
+    assert (operands.fields["u_t"], operands.fields["z_t"]) == (d, d)  # the second one is a copy
     assert torch.equal(operands.tensors[1], u)
     assert operands.tensors[0] is u
-    monkeypatch.setattr(cuda, "_FARTHEST", 2 * d + 1)
-    assert cuda._operands(d, 16, 4, apart[..., :d]).steps[1] == 2 * d
+    monkeypatch.setattr(cuda_launch, "_FARTHEST", 2 * d + 1)
+    assert cuda_launch.operands(d, 16, 4, u=apart[..., :d]).fields["u_t"] == 2 * d
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 132])
 def test_the_sum_of_many_tokens_in_dD(on_cpu, monkeypatch, multiprocessors):
     """Half of what a sum in one float32 loses: 2e-7 here, where the terms themselves are off by 6e-8."""
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(cuda_launch, "multiprocessors", lambda device: multiprocessors)
     arguments, dy, _ = test_cuda.make((1, 4096, 64, 16, BF16, None, True, False), "cpu")
     u, z = arguments[0].double(), arguments[6].double()
     expected = (dy.double() * z * torch.sigmoid(z) * u).sum((0, 1))
@@ -164,33 +164,33 @@ def test_the_gradient_of_the_gate_into_given_memory(on_cpu):
 @pytest.mark.parametrize(("kilobytes", "most"), [(227, 256), (163, 128), (99, 64)], ids=["Hopper", "A100", "Ada"])
 def test_gradients_of_many_states_go_where_shared_memory_suffices(on_cpu, monkeypatch, kilobytes, most):
     monkeypatch.setattr(cuda.nvrtc, "shared_memory", lambda device: kilobytes * 1024)
-    cuda._portable.cache_clear()
+    cuda._slower.cache_clear()
     u = torch.zeros(2, 300, 64)
     for n in (1, 4, 8, 16, 32, 64, 128, 256):
         A = torch.zeros(64, n)
-        assert cuda._elsewhere(u, A) is None  # forward needs less
+        assert cuda.other_implementation(u, A) is None  # forward needs less
         if n <= most:
-            assert cuda._gradient_elsewhere(u, A) is None
+            assert cuda._other_gradient(u, A) is None
             continue
         with pytest.warns(
             UserWarning, match=f"slower Triton kernels: the gradient of {n} states takes .* shared memory"
         ):
-            assert cuda._gradient_elsewhere(u, A).__name__.endswith("selective_scan.triton")
+            assert cuda._other_gradient(u, A).__name__.endswith("selective_scan.triton")
     if most < 256:
         with pytest.raises(RuntimeError, match="gradient of 256 states in a row .* shared memory, .* whole rows"):
-            cuda._backward_call(2, 300, 64, 256, F32, True, True, False, 4, None, 64, True)
+            cuda_backward.backward_kernel(2, 300, 64, 256, F32, True, True, False, 4, None, 64, True)
 
 
-def test_registers_are_left_to_as_many_blocks_as_fit():
+def test_registers_are_left_to_as_many_ctas_as_fit():
     def plan(n, shared):
         return plans.backward_plan(16, 2048, 1536, n, 132, shared * 1024)
 
-    assert [plan(n, 227).min_blocks for n in (8, 16, 32)] == [2, 3, 2]
-    assert [plan(16, shared).min_blocks for shared in (163, 99)] == [2, 1]
+    assert [plan(n, 227).min_ctas for n in (8, 16, 32)] == [2, 3, 2]
+    assert [plan(16, shared).min_ctas for shared in (163, 99)] == [2, 1]
     forward = {
         shape: plans.forward_plan(*shape, 16, 132) for shape in [(16, 2048, 1536), (1, 32768, 4096), (4, 4096, 5120)]
     }
-    assert [p.min_blocks for p in forward.values()] == [6, 4, 6]
+    assert [p.min_ctas for p in forward.values()] == [6, 4, 6]
     assert [(p.chunks, p.resident, p.round) for p in forward.values()] == [(1, 0, 16), (5, 0, 16), (4, 4, 32)]
     assert plans.backward_plan(8, 2048, 4096, 16, 132, 227 * 1024).save == 4
     assert plans.backward_plan(8, 2048, 4096, 16, 132, 99 * 1024).save == 8

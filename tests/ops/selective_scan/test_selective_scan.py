@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mambakit.ops import selective_scan, selective_scan_
-from mambakit.ops.selective_scan import chunked
-from tests.ops.oracles import relative_error, scan_oracle
+from mambakit.ops.selective_scan import chunked, reference
+from tests.ops.closeness import relative_error
 
 # b, l, d, n: odd lengths, one token, chunk edges (32 and 128 tokens), one state, many states
 SHAPES = [(1, 1, 1, 1), (2, 1, 3, 16), (2, 5, 3, 4), (1, 31, 2, 8), (1, 32, 2, 8), (2, 33, 5, 16), (1, 130, 4, 16), (1, 257, 3, 64), (1, 9, 2, 256), (3, 64, 7, 3)]  # fmt: skip
@@ -50,14 +50,15 @@ def test_float64_equals_the_oracle(shape):
         torch.randn(shape[0], shape[2], shape[3], dtype=torch.float64),
     )
     y, final, grads = gradients(selective_scan, inputs, weights)
-    y0, final0, grads0 = gradients(scan_oracle, inputs, weights)
+    y0, final0, grads0 = gradients(reference.selective_scan, inputs, weights)
     assert relative_error(y, y0) < 1e-12
     assert relative_error(final, final0) < 1e-12
     for name, grad in grads.items():
         assert relative_error(grad, grads0[name]) < 1e-11, name
 
 
-# float32 arithmetic against float64: a few roundings per step. Half inputs: the output and each gradient are rounded once more.
+# float32 arithmetic against float64: a few roundings per step. Half inputs: the output and each gradient are rounded
+# once more.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-3), (torch.float16, 5e-4)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lower_precision(shape, dtype, tolerance):
@@ -65,7 +66,7 @@ def test_lower_precision(shape, dtype, tolerance):
     # Weights that the dtype holds exactly: else the gradient that enters is itself rounded before the op sees it.
     weights = torch.randn(shape[:3]).to(dtype).double(), torch.randn(shape[0], shape[2], shape[3]).double()
     y, final, grads = gradients(selective_scan, inputs, weights)
-    y0, final0, grads0 = gradients(scan_oracle, {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}, weights)  # fmt: skip
+    y0, final0, grads0 = gradients(reference.selective_scan, {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}, weights)  # fmt: skip
     assert y.dtype == dtype
     assert final.dtype == torch.float32
     assert relative_error(y, y0) < tolerance
@@ -81,7 +82,7 @@ def test_optional_arguments(absent):
         inputs["delta"] = inputs["delta"].abs() * 0.1
     weights = torch.randn(2, 37, 3, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
     y, final, grads = gradients(selective_scan, inputs, weights)
-    y0, final0, grads0 = gradients(scan_oracle, inputs, weights)
+    y0, final0, grads0 = gradients(reference.selective_scan, inputs, weights)
     assert relative_error(y, y0) < 1e-12
     assert relative_error(final, final0) < 1e-12
     for name, grad in grads.items():
@@ -104,7 +105,7 @@ def test_packed_equals_separate(lengths):
             if start == end:
                 finals.append(kw["initial_state"][i : i + 1])
                 continue
-            y_i, final_i = scan_oracle(**{**kw, **cut, "initial_state": kw["initial_state"][i : i + 1]})
+            y_i, final_i = reference.selective_scan(**{**kw, **cut, "initial_state": kw["initial_state"][i : i + 1]})
             ys.append(y_i)
             finals.append(final_i)
         return torch.cat(ys, 1), torch.cat(finals)
@@ -166,7 +167,7 @@ def test_checkpoints_are_the_states_that_enter():
     assert checkpoints.shape == (2, 4, 3, 4)
     for c in range(4):
         cut = {name: inputs[name][:, : c * 32] for name in ("u", "delta", "B", "C", "z")}
-        _, state = scan_oracle(**{**inputs, **cut})
+        _, state = reference.selective_scan(**{**inputs, **cut})
         assert relative_error(checkpoints[:, c], state) < 1e-12
 
 
@@ -186,7 +187,7 @@ def test_decays_near_one_over_a_long_row():
     A = -torch.ones(1, 1)
     B = C = torch.ones(1, length, 1)
     y, final = selective_scan(u, delta, A, B, C)
-    expected, expected_final = scan_oracle(u, delta, A, B, C)
+    expected, expected_final = reference.selective_scan(u, delta, A, B, C)
     assert relative_error(final, expected_final) < 2e-4  # 4096 float32 additions of 1e-7 to at most 4e-4
     assert relative_error(y, expected) < 2e-4
 

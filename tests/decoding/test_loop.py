@@ -11,10 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationMixin, LogitsProcessorList, generation
 
 from mambakit.decoding import slots as rows
-from mambakit.decoding import token_loop
-from mambakit.decoding.choosing import WITHOUT_WAITING, Choosing
+from mambakit.decoding.loop import TokenLoop, write_tokens
+from mambakit.decoding.processor_sampler import WITHOUT_WAITING, ProcessorSampler
 from mambakit.decoding.scaling import WidePenalty, WideTemperature
-from mambakit.decoding.token_loop import write_tokens
 from mambakit.models import generate
 from tests.decoding.eager_graph import decode_by
 from tests.models.configurations import pair, tokens, worst
@@ -228,20 +227,20 @@ def test_a_look_every_sixteen_tokens(model, monkeypatch, processors, sample, end
     decode_by("graph", monkeypatch)
     monkeypatch.setattr("tests.decoding.eager_graph.EagerGraph.__call__", lambda self: self.logits)
     counts = []
-    following = token_loop._Loop._next
+    write = TokenLoop.write
 
-    def watched(self, count):
+    def watched(self, count, **options):
         with Waits() as waits:
-            found = following(self, count)
+            found = write(self, count, **options)
         assert not waits.count
         counts.append(count)
         return found
 
-    monkeypatch.setattr(token_loop._Loop, "_next", watched)
+    monkeypatch.setattr(TokenLoop, "write", watched)
     ids = tokens(2, 5)
     cache = model(ids, use_cache=True).cache_params
-    choose = Choosing(processors, sample, None if ends is None else torch.tensor(ends))
-    write_tokens(model, cache, ids, torch.randn(2, 61), 50, choose, cache_is_kept=True)
+    sampler, over = ProcessorSampler(processors, sample, ids), None if ends is None else torch.tensor(ends)
+    write_tokens(model, cache, ids, torch.randn(2, 61), 50, sampler, cache_is_kept=True, ends=over)
     assert counts == ([49] if ends is None else [16, 16, 16, 1])
 
 

@@ -1,14 +1,17 @@
-"""token_step: the model's own logits and states, whichever way they are computed."""
+"""The registry: the model's own logits and states by whichever decoder, one reason for each that does not serve."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
 
-from mambakit.decoding import slots as rows
-from mambakit.decoding import step as module
-from mambakit.decoding.step import token_step
+from mambakit.decoding import registry
+from mambakit.decoding.registry import token_step
 from mambakit.models import generate
+from mambakit.ops._backends import native
+from tests.decoding.eager_graph import decode_by, native_serves
 from tests.models.configurations import NAMES, pair, tokens, worst
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -23,8 +26,8 @@ def test_the_models_numbers(name):
     ids = tokens(3, 12)
     cache = model(ids[:, :6], use_cache=True).cache_params
     whole = model(ids, use_cache=True)
-    if module.native.describe()["isa"] is not None:
-        assert module.native_serves(model, cache) == (name in NATIVE)
+    if native.describe()["isa"] is not None:
+        assert native_serves(model, cache) == (name in NATIVE)
     step = token_step(model, cache)
     for t in range(6, 12):
         assert worst(step(ids[:, t]), whole.logits[:, t]) < 1e-5
@@ -44,7 +47,7 @@ def test_bfloat16_weights_and_a_row_alone():
         logits.append([step(some[:, t]) for t in range(5)][-1])
     exact = model.double()(ids).logits[:, -1]
     assert worst(logits[0], exact) < 2e-2
-    if module.native.describe()["isa"] is not None:
+    if native.describe()["isa"] is not None:
         assert torch.equal(logits[0][2], logits[1][0]), "a row does not depend on its neighbours"
 
 
@@ -52,29 +55,31 @@ def test_adapters_are_not_passed_by():
     peft = pytest.importorskip("peft")
     model = pair("plain")[0]
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["x_proj"]), model.backbone.layers)
-    assert not module.native_serves(model, model.backbone.new_cache(1))
+    assert not native_serves(model, model.backbone.new_cache(1))
 
 
 @torch.no_grad()
 def test_listeners_are_not_passed_by():
     model = pair("plain")[0]
     handle = model.backbone.layers[0].mixer.register_forward_hook(lambda *_: None)
-    assert not module.native_serves(model, model.backbone.new_cache(1))
+    assert not native_serves(model, model.backbone.new_cache(1))
     handle.remove()
 
 
 @pytest.mark.parametrize("b", [1, 3])
 def test_generate_takes_the_native_step(b, monkeypatch):
-    if module.native.describe()["isa"] is None:
+    if native.describe()["isa"] is None:
         pytest.skip("no native library")
     model = pair("plain")[0]
     ids = tokens(b, 5)
     made = []
-    monkeypatch.setattr(rows, "native_step", lambda *a, make=module.native_step: made.append(1) or make(*a))
+    kind, *others = registry.DECODERS
+    counted = dataclasses.replace(kind, make=lambda *a: made.append(1) or kind.make(*a))
+    monkeypatch.setattr(registry, "DECODERS", (counted, *others))
     options = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     fast = model.generate(ids, **options)
     assert made == [1], "one step is made for the whole call"
-    monkeypatch.setattr(rows, "native_serves", lambda *_: False)
+    decode_by("forward", monkeypatch)
     plain = model.generate(ids, **options)
     assert torch.equal(fast.sequences, plain.sequences)
     assert worst(torch.stack(fast.logits), torch.stack(plain.logits)) < 1e-5
@@ -106,3 +111,64 @@ def test_the_loop_of_steps_alone_is_transformers_loop(name, b, monkeypatch):
     model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     handle.remove()
     assert len(seen) == 4, "who listens to the model hears every token"
+
+
+REASONS = {  # configuration: what the native library's reason says
+    "gelu": "activation",
+    "falcon": "norms within the mixer",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_decoder_that_does_not_serve_has_a_reason(name):
+    model = pair(name)[0]
+    rows = registry.table_of(model, 3)
+    assert [row.decoder for row in rows] == [kind.name for kind in registry.DECODERS]
+    assert sum(row.serves for row in rows) == 1
+    serving = next(row for row in rows if row.serves)
+    assert serving.decoder == registry.choose(model, 3).name
+    for row in rows[: rows.index(serving)]:
+        assert row.reason
+        assert registry.describe(row) == row.reason
+    assert registry.describe(serving) == "serves"
+    if native.describe()["isa"] is not None and name in REASONS:
+        assert REASONS[name] in rows[0].reason
+
+
+def test_reasons_name_what_is_wrong():
+    if native.describe()["isa"] is None:
+        pytest.skip("no native library")
+    model = pair("plain")[0]
+    why_not = registry.DECODERS[0].why_not
+    assert why_not(model, 3) is None
+    assert why_not(model, 17) == "17 rows; it serves 1 to 16"
+    assert "float64" in why_not(pair("plain")[0].double(), 1)
+    assert "another dtype" in why_not(model, 1, states=pair("plain")[0].double().backbone.new_cache(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert why_not(model, 1) == "autocast is on"
+    hook = model.register_forward_hook(lambda *_: None)
+    assert "hook" in why_not(model, 1)
+    assert why_not(model, 1, called=True) is None, "within its forward its own hooks have been called"
+    hook.remove()
+    model.backbone.layers[1].mixer.layer_idx = 0
+    assert why_not(model, 1) == "layer 1: its mixer is layer 0's"
+
+
+def test_the_first_that_serves_is_chosen(monkeypatch):
+    model = pair("gelu")[0]
+    assert registry.choose(model, 2) is registry.FORWARD
+    mine = registry.DecoderKind("mine", lambda *_, **__: None, registry.ForwardDecoder)
+    monkeypatch.setattr(registry, "DECODERS", (*registry.DECODERS[:-1], mine, registry.FORWARD))
+    assert registry.choose(model, 2) is mine
+    assert [registry.describe(row) for row in registry.table_of(model, 2)[-2:]] == [
+        "serves",
+        "could serve, comes after",
+    ]
+
+
+def test_a_markdown_table_of_what_serves():
+    text = registry.as_markdown({"gelu": pair("gelu")[0], "plain": pair("plain")[0]}, rows=(1, 32))
+    lines = text.splitlines()
+    assert lines[0] == "| model | 1 row | 32 rows |"
+    assert lines[2] == "| gelu | forward | forward |"
+    assert lines[3].endswith("| forward |")

@@ -1,0 +1,124 @@
+"""Speculative sampling: which guesses of a text's next tokens stay (arXiv 2211.17192, algorithm 1; arXiv 2302.01318).
+
+A guess d drawn from q stays with probability min(1, p(d) / q(d)), p being what `Sampler` would draw the token from; otherwise the token
+is drawn from max(p - q, 0), normalised. So tokens have the distribution p whatever the guesses are. Greedy tokens are those of p alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mambakit.decoding.drafting import Draft
+from mambakit.decoding.logits import are_numbers
+from mambakit.decoding.sampled_text import SampledText
+from mambakit.decoding.sampling_params import ACCEPT, SamplingParams
+from mambakit.decoding.tables import Tables
+from mambakit.ops.sampling import reference
+from mambakit.ops.sampling.api import NO_TOKEN, OFF, sample
+
+
+def probabilities(params: SamplingParams, logits: Tensor) -> Tensor:
+    """(t, v) float64, what `mambakit.ops.sampling` draws a token from, given ``logits`` (t, v); not greedy. NaN where logits are no
+    numbers."""
+    temperature, top_k, top_p, min_p, typical_p, epsilon = params.columns
+    logits = logits.double()
+    s = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if typical_p < 1 or epsilon > 0:
+        columns = torch.tensor(params.columns[1:], dtype=torch.float64, device="cpu").to(s.device)
+        w = reference.kept(s, *columns.expand(len(s), -1)[:, :, None].unbind(1))
+    else:  # the same, without sorting where a filter is off
+        w = s.exp()
+        if 0 < top_k < w.shape[1]:
+            w = torch.where(w >= w.topk(int(top_k)).values[:, -1:], w, 0.0)
+        if top_p < 1:
+            descending = w.sort(-1, descending=True).values
+            before = descending.cumsum(-1) - descending
+            kept = (before < top_p * descending.sum(-1, keepdim=True)).sum(-1, keepdim=True).clamp(min=1)
+            w = torch.where(w >= descending.gather(-1, kept - 1), w, 0.0)
+        w = torch.where(w >= min_p, w, 0.0) if min_p > 0 else w
+    return w / w.sum(-1, keepdim=True)
+
+
+def draw(weights: Tensor, uniform: np.ndarray) -> Tensor:
+    """(t,) int64 on the device, drawn by ``weights`` (t, v), which need not add up to 1; `NO_TOKEN` where they are no distribution."""
+    return _drawn(weights.log(), uniform, [OFF] * len(weights))
+
+
+def _drawn(logits: Tensor, uniform: np.ndarray, columns: Sequence[tuple[float, ...]]) -> Tensor:
+    numbers = torch.from_numpy(uniform).to(logits.device, non_blocking=True)
+    parameters = torch.tensor(columns, dtype=torch.float32, device="cpu").to(logits.device, non_blocking=True)
+    return sample(logits, numbers, parameters)
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """(t,) int64, the most probable tokens by ``logits`` (t, v), `NO_TOKEN` where they are no numbers."""
+    tokens = logits.argmax(-1)
+    return tokens.masked_fill(~are_numbers(logits, tokens), NO_TOKEN)
+
+
+class Acceptance:
+    """Chooses the tokens of one text, several at a time where guesses stay. Random numbers belong to the token's place in the text.
+
+    Args:
+        text: what is known of it; it is in no `Sampler`.
+        device: where logits lie.
+    """
+
+    def __init__(self, text: SampledText, device: torch.device):
+        self.text = text
+        self._tables = Tables([text], device) if text.changes_logits else None
+
+    @torch.no_grad()
+    def choose(self, logits: Tensor, draft: Draft) -> list[int]:
+        """The guesses that stay, and one token more: from ``logits`` (t + 1, v) after the text and after each of t guesses. `NO_TOKEN` is
+        the last where none can be chosen, and the text's ``error`` says why."""
+        text = self.text
+        if self._tables is None:
+            chosen = self._choose(logits, draft, 0)
+            chosen[-1] = text.accept(chosen[-1])
+        else:  # what a token is drawn from depends on those before
+            chosen = []
+            for i in range(len(draft.tokens) + 1):
+                part = slice(i, i + 1)
+                q = None if draft.probabilities is None else draft.probabilities[part]
+                changed = self._tables.change(logits[part])
+                if not text.error:
+                    token = self._choose(changed, Draft(draft.tokens[part], q), i)[0]
+                token = text.accept(NO_TOKEN if text.error else token)
+                self._tables.count(torch.tensor([token], dtype=torch.int64, device="cpu").to(logits.device))
+                chosen.append(token)
+                if draft.tokens[part] != [token]:
+                    break
+        text.position += len(chosen)
+        return chosen
+
+    def _choose(self, logits: Tensor, draft: Draft, offset: int) -> list[int]:
+        """`choose` without tables: from ``logits`` (t + 1, v), or (1, v) for the one guess alone, ``offset`` tokens after the text."""
+        guesses, rows = draft.tokens, len(logits)
+        if self.text.params.greedy:
+            tokens = likeliest(logits).tolist()
+            kept = next(
+                (i for i, (guess, best) in enumerate(zip(guesses, tokens, strict=False)) if guess != best), len(guesses)
+            )
+            return [*guesses[:kept], *tokens[kept : kept + 1]]
+        params, n, start = self.text.params, len(guesses), self.text.position + offset
+        columns = [OFF] * n + [params.columns] * (rows - n)
+        weights, kept = logits, logits.new_empty(0, dtype=torch.int64)
+        if n:
+            p = probabilities(params, logits[:n])
+            at = torch.tensor(guesses, dtype=torch.int64, device="cpu").to(p.device)[:, None]
+            q = draft.probabilities  # of a certain guess 1
+            q = torch.zeros_like(p).scatter_(1, at, 1.0) if q is None else q.to(p)
+            chance = torch.from_numpy(self.text.numbers(start, n, ACCEPT)).to(p.device)[:, None]
+            kept = (chance * q.gather(1, at) < p.gather(1, at))[:, 0].long()
+            left = (p - q).clamp(min=0)
+            left = torch.where(left.sum(-1, keepdim=True) > 0, left, p)
+            weights = torch.cat([left.log(), logits[n:].double()])
+        drawn = _drawn(weights, self.text.numbers(start, rows), columns)
+        found = torch.cat([kept, drawn]).tolist()  # the device is waited for once
+        first = next((i for i in range(n) if not found[i]), n)
+        return [*guesses[:first], *found[n + first : n + first + 1]]

@@ -1,0 +1,196 @@
+"""CUDA graphs: the one module that captures them, and what is kept with a model from call to call.
+
+A graph replays what was captured on the same memory. So it holds for as long as the model's tensors lie where they lay and its
+switches stand as they stood; `Placement` notes both, and compares them in about a tenth of a millisecond, for that is asked before
+every prompt.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from itertools import chain
+from operator import is_
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mambakit.modules.interception import Watch, any_intercepted, modules_of
+from mambakit.ops._backends.memory import all_plain, observed, transformed
+
+T = TypeVar("T")
+
+
+class CapturedGraph(Generic[T]):
+    """Work for a GPU, recorded once and done again by `replay`.
+
+    Args:
+        run: what is captured. It allocates what it returns in the graph's memory, and must not wait for the device.
+        device: whose; it need not be the current one.
+        warm_ups: how often ``run`` is called before, on a stream of its own, as a capture asks: kernels are compiled then.
+        shared: another graph whose memory pool this one uses, too: of the two, one runs at a time.
+        stream: to capture on; one of its own unless given.
+        error_mode: `torch.cuda.graph`'s ``capture_error_mode``.
+
+    Attributes:
+        result: what ``run`` returned; valid after a replay, until the next one of a graph that shares the pool.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[], T],
+        device: torch.device,
+        *,
+        warm_ups: int = 0,
+        shared: CapturedGraph[Any] | None = None,
+        stream: torch.cuda.Stream | None = None,
+        error_mode: Literal["global", "thread_local", "relaxed"] = "global",
+    ):
+        with torch.cuda.device(device):
+            if warm_ups:
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    for _ in range(warm_ups):
+                        run()
+                torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            pool = None if shared is None else shared._graph.pool()
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode=error_mode):
+                self.result = run()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+# -- whether a model's forward can be captured --------------------------------------------------------------------------
+
+
+def why_not_captured(model: Any, called: bool = False) -> str | None:
+    """Why a forward of this model cannot be a graph, or None where it can: plain tensors on one CUDA device, no hooks that the graph
+    would skip, outside autocast, capture and transforms.
+
+    Args:
+        called: the model is in its own forward: its hooks have been called.
+    """
+    device = model.device
+    if device.type != "cuda":
+        return f"the model is on {device}; a CUDA graph needs it on a GPU"
+    if model.dtype == torch.float64:
+        return "float64 weights"
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast is on"
+    if torch.cuda.is_current_stream_capturing():
+        return "the stream is being captured by somebody else"
+    if transformed() or observed():
+        return "the call is traced, transformed or observed"
+    if not called and any_intercepted([model]):
+        return "the model has a hook or a forward of its own"
+    watch = _watches.get(model)
+    if watch is None or not watch.holds():
+        modules = modules_of(model)[1:]
+        if any_intercepted(modules):
+            return "a module has a hook, or a forward that a graph would skip"
+        _watches[model] = Watch(modules)
+    return None if placement_of(model).lies_on(device) else f"not all tensors are plain ones on {device}"
+
+
+def graphs_serve(model: Any, called: bool = False) -> bool:
+    """Whether `why_not_captured` has no reason."""
+    return why_not_captured(model, called) is None
+
+
+# The modules within each model that a graph may skip the calls of, as they were found; looking again takes a tenth of the time. The
+# model itself is not among them: the table would keep it alive.
+_watches: weakref.WeakKeyDictionary[Any, Watch] = weakref.WeakKeyDictionary()
+
+
+# -- what is kept with a model ------------------------------------------------------------------------------------------
+
+
+class Placement:
+    """Where a model's tensors lie, and how the switches stand that a captured forward has passed: adapters on or off, training.
+
+    It keeps the model's parts alive and not the model.
+    """
+
+    def __init__(self, model: nn.Module):
+        modules = modules_of(model)
+        self._children = [m._modules for m in modules]
+        self._modules = list(chain.from_iterable(map(dict.values, self._children)))
+        self._tables: list[dict[str, Any]] = [table for m in modules for table in (m._parameters, m._buffers)]
+        self._entries = list(chain.from_iterable(map(dict.values, self._tables)))
+        self._tensors: list[Tensor] = [t for t in self._entries if t is not None]
+        self._plain = all_plain(self._tensors)
+        self._addresses, self._devices = self._now(), {t.device for t in self._tensors}
+        self._switched = [m for m in modules[1:] if isinstance(getattr(type(m), "disable_adapters", None), property)]
+        self._switches, self._training = list(map(_switches, self._switched)), model.training
+
+    def _now(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self._tensors)) if self._plain else []
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether it is still so; of special tensors, whose address says nothing, it is never sure."""
+        return (
+            self._plain
+            and model.training == self._training
+            and _same(chain.from_iterable(map(dict.values, self._children)), self._modules)
+            and _same(chain.from_iterable(map(dict.values, self._tables)), self._entries)
+            and self._now() == self._addresses
+            and list(map(_switches, self._switched)) == self._switches
+        )
+
+    def versions(self) -> list[int]:
+        """How often each tensor was written in place, as torch counts; of those made in an inference mode it does not."""
+        return [0 if t.is_inference() else t._version for t in self._tensors]
+
+    def lies_on(self, device: torch.device) -> bool:
+        """Whether every tensor is plain memory on this device."""
+        return self._plain and self._devices <= {device}
+
+
+def _same(now: Any, before: list[Any]) -> bool:
+    found = list(now)
+    return len(found) == len(before) and all(map(is_, found, before))
+
+
+def _switches(module: Any) -> tuple[Any, ...]:
+    return module.disable_adapters, tuple(module.active_adapters), tuple(getattr(module, "merged_adapters", ()))
+
+
+class _Kept:
+    def __init__(self, placement: Placement):
+        self.placement = placement
+        self.things: OrderedDict[tuple, Any] = OrderedDict()  # the least recently used first
+
+
+# Of each model, by what they are for; they go with the model, so none may hold on to it.
+_kept: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
+_MOST_KEPT = 5  # each holds states for its rows
+
+
+def placement_of(model: Any) -> Placement:
+    """The model's placement: the same object for as long as it holds."""
+    return _kept_of(model).placement
+
+
+def _kept_of(model: Any) -> _Kept:
+    kept = _kept.get(model)
+    if kept is None or not kept.placement.holds(model):
+        kept = _kept[model] = _Kept(Placement(model))
+    return kept
+
+
+def kept_with(model: Any, key: tuple, make: Callable[[], Any]) -> Any:
+    """What ``make`` made at the first use of ``key``, for as long as the model's `Placement` holds. It must not hold on to the model."""
+    things = _kept_of(model).things
+    if key not in things:
+        while len(things) >= _MOST_KEPT:
+            things.popitem(last=False)
+        # Tensors of an inference mode could not be written to after it.
+        with torch.inference_mode(False), torch.no_grad():
+            things[key] = make()
+    things.move_to_end(key)
+    return things[key]

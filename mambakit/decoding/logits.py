@@ -1,0 +1,35 @@
+"""Logits that are no numbers: how they are found, and what users are told."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mambakit.errors import LogitsError
+
+NO_CHOICE = (
+    "the model's logits are NaN or infinite, no token can be chosen from them; check its weights, or load it in a dtype with a "
+    "larger range (float16 ends at 65,504: bfloat16 or float32)"
+)
+
+
+NO_SCORE = (
+    "the model's log-probabilities are NaN; check its weights, or load it in a dtype with a larger range (float16 ends at 65,504: "
+    "bfloat16 or float32)"
+)
+
+
+def require_numbers(log_probs: Tensor) -> Tensor:
+    """The same log-probabilities.
+
+    Raises:
+        LogitsError: some are NaN. It waits for the device.
+    """
+    if bool(log_probs.isnan().any()):
+        raise LogitsError(NO_SCORE)
+    return log_probs
+
+
+def are_numbers(logits: Tensor, tokens: Tensor) -> Tensor:
+    """(b,) bool: whether ``logits`` (b, v) of the likeliest ``tokens`` (b,) are numbers. A text that has ended may have padding in the
+    token's place, a negative one too."""
+    return ~logits.gather(-1, tokens.clamp(min=0)[:, None])[:, 0].isnan()

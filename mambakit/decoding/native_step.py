@@ -1,0 +1,96 @@
+"""One token for each of up to 16 rows as one call into the native library, on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambakit.decoding.eligibility import dtype_names, skipped_modules, tensors_of, why_not_by_weights
+from mambakit.modules import MambaCache
+from mambakit.modules.quantized_linear import QuantizedLinear
+from mambakit.ops._backends import native
+from mambakit.ops._backends.memory import all_plain
+from mambakit.ops.decode.cpu import DecodeStep
+from mambakit.ops.decode.packed import PackedLayer
+from mambakit.ops.linear import pack
+from mambakit.ops.linear.api import MOST_ROWS
+from mambakit.ops.linear.packed import PackedWeight
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def why_not(model: Any, rows: int, *, states: Any = None, called: bool = False) -> str | None:
+    """Why `NativeDecoder` cannot decode so many rows of this model, or None where it can.
+
+    Args:
+        states: what it is to go on from; without it a cache as the model makes one.
+        called: the model is in its own forward: its hooks have been called.
+    """
+    if model.device.type != "cpu":
+        return f"the model is on {model.device}; the native library computes on a CPU"
+    if not native.is_available():
+        return "there is no native library (`mambakit env` says why)"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if not 1 <= rows <= MOST_ROWS:
+        return f"{rows} rows; it serves 1 to {MOST_ROWS}"
+    if (reason := why_not_by_weights(model, called)) is not None:
+        return reason
+    tensors = tensors_of(skipped_modules(model, called))
+    if any(t.device.type != "cpu" for t in tensors):
+        return "some weights are not on the CPU"
+    dtypes = {model.dtype, *(t.dtype for t in tensors if t.dtype.is_floating_point)}
+    if not dtypes <= set(_DTYPES):
+        return f"weights of {dtype_names(dtypes)}; it reads {dtype_names(_DTYPES)}"
+    if states is not None and not _fit(states):
+        return "states of another dtype or device, or of other layers; it reads a cache as the model makes one"
+    return None
+
+
+def _fit(states: Any) -> bool:
+    if not isinstance(states, MambaCache) or states.dtype not in _DTYPES:
+        return False
+    return states.device.type == "cpu" and all_plain((states.conv_states, states.ssm_states))
+
+
+def native_weights(model: Any) -> tuple[list[PackedLayer], PackedWeight]:
+    """The layers and the head as the native library reads them: the weights themselves, nothing is copied but A."""
+    format = str(model.dtype).removeprefix("torch.")
+
+    def packed(linear: Any) -> PackedWeight:
+        return linear.packed if isinstance(linear, QuantizedLinear) else pack(linear.weight, format)
+
+    layers = [
+        PackedLayer(
+            norm=block.norm.weight, in_proj=packed(m.in_proj), in_proj_bias=m.in_proj.bias,
+            conv=m.conv1d.weight.squeeze(1), conv_bias=m.conv1d.bias, x_proj=packed(m.x_proj),
+            dt_proj=packed(m.dt_proj), dt_bias=m.dt_proj.bias, A=-torch.exp(m.A_log), D=m.D,
+            out_proj=packed(m.out_proj), out_proj_bias=m.out_proj.bias,
+        )
+        for block in model.backbone.layers for m in [block.mixer]
+    ]  # fmt: skip
+    return layers, packed(model.lm_head)
+
+
+class NativeDecoder:
+    """A `mambakit.decoding.registry.Decoder`. A row's bits do not depend on the other rows."""
+
+    capacity = 0
+
+    def __init__(self, model: Any, states: Any):
+        layers, head = native_weights(model)
+        self.states = states
+        self.logits: Tensor | None = None
+        self._embeddings = model.backbone.embeddings
+        self._run = DecodeStep(
+            layers, model.backbone.norm_f.weight, head, model.config.layer_norm_epsilon,
+            states.conv_states, states.ssm_states,
+        )  # fmt: skip
+
+    def step(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self._run(self._embeddings(tokens))
+        self.states.advance(1)
+        self.logits = logits
+        return logits

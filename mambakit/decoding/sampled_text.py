@@ -1,0 +1,89 @@
+"""One text as choosing its tokens needs to know it: parameters, random numbers, constraint, and which tokens it has."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mambakit.decoding.logits import NO_CHOICE
+from mambakit.decoding.sampling_params import BLOCK, DRAW, SamplingParams, random_numbers
+from mambakit.ops.sampling.api import NO_TOKEN
+from mambakit.quoting import cut
+
+
+class SampledText:
+    """What choosing the tokens of one text needs to know of it, whatever it is batched with.
+
+    Args:
+        params: how tokens are chosen.
+        vocab_size: v.
+        device: where logits lie.
+        read: (p,) int64, the prompt: what a repetition penalty counts, too.
+
+    Attributes:
+        position: how many tokens were chosen; behind by those of a `Sampler` that the text is seated in.
+        error: why the last token could not be chosen; "" where it could.
+        exception: what its constraint raised then, if that was why.
+    """
+
+    def __init__(self, params: SamplingParams, vocab_size: int, device: torch.device, read: Tensor):
+        # Others may use and change the same object, and tables are made of it whenever the batch changes.
+        self.params, self.position = params.snapshot(), 0
+        params = self.params
+        self.error: str = ""
+        self.exception: Exception | None = None
+        self.matcher = params.matcher()
+        self._key = params.key()
+        self._blocks: dict[tuple[int, int], np.ndarray] = {}  # the latest of each sequence
+        # (v,) each, where it is needed: what was read or written, how often it was written, biases.
+        self.seen = self.counts = self.bias = None
+        if params.repetition_penalty != 1:
+            self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.seen[read.to(device)] = True
+        if params.presence_penalty or params.frequency_penalty:
+            self.counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+        if params.logit_bias:
+            self.bias = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+            if (largest := max(params.logit_bias)) >= vocab_size:
+                raise ValueError(f"logit_bias names token {largest}; the model's are 0 to {vocab_size - 1}")
+            tokens = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=device)
+            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device="cpu")
+            self.bias[tokens] = values.to(device, non_blocking=True)
+        self.changes_logits = any(part is not None for part in (self.matcher, self.seen, self.counts, self.bias))
+        """Whether a token is chosen from other logits than the model's."""
+        self.plain = params.greedy and not self.changes_logits
+        """Whether it wants the most probable token of the logits as they are."""
+
+    def numbers(self, start: int, count: int, sequence: int = DRAW) -> np.ndarray:
+        """(count,) float64, the random numbers of tokens ``start`` onwards; a text without a choice takes none."""
+        if self.params.greedy:
+            return np.zeros(count)
+        first, last = start // BLOCK, (start + count - 1) // BLOCK
+        made = [self._block(sequence, block) for block in range(first, last + 1)]
+        return np.concatenate(made)[start - first * BLOCK :][:count]
+
+    def _block(self, sequence: int, block: int) -> np.ndarray:
+        if (sequence, block) not in self._blocks:
+            self._blocks.pop((sequence, block - 2), None)
+            self._blocks[sequence, block] = random_numbers(self._key, block, sequence)
+        return self._blocks[sequence, block]
+
+    def accept(self, token: int) -> int:
+        """The token, which its constraint now knows; `NO_TOKEN` where it cannot be."""
+        if token == NO_TOKEN or self.error:
+            self.error = self.error or NO_CHOICE
+            return NO_TOKEN
+        if self.matcher is not None:
+            try:
+                self.matcher.accept(token)
+            except Exception as error:  # of a constraint: its text ends alone
+                self.fail(error)
+                return NO_TOKEN
+        return token
+
+    def fail(self, error: Exception) -> None:
+        """Its constraint raised: the text has no next token. Raises what no text survives."""
+        if isinstance(error, torch.AcceleratorError):  # the device answers nobody any more
+            raise error
+        self.exception, self.error = error, f"{type(error).__name__}: {cut(str(error), 500)}"

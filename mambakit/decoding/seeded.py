@@ -1,0 +1,66 @@
+"""`generate(seed=[...])`: a `Sampler` that chooses as transformers' processors say, with a seed for each text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import generation
+
+from mambakit.decoding.sampled_text import SampledText
+from mambakit.decoding.sampler import Sampler
+from mambakit.decoding.sampling_params import SamplingParams
+from mambakit.decoding.scaling import WidePenalty, WideTemperature
+
+# (the field of `SamplingParams`, the processor's own name of its value)
+_FIELDS = {
+    generation.RepetitionPenaltyLogitsProcessor: ("repetition_penalty", "penalty"),
+    WidePenalty: ("repetition_penalty", "penalty"),
+    generation.TemperatureLogitsWarper: ("temperature", "temperature"),
+    WideTemperature: ("temperature", "temperature"),
+    generation.TopKLogitsWarper: ("top_k", "top_k"),
+    generation.TopPLogitsWarper: ("top_p", "top_p"),
+    generation.MinPLogitsWarper: ("min_p", "min_p"),
+    generation.TypicalLogitsWarper: ("typical_p", "mass"),
+    generation.EpsilonLogitsWarper: ("epsilon_cutoff", "epsilon"),
+}
+
+
+def seeded_sampler(
+    model: Any, seeds: Sequence[int], processors: Sequence[Any], draws: bool, text: Tensor, mask: Tensor | None
+) -> Sampler:
+    """A sampler of as many texts as ``text`` (b, l) has.
+
+    Args:
+        processors: those of `processor_sampler.WITHOUT_WAITING`.
+        draws: False for the most probable tokens.
+        mask: (b, >= l), 0 where a token is padding, which a penalty does not count.
+
+    Raises:
+        ValueError: another number of seeds, a processor twice, or a penalty that leaves out the prompt.
+    """
+    if len(seeds) != len(text):
+        raise ValueError(
+            f"seed has {len(seeds)} seeds, but {len(text)} texts are written; give one for each, or a single seed"
+        )
+    values: dict[str, float] = {} if draws else {"temperature": 0}
+    for one in processors:
+        field, name = _FIELDS[type(one)]
+        value = getattr(one, name)
+        if getattr(one, "prompt_ignore_length", None):
+            raise ValueError(
+                "a penalty with prompt_ignore_length does not go with one seed for each text; give one seed"
+            )
+        if field == "temperature" and type(one) is WideTemperature and value == 1:
+            continue  # only the end of a wide penalty
+        if values.get(field, value) != value and field != "temperature":
+            raise ValueError(f"{field} is given twice, {values[field]} and {value}; give it once")
+        if draws or field == "repetition_penalty":
+            values[field] = float(value) if field != "top_k" else int(value)
+    texts = []
+    for row, seed in enumerate(seeds):
+        read = text[row] if mask is None else text[row][mask[row, -text.shape[1] :].bool()]
+        params = SamplingParams(**values, seed=seed)
+        texts.append(SampledText(params, model.config.vocab_size, text.device, read))
+    return Sampler(texts)
