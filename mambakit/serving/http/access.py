@@ -167,7 +167,7 @@ class AccessRules:
             )
         if not self.allows_host(parsed[1]):
             asked = cut(parsed[1])
-            message = f"{asked!r} is no name of this server; use one of its addresses, or serve with --allowed-host NAME"
+            message = f"{asked!r} is no name of this server; use one of its addresses, or add --allowed-host NAME"
             raise ApiError(403, message, code="host_not_allowed")
         for origin in origins:
             if not self.allows_origin(origin, hosts[0]):
