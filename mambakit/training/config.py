@@ -137,7 +137,7 @@ class TrainConfig:
     """How many of the latest checkpoints stay."""
     resume: bool = False
     """Continue the run in `out` from its latest checkpoint, with the settings that it was started with
-    (docs/training.md lists those that may change)."""
+    (docs/guides/training.md lists those that may change)."""
     overwrite: bool = False
     """Where `out` holds a run already: remove the files of that run, nothing else, and start again."""
     export_only: bool = False

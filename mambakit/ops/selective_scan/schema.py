@@ -14,7 +14,7 @@ from mambakit.ops._once import differentiated_once
 from mambakit.ops.selective_scan import chunked, cpu
 
 # 64 bytes of state per channel every 64 tokens is 1 byte per element, against 2 for one bfloat16 activation; the CUDA
-# gradient was faster with it than with 128 (docs/kernels.md).
+# gradient was faster with it than with 128 (docs/lab/2026-11-23-scan.md).
 CHECKPOINT_INTERVAL = 64
 
 _INPUTS = (
