@@ -32,7 +32,8 @@ from benchmarks import record
 from mambakit import MambaConfig, MambaForCausalLM
 from mambakit.decoding.registry import token_step
 from mambakit.ops._backends import native
-from mambakit.ops.decode.cpu import DecodeStep, LayerWeights
+from mambakit.ops.decode.cpu import DecodeStep
+from mambakit.ops.decode.packed import PackedLayer
 from mambakit.ops.linear import pack
 from mambakit.ops.linear.lossless import DTYPES
 from mambakit.ops.linear.packed import FORMATS
@@ -56,7 +57,7 @@ def decode_step(model: MambaForCausalLM, format: str, batch: int = 1) -> DecodeS
     for block in model.backbone.layers:
         m = block.mixer
         layers.append(
-            LayerWeights(
+            PackedLayer(
                 norm=block.norm.weight,
                 in_proj=packed(m.in_proj),
                 in_proj_bias=m.in_proj.bias,

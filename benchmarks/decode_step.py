@@ -121,7 +121,7 @@ def main() -> None:
     record.add_argument(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("no NVIDIA GPU is here; the kernel's logic runs on a CPU in tests/ops/decode/test_persistent.py")
+        sys.exit("no NVIDIA GPU is here; the kernel's logic runs on a CPU in tests/ops/decode/test_cuda_persistent.py")
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     results, clocks = [], []
     for shape in options.shapes:

@@ -24,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mambakit
 from benchmarks import record
 from mambakit.assets import default_model_path
-from mambakit.decoding.registry import token_step
-from mambakit.decoding.verify import verifier
+from mambakit.decoding.registry import token_step, verifier
 from mambakit.generation.drafters import DraftModel, PromptLookup
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.score import score_continuations

@@ -1,4 +1,4 @@
-"""Versions, devices, and which implementation serves each op on each of them."""
+"""Versions, devices, which implementation serves each op on each of them, and which decoder serves a model."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ import argparse
 import json
 import platform
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mambakit.commands.loading import add_model_arguments, load
+from mambakit.commands.options import integer
 from mambakit.output import table, terminal
+
+if TYPE_CHECKING:
+    from mambakit.decoding.registry import Row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--rows",
+        type=integer(1),
+        help="with a model: which decoder writes so many texts at once, and why the others do not",
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
@@ -21,8 +32,13 @@ def run(args: argparse.Namespace) -> int:
     from mambakit.ops.implementations import implementations
 
     versions, devices, rows = _versions(), _devices(), implementations()
+    decoders = _decoders(args)
     if args.json:
-        report = {"versions": versions, "devices": devices, "implementations": [asdict(row) for row in rows]}
+        report: dict[str, Any] = {
+            "versions": versions, "devices": devices, "implementations": [asdict(row) for row in rows]
+        }  # fmt: skip
+        if decoders:
+            report["decoders"] = [asdict(row) for row in decoders]
         print(json.dumps(report, indent=2))
         return 0
     console = terminal()
@@ -32,7 +48,22 @@ def run(args: argparse.Namespace) -> int:
         ("Ops", ("op", "device", "served by", "remedy"), [(r.op, r.device, r.serves, r.remedy) for r in rows]),
     ):
         table(columns, lines, title, console)
+    if decoders:
+        from mambakit.decoding.registry import describe
+
+        title = f"Decoders of {args.rows or 1} row{'s' * ((args.rows or 1) > 1)}"
+        table(("decoder", "serves, or why not"), [(row.decoder, describe(row)) for row in decoders], title, console)
     return 0
+
+
+def _decoders(args: argparse.Namespace) -> list[Row]:
+    """The registry's table for the model that is asked about; nothing where none is."""
+    if all(given is None for given in (args.model, args.rows, args.device, args.dtype)):
+        return []
+    from mambakit.decoding.registry import table_of
+
+    model, _ = load(args)
+    return table_of(model, args.rows or 1)
 
 
 def _versions() -> dict[str, str]:

@@ -174,9 +174,10 @@ class Writer:
         """The state after the prompt, with its last token unread."""
         from contextlib import nullcontext
 
+        from mambakit.decoding.chunks import chunk_sizes
         from mambakit.generation.state import State
 
-        chunk = self.args.prefill_chunk_size
+        chunk = self.args.prefill_chunk_size or chunk_sizes(self.model.device).single
         status = (
             self.console.status(literal("reading the prompt"))
             if self.console.is_terminal and len(ids) > chunk

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.modules.interception import Watch, any_intercepted, modules_of
-from mambakit.ops._backends.memory import PLAIN_TYPES, observed, transformed
+from mambakit.ops._backends.memory import all_plain, observed, transformed
 
 T = TypeVar("T")
 
@@ -123,13 +123,13 @@ class Placement:
         self._tables: list[dict[str, Any]] = [table for m in modules for table in (m._parameters, m._buffers)]
         self._entries = list(chain.from_iterable(map(dict.values, self._tables)))
         self._tensors: list[Tensor] = [t for t in self._entries if t is not None]
-        self._plain = all(type(t) in PLAIN_TYPES for t in self._tensors)
-        self._addresses = self._now()
+        self._plain = all_plain(self._tensors)
+        self._addresses, self._devices = self._now(), {t.device for t in self._tensors}
         self._switched = [m for m in modules[1:] if isinstance(getattr(type(m), "disable_adapters", None), property)]
         self._switches, self._training = list(map(_switches, self._switched)), model.training
 
     def _now(self) -> list[int]:
-        return [t.data_ptr() for t in self._tensors] if self._plain else []
+        return list(map(Tensor.data_ptr, self._tensors)) if self._plain else []
 
     def holds(self, model: nn.Module) -> bool:
         """Whether it is still so; of special tensors, whose address says nothing, it is never sure."""
@@ -142,9 +142,13 @@ class Placement:
             and list(map(_switches, self._switched)) == self._switches
         )
 
+    def versions(self) -> list[int]:
+        """How often each tensor was written in place, as torch counts; of those made in an inference mode it does not."""
+        return [0 if t.is_inference() else t._version for t in self._tensors]
+
     def lies_on(self, device: torch.device) -> bool:
         """Whether every tensor is plain memory on this device."""
-        return self._plain and all(t.device == device for t in self._tensors)
+        return self._plain and self._devices <= {device}
 
 
 def _same(now: Any, before: list[Any]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.decoding.cuda_graph import CapturedGraph, graphs_serve, kept_with, why_not_captured
+from mambakit.decoding.cuda_graph import CapturedGraph, kept_with, why_not_captured
 from mambakit.decoding.eligibility import dtype_names, weight_kinds, why_not_by_weights
 from mambakit.modules import MambaCache
 from mambakit.modules.quantized_linear import QuantizedLinear
@@ -258,18 +258,19 @@ class VerificationStep:
         cache.advance(seen + m - cache.get_seq_length())
 
 
-def verification_step(model: Any, tokens: int) -> VerificationStep | None:
-    """The model's step for drafts of so many tokens, made at its first use; None where the persistent kernel cannot serve."""
-    if not graphs_serve(model):
-        return None
+def why_not_verification(model: Any, tokens: int, *, states: Any = None) -> str | None:
+    """Why drafts of so many tokens are not verified by the persistent kernel, or None where they are."""
+    if (reason := why_not_captured(model) or _why_not_kernels(model)) is not None:
+        return reason
+    return cuda_persistent.why_not(gpu_weights(model), tokens, model.backbone.norm_f.weight.dtype)
 
-    def make() -> VerificationStep | None:
-        if _why_not_kernels(model) is not None:
-            return None
-        weights, slots = gpu_weights(model), model.backbone.new_cache(tokens + 1)
-        if cuda_persistent.why_not(weights, tokens, slots.dtype) is not None:
-            return None
-        step = cuda_persistent.PersistentStep(weights, slots.conv_states, slots.ssm_states, trial=True)
+
+def verification_step(model: Any, tokens: int) -> VerificationStep:
+    """The model's step for drafts of so many tokens, made at its first use; `why_not_verification` tells whether it can be."""
+
+    def make() -> VerificationStep:
+        slots = model.backbone.new_cache(tokens + 1)
+        step = cuda_persistent.PersistentStep(gpu_weights(model), slots.conv_states, slots.ssm_states, verify=True)
         return VerificationStep(step, slots)
 
     with torch.cuda.device(model.device):

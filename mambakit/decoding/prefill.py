@@ -8,41 +8,18 @@ never on which graphs exist, so that a prompt's bits do not depend on what was r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mambakit.decoding.chunks import Prompts, buckets, chunks, row_count, size_of_chunks, texts_of
 from mambakit.decoding.cuda_graph import CapturedGraph, graphs_serve, kept_with
 from mambakit.modules import StateCache
 from mambakit.modules.interception import is_ours
-from mambakit.quoting import brief
 
-Prompts = Tensor | Sequence[Tensor]
-"""(b, l) int64; or b tensors (l_i,) of any lengths, which are packed: no work on padding."""
 Progress = Callable[[int], None]
-
-LARGEST_BUCKET = 4096  # tokens: beyond, the card is the slower one, and memory grows with it
-
-
-@dataclass(frozen=True)
-class ChunkSizes:
-    """Tokens of a forward where nobody says another number."""
-
-    single: int  # of one text
-    batch: int  # of all texts of a batch together: enough to keep the device busy, and a bound on its memory
-
-
-CHUNK_SIZES = {"cpu": ChunkSizes(512, 2**10), "cuda": ChunkSizes(LARGEST_BUCKET, 2**14)}
-SNAPSHOT_CHUNK = 512  # tokens between two snapshots of a prefix cache, and of a prompt between two steps of an engine
-SCORING_CHUNK = 1024  # tokens of which every hidden state is kept until it is scored
-
-
-def chunk_sizes(device: torch.device) -> ChunkSizes:
-    """Those of ``device``."""
-    return CHUNK_SIZES.get(device.type, CHUNK_SIZES["cuda"])
 
 
 def prefill(
@@ -61,8 +38,8 @@ def prefill(
         prompts: (b, l) int64 with l >= 1, or b tensors (l_i,) with l_i >= 1, on the model's device.
         cache: of b rows.
         attention_mask: (b, l), 0 where a token of (b, l) prompts is padding; every row's last token is a real one.
-        chunk_size: tokens per forward: of each row of (b, l) prompts, of all rows together where they are packed. `CHUNK_SIZES`
-            unless given.
+        chunk_size: tokens per forward: of each row of (b, l) prompts, of all rows together where they are packed. Unless given,
+            those of `mambakit.decoding.chunks.CHUNK_SIZES`.
         progress: called after each chunk with the number of tokens read so far, of all rows (padding included).
 
     Returns:
@@ -105,11 +82,11 @@ def prefill_parts(
 
     Returns (as the generator's value) what `prefill` returns, None without ``want_logits``.
     """
-    texts, longest = _texts(prompts)
+    texts, longest = texts_of(prompts)
     if not longest:
         return None
-    size = _chunk_size(model, texts, chunk_size)
-    if attention_mask is None and reads_in_buckets(model, _rows(texts)):
+    size = size_of_chunks(model.device, texts, chunk_size)
+    if attention_mask is None and reads_in_buckets(model, row_count(texts)):
         ids = texts if isinstance(texts, Tensor) else texts[0][None]
         with torch.cuda.device(model.device):
             graphs: _BucketGraphs = kept_with(model, ("prefill",), lambda: _BucketGraphs(model))
@@ -127,9 +104,9 @@ def prefill_parts(
     # A model with a forward of its own, or with a hook, is called itself for every chunk where logits are asked for.
     ours = is_ours(model)
     keywords: dict[str, Any] = {"return_dict": True} if ours else {}
-    for chunk in _chunks(texts, attention_mask, size):
+    for chunk in chunks(texts, attention_mask, size):
         last = want_logits and bool(chunk.ends)
-        if by_layer and _rows(texts) == 1 and attention_mask is None and model.is_its_layers():
+        if by_layer and row_count(texts) == 1 and attention_mask is None and model.is_its_layers():
             logits = yield from _by_layer(model, chunk.ids, cache, last)
         elif last or (want_logits and not ours):
             kept = 1 if chunk.positions is None else chunk.positions
@@ -172,12 +149,12 @@ def hidden_states(
     Raises:
         ValueError: several chunks and no cache.
     """
-    texts, longest = _texts(prompts)
+    texts, longest = texts_of(prompts)
     if not longest:
         return
-    size = _chunk_size(model, texts, chunk_size)
+    size = size_of_chunks(model.device, texts, chunk_size)
     state: dict[str, Any] = {"use_cache": False} if cache is None else {"cache_params": cache}
-    for chunk in _chunks(texts, None, size):
+    for chunk in chunks(texts, None, size):
         if cache is None and not chunk.is_last:
             raise ValueError(
                 f"{sum(map(len, texts))} tokens are more than a chunk of {size}, which needs a cache to carry the state"
@@ -186,70 +163,6 @@ def hidden_states(
         yield list(hidden[0].split(chunk.lengths)) if len(hidden) == 1 else list(hidden)
         if progress is not None:
             progress(chunk.done)
-
-
-# -- how prompts are cut ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    ids: Tensor  # (b, l); (1, l) where texts are packed
-    marks: dict[str, Tensor]  # the backbone's argument that says which tokens are whose
-    lengths: list[int]  # tokens of each text in it
-    ends: list[int]  # the texts whose last token is in it
-    positions: Tensor | None  # (len(ends),) int64 of those tokens, where texts are packed
-    done: int  # tokens read after it
-    is_last: bool
-
-
-def _texts(prompts: Prompts) -> tuple[Prompts, int]:
-    """(the prompts, with one text as (1, l); the length of the longest)."""
-    if not isinstance(prompts, Tensor):
-        if len(prompts) != 1:
-            return prompts, max(map(len, prompts), default=0)
-        prompts = prompts[0][None]
-    return prompts, prompts.shape[1]
-
-
-def _rows(texts: Prompts) -> int:
-    return texts.shape[0] if isinstance(texts, Tensor) else len(texts)
-
-
-def _chunk_size(model: Any, texts: Prompts, given: int | None) -> int:
-    if given is not None:
-        if given < 1:
-            raise ValueError(f"chunk_size is {brief(given)}; it must be 1 or more")
-        return given
-    sizes, rows = chunk_sizes(model.device), _rows(texts)
-    if rows == 1:
-        return sizes.single
-    return max(64, sizes.batch // rows) if isinstance(texts, Tensor) else sizes.batch
-
-
-def _chunks(texts: Prompts, attention_mask: Tensor | None, size: int) -> Iterator[_Chunk]:
-    if isinstance(texts, Tensor):
-        rows, length = texts.shape
-        for start in range(0, length, size):
-            stop = min(length, start + size)
-            mask = {} if attention_mask is None else {"attention_mask": attention_mask[:, start:stop]}
-            last, ids = stop == length, texts[:, start:stop]
-            ends = list(range(rows)) if last else []
-            yield _Chunk(ids, mask, [stop - start] * rows, ends, None, rows * stop, last)
-        return
-    unread, done, total = list(texts), 0, sum(map(len, texts))
-    device = texts[0].device
-    while done < total:
-        left = [n for text in unread if (n := len(text))]
-        share = max(left) if sum(left) <= size else max(1, size // len(left))
-        parts = [text[:share] for text in unread]
-        lengths = list(map(len, parts))
-        ends = [i for i, text in enumerate(unread) if 0 < len(text) <= share]
-        unread = [text[share:] for text in unread]
-        bounds = torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0)
-        done += sum(lengths)
-        marks = {"cu_seqlens": bounds.to(device, torch.int32)}
-        positions = (bounds[1:][ends] - 1).to(device)
-        yield _Chunk(torch.cat(parts)[None], marks, lengths, ends, positions, done, done == total)
 
 
 # -- the ways to read a chunk -------------------------------------------------------------------------------------------
@@ -285,14 +198,6 @@ def _finish(parts: Generator[None, None, Tensor | None]) -> Tensor | None:
 def reads_in_buckets(model: Any, rows: int) -> bool:
     """Whether a prompt is cut into powers of two, read by graphs: one row on a GPU where a step can be a graph."""
     return rows == 1 and not torch.is_grad_enabled() and graphs_serve(model)
-
-
-def buckets(length: int, longest: int) -> list[int]:
-    """Powers of two that add up to ``length``, none above ``longest`` or `LARGEST_BUCKET`, the largest first."""
-    most = 1 << (max(1, min(longest, LARGEST_BUCKET)).bit_length() - 1)
-    sizes = [most] * (length // most)
-    rest = length % most
-    return sizes + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
 
 
 class _BucketGraphs:

@@ -13,11 +13,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mambakit.decoding import graph_step, native_step
+from mambakit.decoding import graph_step, native_step, verify
 from mambakit.decoding.cuda_graph import kept_with, why_not_captured
 from mambakit.decoding.eligibility import skipped_modules
 from mambakit.modules import StateCache
 from mambakit.modules.interception import Watch
+from mambakit.ops.linear.api import MOST_ROWS
 
 
 class Decoder(Protocol):
@@ -37,7 +38,7 @@ class Decoder(Protocol):
 class WhyNot(Protocol):
     """Why a decoder cannot serve, or None where it can."""
 
-    def __call__(self, model: Any, rows: int, *, states: Any = None, called: bool = False) -> str | None:
+    def __call__(self, model: Any, rows: int, /, *, states: Any = None, called: bool = False) -> str | None:
         """
         Args:
             states: the cache that it would decode; without it one as the model makes it.
@@ -139,6 +140,57 @@ def token_step(model: Any, cache: StateCache) -> Callable[[Tensor], Tensor]:
     return step
 
 
+# -- verifying drafts ---------------------------------------------------------------------------------------------------
+
+
+class WhyNotVerify(Protocol):
+    """Why a verifier cannot serve, or None where it can."""
+
+    def __call__(self, model: Any, tokens: int, /, *, states: Any = None) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class VerifierKind:
+    """An entry of `VERIFIERS`.
+
+    Attributes:
+        name: as it is printed.
+        why_not: why it cannot verify drafts of so many tokens, or None.
+        make: over a cache of one row, for at most so many tokens.
+    """
+
+    name: str
+    why_not: WhyNotVerify
+    make: Callable[[Any, Any, int], verify.Verifier]
+
+
+VERIFIERS: tuple[VerifierKind, ...] = (
+    VerifierKind("native library (CPU)", verify.why_not_native, verify.NativeVerifier),
+    VerifierKind("persistent kernel (CUDA)", graph_step.why_not_verification, verify.PersistentVerifier),
+    VerifierKind("captured layers (CUDA graph)", verify.why_not_captured_layers, verify.CapturedVerifier),
+    VerifierKind("layers", verify.why_not_layers, verify.LayersVerifier),
+    VerifierKind("forward", _always, verify.ForwardVerifier),
+)
+
+
+def verifier(model: Any, cache: StateCache, tokens: int) -> verify.Verifier:
+    """The first of `VERIFIERS` that serves this cache of one row.
+
+    Args:
+        cache: it must not be replaced while the verifier is in use.
+        tokens: the most tokens of one draft, 1 to 16.
+
+    Raises:
+        ValueError: other numbers of tokens or rows.
+    """
+    if not 1 <= tokens <= MOST_ROWS:
+        raise ValueError(f"tokens is {tokens}; a verification is of 1 to {MOST_ROWS} tokens")
+    if cache.max_batch_size != 1:
+        raise ValueError(f"the cache has {cache.max_batch_size} rows; a verification is of one text: select one row")
+    kind = next(kind for kind in VERIFIERS if kind.why_not(model, tokens, states=cache) is None)
+    return kind.make(model, cache, tokens)
+
+
 # -- for people ---------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +205,7 @@ class Row:
     """Why it does not; "" for the one that serves, and for those after it that could."""
 
 
-def table(model: Any, rows: int) -> list[Row]:
+def table_of(model: Any, rows: int) -> list[Row]:
     """Which decoder serves so many rows of the model, and why each other one does not."""
     found: list[Row] = []
     for kind in DECODERS:

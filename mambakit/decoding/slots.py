@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mambakit.decoding.eligibility import skipped_modules
 from mambakit.decoding.logits import are_numbers
-from mambakit.decoding.registry import Decoder, ForwardDecoder, choose, kept_decoder
-from mambakit.decoding.verify import DraftVerification
+from mambakit.decoding.registry import Decoder, ForwardDecoder, choose, kept_decoder, verifier
+from mambakit.decoding.verify import PackedVerifier, Verifier
 from mambakit.modules import StateCache
 from mambakit.modules.interception import Watch
+from mambakit.ops.linear.api import MOST_ROWS
 
 
 class SlotPool:
@@ -51,7 +52,7 @@ class SlotPool:
         self.held: list[Any] = [None] * size
         self._began = [0 if states is None else states.get_seq_length()] * size  # less the steps taken until it came
         self._last: Tensor | None = None  # (size, v), the logits of the last step
-        self._verification: DraftVerification | None = None
+        self._verification: _DraftVerification | None = None
         self._draft: Tensor | None = None  # (size, t, v), what was verified and is not committed
         self._decoder: Decoder | None = None  # None while there is no slot
         self._graph: Any = None  # the decoder, where it is the model's and the given states are in it until `close`
@@ -122,7 +123,7 @@ class SlotPool:
         """Read a draft of each slot without changing its state: the logits (size, t, v) after each of ``tokens`` (size, t) int64.
 
         `commit` then keeps a beginning of each draft. What fills a shorter draft up comes after it. One slot is verified as fast as
-        there is a way (`mambakit.decoding.verify.verifier`), with the bits of `step` where that is a native call or the persistent
+        there is a way (`mambakit.decoding.registry.verifier`), with the bits of `step` where that is a native call or the persistent
         kernel; several by a forward over a copy of their states.
 
         Args:
@@ -131,7 +132,7 @@ class SlotPool:
         size, t = tokens.shape
         assert size == self.size
         if self._verification is None or t > self._verification.most or not self._watch.holds():
-            self._verification = DraftVerification(self.model, self.states, max(t, most))
+            self._verification = _DraftVerification(self.model, self.states, max(t, most))
         self._draft = self._verification(tokens)
         return self._draft
 
@@ -236,3 +237,33 @@ class SlotPool:
             self._graph.holder = None
         elif read and self.states is self._given:  # after commits of different lengths
             self._given.advance(read)
+
+
+class _DraftVerification:
+    """Drafts of the rows of a cache: of one row by the fastest verifier, of several, and of longer drafts, by the model's forward.
+
+    Args:
+        states: the cache; it must not be replaced meanwhile.
+        most: the most tokens of a draft.
+    """
+
+    def __init__(self, model: Any, states: StateCache, most: int):
+        self.most = most
+        one = states.max_batch_size == 1 and most <= MOST_ROWS
+        self._one: Verifier | None = verifier(model, states, most) if one else None
+        self._several = PackedVerifier(model, states)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(b, t, v) logits after each of ``tokens`` (b, t) int64; the states are as they were."""
+        return self._several(tokens) if self._one is None else self._one(tokens[0].tolist())[None]
+
+    def commit(self, kept: list[int]) -> None:
+        """Bring row i to after the first ``kept[i]`` of its tokens."""
+        if self._one is None:
+            self._several.commit(kept)
+        else:
+            self._one.commit(kept[0])
+
+    def reload(self) -> None:
+        """The states were changed by others than `commit`."""
+        (self._several if self._one is None else self._one).reload()

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding import native_step
-from mambakit.decoding.cuda_graph import CapturedGraph, graphs_serve
+from mambakit.decoding.cuda_graph import CapturedGraph, why_not_captured
 from mambakit.decoding.eligibility import why_not_by_layers
-from mambakit.decoding.graph_step import VerificationStep, verification_step
+from mambakit.decoding.graph_step import verification_step
 from mambakit.decoding.prefill import prefill_states
 from mambakit.modules import MambaCache, StateCache
 from mambakit.ops import causal_conv1d, selective_scan, selective_scan_
 from mambakit.ops.decode.cpu_verify import VerifyStep
-from mambakit.ops.linear.api import MOST_ROWS
 
 # A step size whose softplus is exactly 0: the recurrence then keeps its state, bit for bit.
 _NO_STEP = -1e4
@@ -43,29 +42,22 @@ class Verifier(Protocol):
         """The cache was changed by others than `commit`: go on from what is in it now. Tokens that were read are forgotten."""
 
 
-def verifier(model: Any, cache: Any, tokens: int) -> Verifier:
-    """The fastest verifier there is for where the model lies and what it is made of.
+# -- one row, fastest first ---------------------------------------------------------------------------------------------
 
-    Where a step of the model is one native call on the CPU, so is a verification, and its bits are those of decoding token by
-    token. So it is on CUDA where the persistent decode kernel serves the model, up to 8 tokens. Elsewhere it runs the model's own
-    projections and norms; on CUDA as two graphs, captured here. A model whose layers are not known (a hook or a forward of its
-    own on a block, a mixer, its convolution or the model; subclasses) is read by its forward, and again for the tokens that are kept.
 
-    Args:
-        cache: of one row; it must not be replaced while the verifier is in use.
-        tokens: the most tokens of one call, 1 to 16.
-    """
-    if not 1 <= tokens <= MOST_ROWS:
-        raise ValueError(f"tokens is {tokens}; a verification is of 1 to {MOST_ROWS} tokens")
-    if cache.max_batch_size != 1:
-        raise ValueError(f"the cache has {cache.max_batch_size} rows; a verification is of one text: select one row")
-    if native_step.why_not(model, 1, states=cache) is None:
-        return _NativeVerifier(model, cache, tokens)
-    if (step := verification_step(model, tokens)) is not None:
-        return _PersistentVerifier(step, cache)
-    if why_not_by_layers(model) is not None:
-        return _ForwardVerifier(model, cache)
-    return _GraphVerifier(model, cache, tokens) if graphs_serve(model) else _ModelVerifier(model, cache)
+def why_not_native(model: Any, tokens: int, *, states: Any = None) -> str | None:
+    """Why `NativeVerifier` cannot verify drafts of so many tokens, or None where it can."""
+    return native_step.why_not(model, 1, states=states)
+
+
+def why_not_captured_layers(model: Any, tokens: int, *, states: Any = None) -> str | None:
+    """Why `CapturedVerifier` cannot, or None where it can."""
+    return why_not_captured(model) or why_not_by_layers(model)
+
+
+def why_not_layers(model: Any, tokens: int, *, states: Any = None) -> str | None:
+    """Why `LayersVerifier` cannot, or None where it can."""
+    return why_not_by_layers(model)
 
 
 def _require_read(m: int, read: int) -> None:
@@ -73,7 +65,9 @@ def _require_read(m: int, read: int) -> None:
         raise ValueError(f"commit of {m} tokens, but {read} were read since the last commit")
 
 
-class _NativeVerifier:
+class NativeVerifier:
+    """One call into the native library, whose bits are those of decoding token by token."""
+
     def __init__(self, model: Any, cache: MambaCache, tokens: int):
         layers, head = native_step.native_weights(model)
         self._embeddings, self._cache = model.backbone.embeddings, cache
@@ -97,11 +91,12 @@ class _NativeVerifier:
         self._read = 0
 
 
-class _PersistentVerifier:
-    """The persistent kernel, which every text of the model shares: whoever finds another one's state in it loads its own."""
+class PersistentVerifier:
+    """The persistent kernel, whose bits are those of its decoding. Every text of the model shares it: one that finds another's state
+    in it loads its own."""
 
-    def __init__(self, step: VerificationStep, cache: MambaCache):
-        self._step, self._cache, self._read = step, cache, 0
+    def __init__(self, model: Any, cache: StateCache, tokens: int):
+        self._step, self._cache, self._read = verification_step(model, tokens), cache, 0
 
     @torch.no_grad()
     def __call__(self, tokens: list[int]) -> Tensor:
@@ -164,10 +159,10 @@ class PackedVerifier:
         self._tokens = None
 
 
-class _ForwardVerifier:
+class ForwardVerifier:
     """`PackedVerifier` of one row."""
 
-    def __init__(self, model: Any, cache: MambaCache):
+    def __init__(self, model: Any, cache: StateCache, tokens: int):
         self._model, self._packed = model, PackedVerifier(model, cache)
 
     def __call__(self, tokens: list[int]) -> Tensor:
@@ -180,10 +175,10 @@ class _ForwardVerifier:
         self._packed.reload()
 
 
-class _ModelVerifier:
-    """The model's own layers, with the ops that do not write the state."""
+class LayersVerifier:
+    """The model's own projections and norms, with the ops that do not write the state."""
 
-    def __init__(self, model: Any, cache: StateCache):
+    def __init__(self, model: Any, cache: StateCache, tokens: int):
         self.model, self.cache = model, cache
         self._inputs: list[tuple[Tensor, tuple]] = []  # of each layer: the convolution's, and the scan's
         self._read = 0
@@ -237,11 +232,11 @@ class _ModelVerifier:
             selective_scan_(u, torch.where(kept[:, None], delta, _NO_STEP), *rest, state=ssm_state)
 
 
-class _GraphVerifier(_ModelVerifier):
+class CapturedVerifier(LayersVerifier):
     """The same as two CUDA graphs of a fixed number of tokens; shorter drafts are filled up and the rest not kept."""
 
-    def __init__(self, model: Any, cache: StateCache, tokens: int):
-        super().__init__(model, cache)
+    def __init__(self, model: Any, cache: MambaCache, tokens: int):
+        super().__init__(model, cache, tokens)
         self._ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
         self._kept = torch.zeros(1, dtype=torch.long, device=model.device)
         with torch.no_grad():
@@ -262,33 +257,3 @@ class _GraphVerifier(_ModelVerifier):
         self._kept.fill_(m)
         self._replaying.replay()
         self.cache.advance(m)
-
-
-class DraftVerification:
-    """Drafts of the rows of a cache: of one row by the fastest verifier, of several, and of longer drafts, by the model's forward.
-
-    Args:
-        states: the cache; it must not be replaced meanwhile.
-        most: the most tokens of a draft.
-    """
-
-    def __init__(self, model: Any, states: StateCache, most: int):
-        self.most = most
-        one = states.max_batch_size == 1 and most <= MOST_ROWS
-        self._one: Verifier | None = verifier(model, states, most) if one else None
-        self._several = PackedVerifier(model, states)
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """(b, t, v) logits after each of ``tokens`` (b, t) int64; the states are as they were."""
-        return self._several(tokens) if self._one is None else self._one(tokens[0].tolist())[None]
-
-    def commit(self, kept: list[int]) -> None:
-        """Bring row i to after the first ``kept[i]`` of its tokens."""
-        if self._one is None:
-            self._several.commit(kept)
-        else:
-            self._one.commit(kept[0])
-
-    def reload(self) -> None:
-        """The states were changed by others than `commit`."""
-        (self._several if self._one is None else self._one).reload()

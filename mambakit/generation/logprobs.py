@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.decoding.chunks import SCORING_CHUNK
 from mambakit.decoding.logits import require_numbers
-from mambakit.decoding.prefill import SCORING_CHUNK, hidden_states
+from mambakit.decoding.prefill import hidden_states
 from mambakit.generation.state import State
 from mambakit.generation.stream import _TextDecoder
 from mambakit.generation.token_ids import require_in_vocabulary

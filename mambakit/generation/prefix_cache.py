@@ -1,7 +1,7 @@
 """States of prompts that were read before, found again by what the tokens are.
 
-A key is the SHA-256 of the model and of all tokens up to a position, so a hit at position p means that exactly these p tokens
-were read by exactly this model, whoever read them: an earlier call, another conversation, another process through the folder.
+A key is the SHA-256 of the model and of all tokens up to a position. So a hit at position p means that exactly these p
+tokens were read by exactly this model: in an earlier call, another conversation, or another process through the folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mambakit.decoding.prefill import SNAPSHOT_CHUNK, prefill_states
+from mambakit.decoding.chunks import SNAPSHOT_CHUNK
+from mambakit.decoding.prefill import prefill_states
 from mambakit.errors import CheckpointError
 from mambakit.generation.state import State, fill_cache, fingerprint, write_tensors
 from mambakit.modules import StateCache
@@ -59,7 +60,7 @@ class Statistics:
 
 
 class PrefixReading:
-    """A prompt on its way through a prefix cache: known up to ``position``, where ``cache`` is, and read up to there so far."""
+    """The reading of a prompt that may be known in part: ``cache`` has read the first ``position`` of its tokens."""
 
     def __init__(
         self, owner: PrefixCache, tokens: list[int], keys: Callable[[int], _Key], position: int, cache: StateCache
@@ -68,7 +69,7 @@ class PrefixReading:
         self._owner, self._keys = owner, keys
 
     def stops(self) -> Iterator[int]:
-        """Where to end each forward: at multiples of the chunk size, wherever reading begins, and before the last token."""
+        """Where each forward ends: at multiples of the chunk size, and before the last token."""
         position, size, end = self.position, self._owner.chunk_size, len(self.tokens) - 1
         while position < end:
             position = min(end, (position // size + 1) * size)
@@ -84,16 +85,17 @@ class PrefixReading:
 class PrefixCache:
     """The longest known beginning of a prompt, at the price of copying a state.
 
-    Snapshots are taken at multiples of ``chunk_size`` (of a power of two times it, in long prompts: at most 16 of one prompt)
-    and at the prompt's last token but one, so that both the same prompt again and prompts that begin alike are found.
+    Snapshots are taken at multiples of ``chunk_size`` (of a power of two times it, in long prompts: at most 16 of one
+    prompt) and at the prompt's last token but one, so that both the same prompt again and prompts that begin alike are
+    found.
     What is used last is kept: beyond a budget, the states that have not been used for longest go.
 
-    It is safe to use from several threads, and the folder from several processes at once. The folder holds only tensors and
-    hashes, no text.
+    It is safe to use from several threads, and the folder from several processes at once. The folder holds only tensors
+    and hashes, no text.
 
     Args:
-        model: a causal language model in eval mode; states of another model, of other weights or of another dtype are never
-            found. Weights that change later are noticed.
+        model: a causal language model in eval mode; states of another model, of other weights or of another dtype are
+            never found. Weights that change later are noticed.
         memory_bytes: budget of the states held in memory; 0 keeps none there.
         folder: keep them in files, too; None for memory alone. Made when it does not exist.
         disk_bytes: budget of this model's files.
@@ -125,6 +127,7 @@ class PrefixCache:
         self._root = None if folder is None else Path(folder)
         self._entries: OrderedDict[_Key, dict[str, Tensor]] = OrderedDict()  # least recently used first
         self._held = 0
+        self._fresh: tuple[_Key, dict[str, Tensor], torch.cuda.Event] | None = None
         self._lock = RLock()
 
     # -- using it --------------------------------------------------------------------------------------------------
@@ -133,8 +136,8 @@ class PrefixCache:
     def read(self, ids: Tensor | Sequence[int], *, progress: Callable[[int], None] | None = None) -> State:
         """The state after a prompt (l,): what is known is copied, the rest is read, and kept for next time.
 
-        ``progress`` is called with the number of tokens done, those that were found among them. The result is the state that
-        `State.read` gives, with the bits of reading the prompt in chunks from where it was found.
+        ``progress`` is called with the number of tokens done, those that were found among them. The result is the state
+        that `State.read` gives, with the bits of reading the prompt in chunks from where it was found.
 
         Raises:
             ValueError: an empty prompt.
@@ -172,6 +175,7 @@ class PrefixCache:
         """Forget every state in memory and delete this model's files."""
         with self._lock:
             self._entries.clear()
+            self._fresh = None
             self._held = 0
         for file in self._files(self._model_name()):
             file.unlink(missing_ok=True)
@@ -243,11 +247,35 @@ class PrefixCache:
             if key in self._entries:
                 self._entries.move_to_end(key)
                 return
+            self._move_fresh()
             # A copy always: the cache goes on to be written to.
-            tensors = {n: t[:, row : row + 1].detach().to(self.device, copy=True) for n, t in cache.tensors().items()}
+            states = {n: t[:, row : row + 1].detach() for n, t in cache.tensors().items()}
+            if (
+                self._root is None
+                and self.device.type == "cpu"
+                and all(type(t) is Tensor and t.is_cuda for t in states.values())
+            ):
+                tensors = {n: t.clone() for n, t in states.items()}
+                ready = torch.cuda.Event()
+                ready.record(torch.cuda.current_stream(cache.device))
+                self._fresh = key, tensors, ready
+            else:
+                tensors = {n: t.to(self.device, copy=True) for n, t in states.items()}
             self._hold(key, tensors)
             if self._root is not None:
                 self._to_disk(key, tensors)
+
+    def _move_fresh(self) -> None:
+        """Bring the last snapshot, which is still on the GPU, to where states are held. Not when it is taken, which would wait for the
+        prompt to be read; and beside what the GPU does for others now."""
+        if self._fresh is None:
+            return
+        (key, tensors, ready), self._fresh = self._fresh, None
+        if self._entries.get(key) is tensors:
+            device = next(iter(tensors.values())).device
+            with torch.cuda.stream(torch.cuda.Stream(device)):
+                ready.wait()
+                self._entries[key] = {n: t.to(self.device) for n, t in tensors.items()}  # waits for this copy alone
 
     def _hold(self, key: _Key, tensors: dict[str, Tensor]) -> None:
         size = sum(t.nbytes for t in tensors.values())

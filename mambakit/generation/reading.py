@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -10,9 +11,27 @@ from torch import Tensor
 
 from mambakit.decoding.prefill import prefill_parts
 from mambakit.generation.prefix_cache import PrefixCache, PrefixReading
-from mambakit.modules import StateCache as MambaCache
+from mambakit.modules import StateCache
 
 T = TypeVar("T")
+
+
+class PartTiming:
+    """How long a part takes a GPU, known once it is done: nobody waits for that."""
+
+    def __init__(self, device: torch.device, tokens: int):
+        self.tokens = tokens
+        self._stream = torch.cuda.current_stream(device)
+        self._began, self._ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._began.record(self._stream)
+
+    def end(self) -> None:
+        """The part is launched."""
+        self._ended.record(self._stream)
+
+    def seconds(self) -> float | None:
+        """What it took; None while it is not done."""
+        return self._began.elapsed_time(self._ended) / 1000 if self._ended.query() else None
 
 
 class PromptReading:
@@ -33,15 +52,16 @@ class PromptReading:
     """
 
     def __init__(
-        self, model: Any, ids: Tensor, chunk_size: int, state: MambaCache | None, prefix_cache: PrefixCache | None
+        self, model: Any, ids: Tensor, chunk_size: int, state: StateCache | None, prefix_cache: PrefixCache | None
     ):
         self._model, self._ids, self._chunk_size = model, ids, chunk_size
         self._state, self._prefix_cache = state, prefix_cache if state is None else None
         self._parts: Generator[None, None, Tensor | None] | None = None
         self._position = self._stop = 0
         self.begun = self.done = False
+        self.timing: PartTiming | None = None  # of the last part, on a GPU
         self.cached = 0
-        self.cache: MambaCache | None = None
+        self.cache: StateCache | None = None
         self.logits: Tensor | None = None
 
     @property
@@ -58,19 +78,22 @@ class PromptReading:
             part = self._ids[None, self._position : self._stop].to(self._model.device)
             self._parts = prefill_parts(self._model, part, self.cache)
         tokens = self._stop - self._position
+        self.timing, on_gpu = None, self._model.device.type == "cuda"
+        timing = PartTiming(self._model.device, tokens) if on_gpu else None
         try:
             next(self._parts)
         except StopIteration as end:
             self._parts, self._position = None, self._stop
-            if self._model.device.type == "cuda":
-                torch.cuda.current_stream(self._model.device).synchronize()  # who looks at the clock is to see the work
             if self._known is not None:
                 self._known.reached(self._position)
             if self._position == self._ids.shape[0]:
                 self.done, self.logits = True, end.value
+        if timing is not None:
+            timing.end()
+            self.timing = timing
         return tokens
 
-    def finish(self, cache: MambaCache, logits: Tensor) -> None:
+    def finish(self, cache: StateCache, logits: Tensor) -> None:
         """Somebody else has read the same."""
         self.begun = self.done = True
         self._position = self._ids.shape[0]
@@ -112,6 +135,7 @@ class ReadingShare(Generic[T]):
         self._owed = 0.0  # seconds that the first has let others go before, less those in which it had the turn
         self._first: object = None
         self._spent, self._read = 0.0, 0.0  # lately: seconds, and the tokens of parts that took them
+        self._launched: deque[PartTiming] = deque()  # parts whose time is not known yet
 
     def step(
         self, candidates: Callable[[], Iterable[T]], reading: Callable[[T], PromptReading], part: Callable[[T], int]
@@ -124,15 +148,22 @@ class ReadingShare(Generic[T]):
             part: reads a part of one, and says how many tokens it went over.
         """
         began, budget, some = self._clock(), self.tokens, False
+        queued = 0.0  # seconds of work that a GPU was given in this step, as parts took lately
+        self._look()
         while budget > 0 and (able := list(candidates())):
             now = self._clock()
             chosen = self._choose(able, reading)
             left = reading(chosen).left
-            if some and now - began + self._expected(min(left, self.tokens)) > self.seconds:
+            if some and max(now - began, queued) + self._expected(min(left, self.tokens)) > self.seconds:
                 return
             tokens, some = part(chosen), True
-            spent = self._clock() - now
-            self._spent, self._read = 0.9 * self._spent + spent, 0.9 * self._read + tokens
+            if (timing := reading(chosen).timing) is None:
+                spent = self._clock() - now
+                self._note(spent, tokens)
+            else:  # the clock has seen the launch and not the work
+                self._launched.append(timing)
+                spent = self._expected(tokens)
+                queued += spent
             self._owed += spent / 3 if chosen is not able[0] else -spent
             self._owed = max(self._owed, -self.seconds)
             budget -= max(0, left - reading(chosen).left)
@@ -143,6 +174,14 @@ class ReadingShare(Generic[T]):
         if self._owed > self.seconds:
             return able[0]
         return min(able, key=lambda one: reading(one).left)  # the first of equals: the oldest
+
+    def _look(self) -> None:
+        """Note what a GPU has done by now."""
+        while self._launched and (seconds := self._launched[0].seconds()) is not None:
+            self._note(seconds, self._launched.popleft().tokens)
+
+    def _note(self, seconds: float, tokens: int) -> None:
+        self._spent, self._read = 0.9 * self._spent + seconds, 0.9 * self._read + tokens
 
     def _expected(self, tokens: int) -> float:
         """Seconds of a part over so many tokens, as parts took lately."""

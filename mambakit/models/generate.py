@@ -15,9 +15,10 @@ from transformers import GenerationMixin
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from mambakit.decoding.chunks import chunk_sizes
 from mambakit.decoding.cuda_graph import graphs_serve
 from mambakit.decoding.loop import write_tokens
-from mambakit.decoding.prefill import chunk_sizes, prefill, prefill_states, reads_in_buckets
+from mambakit.decoding.prefill import prefill, prefill_states, reads_in_buckets
 from mambakit.decoding.processor_sampler import WITHOUT_WAITING, ProcessorSampler
 from mambakit.decoding.sampler import Chooser
 from mambakit.decoding.scaling import widened

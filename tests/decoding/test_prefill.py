@@ -8,6 +8,7 @@ import torch
 from mambakit import MambaConfig, MambaForCausalLM
 from mambakit.decoding import cuda_graph
 from mambakit.decoding import prefill as prompt
+from mambakit.decoding.chunks import LARGEST_BUCKET, buckets
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
 from mambakit.models import generate
@@ -36,11 +37,11 @@ def on(monkeypatch):
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 1000, 4095, 4096, 4097, 20_000])
 @pytest.mark.parametrize("longest", [1, 3, 64, 4096, 10**6])
 def test_pieces_are_powers_of_two_that_add_up(length, longest):
-    found = prompt.buckets(length, longest)
+    found = buckets(length, longest)
     assert sum(found) == length
     assert found == sorted(found, reverse=True)
-    assert all(size & (size - 1) == 0 and size <= min(longest, prompt.LARGEST_BUCKET) for size in found)
-    least = min(1 << (longest.bit_length() - 1), prompt.LARGEST_BUCKET)
+    assert all(size & (size - 1) == 0 and size <= min(longest, LARGEST_BUCKET) for size in found)
+    least = min(1 << (longest.bit_length() - 1), LARGEST_BUCKET)
     assert len(found) <= length // least + least.bit_length()
 
 
@@ -200,3 +201,94 @@ def test_adapters_switched_off_are_noticed(on, device):
     assert not torch.allclose(plain[0], with_adapters[0], atol=1e-3)
     for logits in plain:
         assert torch.allclose(logits, model(ids, logits_to_keep=1).logits[:, -1], atol=1e-4)
+
+
+LENGTHS = (5, 1, 17, 9)
+
+
+def texts_of_lengths(lengths=LENGTHS):
+    return [torch.randint(1, 320, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 4, 7, 32, 1000])
+@torch.no_grad()
+def test_prompts_of_different_lengths_are_packed(chunk_size):
+    """The logits after each one's own last token, in whatever chunk that is; the states go on."""
+    model = made("cpu")
+    before, texts, more = texts_of_lengths((3, 3, 3, 3)), texts_of_lengths(), texts_of_lengths((2, 6, 1, 3))
+    cache, done = model.backbone.new_cache(4), []
+    prompt.prefill_states(model, before, cache, chunk_size=chunk_size)
+    found = prompt.prefill(model, texts, cache, chunk_size=chunk_size, progress=done.append)
+    again = prompt.prefill(model, more, cache, chunk_size=chunk_size)
+    assert done[-1] == sum(LENGTHS)
+    assert done == sorted(done)
+    for i in range(4):
+        whole = torch.cat([before[i], texts[i]])
+        assert torch.allclose(found[i], model(whole[None]).logits[0, -1], atol=1e-4, rtol=1e-4)
+        output = model(torch.cat([whole, more[i]])[None], use_cache=True)
+        assert torch.allclose(again[i], output.logits[0, -1], atol=1e-4, rtol=1e-4)
+        state = cache.select([i])
+        assert torch.allclose(state.ssm_states, output.cache_params.ssm_states, atol=1e-4, rtol=1e-4)
+        assert torch.allclose(state.conv_states, output.cache_params.conv_states, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4, 6, 1000])
+@torch.no_grad()
+def test_a_batch_padded_on_the_left(chunk_size):
+    model, longest = made("cpu"), max(LENGTHS)
+    texts = texts_of_lengths()
+    ids = torch.stack([torch.cat([t.new_full((longest - len(t),), 7), t]) for t in texts])
+    mask = torch.stack([torch.arange(longest) >= longest - len(t) for t in texts]).long()
+    cache = model.backbone.new_cache(4)
+    found = prompt.prefill(model, ids, cache, attention_mask=mask, chunk_size=chunk_size)
+    packed = model.backbone.new_cache(4)
+    assert torch.allclose(found, prompt.prefill(model, texts, packed), atol=1e-4, rtol=1e-4)
+    assert torch.allclose(cache.ssm_states, packed.ssm_states, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (21,), (1,), (0, 3, 0)])
+@pytest.mark.parametrize("chunk_size", [1, 4, 6, 1000])
+@torch.no_grad()
+def test_hidden_states_chunk_by_chunk(lengths, chunk_size):
+    model = made("cpu")
+    texts = texts_of_lengths(lengths)
+    cache, parts, most = model.backbone.new_cache(len(texts)), [[] for _ in texts], 0
+    for hidden in prompt.hidden_states(model, texts, cache, chunk_size=chunk_size):
+        most = max(most, sum(map(len, hidden)))
+        for part, found in zip(parts, hidden, strict=True):
+            part.append(found)
+    assert most <= max(chunk_size, len(texts))
+    for text, part in zip(texts, parts, strict=True):
+        if len(text):
+            expected = model.backbone(text[None]).last_hidden_state[0]
+            assert torch.allclose(torch.cat(part), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_hidden_states_without_a_cache_are_of_one_forward():
+    model, texts = made("cpu"), texts_of_lengths()
+    (hidden,) = prompt.hidden_states(model, texts, chunk_size=sum(LENGTHS))
+    assert [len(part) for part in hidden] == list(LENGTHS)
+    with pytest.raises(ValueError, match="needs a cache"):
+        list(prompt.hidden_states(model, texts, chunk_size=sum(LENGTHS) - 1))
+
+
+@torch.no_grad()
+def test_nothing_to_read_and_sizes_that_are_none():
+    model = made("cpu")
+    cache = model.backbone.new_cache(2)
+    prompt.prefill_states(model, texts_of_lengths((0, 0)), cache)
+    assert list(prompt.hidden_states(model, texts_of_lengths((0, 0)), cache)) == []
+    assert cache.get_seq_length() == 0
+    with pytest.raises(ValueError, match="chunk_size is 0; it must be 1 or more"):
+        prompt.prefill(model, texts_of_lengths(), model.backbone.new_cache(4), chunk_size=0)
+
+
+@torch.no_grad()
+def test_a_model_with_a_hook_is_called_for_every_chunk():
+    model, ids, called = made("cpu"), torch.randint(1, 320, (1, 10)), []
+    expected = prompt.prefill(model, ids, model.backbone.new_cache(1), chunk_size=4)
+    handle = model.register_forward_hook(lambda module, inputs, output: called.append(inputs[0].shape[1]))
+    assert torch.equal(prompt.prefill(model, ids, model.backbone.new_cache(1), chunk_size=4), expected)
+    assert called == [4, 4, 2]
+    handle.remove()

@@ -111,3 +111,64 @@ def test_the_loop_of_steps_alone_is_transformers_loop(name, b, monkeypatch):
     model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     handle.remove()
     assert len(seen) == 4, "who listens to the model hears every token"
+
+
+REASONS = {  # configuration: what the native library's reason says
+    "gelu": "activation",
+    "falcon": "norms within the mixer",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_decoder_that_does_not_serve_has_a_reason(name):
+    model = pair(name)[0]
+    rows = registry.table_of(model, 3)
+    assert [row.decoder for row in rows] == [kind.name for kind in registry.DECODERS]
+    assert sum(row.serves for row in rows) == 1
+    serving = next(row for row in rows if row.serves)
+    assert serving.decoder == registry.choose(model, 3).name
+    for row in rows[: rows.index(serving)]:
+        assert row.reason
+        assert registry.describe(row) == row.reason
+    assert registry.describe(serving) == "serves"
+    if native.describe()["isa"] is not None and name in REASONS:
+        assert REASONS[name] in rows[0].reason
+
+
+def test_reasons_name_what_is_wrong():
+    if native.describe()["isa"] is None:
+        pytest.skip("no native library")
+    model = pair("plain")[0]
+    why_not = registry.DECODERS[0].why_not
+    assert why_not(model, 3) is None
+    assert why_not(model, 17) == "17 rows; it serves 1 to 16"
+    assert "float64" in why_not(pair("plain")[0].double(), 1)
+    assert "another dtype" in why_not(model, 1, states=pair("plain")[0].double().backbone.new_cache(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert why_not(model, 1) == "autocast is on"
+    hook = model.register_forward_hook(lambda *_: None)
+    assert "hook" in why_not(model, 1)
+    assert why_not(model, 1, called=True) is None, "within its forward its own hooks have been called"
+    hook.remove()
+    model.backbone.layers[1].mixer.layer_idx = 0
+    assert why_not(model, 1) == "layer 1: its mixer is layer 0's"
+
+
+def test_the_first_that_serves_is_chosen(monkeypatch):
+    model = pair("gelu")[0]
+    assert registry.choose(model, 2) is registry.FORWARD
+    mine = registry.DecoderKind("mine", lambda *_, **__: None, registry.ForwardDecoder)
+    monkeypatch.setattr(registry, "DECODERS", (*registry.DECODERS[:-1], mine, registry.FORWARD))
+    assert registry.choose(model, 2) is mine
+    assert [registry.describe(row) for row in registry.table_of(model, 2)[-2:]] == [
+        "serves",
+        "could serve, comes after",
+    ]
+
+
+def test_a_markdown_table_of_what_serves():
+    text = registry.as_markdown({"gelu": pair("gelu")[0], "plain": pair("plain")[0]}, rows=(1, 32))
+    lines = text.splitlines()
+    assert lines[0] == "| model | 1 row | 32 rows |"
+    assert lines[2] == "| gelu | forward | forward |"
+    assert lines[3].endswith("| forward |")

@@ -67,7 +67,7 @@ def test_the_likeliest_token_is_a_samplers_or_a_decoders():
     }
     choosing |= {"generation/drafters.py"}  # a chooser of guesses
     # Whether a given text is the greedy one; which is a text's last token.
-    others = {"generation/score.py", "models/mamba/classification.py"}
+    others = {"generation/token_scores.py", "models/mamba/classification.py"}
     assert calls("argmax") - others <= choosing
 
 

@@ -7,8 +7,8 @@ import torch
 
 from mambakit import MambaConfig, MambaForCausalLM
 from mambakit.decoding import verify as module
-from mambakit.decoding.registry import token_step
-from mambakit.decoding.verify import _GraphVerifier, _ModelVerifier, _NativeVerifier, _PersistentVerifier, verifier
+from mambakit.decoding.registry import token_step, verifier
+from mambakit.decoding.verify import CapturedVerifier, LayersVerifier, NativeVerifier, PersistentVerifier
 from mambakit.ops._backends import native
 from tests.models.configurations import NAMES, pair, tokens, worst
 
@@ -50,7 +50,7 @@ def compare(model, make, ids, start=10):
 def test_the_bits_of_plain_decoding(name, dtype):
     model = pair(name)[0].eval().to(dtype)
     exact, error = compare(model, verifier, tokens(1, 40))
-    if isinstance(verifier(model, model.backbone.new_cache(1), 7), _NativeVerifier):
+    if isinstance(verifier(model, model.backbone.new_cache(1), 7), NativeVerifier):
         assert exact
     else:  # products of several rows sum in another order
         assert error < (1e-5 if dtype == torch.float32 else 2e-2)
@@ -60,9 +60,9 @@ def test_the_bits_of_plain_decoding(name, dtype):
 @torch.no_grad()
 def test_the_models_own_layers(name):
     model = pair(name)[0].eval()
-    assert compare(model, lambda m, cache, _: _ModelVerifier(m, cache), tokens(1, 40))[1] < 1e-5
+    assert compare(model, LayersVerifier, tokens(1, 40))[1] < 1e-5
     model.double()
-    assert compare(model, lambda m, cache, _: _ModelVerifier(m, cache), tokens(1, 40))[1] < 1e-12
+    assert compare(model, LayersVerifier, tokens(1, 40))[1] < 1e-12
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
@@ -89,7 +89,7 @@ def test_what_the_graphs_run(name, monkeypatch):
                 self.result.copy_(again)
 
     monkeypatch.setattr(module, "CapturedGraph", Eager)
-    error = compare(pair(name)[0].eval(), _GraphVerifier, tokens(1, 40))[1]
+    error = compare(pair(name)[0].eval(), CapturedVerifier, tokens(1, 40))[1]
     assert error < 1e-5
 
 
@@ -98,7 +98,7 @@ def test_what_the_graphs_run(name, monkeypatch):
 @torch.no_grad()
 def test_graphs(name):
     model = pair(name)[0].eval().cuda()
-    error = compare(model, _GraphVerifier, tokens(1, 40).cuda())[1]
+    error = compare(model, CapturedVerifier, tokens(1, 40).cuda())[1]
     assert error < 1e-3  # float32 products on a GPU round to TF32 where the user allows it
 
 
@@ -106,7 +106,7 @@ def test_graphs(name):
 def test_mistakes():
     model = pair("plain")[0].eval()
     cache = model.backbone.new_cache(1)
-    for make in (verifier, lambda m, c, _: _ModelVerifier(m, c)):
+    for make in (verifier, LayersVerifier):
         verify = make(model, cache, 4)
         with pytest.raises(ValueError, match="commit of 1 tokens, but 0"):
             verify.commit(1)
@@ -137,10 +137,10 @@ def test_the_persistent_kernel(tokens_at_most):
     model = served()
     ids = torch.randint(0, 61, (1, 40), device="cuda")
     made = verifier(model, model.backbone.new_cache(1), tokens_at_most)
-    assert isinstance(made, _PersistentVerifier)
+    assert isinstance(made, PersistentVerifier)
     exact, _ = compare(model, lambda m, cache, _: verifier(m, cache, tokens_at_most), ids)
     assert exact
-    assert isinstance(verifier(model, model.backbone.new_cache(1), 9), _GraphVerifier)
+    assert isinstance(verifier(model, model.backbone.new_cache(1), 9), CapturedVerifier)
 
 
 @pytest.mark.cuda

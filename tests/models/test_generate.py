@@ -242,7 +242,7 @@ def test_memory_of_a_chunked_prompt_does_not_grow(model):
 
 
 def test_a_long_prompt_is_read_in_chunks_unasked(monkeypatch):
-    from mambakit.decoding import prefill
+    from mambakit.decoding import chunks
 
     model = pair("plain")[0]
     ids = tokens(2, 150)
@@ -251,7 +251,7 @@ def test_a_long_prompt_is_read_in_chunks_unasked(monkeypatch):
     lengths = []
     forward = model.backbone.forward
     monkeypatch.setattr(model.backbone, "forward", lambda ids, **k: lengths.append(ids.shape[1]) or forward(ids, **k))
-    monkeypatch.setitem(prefill.CHUNK_SIZES, "cpu", prefill.ChunkSizes(64, 128))
+    monkeypatch.setitem(chunks.CHUNK_SIZES, "cpu", chunks.ChunkSizes(64, 128, 64))
     assert torch.equal(model.generate(ids, **options), whole)
     assert max(lengths) == 64, "no less than 64 tokens of a row at a time"
     lengths.clear()

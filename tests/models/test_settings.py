@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import mambakit
-from mambakit.decoding.registry import token_step
-from mambakit.decoding.verify import verifier
+from mambakit.decoding.registry import token_step, verifier
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
 from tests.decoding.eager_graph import native_serves

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from mambakit.decoding.verify import verifier
+from mambakit.decoding.registry import verifier
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
 from tests.decoding.eager_graph import native_serves

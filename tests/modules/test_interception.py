@@ -1,5 +1,5 @@
-"""Nothing that somebody puts on a module is passed by: not by a step of the whole model, nor by a layer's joined
-training pass."""
+"""Nothing that somebody puts on a module is passed by: not by a step of the whole model, nor by a layer's fused
+mixer in training."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from mambakit.decoding.registry import token_step
-from mambakit.decoding.verify import verifier
+from mambakit.decoding.registry import token_step, verifier
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
 from mambakit.modules import MambaMixer

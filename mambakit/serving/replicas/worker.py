@@ -81,12 +81,13 @@ class _Worker:
         inbox: queue.SimpleQueue[Any],
         progress: _Progress | None = None,
     ):
+        from mambakit.decoding.chunks import chunk_sizes
         from mambakit.generation.engine import Engine
         from mambakit.generation.prefix_cache import PrefixCache
 
         self.model, self.tokenizer = _load(options)
         on_cpu = self.model.device.type == "cpu"
-        chunk_size = options.chunk_size or (512 if on_cpu else 2048)
+        chunk_size = options.chunk_size or chunk_sizes(self.model.device).shared
         self.engine = Engine(self.model, options.slots, chunk_size)
         self.prefix_cache = (
             PrefixCache(self.model, memory_bytes=options.prefix_cache_bytes, chunk_size=chunk_size)

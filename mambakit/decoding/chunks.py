@@ -1,0 +1,109 @@
+"""How prompts are cut: the one table of chunk sizes, and prompts of any shape as a sequence of forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mambakit.quoting import brief
+
+Prompts = Tensor | Sequence[Tensor]
+"""(b, l) int64; or b tensors (l_i,) of any lengths, which are packed: no work on padding."""
+
+LARGEST_BUCKET = 4096  # tokens: beyond, the card is the slower one, and memory grows with it
+
+
+@dataclass(frozen=True)
+class ChunkSizes:
+    """Tokens of a forward where nobody says another number."""
+
+    single: int  # of one text
+    batch: int  # of all texts of a batch together: enough to keep the device busy, and a bound on its memory
+    shared: int  # of one text, while others who write wait for the device
+
+
+CHUNK_SIZES = {"cpu": ChunkSizes(512, 2**10, 512), "cuda": ChunkSizes(LARGEST_BUCKET, 2**14, 2**11)}
+SNAPSHOT_CHUNK = 512  # tokens between two snapshots of a prefix cache, and of a prompt between two steps of an engine
+SCORING_CHUNK = 1024  # tokens of which every hidden state is kept until it is scored
+
+
+def chunk_sizes(device: torch.device) -> ChunkSizes:
+    """Those of ``device``."""
+    return CHUNK_SIZES.get(device.type, CHUNK_SIZES["cuda"])
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one forward reads."""
+
+    ids: Tensor  # (b, l); (1, l) where texts are packed
+    marks: dict[str, Tensor]  # the backbone's argument that says which tokens are whose
+    lengths: list[int]  # tokens of each text in it
+    ends: list[int]  # the texts whose last token is in it
+    positions: Tensor | None  # (len(ends),) int64 of those tokens, where texts are packed
+    done: int  # tokens read after it
+    is_last: bool
+
+
+def texts_of(prompts: Prompts) -> tuple[Prompts, int]:
+    """(the prompts, with one text as (1, l); the length of the longest)."""
+    if not isinstance(prompts, Tensor):
+        if len(prompts) != 1:
+            return prompts, max(map(len, prompts), default=0)
+        prompts = prompts[0][None]
+    return prompts, prompts.shape[1]
+
+
+def row_count(texts: Prompts) -> int:
+    """How many texts there are."""
+    return texts.shape[0] if isinstance(texts, Tensor) else len(texts)
+
+
+def size_of_chunks(device: torch.device, texts: Prompts, given: int | None) -> int:
+    """Tokens of a forward: ``given``, or the table's. Of each row of (b, l) prompts, of all rows together where they are packed."""
+    if given is not None:
+        if given < 1:
+            raise ValueError(f"chunk_size is {brief(given)}; it must be 1 or more")
+        return given
+    sizes, rows = chunk_sizes(device), row_count(texts)
+    if rows == 1:
+        return sizes.single
+    return max(64, sizes.batch // rows) if isinstance(texts, Tensor) else sizes.batch
+
+
+def chunks(texts: Prompts, attention_mask: Tensor | None, size: int) -> Iterator[Chunk]:
+    """The prompts in pieces of ``size``: columns of (b, l) prompts, or as much of each packed text as fits together."""
+    if isinstance(texts, Tensor):
+        rows, length = texts.shape
+        for start in range(0, length, size):
+            stop = min(length, start + size)
+            mask = {} if attention_mask is None else {"attention_mask": attention_mask[:, start:stop]}
+            last, ids = stop == length, texts[:, start:stop]
+            ends = list(range(rows)) if last else []
+            yield Chunk(ids, mask, [stop - start] * rows, ends, None, rows * stop, last)
+        return
+    unread, done, total = list(texts), 0, sum(map(len, texts))
+    device = texts[0].device
+    while done < total:
+        left = [n for text in unread if (n := len(text))]
+        share = max(left) if sum(left) <= size else max(1, size // len(left))
+        parts = [text[:share] for text in unread]
+        lengths = list(map(len, parts))
+        ends = [i for i, text in enumerate(unread) if 0 < len(text) <= share]
+        unread = [text[share:] for text in unread]
+        bounds = torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0)
+        done += sum(lengths)
+        marks = {"cu_seqlens": bounds.to(device, torch.int32)}
+        positions = (bounds[1:][ends] - 1).to(device)
+        yield Chunk(torch.cat(parts)[None], marks, lengths, ends, positions, done, done == total)
+
+
+def buckets(length: int, longest: int) -> list[int]:
+    """Powers of two that add up to ``length``, none above ``longest`` or `LARGEST_BUCKET`, the largest first."""
+    most = 1 << (max(1, min(longest, LARGEST_BUCKET)).bit_length() - 1)
+    sizes = [most] * (length // most)
+    rest = length % most
+    return sizes + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
