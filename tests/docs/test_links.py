@@ -80,12 +80,15 @@ def test_what_looks_like_a_path():
 
 def test_documents_that_the_code_names():
     tracked = subprocess.run(
-        ["git", "ls-files", "benchmarks", "experiments", "tests", "docs/*.py"], cwd=ROOT, capture_output=True, text=True
+        ["git", "ls-files", "mambakit", "benchmarks", "experiments", "tests", "docs/*.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     if tracked.returncode != 0:
         pytest.skip("not a git checkout")
     for name in tracked.stdout.split():
-        if (ROOT / name).is_file():
+        if (ROOT / name).is_file() and name.endswith((".py", ".cu", ".cuh", ".cpp", ".h")):
             for document in re.findall(r"\bdocs/[\w/-]+\.md", (ROOT / name).read_text(encoding="utf-8")):
                 assert (ROOT / document).is_file(), f"{name} names {document}"
 
