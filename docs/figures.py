@@ -187,7 +187,7 @@ def kernels():
         axes.text(3.7, y, serves, fontsize=8, va="center", color="#445")
         if i < len(ops) - 1:
             arrow(axes, (2.0, y - 0.35), (2.0, y - 0.65))
-    box(axes, 10.6, 4.2, "training: fused_mixer,\none autograd function a layer", PLAIN, 4.2, 0.9)
+    box(axes, 10.6, 4.2, "training: fused_mixer,\none op a layer, with its gradient", PLAIN, 4.2, 0.9)
     box(
         axes,
         10.6,
@@ -251,7 +251,7 @@ def persistent():
     axes.text(
         1.3,
         0.0,
-        "weights stream into each warp's ring of pieces all the time, also while CTAs wait for each other",
+        "weights stream into each warp's ring of tiles all the time, also while CTAs wait for each other",
         fontsize=8.5,
     )
     axes.text(1.3, -0.6, "a place holds a sentinel until its value is written: no fence, no counter", fontsize=8.5)

@@ -22,6 +22,22 @@ def replaceable(path: str | os.PathLike) -> Path:
     return target
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file as ``path`` with ".tmp", then rename it: a crash leaves the old file, or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def set_aside(path: Path) -> None:
+    """Rename what is at ``path`` to the first free name of ``path`` with ".kept1", ".kept2", ..."""
+    free = (path.with_name(f"{path.name}.kept{number}") for number in range(1, 10**6))
+    path.rename(next(other for other in free if not other.exists()))
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name to write to; the file replaces ``path`` when the block ends, unless it raises.

@@ -1,5 +1,5 @@
-"""Rewrite a checkpoint: between transformers' format and the original state-spaces format, to another dtype, or from packed
-weights (`mambakit quantize`) to plain ones."""
+"""Rewrite a checkpoint: between transformers' format and the original state-spaces format, to another dtype, or from
+packed weights (`mambakit quantize`) to plain ones."""
 
 from __future__ import annotations
 

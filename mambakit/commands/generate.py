@@ -72,7 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--load-state", metavar="FILE", help="continue from a saved state; prompts, if any, are what comes next"
     )
     state.add_argument("--save-state", metavar="FILE", help="save the state after the text")
-    state.add_argument("--prefix-cache", metavar="FOLDER", help="keep states of prompts here, and find them again")
+    state.add_argument(
+        "--prefix-cache", metavar="FOLDER", help="keep states of prompts here, and start from the longest known prefix"
+    )
     state.add_argument(
         "--prefix-cache-mb",
         type=integer(1),
@@ -85,10 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--regex", metavar="REGEX", help="a text that this regular expression matches")
     form.add_argument("--grammar", metavar="GRAMMAR", help="a sentence of this Lark grammar")
 
-    speed = parser.add_argument_group("speculation: tokens are guessed, and verified several at a time")
-    speed.add_argument("--draft-model", metavar="MODEL", help="guess with this smaller model of the same vocabulary")
-    speed.add_argument("--prompt-lookup", action="store_true", help="guess what followed the same tokens before")
-    speed.add_argument("--draft-tokens", type=integer(1), metavar="N", help="guesses at a time (default 4)")
+    speed = parser.add_argument_group("speculative decoding: draft tokens are verified several at a time")
+    speed.add_argument("--draft-model", metavar="MODEL", help="draft with this smaller model of the same vocabulary")
+    speed.add_argument(
+        "--prompt-lookup", action="store_true", help="draft what followed the same tokens earlier in the text"
+    )
+    speed.add_argument("--draft-tokens", type=integer(1), metavar="N", help="draft tokens per verification (default 4)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -125,7 +129,7 @@ def _check(args: argparse.Namespace) -> None:
             "--prefix-cache finds a prompt by all of its tokens, which a saved state does not hold; drop one"
         )
     if args.draft_model and args.prompt_lookup:
-        raise UsageError("--draft-model and --prompt-lookup are two ways to guess; give one")
+        raise UsageError("--draft-model and --prompt-lookup are two drafters; give one")
     require_with("--prefix-cache-mb", args.prefix_cache_mb is not None, "--prefix-cache", bool(args.prefix_cache))
     drafted = bool(args.draft_model or args.prompt_lookup)
     require_with("--draft-tokens", args.draft_tokens is not None, "--draft-model or --prompt-lookup", drafted)

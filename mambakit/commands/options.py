@@ -1,7 +1,7 @@
 """Options that are checked where they are read: nothing empty, numbers within limits, paths that can be written.
 
-`Parser` checks every string by itself. A number is given its limits as its type (`integer`, `real`). A text that may be blank
-has the type `text`; one that may even be empty, `any_text`.
+`Parser` checks every string by itself. A number is given its limits as its type (`integer`, `real`). A text that may be
+blank has the type `text`; one that may even be empty, `any_text`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def real(low: float, high: float = sys.float_info.max, above: bool = False) -> N
 
 
 def require_with(option: str, given: bool, other: str, used: bool) -> None:
-    """UsageError where ``option`` is given without ``other``, the one that it belongs to: it would be ignored in silence."""
+    """UsageError where ``option`` is given without ``other``, without which it would have no effect."""
     if given and not used:
         raise UsageError(f"{option} has no effect without {other}; add {other}, or drop {option}")
 

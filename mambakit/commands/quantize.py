@@ -1,4 +1,4 @@
-"""Write a checkpoint with packed weights: int8 or int4 (a half or a quarter of bfloat16's bytes), or lossless (three quarters)."""
+"""Write a checkpoint with packed weights: int8 or int4 (1/2 or 1/4 of bfloat16's bytes), or lossless (3/4)."""
 
 from __future__ import annotations
 

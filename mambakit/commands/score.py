@@ -1,5 +1,5 @@
-"""Log-likelihood, perplexity and bits per character of text files, read as a stream at constant memory; or of choices after a
-prefix, which is read once; or of every token of a text."""
+"""Log-likelihood, perplexity and bits per character of text files, read as a stream at constant memory; or of choices
+after a prefix, which is read once; or of every token of a text."""
 
 from __future__ import annotations
 

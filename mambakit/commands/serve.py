@@ -228,7 +228,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--device and --devices both say where; give one")
     if args.max_unfinished_mb < args.max_body_mb:
         raise ValueError(
-            f"--max-unfinished-mb is {args.max_unfinished_mb}, less than --max-body-mb {args.max_body_mb}; give at least that"
+            f"--max-unfinished-mb is {args.max_unfinished_mb}, less than --max-body-mb {args.max_body_mb}; give at "
+            "least "
+            "that"
         )
 
 

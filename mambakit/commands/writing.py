@@ -243,7 +243,7 @@ class Writer:
 
 
 def _after(stream: Any, before: Any) -> Any:
-    """The state after a whole text. A text cut off by its length goes on from its last token, which is not read yet."""
+    """The state after a whole text. The last token of a text that reached its length is not read yet."""
     import torch
 
     from mambakit.generation.state import State

@@ -101,24 +101,23 @@ class Acceptance:
         guesses, rows = draft.tokens, len(logits)
         if self.text.params.greedy:
             tokens = likeliest(logits).tolist()
-            kept = next(
-                (i for i, (guess, best) in enumerate(zip(guesses, tokens, strict=False)) if guess != best), len(guesses)
-            )
-            return [*guesses[:kept], *tokens[kept : kept + 1]]
+            right = [guess == best for guess, best in zip(guesses, tokens, strict=False)]
+            first = right.index(False) if False in right else len(guesses)
+            return [*guesses[:first], *tokens[first : first + 1]]
         params, n, start = self.text.params, len(guesses), self.text.position + offset
         columns = [OFF] * n + [params.columns] * (rows - n)
-        weights, kept = logits, logits.new_empty(0, dtype=torch.int64)
+        weights, stays = logits, logits.new_empty(0, dtype=torch.int64)
         if n:
             p = probabilities(params, logits[:n])
             at = torch.tensor(guesses, dtype=torch.int64, device="cpu").to(p.device)[:, None]
             q = draft.probabilities  # of a certain guess 1
             q = torch.zeros_like(p).scatter_(1, at, 1.0) if q is None else q.to(p)
             chance = torch.from_numpy(self.text.numbers(start, n, ACCEPT)).to(p.device)[:, None]
-            kept = (chance * q.gather(1, at) < p.gather(1, at))[:, 0].long()
+            stays = (chance * q.gather(1, at) < p.gather(1, at))[:, 0].long()
             left = (p - q).clamp(min=0)
             left = torch.where(left.sum(-1, keepdim=True) > 0, left, p)
             weights = torch.cat([left.log(), logits[n:].double()])
         drawn = _drawn(weights, self.text.numbers(start, rows), columns)
-        found = torch.cat([kept, drawn]).tolist()  # the device is waited for once
-        first = next((i for i in range(n) if not found[i]), n)
+        found = torch.cat([stays, drawn]).tolist()  # the device is waited for once
+        first = found[:n].index(0) if 0 in found[:n] else n
         return [*guesses[:first], *found[n + first : n + first + 1]]

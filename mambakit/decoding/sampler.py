@@ -107,8 +107,8 @@ class Sampler:
     def accept(self, tokens: list[int]) -> list[int]:
         """The host's part: the tokens (size) that `sample` chose, told to their constraints; `NO_TOKEN` where none can be chosen, and
         `SampledText.error` says why, of that text alone."""
-        for slot, text in self._constrained:
-            tokens[slot] = text.accept(tokens[slot])
+        for slot, constrained in self._constrained:
+            tokens[slot] = constrained.accept(tokens[slot])
         if NO_TOKEN in tokens:
             for text, token in zip(self._texts, tokens, strict=True):
                 if token == NO_TOKEN and text is not None:

@@ -38,20 +38,20 @@ def seeded_sampler(
         mask: (b, >= l), 0 where a token is padding, which a penalty does not count.
 
     Raises:
-        ValueError: another number of seeds, a processor twice, or a penalty that leaves out the prompt.
+        ValueError: another number of seeds, or one processor twice with two values.
     """
     if len(seeds) != len(text):
         raise ValueError(
             f"seed has {len(seeds)} seeds, but {len(text)} texts are written; give one for each, or a single seed"
         )
-    values: dict[str, float] = {} if draws else {"temperature": 0}
+    unread = [0] * len(text)  # leading tokens that a penalty does not count
+    values: dict[str, Any] = {} if draws else {"temperature": 0}
     for one in processors:
         field, name = _FIELDS[type(one)]
         value = getattr(one, name)
-        if getattr(one, "prompt_ignore_length", None):
-            raise ValueError(
-                "a penalty with prompt_ignore_length does not go with one seed for each text; give one seed"
-            )
+        if field == "repetition_penalty" and one.prompt_ignore_length is not None:
+            ignored = one.prompt_ignore_length  # an int, or one for each text (b,)
+            unread = ignored.tolist() if isinstance(ignored, Tensor) else [ignored] * len(text)
         if field == "temperature" and type(one) is WideTemperature and value == 1:
             continue  # only the end of a wide penalty
         if values.get(field, value) != value and field != "temperature":
@@ -60,7 +60,9 @@ def seeded_sampler(
             values[field] = float(value) if field != "top_k" else int(value)
     texts = []
     for row, seed in enumerate(seeds):
-        read = text[row] if mask is None else text[row][mask[row, -text.shape[1] :].bool()]
+        read = text[row, unread[row] :]
+        if mask is not None:
+            read = read[mask[row, mask.shape[1] - len(read) :].bool()]
         params = SamplingParams(**values, seed=seed)
         texts.append(SampledText(params, model.config.vocab_size, text.device, read))
     return Sampler(texts)

@@ -1,1 +1,1 @@
-"""How good a model is: minimal pairs, last words, bits per byte on local files, and the language model evaluation harness."""
+"""Evaluation: minimal pairs, last words and bits per byte on local files, and the language model evaluation harness."""

@@ -125,7 +125,7 @@ def bits(
     """Bits per byte and character of text files, each document from its start to its end with the state carried.
 
     Args:
-        separator: what stands between the documents of a file (and is no part of them); none: a file is one.
+        separator: the text between the documents of a file, part of neither; without one a file is one document.
         progress: called with the number of characters done since the last call.
     """
     result = BitsResult()
@@ -155,7 +155,7 @@ def _documents(path: Path, separator: str) -> Iterable[Any]:
 
 
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Token ids of a context and what follows it, tokenised together and cut where the context's own tokens end."""
+    """Token ids of a context and its continuation: tokenised together, cut where the context's own tokens end."""
     ids = lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # noqa: E731
     before, whole = ids(context), ids(context + continuation)
     return whole[: len(before)], whole[len(before) :]

@@ -37,8 +37,9 @@ class MambaHarnessLM(TemplateLM):
         pretrained: id or folder; the model that ships with mambakit when absent.
         device: a GPU where there is one, when absent.
         dtype: of the weights; "auto" is the checkpoint's, float32 on a CPU.
-        batch_size: sequences of a forward pass at most; "auto" or 1 (what the harness gives when nothing is asked) packs as
-            many as ``batch_tokens`` hold, since packed sequences need no padding and equal one another exactly.
+        batch_size: sequences of a forward pass at most; "auto" or 1 (what the harness gives when nothing is asked)
+            packs as many as ``batch_tokens`` hold, since packed sequences need no padding and equal one another
+            exactly.
         batch_tokens: tokens of a forward pass, about.
         max_batch_size: another limit on ``batch_size``.
     """
@@ -146,8 +147,8 @@ def run_harness(arguments: list[str]) -> None:
 
 
 def with_device(arguments: list[str]) -> list[str]:
-    """The arguments with the device that there is, where neither they nor their --config name one: the harness's own default is
-    "cuda:0" on any machine."""
+    """The arguments with the device that there is, where neither they nor their --config name one: the harness's own
+    default is "cuda:0" on any machine."""
     runs = bool(arguments) and (arguments[0] == "run" or arguments[0].startswith("-"))
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=True)
     known.add_argument("--device")

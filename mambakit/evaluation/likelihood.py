@@ -1,4 +1,4 @@
-"""The likelihood of many continuations at once: packed into rows without padding, a context shared by several read once."""
+"""Log-likelihoods of many continuations: packed without padding, and a context that several share is read once."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from mambakit.decoding.prefill import prefill
 from mambakit.generation.token_scores import TokenScores, groups, score_after, score_packed
 
-# A context shorter than this is cheaper to read again than its state is to copy.
+# Reading a shorter context again is cheaper than copying its state.
 _SHARED_CONTEXT = 32
 # States held at once for the continuations of a context: 21 MB each for a model of 2.8 billion parameters.
 _SHARED_ROWS = 32
 
 
 class Likelihood(NamedTuple):
-    """Of one continuation."""
+    """Log-likelihood of one continuation."""
 
     log_prob: float
     """ln p(continuation | context), in nats."""
@@ -39,8 +39,8 @@ def log_likelihoods(
 ) -> list[Likelihood]:
     """ln p(continuation | context) of every pair of token lists, in their order.
 
-    Sequences of any length, without padding: short ones are packed into one row with their boundaries (`cu_seqlens`), long
-    ones are read in chunks with the state carried.
+    Sequences of any length, without padding: short ones are packed into one row with their boundaries (`cu_seqlens`),
+    long ones are read in chunks with the state carried.
 
     Args:
         model: a causal language model in eval mode.
@@ -58,8 +58,8 @@ def log_likelihoods(
     for index, (context, continuation) in enumerate(pairs):
         if not len(context) or not len(continuation):
             raise ValueError(
-                f"pair {index} has {len(context)} tokens of context and {len(continuation)} of continuation; give each at "
-                "least one (an end-of-text token begins a document)"
+                f"pair {index} has {len(context)} tokens of context and {len(continuation)} of continuation; give each "
+                "at least one (an end-of-text token begins a document)"
             )
         largest = max(*context, *continuation)
         if largest >= model.config.vocab_size:

@@ -1,7 +1,7 @@
-"""Constrained output: a JSON schema, a regular expression or a grammar, kept by masking the logits of every step.
+"""Constrained decoding: a JSON schema, a regular expression or a grammar, enforced by masking the logits of every step.
 
-llguidance computes which tokens may come next; this file puts its masks where tokens are chosen: `ConstraintProcessor` for
-``model.generate``, `ConstrainedSampling` for a stream, `mask_logits_` for any other loop over a batch.
+llguidance computes which tokens may come next; this file applies its masks: `ConstraintProcessor` for
+``model.generate``, `ConstrainedSampling` for streams and engines, `mask_logits_` for any other batched loop.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from mambakit.decoding.sampling_params import SamplingParams
 from mambakit.ops._backends.memory import INT32, address
 from mambakit.quoting import cut
 
-# Between the tokens of a JSON text exactly what Python's json.dumps writes: a small model left to choose white space can
-# go on choosing it. A schema's own "x-guidance" overrides these.
+# The white space of Python's json.dumps and no other: a small model that may choose white space can choose it without
+# end. A schema's own "x-guidance" overrides these.
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-_MESSAGE = 500  # characters of a message of llguidance, which may hold the whole grammar
+_MESSAGE = 500  # characters of an error message of llguidance, which may quote the whole grammar
 
 
 class Constraint:
-    """A grammar compiled for one tokenizer: every text that ends does so as a whole sentence of the grammar.
+    """A grammar compiled for one tokenizer: a text that ends with an end-of-text token is a sentence of it.
 
-    A text that reaches its limit of tokens first is cut off inside the sentence; its finish reason, "length", says so.
+    A text that reaches its limit of tokens first is cut off inside the sentence; its finish reason is "length".
 
     Args:
-        model, tokenizer: a causal language model and its (fast) tokenizer. The model's end-of-text tokens end a sentence.
+        model, tokenizer: a causal language model and its fast tokenizer. The model's end-of-text tokens end a sentence.
         json_schema: a JSON schema, as a dictionary or as text.
         regex: a regular expression (Rust's syntax: no look-around, no back-references) that the whole text matches.
         grammar: a context-free grammar in llguidance's variant of Lark's syntax; its rule ``start`` is the whole text.
@@ -66,8 +66,8 @@ class Constraint:
         self.end_tokens = [token for token in ends if token < len(tokenizer)]
         if not self.end_tokens:
             raise ValueError(
-                f"a constrained text ends with an end-of-text token, and the model has none that its tokenizer knows ({end}); "
-                "set model.generation_config.eos_token_id"
+                f"a constrained text ends with an end-of-text token, and the model has none that its tokenizer knows "
+                f"({end}); set model.generation_config.eos_token_id"
             )
         self.vocab_size: int = model.config.vocab_size
         self._tokens = _token_table(tokenizer, self.vocab_size, tuple(self.end_tokens))
@@ -88,31 +88,31 @@ class Constraint:
         self._matcher = compiler(self._tokens, self._grammar, log_level=0)
 
     def matcher(self) -> Matcher:
-        """A new text's place in the grammar, at its beginning."""
+        """The position of a new text in the grammar, at the start."""
         return Matcher(self, self._matcher.deep_copy(), 0)
 
     def processor(self) -> ConstraintProcessor:
-        """For ``model.generate(..., logits_processor=[constraint.processor()])``: any batch, beams and return sequences."""
+        """For ``model.generate(..., logits_processor=[constraint.processor()])``; beams and several texts work, too."""
         return ConstraintProcessor(self)
 
     def sampling(self, sampling: SamplingParams | None = None) -> ConstrainedSampling:
-        """For ``Stream(..., sampling=constraint.sampling(SamplingParams(...)))``; every text made with it keeps the constraint."""
+        """For ``Stream(..., sampling=constraint.sampling(SamplingParams(...)))``, and for requests of an engine."""
         given = sampling or SamplingParams()
         return ConstrainedSampling(**{f.name: getattr(given, f.name) for f in fields(SamplingParams)}, constraint=self)
 
 
 class Matcher:
-    """How far one text has come in the grammar."""
+    """The position of one text in the grammar."""
 
     def __init__(self, constraint: Constraint, matcher: Any, length: int, ended: bool = False):
         self.constraint, self._matcher = constraint, matcher
         self.length = length
-        """Tokens accepted, the end-of-text token among them and padding not."""
+        """Tokens accepted, including the end-of-text token and without padding."""
         self.ended = ended
         """Whether the end-of-text token has been accepted."""
 
     def accept(self, token: int) -> None:
-        """Take up the text's next token; after the end-of-text token any token is padding.
+        """Advance by the text's next token; after the end-of-text token any token is padding.
 
         Raises:
             ValueError: the grammar does not allow it here.
@@ -128,7 +128,7 @@ class Matcher:
         self.length += 1
 
     def allows(self, token: int) -> bool:
-        """Whether ``token`` may come next; after the end, the end-of-text tokens alone."""
+        """Whether ``token`` may come next; after the end only end-of-text tokens may."""
         if token in self.constraint.end_tokens:
             return self.ended or self.complete
         return not self.ended and self._matcher.validate_tokens([token]) == 1
@@ -149,17 +149,18 @@ class Matcher:
 
     @property
     def complete(self) -> bool:
-        """Whether the text so far is a whole sentence, which may or may not go on."""
+        """Whether the text so far is a sentence; a longer one may begin with it."""
         return self._matcher.is_accepting()
 
 
 def mask_logits_(logits: Tensor, matchers: Sequence[Matcher]) -> Tensor:
-    """Set to -inf, in place, what may not come next: row i of ``logits`` (b, v) by ``matchers[i]``; returns ``logits``.
+    """Set forbidden tokens to -inf in place: row i of ``logits`` (b, v) by ``matchers[i]``; returns ``logits``.
 
-    A text that has ended is left its end-of-text tokens alone. The masks are computed on the processor, all rows at once.
+    A text that has ended may only continue with end-of-text tokens. The masks of all rows are computed together on the
+    CPU.
 
     Raises:
-        ValueError: numbers of rows or of tokens that do not fit.
+        ValueError: the numbers of rows or tokens differ.
     """
     if logits.dim() != 2 or logits.shape[0] != len(matchers):
         raise ValueError(
@@ -190,18 +191,18 @@ def mask_logits_(logits: Tensor, matchers: Sequence[Matcher]) -> Tensor:
 
 
 class ConstraintProcessor(LogitsProcessor):
-    """The constraint as a logits processor: it masks before temperature and filters, so these choose among what is left.
+    """The constraint as a logits processor, which masks before temperature and filters.
 
-    It follows rows by their tokens, so beams may be reordered and tokens taken back; when the prompt changes it begins anew.
+    It recognises rows by their tokens, so beams may be reordered and tokens rolled back; a new prompt starts again.
     """
 
     def __init__(self, constraint: Constraint):
         self.constraint = constraint
         self._prompts: Tensor | None = None
-        self._rows: list[tuple[list[int], Matcher]] = []  # the tokens each row has accepted, and where that led
+        self._rows: list[tuple[list[int], Matcher]] = []  # of each row, the tokens accepted and the matcher after them
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(b, l) all tokens so far, (b, v) the scores of the next -> the same scores, -inf where the grammar forbids."""
+        """(b, l) all tokens so far, (b, v) scores of the next -> a copy of the scores, -inf for forbidden tokens."""
         known = self._prompts
         if known is None or input_ids.shape[0] != len(known) or not torch.equal(input_ids[:, : known.shape[1]], known):
             self._prompts = known = input_ids.clone()
@@ -215,7 +216,7 @@ class ConstraintProcessor(LogitsProcessor):
         return mask_logits_(scores.clone(), [matcher for _, matcher in self._rows])
 
     def _nearest(self, row: int, text: list[int]) -> int:
-        """The row whose tokens ``text`` goes on from: its own, unless beams were reordered."""
+        """The row that ``text`` continues: its own, unless beams were reordered."""
         if self._rows[row][0] == text[:-1]:
             return row
         return max(range(len(self._rows)), key=lambda i: (_shared(self._rows[i][0], text), i == row))
@@ -226,12 +227,12 @@ class ConstraintProcessor(LogitsProcessor):
 
 
 def _shared(a: list[int], b: list[int]) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _follow(row: tuple[list[int], Matcher], text: list[int]) -> tuple[list[int], Matcher]:
-    """The row brought to ``text``: tokens that are not its own taken back, the others accepted."""
+    """The row moved to ``text``: tokens after the common prefix are rolled back, the text's are accepted."""
     tokens, matcher = row
     kept = len(tokens) if tokens == text[: len(tokens)] else _shared(tokens, text)
     matcher.rollback(max(0, matcher.length - kept))
@@ -242,7 +243,7 @@ def _follow(row: tuple[list[int], Matcher], text: list[int]) -> tuple[list[int],
 
 @dataclass
 class ConstrainedSampling(SamplingParams):
-    """`SamplingParams` among the tokens that a constraint allows. One object serves many texts, each from the beginning."""
+    """`SamplingParams` with a constraint. One object serves many texts, each with its own matcher."""
 
     constraint: Constraint | None = None
 
@@ -264,7 +265,7 @@ def _llguidance() -> Any:
     try:
         import llguidance
     except ModuleNotFoundError as error:
-        if error.name != "llguidance":  # it is there, and lacks something
+        if error.name != "llguidance":  # llguidance is installed, and a module of its own is missing
             raise
         raise ImportError("constrained output needs llguidance: pip install 'mambakit[constrain]'") from error
     return llguidance
@@ -279,7 +280,7 @@ _tables: weakref.WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Any]] 
 
 
 def _token_table(tokenizer: Any, vocab_size: int, ends: tuple[int, ...]) -> Any:
-    """llguidance's view of a tokenizer; a second to make for a large vocabulary, so it is made once."""
+    """llguidance's table of a tokenizer, cached: it takes a second for a large vocabulary."""
     from llguidance.hf import from_tokenizer
 
     if not tokenizer.is_fast:

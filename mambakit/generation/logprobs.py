@@ -1,4 +1,4 @@
-"""The log-probability of every token of a prompt, and the likeliest tokens in its place; `echo` for an API's answers."""
+"""Log-probabilities of a prompt's tokens and of the likeliest alternatives; `echo` for the responses of an API."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class TokenLogProbs:
     ids: Tensor
     """(l,) int64."""
     log_probs: Tensor
-    """(l,) float32; NaN for a first token that nothing precedes."""
+    """(l,) float32; NaN for a first token without a context."""
     top_ids: Tensor
-    """(l, top) int64, the likeliest tokens at each place, best first."""
+    """(l, top) int64, the likeliest tokens at each position, best first."""
     top_log_probs: Tensor
-    """(l, top) float32; NaN at a first token that nothing precedes."""
+    """(l, top) float32; NaN at a first token without a context."""
 
 
 @torch.no_grad()
@@ -50,14 +50,15 @@ def token_log_probs(
 
     Args:
         ids: (l,) int64, of any length.
-        top: how many alternatives to give at each place.
-        before: a token that stands before the first one (end-of-text), so that it is scored, too.
-        state: what was read before instead; it stays as it is.
+        top: number of alternatives at each position.
+        before: a token before the first one (end-of-text), so that the first one is scored, too.
+        state: the state after what was read before, instead of ``before``; it is not changed.
         chunk_size: tokens per forward.
         progress: called with the number of tokens done.
 
     Raises:
-        ValueError: both ``before`` and ``state``; no tokens; ``top`` outside 0 to the vocabulary's size; chunk_size below 1.
+        ValueError: both ``before`` and ``state``; no tokens; ``top`` outside 0 to the vocabulary's size; chunk_size
+            below 1.
     """
     vocabulary = model.config.vocab_size
     if ids.dim() != 1 or not len(ids):

@@ -42,8 +42,8 @@ def pipeline(
         task: "text-generation" (the default) or "text-classification".
         model: hub id, folder or model object; the model that ships with mambakit when absent.
         tokenizer: id, folder or object; the model's own when absent.
-        device, dtype, device_map, revision, token, model_kwargs: as in transformers. ``dtype`` is "auto" when absent, the
-            checkpoint's; on a CPU the embedded model runs in float32. ``torch_dtype`` is its older name.
+        device, dtype, device_map, revision, token, model_kwargs: as in transformers. ``dtype`` is "auto" when absent,
+            the checkpoint's; on a CPU the embedded model runs in float32. ``torch_dtype`` is its older name.
 
     Returns:
         transformers' pipeline object: call it with a prompt, a list of prompts, or chat messages.

@@ -1,4 +1,4 @@
-"""Stop strings, found while a text is made: each character is looked at once, however long or alike the strings are."""
+"""Stop strings, found while a text is generated, in time linear in the text."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def read_stops(value: Any) -> tuple[str, ...]:
 
 
 class StopSearch:
-    """Holds back of a text what may turn out to be the beginning of a stop string, and cuts it where the first one begins.
+    """Holds back the end of a text while it may begin a stop string, and cuts the text before the first one.
 
-    Knuth, Morris and Pratt's search, one for each string, so that the time is linear in the text.
+    One Knuth-Morris-Pratt search for each string, so that each character is read once.
 
     Attributes:
-        stopped: whether a stop string has been found; nothing may be pushed then.
+        stopped: whether a stop string has been found; nothing may be pushed afterwards.
     """
 
     def __init__(self, stops: tuple[str, ...]):
         self.stopped = False
         self._stops = [(stop, _borders(stop)) for stop in dict.fromkeys(stops)]
-        self._matched = [0] * len(self._stops)  # characters of each that the text ends with
+        self._matched = [0] * len(self._stops)  # length of the longest prefix of each that the text ends with
         self._held: deque[str] = deque()
-        self._length = 0  # of what is held
+        self._length = 0  # of the text that is held back
 
     def push(self, piece: str) -> str:
-        """What can be shown once the text goes on with ``piece``."""
+        """Append ``piece`` to the text; returns what can be shown now."""
         starts = []
         for i, (stop, borders) in enumerate(self._stops):
             self._matched[i], end = _advance(stop, borders, self._matched[i], piece)
@@ -54,11 +54,11 @@ class StopSearch:
         return self._take(min(starts) if starts else self._length - max(self._matched, default=0))
 
     def rest(self) -> str:
-        """What was held back, when no more text comes; nothing after a stop string."""
+        """The text that was held back, at its end; empty after a stop string."""
         return "" if self.stopped else self._take(self._length)
 
     def _take(self, count: int) -> str:
-        """The first ``count`` of the characters held."""
+        """Take the first ``count`` characters that are held back."""
         self._length -= count
         taken = []
         while count:
@@ -90,7 +90,7 @@ def _advance(stop: str, borders: list[int], matched: int, piece: str) -> tuple[i
 
 @functools.lru_cache(maxsize=64)
 def _borders(stop: str) -> list[int]:
-    """For each beginning of ``stop`` the length of its longest proper end that is a beginning, too."""
+    """For each prefix of ``stop``, the length of its longest proper suffix that is a prefix (the failure function)."""
     borders, length = [0], 0
     for letter in stop[1:]:
         while length and letter != stop[length]:

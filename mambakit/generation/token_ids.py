@@ -1,4 +1,4 @@
-"""Token ids that somebody gave, checked before a model reads them."""
+"""Checks of token ids that callers pass in."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mambakit.quoting import quoted
 
 
 def token_ids(name: str, value: Any, least: int = 1) -> Tensor:
-    """(l,) int64, l >= ``least``, from a tensor, an array or a sequence of whole numbers: a copy, whatever becomes of ``value``.
+    """A copy as (l,) int64, l >= ``least``, of a tensor, an array or a sequence of whole numbers.
 
     Raises:
-        TypeError: they are no whole numbers.
+        TypeError: not whole numbers.
         ValueError: too few, or not one sequence.
     """
     if not isinstance(value, Tensor):
@@ -34,7 +34,7 @@ def token_ids(name: str, value: Any, least: int = 1) -> Tensor:
 
 
 def require_in_vocabulary(name: str, ids: Tensor, vocab_size: int) -> None:
-    """Raises ValueError where one of ``ids`` (l,) is not of a vocabulary of ``vocab_size``."""
+    """Raises ValueError where one of ``ids`` (l,) is outside a vocabulary of ``vocab_size``."""
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside):
         raise ValueError(f"{name} has token {int(outside[0])}; the model's are 0 to {vocab_size - 1}")

@@ -1,8 +1,8 @@
-"""Turns between texts that want the same rows: fair between keys, then between clients, requests, or whatever a text's path names.
+"""Fair scheduling of texts that compete for slots: max-min fairness on every level of a text's path.
 
-Knows neither torch nor time. A text has a path, such as (key, client, request). At every level the rows are divided evenly among
-those who want them (max-min fairness), and where they do not come out even, the least served is next. Texts with the same
-path are in the order in which they came.
+A path names the owner of a text, such as (key, client, request). At every level the slots are divided evenly among
+those with waiting texts; a remainder goes to the least served. Texts with the same path are in first-in, first-out
+order. Knows neither torch nor time.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ Path: TypeAlias = "tuple[Hashable, ...]"
 
 
 class _Node:
-    """Those whose paths begin alike; a leaf holds texts."""
+    """A node of the tree of paths; a leaf holds texts."""
 
     def __init__(self, parent: _Node | None, name: Hashable, order: int):
         self.parent, self.name, self.order = parent, name, order
         self.children: dict[Hashable, _Node] = {}
-        self.texts: dict[Any, None] = {}  # in the order in which they came
-        # Who comes later starts level with the least served: neither ahead of everybody for having had nothing, nor behind.
+        self.texts: dict[Any, None] = {}  # in the order of arrival
+        # A newcomer starts level with the least served: not ahead of all others because it has had nothing yet.
         self.served: float = min((child.served for child in parent.children.values()), default=0.0) if parent else 0.0
 
-    def line(self) -> Iterator[_Node]:
+    def ancestors(self) -> Iterator[_Node]:
         node: _Node | None = self
         while node is not None:
             yield node
@@ -36,7 +36,7 @@ _LEAF = object()  # the name of every leaf: a path may be the beginning of anoth
 
 
 class Turns(Generic[T]):
-    """All texts that run or wait, and whose turn it is."""
+    """All texts that run or wait, and which of them are next."""
 
     def __init__(self) -> None:
         self._order = itertools.count()
@@ -53,7 +53,7 @@ class Turns(Generic[T]):
         return iter(self._leaves)
 
     def add(self, text: T, path: Path = ()) -> None:
-        """A text that wants a row."""
+        """Add a text that waits for a slot."""
         assert text not in self._leaves
         node = self._root
         for name in (*path, _LEAF):
@@ -64,7 +64,7 @@ class Turns(Generic[T]):
         self._leaves[text] = node
 
     def remove(self, text: T) -> None:
-        """It has ended."""
+        """Remove a text that has ended."""
         node = self._leaves.pop(text)
         del node.texts[text]
         while node.parent is not None and not node.texts and not node.children:
@@ -78,23 +78,24 @@ class Turns(Generic[T]):
             yield from self._leaves_of(child)
 
     def serve(self, text: T, amount: float) -> None:
-        """It had so much of what all want."""
-        for node in self._leaves[text].line():
+        """Count ``amount`` (tokens) as served to ``text`` and its owners."""
+        for node in self._leaves[text].ancestors():
             node.served += amount
 
     def next(
         self, count: int, among: Callable[[T], bool], running: Iterable[T] = (), per_request: int | None = None
     ) -> list[T]:
-        """Up to ``count`` texts ``among`` those that wait, for rows that are to be given away.
+        """Up to ``count`` waiting texts for free slots, in the order of their turns; ``among`` selects those that may
+        be taken.
 
         Args:
-            running: texts that have a row and keep it; they count as their paths' part.
-            per_request: of one path at most, besides those that run.
+            running: texts that have a slot and keep it; they count towards their owners' shares.
+            per_request: at most this many of one path, besides those that run.
         """
         taken: dict[_Node, int] = {}
         keeping = set(running)
         for text in keeping:
-            for node in self._leaves[text].line():
+            for node in self._leaves[text].ancestors():
                 taken[node] = taken.get(node, 0) + 1
         waiting: dict[_Node, list[T]] = {}
         wanted: dict[_Node, int] = {}
@@ -103,7 +104,7 @@ class Turns(Generic[T]):
             able = (text for text in leaf.texts if text not in keeping and among(text))
             if mine := list(itertools.islice(able, most)):
                 waiting[leaf] = mine[::-1]
-                for node in leaf.line():
+                for node in leaf.ancestors():
                     wanted[node] = wanted.get(node, 0) + len(mine)
         chosen: list[T] = []
         while len(chosen) < count and wanted.get(self._root):
@@ -112,17 +113,18 @@ class Turns(Generic[T]):
                 able = (child for child in node.children.values() if wanted.get(child))
                 node = min(able, key=lambda child: (taken.get(child, 0), child.served, child.order))
             chosen.append(waiting[node].pop())
-            for above in node.line():
+            for above in node.ancestors():
                 wanted[above] -= 1
                 taken[above] = taken.get(above, 0) + 1
         return chosen
 
 
 def within_share(path: Path, taken: Iterable[Path], capacity: float, count: int = 1) -> bool:
-    """Whether ``count`` texts more, beside those ``taken``, leave ``path`` within its even share of ``capacity``.
+    """Whether ``path`` stays within its even share of ``capacity`` with ``count`` texts beside those ``taken``.
 
-    At every level the share is divided among those who have anything there. Others may have more than theirs: that is not the
-    newcomer's fault. So what is taken in all stays below ``capacity`` times the logarithm of how many paths there are.
+    At every level the share is divided among the owners that have texts there. Others may hold more than their share,
+    which must not keep a newcomer out; so the total stays below ``capacity`` times the logarithm of the number of
+    paths.
     """
     paths, share = list(taken), float(capacity)
     for level, name in enumerate(path):

@@ -217,6 +217,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         given = kwargs.get(_ARGUMENT)
         own = given is None or (steps is not None and steps.own_cache is given)
         kept = bool(generation_config.return_dict_in_generate) or not own
+        assert cache is not None
         tokens = write_tokens(
             self, cache, input_ids, logits, most, sampler, kept, torch.cat(ends) if ends else None, padding
         )

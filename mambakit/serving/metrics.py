@@ -19,8 +19,9 @@ class Metrics:
 
         self.requests = Counter(
             "mambakit_requests",
-            "Texts by outcome: stop, length, cancelled (the client disconnected), failed (an error, the replica died, or the "
-            "server stopped); and requests not accepted: rejected (the queue is full, or no replica is ready), invalid",
+            "Texts by outcome: stop, length, cancelled (the client disconnected), failed (an error, the replica died, "
+            "or the server stopped); and requests not accepted: rejected (the queue is full, or no replica is ready), "
+            "invalid",
             **labels("outcome"),
         )
         self.prompt_tokens = Counter("mambakit_prompt_tokens", "Tokens of the prompts of ended texts", **labels())

@@ -1,7 +1,7 @@
-"""What a run needs to continue exactly: written all or not at all, marked with its run, the latest few kept.
+"""Checkpoints of a run, from which it continues exactly: each written whole or not at all, the latest few kept.
 
-A checkpoint is a folder ``step-<step>``. Its ``run.json`` is written last and says whose it is (the run's id and whole
-configuration) and how long each of its files is, so that one that was cut short is known without reading it.
+A checkpoint is a folder ``step-<step>``. Its ``run.json`` is written last and holds the run's id, its whole
+configuration and the size of every file, so that an incomplete checkpoint is recognised without reading it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import nn
 from mambakit.errors import CheckpointError
 from mambakit.reading import read_pickle
 from mambakit.training.distributed import ProcessMesh
+from mambakit.writing import replace_text, set_aside
 
 _NAME = re.compile(r"step-(\d{8,})(\.tmp)?")
 _MARK = "run.json"
@@ -27,7 +28,7 @@ _SHARDS = "shards"
 
 
 class Found(NamedTuple):
-    """A folder among a run's checkpoints: ``problem`` says why it is none to resume from, and is empty where it is one."""
+    """A folder of checkpoints' names; ``problem`` says why a run cannot resume from it, and is empty where it can."""
 
     path: Path
     step: int
@@ -36,7 +37,7 @@ class Found(NamedTuple):
 
 
 def find_checkpoints(folder: Path) -> list[Found]:
-    """Every checkpoint in ``folder``, whatever its state and whosever it is, oldest first."""
+    """Every checkpoint in ``folder``, incomplete ones and those of other runs included, oldest first."""
     if not folder.is_dir():
         return []
     named = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
@@ -73,12 +74,12 @@ def save_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: dict[str, Any], keep: int = 2,
     processes: ProcessMesh | None = None, run: str = "", config: dict[str, Any] | None = None,
 ) -> Path:  # fmt: skip
-    """Write ``folder/step-<step>`` under a temporary name, put it in its place, then remove all but the run's latest ``keep``.
+    """Write ``folder/step-<step>`` under a temporary name, rename it, then remove all but the run's latest ``keep``.
 
     Args:
         extra: what else the run needs: numbers, strings, tensors, and lists and dictionaries of them.
-        processes: those that train together; all of them make the call. A sharded model is written in shards, each process
-            its own (torch.distributed.checkpoint); otherwise the first process writes everything.
+        processes: the mesh; all of its processes make the call. Each writes its shard of a sharded model
+            (torch.distributed.checkpoint); otherwise the first process writes everything.
         run: the run's id. Checkpoints of other runs are neither removed nor replaced: one in the way is renamed.
         config: the run's whole configuration, as JSON has it.
     """
@@ -102,7 +103,7 @@ def save_checkpoint(
         with open(temporary / "state.pt", "wb") as file:
             torch.save(state, file)
             file.flush()
-            os.fsync(file.fileno())  # the name must not outlive a crash of the machine that the contents do not
+            os.fsync(file.fileno())  # a rename that survives a power cut must not name an empty file
         sizes = {p.relative_to(temporary).as_posix(): p.stat().st_size for p in temporary.rglob("*") if p.is_file()}
         del sizes[_MARK]
         _write_mark(temporary, {**mark, "files": sizes})
@@ -151,7 +152,7 @@ def load_checkpoint(
 
 
 def _state_of(path: Path) -> tuple[str | None, str]:
-    """(the run's id, why it cannot be resumed from); None for a folder that does not say whose it is."""
+    """(the run's id or None, why it cannot be resumed from or "")."""
     try:
         mark = json.loads((path / _MARK).read_text(encoding="utf-8"))
         run, sizes = str(mark["run"]), mark.get("files")
@@ -168,9 +169,7 @@ def _state_of(path: Path) -> tuple[str | None, str]:
 
 
 def _write_mark(folder: Path, mark: dict[str, Any]) -> None:
-    temporary = folder / (_MARK + ".tmp")
-    temporary.write_text(json.dumps(mark, indent=2), encoding="utf-8")
-    temporary.replace(folder / _MARK)
+    replace_text(folder / _MARK, json.dumps(mark, indent=2))
 
 
 def _make_way(path: Path, run: str) -> None:
@@ -181,12 +180,11 @@ def _make_way(path: Path, run: str) -> None:
     if begun or _is_empty(path) or _state_of(path)[0] == run:
         _remove(path)
         return
-    free = (path.with_name(f"{path.name}.kept{number}") for number in range(1, 10**6))
-    path.rename(next(other for other in free if not other.exists()))
+    set_aside(path)
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint, its mark last: what a crash leaves of it still says whose it is."""
+    """Remove a checkpoint, its run.json last: what a crash leaves of it still names its run."""
     for inside in path.iterdir():
         if inside.is_dir():
             shutil.rmtree(inside)

@@ -1,4 +1,4 @@
-"""One process at a time trains in a folder: a lock, held from before the folder is looked at until the run has ended."""
+"""One process at a time trains in a folder: a lock, held from before its first check to the end of the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOCK = "run.lock"
 def claim(config: TrainConfig, mesh: ProcessMesh) -> Iterator[RunFolder | None]:
     """The folder of a run, held by this process alone until the end; None in all processes but the first.
 
-    The lock is the operating system's: it ends with the process that holds it, however that ends.
+    The lock is the operating system's, which releases it when the process ends, even by a crash.
 
     Raises:
         ValueError: another process holds it, or `RunFolder` refuses; in every process.

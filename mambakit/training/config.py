@@ -18,18 +18,18 @@ from mambakit.training.limits import check_limits
 class TrainConfig:
     # -- data ----------------------------------------------------------------------------------------------------------
     train_files: list[str] = dataclasses.field(default_factory=list)
-    """Files to learn from: paths, folders or patterns (`data/*.parquet`), each plain or compressed (.gz, .bz2, .xz, .zst)."""
+    """Training files: paths, folders or patterns (`data/*.parquet`), each plain, .gz, .bz2, .xz or .zst."""
     heldout_files: list[str] = dataclasses.field(default_factory=list)
-    """Files to evaluate on, never learned from."""
+    """Files to evaluate on, never trained on."""
     validation_fraction: float = 0.0
-    """Without heldout_files: the fraction of train_files' documents held out. A document's own text decides, so that the
-    copies of a document fall on one side, whatever the order of the files. Of a single document its end is held out."""
+    """Without heldout_files: the fraction of train_files' documents held out. A hash of a document's text decides, so
+    that all copies of it are on one side, whatever the order of the files. Of a single document its end is held out."""
     format: str = "auto"
-    """"text", "jsonl", "parquet", "fasta" or "wav"; "auto" goes by the file's name (.txt, .jsonl, .parquet, .fa, .wav)."""
+    """"text", "jsonl", "parquet", "fasta" or "wav"; "auto": by the file's name (.txt, .jsonl, .parquet, .fa, .wav)."""
     text_field: str = "text"
     """JSONL's key or Parquet's column that holds a document."""
     separator: str = "<|endoftext|>\n"
-    """What stands between documents in a text file. Each document ends with the end-of-text token instead."""
+    """Separates the documents of a text file. Each document ends with the end-of-text token instead."""
     tokenizer: str = ""
     """A folder, tokenizer.json or hub id; "bytes"; "nucleotides" (A, C, G, T, N). Empty: `init_from`'s own, else a new
     byte-level BPE of train_files' text, nucleotides for FASTA, bytes for WAV."""
@@ -39,12 +39,12 @@ class TrainConfig:
     """FASTA: letters that are not A, C, G or T are read as N. "mask": N is read but never predicted. "predict": it is a
     letter like the others. "split": a run of N ends the document."""
     reverse_complement: bool = False
-    """FASTA: read each document's part of a row from either strand with probability 1/2, anew in every epoch (a whole document
-    with `stateful`)."""
+    """FASTA: read each document's part of a row from either strand with probability 1/2, drawn again in every epoch (a
+    whole document with `stateful`)."""
     sample_rate: int = 0
     """WAV: refuse files of another rate (Hz). 0: whatever rate the first file has."""
     token_cache: str = ""
-    """Folder of the tokenised files, reused while files and tokenizer are the same. Empty: `tokens` in the run's folder."""
+    """Folder of the tokenised files, reused for the same files and tokenizer. Empty: `tokens` in the run's folder."""
     sequence_length: int = 512
     """Tokens in a row of a batch."""
     initial_length: int = 0
@@ -53,14 +53,14 @@ class TrainConfig:
     length_warmup: float = 0.25
     """Fraction of the run that length warm-up takes."""
     respect_documents: bool = False
-    """Keep state from passing between the documents of a row, exactly. Off, a row is cut anywhere from the joined
-    documents: for book-length documents few rows see a boundary, and each boundary is marked by the end-of-text token."""
+    """Keep state from passing between the documents of a row, exactly. Off, rows are cut from the joined documents: of
+    book-length documents few rows contain a boundary, and the end-of-text token marks each."""
     stateful: bool = False
-    """Truncated backpropagation: row i of a batch goes on where row i of the previous batch ended, and the state is
-    carried. Gradients stop at the row's start. Documents are then learned from in whole, however long."""
+    """Truncated backpropagation: row i of a batch continues row i of the previous batch from its final state. Gradients
+    stop at the row's start. Documents of any length are then seen whole."""
     fresh_rows: float = 0.0
-    """With `stateful`: the fraction of rows, drawn anew at every step, that start from a zero state all the same. A model that has
-    only seen states carried reads the beginnings of texts, and prompts, worse."""
+    """With `stateful`: the fraction of rows, drawn again at every step, that start from a zero state all the same. A
+    model that has only seen carried states predicts the beginnings of texts, and prompts, worse."""
 
     # -- model (transformers' names) -----------------------------------------------------------------------------------
     hidden_size: int = 320
@@ -73,7 +73,7 @@ class TrainConfig:
     """Checkpoint (id or folder) to start from instead of new weights; the model fields above are then the checkpoint's.
     Packed weights are unpacked."""
     lora_rank: int = 0
-    """Fine-tune `init_from` through low-rank adapters of this rank, merged at the end; nothing else learns. 0: all of it."""
+    """Fine-tune `init_from` through low-rank adapters of this rank, merged at the end. 0: train all parameters."""
     lora_alpha: float = 0.0
     """Scale of the adapters: alpha / rank times their product. 0: twice the rank."""
     lora_targets: list[str] = dataclasses.field(default_factory=lambda: ["in_proj", "x_proj", "dt_proj", "out_proj"])
@@ -83,12 +83,12 @@ class TrainConfig:
     batch_size: int = 64
     """Rows in a batch: of one optimiser step."""
     accumulate: int = 1
-    """Parts the batch is computed in, one after the other, to fit memory; the gradient is the whole batch's."""
+    """Micro-batches of a batch, computed one after another to fit memory; the gradient is the whole batch's."""
     activation_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more work."""
     recompute_selection: bool = False
-    """Compute each layer's convolution and time steps again in the backward pass: a quarter less memory for activations, 2 to 3 %
-    more time. Of plain Mamba layers."""
+    """Recompute each layer's convolution and time steps in the backward pass: a quarter less memory for activations, 2
+    to 3 % more time. For plain Mamba layers."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
     final_learning_rate: float = 0.01
@@ -112,22 +112,22 @@ class TrainConfig:
     """Optimiser steps. 0: as many as `epochs` take."""
     epochs: float = 1.0
     max_minutes: float = 0.0
-    """Wall-clock budget in place of `steps` and `epochs`: the schedule runs on time, and ends when the budget does. 0: none."""
+    """Wall-clock budget in place of `steps` and `epochs`; the schedule then follows the clock. 0: none."""
     autocast: str = "bfloat16"
     """Dtype of matrix products on CUDA ("bfloat16", "float16" is not offered: it needs loss scaling) or "float32"."""
     cuda_graph: bool = True
-    """On CUDA, capture the whole step once and replay it, exchanges between processes with it: a small model is otherwise bound
-    by launches. Not where context_parallel spreads a row: the run says so and goes on without."""
+    """On CUDA, capture the whole step once, collectives included, and replay it: a small model is otherwise bound by
+    launches. With context_parallel the step is not captured, which the run reports."""
     parallel: str = "none"
-    """How the processes that torchrun started share the work: "ddp", each holds the model and takes a part of the batch;
-    "fsdp", each holds a shard of the model too (FSDP2); "none", one process."""
+    """How the processes that torchrun started divide the work: "ddp", each holds the model and takes a shard of the
+    batch; "fsdp", each holds a shard of the model as well (FSDP2); "none", one process."""
     context_parallel: int = 1
-    """ProcessMesh that one row is spread over, with "ddp" or "fsdp": rows longer than one device's memory."""
+    """Processes over which one row is sharded, with "ddp" or "fsdp": for rows longer than one device's memory."""
     seed: int = 0
 
     # -- run -----------------------------------------------------------------------------------------------------------
     out: str = "runs/model"
-    """Folder of the run, and of no other: the model, metrics.jsonl, the configuration, the loss curve and checkpoints/."""
+    """Folder of this run alone: the model, metrics.jsonl, the configuration, the loss curve and checkpoints/."""
     log_every: int = 20
     eval_every: int = 1000
     """Steps between evaluations on a sample of the held-out text; the whole of it is scored at the end."""
@@ -136,10 +136,10 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the latest checkpoints stay."""
     resume: bool = False
-    """Continue the run in `out` from its latest checkpoint, with the settings that it was started with (docs/guides/training.md says
-    which may change)."""
+    """Continue the run in `out` from its latest checkpoint, with the settings that it was started with
+    (docs/guides/training.md lists those that may change)."""
     overwrite: bool = False
-    """Where `out` holds a run already: remove what that run left there, nothing else, and start anew."""
+    """Where `out` holds a run already: remove the files of that run, nothing else, and start again."""
     export_only: bool = False
     """With resume: train no further, write the model of the latest checkpoint."""
     tensorboard: bool = False
@@ -177,7 +177,7 @@ class TrainConfig:
             )
         if self.context_parallel > 1 and self.stateful:
             raise ValueError(
-                "stateful carries the state of whole rows, which context_parallel spreads; drop one of them"
+                "stateful carries the state of whole rows, which context_parallel shards; drop one of them"
             )
         if self.fresh_rows and not self.stateful:
             raise ValueError(

@@ -46,8 +46,8 @@ state carried to its end.
 {sample}
 ## Limits
 
-It is small and has read only what is named above: it holds no facts worth trusting, repeats the views of its sources, and is
-not tuned to follow instructions.
+It is small and has read only what is named above: it holds no facts worth trusting, repeats the views of its sources,
+and is not tuned to follow instructions.
 
 ## Recipe
 
@@ -72,8 +72,8 @@ def export(
 ) -> dict[str, Any]:  # fmt: skip
     """Save the model in ``export_dtype``, score the held-out documents with what was saved, write README.md (the card).
 
-    Returns the summary, which is also in summary.json; the score's key is ``heldout_bits_per_`` and the vocabulary's unit.
-    All of it is put in the run's folder together: weights, configuration, card and summary are of one model.
+    Returns the summary, which is also in summary.json; the score's key is ``heldout_bits_per_`` and the vocabulary's
+    unit. All of it is put in the run's folder together: weights, configuration, card and summary are of one model.
     """
     device = next(model.parameters()).device
     model = model.eval().to(getattr(torch, config.export_dtype))
@@ -136,7 +136,7 @@ def _card(model: Any, config: TrainConfig, summary: dict[str, Any], data: Prepar
         for k, v in vars(config).items()
         if k not in ("train_files", "heldout_files", "token_cache", "out", "resume", "overwrite", "export_only")
     }
-    bits = summary[f"heldout_bits_per_{vocabulary.unit}"]
+    bits, loss = summary[f"heldout_bits_per_{vocabulary.unit}"], summary["training_loss"]
     heldout = names(config.heldout_files)
     if data.heldout is not None:
         where = f"{config.validation_fraction:.1%} of the documents" if config.validation_fraction else heldout
@@ -156,7 +156,7 @@ def _card(model: Any, config: TrainConfig, summary: dict[str, Any], data: Prepar
         schedule=config.schedule, weight_decay=config.weight_decay, clip=config.clip, minutes=summary["seconds"] / 60,
         dtype=config.export_dtype, heldout_files=heldout,
         device=torch.cuda.get_device_name() if device.type == "cuda" else "a CPU",
-        training_loss="not on record" if summary["training_loss"] is None else f"{summary['training_loss']:.4f} nats per token",
+        training_loss="not on record" if loss is None else f"{loss:.4f} nats per token",
         bits="not measured" if bits is None else f"{bits:.3f}",
         perplexity=summary["heldout_perplexity"] or "not measured", sample=sample, recipe=json.dumps(recipe, indent=2),
     )  # fmt: skip
@@ -166,7 +166,8 @@ def _start(config: TrainConfig) -> str:
     if not config.init_from:
         return "new weights"
     if config.lora_rank:
-        return f"`{config.init_from}`, through adapters of rank {config.lora_rank} on {', '.join(config.lora_targets)}, merged"
+        targets = ", ".join(config.lora_targets)
+        return f"`{config.init_from}`, through adapters of rank {config.lora_rank} on {targets}, merged"
     return f"`{config.init_from}`"
 
 

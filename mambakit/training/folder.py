@@ -1,7 +1,7 @@
 """The folder of a run belongs to that run: its id, its configuration, and what it wrote.
 
-``run.json`` names the run and every file that it has written or is about to write. Only those are replaced and removed; what
-else lies in the folder is the user's and stays.
+``run.json`` names the run and every file that it has written or is about to write. Only those are replaced and removed;
+everything else in the folder is the user's and stays.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ from mambakit.training.checkpoint import (
 )
 from mambakit.training.config import TrainConfig
 from mambakit.training.resumption import differences, plain_config
+from mambakit.writing import replace_text, set_aside
 
 _RECORD = "run.json"
-# Written while the run goes on; a group of its own in run.json.
+# Written during the run; a group of its own in run.json.
 _DIARY = ("train_config.json", "environment.json", "metrics.jsonl", "loss.png")
 _EVENTS = "tensorboard/events.out.tfevents.*"
-# What a run writes, as patterns: where these lie in a folder that no run has marked, they are somebody else's.
+# Patterns of all that a run writes. In a folder without run.json, files of these names belong to the user.
 _WRITTEN = (
-    *_DIARY, "checkpoints", "tensorboard", "adapter", "summary.json", "README.md", "config.json", "generation_config.json",
-    "model.safetensors", "model.safetensors.index.json",
+    *_DIARY, "checkpoints", "tensorboard", "adapter", "summary.json", "README.md", "config.json",
+    "generation_config.json", "model.safetensors", "model.safetensors.index.json",
     "model-*-of-*.safetensors", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 
 
-# What the runs of a mambakit that did not mark them had written before their first checkpoint.
+# What a run of an older mambakit, which wrote no run.json, had written before its first checkpoint.
 _BEGUN = (*_DIARY, "checkpoints", "tensorboard", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -82,7 +83,7 @@ class RunFolder:
         return (mine[-1].path if mine else None), foreign
 
     def begin(self) -> None:
-        """Make the folder this run's: what an overwritten run left goes, once the folder says that it may."""
+        """Take over the folder: write run.json, then remove what an overwritten run left."""
         old = self._record
         if old is not None and self.config.resume:
             self._record = {**old, "config": plain_config(self.config)}
@@ -90,7 +91,8 @@ class RunFolder:
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             self._record = {"id": self.run, "started": now, "config": plain_config(self.config), "files": {}}
             if old is not None:
-                # Written before anything is removed: a run that is killed in between goes on removing when it is resumed.
+                # Written before anything is removed: a run that is killed in between continues the removal when
+                # resumed.
                 runs = [*old.get("replaces", {"runs": []})["runs"], old["id"]]
                 self._record["replaces"] = {"runs": runs, "files": sorted(_files(old))}
         diary = {*self._record["files"].get("diary", ()), *_DIARY, *([_EVENTS] if self.config.tensorboard else [])}
@@ -109,7 +111,7 @@ class RunFolder:
         replace_text(self.path / "train_config.json", json.dumps(plain_config(self.config), indent=2))
 
     def place(self, group: str, write: Callable[[Path], object]) -> None:
-        """Put files in the folder, each whole or not at all: ``write`` is given a temporary folder to write them to.
+        """Add files to the folder, each whole or not at all: ``write`` is given a temporary folder to write them to.
 
         Files of an earlier call with the same ``group`` that it no longer writes are removed.
         """
@@ -125,7 +127,7 @@ class RunFolder:
         self._record["files"][group] = sorted({*earlier, *names})
         self._save()
         for name in aside:  # the user's, put there since the run began
-            _put_aside(self.path / name)
+            set_aside(self.path / name)
         for name in names:
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             with open(temporary / name, "rb") as file:
@@ -146,8 +148,10 @@ class RunFolder:
             begun = not _results(out)
             if not (config.resume and begun):
                 raise ValueError(
-                    f"{out} holds a run of a mambakit that did not mark its runs, so that nothing says which settings its "
-                    f"checkpoints had: it is neither resumed nor overwritten; rename or remove it, or choose another out "
+                    f"{out} holds a run of a mambakit that did not mark its runs, so that nothing says which settings "
+                    "its "
+                    "checkpoints had: it is neither resumed nor overwritten; rename or remove it, or choose another "
+                    "out "
                     f"(init_from={out} starts a new run from its model)"
                 )
             self._refuse_foreign(_BEGUN)
@@ -168,7 +172,8 @@ class RunFolder:
                 )
             if changed:
                 raise ValueError(
-                    f"resume=true continues the run in {out}, which was started with other settings: {'; '.join(changed)}. Set "
+                    f"resume=true continues the run in {out}, which was started with other settings: "
+                    f"{'; '.join(changed)}. Set "
                     f"them back, or start a new run in another out (init_from={out} starts from its model)"
                 )
         elif config.overwrite:
@@ -187,7 +192,8 @@ class RunFolder:
             made = checkpoints(self.checkpoints, str(record["id"]))
             state = f"its latest checkpoint is {made[-1].name}" if made else "it has no checkpoint"
             raise ValueError(
-                f"{out} holds a run (started {record.get('started', '?')}; {state}); resume=true continues it, overwrite=true "
+                f"{out} holds a run (started {record.get('started', '?')}; {state}); resume=true continues it, "
+                "overwrite=true "
                 "removes it and starts anew, or choose another out"
             )
 
@@ -202,7 +208,8 @@ class RunFolder:
             shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
             also = " (overwrite=true removes what a run wrote, nothing else)" if self.config.overwrite else ""
             raise ValueError(
-                f"{self.path} holds {shown}, which no run wrote there and this one would replace{also}; move them away, or choose "
+                f"{self.path} holds {shown}, which no run wrote there and this one would replace{also}; move them "
+                "away, or choose "
                 "another out"
             )
 
@@ -255,18 +262,3 @@ def _files(record: dict[str, Any]) -> set[str]:
     """Everything that the run has written or was about to, and what it was about to remove."""
     listed = {name for names in record["files"].values() for name in names}
     return listed.union(record.get("replaces", {}).get("files", ()))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name and put it in its place."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _put_aside(path: Path) -> None:
-    free = (path.with_name(f"{path.name}.kept{number}") for number in range(1, 10**6))
-    path.rename(next(other for other in free if not other.exists()))

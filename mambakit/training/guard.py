@@ -1,4 +1,4 @@
-"""Which updates are made: one that is not finite, or far out of the ordinary, is skipped and reported."""
+"""Skips updates whose gradient is not finite, or whose norm is an outlier, and counts them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from mambakit.training.distributed import ProcessMesh, local
 
-# The running mean of the gradient's norm means something after this many updates.
-_SETTLING = 50
-_MEMORY = 0.98
+# Updates before the running mean of the gradient's norm is used, and the decay of that mean.
+_WARM_UP = 50
+_DECAY = 0.98
 
 
 class UpdateGuard:
-    """Decides about each update on the device, without a wait, so that the step can be a CUDA graph.
+    """Decides about each update on the device, without a host synchronisation, so that the step can be a CUDA graph.
 
-    `check` leaves 1 in ``skip`` where the update is not to be made; a fused optimiser whose ``found_inf`` is that tensor
+    `check` sets ``skip`` to 1 where the update is to be skipped; a fused optimiser whose ``found_inf`` is that tensor
     then changes neither parameters nor its own state.
 
     Args:
@@ -24,7 +24,7 @@ class UpdateGuard:
 
     Attributes:
         skip: () float32, 1 where the latest update was skipped.
-        skipped, in_a_row: () int64, updates skipped in all, and up to now without one made.
+        skipped, in_a_row: () int64, updates skipped in all, and since the last one that was made.
         worst: () float32, the largest norm skipped (infinite where one was not a number).
     """
 
@@ -39,19 +39,19 @@ class UpdateGuard:
 
     @torch.no_grad()
     def check(self, norm: Tensor) -> None:
-        """Judge the update whose gradient has this norm (), before clipping; NaN or infinite where the loss was."""
+        """Decide about the update whose gradient has this norm (), before clipping; it may be NaN or infinite."""
         norm = norm.float()
         finite = torch.isfinite(norm)
         made = finite
         if self.spike_factor:
-            made = finite & ((self.accepted < _SETTLING) | (norm <= self.spike_factor * self.mean))
+            made = finite & ((self.accepted < _WARM_UP) | (norm <= self.spike_factor * self.mean))
         count = made.long()
         self.skip.copy_(1.0 - made.float())
         self.accepted.add_(count)
         self.skipped.add_(1 - count)
         self.in_a_row.add_(1).mul_(1 - count)
-        # A plain mean at first, then one that forgets.
-        weight = torch.clamp(1.0 / self.accepted.clamp(min=1), min=1 - _MEMORY)
+        # A plain mean at first, then an exponential moving average.
+        weight = torch.clamp(1.0 / self.accepted.clamp(min=1), min=1 - _DECAY)
         self.mean.copy_(torch.where(made, self.mean + weight * (norm - self.mean), self.mean))
         bad = torch.where(finite, norm, torch.full_like(norm, torch.inf))
         self.worst.copy_(torch.where(made, self.worst, torch.maximum(self.worst, bad)))
@@ -65,7 +65,7 @@ class UpdateGuard:
 
 
 def weights_are_finite(model: nn.Module, mesh: ProcessMesh) -> bool:
-    """Whether every parameter is a number, at every process, so that all answer alike. All of them make the call."""
+    """Whether all parameters of all processes are finite. A collective call: every process gets the same answer."""
     finite = torch.ones((), dtype=torch.float32, device=mesh.device)
     for parameter in model.parameters():
         finite *= torch.isfinite(local(parameter.detach())).all()

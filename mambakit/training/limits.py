@@ -1,4 +1,4 @@
-"""The limits of a training configuration's fields, looked at before anything is read or made."""
+"""The limits of a training configuration's fields, checked before anything is read or made."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _REAL: dict[str, tuple[float, float, str]] = {
     "epochs": (math.nextafter(0, 1), math.inf, "above 0"),
     "max_minutes": (0, math.inf, "0 or more"),
 }
-# Texts that may be empty: then something else is taken, as the field's explanation says.
+# Strings that may be empty; each field's explanation says what an empty one means.
 _MAY_BE_EMPTY = {"tokenizer", "token_cache", "init_from", "separator", "sample_prompt"}
 _SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 
 
 def check_limits(config: Any) -> None:
-    """UsageError for a number outside of its limits, an empty text, or a size that is none."""
+    """UsageError for a number outside of its limits, an empty text, or a malformed size."""
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{name} is {value}; it must be a finite number")

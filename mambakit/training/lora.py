@@ -1,4 +1,4 @@
-"""Adapters through PEFT on a Mamba model: add low-rank ones (arXiv 2106.09685), load any that PEFT saves, merge, save."""
+"""PEFT adapters on a Mamba model: add low-rank ones (arXiv 2106.09685), load any that PEFT saves, merge, save."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from mambakit.reading import read_file, read_json
 _PEFT_PREFIX = "base_model.model."
 _FILE = "adapter_model.safetensors"
 _NAME = "default"
-# Fields whose work is done by PEFT's wrapper in each forward, not by the injected layers: without it they compute nothing.
+# Fields that PEFT's model wrapper implements, not its injected layers: without the wrapper they have no effect.
 _OF_A_WRAPPER = ("alora_invocation_tokens", "arrow_config")
 
 
 def add_adapters(model: Any, rank: int, alpha: float, targets: list[str]) -> None:
-    """Freeze ``model`` and put adapters of this rank on its linear layers ``targets``; they learn, nothing else does.
+    """Freeze ``model`` and put trainable adapters of this rank on its linear layers ``targets``.
 
     They are injected into the layers rather than wrapped around the model: PEFT refuses out_proj for the model type
     "mamba", since transformers' fused path passes by it there. Ours does not.
@@ -51,7 +51,7 @@ def add_adapters(model: Any, rank: int, alpha: float, targets: list[str]) -> Non
 
 
 def merge_adapters(model: Any) -> None:
-    """Add what every adapter does to its layer's weight and drop the adapter: the model is a plain one again.
+    """Add every adapter's update to its layer's weight and drop the adapter: the model is a plain one again.
 
     Raises:
         ValueError: adapters of a method that cannot be merged.
@@ -61,7 +61,7 @@ def merge_adapters(model: Any) -> None:
 
 
 def _take_off(model: Any, merge: bool) -> None:
-    """Put each adapted layer's own in its place again, with what the adapter does added to its weight or without."""
+    """Replace each adapted layer by its base layer, with the adapter's update merged into its weight or dropped."""
     for parent, name, adapter in list(_adapters(model)):
         if hasattr(adapter, "unload_and_optionally_merge_module"):  # modules_to_save, trainable tokens
             plain = adapter.unload_and_optionally_merge_module(merge=merge, safe_merge=False, adapter_names=None)
@@ -101,13 +101,13 @@ def save_adapters(model: Any, folder: str | os.PathLike) -> None:
 
 
 def load_adapters(model: Any, folder: str | os.PathLike) -> None:
-    """Put adapters saved by `save_adapters`, or by PEFT, onto ``model``: PEFT injects them by the folder's own configuration.
+    """Load adapters saved by `save_adapters` or PEFT onto ``model``: PEFT injects them by the folder's configuration.
 
     A model whose adapters were refused is what it was.
 
     Raises:
-        ValueError: PEFT is not installed, the model is quantised or has adapters already, the folder holds none, its method is none that
-            is injected into layers, or they do not fit the model.
+        ValueError: PEFT is not installed, the model is quantised or has adapters already, the folder holds none, its
+            method is none that is injected into layers, or they do not fit the model.
     """
     folder = Path(folder)
     if not (folder / _FILE).exists():
@@ -118,11 +118,12 @@ def load_adapters(model: Any, folder: str | os.PathLike) -> None:
     stored = read_file(folder / _FILE)
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise ValueError(
-            f"{folder}: {config.peft_type.value} adapters put tokens before the text and are not injected into layers; load them with "
+            f"{folder}: {config.peft_type.value} adapters put tokens before the text and are not injected into layers; "
+            "load them with "
             "peft.PeftModel.from_pretrained"
         )
     learned = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    # PiSSA, OLoRA and the like take what their new adapters do out of the weights.
+    # PiSSA, OLoRA and similar methods subtract their initial update from the weights.
     moves = isinstance(getattr(config, "init_lora_weights", None), str)
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()} if moves else {}
     with warnings.catch_warnings():
@@ -153,8 +154,8 @@ def _load(model: Any, config: Any, stored: dict[str, Any], folder: Path) -> list
     bare = _bare(model)
     wanted = peft.get_peft_model_state_dict(bare, adapter_name=_NAME, save_embedding_layers=False)
     given = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in stored.items()}
-    # Beside the adapters PEFT saves embeddings that it thinks were resized, and the head that an adapter is on; of a model of
-    # the same size they are the base's.
+    # Beside the adapters PEFT saves embeddings that it takes for resized, and a head with an adapter. In a model of the
+    # same size they equal the base model's.
     ends = ("embeddings.weight", "lm_head.weight")
     copies = [n for n in given if n not in wanted and n.replace(".base_layer.", ".").endswith(ends)]
     different = sorted((given.keys() ^ wanted.keys()) - set(copies))
@@ -228,20 +229,22 @@ def _read_config(folder: Path) -> Any:
 
 
 def _require_followed(fields: dict[str, Any], path: Path) -> None:
-    """CheckpointError for a field that would be passed by in silence: the adapters would then compute something else."""
+    """CheckpointError for a field that would be ignored: the adapters would then compute something else."""
     import peft
 
     for name in _OF_A_WRAPPER:
         if fields.get(name):
             raise CheckpointError(
-                f"{path}: {name} is {brief(fields[name])}; only PEFT's wrapper of a model follows it: load the adapters with "
+                f"{path}: {name} is {brief(fields[name])}; only PEFT's wrapper of a model follows it: load the "
+                "adapters with "
                 "peft.PeftModel.from_pretrained"
             )
     known = {field.name for field in dataclasses.fields(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[fields["peft_type"]])}
     unknown = sorted(name for name, value in fields.items() if name not in known and value)
     if unknown:
         raise CheckpointError(
-            f"{path}: {unknown[0]} is {brief(fields[unknown[0]])}, a field that PEFT {peft.__version__} does not know and would "
+            f"{path}: {unknown[0]} is {brief(fields[unknown[0]])}, a field that PEFT {peft.__version__} does not know "
+            "and would "
             f"ignore; install the PEFT that wrote it ({fields.get('peft_version') or 'a newer one'})"
         )
 

@@ -21,7 +21,7 @@ from mambakit.training.tokenizer import Vocabulary
 
 
 def make_model(config: TrainConfig, vocabulary: Vocabulary, console: Console) -> Any:
-    """The model in training mode, its parameters float32, on the CPU; packed weights are unpacked, since they do not learn."""
+    """The model in training mode on the CPU, its parameters float32; packed weights are unpacked."""
     model = _load(config, vocabulary, console) if config.init_from else _new(config, vocabulary)
     if config.lora_rank:
         add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
@@ -43,7 +43,8 @@ def recompute_selection(model: Any) -> None:
     for mixer in (module for module in model.modules() if isinstance(module, MambaMixer)):
         if not mixer.can_fuse():
             raise ValueError(
-                "recompute_selection takes Mamba layers with SiLU, without norms inside and without adapters on x_proj and dt_proj; this "
+                "recompute_selection takes Mamba layers with SiLU, without norms inside and without adapters on x_proj "
+                "and dt_proj; this "
                 f"{model.config.model_type} model has others; set activation_checkpointing instead"
             )
         mixer.recompute_selection = True

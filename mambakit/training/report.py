@@ -1,4 +1,4 @@
-"""What a run says at its beginning and at its end, in plain lines that a pipe and a terminal show alike."""
+"""What a run prints at its beginning and at its end, in plain lines for terminals and pipes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mambakit.training.tokenizer import Vocabulary
 
 
 class FinalLoss(NamedTuple):
-    """The mean training loss (nats per token) of the last steps on record, first to last; None where nothing is on record."""
+    """The mean training loss (nats per token) over steps ``first`` to ``last``; None where none was recorded."""
 
     mean: float | None
     first: int
@@ -56,7 +56,7 @@ def _quoted(text: str) -> str:
 
 
 def say_end(summary: dict[str, Any], config: TrainConfig, vocabulary: Vocabulary, console: Console) -> None:
-    """The losses, where the model is, and how to write with it."""
+    """Print the losses, where the model is, and how to generate with it."""
     training, heldout = summary["training_loss"], summary["heldout_loss"]
     first, last = summary["training_loss_steps"]
     steps = f"step {last}" if first == last else f"mean of steps {first} to {last}"
@@ -70,7 +70,8 @@ def say_end(summary: dict[str, Any], config: TrainConfig, vocabulary: Vocabulary
         unit = vocabulary.unit
         say(
             console,
-            f"held-out loss: {heldout:.4f} nats per token, {summary[f'heldout_bits_per_{unit}']:.4f} bits per {unit}, of "
+            f"held-out loss: {heldout:.4f} nats per token, {summary[f'heldout_bits_per_{unit}']:.4f} bits per {unit}, "
+            "of "
             f"{summary[f'heldout_{unit}s']:,} {unit}s",
         )
     say(console, f"model written to {config.out}")
@@ -78,7 +79,7 @@ def say_end(summary: dict[str, Any], config: TrainConfig, vocabulary: Vocabulary
 
 
 def interrupted(step: int, saved: int) -> str:
-    """What a user who has stopped a run must know; ``saved`` is the step of the latest checkpoint, 0 without one."""
+    """The message after Ctrl-C; ``saved`` is the step of the latest checkpoint, 0 without one."""
     if not saved:
         return f"stopped at step {step}, before the first checkpoint: resume=true starts from the beginning"
     return f"stopped at step {step}: resume=true continues from the checkpoint of step {saved}"
@@ -89,6 +90,7 @@ def remedy(saved: int) -> str:
     if not saved:
         return "there is no checkpoint: start anew (overwrite=true) with a lower learning_rate or clip"
     return (
-        f"the latest checkpoint is of step {saved}: resume=true export_only=true writes its model, and a new run (init_from, "
+        f"the latest checkpoint is of step {saved}: resume=true export_only=true writes its model, and a new run "
+        "(init_from, "
         "another out) goes on from there with a lower learning_rate or clip"
     )

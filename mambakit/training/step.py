@@ -22,14 +22,17 @@ _IGNORE = -100
 
 
 class Objective(nn.Module):
-    """The loss of a causal language model as a module of its own: DDP and FSDP act on a module's forward."""
+    """The loss of a causal language model as a module: DDP and FSDP hook a module's forward."""
 
     def __init__(self, model: Any):
         super().__init__()
         self.model = model
 
     def forward(self, tokens: Tensor, targets: Tensor, num_items: Tensor, **inputs: Any) -> Tensor:
-        """Summed loss of tokens against targets, (b, l) int64 both, over ``num_items``; ``inputs`` are the backbone's."""
+        """Loss of tokens against targets, (b, l) int64 both, summed and divided by ``num_items``.
+
+        ``inputs`` are further arguments of the backbone.
+        """
         hidden = self.model.backbone(tokens, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
         head, targets = self.model.get_output_embeddings(), targets.flatten().contiguous()
         if untouched(head, nn.Linear) and head.bias is None and type(head.weight) in PLAIN_TYPES:
@@ -44,15 +47,15 @@ class TrainingStep:
 
     Args:
         model: a causal language model, its parameters float32.
-        optimizer: a fused one, so that an update can be skipped without asking the device first.
+        optimizer: a fused one, so that an update can be skipped without a device-to-host synchronisation.
         clip: largest norm of the gradient.
         autocast: "bfloat16" (on CUDA) or "float32": dtype of matrix products.
-        respect_documents: let no state pass between the documents of a row.
-        accumulate: equal parts that a batch is computed in; the gradient is that of the whole.
-        ignored_token: a token that is read but never predicted.
-        carry_rows: rows of a batch where every row goes on from the state its predecessor ended with; 0: none does.
+        respect_documents: keep state from passing between the documents of a row.
+        accumulate: micro-batches of a batch, equal in size; the gradient is that of the whole batch.
+        ignored_token: a token that is never a target.
+        carry_rows: rows of a batch where every row starts from the final state of its predecessor; 0: from zeros.
         spike_factor: see `UpdateGuard`.
-        processes: those that share the batch; this one alone when absent.
+        processes: the mesh; one process when absent.
         objective: what `ProcessMesh.parallelize` made of the model's `Objective`, where there are several.
     """
 
@@ -81,7 +84,7 @@ class TrainingStep:
         return torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if self.half else contextlib.nullcontext()
 
     def targets(self, rows: Tensor, begins: Tensor) -> Tensor:
-        """(b, l) int64: what each of a row's first l tokens is to predict, -100 where nothing."""
+        """(b, l) int64: the target of each of a row's first l tokens, -100 for none."""
         targets = rows[:, 1:]
         if self.respect_documents:
             targets = targets.masked_fill(begins[:, 1:], _IGNORE)
@@ -161,8 +164,8 @@ class TrainingStep:
             self._carry(part, cache)
 
     def _build_buckets(self, rows: Tensor, begins: Tensor) -> None:
-        """One backward pass whose gradient is dropped: after its first one DDP rebuilds its buckets, which changes the order of
-        its sums. Without this the first step of a resumed run would differ in the last bits."""
+        """One backward pass whose gradient is dropped: after its first one DDP rebuilds its buckets, which changes the
+        order of its sums. Without this the first step of a resumed run would differ in the last bits."""
         if not self._buckets_built:
             rows, begins = rows.chunk(self.accumulate)[0], begins.chunk(self.accumulate)[0]
             self._share(rows, begins, self._count(rows, begins), None).backward()
@@ -170,11 +173,11 @@ class TrainingStep:
             self._buckets_built = True
 
     def _carry(self, part: int, cache: StateCache) -> None:
-        """Keep the state after a row for the next one. In place, after the backward pass: a CUDA graph's memory is fixed."""
+        """Keep the final states for the next batch: after the backward pass, and in place, as graphs need."""
         self.carried[part].load_(cache)
 
     def forget(self, rows: np.ndarray) -> None:
-        """These rows (batch_size,) bool of the next batch start from a zero state. In place: a CUDA graph's memory is fixed."""
+        """Let these rows (batch_size,) bool of the next batch start from a zero state: in place, as graphs need."""
         if not self.carried or not rows.any():
             return
         fresh = torch.from_numpy(rows).to(self.device, non_blocking=True)
@@ -203,8 +206,8 @@ class TrainingStep:
 class CapturedStep:
     """A `TrainingStep` as CUDA graphs over fixed input memory, one for each shape of batch.
 
-    A shape's first call warms the step up, captures it and replays it. No step runs in any other way: a run that goes on
-    from a checkpoint repeats the arithmetic of one that was never stopped.
+    A shape's first call warms the step up, captures it and replays it. No step runs in any other way: a resumed run
+    repeats the arithmetic of one that was never stopped.
     """
 
     _REHEARSALS = 3
@@ -218,8 +221,9 @@ class CapturedStep:
             )
         if not step.processes.capturable:
             raise ValueError(
-                f"a step of {step.processes.world} process(es) with parallel={step.processes.mode} and context_parallel="
-                f"{step.processes.context_size} cannot be a CUDA graph on {step.device}; set cuda_graph=false"
+                f"a step of {step.processes.world} process(es) with parallel={step.processes.mode} and "
+                f"context_parallel={step.processes.context_size} cannot be a CUDA graph on {step.device}; set "
+                "cuda_graph=false"
             )
         self.step = step
         self.graphs: dict[torch.Size, _Graph] = {}
@@ -260,7 +264,7 @@ class _Graph:
 def _positions(begins: Tensor, continues: bool = False) -> Tensor:
     """Positions (b, l) that restart at 0 where a document begins.
 
-    With ``continues`` a row that begins inside a document goes on from a state: its first position is not 0.
+    With ``continues`` a row that begins inside a document starts from a carried state: its first position is not 0.
     """
     index = torch.arange(begins.shape[1], dtype=torch.int64, device=begins.device).expand(begins.shape)
     start = torch.where(begins, index, -1 if continues else 0).cummax(1).values

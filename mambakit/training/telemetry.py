@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes: a progress bar, metrics.jsonl, TensorBoard's files, a record of its surroundings."""
+"""Records of a run: the progress bar, metrics.jsonl, TensorBoard's files, and environment.json."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mambakit.output import description_column
+from mambakit.writing import replace_text
 
 _PACKAGES = ("mambakit", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "peft", "pyarrow")
 
@@ -28,7 +29,7 @@ class Telemetry:
         out: the run's folder.
         console: where the bar is drawn.
         tensorboard: also write TensorBoard's files.
-        step: the step that the run starts from; records after it, of a run that was cut off, are dropped.
+        step: the step that the run starts from; later records, of a run that was interrupted, are dropped.
 
     Attributes:
         history: every record of the run, those before a resumption included.
@@ -37,7 +38,7 @@ class Telemetry:
     def __init__(self, out: Path, console: Console, tensorboard: bool, step: int):
         self.path = out / "metrics.jsonl"
         self.history = _records_until(self.path, step) if step else []
-        _replace(self.path, "".join(json.dumps(record) + "\n" for record in self.history))
+        replace_text(self.path, "".join(json.dumps(record) + "\n" for record in self.history))
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -61,7 +62,7 @@ class Telemetry:
             self._writer.close()
 
     def write(self, record: dict[str, Any], progress: float) -> None:
-        """Keep a record, and show it; ``progress`` (0 to 1) is how much of the run is over."""
+        """Write a record, and show it; ``progress`` (0 to 1) is the fraction of the run that is done."""
         self.history.append(record)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -99,7 +100,7 @@ def record_environment(out: Path, device: torch.device) -> None:
         "cuda": torch.version.cuda,
         "versions": versions,
     }
-    _replace(out / "environment.json", json.dumps(record, indent=2))
+    replace_text(out / "environment.json", json.dumps(record, indent=2))
 
 
 def _records_until(path: Path, step: int) -> list[dict[str, Any]]:
@@ -116,9 +117,3 @@ def _records_until(path: Path, step: int) -> list[dict[str, Any]]:
             if record["step"] <= step:
                 records.append(record)
     return records
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -1,4 +1,4 @@
-"""How much of the device's arithmetic a run uses."""
+"""Model FLOP/s utilisation (MFU): the share of the device's peak that a run uses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Dense peak of matrix products in FLOP/s from the vendors' data sheets, bfloat16 and float32 (as TF32, where it has it).
+# Dense peak of matrix products in FLOP/s from the vendors' data sheets: bfloat16 and float32 (TF32 where there is).
 _PEAKS = (
     ("H200", 989e12, 495e12),
     ("H100 PCIe", 756e12, 378e12),

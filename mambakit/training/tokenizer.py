@@ -1,7 +1,7 @@
 """Vocabularies: a byte-level BPE trained on a text, any existing tokenizer, bytes, and nucleotides.
 
-Each is a `tokenizers` tokenizer, so that what is trained with it loads in transformers; bytes and nucleotides are encoded
-by table lookup, which gives the same ids.
+Each is a `tokenizers` tokenizer, so that what is trained with it loads in transformers; bytes and nucleotides are
+encoded by table lookup, which gives the same ids.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mambakit.errors import CheckpointError, UsageError
 from mambakit.reading import read_json
 
 END = "<|endoftext|>"
-# A BPE of a few thousand merges is settled long before this much text; more only costs time.
+# A BPE of a few thousand merges does not change any more with this much text; more only costs time.
 _SAMPLE_CHARACTERS = 30_000_000
 _NUCLEOTIDES = "ACGTN"
 # IUPAC's letters for one of several nucleotides: all are read as N.

@@ -21,6 +21,13 @@ FOLDERS = ("mambakit", "docs", "tests", "benchmarks", "examples", "experiments",
 INSIDE = ("ops", "modules", "models", "decoding", "generation", "serving", "training", "evaluation", "commands")
 
 
+EXPERIMENTS = {
+    name
+    for file in ROOT.glob("experiments/*.py")
+    for name in re.findall(r"^    (\w+):", file.read_text(encoding="utf-8"), re.MULTILINE)
+}
+
+
 def identify(path):
     return str(path.relative_to(ROOT))
 
@@ -73,12 +80,15 @@ def test_what_looks_like_a_path():
 
 def test_documents_that_the_code_names():
     tracked = subprocess.run(
-        ["git", "ls-files", "benchmarks", "experiments", "tests", "docs/*.py"], cwd=ROOT, capture_output=True, text=True
+        ["git", "ls-files", "mambakit", "benchmarks", "experiments", "tests", "docs/*.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     if tracked.returncode != 0:
         pytest.skip("not a git checkout")
     for name in tracked.stdout.split():
-        if (ROOT / name).is_file():
+        if (ROOT / name).is_file() and name.endswith((".py", ".cu", ".cuh", ".cpp", ".h")):
             for document in re.findall(r"\bdocs/[\w/-]+\.md", (ROOT / name).read_text(encoding="utf-8")):
                 assert (ROOT / document).is_file(), f"{name} names {document}"
 
@@ -117,6 +127,19 @@ def test_commands_parse(path, capsys):
         except SystemExit as stop:
             code = stop.code
         assert code == 0, f"{line}: {capsys.readouterr().err}"
+
+
+def test_options():
+    """Options in backticks are of a command or of a script."""
+    known = {option for command in cli._parser().commands.values() for option in command.option_names()}
+    for script in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("experiments/*.py"), *ROOT.glob("mambakit/commands/*.py")]:
+        known |= set(re.findall(r'"(--[\w-]+)"', script.read_text(encoding="utf-8")))
+    known |= {"--version", "--help", "--config"}  # the last one is the evaluation harness's own
+    for path in TODAY:
+        spans = CODE.findall(without_blocks(path.read_text(encoding="utf-8")))
+        for option in re.findall(r"(?<!\S)--[\w-]+", " ".join(span for span in spans if span.startswith("--"))):
+            settings = option[2:].replace("-", "_")  # experiments' flags are the fields of dataclasses
+            assert option in known or settings in EXPERIMENTS, f"{path.name}: nothing has {option}"
 
 
 SCRIPT = re.compile(r"python ((?:benchmarks|docs|examples)/\w+\.py)((?: +[^`\n#]*)?)")

@@ -36,7 +36,8 @@ def plotted(folder) -> str:
 
 COPYING = [
     "--lengths", "8", "12", "--shares", "0.8", "0.2", "--memorize", "2", "--vocabulary", "6", "--hidden-size", "32",
-    "--batch-size", "16", "--batch-tokens", "1", "--learning-rate", "1e-2", "--evaluation-rows", "128", "--check-every", "25",
+    "--batch-size", "16", "--batch-tokens", "1", "--learning-rate", "1e-2", "--evaluation-rows", "128", "--check-every",
+    "25",
 ]  # fmt: skip
 
 
@@ -209,7 +210,8 @@ def test_language_scores_every_token_once(common, tmp_path):
 
 GENOMICS = [
     "--hidden-size", "32", "--mamba-layers", "2", "--head-size", "16", "--lengths", "32", "64", "128",
-    "--shares", "0.5", "0.25", "0.25", "--transformer-length", "64", "--batch-tokens", "256", "--contexts", "32", "64", "256",
+    "--shares", "0.5", "0.25", "0.25", "--transformer-length", "64", "--batch-tokens", "256", "--contexts", "32", "64",
+    "256",
     "--evaluation-tokens", "2048", "--validation-tokens", "300", "--markov-order", "4",
     "--learning-rates", "3e-3", "1e-2",
 ]  # fmt: skip
@@ -247,7 +249,8 @@ def test_genomics_reads_both_strands_and_refuses_other_letters(data, tmp_path):
 
 AUDIO = [
     "--hidden-size", "32", "--layers", "2", "--length", "64", "--batch-size", "8", "--classifier-layers", "2",
-    "--classifier-length", "256", "--classifier-batch-size", "32", "--frame", "8", "--samples", "2", "--sample-length", "20",
+    "--classifier-length", "256", "--classifier-batch-size", "32", "--frame", "8", "--samples", "2", "--sample-length",
+    "20",
     "--learning-rate", "1e-2", "--seeds", "0",
 ]  # fmt: skip
 

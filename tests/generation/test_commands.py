@@ -50,12 +50,12 @@ PROMPT = "The cat sat on the mat, and the dog"
 
 
 def read_tokens(monkeypatch):
-    """Counts of the tokens that each forward of the backbone reads."""
+    """Counts of the tokens of a text that each forward of the backbone reads."""
     counts: list[int] = []
     forward = mambakit.MambaModel.forward
 
     def counted(self, input_ids=None, *args, **kwargs):
-        counts.append(input_ids.numel())
+        counts.append(input_ids.shape[1])
         return forward(self, input_ids, *args, **kwargs)
 
     monkeypatch.setattr(mambakit.MambaModel, "forward", counted)

@@ -216,8 +216,7 @@ def test_prompt_lookup_is_quick_and_small():
     assert len(lookup._latest) == 2
 
 
-@pytest.mark.parametrize("penalised", [False, True], ids=["plain", "penalised"])
-@pytest.mark.parametrize("kind", ["lookup", "draft"])
+@pytest.mark.parametrize(("kind", "penalised"), [("lookup", False), ("draft", False), ("draft", True)])
 def test_samples_have_the_models_distribution(both, kind, penalised):
     """Three tokens from whole streams against their exact probabilities, by chi-square at fixed seeds."""
     how = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "logit_bias": {2: 0.5}} if penalised else {}

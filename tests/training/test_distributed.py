@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+import mambakit.training.run as training_run
 from mambakit.training import loop
 from mambakit.training.checkpoint import checkpoints
 from mambakit.training.config import TrainConfig
@@ -109,7 +110,7 @@ class StopError(Exception):
 def run_cut_and_resumed(folder: str, fields: dict):
     """A whole run, and one that dies at its second checkpoint and goes on."""
     summary = loop.train(small_config(Path(folder), **fields, out=f"{folder}/whole"), QUIET)
-    original, calls = loop.save_checkpoint, []
+    original, calls = training_run.save_checkpoint, []
 
     def stop_after_second(*args):
         original(*args)
@@ -117,10 +118,10 @@ def run_cut_and_resumed(folder: str, fields: dict):
         if len(calls) == 2:
             raise StopError
 
-    loop.save_checkpoint = stop_after_second
+    training_run.save_checkpoint = stop_after_second
     with contextlib.suppress(StopError):
         loop.train(small_config(Path(folder), **fields, out=f"{folder}/cut"), QUIET)
-    loop.save_checkpoint = original
+    training_run.save_checkpoint = original
     assert len(calls) == 2
     again = loop.train(small_config(Path(folder), **fields, out=f"{folder}/cut", resume=True), QUIET)
     return summary["heldout_perplexity"], again["heldout_perplexity"]

@@ -17,6 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import mambakit.training.run as training_run
 from mambakit.training import loop
 from mambakit.training.checkpoint import checkpoints, find_checkpoints
 from mambakit.training.config import TrainConfig
@@ -30,7 +31,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(loop, "write_curve", lambda history, path, console: path.write_bytes(b"png"))
+    monkeypatch.setattr(training_run, "write_curve", lambda history, path, console: path.write_bytes(b"png"))
 
 
 def config_of(folder: Path, **fields) -> TrainConfig:
@@ -312,7 +313,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, damage):
         last.rename(folder / "step-00000005.tmp")
     said = train(config_of(tmp_path, steps=5, checkpoint_every=1, keep_checkpoints=3, resume=True))
     assert "step-00000005" in said
-    assert "is passed over" in said
+    assert "is ignored" in said
     assert "continuing from step 4" in said
     mine = {p.name for p in checkpoints(folder, json.loads((tmp_path / "run" / "run.json").read_text())["id"])}
     assert mine == {"step-00000003", "step-00000004", "step-00000005"}
@@ -451,14 +452,14 @@ def test_two_runs_at_a_time_are_refused_and_a_dead_one_holds_nothing(tmp_path, f
 
 
 def test_a_run_within_a_run_is_refused(tmp_path, monkeypatch):
-    original = loop.save_checkpoint
+    original = training_run.save_checkpoint
 
     def nested(*args):
         with pytest.raises(ValueError, match="another process is training in"):
             train(config_of(tmp_path, resume=True))
         return original(*args)
 
-    monkeypatch.setattr(loop, "save_checkpoint", nested)
+    monkeypatch.setattr(training_run, "save_checkpoint", nested)
     train(config_of(tmp_path))
     monkeypatch.undo()
     train(config_of(tmp_path, resume=True))
@@ -467,7 +468,7 @@ def test_a_run_within_a_run_is_refused(tmp_path, monkeypatch):
 def refused_in_every_process(folder: str):
     torch.set_num_threads(1)
     messages = []
-    loop.write_curve = lambda *_: None
+    training_run.write_curve = lambda *_: None
     for fields in ({}, {}, {"seed": 3, "resume": True}, {"resume": True}):
         try:
             loop.train(config_of(Path(folder), parallel="ddp", **fields), QUIET)

@@ -18,7 +18,9 @@ import pytest
 import torch
 from rich.console import Console
 
+import mambakit.training.run as training_run
 from mambakit import cli
+from mambakit.output import say
 from mambakit.training import loop
 from mambakit.training.config import TrainConfig
 from mambakit.training.data.store import TokenStore
@@ -86,7 +88,7 @@ def test_the_command_is_what_the_shell_and_the_parser_read(tmp_path, prompt, tok
     config = TrainConfig(sample_prompt=prompt, out="-o [x]")
     command = generate_command(config, make_vocabulary(tokenizer))
     output = io.StringIO()
-    loop.say(Console(file=output, width=20), command)
+    say(Console(file=output, width=20), command)
     arguments = shlex.split(output.getvalue())
     parsed = cli._parser().parse_args(arguments[1:])
     assert arguments[0] == "mambakit"
@@ -159,7 +161,7 @@ def test_there_is_no_model_before_the_first_checkpoint(tmp_path, monkeypatch):
         interrupt_at(patch, 2)
         with pytest.raises(loop.RunInterrupted, match="stopped at step 1"):
             train(config_of(tmp_path))
-    with pytest.raises(ValueError, match="had not come to its first checkpoint; train it on"):
+    with pytest.raises(ValueError, match="had not reached its first checkpoint; continue its training"):
         train(config_of(tmp_path, resume=True, export_only=True))
 
 
@@ -263,7 +265,7 @@ def test_a_run_of_one_document_measures_what_it_did_not_see(tmp_path, fields):
 
 def ends(folder: str) -> str:
     torch.set_num_threads(1)
-    loop.write_curve = lambda *_: None
+    training_run.write_curve = lambda *_: None
     output = io.StringIO()
     loop.train(config_of(Path(folder), parallel="ddp"), Console(file=output, width=500))
     return output.getvalue()

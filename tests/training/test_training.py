@@ -121,9 +121,9 @@ def test_an_interrupted_run_continues_exactly(tmp_path):
     class StopError(Exception):
         pass
 
-    from mambakit.training import loop
+    import mambakit.training.run as training_run
 
-    original, calls = loop.save_checkpoint, []
+    original, calls = training_run.save_checkpoint, []
 
     def stop_after_second(*args):
         original(*args)
@@ -131,12 +131,12 @@ def test_an_interrupted_run_continues_exactly(tmp_path):
         if len(calls) == 2:
             raise StopError
 
-    loop.save_checkpoint = stop_after_second
+    training_run.save_checkpoint = stop_after_second
     try:
         with pytest.raises(StopError):
             train(cut, QUIET)
     finally:
-        loop.save_checkpoint = original
+        training_run.save_checkpoint = original
     cut.resume = True
     train(cut, QUIET)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")

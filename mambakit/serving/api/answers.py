@@ -1,4 +1,4 @@
-"""The shapes of an answer, whole or in events, and what it says of tokens."""
+"""The JSON of a response, whole or as events, and its token usage."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Usage:
 
     Attributes:
         prompts: tokens of each prompt.
-        copies: texts after each.
-        caching: whether known prefixes are kept.
+        copies: n, the texts of each prompt.
+        caching: whether there is a prefix cache.
     """
 
     prompts: Sequence[int]
@@ -27,9 +27,9 @@ class Usage:
     _cached: dict[int, int] = field(default_factory=dict)
 
     def count(self, index: int, tokens: int, cached_tokens: int | None = None) -> None:
-        """Text ``index`` has gained ``tokens``; of its prompt ``cached_tokens`` were known, which is said with its end.
+        """Add ``tokens`` of text ``index``; with its end come the ``cached_tokens`` of its prompt.
 
-        The first of a prompt's texts to be read makes the others' prompt known: what counts is what the least of them knew.
+        The first text of a prompt puts it into the cache for the others, so the smallest number of them is reported.
         """
         self.completion_tokens += tokens
         if cached_tokens is not None:
@@ -50,7 +50,7 @@ class Usage:
 
 @dataclass
 class Answer:
-    """The shapes of one answer, whole or in events."""
+    """The JSON of one response."""
 
     model: str
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
@@ -58,7 +58,8 @@ class Answer:
 
     def _body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "id": self.id, "object": "text_completion", "created": self.created, "model": self.model, "choices": choices,
+            "id": self.id, "object": "text_completion", "created": self.created, "model": self.model,
+            "choices": choices,
         }  # fmt: skip
 
     def whole(self, texts: Iterable[tuple[str, str]], usage: Usage) -> dict[str, Any]:
@@ -67,7 +68,7 @@ class Answer:
         return self._body(choices) | {"usage": usage.body}
 
     def event(self, index: int, text: str, finish_reason: str, usage: bool) -> bytes:
-        """``usage``: whether the stream ends with a usage event, of which the others then say that they have none."""
+        """``usage``: whether the stream ends with a usage event; the other events then have ``"usage": null``."""
         return event(self._body([_choice(index, text, finish_reason)]) | ({"usage": None} if usage else {}))
 
     def usage_event(self, usage: Usage) -> bytes:

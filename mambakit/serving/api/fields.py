@@ -1,4 +1,4 @@
-"""Every field of a request for completions: its type, range and default, in one table each. Nothing of a request goes on unread."""
+"""Every field of a request for completions: its type, range and default, in a table. No field is ignored."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Limits:
     """What a request may ask of this server.
 
     Attributes:
-        model: the name it goes by.
+        model: its name in the API.
         vocab_size: token ids are below it.
         max_new_tokens: of one text.
-        max_prompt_tokens: of one prompt; None for any number: a longer one takes no more memory, but time.
-        most_texts: prompts times n.
+        max_prompt_tokens: of one prompt; None is no limit: a longer one takes more time, not more memory.
+        most_texts: prompts times n, at most.
     """
 
     model: str
@@ -38,7 +38,7 @@ def wrong(param: str, message: str) -> ApiError:
     return ApiError(400, message, param=param)
 
 
-# -- readers: (the field's name, its value or None, the limits) -> the value to use; ApiError, TypeError or ValueError ------------
+# -- readers: (name of the field, its value or None, limits) -> the value to use
 
 Reader = Callable[[str, Any, Limits], Any]
 
@@ -88,7 +88,7 @@ def _stops(name: str, value: Any, _: Limits) -> tuple[str, ...]:
 
 
 def _stream_options(name: str, value: Any, limits: Limits) -> bool | None:
-    """include_usage; None where nothing is said."""
+    """include_usage; None where there are no options."""
     if value is None:
         return None
     if not isinstance(value, dict) or set(value) - {"include_usage"}:
@@ -97,7 +97,7 @@ def _stream_options(name: str, value: Any, limits: Limits) -> bool | None:
 
 
 def _prompts(name: str, value: Any, limits: Limits) -> list[str] | list[list[int]]:
-    """What costs little to look at comes first: a list may have millions of items."""
+    """Cheap checks come first: a list may have millions of items."""
     if value is None:
         raise ValueError("there is no prompt; give a string, a list of strings, or token ids")
     if isinstance(value, str):
@@ -107,8 +107,8 @@ def _prompts(name: str, value: Any, limits: Limits) -> list[str] | list[list[int
         value, kinds = [value], {list}
     if kinds not in ({str}, {list}):
         raise ValueError(
-            f"prompt is {quoted(value)}; it must be a string, a list of strings, a list of token ids or a list of such lists, "
-            "and not empty"
+            f"prompt is {quoted(value)}; it must be a string, a list of strings, a list of token ids or a list of such "
+            "lists, and not empty"
         )
     if len(value) > limits.most_texts:
         raise _too_many_texts(len(value), 1, limits)
@@ -130,23 +130,23 @@ def _check_ids(ids: list[Any], limits: Limits) -> None:
 
 
 def check_tokens(ids: list[int], limits: Limits) -> None:
-    """Of a prompt that was text: a tokenizer may know tokens that the model does not have.
+    """Check a tokenised prompt: a tokenizer may have tokens that the model does not.
 
     Raises:
         ApiError: too many, or one that the model does not have.
     """
     check_length(len(ids), limits)
     if max(ids) >= limits.vocab_size:
-        message = f"the prompt's text has token {max(ids)}, which the model does not have; its tokens are 0 to {limits.vocab_size - 1}"
-        raise wrong("prompt", message)
+        known = f"its tokens are 0 to {limits.vocab_size - 1}"
+        raise wrong("prompt", f"the prompt's text has token {max(ids)}, which the model does not have; {known}")
 
 
 def check_length(tokens: int, limits: Limits) -> None:
     if limits.max_prompt_tokens is not None and tokens > limits.max_prompt_tokens:
         raise wrong(
             "prompt",
-            f"the prompt has {tokens:,} tokens; at most {limits.max_prompt_tokens:,} are read here: shorten it, or serve with a "
-            "larger --max-prompt-tokens",
+            f"the prompt has {tokens:,} tokens; at most {limits.max_prompt_tokens:,} are read here: shorten it, or "
+            "serve with a larger --max-prompt-tokens",
         )
 
 
@@ -170,7 +170,7 @@ def _require_unicode(name: str, text: str) -> None:
         raise ValueError(f"{name} has half of a surrogate pair at {error.start}; send whole characters") from error
 
 
-# -- the tables -------------------------------------------------------------------------------------------------------------------
+# -- the tables
 
 _NARROWER = {
     "temperature": replace(SAMPLING["temperature"], high=2),
@@ -178,7 +178,7 @@ _NARROWER = {
     "repetition_penalty": replace(SAMPLING["repetition_penalty"], high=100),
     "presence_penalty": replace(SAMPLING["presence_penalty"], low=-2, high=2),
     "frequency_penalty": replace(SAMPLING["frequency_penalty"], low=-2, high=2),
-    # The seeds of the n texts after one prompt are consecutive numbers, all of which torch's generators take.
+    # The n texts of a prompt have consecutive seeds, all of which torch's generators accept.
     "seed": replace(SAMPLING["seed"], low=INT64[0], high=INT64[1]),
 }
 FIELDS: dict[str, Reader] = {
@@ -193,7 +193,7 @@ FIELDS: dict[str, Reader] = {
     "user": _text,
     "prompt": _prompts,
 }
-# OpenAI's fields that are not served: the values that ask for nothing, and what to do instead.
+# OpenAI's fields that are not served: the values that mean "off", and what to do instead.
 _UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "logprobs": ((None,), "leave it out; `mambakit score` and `mambakit generate --logprobs` give log-probabilities"),
     "logit_bias": ((None, {}), "leave it out"),

@@ -1,7 +1,7 @@
-"""From a request's bytes to prompts of token ids, off the event loop.
+"""From the bytes of a body to prompts of token ids, off the event loop.
 
-Python reads JSON without letting any other thread run: a body of a few megabytes would stop every stream for a second. Small bodies
-are read by threads, large ones by processes, of which the first starts with the first large body.
+Python's JSON parser holds the interpreter's lock: a body of a few megabytes would stop every stream for a second. Small
+bodies are parsed by threads, large ones by processes, of which the first starts with the first large body.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from mambakit.serving.api.protocol import ApiError, Limits
 
 _log = logging.getLogger("mambakit.serving")
 
-# The JSON of so many bytes is read within 5 ms, whatever it holds.
+# JSON of this many bytes is parsed within 5 ms, whatever it holds.
 SMALL = 32 << 10
-# Of each body these are not counted against the bodies of all: they are never the ones that fill the memory.
+# This much of each body does not count towards `unfinished_bytes`: the number of connections bounds it.
 _FREE = 64 << 10
 _STARTING = 120.0  # seconds for a process to start
 
@@ -39,8 +39,8 @@ class IntakeOptions:
         threads: for small bodies.
         processes: for large ones, at most.
         waiting: bodies that may wait for a thread, and for a process.
-        seconds: for a process to read one body.
-        unfinished_bytes: of all bodies that arrive or wait to be read.
+        seconds: for a process to parse and tokenise one body.
+        unfinished_bytes: of all bodies that are being received or wait to be parsed.
     """
 
     threads: int = 2
@@ -51,25 +51,25 @@ class IntakeOptions:
 
 
 class Intake:
-    """Reads bodies.
+    """Parses bodies.
 
     Args:
-        load: gives the model's tokenizer and what may be asked of it. It is called in a thread, since it takes as long as the
-            replicas take to load.
-        options: how many at a time.
+        load: gives the model's tokenizer and the limits of requests. It runs in a thread, because it takes as long as
+            the replicas take to load.
+        options: threads, processes and queues.
     """
 
     def __init__(self, load: Callable[[], tuple[Any, Limits]], options: IntakeOptions):
         self._load, self.options = load, options
         self.loaded: Future[tuple[Any, Codec, Limits]] = Future()
-        """The tokenizer, and what requests are read with."""
+        """The tokenizer, and the codec and limits with which requests are parsed."""
         self._small: queue.Queue[_Body] = queue.Queue()
         self._large: queue.Queue[_Body] = queue.Queue()
         self._processes: list[_Process] = []
         self._unfinished = self._large_open = 0
 
     def start(self) -> None:
-        # Daemons: none of them may keep the front from ending.
+        # Daemons: none of them may keep the server from exiting.
         threading.Thread(target=self._begin, daemon=True).start()
 
     def _begin(self) -> None:
@@ -84,7 +84,7 @@ class Intake:
 
     @contextlib.asynccontextmanager
     async def receive(self, parts: AsyncIterator[bytes]) -> AsyncIterator[bytearray]:
-        """A body, which counts among the unfinished ones until it is left."""
+        """A context with a whole body, which counts towards `unfinished_bytes` until it is left."""
         body, counted = bytearray(), 0
         try:
             async for part in parts:
@@ -92,8 +92,8 @@ class Intake:
                 more = max(0, len(body) - _FREE) - counted
                 if self._unfinished + more > self.options.unfinished_bytes:
                     message = (
-                        f"{self._unfinished >> 20} MiB of other requests' bodies are not received in full (--max-unfinished-mb); try again "
-                        "later, or with a smaller body"
+                        f"{self._unfinished >> 20} MiB of other requests' bodies are not received in full "
+                        "(--max-unfinished-mb); try again later, or with a smaller body"
                     )
                     raise ApiError(503, message, retry_after=1)
                 counted += more
@@ -103,7 +103,7 @@ class Intake:
             self._unfinished -= counted
 
     async def prepare(self, body: bytearray) -> Prepared:
-        """Raises an `ApiError` for what is not a request to this server, or where too many wait to be read."""
+        """Parse a body. Raises an `ApiError` for an invalid request, or where too many wait to be parsed."""
         small = len(body) <= SMALL
         waiting = self._small if small else self._large
         if waiting.qsize() >= self.options.waiting:
@@ -135,7 +135,7 @@ class Intake:
             self._small.get().answer(functools.partial(prepare, codec=codec, limits=limits))
 
     def stop(self) -> None:
-        """Nobody waits any more."""
+        """Kill the processes and drop what waits."""
         for process in self._processes:
             process.kill()
         for waiting in (self._small, self._large):
@@ -151,7 +151,7 @@ class _Body:
 
     def answer(self, read: Callable[[bytes], Prepared]) -> None:
         if not self.future.set_running_or_notify_cancel():
-            return  # the client went away
+            return  # the client disconnected
         try:
             self.future.set_result(read(self.content))
         except BaseException as error:
@@ -159,7 +159,7 @@ class _Body:
 
 
 class _Process:
-    """A process that reads large bodies, and the thread that hands them to it."""
+    """A process that parses large bodies, and the thread that sends them to it."""
 
     def __init__(self, waiting: queue.Queue[_Body], known: tuple[Codec, Limits], seconds: float):
         self._waiting, self._known, self._seconds = waiting, known, seconds
@@ -200,8 +200,8 @@ class _Process:
             raise ApiError(503, "the process that read this request ended; send it again", retry_after=1) from None
         if not in_time:
             self._end()
-            message = f"the request was not read within {self._seconds:g} seconds (--parse-seconds); send a shorter one, or token ids"
-            raise ApiError(400, message)
+            limit = f"{self._seconds:g} seconds (--parse-seconds)"
+            raise ApiError(400, f"the request was not read within {limit}; send a shorter one, or token ids")
         if isinstance(outcome, Prepared):
             return outcome
         if isinstance(outcome, dict):
@@ -217,11 +217,11 @@ class _Process:
 
 
 def _serve(codec: Codec, limits: Limits, connection: Connection) -> None:
-    """The process: bodies in, what they ask out, until the front is gone."""
+    """The process: receives bodies and sends back requests, until the server is gone."""
     import signal
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the front's to handle
+        signal.signal(number, signal.SIG_IGN)  # the server handles them
     with contextlib.suppress(EOFError, OSError):
         connection.send("started")
         while True:

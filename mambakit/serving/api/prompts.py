@@ -1,4 +1,4 @@
-"""From a body's bytes to a valid request, with its prompts as token ids."""
+"""From the bytes of a body to a valid request with its prompts as token ids."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from mambakit.generation.start_token import find_start_token
 from mambakit.serving.api import protocol
 from mambakit.serving.api.protocol import ApiError, Asked, Limits
 
-# A token is taken to stand for at least so many characters at most; a longer text is not tokenised to find that it is too long.
+# No token is longer than the longest of the vocabulary, for which at least this many characters are assumed. A longer
+# text than that allows is refused before it is tokenised.
 _LEAST_WIDTH = 16
 # Characters of prompts in one answer, with `echo`: an answer is written as JSON on the event loop.
 MOST_ECHO = 1 << 20
 
 
 class Codec:
-    """A tokenizer as far as requests need it. It can be sent to a process, and called from several threads at once."""
+    """The tokenizer's encoder. It can be pickled, and called from several threads at once."""
 
     def __init__(self, tokenizer: Any):
         self._start = find_start_token(tokenizer)
@@ -29,7 +30,7 @@ class Codec:
             # Written in Python: one call at a time.
             self._encode = functools.partial(_encode_alone, tokenizer)
         else:
-            backend = type(backend).from_str(backend.to_str())  # nobody else's settings
+            backend = type(backend).from_str(backend.to_str())  # a copy, whose settings no one else changes
             backend.no_truncation()
             backend.no_padding()
             self._encode = functools.partial(_encode, backend)
@@ -37,8 +38,8 @@ class Codec:
     def encode(self, prompt: str, limits: Limits) -> list[int]:
         if limits.max_prompt_tokens is not None and len(prompt) > limits.max_prompt_tokens * self._width:
             message = (
-                f"the prompt has {len(prompt):,} characters, more than {limits.max_prompt_tokens:,} tokens can stand for; shorten it, "
-                "or serve with a larger --max-prompt-tokens"
+                f"the prompt has {len(prompt):,} characters, more than {limits.max_prompt_tokens:,} tokens can stand "
+                "for; shorten it, or serve with a larger --max-prompt-tokens"
             )
             raise ApiError(400, message, param="prompt")
         ids = self._encode(prompt)
@@ -69,7 +70,7 @@ class Prepared:
     Attributes:
         asked: without its prompts.
         prompts: int64 ids of each, as bytes.
-        texts: with `echo`, what was asked as text; None for token ids.
+        texts: with `echo`, each prompt that was text; None for token ids.
     """
 
     asked: Asked
@@ -78,7 +79,7 @@ class Prepared:
 
 
 def prepare(body: bytes, codec: Codec, limits: Limits) -> Prepared:
-    """Raises an `ApiError` for what is not a request to this server."""
+    """Parse and tokenise a body. Raises an `ApiError` for an invalid request."""
     try:
         asked = protocol.parse(protocol.parse_body(body), limits)
     except RecursionError as error:
@@ -99,5 +100,5 @@ def prepare(body: bytes, codec: Codec, limits: Limits) -> Prepared:
 
 def check_echo(characters: int) -> None:
     if characters > MOST_ECHO:
-        message = f"echo would answer with {characters:,} characters of prompts; at most {MOST_ECHO:,} are sent: leave echo out"
-        raise ApiError(400, message, param="echo")
+        message = f"echo would answer with {characters:,} characters of prompts; at most {MOST_ECHO:,} are sent"
+        raise ApiError(400, f"{message}: leave echo out", param="echo")

@@ -1,6 +1,6 @@
-"""The completions API: what can be asked, how it is answered, and how it is refused.
+"""The completions API: a request's body to a valid request.
 
-Nothing that is asked is passed over: a field that is not served is refused by name, unless it says what holds without it.
+No field is ignored: one that is not served is refused by name, unless its value means the default.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from mambakit.serving.api.fields import MOST_STOPS, Limits, check_length, check_
 from mambakit.serving.errors import ApiError
 
 __all__ = [
-    "DONE", "MOST_STOPS", "Answer", "ApiError", "Asked", "Limits", "Usage", "check_length", "check_tokens", "event", "parse", "parse_body",
+    "DONE", "MOST_STOPS", "Answer", "ApiError", "Asked", "Limits", "Usage", "check_length", "check_tokens", "event",
+    "parse", "parse_body",
 ]  # fmt: skip
 
 
@@ -35,22 +36,22 @@ class Asked:
     echo: bool
 
     def sampling_of(self, copy: int) -> dict[str, Any]:
-        """The n texts after one prompt differ by their seeds."""
+        """The sampling parameters of text ``copy`` of a prompt: the n texts differ in their seeds."""
         seed = self.sampling["seed"]
         return self.sampling | {"seed": None if seed is None else seed + copy}
 
 
 def parse_body(body: bytes) -> Any:
-    """The JSON value of a body. NaN and infinities, which Python reads, are left for each field to refuse by name.
+    """The JSON value of a body. NaN and infinities, which Python accepts, are refused later by their fields' checks.
 
     Raises:
-        ApiError: it is none, or an object in it has a field twice.
+        ApiError: it is no JSON, or an object in it has a field twice.
     """
     try:
         return json.loads(body, object_pairs_hook=_object)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON ({error}); send a JSON object as application/json") from error
-    except ValueError as error:  # Python reads numbers of up to 4,300 digits
+    except ValueError as error:  # Python parses integers of up to 4,300 digits
         raise ApiError(
             400, "the body is not JSON (a number has thousands of digits); send numbers that a float64 holds"
         ) from error
@@ -69,7 +70,7 @@ def parse(body: Any, limits: Limits) -> Asked:
     """Check a request.
 
     Raises:
-        ApiError: it asks for what is not served here, or for another model.
+        ApiError: a field is unknown, not served or wrong, or the request is for another model.
     """
     if not isinstance(body, dict):
         raise ApiError(400, f"the body is a JSON {type(body).__name__}; send an object with a prompt")

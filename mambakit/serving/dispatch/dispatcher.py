@@ -1,8 +1,8 @@
 """Sends texts to replicas and delivers what they generate.
 
-Texts wait in one queue and not at the replicas: each is sent to the replica with the least remaining work when one has room.
-Keys, their clients and their requests take turns, and every request soon has a text at a replica, whose engine takes turns for
-its slots. All methods run on the event loop's thread.
+Texts wait in one queue and not at the replicas: each is sent to the replica with the least remaining work when one has
+room. Keys, their clients and their requests take turns, and every request soon has a text at a replica, whose engine
+takes turns for its slots. All methods run on the event loop's thread.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Dispatcher:
         self._suspects = Suspects()
         self._queue = WaitingQueue(slots)
 
-    # -- requests --------------------------------------------------------------------------------------------------------
+    # -- requests
 
     @property
     def waiting(self) -> int:
@@ -103,7 +103,7 @@ class Dispatcher:
             job.replica, replica.jobs[job.id] = replica, job
             replica.outgoing.put(Task(job.id, job.prompt_ids, job.sampling, job.max_new_tokens, job.stop, job.share))
 
-    # -- replicas ----------------------------------------------------------------------------------------------------------
+    # -- events of replicas
 
     def ready(self, replica: Replica) -> None:
         """It takes texts."""
@@ -165,7 +165,7 @@ class Dispatcher:
         job.ended = True
         job.inbox.fail(error)
 
-    # -- monitoring --------------------------------------------------------------------------------------------------------
+    # -- monitoring
 
     def health(self) -> dict[str, Any]:
         """ "ok" where every replica is ready, "degraded" where some are, else "loading" or "unavailable"."""

@@ -1,4 +1,4 @@
-"""The texts that no replica has yet: in which order they are sent, where there is room for them, and how many may wait."""
+"""The texts that no replica has yet: their order, the room for them at the replicas, and how many may wait."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mambakit.serving.dispatch.jobs import Job, Replica
 
 # Texts sent to a replica beyond its slots, so that a slot that becomes free is refilled without a round trip.
 AHEAD = 2
-# A request with no text at a replica may be sent beyond those, while its owner holds less than its share of this many times
-# the slots: the engine there takes turns between owners, so the request gets its first token soon.
+# A request with no text at a replica may be sent beyond those, while its owner holds less than its share of this many
+# times the slots: the engine there takes turns between owners, so the request gets its first token soon.
 EARLY = 4
 # The queue may grow to this many times its limit for owners that hold less than their share of it.
 REACH = 2
@@ -18,7 +18,7 @@ _TRIES = 16  # requests whose next text is tried, in the order of their turns
 
 
 class WaitingQueue:
-    """The queue in front of all replicas, which have ``slots`` each. Texts of one owner leave in the order of arrival."""
+    """One queue for all replicas, which have ``slots`` each. Texts of one owner leave in the order of arrival."""
 
     def __init__(self, slots: int):
         self._slots = slots
@@ -60,8 +60,10 @@ class WaitingQueue:
         return job.share not in placed and within_share(job.share, placed, EARLY * self._slots)
 
     def admits(self, jobs: Sequence[Job], replicas: Sequence[Replica], limit: int) -> bool:
-        """Whether all texts of one request may wait. Where the queue is full with others' texts, a request that asks for no
-        more than its owner's share of the queue may."""
+        """Whether all texts of one request may wait.
+
+        Where the queue is full with others' texts, a request for no more than its owner's share of the queue may.
+        """
         waiting = [job.share for job in self._jobs]
         waiting += [job.share for r in replicas for job in list(r.jobs.values())[self._slots :]]
         free = sum(max(0, self._slots - len(r.jobs)) for r in replicas if r.state == "ready")

@@ -48,6 +48,6 @@ class Suspects:
         deaths, _ = self._deaths[job.work]
         return ApiError(
             500,
-            f"{deaths} replicas have died while they wrote this text, which may be the cause; do not send it again: it is refused "
-            f"for {SECONDS / 60:.0f} minutes. The server's log says how they died",
+            f"{deaths} replicas have died while they wrote this text, which may be the cause; do not send it again: it "
+            f"is refused for {SECONDS / 60:.0f} minutes. The server's log says how they died",
         )

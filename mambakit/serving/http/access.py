@@ -1,7 +1,7 @@
 """Access: the API keys that clients send, the host that a request names, and the web page that it comes from.
 
-A web page can send requests to addresses of its visitor's machine. Its `Origin` shows that, or its own name in `Host` where the
-page's name was made to resolve to this address (DNS rebinding).
+A web page can send requests to addresses of its visitor's machine. Its `Origin` shows that, or its own name in `Host`
+where the page's name was made to resolve to this address (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ def _check_key(source: str, key: str) -> None:
     remedy = """make one: python -c "import secrets; print(secrets.token_urlsafe())\""""
     if not key.strip():
         raise ValueError(
-            f"{source}: the key is {'blank' if key else 'empty'}, as an unset variable is; leave {source.split(',')[0]} out "
-            f"to serve without a key, or {remedy}"
+            f"{source}: the key is {'blank' if key else 'empty'}, as an unset variable is; leave "
+            f"{source.split(',')[0]} out to serve without a key, or {remedy}"
         )
     if key != key.strip():
         raise ValueError(f"{source}: the key begins or ends with a blank or a line end; take it away")
     bad = next((i for i, character in enumerate(key) if not "!" <= character <= "~"), None)
     if bad is not None:
         raise ValueError(
-            f"{source}: character {bad + 1} of the key (U+{ord(key[bad]):04X}) cannot be sent in a header; use visible ASCII "
-            f"without blanks, or {remedy}"
+            f"{source}: character {bad + 1} of the key (U+{ord(key[bad]):04X}) cannot be sent in a header; use visible "
+            f"ASCII without blanks, or {remedy}"
         )
     if len(key) < LEAST_KEY:
         raise ValueError(
@@ -132,7 +132,7 @@ class AccessRules:
             raise ApiError(401, message, code="invalid_api_key")
 
     def holder(self, authorization: str) -> str:
-        """An identifier of the key, the same however the header is written; "" without keys, since clients could invent some."""
+        """An identifier of the key, however the header is written; "" without keys, since clients could invent some."""
         return hashlib.sha256(_sent(authorization)).hexdigest()[:16] if self.keys else ""
 
     def allows_host(self, host: str) -> bool:
@@ -166,14 +166,15 @@ class AccessRules:
                 400, f"the request has {len(hosts)} Host headers, or one that is no host; send one Host: NAME[:PORT]"
             )
         if not self.allows_host(parsed[1]):
-            message = f"{cut(parsed[1])!r} is no name of this server; use one of its addresses, or serve with --allowed-host NAME"
+            asked = cut(parsed[1])
+            message = f"{asked!r} is no name of this server; use one of its addresses, or add --allowed-host NAME"
             raise ApiError(403, message, code="host_not_allowed")
         for origin in origins:
             if not self.allows_origin(origin, hosts[0]):
-                message = f"pages of {cut(origin)!r} may not use this server; serve with --allowed-origin ORIGIN to allow them"
+                message = f"pages of {cut(origin)!r} may not use this server; serve with --allowed-origin ORIGIN"
                 raise ApiError(403, message, code="origin_not_allowed")
         if not origins and "*" not in self.origins and any(site in ("cross-site", "same-site") for site in sites):
-            message = "pages of other sites may not use this server; serve with --allowed-origin ORIGIN to allow them"
+            message = "pages of other sites may not use this server; serve with --allowed-origin ORIGIN"
             raise ApiError(403, message, code="origin_not_allowed")
 
 

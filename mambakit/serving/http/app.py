@@ -171,14 +171,15 @@ class App:
         return _DISCONNECTED if response is None else response
 
     def _expire(self, completion: Completion) -> None:
-        message = f"the request was not done within {self._request_seconds:g} seconds (--request-seconds); ask for fewer tokens"
+        limit = f"{self._request_seconds:g} seconds (--request-seconds)"
+        message = f"the request was not done within {limit}; ask for fewer tokens"
         completion.inbox.fail(ApiError(504, message))
         self.dispatcher.cancel(completion.jobs)
 
     # -- a request -----------------------------------------------------------------------------------------------------
 
     def _share(self, request: Request) -> tuple[Any, ...]:
-        """The owner of its texts: keys take turns with keys, the clients of a key and the requests of a client likewise."""
+        """The owner of its texts. Keys take turns, so do the clients of a key and the requests of a client."""
         client = "" if request.client is None else request.client.host
         return self.access.holder(request.headers.get("authorization", "")), client, next(self._requests)
 

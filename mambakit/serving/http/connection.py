@@ -1,7 +1,8 @@
-"""What a connection may take: bytes, headers, time and a place. uvicorn sees to HTTP itself, and limits none of them.
+"""Limits of connections: bytes, headers, time and their number. uvicorn parses HTTP and limits none of these.
 
-A connection's phases: "idle" between requests, "headers" and "body" while a request arrives, "answer" until the application has
-given it, "closing" while a refusal is on its way. `Connection.check`, called a few times a second, holds the deadlines.
+A connection's phases: "idle" between requests, "headers" and "body" while a request is received, "answer" until the
+response is complete, "closing" while a refusal is being sent. `Connection.check`, called a few times per second,
+enforces deadlines.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from mambakit.serving.errors import ApiError
 from mambakit.serving.http.connection_limits import ConnectionLimits
 
-# Seconds in which a refused client may finish sending and read why: bytes that nobody reads would make the socket reset.
+# Seconds in which a refused client may finish sending and read the error: closing a socket with unread bytes resets it.
 _LINGER = 2.0
-# Bytes given to the parser at once; between them the limits are looked at.
+# Bytes given to the parser at a time; the limits are checked in between.
 _SLICE = 64 << 10
-# A client that has closed its side looks like one that has only finished sending. It is sent an interim answer after these
-# seconds, doubled each time: a client that is gone resets the connection.
+# A client that has closed the connection looks like one that has only finished sending. It gets an interim response
+# after these seconds, doubled each time: a client that is gone resets the connection.
 _FIRST_PROBE, _MOST_PROBE = 1.0, 16.0
 _PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class _RefusedError(Exception):
-    """Ends the parser, which calls back in the middle of its input."""
+    """Raised in a callback to stop the parser in the middle of its input."""
 
 
 class Connection(HttpToolsProtocol):
@@ -42,10 +43,10 @@ class Connection(HttpToolsProtocol):
         self._phase, self._since = "headers", time.monotonic()
         self._overhead = self._body = 0
         """Bytes of this request, in and around its body."""
-        self._begun = self._deaf = self._half_closed = False
+        self._begun = self._refused = self._half_closed = False
         self._probe_after, self._probe_at = _FIRST_PROBE, 0.0
         self._unsent_until: float | None = None
-        """When what is written must have been read."""
+        """The deadline for the client to read what was written."""
 
     # -- what arrives --------------------------------------------------------------------------------------------------
 
@@ -58,14 +59,14 @@ class Connection(HttpToolsProtocol):
             if isinstance(c, Connection) and c is not self and c._phase != "answer" and not c.transport.is_closing()
         ]  # fmt: skip
         if others:
-            # Refused ones first, then the oldest: who has a request to make makes it soon.
+            # Close a refused one first, else the one that has been longest without a complete request.
             min(others, key=lambda c: (c._phase != "closing", c._since)).transport.abort()
         else:
             self._refuse(503, f"{self._limits.connections} connections have requests already; try again later", 1)
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
-        while data and not self._deaf:
+        while data and not self._refused:
             in_headers = self._phase in ("idle", "headers")
             size = max(1, self._limits.header_bytes - self._overhead) if in_headers else _SLICE
             part, data = data[:size], data[size:]
@@ -76,12 +77,13 @@ class Connection(HttpToolsProtocol):
             try:
                 self.parser.feed_data(part)
             except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-                # Refusals of our own have been told already.
+                # Where a limit of ours stopped the parser, the error is sent already.
                 self._refuse(400, "the connection's bytes are no HTTP request; send HTTP/1.1, one request at a time")
                 return
             self._overhead += len(part) - (self._body - before)
             if self._phase == "headers" and self._overhead >= self._limits.header_bytes:
-                self._refuse(431, f"the headers are longer than {self._limits.header_bytes} bytes; send fewer, or serve with a larger --max-header-bytes")  # fmt: skip
+                limit = f"the headers are longer than {self._limits.header_bytes} bytes"
+                self._refuse(431, f"{limit}; send fewer, or serve with a larger --max-header-bytes")
             elif self._phase == "body" and self._overhead > 2 * self._limits.header_bytes + self._body // 4:
                 self._refuse(
                     400, "the body comes in pieces that are too small, or with too much around them; send larger ones"
@@ -91,28 +93,30 @@ class Connection(HttpToolsProtocol):
         if self._phase == "answer" and not self.cycle.response_complete:
             self.cycle.keep_alive = False
             self._half_closed, self._probe_at = True, time.monotonic() + self._probe_after
-            return True  # the client still reads
+            return True  # keep the transport open: the client still reads
         if self._phase == "body" or (self._phase == "headers" and self._begun):
             self._refuse(400, "the connection ended before its request did")
         return None
 
     def on_message_begin(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
-            # Everything after it would have to be kept meanwhile. A client may send it again on another connection.
+            # Pipelining would need unbounded memory for what follows. A client may send it again on another connection.
             self._stop("a request came before the last one was answered; wait for the answer")
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
         if len(self.url) > self._limits.url_bytes:
-            self._stop(f"the URL is longer than {self._limits.url_bytes} bytes; shorten it, or serve with a larger --max-url-bytes", 414)  # fmt: skip
+            limit = f"the URL is longer than {self._limits.url_bytes} bytes"
+            self._stop(f"{limit}; shorten it, or serve with a larger --max-url-bytes", 414)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._phase != "headers":
-            return  # of a trailer
+            return  # a trailer
         super().on_header(name, value)
         if len(self.headers) > self._limits.headers:
-            self._stop(f"there are more than {self._limits.headers} headers; send fewer, or serve with a larger --max-headers", 431)  # fmt: skip
+            limit = f"there are more than {self._limits.headers} headers"
+            self._stop(f"{limit}; send fewer, or serve with a larger --max-headers", 431)
 
     def on_headers_complete(self) -> None:
         length = self._check_headers()
@@ -125,14 +129,14 @@ class Connection(HttpToolsProtocol):
 
         async def send(message: Any) -> None:
             if cycle.more_body and message["type"] == "http.response.start":
-                # The rest of the body is not waited for.
+                # The rest of the body is not received.
                 message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
             await sends(message)
 
         cycle.send = send  # type: ignore[method-assign]
 
     def _check_headers(self) -> int:
-        """The declared length; what has two readings is refused."""
+        """The declared length. Headers with two interpretations are refused (request smuggling)."""
         version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
             self._stop(f"this is HTTP/{version}; send HTTP/1.1", 505)
@@ -187,10 +191,10 @@ class Connection(HttpToolsProtocol):
         raise _RefusedError
 
     def _refuse(self, status: int, message: str, retry_after: int | None = None) -> None:
-        """Answer in the application's place, and close. An answer that is being given ends first."""
-        if self._deaf:
+        """Send an error in place of the application's response, and close. A response that has started ends first."""
+        if self._refused:
             return
-        self._deaf = True
+        self._refused = True
         if self._phase == "answer":
             self.cycle.keep_alive = False
             return
@@ -198,7 +202,7 @@ class Connection(HttpToolsProtocol):
             if self.cycle.response_started:
                 self.transport.abort()
                 return
-            self.cycle.disconnected = True  # the application is told, and what it still says goes nowhere
+            self.cycle.disconnected = True  # the application sees a disconnect, and what it still sends is dropped
             self.cycle.message_event.set()
         error = ApiError(status, message, retry_after=retry_after)
         body = json.dumps(error.body).encode()
@@ -216,7 +220,7 @@ class Connection(HttpToolsProtocol):
         self._linger()
 
     def _linger(self) -> None:
-        self._deaf = True
+        self._refused = True
         self._enter("closing")
         if self.transport.can_write_eof() and not self.transport.is_closing():
             self.transport.write_eof()
@@ -228,7 +232,7 @@ class Connection(HttpToolsProtocol):
         super().resume_writing()
 
     def check(self, now: float) -> None:
-        """End what has taken too long."""
+        """Enforce the deadline of the current phase."""
         limits, waited = self._limits, now - self._since
         if self._is_stuck(now) or (self._phase == "closing" and waited > _LINGER):
             self.transport.abort()

@@ -1,4 +1,4 @@
-"""How much each connection may take, and how many there is room for."""
+"""The limits of a connection, and how many connections the limit of open files allows."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ BACKLOG = 128
 class ConnectionLimits:
     """
     Attributes:
-        connections: in all. When they are taken, a newcomer gets the place of the one that has been without a whole request
-            longest, and a 503 where all have one.
-        header_bytes: of a request's line and headers; also of what surrounds the pieces of a body.
-        headers: how many.
+        connections: in all. A new one beyond them replaces the one that has been without a complete request longest,
+            and gets a 503 where all have one.
+        header_bytes: of a request's line and headers; also of the framing of a chunked body.
+        headers: their number.
         url_bytes: of a request's target.
         body_bytes: of a request.
-        header_seconds: for the headers to arrive, from the connection or the first byte on.
-        body_seconds: for a body to begin to arrive; it has a second more for each ``rate`` bytes that have come.
+        header_seconds: to receive the headers, counted from the connection or the first byte.
+        body_seconds: to receive a body, plus one second for each ``rate`` bytes received.
         idle_seconds: between requests.
-        write_seconds: in which a client must read what waits for it; it has a second more for each ``rate`` bytes of it.
-        rate: bytes a second below which a client is too slow.
+        write_seconds: for a client to read what was written, plus one second for each ``rate`` bytes of it.
+        rate: bytes per second below which a client is too slow.
     """
 
     connections: int = 1000
@@ -38,10 +38,10 @@ class ConnectionLimits:
 
 
 def connections_that_fit(asked: int | None, replicas: int) -> int:
-    """Raise the limit of open files as far as it goes, and give the number of connections that there is room for.
+    """Raise the limit of open files as far as possible, and return the number of connections that it allows.
 
     Raises:
-        ValueError: there is no room for as many as were asked for.
+        ValueError: fewer than ``asked`` fit.
     """
     if sys.platform == "win32":  # has no such limit
         return asked or ConnectionLimits.connections
@@ -49,7 +49,7 @@ def connections_that_fit(asked: int | None, replicas: int) -> int:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = soft
-    # Without a hard limit the kernel has one of its own; macOS's is the lower of these.
+    # Without a hard limit the kernel has its own; that of macOS is the lower of these.
     for most in (1 << 20, 10240) if hard == resource.RLIM_INFINITY else (hard,):
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
@@ -57,12 +57,13 @@ def connections_that_fit(asked: int | None, replicas: int) -> int:
             continue
         limit = most
         break
-    # The backlog is accepted at once, before a connection is refused; a replica has a pipe and a sentinel, and opens files to load.
+    # The backlog is accepted before connections are refused; a replica has a pipe and a sentinel, and opens files to
+    # load.
     others = BACKLOG + 64 + 8 * replicas
     room = limit - others
     if room < (asked or 1):
         raise ValueError(
-            f"--max-connections {asked or 1} and {replicas} replicas need {(asked or 1) + others} open files, and this process may "
-            f"have {limit} (ulimit -n); raise that, or lower --max-connections"
+            f"--max-connections {asked or 1} and {replicas} replicas need {(asked or 1) + others} open files, and this "
+            f"process may have {limit} (ulimit -n); raise that, or lower --max-connections"
         )
     return asked or min(ConnectionLimits.connections, room)

@@ -1,4 +1,4 @@
-"""Requests that are none, and errors as answers."""
+"""Checks of a request's headers, and errors as responses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mambakit.serving.errors import ApiError
 
 
 def require_json(request: Request) -> None:
-    """A web page can send other types to any server without asking it first."""
+    """Raises an `ApiError` for another content type: browsers send those to any server without a preflight request."""
     sent = request.headers.get("content-type")
     kind = (sent or "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -29,7 +29,8 @@ async def refusal(_: Request, error: Exception) -> Response:
 
 async def http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    what = f"{cut(request.method)} {cut(request.url.path)}: {error.detail}; there are POST /v1/completions, GET /v1/models, /health, /ready, /live and /metrics"
+    known = "there are POST /v1/completions, GET /v1/models, /health, /ready, /live and /metrics"
+    what = f"{cut(request.method)} {cut(request.url.path)}: {error.detail}; {known}"
     return JSONResponse(ApiError(error.status_code, what).body, error.status_code, error.headers)
 
 

@@ -1,7 +1,7 @@
 """How the server tells a replica's process that is stopped or stuck from one that is busy.
 
-A thread of the process sends a heartbeat at short intervals with the number of engine steps made. No heartbeats mean that the
-process is stopped; work without new steps means that its main thread is stuck.
+A thread of the process sends a heartbeat at short intervals with the number of engine steps made. No heartbeats mean
+that the process is stopped; work without new steps means that its main thread is stuck.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The output of a replica's process: token ids become text, stop strings end texts, and an error ends its own text only."""
+"""The output of a replica's process: token ids become text, stop strings end texts, and an error ends its own text
+only.
+"""
 
 from __future__ import annotations
 

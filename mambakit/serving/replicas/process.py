@@ -1,6 +1,7 @@
 """The server's side of one replica's process, from its start to its exit.
 
-Two threads carry the messages: one receives, and one sends, so that a process that does not read its pipe blocks nobody else.
+Two threads carry the messages: one receives, and one sends, so that a process that does not read its pipe blocks nobody
+else.
 """
 
 from __future__ import annotations

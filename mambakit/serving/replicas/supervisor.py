@@ -22,7 +22,8 @@ from mambakit.serving.replicas.process import ReplicaProcess
 
 _log = logging.getLogger("mambakit.serving")
 
-# A replica is restarted at once, at most RESTARTS times within WINDOW seconds; after that it waits for the window to pass.
+# A replica is restarted at once, at most RESTARTS times within WINDOW seconds; after that it waits for the window to
+# pass.
 RESTARTS, WINDOW = 3, 60.0
 _EXIT_SECONDS = 5.0  # for a process to exit when told to
 
@@ -80,7 +81,7 @@ class Supervisor:
             if one.process is not None:
                 one.process.kill()
 
-    # -- one replica -------------------------------------------------------------------------------------------------------
+    # -- one replica
 
     def _launch(self, one: Supervised) -> None:
         if self._stopping:

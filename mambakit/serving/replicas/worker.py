@@ -1,8 +1,8 @@
 """A replica: one process with its own model on its own device, which generates the texts it is sent.
 
-Four threads. The main one only steps the engine, so that the device never waits for anything else. One receives from the server.
-One turns tokens into text, looks for stop strings and sends to the server; it works while the main thread waits for the device.
-One sends heartbeats.
+Four threads. The main one only steps the engine, so that the device never waits for anything else. One receives from
+the server. One turns tokens into text, looks for stop strings and sends to the server; it works while the main thread
+waits for the device. One sends heartbeats.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class _Progress:
 
 
 def _receive(connection: Connection, inbox: queue.SimpleQueue[Any]) -> None:
-    """A thread: everything the server sends. When the server is gone the process ends, whatever its other threads do."""
+    """A thread: everything the server sends. When the server is gone the process ends, whatever its other threads
+    do.
+    """
     with end_of_process():
         while not isinstance(message := connection.recv(), Stop):
             inbox.put(message)

@@ -41,7 +41,8 @@ def read_wav(path: Path, sample_rate: int) -> Iterator[Piece]:
         rate, left = sound.getframerate(), sound.getnframes()
         if sample_rate and rate != sample_rate:
             raise ValueError(
-                f"{path} has {rate} samples a second, expected {sample_rate}: a model hears one rate; convert it "
+                f"{path} has {rate} samples a second, expected {sample_rate}: a model is trained on one rate; convert "
+                "it "
                 f"(ffmpeg -i {path.name} -ar {sample_rate} out.wav) or set sample_rate"
             )
         while left > 0:

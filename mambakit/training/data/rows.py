@@ -1,4 +1,4 @@
-"""Rows of tokens for a step: packed to the last token, in an order that the seed and the step alone decide."""
+"""Rows of tokens for a step: packed to the last token, in an order that only the seed and the step determine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class _Stream:
     def read(self, position: int, count: int, complement: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """``count`` tokens from ``position`` on: (count,) int64, and (count,) bool, where a document begins.
 
-        With ``complement`` each document is read from either strand, whole, as a coin decides for it and the epoch.
+        With ``complement`` each document is read from either strand, whole, as a pseudo-random coin for it and the
+        epoch decides.
         """
         tokens, begins = np.empty(count, dtype=np.int64), np.zeros(count, dtype=bool)
         epoch, offset = divmod(position, self.tokens)
@@ -134,12 +135,12 @@ class ShuffledRows:
 
 
 class StatefulRows:
-    """Rows where row i of a step goes on where row i of the step before ended, for truncated backpropagation.
+    """Rows where row i of a step continues row i of the step before, for truncated backpropagation.
 
     The joined documents of an epoch are cut into ``batch_size`` equal lanes, read side by side. A lane's last row runs
     past its end, into the next lane's beginning, so that no token is left out. Arguments and results are those of
-    `ShuffledRows`; ``complement`` flips whole documents here, so that a document stays one. ``fresh_rows`` is the fraction of
-    rows that start from a zero state all the same.
+    `ShuffledRows`; ``complement`` flips whole documents here, so that a document stays one. ``fresh_rows`` is the
+    fraction of rows that start from a zero state all the same.
     """
 
     def __init__(
@@ -165,8 +166,9 @@ class StatefulRows:
         return _to_device(rows, self.device)
 
     def fresh(self, step: int) -> np.ndarray:
-        """(batch_size,) bool, which rows of ``step`` start from a zero state: all at the start of an epoch, where lanes move;
-        else ``fresh_rows`` of them, as the seed decides."""
+        """(batch_size,) bool: the rows of ``step`` that start from a zero state. All do at the start of an epoch, where
+        the lanes move, else a fraction ``fresh_rows`` of them, drawn from the seed.
+        """
         if step % self._steps == 0:
             return np.ones(self.batch_size, bool)
         return np.random.default_rng([self.seed, step, 2]).random(self.batch_size) < self.fresh_rows
@@ -218,6 +220,7 @@ def _require_enough(store: TokenStore, length: int, batch_size: int) -> None:
     rows = store.tokens // length
     if rows < batch_size:
         raise ValueError(
-            f"the text has {store.tokens} tokens: {rows} rows of {length}, fewer than the batch of {batch_size}; give more "
+            f"the text has {store.tokens} tokens: {rows} rows of {length}, fewer than the batch of {batch_size}; give "
+            "more "
             "text, or lower batch_size or sequence_length"
         )

@@ -1,4 +1,4 @@
-"""Tokenised files on disk: one pair of files for each input file, memory-mapped, so that memory does not grow with them."""
+"""Tokenised files on disk: a memory-mapped pair for each input file, so that memory does not grow with them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mambakit.training.data.files import FileOptions, Piece, expand, format_of
 from mambakit.training.data.pieces import read_pieces
 from mambakit.training.tokenizer import Vocabulary
 
-# Pieces are tokenised together up to this many characters: work for all cores, and a bound on memory.
+# Characters tokenised in one call: enough work for all cores, and a bound on memory.
 _BATCH_CHARACTERS = 4_000_000
 _TOKENISED = re.compile(r"([0-9a-f]{20})\.(?:bin|npz)(?:\.[0-9a-f]+\.tmp)?")
 _INDEX = ("lengths", "keys", "characters", "bytes")
@@ -101,7 +101,8 @@ class TokenStore:
         held = (mixed * np.uint64(0x9E3779B97F4A7C15)) < np.uint64(min(fraction, 1.0) * (2**64 - 2048))
         if held.all() or not held.any():
             raise ValueError(
-                f"validation_fraction {fraction} of {len(self)} documents holds out {int(held.sum())}; give heldout_files, "
+                f"validation_fraction {fraction} of {len(self)} documents holds out {int(held.sum())}; give "
+                "heldout_files, "
                 "or split the text into more documents (separator)"
             )
         return self.select(~held), self.select(held)
@@ -113,7 +114,8 @@ class TokenStore:
         held = round(fraction * (length - 1)) + 1  # the end token goes with the end
         if held < 2 or held > length - 2:
             raise ValueError(
-                f"validation_fraction {fraction} of one document of {length - 1:,} tokens holds out {held - 1:,} and leaves "
+                f"validation_fraction {fraction} of one document of {length - 1:,} tokens holds out {held - 1:,} and "
+                "leaves "
                 f"{length - held:,}; give heldout_files, or more text"
             )
         size = characters(self.read(0, length - held, length - 1))
@@ -196,14 +198,15 @@ def _read_index(base: Path, dtype: np.dtype) -> dict[str, np.ndarray]:
         ) from error
     if size != int(found["lengths"].sum()) * dtype.itemsize:
         raise CheckpointError(
-            f"{base.with_suffix('.bin')} has {size} bytes, which are not the tokens that {path.name} lists; delete both, and the "
+            f"{base.with_suffix('.bin')} has {size} bytes, which are not the tokens that {path.name} lists; delete "
+            "both, and the "
             "file is tokenised again"
         )
     return found
 
 
 def with_rate(paths: list[Path], options: FileOptions) -> FileOptions:
-    """The options with the sample rate that all sounds must have: the first one's, where none is asked for."""
+    """The options with the sample rate that all WAV files must have: that of the first one, where none is given."""
     sounds = [path for path in paths if format_of(path, options) == "wav"]
     if not sounds or options.sample_rate:
         return options

@@ -1,10 +1,10 @@
 """Context parallelism: one sequence is sharded over processes; the loss and every gradient stay exact.
 
-A layer looks back in two places. The convolution needs the last k - 1 inputs of the previous shard, (b, k - 1, d). The scan
-needs the state at the shard's start: every process reduces its shard to the pair (decay, state) of `sharded_scan.py`, all
-pairs, (b, d, n) each, are gathered, and every process folds those before its own. No process waits for another's scan: forward
-is one scan and one small all-gather, and backward the same in the other direction. The messages do not grow with the length.
-On a GPU the first half of the scan computes the pair as well.
+A layer looks back in two places. The convolution needs the last k - 1 inputs of the previous shard, (b, k - 1, d). The
+scan needs the state at the shard's start: every process reduces its shard to the pair (decay, state) of
+`sharded_scan.py`, all pairs, (b, d, n) each, are gathered, and every process folds those before its own. No process
+waits for another's scan: forward is one scan and one small all-gather, and backward the same in the other direction.
+The messages do not grow with the length. On a GPU the first half of the scan computes the pair as well.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from mambakit.training.distributed.sharded_scan import two_phase_scan
 def context_parallel(model: nn.Module, group: dist.ProcessGroup) -> None:
     """Make ``model`` read one sequence that is sharded over the processes of ``group``, in the order of their ranks.
 
-    Afterwards all processes of the group call the model together, in the same order, each on its own shard: ``input_ids``
-    (b, l / processes), or the packed row (1, total / processes) with the ``cu_seqlens`` of `shard_cu_seqlens`. Shards may
-    differ in length. Losses and gradients are each process's share: their sums over the group are those of one process.
-    Shift labels before the sequence is cut: a shard's last token predicts the next shard's first.
+    Afterwards all processes of the group call the model together, in the same order, each on its own shard:
+    ``input_ids`` (b, l / processes), or the packed row (1, total / processes) with the ``cu_seqlens`` of
+    `shard_cu_seqlens`. Shards may differ in length. Losses and gradients are each process's share: their sums over the
+    group are those of one process. Shift labels before the sequence is cut: a shard's last token predicts the next
+        shard's first.
 
     Raises (in the model's forward):
         ValueError: attention_mask, position_ids or a cache, or a shard shorter than the convolution's window.
@@ -56,7 +57,7 @@ def _refuse(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
 
 
 def sequence_shard(length: int, group_rank: int, group_size: int) -> slice:
-    """The tokens of a sequence of ``length`` that a process of the group holds: as even as possible, the first longer by one."""
+    """The tokens of a sequence of ``length`` that a process of the group holds: as even as possible."""
     each, rest = divmod(length, group_size)
     begin = group_rank * each + min(group_rank, rest)
     return slice(begin, begin + each + (group_rank < rest))
@@ -70,8 +71,8 @@ def shard_cu_seqlens(starts: Tensor, part: slice) -> Tensor:
         part: the shard, as of `sequence_shard`.
 
     Returns:
-        (m + 1,) int32. By convention the first sequence continues that of the previous shard, and the last one continues in
-        the next: where a sequence starts at the shard's first token, an empty one precedes it.
+        (m + 1,) int32. By convention the first sequence continues that of the previous shard, and the last one
+        continues in the next: where a sequence starts at the shard's first token, an empty one precedes it.
     """
     inside = starts[(starts >= part.start) & (starts < part.stop) & (starts > 0)] - part.start
     edges = inside.new_tensor([0, part.stop - part.start])
@@ -82,16 +83,17 @@ def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = "silu", *,
     group: dist.ProcessGroup, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`mambakit.ops.causal_conv1d` of a sequence that is sharded over ``group``; ``x`` (b, l, d) is this process's shard.
+    """`mambakit.ops.causal_conv1d` of a sequence sharded over ``group``; ``x`` (b, l, d) is this process's shard.
 
-    With ``cu_seqlens`` the first sequence continues that of the previous process. ``initial_state`` must be None: it is the
-    last inputs of the previous process.
+    With ``cu_seqlens`` the first sequence continues that of the previous process. ``initial_state`` must be None: it is
+    the last inputs of the previous process.
     """
     _no_state("causal_conv1d", initial_state)
     length, reach = x.shape[1], weight.shape[1] - 1
     if length < reach:
         raise ValueError(
-            f"a process holds {length} tokens, fewer than the {reach} that the convolution looks back; use fewer processes "
+            f"a process holds {length} tokens, fewer than the {reach} that the convolution looks back; use fewer "
+            "processes "
             "for a sequence, or longer sequences"
         )
     tail = x[:, length - reach :]  # (b, k - 1, d)
@@ -112,8 +114,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`mambakit.ops.selective_scan` of a sequence that is sharded over ``group``; the inputs are this process's shard.
 
-    With ``cu_seqlens`` the first sequence continues that of the previous process, and the last one continues in the next.
-    ``initial_state`` must be None. The final state (of this shard) is a value: no gradient flows through it.
+    With ``cu_seqlens`` the first sequence continues that of the previous process, and the last one continues in the
+    next. ``initial_state`` must be None. The final state (of this shard) is a value: no gradient flows through it.
     """
     _no_state("selective_scan", initial_state)
     differentiable = (u, delta, A, B, C, D, z, delta_bias)

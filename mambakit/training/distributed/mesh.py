@@ -31,8 +31,8 @@ _LAUNCH = "torchrun --nproc-per-node {count} -m mambakit train ..."
 
 
 class ProcessMesh:
-    """A mesh of `data_size` by `context_size` processes: rows of a batch are sharded along the first dimension, the tokens
-    of each row along the second.
+    """A mesh of `data_size` by `context_size` processes: rows of a batch are sharded along the first dimension, the
+    tokens of each row along the second.
 
     Attributes:
         mode: "none" (one process), "ddp" (every process holds the model) or "fsdp" (each holds a shard of it).
@@ -107,7 +107,8 @@ class ProcessMesh:
     @contextlib.contextmanager
     def accumulating(self, objective: nn.Module, last: bool) -> Iterator[None]:
         """A context for forward and backward of one micro-batch: DDP reduces gradients in the last one only."""
-        with objective.no_sync() if self.mode == "ddp" and not last else contextlib.nullcontext():  # type: ignore[operator]
+        local = self.mode == "ddp" and not last
+        with objective.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
             yield
 
     def whole(self, model: nn.Module) -> nn.Module | None:

@@ -1,16 +1,17 @@
 """How the tokens of one shard change a state that passes through them, and the scan that starts from that state.
 
-The recurrence is linear in the state, so a shard of tokens 1..T maps its initial state h_0 to its final state h_T by two
-(b, d, n) tensors, and the gradient in the other direction by the same decay:
+The recurrence is linear in the state, so a shard of tokens 1..T maps its initial state h_0 to its final state h_T by
+two (b, d, n) tensors, and the gradient in the other direction by the same decay:
 
     h_T = decay h_0 + state        decay = exp(A S_T),  state    = sum_t exp(A (S_T - S_t)) delta_t B_t u_t
     g_0 = decay g_T + gradient                          gradient = sum_t exp(A S_t) C_t dy_t
 
-with S_t = delta_1 + ... + delta_t (arXiv 2312.00752, equation 2, unrolled). Each sum starts at the end where its exponentials
-are largest, and stops where all of them are below 2^-64 in float32, which keeps 24 bits, or exactly 0 in float64: a shard much
-longer than the model's memory costs a fraction of a scan.
+with S_t = delta_1 + ... + delta_t (arXiv 2312.00752, equation 2, unrolled). Each sum starts at the end where its
+exponentials are largest, and stops where all of them are below 2^-64 in float32, which keeps 24 bits, or exactly 0 in
+float64: a shard much longer than the model's memory costs a fraction of a scan.
 
-This is the plain PyTorch form; on a GPU the scan's own kernels find the same on their way (`mambakit/ops/selective_scan/cuda_split_scan.py`).
+This is the plain PyTorch form; on a GPU the scan's own kernels compute the same pair
+(`mambakit/ops/selective_scan/cuda_split_scan.py`).
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def shard_carry_gradient(
 ) -> Tensor:  # fmt: skip
     """(b, d, n): the gradient that the outputs' gradient ``dy`` (b, l, d) has in the initial state of the shard.
 
-    ``z`` is the gate, as in `mambakit.ops.selective_scan`; only tokens before ``end`` (), where the first of several packed
-    sequences ends, count.
+    ``z`` is the gate, as in `mambakit.ops.selective_scan`; only tokens before ``end`` (), where the first of several
+    packed sequences ends, count.
     """
     dtype = A.dtype
     b, length, d = dy.shape
@@ -91,7 +92,7 @@ def shard_carry_gradient(
 
 
 def two_phase_scan(u: Tensor, A: Tensor) -> tuple[type, type]:
-    """The classes `Forward` and `Backward` of this scan: those of `cuda_split_scan` where it serves, else those below."""
+    """The `Forward` and `Backward` of this scan: those of `cuda_split_scan` where it serves, else those below."""
     return (cuda_split_scan.Forward, cuda_split_scan.Backward) if cuda_split_scan.serves(u, A) else (Forward, Backward)
 
 

@@ -1,0 +1,80 @@
+"""An engine that looks at several tokens at once, and texts that it writes together as streams: the same texts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mambakit.decoding.loop import SlotLoop
+from mambakit.generation.engine import Engine, Request
+from mambakit.generation.engine_stream import stream_together
+from mambakit.generation.stream import SamplingParams, Stream
+from tests.decoding.eager_graph import WAYS, decode_by
+from tests.models.configurations import pair
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+PARAMS = [
+    SamplingParams(0), SamplingParams(seed=1), SamplingParams(0.8, top_p=0.9, seed=2), SamplingParams(0, top_k=3),
+    SamplingParams(seed=3, repetition_penalty=1.3, frequency_penalty=0.5),
+]  # fmt: skip
+PROMPTS = (torch.arange(30, dtype=torch.int64) * 7 % 53 + 1).reshape(5, 6)
+
+
+class Letters:
+    """Each token is a letter."""
+
+    def decode(self, tokens: list[int], **_) -> str:
+        return "".join(chr(65 + t) for t in tokens)
+
+
+@pytest.fixture
+def model():
+    model = pair("untied")[0]
+    model.generation_config.eos_token_id = [3, 9]
+    return model
+
+
+def requests(**options) -> list[Request]:
+    return [
+        Request(row, params, max_new_tokens=11 + 3 * i, **options)
+        for i, (row, params) in enumerate(zip(PROMPTS, PARAMS, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_several_tokens_between_two_looks(model, monkeypatch, way):
+    decode_by(way, monkeypatch)
+    expected = Engine(model, 3).write(requests())
+    counts, look = [], SlotLoop.look
+    monkeypatch.setattr(SlotLoop, "look", lambda self, count=1: counts.append(count) or look(self, count))
+    found = Engine(model, 3, tokens_per_look=6).write(requests())
+    assert [(r.tokens, r.finish_reason) for r in found] == [(r.tokens, r.finish_reason) for r in expected]
+    assert max(counts) == 6
+    counts.clear()
+    for request in Engine(model, 3, tokens_per_look=6).write(requests(keep_state=True)):
+        read = len(request.prompt_ids) + len(request.tokens) - (request.finish_reason == "length")
+        assert request.final_state.get_seq_length() == read
+    assert set(counts) == {1}, "a state that is kept must not have read too much"
+
+
+@pytest.mark.parametrize("stop", [(), ("G", "never this")])
+def test_streams_together(model, stop):
+    """As each text alone, pieces, stop strings and states; however late a stream is read."""
+    alone = [Stream(model, Letters(), r.prompt_ids, r.sampling, r.max_new_tokens, stop) for r in requests()]
+    texts = ["".join(stream) for stream in alone]
+    streams = stream_together(Engine(model, 5), Letters(), requests(keep_state=True), stop)
+    for stream, text, one in zip(streams, texts, alone, strict=True):
+        assert "".join(stream) == text == stream.text
+        assert (stream.tokens, stream.finish_reason) == (one.tokens, one.finish_reason)
+        assert stream.cache.get_seq_length() == one.cache.get_seq_length()
+        assert torch.allclose(stream.cache.ssm_states, one.cache.ssm_states, atol=1e-5)
+
+
+def test_an_error_of_one_is_raised_by_its_stream(model):
+    with torch.no_grad():
+        model.backbone.embeddings.weight[60] = float("nan")
+    prompts = [Request(torch.tensor([1, 2]), max_new_tokens=4), Request(torch.tensor([1, 60]), max_new_tokens=4)]
+    good, bad = stream_together(Engine(model, 2), Letters(), prompts)
+    assert "".join(good)
+    with pytest.raises(RuntimeError, match="no token can be chosen"):
+        "".join(bad)
