@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.decoding.chunks import SNAPSHOT_CHUNK
 from mambakit.decoding.logits import NO_CHOICE
 from mambakit.decoding.loop import SlotLoop
 from mambakit.decoding.parameters import CHUNK_SIZE, INT64, NEW_TOKENS, Number
@@ -78,7 +79,7 @@ class Engine:
         self,
         model: Any,
         slots: int = 8,
-        chunk_size: int = 512,
+        chunk_size: int = SNAPSHOT_CHUNK,
         *,
         prefix_cache: PrefixCache | None = None,
         read_seconds: float = 0.02,
@@ -91,7 +92,7 @@ class Engine:
             warnings.warn("Engine(rows=...) is now Engine(slots=...)", DeprecationWarning, stacklevel=2)
             slots = rows
         slots = Number(8, 1, INT64[1], whole=True).read("slots" if rows is None else "rows", slots)
-        chunk_size = replace(CHUNK_SIZE, default=512).read("chunk_size", chunk_size)
+        chunk_size = replace(CHUNK_SIZE, default=SNAPSHOT_CHUNK).read("chunk_size", chunk_size)
         slice_tokens = Number(32, 1, INT64[1], whole=True).read("slice_tokens", slice_tokens)
         read_seconds = Number(0.02, 0, math.inf).read("read_seconds", read_seconds)
         tokens_per_look = Number(1, 1, _MOST_PER_LOOK, whole=True).read("tokens_per_look", tokens_per_look)

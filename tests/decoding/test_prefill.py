@@ -171,7 +171,7 @@ def test_the_engine_reads_by_graphs(on, device):
     ids = torch.randint(1, 320, (90,))
     expected = model.generate(ids[None].to(device), max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 90:].tolist()
     for _ in range(3):
-        engine = Engine(model, rows=2, chunk_size=64)
+        engine = Engine(model, slots=2, chunk_size=64)
         done = engine.write([Request(ids, Sampling(temperature=0), max_new_tokens=8) for _ in range(3)])
         assert [request.tokens for request in done] == [expected] * 3
 
