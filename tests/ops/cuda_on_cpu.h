@@ -1,7 +1,7 @@
-// CUDA C++ on one CPU thread: each thread of a block is a fiber that runs to the next barrier or shuffle. Enough of the language
-// to run kernels whose inline assembly is replaced. Asynchronous copies land when they are waited for, warps and lanes run far
-// apart, and shared memory starts as NaN, so that a missing barrier shows. Blocks run one after the other, or all together where
-// they wait for each other.
+// CUDA C++ on one CPU thread: each thread of a block is a fiber that runs to the next barrier or shuffle. Enough of the
+// language to run kernels whose inline assembly is replaced. Asynchronous copies land when they are waited for, warps
+// and lanes run far apart, and shared memory starts as NaN, so that a missing barrier shows. Blocks run one after the
+// other, or all together where they wait for each other.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -68,12 +68,12 @@ static void pause_fiber(State state) {
 }
 inline void __syncthreads() { pause_fiber(BLOCK); }
 static unsigned part_of_block;
-inline void meet_in_part(unsigned threads) { part_of_block = threads; pause_fiber(PART); }  // of the block's first threads
+inline void barrier_of_part(unsigned threads) { part_of_block = threads; pause_fiber(PART); }  // of the block's first threads
 inline void __syncwarp() { pause_fiber(WARP); }
-inline void let_others() { pause_fiber(LATER); }
+inline void yield_fiber() { pause_fiber(LATER); }
 inline int atomicAdd(int* at, int by) { int before = *at; *at += by; return before; }
 inline void __threadfence() {}
-inline void __nanosleep(unsigned) { let_others(); }
+inline void __nanosleep(unsigned) { yield_fiber(); }
 inline unsigned exchange(unsigned value, unsigned from) {
     Fiber& f = fibers[current];
     unsigned warp = current / 32, p = f.parity++ & 1;
@@ -147,8 +147,9 @@ static void run_blocks(unsigned begin, unsigned count, unsigned by, unsigned thr
     }
     std::vector<bool> started(all, false);
     unsigned done = 0, idle = 0;
-    // Each warp runs as far ahead as barriers let it, first to last and then last to first (every other block the other way round);
-    // its lanes likewise. One warp of every block before the next one, blocks in either order, so that those which wait for each other meet with some warps behind.
+    // Each warp runs as far ahead as barriers let it, first to last and then last to first (every other block the other
+    // way round); its lanes likewise. One warp of every block before the next one, blocks in either order, so that
+    // those which wait for each other meet with some warps behind.
     for (unsigned sweep = 0; done < all; sweep++) {
         bool moved = false;
         for (unsigned k = 0; k < threads / 32; k++) {

@@ -1,4 +1,7 @@
-"""The CUDA C++ kernels compiled by NVRTC for every architecture they are meant for. Needs no GPU, and says nothing of what they compute."""
+"""The CUDA C++ kernels compiled by NVRTC for every architecture they are meant for.
+
+Needs no GPU, and says nothing of what they compute.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 import mambakit
 from mambakit.decoding.graph_step import gpu_weights
 from mambakit.ops._backends import nvrtc
-from mambakit.ops.decode import cuda_persistent as persistent
+from mambakit.ops.decode import persistent_plan
 from mambakit.ops.selective_scan import cuda_launch
 from mambakit.ops.selective_scan.plan import backward_plan, forward_plan
 
@@ -94,6 +97,6 @@ def test_the_decode_step(kind, arch):
     )
     if kind != "plain":
         model.quantize(kind)
-    plan = persistent._plan(gpu_weights(model), 1, BF16, CARDS[arch])
-    assert isinstance(plan, dict), plan
-    assert nvrtc.machine_code(Path(persistent.__file__).parent, "persistent.cu", plan, arch)
+    plan = persistent_plan.plan_of(gpu_weights(model), 1, BF16, CARDS[arch])
+    assert not isinstance(plan, str), plan
+    assert nvrtc.machine_code(Path(persistent_plan.__file__).parent, "persistent.cu", plan.macros, arch)

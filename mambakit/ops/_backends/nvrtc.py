@@ -1,8 +1,8 @@
 """CUDA C++ compiled at run time (NVRTC, which torch's CUDA wheels bring) and launched on torch's current stream.
 
 `Module` compiles a source once per device and set of macros and keeps the machine code in the user's cache folder:
-``$MAMBAKIT_CACHE``, else ``$XDG_CACHE_HOME/mambakit``, else ``~/.cache/mambakit``. The file's name is a hash of everything
-that went into it, so an old file is never wrong, only unused.
+``$MAMBAKIT_CACHE``, else ``$XDG_CACHE_HOME/mambakit``, else ``~/.cache/mambakit``. The file's name is a hash of
+everything that went into it, so an old file is never wrong, only unused.
 """
 
 from __future__ import annotations

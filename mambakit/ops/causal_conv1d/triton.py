@@ -2,14 +2,14 @@
 
 Other widths than 2 to 8, and float64, go to `chunked.py`, which is PyTorch and runs on any device.
 
-The op moves bytes: forward reads x and writes y, backward reads x and dy and writes dx, and the arithmetic has to stay
-below what the memory system needs anyway (about 38 instructions per element forward and 57 backward on an H100).
-So every thread owns a few neighbouring channels (16 bytes of them) and walks STEPS consecutive positions with the last
-k - 1 inputs in registers: each input is loaded and converted once, and the k - 1 inputs before a walk are its only
-extra reads. A program is ROWS such walks of BLOCK_D channels; walks of all batch rows are numbered in one sequence,
-so short rows do not leave a program half empty.
+The op is memory bound: forward reads x and writes y, backward reads x and dy and writes dx; arithmetic is hidden as
+long as it stays below about 38 instructions per element forward and 57 backward on an H100. So every thread has a few
+neighbouring channels (16 bytes of them) and steps through STEPS consecutive positions (a walk) with the last k - 1
+inputs in registers: each input is loaded and converted once, and the k - 1 inputs before a walk are its only extra
+reads. A program is ROWS walks of BLOCK_D channels; the walks of all batch rows are numbered consecutively, so that
+short rows do not leave a program half empty.
 
-Backward walks the same way. It recomputes the pre-activation from x (one sigmoid per element, against a whole tensor
+Backward is tiled the same way. It recomputes the pre-activation from x (one sigmoid per element, against a whole tensor
 saved and read), keeps the k - 1 unfinished values of dx in registers, and runs k - 1 positions past its end because
 dx there still needs them. dweight and dbias are summed over a program's walks, written as one partial per program and
 added in a fixed order by a second kernel: no atomics, so the same inputs give the same bits.
@@ -39,18 +39,19 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-# The longest sequence that one program of `decode_kernel` walks; longer ones are cut into walks, for a second launch.
+# The longest sequence that one program of `decode_kernel` convolves; longer ones are cut into walks and take a second
+# launch.
 _DECODE_STEPS = 32
 
 
 @functools.cache
 def _processors(device: torch.device) -> int:
-    # On the CPU the kernels only ever run in Triton's interpreter, where one small tile is as good as another.
+    # On a CPU the kernels run in Triton's interpreter, where any tile serves.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _tile(x: Tensor, channels: int, steps: int, unroll: int) -> Tile:
-    """`channels` per thread, 16 bytes at most; walks as long as leaves about 8 programs for each multiprocessor."""
+    """`channels` per thread, 16 bytes at most; walks as long as possible with about 8 programs per SM."""
     block_d, num_warps = 64, 4
     rows = 32 * num_warps * min(channels, 16 // x.element_size()) // block_d
     b, length, d = x.shape
@@ -65,7 +66,8 @@ def _tile(x: Tensor, channels: int, steps: int, unroll: int) -> Tile:
 def forward_tile(x: Tensor, k: int, restarts: bool) -> Tile:
     """128 registers for bfloat16 and k = 4 (sm_90); long filters take half the channels to stay near that.
 
-    `restarts`: sequences start from given states anywhere in a row. Unrolling that code costs seconds of compilation.
+    `restarts`: packed sequences with initial states start anywhere in a row. Unrolling that code takes seconds to
+    compile.
     """
     return _tile(x, 8 if k <= 4 else 4, 128, 2 if restarts else 8 if k <= 4 else 4)
 
@@ -85,7 +87,7 @@ def _rows_in_place(x: Tensor) -> tuple[Tensor, int, int]:
 def _sequences(cu_seqlens: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
     if cu_seqlens is None:
         return None, None
-    # Of an empty row, too, they are tensors: the kernels that write its states are compiled with the walks in them.
+    # Tensors also for an empty row: the kernels that write its states take them.
     starts, ids = torch.empty(2, length, dtype=torch.int32, device=cu_seqlens.device)
     if length:
         kernels.sequences_kernel[(triton.cdiv(length, 256),)](
@@ -133,7 +135,10 @@ def forward(x, weight, bias, activation, initial_state, cu_seqlens):
 
 
 def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens, dx=None):
-    """`mambakit::causal_conv1d_backward`: (dx, dweight, dbias, dinitial_state); into ``dx`` (b, l, d) where it is given."""
+    """`mambakit::causal_conv1d_backward`: (dx, dweight, dbias, dinitial_state);
+
+    ``dx`` (b, l, d), if given, is written.
+    """
     if not _on_kernels(x, weight.shape[1]):
         found = chunked.backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens)
         return found if dx is None else (dx.copy_(found[0]), *found[1:])
@@ -186,7 +191,7 @@ def forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens):
     with torch.cuda.device_of(x):
         bias = None if bias is None else bias.contiguous()
         slots = None if slot_indices is None else slot_indices.contiguous()
-        # The lengths of packed sequences are known on the device only: judge by their mean.
+        # The lengths of packed sequences are known on the device only: decide by their mean.
         if length > (_DECODE_STEPS if cu_seqlens is None else _DECODE_STEPS + 4 * sequences):
             # Two walks may read one state, so it is written only after all of them, from a copy.
             y, final = _convolve(x, weight, bias, activation, state, slots, cu_seqlens, state.dtype)

@@ -1,4 +1,4 @@
-"""The Triton kernels of `triton.py`, which says what a program's part is and launches them."""
+"""The Triton kernels of `triton.py`, which explains how work is tiled and launches them."""
 
 # The kernels' tuples of tensors grow by concatenation, the form Triton compiles; types there are Triton's.
 # ruff: noqa: RUF005
@@ -7,12 +7,13 @@
 import triton
 import triton.language as tl
 
-# Arguments whose alignment buys nothing: specialised on it, every kernel would compile again at an odd length.
+# Arguments whose alignment is no gain: specialised on it, a kernel would be compiled again for an odd length.
 _UNALIGNED = ["starts", "ids", "cu_seqlens", "slots"]
 
 
-# Widths up to this one unroll whatever may be: k = 4 is every Mamba's. The time that Triton's compiler takes grows about with the
-# third power of a kernel's loads and stores (its coalescing pass searches the whole kernel for each of them).
+# Widths up to this one unroll whatever may be: k = 4 is every Mamba's. The time that Triton's compiler takes grows
+# about with the third power of a kernel's loads and stores (its coalescing pass searches the whole kernel for each of
+# them).
 SHORT = tl.constexpr(4)
 
 
@@ -189,7 +190,8 @@ def forward_kernel(
                 t = first + i + u
                 if PACKED:
                     window = _restart(
-                        window, starts_ahead[u] == t, initial, slots, ids, t, end, d, channel, stride_s, stride_d, stride_k,
+                        window, starts_ahead[u] == t, initial, slots, ids, t, end, d, channel, stride_s, stride_d,
+                        stride_k,
                         K, HAS_INITIAL, HAS_SLOTS,
                     )  # fmt: skip
                 window = window + (ahead[u].to(tl.float32),)
@@ -205,7 +207,7 @@ def forward_kernel(
                 )
                 window = window[1:]
     else:
-        # The programs after the walks write the final states, one sequence each.
+        # The programs after those of the walks write the final states, one sequence each.
         _write_final(
             x, initial, slots, cu_seqlens, final, program - programs, length, channels, d, inside,
             stride_xb, stride_xt, stride_s, stride_d, stride_k, K, KP, HAS_INITIAL, HAS_SLOTS, PACKED,
@@ -320,7 +322,7 @@ def _write_dinitial(
         for i in tl.static_range(j + 1):
             total += taps[j - i] * gradients[i]
         if HAS_DFINAL:
-            # A sequence shorter than k - 1 hands the newer part of its initial state on.
+            # The final state of a sequence shorter than k - 1 has the newer part of its initial state.
             moved = place - (finish - start)
             total += tl.load(dfinal + moved, mask=channel & (j >= finish - start), other=0.0).to(tl.float32)
         tl.store(dinitial + place, total.to(dinitial.dtype.element_ty), mask=channel)
@@ -330,7 +332,8 @@ def _write_dinitial(
 def backward_kernel(
     dy, dfinal, x, weight, bias, initial, starts, ids, cu_seqlens, dx, partials, dinitial,
     length, channels, chunks, walks, programs,
-    stride_yb, stride_yt, stride_xb, stride_xt, stride_db, stride_dt, stride_wd, stride_wk, stride_s, stride_d, stride_k,
+    stride_yb, stride_yt, stride_xb, stride_xt, stride_db, stride_dt, stride_wd, stride_wk, stride_s, stride_d,
+    stride_k,
     K: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr,
     PACKED: tl.constexpr,
@@ -390,9 +393,11 @@ def backward_kernel(
                 )
             for u in tl.static_range(UNROLL):
                 window, pending, dtaps, doffset = _backward_step(
-                    x_ahead[u], dy_ahead[u], first + i + u, starts_ahead[u], end, window, pending, dtaps, doffset, taps, offset,
+                    x_ahead[u], dy_ahead[u], first + i + u, starts_ahead[u], end, window, pending, dtaps, doffset, taps,
+                    offset,
                     i + u < STEPS,
-                    dfinal, dx, initial, initial, ids, cu_seqlens, dx_row, batch, d, channel, length, channels, stride_dt,
+                    dfinal, dx, initial, initial, ids, cu_seqlens, dx_row, batch, d, channel, length, channels,
+                    stride_dt,
                     stride_s, stride_d, stride_k, K, SILU, HAS_INITIAL, HAS_DFINAL, PACKED, True,
                     (i + u >= K - 1) & (i + u < K - 1 + STEPS),
                 )  # fmt: skip
@@ -401,7 +406,7 @@ def backward_kernel(
             tl.store(place + j * channels, tl.sum(dtaps[j], axis=0), mask=inside)
         tl.store(place + K * channels, tl.sum(doffset, axis=0), mask=inside)
     elif HAS_INITIAL:
-        # The programs after the walks write dinitial, one sequence each.
+        # The programs after those of the walks write dinitial, one sequence each.
         _write_dinitial(
             dy, dfinal, x, initial, cu_seqlens, dinitial, program - programs, length, channels, d, channel,
             taps, offset,
@@ -419,9 +424,8 @@ def sum_partials_kernel(
     j = tl.program_id(1)
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
     begin = 0
-    while (
-        begin < count
-    ):  # not range(): Triton 3.6's interpreter cannot turn a kernel argument into its bound (NumPy 2.4)
+    # Not range(): Triton 3.6's interpreter cannot turn a kernel argument into its bound (NumPy 2.4).
+    while begin < count:
         row = begin + tl.arange(0, ROWS)
         place = (row.to(tl.int64) * (K + 1) + j) * channels
         total += tl.load(

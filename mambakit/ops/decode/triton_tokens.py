@@ -1,4 +1,4 @@
-"""A step's two ends on a GPU, in Triton: tokens to the residual stream, and the best of each block of logits to the next token."""
+"""A decode step's first and last kernel in Triton: the embedding, and the greedy choice of the next token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _choose(
     values = tl.load(best + b * BLOCKS + i, mask=i < BLOCKS, other=float("-inf"))
     numbers = tl.load(best_token + b * BLOCKS + i, mask=i < BLOCKS, other=2147483647)
     token = tl.min(tl.where(values == tl.max(values, axis=0), numbers, 2147483647), axis=0).to(tl.int64)
-    token = tl.where(token < 2147483647, token, 0)  # of logits that are no numbers: a token that has an embedding
+    token = tl.where(token < 2147483647, token, 0)  # of NaN logits: a token that has an embedding
     tl.store(tokens + b, token)
     at = tl.load(position) - 1  # _embed has counted this step
     tl.store(history + b * capacity + at, token, mask=at < capacity)
@@ -38,13 +38,13 @@ def _embed(tokens, embeddings, residual, position, H: tl.constexpr, SIZE: tl.con
 
 
 class TokenBuffers:
-    """What a step reads and leaves, in buffers that a CUDA graph can hold.
+    """A step's inputs and outputs, in buffers that a CUDA graph can capture.
 
     Attributes:
-        tokens: (rows,) int64, what the step reads; after `choose` the most probable token of each row.
-        history: (rows, capacity) int64; step i (``position`` (1,) int64 counts them) keeps its choice in ``history[:, i]``.
-        logits: (rows, v) float32.
-        best, best_token: (rows, blocks) float32 and int32, the largest of each block of logits, and the first to reach it.
+        tokens: (rows,) int64, what the step reads; after `choose` the most probable token of each row. history: (rows,
+        capacity) int64; step i (``position`` (1,) int64 counts them) writes its choice to ``history[:, i]``. logits:
+        (rows, v) float32. best, best_token: (rows, blocks) float32 and int32, each head program's largest logit and its
+        first token.
     """
 
     def __init__(self, rows: int, v: int, blocks: int, capacity: int, device: torch.device):

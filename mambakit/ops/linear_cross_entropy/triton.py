@@ -1,13 +1,14 @@
 """linear_cross_entropy on a GPU: cuBLAS for the three products of a chunk, one Triton kernel between them.
 
-Forward and backward need three products of 2 tokens v h operations; what is added to them is traffic of the logits. The
+Forward and backward take three products of 2 tokens v h operations each, and the memory traffic of the logits. The
 head's product is written in float32 (a bfloat16 logit of 10 is off by up to 0.03, its probability by 3 %), the kernel
-reads a row once as far as a multiprocessor's registers hold it (51,200 logits; the rest twice, and rows of more than 90,000 twice as
-a whole) and writes softmax - onehot in the inputs' dtype for the other two products. That gradient is not divided by the number of tokens
-here: in float16 it would vanish. dweight is added over chunks in float32 inside cuBLAS (beta = 1), which reads and
-writes it once a chunk, so chunks are as large as memory reasonably allows. dhidden is a sum over the vocabulary: cuBLAS splits
-one that long among blocks and, for a bfloat16 result, may add their parts in bfloat16 (4.4e-3 at v = 50277 on an H100, where
-rounding the result once is 1.7e-3), so it too is written in float32 and rounded after.
+reads a row once as far as an SM's registers hold it (51,200 logits; the rest twice, and rows of more than
+90,000 twice as a whole) and writes softmax - onehot in the inputs' dtype for the other two products. That gradient is
+not divided by the number of tokens here: in float16 it would vanish. dweight is added over chunks in float32 inside
+cuBLAS (beta = 1), which reads and writes it once a chunk, so chunks are as large as memory reasonably allows. dhidden
+is a sum over the vocabulary: cuBLAS splits one that long over CTAs and, for a bfloat16 result, may add their parts
+in bfloat16 (4.4e-3 at v = 50277 on an H100, where rounding the result once is 1.7e-3), so it too is written in float32
+and rounded after.
 
 Liger-Kernel's fused linear cross-entropy was the candidate to depend on. It reads the number of targets back to the
 host at every call (no CUDA graphs), keeps logits in the inputs' dtype, is not a torch.library op and has no path
@@ -25,9 +26,9 @@ import triton.language as tl
 from mambakit.ops._products import product
 from mambakit.ops.linear_cross_entropy import chunked
 
-# Logits of a chunk: 512 MiB of float32, half of it again for their gradient, and as much at most for dhidden in float32.
+# Logits of a chunk: 512 MiB of float32, half of it again for their gradient, at most as much for a float32 dhidden.
 CHUNK_LOGITS = 2**27
-# Blocks of 2,048 logits that the registers of 16 warps hold, and the longest row of which they hold a part. docs/kernels.md has the rivals.
+# Blocks of 2,048 logits that the registers of 16 warps hold, and the longest row of which they hold a part.
 HELD_BLOCKS = 25
 LONGEST_HELD = 90000
 
@@ -101,8 +102,8 @@ def _softmax_kernel(
 
 
 def softmax_plan(v: int) -> tuple[int, int, int]:
-    """(BLOCK_V, REST, warps). Registers hold as many blocks as there is room for, of each 4 logits a thread; where most of a row would be
-    read twice all the same, more rows at a time are worth more, and they hold one block only."""
+    """(BLOCK_V, REST, warps). Registers hold as many blocks as there is room for, of each 4 logits a thread; where most
+    of a row would be read twice all the same, more rows at a time are worth more, and they hold one block only."""
     block = min(triton.next_power_of_2(v), 2048)
     held = HELD_BLOCKS if v <= LONGEST_HELD else 1
     return block, max(0, triton.cdiv(v, block) - held) * block, max(1, block // 128)

@@ -1,9 +1,9 @@
-"""rms_norm on a GPU, in Triton. Contract: `chunked.py` and `api.py`; this file only says how.
+"""rms_norm on a GPU, in Triton. Contract: `chunked.py` and `api.py`.
 
 Memory bound: forward reads x and the residual and writes the new residual and y in one pass, with the whole row in
 registers. Backward reads dy, the saved sum and the gradient of the residual stream, writes dx and the residual's
 gradient, and recomputes the row's scale instead of loading a saved one. Each backward program takes a fixed run of
-rows and keeps their share of dweight in registers; a second kernel adds the programs' shares in order, so the same
+rows and keeps its partial sum of dweight in registers; a second kernel adds the partial sums in order, so the same
 inputs give the same bits. float64 goes to plain PyTorch (`chunked.py`).
 """
 
@@ -26,7 +26,7 @@ def _forward_kernel(
     total = tl.load(x + (row * stride_x)[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         total += tl.load(residual + (row * stride_r)[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32)
-    # What is normalised is what is kept, rounding included: the backward pass sees nothing else.
+    # The rounded sum is normalised, which is all that the backward pass sees.
     rounded = total.to(kept.dtype.element_ty)
     tl.store(kept + (row * h)[:, None] + i[None, :], rounded, mask=mask)
     total = rounded.to(tl.float32)
@@ -79,9 +79,8 @@ def _sum_partials_kernel(partials, dweight, count, h, ROWS: tl.constexpr, BLOCK_
     i = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     total = tl.zeros((ROWS, BLOCK_H), tl.float32)
     begin = 0
-    while (
-        begin < count
-    ):  # not range(): Triton 3.6's interpreter cannot turn a kernel argument into its bound (NumPy 2.4)
+    # Not range(): Triton 3.6's interpreter cannot turn a kernel argument into its bound (NumPy 2.4).
+    while begin < count:
         row = begin + tl.arange(0, ROWS)
         mask = (row < count)[:, None] & (i < h)[None, :]
         total += tl.load(partials + (row.to(tl.int64) * h)[:, None] + i[None, :], mask=mask, other=0.0)
@@ -90,7 +89,7 @@ def _sum_partials_kernel(partials, dweight, count, h, ROWS: tl.constexpr, BLOCK_
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """x as rows with a stride: a view wherever one exists (a slice of a wider projection has one)."""
+    """(rows, h) with a stride: a view if there is one, as of a slice of a wider projection."""
     x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
     if x.stride(1) != 1 and x.shape[1] > 1:
         x = x.contiguous()
@@ -127,7 +126,7 @@ def forward(x, weight, residual, eps, residual_dtype, out_dtype):
 
 def _programs(device: torch.device, num_warps: int) -> int:
     """Backward programs that fill the card once or twice: more would only write more partial sums of dweight."""
-    # On the CPU the kernels only ever run in Triton's interpreter.
+    # On a CPU the kernels run in Triton's interpreter.
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return processors * max(1, 32 // num_warps)
 
@@ -160,7 +159,7 @@ def backward(dy, dresidual_out, residual_out, weight, eps, x_dtype, has_residual
                 HAS_RESIDUAL=has_residual, num_warps=num_warps,
             )  # fmt: skip
             if weight is not None:
-                # Few programs with many loads each in flight: what this takes is the time of one load after the other.
+                # Bound by the latency of dependent loads: few programs with many loads in flight each.
                 _sum_partials_kernel[(triton.cdiv(h, 16),)](
                     partials, dweight, programs, h, ROWS=512, BLOCK_H=16, num_warps=8
                 )

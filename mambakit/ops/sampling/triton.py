@@ -1,9 +1,10 @@
 """Sampling on a GPU, in Triton: one CTA a row and one launch for all rows, with no sort.
 
-The vocabulary is walked in blocks, from L2 after the first time: once for the largest logit, once for the draw, and for a filter 15
-times more, in which a search over the bit patterns of w (of non-negative float32 numbers their order is the order of the numbers) finds
-the threshold, two bits a pass. A lane of the block sums its own tokens; the draw picks a lane, then one of its tokens, so that no pass
-waits for a sum over the block. Sums have a fixed order, so a row's token depends on the row alone.
+The vocabulary is walked in blocks, from L2 after the first time: once for the largest logit, once for the draw, and for
+a filter 15 times more, in which a search over the bit patterns of w (of non-negative float32 numbers their order is the
+order of the numbers) finds the threshold, two bits a pass. A lane of the block sums its own tokens; the draw picks a
+lane, then one of its tokens, so that no pass waits for a sum over the block. Sums have a fixed order, so a row's token
+depends on the row alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ _WARPS = 16  # of 8 to 32, and 2,048 to 8,192 lanes, the fastest on an H200: 19 
 
 @triton.jit
 def _weights(row, start, V: tl.constexpr, largest, scale, cut, LANES: tl.constexpr):
-    """w = exp((logits - largest) / temperature) of one block where it is ``cut`` or more, else 0; ``scale`` is log2(e) / temperature."""
+    """w = exp((logits - largest) / temperature) of one block where it is ``cut`` or more, else 0;
+
+    ``scale`` is log2(e) / temperature.
+    """
     i = start + tl.arange(0, LANES)
     x = tl.load(row + i, mask=i < V, other=float("-inf")).to(tl.float32)
     w = tl.exp2((x - largest) * scale)
@@ -44,7 +48,7 @@ def _measure(
     row, V: tl.constexpr, largest, scale, cut, wanted, entropy, total, t1, t2, t3,
     KIND: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Whether what has a key of at least (KIND 2: at most) t1, t2, t3 is ``wanted`` or more: tokens (KIND 0) or mass (1, 2)."""
+    """Whether at least ``wanted`` tokens (KIND 0) or mass (1, 2) has a key of at least (2: at most) t1, t2, t3."""
     a = tl.zeros((LANES,), tl.float32)
     b = tl.zeros((LANES,), tl.float32)
     c = tl.zeros((LANES,), tl.float32)
@@ -67,8 +71,8 @@ def _measure(
 
 @triton.jit
 def _search(row, V: tl.constexpr, largest, scale, cut, wanted, entropy, total, KIND: tl.constexpr, LANES: tl.constexpr):
-    """KIND 0, 1: the largest key at and above which there is enough; KIND 2: the smallest at and below which there is. Keys are the
-    bits of a float32 number that is not negative."""
+    """KIND 0, 1: the largest key at and above which there is enough; KIND 2: the smallest at and below which there is.
+    Keys are the bits of a float32 number that is not negative."""
     low = tl.full((), 0, tl.int64)
     high = tl.full((), 0x7F800000 if KIND == 2 else 0x3F800001, tl.int64)  # infinity: everything; just above 1: nothing
     while high - low > 1:

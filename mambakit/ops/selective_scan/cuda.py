@@ -1,8 +1,8 @@
 """The selective scan on NVIDIA GPUs: CUDA C++ (`kernel.cu`), compiled at run time for the shape at hand.
 
-This file implements the ops and says which calls others serve: Triton (`triton.py`) where CUDA C++
-cannot be compiled, after one warning, and one token in place; plain PyTorch (`chunked.py`) float64 and empty inputs. `plan.py` chooses
-a kernel's layout, `cuda_forward.py` and `cuda_backward.py` launch it; how the kernels work is in `common.cuh`,
+This file implements the ops and says which calls others serve: Triton (`triton.py`) where CUDA C++ cannot be compiled,
+after one warning, and one token in place; plain PyTorch (`chunked.py`) float64 and empty inputs. `plan.py` chooses a
+kernel's layout, `cuda_forward.py` and `cuda_backward.py` launch it; how the kernels work is in `common.cuh`,
 `forward.cuh` and `backward.cuh`.
 """
 

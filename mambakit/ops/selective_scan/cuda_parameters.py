@@ -1,6 +1,7 @@
 """The scan's CUDA parameter structures: the same fields in the same order as the `struct`s of the .cuh files.
 
-`tests/ops/_backends/test_cuda_parameters.py` compares them. Pointers and 64-bit integers only, so that there is no padding.
+`tests/ops/_backends/test_cuda_parameters.py` compares them. Pointers and 64-bit integers only, so that there is no
+padding.
 """
 
 from __future__ import annotations

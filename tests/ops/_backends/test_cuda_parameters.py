@@ -17,7 +17,7 @@ MIRRORS = {
     "BackwardParams": (SCAN / "backward.cuh", cuda_parameters.BackwardParams),
     "ReduceParams": (SCAN / "backward.cuh", cuda_parameters.ReduceParams),
     "SequencesParams": (SCAN / "common.cuh", cuda_parameters.SequencesParams),
-    "Params": (DECODE / "persistent.cu", cuda_persistent._Params),
+    "Params": (DECODE / "persistent.cu", cuda_persistent.Params),
 }
 
 

@@ -1,7 +1,7 @@
-"""Runs the persistent step on CPU tensors: g++ compiles persistent.cu with this folder's `primitives.cuh`, for few blocks.
+"""Runs the persistent step on CPU tensors: g++ compiles persistent.cu with this folder's `primitives.cuh`.
 
-It covers the kernel's logic (the pieces, the ring, the meetings of blocks, the sums) and all of `cuda_persistent.py` but the launch; not
-the compiler's code, the real order of memory, or anything about speed.
+It covers the kernel's logic (weight tiles, the ring, the grid exchange, the sums) and all of `cuda_persistent.py` but
+the launch; not the compiler's code, the order of memory accesses, or anything about speed.
 """
 
 from __future__ import annotations

@@ -19,9 +19,10 @@ inline u64 __shfl_xor_sync(u32, u64 v, int mask) {
     return (u64)high << 32 | low;
 }
 
-// What the step was given: begin and end of each tensor. A copy from elsewhere is an error, also where the memory is readable.
+// What the step was given: begin and end of each tensor. A copy from elsewhere is an error, also where the memory is
+// readable.
 static std::vector<std::pair<const char*, const char*>> given;
-template <int BYTES> void copy_later(void* shared, const void* global) {
+template <int BYTES> void copy_async(void* shared, const void* global) {
     const char* p = (const char*)global;
     bool inside = false;
     for (auto& range : given) inside |= p >= range.first && p + BYTES <= range.second;
@@ -31,14 +32,14 @@ template <int BYTES> void copy_later(void* shared, const void* global) {
     }
     async_copy(shared, global, BYTES, BYTES);
 }
-inline void ask(const void*) {}
+inline void prefetch_l2(const void*) {}
 inline bool __all_sync(u32 mask, bool vote) { return __ballot_sync(mask, vote) == mask; }
 inline u32 ticks() { static u32 now; return now += 100; }
 #define clock ticks
-inline void close_group() { async_commit(); }
+inline void commit_group() { async_commit(); }
 template <int LATER_GROUPS> void wait_groups() { async_wait(LATER_GROUPS); }
 
-inline float widen(unsigned short bits) {
+inline float from_half(unsigned short bits) {
 #if DTYPE == 1
     return __uint_as_float((u32)bits << 16);
 #else
@@ -47,7 +48,7 @@ inline float widen(unsigned short bits) {
     return half;
 #endif
 }
-inline u32 narrow(float low, float high) {
+inline u32 to_half_pair(float low, float high) {
 #if DTYPE == 1
     return to_bfloat16(low) | to_bfloat16(high) << 16;
 #else
@@ -57,16 +58,16 @@ inline u32 narrow(float low, float high) {
     return w;
 #endif
 }
-inline u32 nibbles(u32 word) {
+inline u32 unpack_int4(u32 word) {
     int first = (word & 15) ^ 8, second = (word >> 16 & 15) ^ 8;
-    return narrow(first - 8, second - 8);
+    return to_half_pair(first - 8, second - 8);
 }
 inline float ex2(float x) { float y = exp2f(x); return y < 1.17549435e-38f ? 0.f : y; }
-inline float quotient(float x, float y) { return x / y; }
+inline float fast_divide(float x, float y) { return x / y; }
 
 struct Fragments { u32 a[4], b[2]; };
 static Fragments operands[1024][2][32];
-inline void multiply(float (&total)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+inline void mma(float (&total)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     Fiber& f = fibers[current];
     const unsigned warp = current / 32, lane = current % 32, p = f.parity++ & 1;
     operands[warp][p][lane] = {{a0, a1, a2, a3}, {b0, b1}};
@@ -78,19 +79,19 @@ inline void multiply(float (&total)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, 
         for (int t = 0; t < 4; t++)
             for (int k = 0; k < 2; k++) {
                 const u32 a = all[g * 4 + t].a[i / 2 + 2 * k], b = all[column * 4 + t].b[k];
-                sum += (double)widen((unsigned short)a) * widen((unsigned short)b);
-                sum += (double)widen((unsigned short)(a >> 16)) * widen((unsigned short)(b >> 16));
+                sum += (double)from_half((unsigned short)a) * from_half((unsigned short)b);
+                sum += (double)from_half((unsigned short)(a >> 16)) * from_half((unsigned short)(b >> 16));
             }
         total[i] = (float)sum;
     }
 }
 
-inline void say(unsigned short* p, unsigned short v) { *p = v; }
-inline uint4 heard(const uint4* p) { aligned(p, 16); return *p; }
-inline u64 heard(const u64* p) { return *p; }
-inline void let_others_go() { let_others(); }
+inline void store_relaxed(unsigned short* p, unsigned short v) { *p = v; }
+inline uint4 load_relaxed(const uint4* p) { aligned(p, 16); return *p; }
+inline u64 load_relaxed(const u64* p) { return *p; }
+inline void spin_pause() { yield_fiber(); }
 inline void fence() {}
-template <int THREADS_OF> void workers_meet() { meet_in_part(THREADS_OF); }
-inline void arrive(u32* counter) { ++*counter; }
-inline u32 arrived(const u32* counter) { return *counter; }
-inline void give_up() { abort(); }
+template <int COUNT> void compute_barrier() { barrier_of_part(COUNT); }
+inline void barrier_arrive(u32* counter) { ++*counter; }
+inline u32 barrier_count(const u32* counter) { return *counter; }
+inline void trap() { abort(); }

@@ -192,30 +192,30 @@ def test_what_it_cannot_serve(on):
 @pytest.mark.parametrize("packing", [None, ("int4", 64)], ids=["plain", "int4"])
 @pytest.mark.parametrize("tokens", [2, 5])
 @torch.no_grad()
-def test_tokens_on_trial(on, device, tokens, packing):
+def test_draft_verification(on, device, tokens, packing):
     """Logits and states to the last bit those of one token after the other, from any slot, whatever is kept."""
     on(device, 6)
     model = made(torch.bfloat16, device, num_hidden_layers=2, on_a_cpu=256)
     if packing:
         model.quantize(*packing)
-    cache, trials = model.backbone.new_cache(1), model.backbone.new_cache(tokens + 1)
+    cache, pool = model.backbone.new_cache(1), model.backbone.new_cache(tokens + 1)
     for state in (cache.ssm_states, cache.conv_states):
         state.normal_()
-    trials.ssm_states.fill_(torch.nan)
-    trials.conv_states.fill_(torch.nan)
-    trials.ssm_states[:, :1], trials.conv_states[:, :1] = cache.ssm_states, cache.conv_states
-    step, trial = step_of(model, cache), step_of(model, trials, trial=True)
+    pool.ssm_states.fill_(torch.nan)
+    pool.conv_states.fill_(torch.nan)
+    pool.ssm_states[:, :1], pool.conv_states[:, :1] = cache.ssm_states, cache.conv_states
+    step, verify = step_of(model, cache), step_of(model, pool, verify=True)
     ids = torch.randint(0, 600, (2, tokens), device=device)
     slot = 0
     for round_, kept in enumerate((tokens - 1, tokens)):
-        assert trial.slot.item() == slot
-        trial.tokens.copy_(ids[round_])
-        logits = trial().clone()
+        assert verify.slot.item() == slot
+        verify.tokens.copy_(ids[round_])
+        logits = verify().clone()
         for i in range(kept):
             step.tokens.copy_(ids[round_, i : i + 1])
             assert torch.equal(step()[0], logits[i])
             at = (slot + 1 + i) % (tokens + 1)
-            assert torch.equal(trials.ssm_states[:, at], cache.ssm_states[:, 0])
-            assert torch.equal(trials.conv_states[:, at], cache.conv_states[:, 0])
+            assert torch.equal(pool.ssm_states[:, at], cache.ssm_states[:, 0])
+            assert torch.equal(pool.conv_states[:, at], cache.conv_states[:, 0])
         slot = (slot + kept) % (tokens + 1)
-        trial.slot.fill_(slot)
+        verify.slot.fill_(slot)

@@ -15,14 +15,17 @@ from mambakit.decoding.graph_step import gpu_weights
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops._sums import ALIKE
 from mambakit.ops.decode import triton_few_rows as few
+from mambakit.ops.decode import triton_few_rows_kernels as few_kernels
 from mambakit.ops.decode import triton_many_rows as many
+from mambakit.ops.decode import triton_many_rows_kernels as many_kernels
 from mambakit.ops.decode import triton_tokens
 from tests.ops.interpreter import DEVICES, INTERPRETED, run_interpreted
 
 SMALL = {
     few.FewRowsStep: {name: few.Tile(16, 32, 4, 2) for name in ("in_proj", "x_proj", "out_proj", "head")},
     many.ManyRowsStep: {
-        "in_proj": many.Product(16, 32, 4, 2, 2), "x_proj": many.Product(16, 16, 4, 2, 3), "out_proj": many.Product(16, 32, 4, 2, 2),
+        "in_proj": many.Product(16, 32, 4, 2, 2), "x_proj": many.Product(16, 16, 4, 2, 3),
+        "out_proj": many.Product(16, 32, 4, 2, 2),
         "head": many.Product(16, 32, 4, 2), "conv": many.Tile(16, 4, 4), "scan": many.Tile(16, 2, 4),
     },
 }  # fmt: skip
@@ -195,10 +198,14 @@ def test_products_compile(bits, rows):
     common |= {} if bits else {"scales": None}
     tiles = few._tiles(rows, h)
     for kernel, name, constants in (
-        (few._in_proj, "in_proj", {"H": h, "D": d, "WIDTH": 4, "HAS_BIAS": False, "bias": None, "HAS_CONV_BIAS": True}),
-        (few._x_proj, "x_proj", {"R": r, "D": d}),
-        (few._out_proj, "out_proj", {"H": h, "D": d, "HAS_BIAS": False, "bias": None}),
-        (few._head, "head", {"H": h, "V": v, "BLOCKS": 3143}),
+        (
+            few_kernels.in_proj_kernel,
+            "in_proj",
+            {"H": h, "D": d, "WIDTH": 4, "HAS_BIAS": False, "bias": None, "HAS_CONV_BIAS": True},
+        ),
+        (few_kernels.x_proj_kernel, "x_proj", {"R": r, "D": d}),
+        (few_kernels.out_proj_kernel, "out_proj", {"H": h, "D": d, "HAS_BIAS": False, "bias": None}),
+        (few_kernels.head_kernel, "head", {"H": h, "V": v, "BLOCKS": 3143}),
     ):
         tile = tiles[name]
         constants |= common | {"BK": tile.BK, "BN": tile.BN, "STAGES": tile.stages}
@@ -218,10 +225,10 @@ def test_the_kernels_of_many_rows_compile(rows):
         p = plan[name]
         columns = k // p.splits
         constants = {"N": n, "K": k, "COLUMNS": columns, "BB": rows, "BK": p.BK, "BN": p.BN, "STAGES": p.stages}
-        assert compiled_for_hopper(many._product, constants, types)
+        assert compiled_for_hopper(many_kernels.product_kernel, constants, types)
     p = plan["head"]
     constants = {"H": h, "V": v, "BLOCKS": 393, "BB": rows, "BK": p.BK, "BN": p.BN, "STAGES": p.stages}
-    assert compiled_for_hopper(many._head, constants, types)
+    assert compiled_for_hopper(many_kernels.head_kernel, constants, types)
     plain = {"HAS_BIAS": False, "bias": None}
     tile = plan["conv"]
     constants = {
@@ -233,9 +240,11 @@ def test_the_kernels_of_many_rows_compile(rows):
         "ROWS": tile.rows,
         "HAS_CONV_BIAS": True,
     }
-    stages = compiled_for_hopper(many._conv, constants | plain, types, **ALIKE)
+    stages = compiled_for_hopper(many_kernels.conv_kernel, constants | plain, types, **ALIKE)
     assert "fma.rn" not in stages["ptx"]
-    assert "fma.rn" in compiled_for_hopper(many._conv, constants | plain, types)["ptx"], "the option does it"
+    assert "fma.rn" in compiled_for_hopper(many_kernels.conv_kernel, constants | plain, types)["ptx"], (
+        "the option does it"
+    )
     tile = plan["scan"]
     constants = {
         "R": r,
@@ -248,8 +257,8 @@ def test_the_kernels_of_many_rows_compile(rows):
         "BR": 128,
         "BS": 16,
     }
-    assert compiled_for_hopper(many._scan, constants | plain | {"ROWS": tile.rows}, types)
-    assert compiled_for_hopper(many._norm, {"H": h, "SIZE": h, "SPLITS": 4} | plain, types)
+    assert compiled_for_hopper(many_kernels.scan_kernel, constants | plain | {"ROWS": tile.rows}, types)
+    assert compiled_for_hopper(many_kernels.norm_kernel, {"H": h, "SIZE": h, "SPLITS": 4} | plain, types)
 
 
 H, D, R = 2048, 4096, 160
@@ -258,12 +267,13 @@ PLAIN = {"HAS_BIAS": False, "bias": None}
 CHANNELS = {"R": R, "D": D, "RANK": 128, "N": 16, "BR": 128, "BS": 16}
 NARROW = {"R": 4, "D": 64, "RANK": 2, "N": 1, "BR": 2, "BS": 1}  # whose sums need no barrier of their own
 IN_PLACE = {
-    few._in_proj: PRODUCT | PLAIN | {"H": H, "WIDTH": 4, "HAS_CONV_BIAS": True},
-    few._scan: NARROW | {"BD": 16},
-    few._out_proj: PRODUCT | PLAIN | {"H": H},
-    many._conv: PLAIN | {"D": D, "WIDTH": 4, "TAPS": 4, "SPLITS": 1, "BD": 64, "ROWS": 1, "HAS_CONV_BIAS": True},
-    many._scan: CHANNELS | PLAIN | {"SPLITS": 8, "XZ_SPLITS": 1, "BD": 16, "ROWS": 16},
-    many._norm: PLAIN | {"H": H, "SIZE": H, "SPLITS": 4},
+    few_kernels.in_proj_kernel: PRODUCT | PLAIN | {"H": H, "WIDTH": 4, "HAS_CONV_BIAS": True},
+    few_kernels.scan_kernel: NARROW | {"BD": 16},
+    few_kernels.out_proj_kernel: PRODUCT | PLAIN | {"H": H},
+    many_kernels.conv_kernel: PLAIN
+    | {"D": D, "WIDTH": 4, "TAPS": 4, "SPLITS": 1, "BD": 64, "ROWS": 1, "HAS_CONV_BIAS": True},
+    many_kernels.scan_kernel: CHANNELS | PLAIN | {"SPLITS": 8, "XZ_SPLITS": 1, "BD": 16, "ROWS": 16},
+    many_kernels.norm_kernel: PLAIN | {"H": H, "SIZE": H, "SPLITS": 4},
 }
 
 
@@ -274,7 +284,7 @@ def test_all_have_read_what_is_written_over(kernel):
     names = ("residual", "sums", "conv_state", "state", "parts", "xz", "A_log", "dt_bias", "D_skip")
     types = dict.fromkeys(names, "*fp32") | {"eps": "fp32"}
     types |= dict.fromkeys(("norm", "conv", "conv_bias", "u", "x", "y", "z", "weight", "dt_proj"), "*bf16")
-    warps = 2 if kernel is few._scan else 4
+    warps = 2 if kernel is few_kernels.scan_kernel else 4
     code = compiled_for_hopper(kernel, IN_PLACE[kernel], types, num_warps=warps, **ALIKE)["ptx"].splitlines()
     before = code[: next(i for i, line in enumerate(code) if "st.global" in line)]
     last = {what: max(i for i, line in enumerate(before) if what in line) for what in ("ld.global", "bar.sync")}
@@ -292,7 +302,9 @@ class Recorder:
 
 
 @pytest.mark.parametrize(
-    ("module", "rows", "kernels"), [(few, 3, ("_scan",)), (many, 9, ("_conv", "_scan"))], ids=["few", "many"]
+    ("module", "rows", "kernels"),
+    [(few_kernels, 3, ("scan_kernel",)), (many_kernels, 9, ("conv_kernel", "scan_kernel"))],
+    ids=["few", "many"],
 )
 def test_sums_over_lanes_are_alike_on_all(module, rows, kernels, monkeypatch):
     """Racecheck found lanes with sums of different last bits that wrote to one place."""

@@ -1,7 +1,7 @@
 """Runs the CUDA C++ scan on CPU tensors: g++ compiles the kernels against `cuda_on_cpu.h` instead of NVRTC for a GPU.
 
-What this covers is the kernels' logic (indices, barriers, chunks, tails) and all of `cuda.py` but the launch itself; not the
-compiler's code, the approximate instructions, or anything about speed.
+What this covers is the kernels' logic (indices, barriers, chunks, tails) and all of `cuda.py` but the launch itself;
+not the compiler's code, the approximate instructions, or anything about speed.
 """
 
 from __future__ import annotations

@@ -15,12 +15,14 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-# float32 arithmetic over hundreds of tokens; a half-precision result is rounded once more, which alone is 1.7e-3 (bfloat16).
+# float32 arithmetic over hundreds of tokens; a half-precision result is rounded once more, which alone is 1.7e-3
+# (bfloat16).
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 5e-4}
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
-# b, l, d, n, dtype, packed lengths, optional arguments, strided: one token, tile and chunk edges (8, 32, 64, 128 tokens), widths
-# off the tile and off the vector width, chunked rows (long and narrow), every number of lanes and of states
+# b, l, d, n, dtype, packed lengths, optional arguments, strided: one token, tile and chunk edges (8, 32, 64, 128
+# tokens), widths off the tile and off the vector width, chunked rows (long and narrow), every number of lanes and of
+# states
 CASES = [
     (1, 1, 1, 1, F32, None, True, False),
     (3, 1, 24, 16, F32, None, True, False),
@@ -137,8 +139,8 @@ def errors(case, implementation=cuda, device="cuda", interval=128):
 
 def failures(case, found):
     limit = LIMITS[case[4]]
-    # Results in float32 whatever the inputs are. The bound for half inputs is 3e-3; these stay near float32's, except dA of
-    # long rows, where 1.2e-5 was seen (2050 tokens, bfloat16). Float32 inputs keep 1e-5 at every length.
+    # Results in float32 whatever the inputs are. The bound for half inputs is 3e-3; these stay near float32's, except
+    # dA of long rows, where 1.2e-5 was seen (2050 tokens, bfloat16). Float32 inputs keep 1e-5 at every length.
     long_half = case[4] != F32 and case[1] >= 2000
     kept = {"final": 1e-5, "dA": 3e-5 if long_half else 1e-5, "dD": 1e-5, "dbias": 1e-5, "dinitial": 1e-5}
     return {name: error for name, error in found.items() if not error < kept.get(name, limit)}

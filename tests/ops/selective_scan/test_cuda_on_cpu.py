@@ -1,6 +1,7 @@
 """The CUDA C++ kernels' logic without a GPU: compiled for the CPU (`cuda_on_cpu.py`), against the float64 chunked.
 
-The full list of shapes is `test_cuda.CASES`, which the GPU runs; here are the ones that differ most, few because each compiles.
+The full list of shapes is `test_cuda.CASES`, which the GPU runs; here are the ones that differ most, few because each
+compiles.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ def test_float64_equals_the_oracle(shape):
         assert relative_error(grad, grads0[name]) < 1e-11, name
 
 
-# float32 arithmetic against float64: a few roundings per step. Half inputs: the output and each gradient are rounded once more.
+# float32 arithmetic against float64: a few roundings per step. Half inputs: the output and each gradient are rounded
+# once more.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-3), (torch.float16, 5e-4)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lower_precision(shape, dtype, tolerance):
