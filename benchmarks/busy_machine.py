@@ -3,19 +3,17 @@
     python benchmarks/busy_machine.py --json busy.json          # about 4 minutes; nothing else may run
     python benchmarks/busy_machine.py --neighbours 2 --spins 0 10000 300000
 
-A process for each bound (`GOMP_SPINCOUNT`; 300,000 is GNU's own, without a bound) loads torch, then waits; in each round every
-one of them is measured in turn, alone and beside ``--neighbours`` processes that never rest. Three cases, each for
-``--seconds``: optimiser steps of configs/tiny.toml, a prompt of 512 tokens and 64 tokens one after the other with the embedded
-model. Figures are tokens per second: the median over rounds, and the worst round.
+A process for each bound (`GOMP_SPINCOUNT`; 300,000 is GNU's own, without a bound) loads torch, then waits; in each
+round every one of them is measured in turn, alone and beside ``--neighbours`` processes that never rest. Three cases,
+each for ``--seconds``: optimiser steps of configs/tiny.toml, a prompt of 512 tokens and 64 tokens one after the other
+with the embedded model. Figures are tokens per second: the median over rounds, and the worst round.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,7 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import record
+from benchmarks.record import ROOT
+
 CASES = ("training", "prompt", "decode")
 SITUATIONS = ("quiet", "busy")
 
@@ -82,7 +84,8 @@ def worker(seconds: float) -> None:
 def start(spins: int, seconds: float) -> subprocess.Popen:
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME")}
     return subprocess.Popen(
-        [sys.executable, __file__, "--worker", "--seconds", str(seconds)], env={**environment, "GOMP_SPINCOUNT": str(spins)},
+        [sys.executable, __file__, "--worker", "--seconds", str(seconds)], env={**environment, "GOMP_SPINCOUNT":
+        str(spins)},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -138,6 +141,16 @@ def measure(bounds: list[int], neighbours: int, rounds: int, seconds: float) -> 
     return records
 
 
+def medians(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rates: dict[tuple[int, str, str], list[float]] = {}
+    for one in records:
+        rates.setdefault((one["spins"], one["case"], one["situation"]), []).append(one["tokens_per_second"])
+    return [
+        {"spins": spins, "case": case, "situation": situation, "median": statistics.median(found), "worst": min(found)}
+        for (spins, case, situation), found in rates.items()
+    ]
+
+
 def table(records: list[dict[str, Any]], bounds: list[int]) -> str:
     lines = ["| GOMP_SPINCOUNT | " + " | ".join(f"{case}, {s}" for case in CASES for s in SITUATIONS) + " |"]
     lines.append("|---" * (1 + len(CASES) * len(SITUATIONS)) + "|")
@@ -145,9 +158,9 @@ def table(records: list[dict[str, Any]], bounds: list[int]) -> str:
         cells = []
         for case in CASES:
             for situation in SITUATIONS:
-                wanted = (case, situation, spins)
-                rates = [r["tokens_per_second"] for r in records if (r["case"], r["situation"], r["spins"]) == wanted]
-                cells.append(f"{statistics.median(rates):,.0f} ({min(rates):,.0f})")
+                wanted = (spins, case, situation)
+                found = next(r for r in medians(records) if (r["spins"], r["case"], r["situation"]) == wanted)
+                cells.append(f"{found['median']:,.0f} ({found['worst']:,.0f})")
         lines.append(f"| {spins:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -158,7 +171,7 @@ def main() -> None:
     parser.add_argument("--neighbours", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.5, help="for each case; a call that has begun is finished")
-    parser.add_argument("--json", type=Path)
+    record.add_argument(parser)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -168,13 +181,7 @@ def main() -> None:
     records = measure(arguments.spins, arguments.neighbours, arguments.rounds, arguments.seconds)
     print(table(records, arguments.spins))
     print(f"\n{arguments.rounds} rounds beside {arguments.neighbours} neighbours, {time.monotonic() - began:.0f} s")
-    if arguments.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        report = {
-            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors", "commit": commit,
-            "date": datetime.date.today().isoformat(), "command": sys.argv, "records": records,
-        }  # fmt: skip
-        arguments.json.write_text(json.dumps(report, indent=2))
+    record.write(arguments.json, {"medians": medians(records), "rounds": records}, gpus=0)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,18 @@
     python benchmarks/cpu.py                        # 2 threads; llama-cpp-python and gguf run where installed
     python benchmarks/cpu.py --threads 8 --json out.json
 
-Random weights; the contenders have the same ones. Every round times each contender once, in turn, so that a machine whose
-speed drifts is unkind to all alike; a figure is the median over rounds. Shares are of the read bandwidth (a sum over 256
-MB on all threads) and of the matrix products alone in torch, both measured in the same rounds.
+Random weights; the contenders have the same ones. Every round times each contender once, in turn, so that a machine
+whose speed drifts is unkind to all alike; a figure is the median over rounds. Shares are of the read bandwidth (a sum
+over 256 MB on all threads) and of the matrix products alone in torch, both measured in the same rounds.
 Decode times the kernels of a step (`DecodeStep`), from a token's embedding to its logits; nobody samples.
-llama.cpp runs with its defaults (weights repacked), except for a format that crashes with them, which the output then says.
+llama.cpp runs with its defaults (weights repacked), except for a format that crashes with them, which the output then
+says.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import subprocess
 import sys
@@ -26,10 +26,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import record
 from mambakit import MambaConfig, MambaForCausalLM
 from mambakit.decoding.registry import token_step
 from mambakit.ops._backends import native
-from mambakit.ops.decode.cpu import DecodeStep, LayerWeights
+from mambakit.ops.decode.cpu import DecodeStep
+from mambakit.ops.decode.packed import PackedLayer
 from mambakit.ops.linear import pack
 from mambakit.ops.linear.lossless import DTYPES
 from mambakit.ops.linear.packed import FORMATS
@@ -37,6 +41,10 @@ from mambakit.ops.linear.packed import FORMATS
 LLAMA_FORMATS = {"float32": "F32", "bfloat16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
 # Ours -> llama.cpp's of the same precision. The lossless ones hold the same numbers in 28 and 12 bits.
 RIVALS = LLAMA_FORMATS | {"lossless32": "F32", "lossless16": "F16"}
+NAMES = {
+    "float32": "decode, batch 1, float32", "lossless32": "float32, lossless (28 bits)", "bfloat16": "bfloat16",
+    "lossless16": "bfloat16, lossless (12 bits)", "int8": "int8", "int4": "int4",
+}  # fmt: skip
 STEPS = 16  # tokens per timing of decode
 
 
@@ -49,7 +57,7 @@ def decode_step(model: MambaForCausalLM, format: str, batch: int = 1) -> DecodeS
     for block in model.backbone.layers:
         m = block.mixer
         layers.append(
-            LayerWeights(
+            PackedLayer(
                 norm=block.norm.weight,
                 in_proj=packed(m.in_proj),
                 in_proj_bias=m.in_proj.bias,
@@ -184,7 +192,8 @@ def llamas(model: MambaForCausalLM, threads: int, length: int) -> dict[str, Llam
         for format, name in LLAMA_FORMATS.items():
             path = Path(folder) / f"{name}.gguf"
             write_gguf(model, path, name)
-            # With its weights repacked, its default, 0.3.36 crashed on a Q8_0 prompt on one processor (a Xeon with AMX).
+            # With its weights repacked, its default, 0.3.36 crashed on a Q8_0 prompt on one processor (a Xeon with
+            # AMX).
             repack = survives(path, threads, length)
             if not repack:
                 print(f"llama.cpp {name} crashes with repacked weights here: it runs without (use_extra_bufts=False)")
@@ -223,7 +232,8 @@ def generate_times(model: MambaForCausalLM, ids: torch.Tensor, rounds: int) -> t
 
 
 def their_training_step(threads: int, length: int, patience: float) -> float | None:
-    """Seconds of transformers' first training step, in a process of its own; None when it takes longer than ``patience``."""
+    """Seconds of transformers' first training step, in a process of its own; None when it takes longer than
+    ``patience``."""
     code = f"""
 import time, torch
 from transformers import MambaConfig, MambaForCausalLM
@@ -259,6 +269,13 @@ def median_times(contenders: dict[str, Callable[[], object]], rounds: int) -> di
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+def compared(what: str, rate: float, seconds: float, times: dict[str, float], llama_format: str) -> dict[str, object]:
+    """A row of the run's record."""
+    rival = times.get(f"llama.cpp {llama_format}")
+    against = {"against_llama": rival / seconds, "llama_format": llama_format} if rival else {}
+    return {"what": what, "tokens_per_second": rate, "against_transformers": times["transformers"] / seconds, **against}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
@@ -266,7 +283,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--skip-training", action="store_true")
     parser.add_argument("--patience", type=float, default=120, help="seconds to wait for transformers' training step")
-    parser.add_argument("--json", type=Path)
+    record.add_argument(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -314,6 +331,11 @@ def main() -> None:
     for name, seconds in prefill_times.items():
         results["prefill"][name] = options.length / seconds
         print(f"  {name:<22}{options.length / seconds:8.0f}   mambakit is {seconds / prefill_times['mambakit']:.2f}x")
+    ours_ms = prefill_times["mambakit"]
+    rows = [
+        compared(f"prefill {options.length}", options.length / ours_ms, ours_ms, prefill_times, "F32")
+        | {"share": prefill_times["products"] / ours_ms, "share_of": "the same products alone in torch"}
+    ]
     bandwidth = buffer.nbytes / decode_times.pop("read")
     results["decode"]["read bandwidth GB/s"] = bandwidth / 1e9
     print(f"\ndecode, batch 1: tokens/s; read bandwidth {bandwidth / 1e9:.1f} GB/s")
@@ -324,6 +346,10 @@ def main() -> None:
         if format in steps:
             share = results["decode"][f"{name}, share of bandwidth"] = step_bytes(steps[format]) * rate / bandwidth
             line += f"   {share:4.0%} of the bandwidth"
+            rows.append(
+                compared(NAMES[format], rate, seconds, decode_times, RIVALS[format])
+                | {"share": share, "share_of": "the read bandwidth"}
+            )
             rival = decode_times.get(f"llama.cpp {RIVALS[format]}")
             line += "" if rival is None else f"   {rival / seconds:.2f}x llama.cpp {RIVALS[format]}"
             line += f"   {decode_times['transformers'] / seconds:.2f}x transformers float32"
@@ -364,8 +390,7 @@ def main() -> None:
         else:
             result |= {"transformers s": peer, "ratio": peer / mine}
             print(f"  transformers {peer:.1f} s (its first): mambakit is {peer / mine:.1f}x")
-    if options.json:
-        options.json.write_text(json.dumps({"native": native.describe(), **results}, indent=2, default=str))
+    record.write(options.json, {"bandwidth": bandwidth, "rows": rows, **results}, gpus=0, notes=str(native.describe()))
 
 
 if __name__ == "__main__":

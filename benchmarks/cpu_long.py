@@ -3,22 +3,25 @@
     python benchmarks/cpu_long.py --json out.json               # 130m shape, 2 threads: about 25 minutes
     python benchmarks/cpu_long.py --tokens 100000 --most 14     # a shorter look
 
-Random weights and tokens. Time is fitted as time = a + b * length, a line through the relative errors; `off` is the worst
-distance of a measured time from it. Decode times at position 1,000 and at the last one are taken in turn.
+Random weights and tokens. Time is fitted as time = a + b * length, a line through the relative errors; `off` is the
+worst distance of a measured time from it. Decode times at position 1,000 and at the last one are taken in turn.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import record
 from mambakit import MambaConfig, MambaForCausalLM
 from mambakit.decoding.registry import token_step
 
@@ -44,13 +47,13 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--hidden-size", type=int, default=768)
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--json", type=Path)
+    record.add_argument(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     config = MambaConfig(hidden_size=options.hidden_size, num_hidden_layers=options.layers, vocab_size=50280)
     model = MambaForCausalLM(config).eval()
-    result: dict[str, object] = {}
+    result: dict[str, list[dict]] = {"lengths": [], "long": []}
     with torch.no_grad():
         read(model, torch.randint(0, 50280, (1, 2 * options.chunk)), model.backbone.new_cache(1), options.chunk)
         if options.most >= 9:
@@ -69,7 +72,8 @@ def main() -> None:
             system = np.array([[1 / t, n / t] for n, t in zip(lengths, seconds, strict=True)])
             a, b = np.linalg.lstsq(system, np.ones(len(lengths)), rcond=None)[0]
             off = max(abs((a + b * n) / t - 1) for n, t in zip(lengths, seconds, strict=True))
-            result |= {"lengths": lengths, "seconds": seconds, "worst distance from a line": off}
+            result["lengths"] = [{"tokens": n, "seconds": t} for n, t in zip(lengths, seconds, strict=True)]
+            result["lengths"].append({"tokens": None, "worst_distance_from_a_line": off})
             print(f"time by length: at most {off:.1%} off a line", flush=True)
         if options.tokens:
             ids = torch.randint(0, 50280, (1, options.tokens))
@@ -98,11 +102,18 @@ def main() -> None:
                     if i >= 2:
                         times[name].append(time.perf_counter() - begin)
             ratio = statistics.median(times["late"]) / statistics.median(times["early"])
-            result |= {"tokens": options.tokens, "tokens/s": rate, "growth MB": growth, "decode late / early": ratio}
+            result["long"].append(
+                {
+                    "tokens": options.tokens,
+                    "chunk": options.chunk,
+                    "tokens_per_second": rate,
+                    "growth_mb": growth,
+                    "decode_late_to_early": ratio,
+                }
+            )
             print(f"{options.tokens} tokens at {rate:.0f} tokens/s; resident memory grew by at most {growth:.1f} MB")
             print(f"decode at position {options.tokens} takes {ratio:.3f} of its time at position 1000")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2))
+    record.write(options.json, result, gpus=0)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,24 @@
     python benchmarks/cpu_ops.py                # one thread
     python benchmarks/cpu_ops.py --threads 2
 
-Random data; the contenders in turn, the best of all rounds (a shared machine's speed drifts). Each is first checked against its
-chunked. The products' weights (512 x 768) stay in the caches, so that arithmetic is timed and not memory.
+Random data; the contenders in turn, the best of all rounds (a shared machine's speed drifts). Each is first checked
+against plain PyTorch. The products' weights (512 x 768) stay in the caches, so that arithmetic is timed and not memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import record
 from mambakit.ops import causal_conv1d_, selective_scan_
 from mambakit.ops._backends import native
 from mambakit.ops.causal_conv1d import chunked as conv_reference
@@ -45,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=20)
+    record.add_argument(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -73,10 +79,11 @@ def main() -> None:
             },
             options.rounds,
         )
+    ops = [{"op": name, "length": length, "d": d, "seconds": seconds} for name, seconds in times.items()]
     for name, seconds in times.items():
         print(f"{name} {length} x {d}: {seconds * 1e3:.2f} ms, {seconds * 1e9 / (length * d):.2f} ns an element")
 
-    out, columns, repeats = 512, 768, 10
+    out, columns, repeats, products = 512, 768, 10, []
     kernel = native.kernel("linear")
     print(f"products, weights {out} x {columns} in the caches: G weights/s by rows of x")
     for format in FORMATS:
@@ -93,8 +100,10 @@ def main() -> None:
             run()
             close(y, x.double() @ packed.dequantized().double().T, 1e-4, format)
             seconds = best_seconds({"": run}, options.rounds)[""] / repeats
+            products.append({"format": format, "rows": rows, "weights_per_second": out * columns / seconds})
             line += f"  {rows}: {out * columns / seconds / 1e9:6.2f}"
         print(line)
+    record.write(options.json, {"ops": ops, "products": products}, gpus=0)
 
 
 if __name__ == "__main__":

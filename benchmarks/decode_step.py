@@ -1,19 +1,19 @@
-"""The decode steps on one NVIDIA GPU: how the persistent kernel's queue of weights is chosen, where its time goes, and which way serves
-how many rows.
+"""The decode steps on one NVIDIA GPU: how the persistent kernel's queue of weights is chosen, where its time goes, and
+which way serves how many rows.
 
-    python benchmarks/decode_step.py                          # the shapes and formats below, the chosen variant and its rivals
+    python benchmarks/decode_step.py                 # the shapes below, the chosen variant and its rivals
     python benchmarks/decode_step.py --shapes 130m --rows 1 8 --formats plain int4
     python benchmarks/decode_step.py --ways --rows 1 4 8 16 32 64 128     # every way that can serve so many rows
 
-`ms` is the median of graph replays, bfloat16, random weights; a variant whose logits are further than 1.2e-2 from the model's
-forward is printed as WRONG. `queue 6, 2, 1`: 6 slots of each warp's ring, 2 of them filled again at once at the end of a phase, 1
-more while the block waits after it. With --clock, the cycles of one block's first thread, a layer, for the chosen variant. docs/kernels.md has what was found.
+`ms` is the median of graph replays, bfloat16, random weights; a variant whose logits are further than 1.2e-2 from the
+model's forward is printed as WRONG. `queue 6, 2, 1`: 6 slots of each warp's ring, 2 of them filled again at once at the
+end of a phase, 1 more while the block waits after it. With --clock, the cycles of one block's first thread, a layer,
+for the chosen variant. docs/kernels/decode.md has what was found.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mambakit
+from benchmarks import record
 from mambakit.decoding.graph_step import gpu_weights
 from mambakit.ops.decode import cuda_persistent as persistent
 from mambakit.ops.decode import triton_few_rows, triton_many_rows
@@ -117,12 +118,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--clock", action="store_true")
     parser.add_argument("--ways", action="store_true")
-    parser.add_argument("--json", type=Path)
+    record.add_argument(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no NVIDIA GPU is here; the kernel's logic runs on a CPU in tests/ops/decode/test_cuda_persistent.py")
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    results = []
+    results, clocks = [], []
     for shape in options.shapes:
         for format in options.formats:
             model = made(shape, format)
@@ -155,13 +156,14 @@ def main() -> None:
                     for _ in range(5):
                         step(True)
                     cycles = [count / SHAPES[shape][1] for count in step.cycles.tolist()]
+                    clocks.append(
+                        {"shape": shape, "format": format, "rows": rows, **dict(zip(PARTS, cycles, strict=True))}
+                    )
                     print("   ", ", ".join(f"{part} {count:.0f}" for part, count in zip(PARTS, cycles, strict=True)))
             del model
             torch.cuda.empty_cache()
-    if options.json:
-        temporary = options.json.with_name(options.json.name + ".tmp")
-        temporary.write_text(json.dumps({"device": torch.cuda.get_device_name(), "results": results}, indent=1))
-        temporary.replace(options.json)
+    part = "ways" if options.ways else "variants"
+    record.write(options.json, {part: results, **({"cycles": clocks} if options.clock else {})}, gpus=1)
 
 
 if __name__ == "__main__":

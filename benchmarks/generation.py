@@ -1,15 +1,15 @@
-"""Generation beside a Transformer of the same size: tokens/s by batch, time by length, memory, the step's share of the bandwidth.
+"""Generation beside a Transformer of the same size: tokens/s by batch, time by length, memory, share of the bandwidth.
 
-    python benchmarks/generation.py --json out.json --plots docs/images      # 130m, 1.4b and 2.8b on one NVIDIA GPU, bfloat16
+    python benchmarks/generation.py --json out.json --plots docs/images   # 130m, 1.4b and 2.8b on one NVIDIA GPU
     python benchmarks/generation.py --shapes 130m --parts step generate      # less
     python benchmarks/generation.py --device cpu --shapes tiny --lengths 7 9 # a look at the script itself, on a CPU
 
-Random weights and tokens, greedy. The Transformer is transformers' Llama of as many parameters, run by `generate` with its
-default cache (flash attention through SDPA) and, with --compiled, a static cache and torch.compile. Parts:
+Random weights and tokens, greedy. The Transformer is transformers' Llama of as many parameters, run by `generate` with
+its default cache (flash attention through SDPA) and, with --compiled, a static cache and torch.compile. Parts:
 
     prefill    a forward of 8 prompts of --prompt tokens, to the last token's logits, eager
-    step       one token for each row, embedding to chosen token: median of steps, and the share of the bandwidth that reading
-               weights and states once would take (measured in the run: a copy, counted both ways)
+    step       one token for each row, embedding to chosen token: median of steps, and the share of the bandwidth that
+               reading weights and states once would take (measured in the run: a copy, counted both ways)
     generate   prompt and new tokens, prompt included in the time; third call; peak memory
     length     reading a prompt of 2^i tokens, one row
     long       a prompt of 2,048 and of --long-prompt tokens: peak memory, and the step after it
@@ -17,14 +17,14 @@ default cache (flash attention through SDPA) and, with --compiled, a static cach
     draft      speculative decoding of the largest shape with the smallest as its draft model, each guess right with the
                probability --acceptance, against plain steps
 
-Nothing is timed before a small model's steps agree with its forward on this device. One GPU: CUDA events around whole calls.
+Nothing is timed before a small model's steps agree with its forward on this device. One GPU: CUDA events around whole
+calls.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -36,6 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mambakit
+from benchmarks import record as records
 from mambakit.decoding.prefill import prefill
 from mambakit.decoding.registry import kept_decoder, token_step
 from mambakit.generation.drafters import Draft, DraftModel
@@ -157,7 +158,8 @@ def step_seconds(model, rows: int, clock: Clock, rounds: int) -> float:
 def measure_steps(options: Options, clock: Clock, record: dict) -> None:
     speed = record["bandwidth"]
     print(
-        f"\nstep: bandwidth {speed / 1e9:,.0f} GB/s\n{'shape':6} {'format':>6} {'batch':>5} {'ms':>8} {'tokens/s':>10} {'share':>6}"
+        f"\nstep: bandwidth {speed / 1e9:,.0f} GB/s\n{'shape':6} {'format':>6} {'batch':>5} {'ms':>8} {'tokens/s':>10} "
+        f"{'share':>6}"
     )
     for shape in options.shapes:
         for format in options.formats:
@@ -205,7 +207,8 @@ def measure_prefill(options: Options, clock: Clock, record: dict) -> None:
 
 def measure_generate(options: Options, clock: Clock, record: dict) -> None:
     print(
-        f"\ngenerate: {options.prompt} + {options.new} tokens\n{'shape':6} {'batch':>5} {'who':>22} {'tokens/s':>10} {'GiB':>6}"
+        f"\ngenerate: {options.prompt} + {options.new} tokens\n{'shape':6} {'batch':>5} {'who':>22} {'tokens/s':>10} "
+        f"{'GiB':>6}"
     )
     longest = options.prompt + options.new
     for shape in options.shapes:
@@ -259,7 +262,8 @@ def measure_long(options: Options, clock: Clock, record: dict) -> None:
     shape = options.shapes[-1] if "1.4b" not in options.shapes else "1.4b"
     model = mamba(shape, options.device)
     print(
-        f"\nlong: {shape}, one prompt and 16 new tokens\n{'tokens':>9} {'seconds':>8} {'GiB':>6} {'ms a step after':>16}"
+        f"\nlong: {shape}, one prompt and 16 new tokens\n{'tokens':>9} {'seconds':>8} {'GiB':>6} "
+        f"{'ms a step after':>16}"
     )
     for tokens in (2048, options.long_prompt):
         ids = torch.randint(0, VOCABULARY, (1, tokens), device=options.device)
@@ -281,7 +285,8 @@ SAMPLINGS = {
 def measure_engine(options: Options, clock: Clock, record: dict) -> None:
     rows, new = options.rows, options.new
     print(
-        f"\nengine: {rows} rows, {options.engine_prompt} + {new} tokens, tokens/s\n{'shape':6} {'how':28} {'Engine':>10} {'generate':>10}"
+        f"\nengine: {rows} rows, {options.engine_prompt} + {new} tokens, tokens/s\n{'shape':6} {'how':28} "
+        f"{'Engine':>10} {'generate':>10}"
     )
     for shape in options.shapes:
         model = mamba(shape, options.device)
@@ -357,7 +362,8 @@ def measure_draft(options: Options, clock: Clock, record: dict) -> None:
 
     step = step_seconds(model, 1, clock, options.rounds)
     print(
-        f"  {step * 1e3:.3f} ms a plain step\n{'guesses':>9} {'ms a token':>11} {'against plain':>14} {'kept':>16} {'rounds':>7}"
+        f"  {step * 1e3:.3f} ms a plain step\n{'guesses':>9} {'ms a token':>11} {'against plain':>14} {'kept':>16} "
+        f"{'rounds':>7}"
     )
     for most in options.draft_tokens:
         stream = speculative(most, options.new)
@@ -372,8 +378,9 @@ def measure_draft(options: Options, clock: Clock, record: dict) -> None:
         print(f"{most:>9} {seconds * 1e3:11.3f} {step / seconds:13.2f}x {kept:>16} {stream.rounds:>7}", flush=True)
         record["draft"].append(
             {
-                "target": target, "draft": order[0], "guesses": most, "step": step, "token": seconds,
-                "kept": stream.accepted / stream.proposed, "rounds": stream.rounds,
+                "target": target, "draft": order[0], "draft_tokens": most, "step": step, "token": seconds,
+                "speedup": step / seconds, "accepted": stream.accepted, "proposed": stream.proposed, "rounds":
+                stream.rounds,
             }
         )  # fmt: skip
 
@@ -406,7 +413,8 @@ def plot(record: dict, folder: Path) -> None:
 
 
 PARTS = {
-    "prefill": measure_prefill, "step": measure_steps, "generate": measure_generate, "length": measure_lengths, "long": measure_long,
+    "prefill": measure_prefill, "step": measure_steps, "generate": measure_generate, "length": measure_lengths,
+    "long": measure_long,
     "engine": measure_engine, "draft": measure_draft,
 }  # fmt: skip
 
@@ -432,7 +440,7 @@ def main() -> None:
         "--compiled", action="store_true", help="the Transformer with a static cache and torch.compile, too"
     )
     parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--json", type=Path)
+    records.add_argument(parser)
     parser.add_argument("--plots", type=Path, help="a folder for generate.png and length.png")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -449,7 +457,10 @@ def main() -> None:
     for part in options.parts:
         PARTS[part](options, clock, record)
         if options.json:  # after each part: a run that is cut off leaves what it has
-            options.json.write_text(json.dumps(record, indent=2))
+            results = {key: value for key, value in record.items() if key != "device"}
+            records.write(
+                options.json, results, gpus=int(options.device == "cuda"), transformers=transformers.__version__
+            )
     if options.plots:
         plot(record, options.plots)
 

@@ -1,7 +1,7 @@
 """Check and time causal_conv1d, rms_norm and linear_cross_entropy on one NVIDIA GPU.
 
     python benchmarks/gpu_conv_norm.py             # check, then the tables
-    python benchmarks/gpu_conv_norm.py --sweep     # and every tile of the small tables in causal_conv1d/triton.py beside its rivals
+    python benchmarks/gpu_conv_norm.py --sweep     # and every tile of the small tables in triton.py beside its rivals
     python benchmarks/gpu_conv_norm.py --json out.json
 
 An op that is wrong is not timed. `ms` is the median of CUDA-graph replays, so it holds no launch gaps; `eager` is the
@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import record
 from mambakit.ops.causal_conv1d import chunked as conv_reference
 from mambakit.ops.causal_conv1d import triton as conv
 from mambakit.ops.causal_conv1d.api import causal_conv1d
@@ -90,7 +94,16 @@ def sets(size):
 def report(op, shape, variant, ms, size, eager=None, peer=None):
     rate = size / ms * 1e3
     RESULTS.append(
-        {"op": op, "shape": shape, "variant": variant, "ms": ms, "GB/s": rate / 1e9, "eager_ms": eager, "peer_ms": peer}
+        {
+            "op": op,
+            "shape": shape,
+            "variant": variant,
+            "ms": ms,
+            "GB/s": rate / 1e9,
+            "share": rate / COPY,
+            "eager_ms": eager,
+            "peer_ms": peer,
+        }
     )
     extra = "" if eager is None else f"  eager {eager:7.3f}"
     extra += "" if peer is None else f"  peer {peer:6.3f}  {peer / ms:5.2f}x"
@@ -160,11 +173,13 @@ def time_conv(shapes, variant=""):
 
 def sweep_conv():
     tiles = [conv.Tile(d, 32 * w * c // d, s, u, w) for d, c, s, u, w in [
-        (64, 8, 16, 8, 4), (64, 8, 32, 8, 4), (64, 8, 64, 8, 4), (64, 8, 32, 4, 4), (64, 4, 32, 8, 4), (64, 4, 64, 8, 4),
+        (64, 8, 16, 8, 4), (64, 8, 32, 8, 4), (64, 8, 64, 8, 4), (64, 8, 32, 4, 4), (64, 4, 32, 8, 4), (64, 4, 64, 8,
+        4),
         (128, 8, 32, 8, 4), (64, 8, 32, 8, 2),
     ]]  # fmt: skip
     backward_tiles = [conv.Tile(d, 32 * w * c // d, s, u, w) for d, c, s, u, w in [
-        (64, 4, 32, 4, 4), (64, 4, 64, 4, 4), (64, 4, 128, 4, 4), (64, 4, 64, 8, 4), (64, 8, 64, 2, 4), (64, 8, 64, 4, 4),
+        (64, 4, 32, 4, 4), (64, 4, 64, 4, 4), (64, 4, 128, 4, 4), (64, 4, 64, 8, 4), (64, 8, 64, 2, 4), (64, 8, 64, 4,
+        4),
         (128, 4, 64, 4, 4), (64, 4, 64, 4, 2),
     ]]  # fmt: skip
     chosen = conv.forward_tile, conv.backward_tile
@@ -322,7 +337,7 @@ def sweep_head():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="time the rival tiles too")
-    parser.add_argument("--json", help="write every number here")
+    record.add_argument(parser)
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     plans = [
@@ -342,9 +357,7 @@ def main():
         time()
         if options.sweep:
             sweep()
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "results": RESULTS}, file, indent=1)
+    record.write(options.json, {"ops": RESULTS}, gpus=1)
     raise SystemExit(1 if red else 0)
 
 

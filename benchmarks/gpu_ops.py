@@ -5,19 +5,19 @@
     python benchmarks/gpu_ops.py --peer mamba      # mamba-ssm, from a checkout of it, in the same run
     python benchmarks/gpu_ops.py --json out.json
 
-A scan that is wrong is not timed. `ms` is the median of CUDA-graph replays between CUDA events (no launch gaps), `eager` the
-same calls launched one by one. Data is random, with a trained model's step sizes (0.001 to 0.1) and A = -1 .. -16. An element
-is one (b, l, d). The floor is the special-function unit: forward 20 operations per element (16 exponentials, softplus, the
-gate), 4.0e12 per second measured on an H100, so 200 G elements per second; forward + backward at least twice the
-exponentials and the gates again, 40. `peer` is mamba-ssm (CUDA extension, sm_90): with --peer built and measured in this run, its
-errors too; else RECORDED at commit e9594ce on the same kind of card on 2026-11-23.
+A scan that is wrong is not timed. `ms` is the median of CUDA-graph replays between CUDA events (no launch gaps),
+`eager` the same calls launched one by one. Data is random, with a trained model's step sizes (0.001 to 0.1) and A = -1
+.. -16. An element is one (b, l, d). The floor is the special-function unit: forward 20 operations per element (16
+exponentials, softplus, the gate), 4.0e12 per second measured on an H100, so 200 G elements per second; forward +
+backward at least twice the exponentials and the gates again, 40. `peer` is mamba-ssm (CUDA extension, sm_90): with
+--peer built and measured in this run, its errors too; else RECORDED at commit e9594ce on the same kind of card on
+2026-11-23.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import peer
+from benchmarks import peer, record
 from mambakit.ops.selective_scan import chunked, cuda, cuda_backward, cuda_forward
 from mambakit.ops.selective_scan import plan as plans
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
@@ -48,6 +48,7 @@ SHAPES = {
 }
 INTERVAL = CHECKPOINT_INTERVAL
 RESULTS: list[dict] = []
+WORST: list[dict] = []
 
 
 def inputs(b, d, length, n=16, dtype=torch.bfloat16):
@@ -108,7 +109,8 @@ def time_shape(shape, interval, variant="", kinds=("forward", "both"), repeats=2
         share = rate * OPERATIONS[kind] / SPECIAL
         RESULTS.append({"shape": shape, "kind": kind, "variant": variant, "ms": ms, "eager_ms": loose,
                         "elements_per_s": rate, "share_of_floor": share, f"{source}_peer_ms": their_ms})  # fmt: skip
-        print(f"{'x'.join(map(str, shape)):<15}{kind:<8}{variant:<30}{ms:8.4f} ms  eager {loose:8.4f}  {rate / 1e9:6.1f} G/s  "
+        print(f"{'x'.join(map(str, shape)):<15}{kind:<8}{variant:<30}{ms:8.4f} ms  eager {loose:8.4f}  "
+        f"{rate / 1e9:6.1f} G/s  "
               f"{share:4.0%} of floor  {source} peer {their_ms:7.3f}  {their_ms / ms:5.2f}x", flush=True)  # fmt: skip
 
 
@@ -155,6 +157,7 @@ def check(cases):
             worst[key] = max(worst.get(key, 0.0), error)
     for name, error in sorted(worst.items()):
         print(f"  {name:<20}{error:.1e}")
+        WORST.append({"what": name, "error": error})
     for name, what in red.items():
         print(f"  RED {name}: {what}")
     return not red
@@ -257,7 +260,7 @@ def main():
         "--peer", type=Path, metavar="CHECKOUT", help="of github.com/state-spaces/mamba: measure it too"
     )
     parser.add_argument("--peer-build", type=Path, help="keep what is built of it here")
-    parser.add_argument("--json", help="write every number here")
+    record.add_argument(parser)
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     module = peer.build(options.peer, options.peer_build) if options.peer else None
@@ -273,10 +276,11 @@ def main():
             sweep_chained(options.interval)
     else:
         print("selective_scan: WRONG, not timed")
-    if options.json:
-        Path(options.json).write_text(
-            json.dumps({"device": torch.cuda.get_device_name(), "results": RESULTS}, indent=1)
-        )
+    parts = {
+        "scan": [row for row in RESULTS if "kind" in row],
+        "peer_errors": [row for row in RESULTS if "error" in row],
+    }
+    record.write(options.json, {**parts, "worst_errors": WORST}, gpus=1)
     raise SystemExit(0 if green else 1)
 
 

@@ -1,4 +1,4 @@
-"""What a long prompt costs the others: a newcomer's first token, and the gaps between the tokens of those who write. On a CPU.
+"""What a long prompt costs other texts: a new text's first token, and the gaps between tokens. On a CPU.
 
     python benchmarks/long_prompt.py                            # the embedded model, a prompt of 10,000 tokens
     python benchmarks/long_prompt.py --tokens 50000 --prefix-cache
@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
+from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import mambakit
+from benchmarks import record
 from mambakit.assets import default_model_path
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.prefix_cache import PrefixCache
@@ -58,6 +63,7 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="hub id or folder (default: the embedded model)")
     parser.add_argument("--tokens", type=int, default=10_000, help="of the long prompt")
     parser.add_argument("--prefix-cache", action="store_true")
+    record.add_argument(parser)
     args = parser.parse_args()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
@@ -77,6 +83,12 @@ def main() -> None:
     result["long_prompt"] = before + result["newcomer"] + watched.run(until=long)
     result["gap"] = watched.gap()
     print(json.dumps({name: round(seconds, 4) for name, seconds in result.items()}))
+    gap = "gap_prefix_cache" if args.prefix_cache else "gap"
+    rows = [
+        {"how": "nobody reads", "newcomer": result["idle_newcomer"], gap: result["idle_gap"]},
+        {"how": "now", "newcomer": result["newcomer"], gap: result["gap"], "long_prompt": result["long_prompt"]},
+    ]
+    record.write(args.json, {"long_prompt": rows}, gpus=0)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
 """Training on several NVIDIA GPUs of one machine, against one of them.
 
-    python benchmarks/multi_gpu.py --gpus 2 --json multi_gpu.json --markdown multi_gpu.md
-    python benchmarks/multi_gpu.py --one-gpu            # what one GPU can say: the one-GPU rows, and a process's own share
+    python benchmarks/multi_gpu.py --gpus 2 --json multi_gpu.json
+    python benchmarks/multi_gpu.py --one-gpu      # what one GPU can say: the one-GPU rows, and a process's own share
 
-1. training: tokens per second of the 1.4b shape with DDP and FSDP2, --rows of 2048 tokens a GPU, against one GPU that runs the
-   same step on as many rows; each as a CUDA graph, with --eager also eagerly (of one GPU the faster counts). `8x2` is 8 rows at
-   a time, twice, their gradients added before the update.
+1. training: tokens per second of the 1.4b shape with DDP and FSDP2, --rows of 2048 tokens a GPU, against one GPU that
+   runs the same step on as many rows; each as a CUDA graph, with --eager also eagerly (of one GPU the faster counts).
+   `8x2` is 8 rows at a time, twice, their gradients added before the update.
 2. context: one sequence over all GPUs, activations checkpointed: time and peak memory of forward and backward, and the
-   distance of the loss and of every gradient from one GPU's. `rounding` is the distance of one GPU's own bfloat16 gradients
-   from its float32 ones, on the shortest case: what two correct runs may differ by.
+   distance of the loss and of every gradient from one GPU's. `rounding` is the distance of one GPU's own bfloat16
+   gradients from its float32 ones, on the shortest case: what two correct runs may differ by.
 
-`--one-gpu` times half a sequence as one of two processes would compute it, exchange of states left out: `bound` is the speed-up
-that is left if communication cost nothing.
+`--one-gpu` times half a sequence as one of two processes would compute it, exchange of states left out: `bound` is the
+speed-up that is left if communication cost nothing.
 
-float32 parameters, bfloat16 autocast, random weights and tokens. Every measurement is a process (torchrun starts as many as it
-takes), so that memory is its own. NCCL's NVLink multicast stays off (NCCL_NVLS_ENABLE=0).
+float32 parameters, bfloat16 autocast, random weights and tokens. Every measurement is a process (torchrun starts as
+many as it takes), so that memory is its own. NCCL's NVLink multicast stays off (NCCL_NVLS_ENABLE=0).
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import record
+from benchmarks.record import ROOT
 
 SHAPES = {"1.4b": (2048, 48), "130m": (768, 24), "130m, 12 layers": (768, 12), "130m, 4 layers": (768, 4)}
 LENGTH = 2048
@@ -124,7 +126,8 @@ def context(shape: str, length: int, mode: str, autocast: bool, gradients: str, 
 
 
 def compare(gradients: dict[str, torch.Tensor], path: Path) -> dict:
-    """Keep the gradients where there are none yet; else their distance from those kept, relative, the worst tensor's too."""
+    """Keep the gradients where there are none yet; else their distance from those kept, relative, the worst tensor's
+    too."""
     if not path.is_file():
         torch.save(gradients, path)
         return {}
@@ -211,8 +214,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="training steps without CUDA graphs, too")
     parser.add_argument("--only", choices=["training", "context"])
     parser.add_argument("--shortest", action="store_true", help="only the shortest sequence")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    record.add_argument(parser)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -226,38 +228,23 @@ def main() -> None:
     there = torch.cuda.device_count()
     if there < gpus:
         sys.exit(
-            f"this machine has {there} NVIDIA GPUs, {gpus} are asked for; run it where there are as many, lower --gpus, or see "
+            f"this machine has {there} NVIDIA GPUs, {gpus} are asked for; run it where there are as many, lower "
+            f"--gpus, or see "
             "what one GPU can say with --one-gpu"
         )
     if gpus == 1 and not arguments.one_gpu:
         sys.exit("--gpus is 1; --one-gpu is that run")
-    machine = {
-        "device": torch.cuda.get_device_name(),
-        "gpus": gpus,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-    }
-    report: dict = {"machine": machine}
-    text = [f"{gpus} x {machine['device']}, torch {torch.__version__}"]
-    print(text[0], flush=True)
+    report: dict = {}
+    print(f"{gpus} x {torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     if arguments.only != "context":
         report["training"] = [row for batch in arguments.rows for row in training_rows(gpus, batch, arguments.eager)]
         columns = ["how", "gpus", "rows a GPU", "tokens_per_second", "speedup", "seconds", "gib", "error"]
-        text.append(table(report["training"], columns))
-        print(text[-1], flush=True)
+        print(table(report["training"], columns), flush=True)
     if arguments.only != "training":
         report["context"] = context_rows(gpus, SEQUENCES[: 1 if arguments.shortest else None])
         columns = ["model", "length", "how", "seconds", "speedup", "gib", "memory_ratio", "loss", "gradient_error"]
-        text.append(table(report["context"], [*columns, "worst_error", "worst", "error"]))
-        print(text[-1], flush=True)
-    for path, content in (
-        (arguments.json, json.dumps(report, indent=2)),
-        (arguments.markdown, "\n\n".join(text) + "\n"),
-    ):
-        if path is not None:
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text(content)
-            temporary.replace(path)
+        print(table(report["context"], [*columns, "worst_error", "worst", "error"]), flush=True)
+    record.write(arguments.json, report, gpus=gpus, notes="NCCL_NVLS_ENABLE=0", cuda=str(torch.version.cuda))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python benchmarks/numerics.py [--device cuda] [--tokens 1048576]
 
-The state is then nearly a plain sum of a million inputs. Each figure is ||x - exact|| / ||exact|| of the outputs and of the
-final state against float64, for a token-by-token loop in float32 (what a decoder does) and for the op, as one call and in
-chunks of 4,096 tokens with a carried state.
+The state is then nearly a plain sum of a million inputs. Each figure is ||x - exact|| / ||exact|| of the outputs and of
+the final state against float64, for a token-by-token loop in float32 (what a decoder does) and for the op, as one call
+and in chunks of 4,096 tokens with a carried state.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import record
 from mambakit.ops import selective_scan
 from mambakit.ops.implementations import implementations
 
@@ -39,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=2**20)
+    record.add_argument(parser)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     length, d, n = arguments.tokens, 4, 8
@@ -60,8 +62,12 @@ def main() -> None:
         parts.append(part)
     rows[f"{served}, 4,096 tokens a call"] = torch.cat(parts, 1), state
     print(f"{length:,} tokens, delta |A| about 1e-7; relative error of")
-    for name, (y, h) in rows.items():
-        print(f"{name:45} outputs {error(y, exact[0]):.1e}   final state {error(h, exact[1]):.1e}")
+    found = [
+        {"how": name, "outputs": error(y, exact[0]), "final_state": error(h, exact[1])} for name, (y, h) in rows.items()
+    ]
+    for row in found:
+        print(f"{row['how']:45} outputs {row['outputs']:.1e}   final state {row['final_state']:.1e}")
+    record.write(arguments.json, {"numerics": found}, gpus=int(arguments.device == "cuda"))
 
 
 if __name__ == "__main__":

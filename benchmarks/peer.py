@@ -1,7 +1,7 @@
 """mamba-ssm's selective scan, built from a checkout of its repository, for benchmarks to measure in the same run.
 
-Only the instantiations that are measured are compiled (bfloat16 inputs, real float32 A): a minute instead of many. The kernels
-are untouched. It needs nvcc and ninja; nothing of it is kept in this repository.
+Only the instantiations that are measured are compiled (bfloat16 inputs, real float32 A): a minute instead of many. The
+kernels are untouched. It needs nvcc and ninja; nothing of it is kept in this repository.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def build(checkout: Path, folder: Path | None = None):
     return load(
         "mamba_ssm_selective_scan", [str(folder / name) for name in _SOURCES], build_directory=str(folder),
         extra_cuda_cflags=["-O3", "--use_fast_math", "--expt-relaxed-constexpr", "--expt-extended-lambda",
-                           "-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_OPERATORS__",
+                           "-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF_CONVERSIONS__",
+                           "-U__CUDA_NO_BFLOAT16_OPERATORS__",
                            "-U__CUDA_NO_BFLOAT16_CONVERSIONS__", "-U__CUDA_NO_BFLOAT162_OPERATORS__",
                            "-U__CUDA_NO_BFLOAT162_CONVERSIONS__", "-gencode=arch=compute_90,code=sm_90"],
     )  # fmt: skip

@@ -3,14 +3,14 @@
     python benchmarks/reuse.py                      # one thread; every figure is a ratio of times taken in turn
     python benchmarks/reuse.py --threads 8 --json out.json
 
-Contenders run in turn, round after round; each counts with its best round, so that other work on the machine is not measured.
-The embedded model serves where words matter; random weights of the 130m shape where a step's cost does.
+Contenders run in turn, round after round; each counts with its best round, so that other work on the machine is not
+measured. The embedded model serves where words matter; random weights of the 130m shape where a step's cost does.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,7 +19,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import mambakit
+from benchmarks import record
 from mambakit.assets import default_model_path
 from mambakit.decoding.registry import token_step, verifier
 from mambakit.generation.drafters import DraftModel, PromptLookup
@@ -125,11 +128,27 @@ def acceptance(model, tokenizer) -> dict[str, float]:
     return shares
 
 
+def parts(results: dict[str, dict[str, float]]) -> dict[str, list[dict]]:
+    """The rows of the run's record: times as shares of the first contender's, which is the plain way."""
+    reuse, verify, guesses = [], {}, {}
+    for title, times in results.items():
+        first = next(iter(times.values()))
+        for name, value in times.items():
+            if title == "guesses kept":
+                what, rule = name.split(", ")
+                guesses.setdefault(what, {"what": what})[rule.replace(" ", "_")] = value
+            elif title.startswith("130m shape"):
+                verify.setdefault(name, {"what": name})[title.split(", ")[1]] = value / first
+            elif value != first:
+                reuse.append({"what": f"{title}: {name}", "ratio": value / first})
+    return {"reuse": reuse, "verify": list(verify.values()), "guesses": list(guesses.values())}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path)
+    record.add_argument(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -152,8 +171,7 @@ def main() -> None:
     print("guesses kept")
     for name, share in results["guesses kept"].items():
         print(f"  {name:40s} {share:6.1%}")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    record.write(args.json, parts(results), gpus=0)
 
 
 if __name__ == "__main__":

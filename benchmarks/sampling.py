@@ -3,15 +3,14 @@
     python benchmarks/sampling.py --json out.json               # one NVIDIA GPU
     python benchmarks/sampling.py --device cpu --rows 1 16      # a CPU
 
-Random logits of the size of a vocabulary of 50,280. The op's time is that of its launch (CUDA events, median), and with the host's work
-around it, random numbers and reading the tokens included (`Sampler.choose`, wall clock). Nothing is timed before the op draws what its
-float64 reference draws.
+Random logits of the size of a vocabulary of 50,280. The op's time is that of its launch (CUDA events, median), and with
+the host's work around it, random numbers and reading the tokens included (`Sampler.choose`, wall clock). Nothing is
+timed before the op draws what its float64 reference draws.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from transformers import generation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import record
 from mambakit.decoding.sampler import SampledText, Sampler
 from mambakit.decoding.sampling_params import SamplingParams
 from mambakit.ops.sampling import reference
@@ -95,7 +95,7 @@ def measure(rows: int, device: torch.device, rounds: int) -> list[dict]:
     logits = torch.randn(rows, VOCABULARY, device=device) * 3
     ids = torch.randint(0, VOCABULARY, (rows, 200), device=device)
     uniform = torch.rand(rows, dtype=torch.float64, device=device)
-    record = []
+    found = []
     for label, params in CASES.items():
         parameters = torch.tensor([params.columns] * rows, dtype=torch.float32, device=device)
         same = sample(logits, uniform, parameters) == reference.sample(logits, uniform, parameters)
@@ -108,8 +108,8 @@ def measure(rows: int, device: torch.device, rounds: int) -> list[dict]:
         choose = wall_seconds(lambda s=sampler, t=texts: s.choose(logits, t), rounds)
         peer = wall_seconds(lambda c=chosen: c().tolist(), rounds)
         print(f"{rows:>4} {label:30} {op * 1e6:8.0f} {choose * 1e6:8.0f} {peer * 1e6:13.0f}", flush=True)
-        record.append({"rows": rows, "how": label, "op": op, "choose": choose, "transformers": peer})
-    return record
+        found.append({"rows": rows, "how": label, "op": op, "choose": choose, "transformers": peer})
+    return found
 
 
 def main() -> None:
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--json", type=Path)
+    record.add_argument(parser)
     options = parser.parse_args()
     cuda = options.device == "cuda"
     if cuda and not torch.cuda.is_available():
@@ -126,11 +126,8 @@ def main() -> None:
     name = torch.cuda.get_device_name() if cuda else "CPU"
     print(f"{name}, torch {torch.__version__}, vocabulary {VOCABULARY:,}; microseconds")
     print(f"{'rows':>4} {'how':30} {'op':>8} {'choose':>8} {'transformers':>13}")
-    record = []
-    for rows in options.rows:
-        record += measure(rows, device, options.rounds)
-    if options.json:
-        options.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "sampling": record}, indent=2))
+    rows = [row for count in options.rows for row in measure(count, device, options.rounds)]
+    record.write(options.json, {"sampling": rows}, gpus=int(cuda))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Requests and tokens per second and time to first token of `mambakit serve`, greedy and sampled, by number of replicas.
+"""Requests and tokens per second and time to first token of `mambakit serve`, greedy and sampled, by replicas.
 
-    python benchmarks/serving.py --replicas 2 --compare                                      # the embedded model, on a CPU
+    python benchmarks/serving.py --replicas 2 --compare                       # the embedded model, on a CPU
     python benchmarks/serving.py --replicas 2 --compare --random-shape 1.4b --json out.json  # two NVIDIA GPUs, bfloat16
     python benchmarks/serving.py --temperature 0.8 --top-p 0.95                              # one setting only
 
-Starts a server, sends it all requests from --concurrency clients over HTTP, streamed, and stops it; with --compare the same
-with one replica before, and the ratios. Without --temperature and --top-p everything is measured twice: greedy, and with
-temperature 1, which is OpenAI's default. Sampled requests carry no seed, as most clients' do not. Each prompt is other random
-tokens, each text runs to its full length or to the end that the model chooses, and tokens are counted by the server's usage
-field. Nothing is timed before the server has answered one request from each client. The clients are processes of their own,
-so that reading streams does not slow down the server.
+Starts a server, sends it all requests from --concurrency clients over HTTP, streamed, and stops it; with --compare the
+same with one replica before, and the ratios. Without --temperature and --top-p everything is measured twice: greedy,
+and with temperature 1, which is OpenAI's default. Sampled requests carry no seed, as most clients' do not. Each prompt
+is other random tokens, each text runs to its full length or to the end that the model chooses, and tokens are counted
+by the server's usage field. Nothing is timed before the server has answered one request from each client. The clients
+are processes of their own, so that reading streams does not slow down the server.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import record
+from benchmarks.record import ROOT
 
 SHAPES = {"tiny": (64, 2), "130m": (768, 24), "1.4b": (2048, 48)}
 VOCABULARY = 50280
@@ -128,7 +130,8 @@ def request(
 ) -> dict[str, float]:
     """One streamed text: the times of the request, of its first event and of its end, and its number of tokens."""
     body = {
-        "prompt": prompt, "max_tokens": new_tokens, "stream": True, "stream_options": {"include_usage": True}, **sampling,
+        "prompt": prompt, "max_tokens": new_tokens, "stream": True, "stream_options": {"include_usage": True},
+        **sampling,
     }  # fmt: skip
     began, first, usage = time.monotonic(), 0.0, b""
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -194,11 +197,13 @@ def summary(found: list[dict[str, float]], replicas: int, sampling: Sampling, st
     row = {
         "replicas": replicas, "sampling": title(sampling), **sampling, "requests_per_second": len(found) / seconds,
         "tokens_per_second": sum(one["tokens"] for one in found) / seconds,
-        "first_token_p50": statistics.median(firsts), "first_token_p99": firsts[min(len(firsts) - 1, len(firsts) * 99 // 100)],
+        "first_token_p50": statistics.median(firsts), "first_token_p99": firsts[min(len(firsts) - 1, len(firsts) * 99
+        // 100)],
         "seconds": seconds, "start_seconds": start_seconds,
     }  # fmt: skip
     print(
-        f"{replicas} replicas, {row['sampling']}: {row['requests_per_second']:8.2f} requests/s {row['tokens_per_second']:10.0f} tokens/s, "
+        f"{replicas} replicas, {row['sampling']}: {row['requests_per_second']:8.2f} requests/s "
+        f"{row['tokens_per_second']:10.0f} tokens/s, "
         f"first token p50 {row['first_token_p50'] * 1e3:.0f} ms, p99 {row['first_token_p99'] * 1e3:.0f} ms "
         f"({len(found)} requests in {seconds:.1f} s; ready after {start_seconds:.1f} s)",
         flush=True,
@@ -206,10 +211,10 @@ def summary(found: list[dict[str, float]], replicas: int, sampling: Sampling, st
     return row
 
 
-def device_name() -> str:
+def gpus_used(options: Options) -> int:
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return min(options.replicas, torch.cuda.device_count())
 
 
 def main() -> None:
@@ -227,7 +232,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--clients", type=int, default=min(8, os.cpu_count() or 1), help="processes that send")
-    parser.add_argument("--json", type=Path)
+    record.add_argument(parser)
     options = parser.parse_args()
     options.concurrency = options.concurrency or options.slots * options.replicas
     options.requests = options.requests or 4 * options.concurrency
@@ -239,21 +244,15 @@ def main() -> None:
             model = folder
         counts = [1, options.replicas] if options.compare else [options.replicas]
         measured = [measure(model, count, options) for count in counts]
-    settings = {k: v for k, v in vars(options).items() if k != "json"}
-    report: dict = {"device": device_name(), "settings": settings, "rows": [row for rows in measured for row in rows]}
     if options.compare:
-        report["ratios"] = []
         for one, many in zip(*measured, strict=True):
             ratio = {name: many[name] / one[name] for name in RATIOS}
-            report["ratios"].append({"sampling": one["sampling"], **ratio})
             print(
-                f"{options.replicas} replicas to 1, {one['sampling']}: {ratio['tokens_per_second']:.2f} x the tokens/s, first "
-                f"token p50 {ratio['first_token_p50']:.2f} x, p99 {ratio['first_token_p99']:.2f} x ({report['device']})"
+                f"{options.replicas} replicas to 1, {one['sampling']}: {ratio['tokens_per_second']:.2f} x the "
+                f"tokens/s, first "
+                f"token p50 {ratio['first_token_p50']:.2f} x, p99 {ratio['first_token_p99']:.2f} x"
             )
-    if options.json is not None:
-        temporary = options.json.with_name(options.json.name + ".tmp")
-        temporary.write_text(json.dumps(report, indent=2))
-        temporary.replace(options.json)
+    record.write(options.json, {"serving": [row for rows in measured for row in rows]}, gpus=gpus_used(options))
 
 
 if __name__ == "__main__":

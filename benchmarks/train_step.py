@@ -5,15 +5,14 @@
 
 float32 parameters, bfloat16 autocast, fused AdamW, no activation checkpointing, random tokens; median of steps between
 CUDA events, as one CUDA graph (what `mambakit train` runs), with --eager eagerly too, with --recompute also with
-`recompute_selection`. `peer` is mamba-ssm at commit e9594ce with the same settings, RECORDED on an H100 on 2026-11-23, not measured
-in this run. A model is first checked: its loss and its embedding's gradient against the float64 reference on the CPU, on a small
-model of the same make.
+`recompute_selection`. `peer` is mamba-ssm at commit e9594ce with the same settings, RECORDED on an H100 on 2026-11-23,
+not measured in this run. A model is first checked: its loss and its embedding's gradient against the float64 reference
+on the CPU, on a small model of the same make.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mambakit
+from benchmarks import record
 from mambakit.training.model import recompute_selection
 from mambakit.training.optimizer import make_optimizer
 from mambakit.training.step import CapturedStep, TrainingStep
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="and the kernels of one step that take longest, by torch's profiler"
     )
-    parser.add_argument("--json", type=Path)
+    record.add_argument(parser)
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     check()
@@ -113,14 +113,14 @@ def main() -> None:
             result = measure(width, layers, batch, length, how, arguments.steps, arguments.profile)
             rate = batch * length / result["ms"] * 1e3
             print(
-                f"{name:6} {batch:>4} x {length:>5} {how:>9} {result['ms']:8.1f} {rate:10,.0f} {result['gib']:6.1f} {rate / peer:17.2f}x",
+                f"{name:6} {batch:>4} x {length:>5} {how:>9} {result['ms']:8.1f} {rate:10,.0f} {result['gib']:6.1f} "
+                f"{rate / peer:17.2f}x",
                 flush=True,
             )
             results.append(
                 {"model": name, "batch": batch, "length": length, "how": how, "tokens_per_second": rate, **result}
             )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2))
+    record.write(arguments.json, {"train_step": results}, gpus=1)
 
 
 if __name__ == "__main__":

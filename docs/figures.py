@@ -1,8 +1,15 @@
-"""Draws the pictures of docs/concepts: python docs/figures.py (needs the extra "train", for matplotlib).
+"""Draws the documentation's pictures: python docs/figures.py [NAME ...] (needs the extra "train", for matplotlib).
 
-images/block.png    one layer: what flows through it, and where the state is
-images/memory.png   half-lives of the embedded model's state, over its own opening text
-images/chunks.png   a long row cut into chunks: how the state is carried
+images/block.png       one layer: what flows through it, and where the state is
+images/memory.png      half-lives of the embedded model's state, over its own opening text
+images/chunks.png      a long row cut into chunks: how the state is carried
+images/decoding.png    from `generate` to a kernel
+images/kernels.png     which op runs where in a layer, and which implementation serves it
+images/scan.png        a CTA's round and tiles in the CUDA scan
+images/persistent.png  a layer of the persistent decode kernel
+images/cpu_scan.png    a tile of the CPU's scan
+images/generate.png    tokens a second by batch, from the records in docs/benchmarks
+images/length.png      time to read a prompt by its length, from the records
 """
 
 from __future__ import annotations
@@ -18,11 +25,18 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.patches import FancyBboxPatch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.record import ROOT
+from benchmarks.tables.records import Records, select
+
 IMAGES = ROOT / "docs" / "images"
 PLAIN, STATE, CHOICE = "#e8eef7", "#fde7c9", "#dff1e0"
-TEXT = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals, when it was checked by a violent gust."
+TEXT = (
+    "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals, when it was checked by "
+    "a "
+    "violent gust."
+)
 
 
 def box(axes, x, y, text, color=PLAIN, width=2.1, height=0.62):
@@ -131,8 +145,184 @@ def chunks():
     save(figure, "chunks.png")
 
 
+def decoding():
+    figure, axes = canvas(9.2, 4.1, (-0.2, 14.6), (-0.9, 5.3))
+    for x, text, where in (
+        (1.2, "generate()", "models/generate.py"), (4.2, "prefill", "decoding/prefill.py"),
+        (7.2, "loop", "decoding/loop.py"), (10.2, "decoder", "decoding/registry.py"), (13.2, "kernel", "ops/decode/"),
+    ):  # fmt: skip
+        box(axes, x, 3.4, text, width=2.2)
+        axes.text(x, 2.85, where, ha="center", va="top", fontsize=7.5, color="#445", family="monospace")
+        if x < 13:
+            arrow(axes, (x + 1.15, 3.4), (x + 1.85, 3.4))
+    box(axes, 4.2, 0.9, "state\n(b, d, k - 1), (b, d, n)", STATE, 2.6, 0.8)
+    arrow(axes, (4.2, 2.45), (4.2, 1.35), "prompt read, written once")
+    box(axes, 9.6, 0.9, "slots: a state each", STATE, 2.6, 0.8)
+    arrow(axes, (5.55, 0.9), (8.25, 0.9), "")
+    axes.text(6.9, 1.05, "admit", ha="center", fontsize=8, color="#445")
+    arrow(axes, (8.9, 1.35), (7.3, 2.45), "", arrowstyle="<->")
+    box(axes, 7.2, 4.9, "sampler", CHOICE, 2.2)
+    arrow(axes, (6.9, 3.75), (6.9, 4.55), "")
+    arrow(axes, (7.5, 4.55), (7.5, 3.75), "  tokens, logits")
+    arrow(axes, (12.8, 2.4), (10.95, 1.2), "  one token a slot, in place")
+    axes.text(
+        -0.1,
+        -1.3,
+        "Once a call: generate, prefill, the choice of a decoder.   Once a token: loop, kernel, sampler.",
+        fontsize=8.5,
+    )
+    save(figure, "decoding.png")
+
+
+def kernels():
+    figure, axes = canvas(8.6, 4.4, (-0.3, 13.0), (-0.9, 6.0))
+    ops = [
+        ("rms_norm", "C++ | Triton"), ("in_proj (linear)", "PyTorch; packed: C++"), ("causal_conv1d", "C++ | Triton"),
+        ("x_proj, dt_proj (linear)", "PyTorch; packed: C++"), ("selective_scan, gate", "C++ | CUDA C++, Triton"),
+        ("out_proj (linear)", "PyTorch; packed: C++"),
+    ]  # fmt: skip
+    for i, (name, serves) in enumerate(ops):
+        y = 5.5 - i
+        box(axes, 2.0, y, name, CHOICE if "scan" in name or "conv" in name else PLAIN, 3.0, 0.6)
+        axes.text(3.7, y, serves, fontsize=8, va="center", color="#445")
+        if i < len(ops) - 1:
+            arrow(axes, (2.0, y - 0.35), (2.0, y - 0.65))
+    box(axes, 10.6, 4.2, "training: fused_mixer,\none autograd function a layer", PLAIN, 4.2, 0.9)
+    box(
+        axes,
+        10.6,
+        2.6,
+        "decode: all layers, head and\nchoice in one call (CPU)\nor one CUDA graph (GPU)",
+        STATE,
+        4.2,
+        1.2,
+    )
+    box(axes, 10.6, 1.0, "linear_cross_entropy,\nsampling: after the last layer", PLAIN, 4.2, 0.9)
+    axes.text(7.4, 5.4, "the same ops, put together:", fontsize=9)
+    axes.text(-0.2, -0.75, "Left: the ops of a layer's forward, CPU | GPU.", fontsize=8.5)
+    save(figure, "kernels.png")
+
+
+def scan():
+    figure, axes = canvas(9.0, 4.2, (-0.4, 14.4), (-1.4, 5.4))
+    for i in range(4):
+        color = (STATE, CHOICE, PLAIN, PLAIN)[i]
+        box(axes, 2.0 + 3.4 * i, 4.6, ("round 1: walked", "round 2: loading", "round 3", "round 4")[i], color, 3.0)
+    axes.text(
+        -0.3,
+        5.2,
+        "a row: rounds of 16 tokens, tiles of 8; cp.async loads a round while the one before is walked",
+        fontsize=8.5,
+    )
+    for x in (1.25, 2.75):
+        box(axes, x, 3.2, "8 tokens", STATE, 1.36, 0.6)
+        arrow(axes, (2.0, 4.25), (x, 3.55))
+    for i in range(4):
+        box(axes, 6.0 + 2.3 * i, 2.6, f"channel {i}\n16 states, registers", STATE, 2.1, 0.9)
+        for lane in range(2):
+            box(axes, 5.5 + 2.3 * i + 1.0 * lane, 1.2, f"lane {2 * i + lane}", PLAIN, 0.85, 0.55)
+            arrow(axes, (5.5 + 2.3 * i + 1.0 * lane, 1.5), (6.0 + 2.3 * i, 2.1))
+    arrow(axes, (3.5, 3.2), (4.9, 2.7))
+    axes.text(4.9, 0.25, "two lanes share a channel, 8 states each; one exchanged sum a token gives y", fontsize=8.5)
+    axes.text(-0.3, -0.5, "whole row: one CTA from end to end", fontsize=8.5)
+    axes.text(
+        -0.3,
+        -0.9,
+        "split scan: chunks from zero, carry, chunks again     chained scan: the next CTA waits for the state",
+        fontsize=8.5,
+    )
+    save(figure, "scan.png")
+
+
+def persistent():
+    figure, axes = canvas(9.2, 4.6, (-0.3, 14.8), (-1.0, 6.2))
+    phases = ("in_proj, conv,\nx_proj", "dt_proj, state,\ngate", "out_proj,\nstream")
+    for cta, y in enumerate((4.6, 3.2, 1.8)):
+        axes.text(-0.2, y, f"CTA {cta}" if cta < 2 else "CTA 131", fontsize=9, va="center")
+        for i, text in enumerate(phases):
+            box(axes, 2.6 + 4.2 * i, y, text, (PLAIN, STATE, PLAIN)[i], 2.5, 0.9)
+            if i < 2:
+                arrow(axes, (3.9 + 4.2 * i, y), (5.5 + 4.2 * i, y))
+    for i, text in enumerate(("sums of x_proj", "y", "residual stream")):
+        x = 4.7 + 4.2 * i
+        axes.plot([x, x], [1.2, 5.2], color="#445", linestyle=":")
+        axes.text(x, 5.45, f"grid exchange:\n{text}", ha="center", fontsize=8.5)
+    axes.plot([1.3, 13.6], [0.5, 0.5], color="#b07d2b", linewidth=5, alpha=0.6)
+    axes.text(
+        1.3,
+        0.0,
+        "weights stream into each warp's ring of pieces all the time, also while CTAs wait for each other",
+        fontsize=8.5,
+    )
+    axes.text(1.3, -0.6, "a place holds a sentinel until its value is written: no fence, no counter", fontsize=8.5)
+    save(figure, "persistent.png")
+
+
+def cpu_scan():
+    figure, axes = canvas(8.4, 3.6, (-0.3, 13.2), (-1.1, 4.6))
+    for i in range(8):
+        box(axes, 1.0 + 0.62 * i, 3.4, f"d{i}", STATE, 0.5, 0.5)
+    axes.text(0.6, 4.0, "a vector: 8 neighbouring channels (AVX2), one state of each", fontsize=8.5)
+    arrow(axes, (3.2, 3.05), (3.2, 2.4), "  for n = 1 ... 16")
+    box(axes, 3.2, 1.9, "h = exp(delta A) h + delta B u;  y += C h", PLAIN, 5.8, 0.7)
+    arrow(axes, (6.3, 1.9), (7.7, 1.9))
+    box(axes, 10.2, 1.9, "D u, gate: y of 8 channels", PLAIN, 4.4, 0.7)
+    arrow(axes, (3.2, 1.5), (3.2, 0.8), "  for 32 tokens: states stay in registers")
+    box(axes, 3.2, 0.3, "the next tile, prefetched", CHOICE, 4.2, 0.6)
+    axes.text(
+        0.0,
+        -0.8,
+        "OpenMP: groups of channels and rows of the batch are shared out among the threads",
+        fontsize=8.5,
+    )
+    save(figure, "cpu_scan.png")
+
+
+def generate():
+    records = Records()
+    rows = records.rows("2026-11-28-h100-generate", "generate", shape="1.4b")
+    lines(
+        rows,
+        "batch",
+        "tokens_per_second",
+        "new tokens/s, prompt of 2,048 included",
+        "1.4b, one H100, bfloat16, greedy",
+        "generate",
+    )
+
+
+def length():
+    rows = Records().rows("2026-11-28-h100-generation", "length", shape="130m")
+    lines(
+        rows,
+        "tokens",
+        "seconds",
+        "seconds to the first token's logits",
+        "130m, one prompt, one H100, bfloat16",
+        "length",
+    )
+
+
+def lines(rows, x, y, label, title, name):
+    """A line for each contender, both axes logarithmic; what ran out of memory is left out."""
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for who in dict.fromkeys(row["who"] for row in rows):
+        line = [row for row in select(rows, who=who) if row[y] is not None]
+        axes.plot([row[x] for row in line], [row[y] for row in line], marker="o", label=who)
+    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=label, title=title)
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(figure, f"{name}.png")
+
+
+FIGURES = {
+    figure.__name__: figure
+    for figure in (block, memory, chunks, decoding, kernels, scan, persistent, cpu_scan, generate, length)
+}
+
+
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
-    block()
-    chunks()
-    memory()
+    for chosen in sys.argv[1:] or FIGURES:
+        FIGURES[chosen]()

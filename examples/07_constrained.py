@@ -1,4 +1,5 @@
-"""Output that must have a form: a JSON schema, a regular expression, a grammar. Needs llguidance (mambakit[constrain])."""
+"""Output that must have a form: a JSON schema, a regular expression, a grammar. Needs llguidance
+(mambakit[constrain])."""
 
 import argparse
 import json

@@ -2,13 +2,13 @@
 
     python -m experiments.genomics --data DATA --out runs/experiments --budget-seconds 150
 
-Trained on Klebsiella pneumoniae MGH 78578 (``dna/klebsiella_mgh78578.fna.xz``), either strand with probability 1/2, rows longer
-in stages at a constant number of tokens a step. Evaluated on E. coli 536 (``dna/ecoli_536.fna.gz``), another genus of the
-family: per-nucleotide perplexity of the same nucleotides cut into rows of 2^10 to 2^17, each read from an empty state.
-The Transformer++ of equal size trains on rows up to ``transformer_length``, its longest context.
-A genome is small enough to be learned by heart, so each contender's learning rate and its number of steps are chosen on the last
-part of the training genome, which no run trains on. The Markov model counts both strands of the training genome; its order and
-smoothing are chosen on that part, too.
+Trained on Klebsiella pneumoniae MGH 78578 (``dna/klebsiella_mgh78578.fna.xz``), either strand with probability 1/2,
+rows longer in stages at a constant number of tokens a step. Evaluated on E. coli 536 (``dna/ecoli_536.fna.gz``),
+another genus of the family: per-nucleotide perplexity of the same nucleotides cut into rows of 2^10 to 2^17, each read
+from an empty state. The Transformer++ of equal size trains on rows up to ``transformer_length``, its longest context.
+A genome is small enough to be learned by heart, so each contender's learning rate and its number of steps are chosen on
+the last part of the training genome, which no run trains on. The Markov model counts both strands of the training
+genome; its order and smoothing are chosen on that part, too.
 """
 
 from __future__ import annotations
@@ -232,7 +232,8 @@ def markov_baseline(genome: Tensor, heldout: Tensor, settings: Genomics) -> dict
 
 
 def choose(kind: str, kept: Tensor, validation: Tensor, settings: Genomics) -> tuple[float, int, list[dict]]:
-    """The rate and the number of steps with the least validation loss, and every trial; what has no rival is not tried."""
+    """The rate and the number of steps with the least validation loss, and every trial; what has no rival is not
+    tried."""
     first, *others = settings.steps
 
     def trial(rate: float, steps: int) -> float:
@@ -261,7 +262,8 @@ def main(arguments: list[str] | None = None) -> Results:
     needed = max(settings.lengths) + settings.validation_tokens
     if heldout.numel() < settings.evaluation_tokens or genome.numel() < needed:
         raise ValueError(
-            f"the genomes have {genome.numel()} and {heldout.numel()} nucleotides, fewer than lengths and validation_tokens, or "
+            f"the genomes have {genome.numel()} and {heldout.numel()} nucleotides, fewer than lengths and "
+            f"validation_tokens, or "
             f"evaluation_tokens, ask for ({needed}, {settings.evaluation_tokens}); lower those"
         )
     results.note(markov=markov_baseline(genome, heldout, settings))

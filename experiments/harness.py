@@ -179,7 +179,8 @@ def train(
 def choose_rates(
     kinds: Iterable[str], rates: tuple[float, ...], trial: Callable[[str, float], float]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Each kind's rate with the least validation loss, which ``trial(kind, rate)`` finds, and every trial; one rate is not tried."""
+    """Each kind's rate with the least validation loss, which ``trial(kind, rate)`` finds, and every trial; one rate is
+    not tried."""
     kinds = list(kinds)
     if len(rates) == 1:
         return dict.fromkeys(kinds, rates[0]), []

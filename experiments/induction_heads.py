@@ -3,24 +3,27 @@
     python -m experiments.induction_heads --out runs/experiments --budget-seconds 90
 
 A row is random tokens. The trigger stands once at a place drawn uniformly from the whole row, and again at the end; the
-answer is the token that followed it. Trained on rows of at most 256, evaluated at every power of two up to 2^20, in chunks
-with the state carried in a `MambaCache`, so in memory that does not grow with the length. As in the paper: fresh rows, loss on
-the answer alone, Adam without decay, the sizes of the model. Unlike there (204,800 steps of 8 rows of 256, constant rate 1e-3):
+answer is the token that followed it. Trained on rows of at most 256, evaluated at every power of two up to 2^20, in
+chunks with the state carried in a `MambaCache`, so in memory that does not grow with the length. As in the paper: fresh
+rows, loss on the answer alone, Adam without decay, the sizes of the model. Unlike there (204,800 steps of 8 rows of
+256, constant rate 1e-3):
 
-- Rows are short at first, and double once most answers are right. From the first step at 256 the loss stays at chance (ln 16)
-  for as long as we waited, 182,000 steps; presumably what one token leaves in the state is lost among 255 others until a layer
-  can tell it apart. At 16 that is learned within some hundred steps, and then holds at the next lengths at once.
-- Time steps start small. From the usual start every token writes a little into the state, which is invisible at 256 and drowns
-  the answer in longer rows (after 800 steps on a CPU: all right up to 2^10, 31 % at 2^15).
-- The projection that makes the time steps starts constant, the reference's other choice, so that all channels open and close
-  together. From a random start, channels of the opposite sign opened to everything but the answer, by up to 1e-3 a token; that
-  is nothing at 256, but presumably their states fill up beyond (on a CPU, seed 0: 64 rows of 64 right at 2^10, 14 of 16 at 2^14,
-  2 of 4 at 2^18).
-- Few steps, of 32 rows, at a rate of 3e-3 that falls linearly to 0 at the last length. From a random start of the projection,
-  9,000 steps at 256 and this constant rate, on an H100, left one seed at 50 % at 2^20 and one at 49 % at 256 itself.
+- Rows are short at first, and double once most answers are right. From the first step at 256 the loss stays at chance
+  (ln 16) for as long as we waited, 182,000 steps; presumably what one token leaves in the state is lost among 255
+  others until a layer can tell it apart. At 16 that is learned within some hundred steps, and then holds at the next
+  lengths at once.
+- Time steps start small. From the usual start every token writes a little into the state, which is invisible at 256 and
+  drowns the answer in longer rows (after 800 steps on a CPU: all right up to 2^10, 31 % at 2^15).
+- The projection that makes the time steps starts constant, the reference's other choice, so that all channels open and
+  close together. From a random start, channels of the opposite sign opened to everything but the answer, by up to 1e-3
+  a token; that is nothing at 256, but presumably their states fill up beyond (on a CPU, seed 0: 64 rows of 64 right at
+  2^10, 14 of 16 at 2^14, 2 of 4 at 2^18).
+- Few steps, of 32 rows, at a rate of 3e-3 that falls linearly to 0 at the last length. From a random start of the
+  projection, 9,000 steps at 256 and this constant rate, on an H100, left one seed at 50 % at 2^20 and one at 49 % at
+  256 itself.
 
-The steps taken never depend on the accuracy at more than 256 positions. The start of the time steps and the schedule were chosen
-by it, on a CPU, up to 2^20, on some of the seeds that are run by default.
+The steps taken never depend on the accuracy at more than 256 positions. The start of the time steps and the schedule
+were chosen by it, on a CPU, up to 2^20, on some of the seeds that are run by default.
 """
 
 from __future__ import annotations
@@ -105,7 +108,8 @@ def train_stage(
 ) -> dict:  # fmt: skip
     """Train at one length, after ``before`` steps at shorter ones; what was seen is appended to ``curve``.
 
-    A shorter stage ends at the accuracy that earns the next, or after its steps; any ends when the training's time is over.
+    A shorter stage ends at the accuracy that earns the next, or after its steps; any ends when the training's time is
+    over.
     """
     last = length == settings.length
     steps = settings.steps if last else settings.stage_steps
@@ -135,13 +139,15 @@ def new_model(settings: InductionHeads) -> MambaForCausalLM:
     config = MambaConfig(
         vocab_size=settings.vocabulary + 1, hidden_size=settings.hidden_size, num_hidden_layers=settings.layers,
         tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0, time_step_init_scheme="constant",
-        time_step_min=settings.time_step_min, time_step_max=settings.time_step_max, time_step_floor=settings.time_step_min,
+        time_step_min=settings.time_step_min, time_step_max=settings.time_step_max,
+        time_step_floor=settings.time_step_min,
     )  # fmt: skip
     return MambaForCausalLM(config).train().to(device_of(settings))
 
 
 def compile_kernels(settings: InductionHeads) -> None:
-    """Take a step at each length and evaluate one row, with a model thrown away: no run's time goes into compilation."""
+    """Take a step at each length and evaluate one row, with a model thrown away: no run's time goes into
+    compilation."""
     model = new_model(settings)
     optimizer = make_optimizer(model, settings.learning_rate, (0.9, 0.999), 0.0)
     once = dataclasses.replace(settings, steps=1, stage_steps=1, evaluation_rows=1, eager=True)
@@ -151,7 +157,8 @@ def compile_kernels(settings: InductionHeads) -> None:
 
 
 def run_one(seed: int, settings: InductionHeads, seconds: float) -> dict:
-    """Train in float32 and evaluate; training that takes more than 3/4 of the time is cut there, as evaluation at its end."""
+    """Train in float32 and evaluate; training that takes more than 3/4 of the time is cut there, as evaluation at its
+    end."""
     torch.manual_seed(seed)
     model = new_model(settings)
     optimizer = make_optimizer(model, settings.learning_rate, (0.9, 0.999), 0.0)

@@ -2,10 +2,11 @@
 
     python -m experiments.language --data DATA --out runs/experiments --budget-seconds 240
 
-Reads ``books.txt.xz`` and ``books_heldout.txt.xz``, tokenised by the embedded model's 4,096-token BPE. Each contender's peak
-learning rate is the best of ``learning_rates`` by validation loss (the last training tokens, left out of training) after
-a short run with a seed of its own; both then train on the same windows of the text, seed by seed. Held-out bits per character are
-measured along the way, by tokens and by seconds of training alone (evaluations and the capture of the graph left out).
+Reads ``books.txt.xz`` and ``books_heldout.txt.xz``, tokenised by the embedded model's 4,096-token BPE. Each contender's
+peak learning rate is the best of ``learning_rates`` by validation loss (the last training tokens, left out of training)
+after a short run with a seed of its own; both then train on the same windows of the text, seed by seed. Held-out bits
+per character are measured along the way, by tokens and by seconds of training alone (evaluations and the capture of the
+graph left out).
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ def tokenized(settings: Language) -> dict[str, np.ndarray]:
         np.savez(temporary, **arrays)  # type: ignore[arg-type]
         os.replace(temporary, path)
         say(
-            f"tokenised {arrays['train'].size:,} and {arrays['heldout'].size:,} tokens, {time.monotonic() - began:.0f} s"
+            f"tokenised {arrays['train'].size:,} and {arrays['heldout'].size:,} tokens, {time.monotonic() - began:.0f} "
+            f"s"
         )
     with np.load(path) as file:
         return dict(file)
@@ -125,7 +127,8 @@ def load_text(settings: Language, device: torch.device) -> Text:
 
 @torch.no_grad()
 def total_nats(model: Contender, tokens: Tensor, length: int, rows: int) -> float:
-    """Summed loss of every token but the first, in rows of ``length`` that each begin from nothing, ``rows`` at a time."""
+    """Summed loss of every token but the first, in rows of ``length`` that each begin from nothing, ``rows`` at a
+    time."""
     model.eval()
     tokens = tokens.long()
     whole = (tokens.numel() - 1) // length * length

@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 class MarkovModel:
-    """Counts of (k preceding symbols, next symbol) for every order up to ``order``, mixed from the shortest to the longest:
+    """Counts of (k preceding symbols, next symbol) for every order up to ``order``, mixed from the shortest to the
+    longest:
 
         p_k(x | c) = (count_k(c, x) + weight p_{k-1}(x | c')) / (count_k(c) + weight),   p_{-1} = 1 / symbols
 
@@ -32,7 +33,8 @@ class MarkovModel:
             self.counts.append(counts.view(-1, symbols))
 
     def bits_per_symbol(self, stream: Tensor) -> list[float]:
-        """Mean bits of each symbol of ``stream`` (length,) under orders 0 to ``order``; early symbols have less context."""
+        """Mean bits of each symbol of ``stream`` (length,) under orders 0 to ``order``; early symbols have less
+        context."""
         probability = torch.full((stream.numel(),), 1 / self.symbols, dtype=torch.float64, device=stream.device)
         bits = []
         for k, counts in enumerate(self.counts):

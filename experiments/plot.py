@@ -1,9 +1,12 @@
 """Plots and tables of finished experiments, from their JSON files.
 
-    python -m experiments.plot runs/experiments --out docs/experiments
+    python -m experiments.plot runs/experiments --out docs/experiments --records docs/benchmarks
+    python benchmarks/render.py
 
-Writes NAME.png for each NAME.json there is, the generated digits as WAV, and results.md: a table for each, every number the
-mean over seeds with the smallest and the largest. A run that the budget cut short is counted, and said to be.
+Writes NAME.png for each NAME.json there is, the generated digits as WAV, and results.md: a table for each, every number
+the mean over seeds with the smallest and the largest. A run that the budget cut short is counted, and said to be. With
+--records each table is also kept as a record of the run, and results.md names it, for `benchmarks/render.py` to fill
+in.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any
 from experiments.contenders import MAMBA, TRANSFORMER
 from experiments.selective_copying import INVARIANT, SELECTIVE
 
+Content = tuple[list[str], list[list[str]]]  # heads and rows of a table
 _COLOURS = {MAMBA: "C0", SELECTIVE: "C0", TRANSFORMER: "C1", INVARIANT: "C1"}
 
 
@@ -40,12 +44,12 @@ def by_model(record: dict) -> dict[str, list[dict]]:
     return groups
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
+def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
     return "\n".join(lines)
 
 
-def selective_copying(record: dict, figure: Any) -> str:
+def selective_copying(record: dict, figure: Any) -> Content:
     axes = figure.subplots()
     rows = []
     for model, runs in by_model(record).items():
@@ -63,10 +67,10 @@ def selective_copying(record: dict, figure: Any) -> str:
     axes.set(xlabel="steps", ylabel="accuracy on training batches", ylim=(0, 1.02), title="Selective copying")
     axes.legend()
     length = record["settings"]["lengths"][-1]
-    return table(["model", "parameters", f"accuracy at {length}, %", "steps", "seconds", "seeds"], rows)
+    return ["model", "parameters", f"accuracy at {length}, %", "steps", "seconds", "seeds"], rows
 
 
-def induction_heads(record: dict, figure: Any) -> str:
+def induction_heads(record: dict, figure: Any) -> Content:
     axes = figure.subplots()
     rows = []
     for run in record["runs"]:
@@ -87,10 +91,10 @@ def induction_heads(record: dict, figure: Any) -> str:
     axes.axvline(record["settings"]["length"].bit_length() - 1, color="grey", linestyle=":", label="trained at")
     axes.set(xlabel="length, powers of 2", ylabel="accuracy", ylim=(0, 1.05), title="Induction heads")
     axes.legend()
-    return table(["seed", "parameters", "steps", "seconds", "evaluated", "accuracy below 100 %"], rows)
+    return ["seed", "parameters", "steps", "seconds", "evaluated", "accuracy below 100 %"], rows
 
 
-def language(record: dict, figure: Any) -> str:
+def language(record: dict, figure: Any) -> Content:
     bits = "heldout_bits_per_character"
     by_tokens, by_seconds = figure.subplots(1, 2, sharey=True)
     rows = []
@@ -113,10 +117,10 @@ def language(record: dict, figure: Any) -> str:
     by_seconds.set(xlabel="seconds of training")
     by_tokens.legend()
     head = ["model", "parameters", "rate", "held-out bits per character", "million tokens", "seconds", "seeds"]
-    return table(head, rows)
+    return head, rows
 
 
-def genomics(record: dict, figure: Any) -> str:
+def genomics(record: dict, figure: Any) -> Content:
     axes = figure.subplots()
     contexts = sorted({p["context"] for run in record["runs"] for p in run["perplexities"]})
     rows = []
@@ -136,10 +140,10 @@ def genomics(record: dict, figure: Any) -> str:
     axes.set(xlabel="context, nucleotides", ylabel="perplexity per nucleotide", title="E. coli after Klebsiella")
     axes.legend()
     rows.append([f"Markov, order {markov['order']}", "-", f"{markov['perplexity']:.4f}", *["-"] * (len(contexts) - 1)])
-    return table(["model", "parameters", *(f"{c:,}" for c in contexts)], rows)
+    return ["model", "parameters", *(f"{c:,}" for c in contexts)], rows
 
 
-def audio(record: dict, figure: Any) -> str:
+def audio(record: dict, figure: Any) -> Content:
     panels = figure.subplots(1, 2)
     rows = []
     for axes, task, key, form in (
@@ -161,10 +165,10 @@ def audio(record: dict, figure: Any) -> str:
     rows.append(
         ["generation, Markov", "-", "bits per sample", format(record["markov"]["bits_per_sample"], ".3f"), "-", "-"]
     )
-    return table(["task", "parameters", "test measure", "value", "steps", "seeds"], rows)
+    return ["task", "parameters", "test measure", "value", "steps", "seeds"], rows
 
 
-PANELS: dict[str, Callable[[dict, Any], str]] = {
+PANELS: dict[str, Callable[[dict, Any], Content]] = {
     "selective_copying": selective_copying,
     "induction_heads": induction_heads,
     "language": language,
@@ -192,10 +196,25 @@ def write_wav(record: dict, out: Path) -> None:
                 file.writeframes(samples.numpy().tobytes() + bytes(2 * 2000))
 
 
+def keep(name: str, head: list[str], rows: list[list[str]], where: dict, folder: Path) -> str:
+    """Write a table as a record of its run; returns the comments between which `benchmarks/render.py` puts it."""
+    from benchmarks import record
+
+    title = f"{where['date']}-experiment-{name.replace('_', '-')}"
+    content = {
+        "machine": where["device"], "date": where["date"], "commit": record.commit(), "command": f"python -m "
+        f"experiments.{name}",
+        "software": {"torch": where["torch"]}, "results": {name: [dict(zip(head, row, strict=True)) for row in rows]},
+    }  # fmt: skip
+    (folder / f"{title}.json").write_text(record.text(content), encoding="utf-8")
+    return f"<!-- table: {title}/{name} -->\n<!-- end -->"
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.plot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", type=Path, help="folder of the JSON files")
     parser.add_argument("--out", type=Path, default=Path("docs/experiments"), help="folder to write to")
+    parser.add_argument("--records", type=Path, help="folder for a record of each table (docs/benchmarks)")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("matplotlib") is None:
         parser.error('pictures need matplotlib: pip install "mambakit[train]"')
@@ -212,15 +231,18 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{path} holds no finished run; left out")
             continue
         figure = Figure(figsize=(9, 4), layout="constrained")
-        text = draw(record, figure)
+        head, rows = draw(record, figure)
+        text = markdown(head, rows)
+        print(text)
         figure.savefig(options.out / f"{name}.png", dpi=110)
         if name == "audio":
             write_wav(record, options.out)
         where = record["environment"]
+        if options.records is not None:
+            text = keep(name, head, rows, where, options.records)
         note = "" if record["complete"] else " The budget cut it short: not every run was made, or made to its end."
         machine = f"{where['device']}, torch {where['torch']}, {where['date']}, {record['seconds']:.0f} s in all.{note}"
         sections.append(f"## {name.replace('_', ' ').capitalize()}\n\n{text}\n\n{machine}\n\n![{name}]({name}.png)\n")
-        print(text)
     if not sections:
         parser.error(f"no finished experiment in {options.results}")
     (options.out / "results.md").write_text("# Results\n\n" + "\n".join(sections), encoding="utf-8")

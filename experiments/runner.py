@@ -3,9 +3,9 @@
     python -m experiments --out runs/experiments --data DATA --seconds 700
     python -m experiments --out runs/experiments --data DATA --seconds 300 language genomics
 
-Each runs in a process of its own (one that fails takes nothing with it; its imports are made beforehand) with a part of the seconds left by its weight; what one
-does not need goes to the next. The books are tokenised meanwhile. One that fails with time left is tried once more
-without CUDA graphs.
+Each runs in a process of its own (one that fails takes nothing with it; its imports are made beforehand) with a part of
+the seconds left by its weight; what one does not need goes to the next. The books are tokenised meanwhile. One that
+fails with time left is tried once more without CUDA graphs.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m experiments.selective_copying --out runs/experiments --budget-seconds 180
 
-A row is ``length`` positions, noise but for ``memorize`` tokens at random places, then as many markers; at the i-th marker
-the answer is the i-th token. The same two-layer model is trained with selection, and with selection switched off
+A row is ``length`` positions, noise but for ``memorize`` tokens at random places, then as many markers; at the i-th
+marker the answer is the i-th token. The same two-layer model is trained with selection, and with selection switched off
 (`experiments.time_invariant`). The paper trains 400,000 steps at the full length with rate 1e-4; here rows get longer
 in stages, and a run ends when it makes no mistakes or its time is over.
 """

@@ -17,7 +17,7 @@ from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops.decode import cuda_persistent
 from mambakit.ops.decode.weights import LayerWeights, ModelWeights
 
-# Rows times hidden size above which Triton's kernels are faster than the persistent one: measured on an H200 (docs/kernels.md).
+# Above so many rows times hidden size Triton's kernels are faster than the persistent one (docs/kernels/decode.md).
 _MOST_PERSISTENT = 12800
 _LARGEST_STATE = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -12,9 +12,11 @@ from mambakit.modules import MambaCache
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops._backends import native
 from mambakit.ops._backends.memory import all_plain
-from mambakit.ops.decode.cpu import DecodeStep, LayerWeights
+from mambakit.ops.decode.cpu import DecodeStep
+from mambakit.ops.decode.packed import PackedLayer
 from mambakit.ops.linear import pack
-from mambakit.ops.linear.api import MOST_ROWS, PackedWeight
+from mambakit.ops.linear.api import MOST_ROWS
+from mambakit.ops.linear.packed import PackedWeight
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -53,7 +55,7 @@ def _fit(states: Any) -> bool:
     return states.device.type == "cpu" and all_plain((states.conv_states, states.ssm_states))
 
 
-def native_weights(model: Any) -> tuple[list[LayerWeights], PackedWeight]:
+def native_weights(model: Any) -> tuple[list[PackedLayer], PackedWeight]:
     """The layers and the head as the native library reads them: the weights themselves, nothing is copied but A."""
     format = str(model.dtype).removeprefix("torch.")
 
@@ -61,7 +63,7 @@ def native_weights(model: Any) -> tuple[list[LayerWeights], PackedWeight]:
         return linear.packed if isinstance(linear, QuantizedLinear) else pack(linear.weight, format)
 
     layers = [
-        LayerWeights(
+        PackedLayer(
             norm=block.norm.weight, in_proj=packed(m.in_proj), in_proj_bias=m.in_proj.bias,
             conv=m.conv1d.weight.squeeze(1), conv_bias=m.conv1d.bias, x_proj=packed(m.x_proj),
             dt_proj=packed(m.dt_proj), dt_bias=m.dt_proj.bias, A=-torch.exp(m.A_log), D=m.D,
@@ -88,7 +90,7 @@ class NativeDecoder:
         )  # fmt: skip
 
     def step(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self._run(self._embeddings(tokens)).clone()  # the call's own are overwritten by the next
+        logits: Tensor = self._run(self._embeddings(tokens))
         self.states.advance(1)
         self.logits = logits
         return logits

@@ -95,7 +95,7 @@ class PersistentVerifier:
     """The persistent kernel, whose bits are those of its decoding. Every text of the model shares it: one that finds another's state
     in it loads its own."""
 
-    def __init__(self, model: Any, cache: MambaCache, tokens: int):
+    def __init__(self, model: Any, cache: StateCache, tokens: int):
         self._step, self._cache, self._read = verification_step(model, tokens), cache, 0
 
     @torch.no_grad()

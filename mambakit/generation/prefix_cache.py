@@ -1,7 +1,7 @@
 """States of prompts that were read before, found again by what the tokens are.
 
-A key is the SHA-256 of the model and of all tokens up to a position, so a hit at position p means that exactly these p tokens
-were read by exactly this model, whoever read them: an earlier call, another conversation, another process through the folder.
+A key is the SHA-256 of the model and of all tokens up to a position. So a hit at position p means that exactly these p
+tokens were read by exactly this model: in an earlier call, another conversation, or another process through the folder.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Statistics:
 
 
 class PrefixReading:
-    """A prompt on its way through a prefix cache: known up to ``position``, where ``cache`` is, and read up to there so far."""
+    """The reading of a prompt that may be known in part: ``cache`` has read the first ``position`` of its tokens."""
 
     def __init__(
         self, owner: PrefixCache, tokens: list[int], keys: Callable[[int], _Key], position: int, cache: StateCache
@@ -69,7 +69,7 @@ class PrefixReading:
         self._owner, self._keys = owner, keys
 
     def stops(self) -> Iterator[int]:
-        """Where to end each forward: at multiples of the chunk size, wherever reading begins, and before the last token."""
+        """Where each forward ends: at multiples of the chunk size, and before the last token."""
         position, size, end = self.position, self._owner.chunk_size, len(self.tokens) - 1
         while position < end:
             position = min(end, (position // size + 1) * size)
@@ -85,16 +85,17 @@ class PrefixReading:
 class PrefixCache:
     """The longest known beginning of a prompt, at the price of copying a state.
 
-    Snapshots are taken at multiples of ``chunk_size`` (of a power of two times it, in long prompts: at most 16 of one prompt)
-    and at the prompt's last token but one, so that both the same prompt again and prompts that begin alike are found.
+    Snapshots are taken at multiples of ``chunk_size`` (of a power of two times it, in long prompts: at most 16 of one
+    prompt) and at the prompt's last token but one, so that both the same prompt again and prompts that begin alike are
+    found.
     What is used last is kept: beyond a budget, the states that have not been used for longest go.
 
-    It is safe to use from several threads, and the folder from several processes at once. The folder holds only tensors and
-    hashes, no text.
+    It is safe to use from several threads, and the folder from several processes at once. The folder holds only tensors
+    and hashes, no text.
 
     Args:
-        model: a causal language model in eval mode; states of another model, of other weights or of another dtype are never
-            found. Weights that change later are noticed.
+        model: a causal language model in eval mode; states of another model, of other weights or of another dtype are
+            never found. Weights that change later are noticed.
         memory_bytes: budget of the states held in memory; 0 keeps none there.
         folder: keep them in files, too; None for memory alone. Made when it does not exist.
         disk_bytes: budget of this model's files.
@@ -135,8 +136,8 @@ class PrefixCache:
     def read(self, ids: Tensor | Sequence[int], *, progress: Callable[[int], None] | None = None) -> State:
         """The state after a prompt (l,): what is known is copied, the rest is read, and kept for next time.
 
-        ``progress`` is called with the number of tokens done, those that were found among them. The result is the state that
-        `State.read` gives, with the bits of reading the prompt in chunks from where it was found.
+        ``progress`` is called with the number of tokens done, those that were found among them. The result is the state
+        that `State.read` gives, with the bits of reading the prompt in chunks from where it was found.
 
         Raises:
             ValueError: an empty prompt.

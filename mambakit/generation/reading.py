@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mambakit.decoding.prefill import prefill_parts
 from mambakit.generation.prefix_cache import PrefixCache, PrefixReading
-from mambakit.modules import StateCache as MambaCache
+from mambakit.modules import StateCache
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class PromptReading:
     """
 
     def __init__(
-        self, model: Any, ids: Tensor, chunk_size: int, state: MambaCache | None, prefix_cache: PrefixCache | None
+        self, model: Any, ids: Tensor, chunk_size: int, state: StateCache | None, prefix_cache: PrefixCache | None
     ):
         self._model, self._ids, self._chunk_size = model, ids, chunk_size
         self._state, self._prefix_cache = state, prefix_cache if state is None else None
@@ -61,7 +61,7 @@ class PromptReading:
         self.begun = self.done = False
         self.timing: PartTiming | None = None  # of the last part, on a GPU
         self.cached = 0
-        self.cache: MambaCache | None = None
+        self.cache: StateCache | None = None
         self.logits: Tensor | None = None
 
     @property
@@ -93,7 +93,7 @@ class PromptReading:
             self.timing = timing
         return tokens
 
-    def finish(self, cache: MambaCache, logits: Tensor) -> None:
+    def finish(self, cache: StateCache, logits: Tensor) -> None:
         """Somebody else has read the same."""
         self.begun = self.done = True
         self._position = self._ids.shape[0]

@@ -16,7 +16,7 @@ from mambakit.generation.start_token import start_token
 from mambakit.generation.state import State, prompt_rows
 from mambakit.generation.token_ids import require_in_vocabulary
 from mambakit.generation.token_scores import score_after, score_tokens
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 from mambakit.quoting import brief
 
 # Continuations are read this many tokens, and this many bytes of copies of the state, at a time.
@@ -70,7 +70,7 @@ class TokenScorer:
 
     def __init__(self, model: Any, first_token: int):
         self.model = model
-        self.cache: MambaCache = model.backbone.new_cache(1)
+        self.cache: StateCache = model.backbone.new_cache(1)
         self.last = torch.tensor([first_token], dtype=torch.int64, device=model.device)
 
     @torch.no_grad()

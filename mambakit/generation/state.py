@@ -1,28 +1,22 @@
-"""A text's state, held in the hand: read a prompt once, then snapshot, fork, extend, save and resume it.
+"""The state of texts as a value: read a prompt once, then snapshot, fork, extend, save and resume it.
 
-A Mamba model keeps of any number of tokens two small tensors per layer. So a fork is a copy of those, whatever was read, and a
-file of a few megabytes resumes a text of any length.
+A recurrent model keeps a few small tensors per layer, whatever the number of tokens read. So a fork is a copy of those, and
+a file of a few megabytes resumes a text of any length.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mambakit.decoding.cuda_graph import Placement, placement_of
 from mambakit.decoding.prefill import prefill_states
 from mambakit.errors import CheckpointError
+from mambakit.generation.fingerprint import fingerprint
 from mambakit.modules import StateCache
-from mambakit.modules.mixers import computation_fields
-from mambakit.modules.placement import stored_value
 from mambakit.reading import open_safetensors
 from mambakit.writing import replacing
 
@@ -31,21 +25,22 @@ _FORMAT = "mambakit.State/1"
 
 
 class State:
-    """What a model knows after b texts: the recurrent state, and the last token of each, which is chosen but not yet read.
+    """What a model knows after b texts: the recurrent state, and the last token of each, which is not read yet.
 
     The last token stays unread because reading it gives what every continuation needs first, the next token's logits. A
-    state never changes in the hand: `inputs` and `prompt` give out copies, `extend` and `fork` make new ones.
+    state never changes: `inputs` and `prompt` give out copies, `extend` and `fork` make new ones.
 
     Args:
         cache: the state, b rows.
-        pending: (b, 1) int64, the last tokens; or (b, 0) where everything has been read, and new tokens must come first.
+        pending: (b, 1) int64, the last tokens; or (b, 0) where everything has been read, and new tokens must come
+            first.
     """
 
     def __init__(self, cache: StateCache, pending: Tensor):
         if pending.dim() != 2 or pending.shape[0] != cache.max_batch_size or pending.shape[1] > 1:
             raise ValueError(
-                f"pending has shape {tuple(pending.shape)}; it must be {(cache.max_batch_size, 1)}, one unread token for each "
-                f"row of the cache, or {(cache.max_batch_size, 0)}"
+                f"pending has shape {tuple(pending.shape)}; it must be {(cache.max_batch_size, 1)}, one unread token for "
+                f"each row of the cache, or {(cache.max_batch_size, 0)}"
             )
         self.cache, self.pending = cache, pending.to(cache.device, torch.long)
 
@@ -66,8 +61,9 @@ class State:
         Args:
             model: a causal language model in eval mode.
             prompts: (l,) int64, (b, l) int64, or b tensors (l_i,) of any lengths, which are packed: no work on padding.
-            chunk_size: tokens per forward, of all prompts together; memory does not grow with the prompts. Unless given, of one
-                prompt 512 on a CPU and 4,096 elsewhere, of several 1,024 and 16,384 (`mambakit.decoding.chunks.CHUNK_SIZES`).
+            chunk_size: tokens per forward, of all prompts together; memory does not grow with the prompts. Unless
+                given, of one prompt 512 on a CPU and 4,096 elsewhere, of several 1,024 and 16,384
+                (`mambakit.decoding.chunks.CHUNK_SIZES`).
             progress: called with the number of tokens read.
 
         Raises:
@@ -232,7 +228,8 @@ def fill_cache(model: Any, tensors: dict[str, Tensor], seen_tokens: int) -> Stat
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file under a name of this process's own, then rename it: a reader sees all of it or nothing."""
+    """Write a safetensors file under a name of this process's own, then rename it: a reader sees all of it or
+    nothing."""
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
@@ -256,63 +253,3 @@ def prompt_rows(prompts: Tensor | Sequence[Tensor], device: torch.device) -> lis
             f"the tokens of the texts have shapes {shapes}; give at least one text, and a token in each, (l,)"
         )
     return rows
-
-
-# -- which model ---------------------------------------------------------------------------------------------------
-
-_known: weakref.WeakKeyDictionary[Any, tuple[tuple[str, list], str]] = weakref.WeakKeyDictionary()
-# The same by what takes a tenth of the time to look at: before every prompt of a prefix cache.
-_lately: weakref.WeakKeyDictionary[Any, tuple[Placement, list[int], str, str]] = weakref.WeakKeyDictionary()
-
-
-def fingerprint(model: Any) -> str:
-    """64 hexadecimal digits that name a model: SHA-256 of every weight's name, shape and values, and of the settings of
-    its configuration that change what they compute.
-
-    Equal for equal values, whatever their floating dtype and device: a checkpoint loaded in bfloat16 and the same one
-    widened to float32 are one model. Computed once, and again after the weights have changed (about a second for each
-    gigabyte and processor core).
-    """
-    config = json.dumps(computation_fields(model.config), sort_keys=True)
-    placement = placement_of(model)
-    lately = _lately.get(model)
-    if lately is not None and lately[:3] == (placement, placement.versions(), config):
-        return lately[3]
-    found = _fingerprint(model, config)
-    _lately[model] = placement, placement.versions(), config, found
-    return found
-
-
-def _fingerprint(model: Any, config: str) -> str:
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():  # hooks make two tensors of one
-        if (
-            name in tensors
-            and other in tensors
-            and (tensors[name].is_meta or torch.equal(tensors[name], tensors[other]))
-        ):
-            del tensors[name]
-    # What torch counts: a tensor replaced, or written in place.
-    versions = [(name, t.data_ptr(), 0 if t.is_inference() else t._version) for name, t in tensors.items()]
-    known = _known.get(model)
-    if known is None or known[0] != (config, versions):
-        total = hashlib.sha256(config.encode())
-        names = sorted(tensors)
-
-        def digest(name: str) -> bytes:
-            return _digest(stored_value(model, name, tensors[name]))
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter's lock
-            for name, found in zip(names, pool.map(digest, names), strict=True):
-                total.update(f"{name}:".encode() + found)
-        known = _known[model] = ((config, versions), total.hexdigest())
-    return known[1]
-
-
-def _digest(tensor: Tensor) -> bytes:
-    tensor = tensor.detach()
-    if tensor.is_floating_point() and tensor.dtype != torch.float64:
-        tensor = tensor.float()
-    digest = hashlib.sha256(f"{tuple(tensor.shape)}:".encode())
-    digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.digest()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mambakit.decoding.logits import require_numbers
 from mambakit.decoding.prefill import hidden_states
-from mambakit.modules import MambaCache
+from mambakit.modules import StateCache
 
 # Logits are formed for this many tokens at a time: with a vocabulary of 50,280 that is 51 MB of float32.
 LOGIT_ROWS = 256
@@ -43,7 +43,7 @@ def score_tokens(model: Any, hidden: Tensor, targets: Tensor) -> TokenScores:
 
 def score_after(
     model: Any,
-    cache: MambaCache,
+    cache: StateCache,
     logits: Tensor,
     continuations: Sequence[Tensor],
     *,

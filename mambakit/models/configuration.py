@@ -1,4 +1,4 @@
-"""What the configurations of all families share: reading, checks, and the default of ``initializer_range``."""
+"""Shared by the configurations of all families: reading, checks, and the default of ``initializer_range``."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ UNSET_RANGE = _UnsetRange(0.1)
 
 
 def uses_mamba_ssm_recipe(initializer_range: float) -> bool:
-    """Whether nobody gave an ``initializer_range``: a new model then starts as mamba_ssm's does."""
+    """Whether ``initializer_range`` was not given: a new model then starts as mamba_ssm's does."""
     return isinstance(initializer_range, _UnsetRange)
 
 
 def without_unset_range(fields: dict[str, Any]) -> dict[str, Any]:
-    """``fields`` to write, without a range that nobody gave: a later reader would take it for given."""
+    """``fields`` without a range that was not given: a reader of the file would take it for given."""
     if "initializer_range" in fields and uses_mamba_ssm_recipe(fields["initializer_range"]):
         del fields["initializer_range"]
     return fields

@@ -56,7 +56,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         **kwargs,
     ):
         """Generate tokens. Arguments and results are transformers' `GenerationMixin.generate`; greedy and sampled tokens are chosen
-        without waiting for the device where nothing looks at them in between (docs/generation.md). And besides:
+        without waiting for the device where nothing looks at them in between (docs/guides/generation.md). And besides:
 
         Args:
             inputs: (b, l) prompt ids, padded on either side as ``attention_mask`` says; each row continues after its

@@ -45,6 +45,12 @@ class MambaPreTrainedModel(PreTrainedModel):
         device = super().device
         return computing_device(self) if device.type == "meta" else device
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.embeddings  # the backbone's, or its own
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.embeddings = value
+
     def _init_weights(self, module: nn.Module) -> None:
         initialize_in_turn(module, self.config)
 

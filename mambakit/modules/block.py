@@ -17,8 +17,8 @@ from mambakit.modules.state_cache import StateCache
 class MambaBlock(nn.Module):
     """One layer, with the sequence mixer that the configuration names (`mambakit.modules.mixers.mixer_class`).
 
-    It takes the previous mixer's output and the residual stream apart, and returns them apart: their sum is formed inside the
-    next norm, so that the residual is read and written once per layer.
+    It takes the previous mixer's output and the residual stream apart, and returns them apart: their sum is formed
+    inside the next norm, so that the residual is read and written once per layer.
     """
 
     def __init__(self, config: Any, layer_idx: int):
@@ -39,7 +39,7 @@ class MambaBlock(nn.Module):
         cache_params: StateCache | CacheHandle | None = None,
         packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(b, l, h) mixer output of the layer before (the embeddings at first) and the residual stream, or None at first.
+        """(b, l, h) mixer output of the layer before, at first the embeddings, and the residual stream, at first None.
 
         Returns this layer's mixer output, and the stream before it was added.
         """

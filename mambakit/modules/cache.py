@@ -20,8 +20,8 @@ class MambaCache(StateCache):
     Args:
         config: the model's configuration; every layer of it has a state of ``conv`` and ``ssm``.
         max_batch_size: number of slots.
-        device: where the tensors live; torch's default device when absent. A list of devices, one for each layer, for a model
-            that lies on several: ``conv_states`` and ``ssm_states`` are then a `LayeredTensor`.
+        device: where the tensors live; torch's default device when absent. A list of devices, one for each layer, for a
+            model that lies on several: ``conv_states`` and ``ssm_states`` are then a `LayeredTensor`.
         dtype: the model's; the configuration's, else float32.
 
     Raises:
@@ -69,8 +69,8 @@ def new_cache(
     device: torch.device | str | Sequence[torch.device | str] | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> StateCache:
-    """A zero state for a model of any configuration: a `MambaCache` where every layer has ``conv`` and ``ssm`` alike. The
-    arguments are its own."""
+    """A zero state for a model of any configuration: a `MambaCache` where every layer has ``conv`` and ``ssm`` alike.
+    The arguments are its own."""
     spec = state_spec(config, dtype)
     return (
         MambaCache(config, max_batch_size, device, dtype)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class LayeredTensor:
-    """One tensor for each layer, each on its layer's device, with what `StateCache` and its readers ask of one tensor of all
-    layers.
+    """One tensor for each layer, each on its layer's device, with what `StateCache` and its readers ask of one tensor
+    of all layers.
 
-    ``t[i]`` is layer i's own memory. ``t[:, slots]`` reads or writes slots of every layer. `to` and `cpu` give one tensor of
-    all layers, and so does a function of torch that takes it, as a copy on the first layer's device.
+    ``t[i]`` is layer i's own memory. ``t[:, slots]`` reads or writes slots of every layer. `to` and `cpu` give one
+    tensor of all layers, and so does a function of torch that takes it, as a copy on the first layer's device.
     """
 
     def __init__(self, layers: Sequence[Tensor]):
@@ -126,8 +126,8 @@ class LayeredTensor:
 def _require_every_layer(index: Any) -> None:
     if not (isinstance(index, tuple) and index and index[0] == slice(None)):
         raise TypeError(
-            f"a state on several devices is indexed by a layer, [i], or for every layer, [:, slots]; not by {index!r}: take one "
-            "tensor of it first, .to(device)"
+            f"a state on several devices is indexed by a layer, [i], or for every layer, [:, slots]; not by {index!r}: "
+            "take one tensor of it first, .to(device)"
         )
 
 

@@ -19,7 +19,7 @@ KEPT_IN_PLACE = ("cache_params", "past_key_values", "cache")
 
 
 class CacheHandle:
-    """A cache as hooks see it, which copy whatever has a method `to` to another device: this has none."""
+    """A cache passed through hooks, which copy anything with a method `to` to another device: this has none."""
 
     __slots__ = ("cache",)
 
@@ -28,7 +28,7 @@ class CacheHandle:
 
 
 def opened(given: StateCache | CacheHandle | None, layer_idx: int, device: torch.device) -> StateCache | None:
-    """The cache that a mixer was given; where hooks lie between, with its layer's tensors on ``device``, where it computes."""
+    """The cache that a mixer was given. Under hooks, its layer's tensors are moved to ``device``, where it computes."""
     if not isinstance(given, CacheHandle):
         return given
     given.cache.place(layer_idx, device)

@@ -71,7 +71,8 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True):
         def moved(t: Tensor) -> Tensor:
-            """The packed numbers and their float32 scales move, and are never cast: the kernels read them by their layout."""
+            """The packed numbers and their float32 scales move, and are never cast: the kernels read them by their
+            layout."""
             out = keep_float32(fn, t)
             return out if out.dtype == t.dtype else t.to(out.device)
 
@@ -80,7 +81,8 @@ class QuantizedLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
         if prefix + "weight" in state_dict:
             raise ValueError(
-                f"load_state_dict: {prefix}weight is plain and the layer's is packed ({self.format}); call model.dequantize() first"
+                f"load_state_dict: {prefix}weight is plain and the layer's is packed ({self.format}); "
+                "call model.dequantize() first"
             )
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 

@@ -1,4 +1,4 @@
-"""The state of a model: the tensors that its specification names, of a fixed size whatever the number of tokens seen."""
+"""The state of a model: the tensors that its specification names, whose size does not grow with the tokens seen."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _TAIL = 32
 class StateCache:
     """The state tensors of every layer, for ``max_batch_size`` slots, made from a specification.
 
-    Everything that a Transformer's cache makes hard is a copy of a few tensors here: `clone` or `snapshot` to keep a state,
-    `restore_` to return to it, `select` to fork or reorder slots, `copy_` to move slots between pools, `save` and `load` for
-    files. All of it works on any specification; only mixers and kernels know what the tensors mean.
+    Everything that a Transformer's cache makes hard is a copy of a few tensors here: `clone` or `snapshot` to keep a
+    state, `restore_` to return to it, `select` to fork or reorder slots, `copy_` to move slots between pools, `save`
+    and `load` for files. All of it works on any specification; only mixers and kernels know what the tensors mean.
 
     Attributes:
         spec: what the cache holds.
@@ -32,15 +32,15 @@ class StateCache:
     Args:
         spec: names, shapes and dtypes of each layer's tensors (`MambaConfig.state_spec`).
         max_batch_size: number of slots, 0 or more.
-        device: where the tensors live; torch's default device when absent. A list of devices, one for each layer, for a model
-            that lies on several: the stacked tensors are then `LayeredTensor`.
+        device: where the tensors live; torch's default device when absent. A list of devices, one for each layer, for a
+            model that lies on several: the stacked tensors are then `LayeredTensor`.
 
     Raises:
         ValueError: a negative number of slots, or a list of devices that does not name one for each layer.
     """
 
-    # What transformers' generate() asks of a cache: whether to wrap each step in torch.compile, and (since 5.24) whether a
-    # layer's part is a state, so that a prompt is not cut to the tokens after it, and may be cut back.
+    # What transformers' generate() asks of a cache: whether to wrap each step in torch.compile, and (since 5.24)
+    # whether a layer's part is a state, so that a prompt is not cut to the tokens after it, and may be cut back.
     is_compileable = False
     is_linear = (True,)
     is_croppable = False
@@ -69,7 +69,7 @@ class StateCache:
     # -- what it holds ---------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Any]:
-        """The live memory, by `Stack.key`: each (layers, b, *shape), a Tensor or, on several devices, a `LayeredTensor`."""
+        """The live memory, by `Stack.key`: (layers, b, *shape) each, a `LayeredTensor` on several devices."""
         return dict(self._memory.tensors())
 
     def addresses(self) -> tuple[Any, ...]:
@@ -127,8 +127,8 @@ class StateCache:
     # -- one layer's tensors, as its mixer uses them ---------------------------------------------------------------
 
     def layer(self, index: int, rows: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Layer ``index``'s tensors (b, *shape) in the specification's order, of slots ``rows`` (int64; -1 is a zero state) or
-        of every slot. To be read: what is written into them may be lost."""
+        """Layer ``index``'s tensors (b, *shape) in the specification's order, of slots ``rows`` (int64; -1 is a zero
+        state) or of every slot. To be read: what is written into them may be lost."""
         return self._memory.layer(index, rows)
 
     def memory(self, index: int) -> tuple[Tensor, ...]:
@@ -136,16 +136,16 @@ class StateCache:
         return self._memory.own(index)
 
     def update(self, index: int, *tensors: Tensor, rows: Tensor | None = None) -> None:
-        """Replace layer ``index``'s tensors, given in the specification's order, of slots ``rows`` (int64; -1 drops the state)
-        or of every slot.
+        """Replace layer ``index``'s tensors, given in the specification's order, of slots ``rows`` (int64; -1 drops the
+        state) or of every slot.
 
-        Out of place, so that a gradient can flow from later tokens through the state into earlier ones. Inference writes
-        into `memory` instead.
+        Out of place, so that a gradient can flow from later tokens through the state into earlier ones. Inference
+        writes into `memory` instead.
         """
         self._memory.update(index, tensors, rows)
 
     def place(self, index: int, device: torch.device) -> None:
-        """Have layer ``index``'s tensors on ``device``, where its layer computes; the other layers' stay where they are."""
+        """Move layer ``index``'s tensors to ``device``, where its layer computes."""
         self._memory.place(index, device)
 
     # -- operations on whole states --------------------------------------------------------------------------------
@@ -202,8 +202,8 @@ class StateCache:
     def copy_(self: _Cache, source: StateCache, from_slots: Tensor | list[int], to_slots: Tensor | list[int]) -> _Cache:
         """Copy slots ``from_slots`` of ``source`` into slots ``to_slots`` of this cache; the other slots stay.
 
-        Lists and CPU tensors of indices are checked without waiting for the device, and a list of consecutive slots makes no
-        tensor of indices.
+        Lists and CPU tensors of indices are checked without waiting for the device, and a list of consecutive slots
+        makes no tensor of indices.
 
         Raises:
             ValueError: a state of another specification, indices beyond a cache, or more of one kind than of the other.
@@ -220,8 +220,9 @@ class StateCache:
         return self
 
     def load_(self: _Cache, source: StateCache) -> _Cache:
-        """Take over the values and the number of tokens seen of ``source``, which has as many slots, in place: the tensors stay
-        where they are, for a captured graph or a native step that holds on to their memory. No gradient flows through it.
+        """Take over the values and the number of tokens seen of ``source``, which has as many slots, in place: the
+        tensors stay where they are, for a captured graph or a native step that holds on to their memory. No gradient
+        flows through it.
 
         Raises:
             ValueError: a state of another specification, or of another number of slots.
@@ -273,8 +274,8 @@ class StateCache:
 
     def crop(self, max_length: int) -> None:
         raise NotImplementedError(
-            f"a recurrent state cannot be cut back to {max_length} tokens: it has no per-token entries; take a snapshot with "
-            "clone() before the tokens that may be taken back, and continue from it"
+            f"a recurrent state cannot be cut back to {max_length} tokens: it has no per-token entries; take a "
+            "snapshot with clone() before the tokens that may be taken back, and continue from it"
         )
 
     # -- files -----------------------------------------------------------------------------------------------------

@@ -76,8 +76,7 @@ def read_state(path: str | os.PathLike, specify: Callable[[torch.dtype | None], 
         tensor = tensors[stack.key]
         if tensor.dim() != 2 + len(stack.tensor.shape):
             raise CheckpointError(
-                f"{path}: {stack.key} {tuple(tensor.shape)} is not (layers, slots, {', '.join(map(str, stack.tensor.shape))}); "
-                f"{_AGAIN}"
+                f"{path}: {stack.key} {tuple(tensor.shape)} is not of (layers, slots, *{stack.tensor.shape}); {_AGAIN}"
             )
     first = next(iter(tensors.values()), None)
     dtype = getattr(torch, metadata["dtype"], None) if "dtype" in metadata else None if first is None else first.dtype

@@ -1,4 +1,4 @@
-"""The memory of a state: each layer's tensors, stacked where layers are alike, replaced out of place where gradients flow."""
+"""The memory of a state: the layers' tensors, stacked where they are alike, replaced where gradients flow."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class StateMemory:
             raise ValueError(f"max_batch_size is {slots}; it must be 0 or more")
         if isinstance(device, (list, tuple)) and len(device) != len(spec.layers):
             raise ValueError(
-                f"device names {len(device)} devices for {len(spec.layers)} layers; give one of each layer, or one of all"
+                f"device names {len(device)} devices for {len(spec.layers)} layers; give one of each layer, or one of "
+                "all"
             )
         self.spec = spec
         self._slots = slots  # of a model without a state
@@ -52,7 +53,7 @@ class StateMemory:
         return self._stacks
 
     def mapped(self, function: Callable[[Any], Any], slots: int | None = None) -> StateMemory:
-        """The memory whose stacked tensors are made from this one's by ``function``; it has ``slots`` slots if that changes."""
+        """Memory whose stacked tensors ``function`` makes from this one's; ``slots`` where their number changes."""
         other = object.__new__(StateMemory)
         other.spec, other._replaced, other._slots = self.spec, {}, self.slots if slots is None else slots
         other._stacks = {key: function(t) for key, t in self.tensors().items()}
@@ -64,7 +65,7 @@ class StateMemory:
             stacked.copy_(tensors[key].detach())
 
     def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """What `fill_` cannot take: tensors that are missing, of another shape, or not floating where this memory is."""
+        """What `fill_` cannot take: tensors that are missing, or of another shape or kind (floating, integer)."""
         found = []
         for key, own in self.tensors().items():
             given = tensors.get(key)
@@ -133,7 +134,8 @@ def _put(old: Tensor, at: Tensor, new: Tensor) -> Tensor:
 def slot_index(
     indices: Tensor | list[int], limit: int, device: torch.device, name: str, ranges: bool = False
 ) -> Tensor | slice:
-    """Slots below ``limit`` as int64 on ``device``; with ``ranges`` a list of consecutive ones is a slice, which costs no copy.
+    """Slots below ``limit`` as int64 on ``device``; with ``ranges`` a list of consecutive ones is a slice, which costs
+    no copy.
 
     Raises:
         ValueError: indices of more than one dimension, or beyond the slots; they are called ``name``.

@@ -33,8 +33,8 @@ class Stack:
     """The tensors of several layers that share a name, a shape and a dtype: one memory (layers, b, *shape).
 
     Attributes:
-        key: the stack's name in `StateCache.tensors` and in files: ``<name>_states``. Where a name has more than one shape or
-            dtype, the second and later stacks add their first layer: ``<name>_states.<layer>``.
+        key: the stack's name in `StateCache.tensors` and in files: ``<name>_states``. Where a name has more than one
+            shape or dtype, the second and later stacks add their first layer: ``<name>_states.<layer>``.
         tensor: what each of the layers has.
         layers: their indices, rising.
     """
@@ -89,8 +89,8 @@ class StateSpec:
         return sum(math.prod(t.shape) * t.dtype.itemsize for tensors in self.layers for t in tensors)
 
     def difference(self, other: StateSpec) -> str | None:
-        """Why a state of ``other`` does not fit this one; None where it does. The dtypes of tensors may differ: values are
-        converted."""
+        """Why a state of ``other`` does not fit this one; None where it does. The dtypes of tensors may differ: values
+        are converted."""
         if len(self.layers) != len(other.layers):
             return f"{len(other.layers)} layers, not {len(self.layers)}"
         if self._stacked_alike(other):  # a state is compared at every copy: a few stacks are quicker than all layers

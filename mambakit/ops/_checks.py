@@ -91,6 +91,6 @@ def no_forward_mode(op: str, *tensors: Tensor | None) -> None:
         return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(
-            f"{op} has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); use reverse mode (torch.autograd.grad, backward), "
-            f"or mambakit.ops.{op}.chunked.forward, which is plain PyTorch"
+            f"{op} has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); use reverse mode "
+            f"(torch.autograd.grad, backward), or mambakit.ops.{op}.chunked.forward, which is plain PyTorch"
         )

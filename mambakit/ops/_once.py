@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 def differentiated_once(op: str, gradients: tuple[Any, ...], origins: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
-    """``gradients``, tensors or None, that raise when autograd goes back through them; as they are where nobody records (``create_graph=False``).
+    """``gradients``, tensors or None, that raise when autograd goes back through them; as they are where nobody records
+    (``create_graph=False``).
 
     Args:
         op: its name, for the error.
@@ -23,6 +24,10 @@ def differentiated_once(op: str, gradients: tuple[Any, ...], origins: tuple[Tens
     return tuple(None if g is None else next(found) for g in gradients)
 
 
+# What autograd differentiates again, where it is not the op's own `chunked.py`.
+_PLAIN = {"projection": "torch.nn.functional.linear", "fused_mixer": "mambakit.ops.selective_scan.chunked.forward"}
+
+
 class _Once(torch.autograd.Function):
     @staticmethod
     def forward(op: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -34,9 +39,9 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any):
-        function = "linear" if ctx.op == "linear" else "forward"
+        plain = _PLAIN.get(ctx.op, f"mambakit.ops.{ctx.op}.chunked.forward")
         raise RuntimeError(
-            f"mambakit::{ctx.op} has no second derivative, and its gradient was differentiated (create_graph=True, a gradient penalty, a "
-            f"Hessian). mambakit.ops.{ctx.op}.chunked.{function} is plain PyTorch, which autograd differentiates any number of times; "
-            "where the first derivative is all you need, detach it"
+            f"mambakit::{ctx.op} has no second derivative, and its gradient was differentiated (create_graph=True, "
+            f"a gradient penalty, a Hessian). {plain} is plain PyTorch, which autograd differentiates any number of "
+            "times; where the first derivative is all you need, detach it"
         )

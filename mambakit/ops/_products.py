@@ -10,7 +10,8 @@ from mambakit.ops._backends.memory import all_plain
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
-    """out (+)= a @ b, rounded once, to the dtype of ``out``, whatever the dtype of a and b; returns ``out``, or a new tensor under vmap."""
+    """out (+)= a @ b, rounded once, to the dtype of ``out``, whatever the dtype of a and b; returns ``out``, or a new
+    tensor under vmap."""
     if not all_plain((a, b)):  # gradients of several outputs at once; vmap writes into no memory that is given
         with no_autocast(a.device):
             wide = a.to(out.dtype) @ b.to(out.dtype)

@@ -11,7 +11,15 @@ from mambakit.ops._backends import native, nvrtc
 from mambakit.ops.decode import cuda_persistent as persistent
 from mambakit.ops.linear.api import MOST_ROWS
 
-OPS = ("selective_scan", "causal_conv1d", "rms_norm", "linear_cross_entropy", "linear", "decode")
+OPS = (
+    "selective_scan", "causal_conv1d", "rms_norm", "linear_cross_entropy", "linear", "fused_mixer", "decode", "sample",
+)  # fmt: skip
+# Of these no kernel of the native library is the CPU's own.
+_NOT_NATIVE = {
+    "linear_cross_entropy": "PyTorch, in chunks",  # matrix products, which are PyTorch's
+    "sample": "PyTorch, row by row",
+    "fused_mixer": "selective_scan's, causal_conv1d's and PyTorch's products",
+}
 
 
 @dataclass(frozen=True)
@@ -32,10 +40,10 @@ def implementations() -> list[Implementation]:
         "decode": f", a step in one call, up to {MOST_ROWS} rows",
     }
     for op in OPS:
-        if op == "linear_cross_entropy":  # matrix products, which are PyTorch's
-            rows.append(Implementation(op, "cpu", "PyTorch, in chunks"))
+        if op in _NOT_NATIVE:
+            rows.append(Implementation(op, "cpu", _NOT_NATIVE[op]))
         elif cpu["isa"] is None:
-            rows.append(Implementation(op, "cpu", "reference (PyTorch)", str(cpu["remedy"])))
+            rows.append(Implementation(op, "cpu", "PyTorch (chunked.py)", str(cpu["remedy"])))
         else:
             served = f"C++ ({cpu['isa']}, {cpu['threads']} threads)" + up_to.get(op, "")
             rows.append(Implementation(op, "cpu", served))
@@ -47,6 +55,8 @@ def implementations() -> list[Implementation]:
 def _on_gpu(op: str) -> Implementation:
     if op == "linear":
         return Implementation(op, "cuda", "PyTorch; packed weights are widened first")
+    if op == "fused_mixer":
+        return Implementation(op, "cuda", _NOT_NATIVE[op])
     if op == "selective_scan":
         why_not = nvrtc.available()
         if why_not is None:

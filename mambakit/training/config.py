@@ -136,7 +136,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the latest checkpoints stay."""
     resume: bool = False
-    """Continue the run in `out` from its latest checkpoint, with the settings that it was started with (docs/training.md says
+    """Continue the run in `out` from its latest checkpoint, with the settings that it was started with (docs/guides/training.md says
     which may change)."""
     overwrite: bool = False
     """Where `out` holds a run already: remove what that run left there, nothing else, and start anew."""

@@ -41,7 +41,7 @@ def recompute_selection(model: Any) -> None:
         ValueError: layers that cannot: FalconMamba's, and those with adapters on x_proj or dt_proj.
     """
     for mixer in (module for module in model.modules() if isinstance(module, MambaMixer)):
-        if not mixer.joins():
+        if not mixer.can_fuse():
             raise ValueError(
                 "recompute_selection takes Mamba layers with SiLU, without norms inside and without adapters on x_proj and dt_proj; this "
                 f"{model.config.model_type} model has others; set activation_checkpointing instead"

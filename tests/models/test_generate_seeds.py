@@ -1,4 +1,5 @@
-"""generate(seed=[...]): a text's random numbers are its own; and nothing but an argument connects generate to forward."""
+"""generate(seed=[...]): a text's random numbers are its own; and nothing but an argument connects generate to
+forward."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_an_ensemble(training, gradients):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("fields", [{}, {"hidden_act": "gelu"}], ids=["joined", "by itself"])
+@pytest.mark.parametrize("fields", [{}, {"hidden_act": "gelu"}], ids=["fused", "by itself"])
 def test_several_gradients_at_once(fields, autocast):
     model, ids = made(**fields)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

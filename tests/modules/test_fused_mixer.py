@@ -1,4 +1,4 @@
-"""The layer's joined training pass beside autograd's own way through the same ops."""
+"""The fused mixer beside autograd's own way through the same ops."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import torch
 
 from mambakit import MambaConfig, MambaMixer
 from mambakit.modules import Packing
+from mambakit.ops.fused_mixer import fused_mixer, reference
 from tests.models.configurations import worst
 
+# The dynamic-shape check draws graphs for minutes; the other three are fast.
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
@@ -32,7 +35,7 @@ class States:
 
 
 def gradients(
-    mixer: MambaMixer, joined: bool, monkeypatch, packed: bool = False, half: bool = False, states: bool = False
+    mixer: MambaMixer, fused: bool, monkeypatch, packed: bool = False, half: bool = False, states: bool = False
 ) -> dict:
     """The output, and the gradients of the input and every parameter; with states, those too, in and out."""
     device, dtype = mixer.D.device, mixer.in_proj.weight.dtype
@@ -49,10 +52,10 @@ def gradients(
         cache = States(*(t.requires_grad_() for t in entered))
     calls = []
     with monkeypatch.context() as patch:
-        kept = MambaMixer._mix_joined
-        patch.setattr(MambaMixer, "_mix_joined", lambda *a: calls.append(1) or kept(*a))
-        if not joined:
-            patch.setattr(MambaMixer, "joins", lambda _: False)
+        kept = MambaMixer._mix_fused
+        patch.setattr(MambaMixer, "_mix_fused", lambda *a: calls.append(1) or kept(*a))
+        if not fused:
+            patch.setattr(MambaMixer, "can_fuse", lambda _: False)
             patch.setattr("mambakit.modules.mixers.mamba.project", lambda module, x: module(x))
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             y = mixer(x, cache, packing)
@@ -60,7 +63,7 @@ def gradients(
         if cache is not None:
             loss = loss + sum((left * weight).sum() for left, weight in zip(cache.left, weights, strict=True))
         loss.backward()
-    assert bool(calls) == joined
+    assert bool(calls) == fused
     found = {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in mixer.named_parameters()}
     if cache is not None:
         for name, entered, left in zip(("conv", "ssm"), cache.entered, cache.left, strict=True):
@@ -168,3 +171,51 @@ def test_without_a_gradient_no_states_are_kept_for_one(monkeypatch):
     mixer(torch.randn(1, 4, 20, dtype=torch.float64))
     mixer(torch.randn(1, 4, 20, dtype=torch.float64, requires_grad=True))
     assert intervals[0] == 0 < intervals[1]
+
+
+def inputs_of(mixer: MambaMixer, packed: bool) -> tuple:
+    """Arguments of the op: xz, the weights, both states and cu_seqlens."""
+    d = mixer.intermediate_size
+    xz = torch.randn(1 if packed else 2, 23, 2 * d, dtype=mixer.D.dtype, requires_grad=True)
+    cu_seqlens = torch.tensor([0, 9, 10, 23], dtype=torch.int32) if packed else None
+    rows = 3 if packed else 2
+    conv = torch.randn(rows, d, mixer.conv_kernel_size - 1, dtype=xz.dtype, requires_grad=True)
+    ssm = torch.randn(rows, d, mixer.ssm_state_size, dtype=xz.dtype, requires_grad=True)
+    return xz, mixer._mixer_weights(), conv, ssm, cu_seqlens
+
+
+def test_it_is_the_reference():
+    xz, weights, *states, _ = inputs_of(layer("cpu"), False)
+    leaves = (xz, *weights, *states)
+    found, expected = (f(xz, weights, *states) for f in (fused_mixer, reference.fused_mixer))
+    pushed = [torch.randn_like(t) for t in expected]
+    for got, want in zip(found, expected, strict=True):
+        assert worst(got, want) < 1e-12
+    gradients = (torch.autograd.grad(results, leaves, pushed) for results in (found, expected))
+    for got, want in zip(*gradients, strict=True):
+        assert worst(got, want) < 1e-11
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_opcheck(packed, recompute, bias):
+    mixer = layer("cpu", torch.float32, use_conv_bias=bias)
+    xz, weights, conv, ssm, cu_seqlens = inputs_of(mixer, packed)
+    states = (conv, ssm) if bias else (None, None)
+    for interval in (0, 64):
+        arguments = (*weights, *states, cu_seqlens, recompute, interval)
+        forward = torch.ops.mambakit.fused_mixer
+        torch.library.opcheck(forward, (xz, *arguments) if interval else (xz.detach(), *arguments), test_utils=CHECKS)
+    plain = [None if t is None else t.detach() for t in (xz, *weights, *states)]
+    y, _, ssm_left, *kept = forward(*plain, cu_seqlens, recompute, 64)
+    gradients = (torch.randn_like(y), None, torch.randn_like(ssm_left))
+    torch.library.opcheck(
+        torch.ops.mambakit.fused_mixer_backward, (*gradients, *plain, cu_seqlens, *kept, 64, True, bias)
+    )
+
+
+def test_its_checks():
+    xz, weights, *_ = inputs_of(layer("cpu"), False)
+    with pytest.raises(ValueError, match=r"fused_mixer: xz has shape .* expected \(b, l, 2 d\)"):
+        fused_mixer(xz[..., 1:], weights)

@@ -1,5 +1,5 @@
-"""Nothing that somebody puts on a module is passed by: not by a step of the whole model, nor by a layer's joined
-training pass."""
+"""Nothing that somebody puts on a module is passed by: not by a step of the whole model, nor by a layer's fused
+mixer in training."""
 
 from __future__ import annotations
 

@@ -18,14 +18,14 @@ from tests.models.configurations import pair, tokens
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 FIELDS = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 5, "conv_kernel": 3}
-HALF, FLOAT = torch.bfloat16, torch.float32
+HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 
 
 @pytest.mark.parametrize("config", [mambakit.MambaConfig, mambakit.FalconMambaConfig])
 @pytest.mark.parametrize(
     ("given", "conv", "ssm"),
-    [(None, FLOAT, FLOAT), (HALF, HALF, FLOAT), ("torch.float16", torch.float16, FLOAT), ("float64",) + (torch.float64,) * 2],
-)  # fmt: skip
+    [(None, FLOAT, FLOAT), (HALF, HALF, FLOAT), ("torch.bfloat16", HALF, FLOAT), ("float64", DOUBLE, DOUBLE)],
+)
 def test_mambas(config, given, conv, ssm):
     spec = config(**FIELDS).state_spec(given)
     assert spec.dtype == conv
@@ -111,7 +111,7 @@ def test_slots_are_copied_alike_as_a_range_and_by_index(slots):
             pool.copy_(source, wrong, [0] * len(wrong))
 
 
-# -- files of earlier versions ---------------------------------------------------------------------------------------------
+# -- files of earlier versions -------------------------------------------------------------------------------------
 
 
 @pytest.fixture

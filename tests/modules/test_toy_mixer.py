@@ -1,4 +1,4 @@
-"""An architecture that the library has never seen goes through all that it does with states: the specification is enough."""
+"""An architecture that the library has never seen goes through all that is done with states, by its specification."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def close(a, b) -> bool:
     return all(worst(t.cpu(), b.tensors()[key].cpu()) < TIGHT for key, t in a.tensors().items())
 
 
-# -- forward ---------------------------------------------------------------------------------------------------------------
+# -- forward -------------------------------------------------------------------------------------------------------
 
 
 def test_the_blocks_are_what_the_configuration_names(model):
@@ -94,7 +94,7 @@ def test_gradients_flow_through_the_state(model):
         assert worst(parameter.grad, expected[name]) < 1e-4, name
 
 
-# -- tokens ----------------------------------------------------------------------------------------------------------------
+# -- tokens --------------------------------------------------------------------------------------------------------
 
 CHOICES = {
     "greedy": {"do_sample": False},
@@ -179,7 +179,7 @@ def test_draft_tokens_that_are_not_kept_leave_no_trace(model, kept):
     assert cache.get_seq_length() == 6 + kept
 
 
-# -- states ----------------------------------------------------------------------------------------------------------------
+# -- states --------------------------------------------------------------------------------------------------------
 
 
 def test_states_are_read_forked_extended_and_saved(model, tmp_path):

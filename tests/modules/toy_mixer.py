@@ -1,7 +1,7 @@
-"""An architecture that the library does not know: a gated linear recurrence, and models of nothing else and in part of it.
+"""An architecture that the library does not know: a gated linear recurrence, alone and in a hybrid with Mamba.
 
-Its state has other names, numbers, shapes and dtypes than Mamba's: ``memory`` (m,), and ``count`` (), an int64 that turns the
-output, so that a count that is lost changes the tokens.
+Its state has other names, numbers, shapes and dtypes than Mamba's: ``memory`` (m,), and ``count`` (), an int64 that
+turns the output, so that a count that is lost changes the tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from mambakit.modules.placement import opened
 
 
 class ToyMixer(Mixer):
-    """m_t = g_t m_{t-1} + (1 - g_t) v_t, g_t = sigmoid(W_g x_t + bias);  y_t = W_o (m_t * silu(z_t) * (1 + cos(t / 3)))."""
+    """m_t = g_t m_{t-1} + (1 - g_t) v_t, g_t = sigmoid(W_g x_t + bias);  y_t = W_o (m_t * silu(z_t) * (1 + cos(t /
+    3)))."""
 
     STATE_FIELDS = ("expand",)
 

@@ -1,4 +1,5 @@
-"""No tensor is made by torch's default dtype or device, which a user may set to anything: every call of a factory names both."""
+"""No tensor is made by torch's default dtype or device, which a user may set to anything: every call of a factory names
+both."""
 
 from __future__ import annotations
 
@@ -10,13 +11,14 @@ import mambakit
 _ROOT = Path(mambakit.__file__).parent
 # name -> whether a dtype has to be named, too: the result of the others has that of what a caller gave.
 _FACTORIES = dict.fromkeys(
-    ("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "tensor", "zeros"), True
+    ("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "tensor", "zeros"),
+    True,
 ) | {"as_tensor": False, "randperm": True, "empty_strided": True, "scalar_tensor": True}  # fmt: skip
 
 
 def offences(source: str) -> list[tuple[int, str]]:
-    """(line, call) of every factory call without dtype= and device=, but for what becomes a module's parameter: those follow torch's
-    defaults as `nn.Linear`'s do."""
+    """(line, call) of every factory call without dtype= and device=, but for what becomes a module's parameter: those
+    follow torch's defaults as `nn.Linear`'s do."""
     found = []
 
     def visit(node: ast.AST) -> None:

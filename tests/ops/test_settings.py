@@ -1,4 +1,5 @@
-"""Every op gives the same numbers, outputs and gradients, whatever torch's default dtype and device are, and reads no memory that nobody wrote."""
+"""Every op gives the same numbers, outputs and gradients, whatever torch's default dtype and device are, and reads no
+memory that nobody wrote."""
 
 from __future__ import annotations
 

@@ -45,8 +45,11 @@ class MambaConfig(transformers.MambaConfig):
         return MIXERS["mamba"]
 
     def state_spec(self, dtype: torch.dtype | str | None = None) -> StateSpec:
-        """What a model's state is made of, layer by layer: names, shapes per slot and dtypes; ``dtype`` is the model's, the
-        configuration's when None."""
+        """Each layer's state tensors: names, shapes of one slot and dtypes.
+
+        Args:
+            dtype: the model's; the configuration's when None.
+        """
         return state_spec(self, dtype)
 
     def to_dict(self) -> dict[str, Any]:

@@ -32,12 +32,6 @@ class MambaModel(MambaPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings = value
-
     def new_cache(self, batch_size: int) -> StateCache:
         """A zero state for ``batch_size`` rows, in this model's dtype, where its layers compute."""
         weight = next(self.norm_f.parameters())  # norm_f may be wrapped by another library's module
@@ -158,12 +152,6 @@ class MambaForCausalLM(GenerativeMambaModel):
         self.backbone = MambaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.backbone.embeddings = value
 
     def forward(
         self,

@@ -1,4 +1,10 @@
-"""Sequence mixers, one file each, and what a configuration's choice of them makes of a model's state."""
+"""Sequence mixers, one file each, and what a configuration's choice of them makes of a model's state.
+
+To add one: a subclass of `Mixer` in a file here, with its state tensors, an entry in `MIXERS`, and a configuration
+whose ``mixer_class(layer_idx)`` names it. Forward, prefill, decode, caches, files and training then work on its state;
+decode kernels that read weights say by themselves that they do not serve it.
+``tests/modules/toy_mixer.py`` is an example.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +28,8 @@ _COMPUTATION_FIELDS = ("model_type", "layer_norm_epsilon", "residual_in_fp32")
 
 
 def mixer_class(config: Any, layer_idx: int) -> type[Mixer]:
-    """Layer ``layer_idx``'s mixer: what ``config.mixer_class(layer_idx)`` says, and Mamba's for a configuration that is not
-    mambakit's own (transformers' `MambaConfig`)."""
+    """Layer ``layer_idx``'s mixer: what ``config.mixer_class(layer_idx)`` says, and Mamba's for a configuration that is
+    not mambakit's own (transformers' `MambaConfig`)."""
     choose = getattr(config, "mixer_class", None)
     return MIXERS["mamba"] if choose is None else choose(layer_idx)
 

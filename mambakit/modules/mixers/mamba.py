@@ -10,26 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambakit.modules.convolution import convolve, convolve_
-from mambakit.modules.fused_mixer import Weights, in_training, mix, project
 from mambakit.modules.initialization import TimeSteps, initial_a_log
 from mambakit.modules.interception import untouched
 from mambakit.modules.mixers.mixer import Mixer
 from mambakit.modules.packing import Packing
 from mambakit.modules.placement import CacheHandle, opened
 from mambakit.modules.precision import keep_float32
+from mambakit.modules.projection import in_training, project
 from mambakit.modules.state_cache import StateCache
 from mambakit.modules.state_spec import StateTensor
 from mambakit.ops import causal_conv1d, causal_conv1d_, rms_norm, selective_scan, selective_scan_
 from mambakit.ops._backends.memory import all_plain
+from mambakit.ops.fused_mixer import MixerWeights, fused_mixer
 from mambakit.quoting import brief
 
 
 class TimeStepProjection(nn.Linear):
     """(r) -> (d), a linear layer whose bias stays float32 when the model is cast to a half dtype.
 
-    With one, the sum is float32, too: near a softplus the rounding of a half would move the steps by per cents. The mixer takes the
-    product alone (`product`), and the scan adds the bias right before the softplus, unless this module's call is hooked or replaced.
-    A new layer's steps are those that ``steps`` names.
+    With one, the sum is float32, too: near a softplus the rounding of a half would move the steps by per cents. The
+    mixer takes the product alone (`product`), and the scan adds the bias right before the softplus, unless this
+    module's call is hooked or replaced. A new layer's steps are those that ``steps`` names.
     """
 
     def __init__(
@@ -77,8 +78,8 @@ class MambaMixer(Mixer):
 
     @staticmethod
     def state_tensors(config: Any, dtype: torch.dtype) -> tuple[StateTensor, ...]:
-        """``conv`` (d, k - 1), the convolution's last inputs, in ``dtype``; ``ssm`` (d, n), float32 whatever the weights are
-        (float64 in a float64 model)."""
+        """``conv`` (d, k - 1), the convolution's last inputs, in ``dtype``; ``ssm`` (d, n), float32 whatever the
+        weights are (float64 in a float64 model)."""
         d, wide = config.intermediate_size, torch.float64 if dtype == torch.float64 else torch.float32
         return (
             StateTensor("conv", (d, config.conv_kernel - 1), dtype),
@@ -93,20 +94,22 @@ class MambaMixer(Mixer):
         self.conv_kernel_size = config.conv_kernel
         self.time_step_rank = int(config.time_step_rank)
         self.in_proj = nn.Linear(h, 2 * d, bias=config.use_bias)
-        # The module holds the weights under their usual names; the op that runs is causal_conv1d, unless somebody has put a hook,
-        # a forward or an adapter on it: then it is called (`convolution.py`).
+        # The module holds the weights under their usual names; the op that runs is causal_conv1d, unless somebody has
+        # put a hook, a forward or an adapter on it: then it is called (`convolution.py`).
         self.conv1d = nn.Conv1d(d, d, config.conv_kernel, groups=d, bias=config.use_conv_bias)
         self.x_proj = nn.Linear(d, self.time_step_rank + 2 * n, bias=False)
         self.dt_proj = TimeStepProjection(self.time_step_rank, d, bias=True, steps=TimeSteps.of(config))
         self.A_log = nn.Parameter(torch.empty(d, n, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(d, dtype=torch.float32))
         self.out_proj = nn.Linear(d, h, bias=config.use_bias)
-        # A model of many layers starts the end of each residual branch smaller (`mambakit.models.mamba.initialization`).
+        # A model of many layers starts the end of each residual branch smaller
+        # (`mambakit.models.mamba.initialization`).
         self.out_proj.__dict__["ends_residual_branch"] = True
         # FalconMamba normalises dt, B and C without weights; plain Mamba has no such field.
         self.mixer_rms_eps: float | None = getattr(config, "mixer_rms_eps", None)
         self._set_activation(config.hidden_act)
-        # In training: compute the convolution's output and delta again in the backward pass. It takes a mixer that joins its ops.
+        # In training: compute the convolution's output and delta again in the backward pass. It takes a mixer that
+        # `can_fuse`.
         self.recompute_selection = False
         # Context parallelism puts ops of the same contract in their place, which pass the state between processes.
         self.causal_conv1d, self.selective_scan = causal_conv1d, selective_scan
@@ -148,8 +151,8 @@ class MambaMixer(Mixer):
         if packing is not None:
             packing = packing.on(hidden_states.device)
         xz = project(self.in_proj, hidden_states)  # (b, l, 2 d)
-        if in_training() and self.joins():
-            return project(self.out_proj, self._mix_joined(xz, cache, packing))
+        if in_training() and self.can_fuse():
+            return project(self.out_proj, self._mix_fused(xz, cache, packing))
         x, z = xz.chunk(2, -1)
         if cache is not None and not torch.is_grad_enabled() and (packing is None or packing.in_place):
             y = self._mix_in_place(x, z, cache, packing)
@@ -157,25 +160,26 @@ class MambaMixer(Mixer):
             y = self._mix(x, z, cache, packing)
         return project(self.out_proj, y)
 
-    def joins(self) -> bool:
-        """Whether the ops between the projections may run as one function with a gradient of its own (`joined.py`)."""
+    def can_fuse(self) -> bool:
+        """Whether what lies between the projections may run as one op, `mambakit.ops.fused_mixer`."""
         return (
-            type(self) is MambaMixer and self.act is None and self.mixer_rms_eps is None and self.dt_proj.bias is not None
+            type(self) is MambaMixer and self.act is None and self.mixer_rms_eps is None
+            and self.dt_proj.bias is not None
             and self.causal_conv1d is causal_conv1d and self.selective_scan is selective_scan
-            and untouched(self.x_proj, nn.Linear) and untouched(self.dt_proj, TimeStepProjection) and untouched(self.conv1d, nn.Conv1d)
-            and all_plain((
-                self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias, self.conv1d.weight, self.conv1d.bias, self.A_log, self.D,
-            ))
+            and untouched(self.x_proj, nn.Linear) and untouched(self.dt_proj, TimeStepProjection)
+            and untouched(self.conv1d, nn.Conv1d) and all_plain(self._mixer_weights())
         )  # fmt: skip
 
-    def _mix_joined(self, xz: Tensor, cache: StateCache | None, packing: Packing | None) -> Tensor:
-        """As `_mix`, the ops as one function."""
-        weights = Weights(
-            *self._filter()[:2], self.x_proj.weight, self.dt_proj.weight, self.A_log, self.D,
-            self.dt_proj.bias,
-        )  # fmt: skip
+    def _mixer_weights(self) -> MixerWeights:
+        filter, bias, _ = self._filter()
+        steps = self.dt_proj
+        return MixerWeights(filter, bias, self.x_proj.weight, steps.weight, self.A_log, self.D, steps.bias)
+
+    def _mix_fused(self, xz: Tensor, cache: StateCache | None, packing: Packing | None) -> Tensor:
+        """As `_mix`, as one op."""
         cu_seqlens = None if packing is None else packing.cu_seqlens
-        y, *states = mix(xz, weights, *self._states(cache, packing), cu_seqlens, self.recompute_selection)
+        before = self._states(cache, packing)
+        y, *states = fused_mixer(xz, self._mixer_weights(), *before, cu_seqlens, self.recompute_selection)
         self._keep(cache, packing, *states)
         return y
 
@@ -225,8 +229,9 @@ class MambaMixer(Mixer):
     def _require_whole_rows(self) -> None:
         if self.causal_conv1d is not causal_conv1d:
             raise ValueError(
-                f"layer {self.layer_idx}: mixer.conv1d has a hook, a forward or an adapter of its own, and the row is spread over "
-                "processes, where the convolution runs without the module; take it off, or train without context parallelism"
+                f"layer {self.layer_idx}: mixer.conv1d has a hook, a forward or an adapter of its own, and the row is "
+                "spread over processes, where the convolution runs without the module; take it off, or train without "
+                "context parallelism"
             )
 
     def _scan_inputs(self, x: Tensor, z: Tensor) -> tuple:
@@ -249,8 +254,8 @@ class MambaMixer(Mixer):
     def _time_steps(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
         """What goes into the softplus, as the scan takes it: a product, and a bias that it adds in float32.
 
-        A module in dt_proj's place (an adapter around it, a plain linear layer) adds the bias itself. Of a float32 sum that is
-        to be a half it is taken off again, and added in the scan.
+        A module in dt_proj's place (an adapter around it, a plain linear layer) adds the bias itself. Of a float32 sum
+        that is to be a half it is taken off again, and added in the scan.
         """
         if untouched(self.dt_proj, TimeStepProjection):
             return self.dt_proj.product(dt), self.dt_proj.bias

@@ -14,11 +14,11 @@ from mambakit.modules.state_spec import StateTensor
 class Mixer(nn.Module):
     """A layer's sequence mixer: ``mixer(x (b, l, h), cache, packing) -> (b, l, h)``. Abstract.
 
-    ``forward`` takes a `StateCache`, or None while it trains, and a `Packing`, or None where the batch is not packed. It reads
-    its state as it was before the first token and leaves it as it is after the last. Where gradients flow it uses
-    `StateCache.layer` and `StateCache.update`, which work out of place; in inference it may write into
-    `StateCache.memory`. A wrapped cache (`mambakit.modules.placement.opened`) is opened first. Nothing else of a model knows
-    what the state tensors mean.
+    ``forward`` takes a `StateCache`, or None while it trains, and a `Packing`, or None where the batch is not packed.
+    It reads its state as it was before the first token and leaves it as it is after the last. Where gradients flow it
+    uses `StateCache.layer` and `StateCache.update`, which work out of place; in inference it may write into
+    `StateCache.memory`. A wrapped cache (`mambakit.modules.placement.opened`) is opened first. Nothing else of a model
+    knows what the state tensors mean.
 
     A subclass is made as ``Class(config, layer_idx)``, and a configuration names it by its `mixer_class`.
     """

@@ -75,7 +75,8 @@ def implement_on_cuda(name: str, module: str, function: str) -> None:
 
 
 def implement(name: str, function: Callable, key: str) -> None:
-    """Serve ``mambakit::<name>`` on a dispatch key by kernels that read memory; plain PyTorch serves tensor subclasses."""
+    """Serve ``mambakit::<name>`` on a dispatch key by kernels that read memory; plain PyTorch serves tensor
+    subclasses."""
     plain = _plain[name]
 
     def call(*args):

@@ -1,9 +1,11 @@
-"""Memory that native code reads and writes: how it is made, which tensors may be handed over, and the one place that takes an address.
+"""Memory that native code reads and writes: how it is made, which tensors a kernel may
+read, and the one place that takes an address.
 
-A kernel knows nothing of a tensor but an address. So every buffer is made with a dtype and a device (torch's defaults can be set to
-anything), and an address is only given away of plain memory: a `torch.Tensor` or `torch.nn.Parameter` itself, of the dtype, on the
-device and of the size that the kernel expects. A subclass (torchao's and bitsandbytes' weights, DTensor, FakeTensor), a sparse,
-quantised, nested or meta tensor, a functorch wrapper, or a view that is to be conjugated or negated when read is none.
+A kernel knows nothing of a tensor but an address. So every buffer is made with a dtype and a device (torch's defaults
+can be set to anything), and an address is only given away of plain memory: a `torch.Tensor` or `torch.nn.Parameter`
+itself, of the dtype, on the device and of the size that the kernel expects. A subclass (torchao's and bitsandbytes'
+weights, DTensor, FakeTensor), a sparse, quantised, nested or meta tensor, a functorch wrapper, or a view that is to be
+conjugated or negated when read is none.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ FLOAT32 = (torch.float32,)
 INT32 = (torch.int32,)
 FLOAT32_OR_BFLOAT16 = (torch.float32, torch.bfloat16)
 _CPU = torch.device("cpu")
-# What torch's dispatcher knows of a plain tensor on a CPU, on a GPU, and on either one in inference mode; anything more is special.
+# What torch's dispatcher knows of a plain tensor on a CPU, on a GPU, and on either one in inference mode; anything more
+# is special.
 _PLAIN_KEYS = torch._C._dispatch_keys(torch.empty(0, dtype=torch.float32, device="cpu")).raw_repr()
 for _key in ("CUDA", "AutogradCUDA", "AutocastCUDA"):
     _PLAIN_KEYS |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
@@ -59,7 +62,8 @@ def plain_arguments(arguments: Iterable[object]) -> bool:
 
 
 def transformed() -> bool:
-    """Whether calls are traced or transformed here: compiled, in a functorch transform, in forward-mode differentiation."""
+    """Whether calls are traced or transformed here: compiled, in a functorch transform, in forward-mode
+    differentiation."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -77,12 +81,14 @@ def in_functorch() -> bool:
 
 
 def in_forward_mode() -> bool:
-    """Whether calls carry tangents (torch.func.jvp, forward_ad): a custom op has none; its plain PyTorch version has."""
+    """Whether calls carry tangents (torch.func.jvp, forward_ad): a custom op has none; its plain PyTorch version
+    has."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def observed() -> bool:
-    """Whether somebody follows torch's calls: a dispatch mode (FakeTensorMode, FlopCounterMode, ...) or a function mode.
+    """Whether torch's calls are observed: by a dispatch mode (FakeTensorMode, FlopCounterMode, ...) or a function
+    mode.
 
     A default device is such a mode, and does not count: here every buffer names its own.
     """

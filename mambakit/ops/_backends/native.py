@@ -16,7 +16,7 @@ import torch
 INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 _NAMES = ("libmambakit_native.so", "libmambakit_native.dylib")
 _REMEDY = (
-    "mambakit's native CPU kernels are not installed, so the reference implementations run; they are slower. "
+    "mambakit's native CPU kernels are not installed, so plain PyTorch serves the ops; it is slower. "
     "Install a C++ compiler (GCC or Clang) and reinstall: pip install --force-reinstall --no-deps mambakit"
 )
 
@@ -144,7 +144,7 @@ def is_available() -> bool:
 
 @functools.cache
 def warn_missing() -> None:
-    """Say once that the reference runs."""
+    """Say once that plain PyTorch serves."""
     warnings.warn(_REMEDY, RuntimeWarning, stacklevel=4)
 
 

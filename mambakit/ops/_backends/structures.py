@@ -11,8 +11,8 @@ from mambakit.ops._backends import memory
 from mambakit.ops._backends.memory import FLOAT32, FLOAT32_OR_BFLOAT16, INT32
 
 __all__ = [
-    "FLOAT32", "FLOAT32_OR_BFLOAT16", "INT32", "address", "address_of_rows", "as_float32", "channels_adjacent", "check", "is_half",
-    "row_strides", "structure",
+    "FLOAT32", "FLOAT32_OR_BFLOAT16", "INT32", "address", "address_of_rows", "as_float32", "channels_adjacent", "check",
+    "is_half", "row_strides", "structure",
 ]  # fmt: skip
 
 

@@ -1,1 +1,6 @@
-"""One token through a whole model on a GPU. (On a CPU: `mambakit.ops.decode.cpu`.)"""
+"""One token of each row through a whole model."""
+
+from mambakit.ops.decode.api import decode
+from mambakit.ops.decode.packed import PackedLayer, PackedModel
+
+__all__ = ["PackedLayer", "PackedModel", "decode"]

@@ -1,4 +1,4 @@
-"""One token through a whole model: a program of kernel calls, recorded once and run by one call into C.
+"""One token through a whole model on a CPU: a program of kernel calls, recorded once and run by one call into C.
 
 Between the kernels of a step there is no Python, no dispatcher and no allocation: at batch 1 those would cost more than
 reading a quantised model. Activations are float32 whatever the weights are, so half weights cost nothing in precision.
@@ -7,13 +7,17 @@ reading a quantised model. Activations are float32 whatever the weights are, so 
 from __future__ import annotations
 
 import ctypes
+import itertools
+import operator
+import weakref
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mambakit.ops._backends import native
-from mambakit.ops._backends.memory import zeros
+from mambakit.ops._backends.memory import all_plain, zeros
 from mambakit.ops._backends.structures import (
     FLOAT32,
     FLOAT32_OR_BFLOAT16,
@@ -24,6 +28,7 @@ from mambakit.ops._backends.structures import (
     is_half,
 )
 from mambakit.ops.causal_conv1d import cpu as conv
+from mambakit.ops.decode.packed import PackedLayer, PackedModel
 from mambakit.ops.linear import cpu as matvec
 from mambakit.ops.linear.cpu import MOST_ROWS
 from mambakit.ops.linear.packed import PackedWeight
@@ -34,24 +39,6 @@ from mambakit.ops.selective_scan import cpu as scan
 def buffer(*shape: int) -> Tensor:
     """Activations are float32 on the CPU."""
     return zeros(*shape, dtype=torch.float32)
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """What one layer reads. Linear weights are packed; biases may be None."""
-
-    norm: Tensor  # (h,)
-    in_proj: PackedWeight  # (2d, h)
-    in_proj_bias: Tensor | None
-    conv: Tensor  # (d, k), k in 2..8
-    conv_bias: Tensor | None
-    x_proj: PackedWeight  # (r + 2n, d)
-    dt_proj: PackedWeight  # (d, r)
-    dt_bias: Tensor | None  # (d,), added before the softplus
-    A: Tensor  # (d, n), -exp(A_log)
-    D: Tensor  # (d,)
-    out_proj: PackedWeight  # (h, d)
-    out_proj_bias: Tensor | None
 
 
 class _Call(ctypes.Structure):
@@ -72,8 +59,15 @@ class _Program:
         self.held.append(arguments)
 
 
+_handles = itertools.count(1)
+_steps: weakref.WeakValueDictionary[int, DecodeStep] = weakref.WeakValueDictionary()
+
+
 class DecodeStep:
-    """``step(x) -> logits``: (b, h) embeddings of the next tokens in, (b, v) float32 logits out, states updated in place.
+    """``step(x) -> logits``: (b, h) embeddings of the next tokens in, (b, v) float32 logits out, states updated in
+    place.
+
+    A call goes through the dispatcher as `mambakit::decode.prepared`, which finds this object by its handle.
 
     Args:
         layers: the weights of every layer, in order.
@@ -83,8 +77,8 @@ class DecodeStep:
         conv_states, ssm_states: (layers, b, d, k - 1) float32 or bfloat16 and (layers, b, d, n) float32, contiguous:
             read and written in place, so a cache's own tensors. They must not be moved while the step is in use.
 
-    ``logits`` is the same memory at every step. The weights are read where they are; the number of threads is
-    torch's when the step is made. Serves b from 1 to 16.
+    The large weights are read where they are; the number of threads is torch's when the step is made. Serves b from 1
+    to 16.
 
     Raises:
         ValueError: states that the kernels cannot use in place, or a batch outside 1 to 16.
@@ -93,7 +87,7 @@ class DecodeStep:
 
     def __init__(
         self,
-        layers: list[LayerWeights],
+        layers: list[PackedLayer],
         final_norm: Tensor,
         head: PackedWeight,
         eps: float,
@@ -119,7 +113,7 @@ class DecodeStep:
         self._x, self._residual, normed = (buffer(b, h) for _ in range(3))
         xz, p = buffer(b, 2 * d), buffer(b, r + 2 * n)
         u, delta, y = (buffer(b, d) for _ in range(3))
-        self.logits = buffer(b, head.out_features)
+        self._logits = buffer(b, head.out_features)
         program.held += [conv_states, ssm_states, layers, head, normed, xz, p, u, delta, y]
         for i, w in enumerate(layers):
             self._norm(w.norm, eps, normed)
@@ -130,16 +124,23 @@ class DecodeStep:
             self._scan(u, delta, p[:, r:], xz[:, d:], w, ssm_states[i], y)
             self._linear(y, w.out_proj, w.out_proj_bias, self._x)
         self._norm(final_norm, eps, normed)
-        self._linear(normed, head, None, self.logits)
+        self._linear(normed, head, None, self._logits)
+        self._states = conv_states, ssm_states
+        self.handle = next(_handles)
+        _steps[self.handle] = self
         self._calls = (_Call * len(program.calls))(*program.calls)
         self._run = native.runner()
         self._count, self._team = ctypes.c_int64(len(program.calls)), ctypes.c_int64(self._threads)
 
     def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mambakit.decode.prepared(x, *self._states, self.handle, self._logits.shape[1])
+
+    def run(self, x: Tensor) -> Tensor:
+        """The step itself, below the dispatcher."""
         self._x.copy_(x)
         self._residual.zero_()
         check(self._run(self._calls, self._count, self._team))
-        return self.logits
+        return self._logits.clone()  # the buffer is the next step's
 
     def _norm(self, weight: Tensor, eps: float, y: Tensor) -> None:
         """The residual stream takes up x, in place, and y is its norm."""
@@ -157,7 +158,7 @@ class DecodeStep:
         bias = self._program.hold(as_float32(bias))
         self._program.add("linear", matvec.arguments(x, weight, bias, y), matvec.KINDS[weight.format])
 
-    def _conv(self, x: Tensor, w: LayerWeights, state: Tensor, u: Tensor) -> None:
+    def _conv(self, x: Tensor, w: PackedLayer, state: Tensor, u: Tensor) -> None:
         weight, bias = self._program.hold(as_float32(w.conv)), self._program.hold(as_float32(w.conv_bias))
         (b, d), k = u.shape, w.conv.shape[1]
         window = address(state, FLOAT32_OR_BFLOAT16, b * d * (k - 1))
@@ -168,17 +169,79 @@ class DecodeStep:
         )  # fmt: skip
         self._program.add("causal_conv1d", arguments, 0)
 
-    def _scan(self, u: Tensor, delta: Tensor, BC: Tensor, z: Tensor, w: LayerWeights, state: Tensor, y: Tensor) -> None:
+    def _scan(self, u: Tensor, delta: Tensor, BC: Tensor, z: Tensor, w: PackedLayer, state: Tensor, y: Tensor) -> None:
         A, D, bias = (self._program.hold(as_float32(t)) for t in (w.A, w.D, w.dt_bias))
         b, d = u.shape
         n = state.shape[2]
         held = address(state, FLOAT32, b * d * n)
         arguments = scan.Arguments(
             address(u, FLOAT32, b * d), address(delta, FLOAT32, b * d), address(A, FLOAT32, d * n),
-            address_of_rows(BC[:, :n], FLOAT32, (b, n)), address_of_rows(BC[:, n:], FLOAT32, (b, n)), address(D, FLOAT32, d),
-            address_of_rows(z, FLOAT32, (b, d)), address(bias, FLOAT32, d), held, None, None, held, None,
-            address(y, FLOAT32, b * d),
+            address_of_rows(BC[:, :n], FLOAT32, (b, n)), address_of_rows(BC[:, n:], FLOAT32, (b, n)),
+            address(D, FLOAT32, d), address_of_rows(z, FLOAT32, (b, d)), address(bias, FLOAT32, d),
+            held, None, None, held, None, address(y, FLOAT32, b * d),
             b, 1, d, n, b, 0, 1, self._threads,
             u.stride(0), 0, delta.stride(0), 0, z.stride(0), 0, BC.stride(0), 0, BC.stride(0), 0,
         )  # fmt: skip
         self._program.add("selective_scan", arguments, 0)
+
+
+def prepared(x: Tensor, conv_states: Tensor, ssm_states: Tensor, step: int, vocabulary: int) -> Tensor:
+    """`mambakit::decode.prepared`: the `DecodeStep` of the handle ``step``, on the states that it was made for."""
+    found = _steps.get(step)
+    if found is None:
+        raise RuntimeError(f"decode: there is no prepared step {step}; keep its DecodeStep as long as it is called")
+    if any(
+        given.data_ptr() != own.data_ptr() for given, own in zip((conv_states, ssm_states), found._states, strict=True)
+    ):
+        raise RuntimeError("decode: the states are not those that the step was made for; make a DecodeStep of these")
+    return found.run(x)
+
+
+def serves(x, conv_states, ssm_states, weights, formats, groups, eps) -> bool:
+    """What `DecodeStep` reads in place: it would copy small weights of another dtype, and not see them change."""
+    if not 1 <= x.shape[0] <= MOST_ROWS or x.shape[0] != ssm_states.shape[1]:
+        return False
+    found = _recorded.get(ssm_states)
+    if found is not None and found.fits(conv_states, ssm_states, weights, (list(formats), list(groups), eps)):
+        return True
+    if conv_states.dtype not in FLOAT32_OR_BFLOAT16 or ssm_states.dtype != torch.float32:
+        return False
+    if not (conv_states.is_contiguous() and ssm_states.is_contiguous() and all_plain(weights)):
+        return False
+    model = PackedModel.from_flat(weights, formats, groups, eps)
+    small = [model.final_norm, *(t for layer in model.layers for t in layer.small())]
+    return 2 <= model.layers[0].conv.shape[1] <= 8 and all(
+        t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in small
+    )
+
+
+class _Recorded:
+    """The step that was recorded for a state, and what it was recorded from."""
+
+    def __init__(self, conv_states: Tensor, ssm_states: Tensor, weights: list[Tensor | None], rest: tuple):
+        model = PackedModel.from_flat(weights, *rest)
+        # Aliases: the table below forgets the step when the caller's own tensor goes.
+        states = conv_states.detach(), ssm_states.detach()
+        self.step = DecodeStep(model.layers, model.final_norm, model.head, model.eps, *states)
+        self._weights, self._addresses, self._rest = weights, self._of(conv_states, ssm_states, weights), rest
+
+    def fits(self, conv_states: Tensor, ssm_states: Tensor, weights: list[Tensor | None], rest: tuple) -> bool:
+        same = len(weights) == len(self._weights) and all(map(operator.is_, weights, self._weights))
+        return same and rest == self._rest and self._addresses == self._of(conv_states, ssm_states, weights)
+
+    @staticmethod
+    def _of(conv_states: Tensor, ssm_states: Tensor, weights: list[Tensor | None]) -> list[int]:
+        return [0 if t is None else t.data_ptr() for t in (conv_states, ssm_states, *weights)]
+
+
+# Of each state, its step: recorded once for a loop that calls the op with the same tensors.
+_recorded = WeakIdKeyDictionary()
+
+
+def decode(x, conv_states, ssm_states, weights, formats, groups, eps):
+    """`mambakit::decode`."""
+    rest = (list(formats), list(groups), eps)
+    found = _recorded.get(ssm_states)
+    if found is None or not found.fits(conv_states, ssm_states, weights, rest):
+        found = _recorded[ssm_states] = _Recorded(conv_states, ssm_states, list(weights), rest)
+    return found.step.run(x)

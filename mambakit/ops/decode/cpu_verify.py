@@ -1,8 +1,8 @@
 """Several tokens of one sequence through a whole model, with the choice afterwards of how many of them to keep.
 
-Every kernel is called as `DecodeStep` calls it for one token, so logits and states have the bits of decoding token by token; but
-the weights are read once for all of them. The state is read and not written: what the layers fed their recurrences is kept, and
-`commit` runs the recurrences alone again over the tokens that stay.
+Every kernel is called as `DecodeStep` calls it for one token, so logits and states have the bits of decoding token by
+token; but the weights are read once for all of them. The state is read and not written: what the layers fed their
+recurrences is kept, and `commit` runs the recurrences alone again over the tokens that stay.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from torch import Tensor
 from mambakit.ops._backends import native
 from mambakit.ops._backends.structures import FLOAT32, FLOAT32_OR_BFLOAT16, address, as_float32, check, is_half
 from mambakit.ops.causal_conv1d import cpu as conv
-from mambakit.ops.decode.cpu import DecodeStep, LayerWeights, _Call, _Program, buffer
+from mambakit.ops.decode.cpu import DecodeStep, _Call, _Program, buffer
+from mambakit.ops.decode.packed import PackedLayer
 from mambakit.ops.linear.cpu import MOST_ROWS
 from mambakit.ops.linear.packed import PackedWeight
 from mambakit.ops.selective_scan import cpu as scan
 
 
 class VerifyStep(DecodeStep):
-    """``verify(x) -> logits``: (t, h) embeddings of t successive tokens in, (t, v) float32 logits out, for t up to ``tokens``.
+    """``verify(x) -> logits``: (t, h) embeddings of t successive tokens in, (t, v) float32 logits out, for t up to
+    ``tokens``.
 
     ``commit(m)`` then brings the states to after the first m of them.
 
@@ -38,7 +40,7 @@ class VerifyStep(DecodeStep):
 
     def __init__(
         self,
-        layers: list[LayerWeights],
+        layers: list[PackedLayer],
         final_norm: Tensor,
         head: PackedWeight,
         eps: float,
@@ -64,12 +66,12 @@ class VerifyStep(DecodeStep):
         self._h, self._d, self._n = final_norm.shape[0], ssm_states.shape[2], ssm_states.shape[3]
         self._r = layers[0].dt_proj.in_features
         count = len(layers)
-        # Kept for the replay, so apart for each layer.
+        # Kept for the replay, so one for each layer.
         self._xz = buffer(count, tokens, 2 * self._d)
         self._p = buffer(count, tokens, self._r + 2 * self._n)
         self._u, self._delta = (buffer(count, tokens, self._d) for _ in range(2))
-        # Of one layer and used again by the next: the state after each token on trial, and what else a layer makes.
-        self._conv_trial, self._ssm_trial = torch.zeros_like(conv_states[0]), torch.zeros_like(ssm_states[0])
+        # Of one layer and used again by the next: the state after each draft token, and a layer's other activations.
+        self._conv_draft, self._ssm_draft = torch.zeros_like(conv_states[0]), torch.zeros_like(ssm_states[0])
         self._rows = [buffer(tokens, self._h) for _ in range(3)]
         self._y, self._logits = buffer(tokens, self._d), buffer(tokens, head.out_features)
         self._by_length: dict[int, tuple[_Program, ctypes.Array, ctypes.c_int64]] = {}
@@ -96,7 +98,7 @@ class VerifyStep(DecodeStep):
             ValueError: m outside 0 to the number of tokens of the last call.
         """
         if not 0 <= m <= self._read:
-            raise ValueError(f"VerifyStep: commit of {m} tokens, but {self._read} are on trial")
+            raise ValueError(f"VerifyStep: commit of {m} tokens, but {self._read} were verified")
         self._read = 0
         if not m:
             return
@@ -115,19 +117,20 @@ class VerifyStep(DecodeStep):
             self._norm(w.norm, self._eps, normed)
             self._linear(normed, w.in_proj, w.in_proj_bias, xz)
             for j in range(t):
-                self._convolve_token(w, xz[j], self._conv_states[i] if j == 0 else self._conv_trial, u[j])
+                self._convolve_token(w, xz[j], self._conv_states[i] if j == 0 else self._conv_draft, u[j])
             self._linear(u, w.x_proj, None, p)
             self._linear(p[:, : self._r], w.dt_proj, None, delta)
             for j in range(t):
-                state = self._ssm_states[i] if j == 0 else self._ssm_trial
-                self._scan_token(w, u[j], delta[j], p[j], xz[j], state, self._ssm_trial, y[j])
+                state = self._ssm_states[i] if j == 0 else self._ssm_draft
+                self._scan_token(w, u[j], delta[j], p[j], xz[j], state, self._ssm_draft, y[j])
             self._linear(y, w.out_proj, w.out_proj_bias, self._x)
         self._norm(self._final_norm, self._eps, normed)
         self._linear(normed, self._head, None, logits)
         return self._finish()
 
     def _replay_program(self) -> tuple[_Program, ctypes.Array, ctypes.c_int64]:
-        """The scans alone, in place: token after token, so that a beginning of the calls is a beginning of the tokens."""
+        """The scans alone, in place: token after token, so that a beginning of the calls is a beginning of the
+        tokens."""
         self._program = _Program()
         for j in range(self.tokens):
             for i, w in enumerate(self._layers):
@@ -140,19 +143,19 @@ class VerifyStep(DecodeStep):
         calls = self._program.calls
         return self._program, (_Call * len(calls))(*calls), ctypes.c_int64(len(calls))
 
-    def _convolve_token(self, w: LayerWeights, xz: Tensor, state: Tensor, u: Tensor) -> None:
+    def _convolve_token(self, w: PackedLayer, xz: Tensor, state: Tensor, u: Tensor) -> None:
         weight, bias = self._program.hold(as_float32(w.conv)), self._program.hold(as_float32(w.conv_bias))
         d, k = self._d, w.conv.shape[1]
         window = (FLOAT32_OR_BFLOAT16, d * (k - 1))
         arguments = conv.Arguments(
-            address(xz[:d], FLOAT32, d), address(weight, FLOAT32, d * k), address(bias, FLOAT32, d), address(state, *window),
-            None, None, address(self._conv_trial, *window), address(u, FLOAT32, d),
+            address(xz[:d], FLOAT32, d), address(weight, FLOAT32, d * k), address(bias, FLOAT32, d),
+            address(state, *window), None, None, address(self._conv_draft, *window), address(u, FLOAT32, d),
             1, 1, d, k, 1, 1, is_half(state), self._threads, 0, 0,
         )  # fmt: skip
         self._program.add("causal_conv1d", arguments, 0)
 
     def _scan_token(
-        self, w: LayerWeights, u: Tensor, delta: Tensor, p: Tensor, xz: Tensor, state: Tensor, final: Tensor, y: Tensor
+        self, w: PackedLayer, u: Tensor, delta: Tensor, p: Tensor, xz: Tensor, state: Tensor, final: Tensor, y: Tensor
     ) -> None:
         A, D, bias = (self._program.hold(as_float32(t)) for t in (w.A, w.D, w.dt_bias))
         d, n = self._d, self._n

@@ -13,8 +13,8 @@ from mambakit.ops.selective_scan.reference import selective_scan
 def decode(x, layers, final_norm, head, eps, conv_states, ssm_states, *, x_in_16_bits=False):
     """(logits (b, v), conv_states (layers, b, d, k - 1), ssm_states (layers, b, d, n)), float64.
 
-    The block of Gu & Dao 2023 (arXiv 2312.00752, figure 3) with its selection (algorithm 2), in a residual stream that is
-    normalised before every block.
+    The block of Gu & Dao 2023 (arXiv 2312.00752, figure 3) with its selection (algorithm 2), in a residual stream that
+    is normalised before every block.
 
     Args:
         x: (b, h), the token's embeddings; the other arguments are those of `mambakit.ops.decode.cpu.DecodeStep`.

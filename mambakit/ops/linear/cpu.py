@@ -42,8 +42,8 @@ def _arguments(
     starts, listed, values = weight.exceptions or (None, None, None)
     count = 0 if listed is None else listed.shape[0]
     return Arguments(
-        x, address(weight.data, _DATA[weight.format], out * columns), address(weight.scales, FLOAT32, out * groups), bias, y,
-        address(starts, INT32, out + 1), address(listed, INT32, count), address(values, FLOAT32, count),
+        x, address(weight.data, _DATA[weight.format], out * columns), address(weight.scales, FLOAT32, out * groups),
+        bias, y, address(starts, INT32, out + 1), address(listed, INT32, count), address(values, FLOAT32, count),
         rows, weight.in_features, out, weight.group, native.threads(), x_stride, y_stride,
     )  # fmt: skip
 

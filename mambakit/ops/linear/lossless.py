@@ -1,21 +1,22 @@
 """float32 in 28 bits and bfloat16 in 12, without loss: packing and unpacking.
 
-The numbers of a row of weights differ little in size. A number's highest byte (its sign and seven bits of its exponent) takes
-few values, so it is stored as four bits: the sign, and which of seven neighbouring values the seven bits have (14 octaves, the
-largest number of the row among them), or that they are 0. The other bytes are stored as they are. What is smaller than those
-octaves is kept in a list (about one weight in 2,500 of a normal distribution).
+The numbers of a row of weights differ little in size. A number's highest byte (its sign and seven bits of its exponent)
+takes few values, so it is stored as four bits: the sign, and which of seven neighbouring values the seven bits have (14
+octaves, the largest number of the row among them), or that they are 0. The other bytes are stored as they are. What is
+smaller than those octaves is kept in a list (about one weight in 2,500 of a normal distribution).
 
-``data`` is uint8 (out, 16 + blocks * B), B = 96 for bfloat16 and 224 for float32; a block is 64 columns, the last one padded with 0:
+``data`` is uint8 (out, 16 + blocks * B), B = 96 for bfloat16 and 224 for float32; a block is 64 columns, the last one
+padded with 0:
 
     16 bytes          the row's table: the highest byte for each of the 16 nibbles
     of each block:
     32 bytes          nibbles; the low one of byte i is of column order(i), the high one of column 32 + order(i)
     64 bytes          the second bytes, of columns order(0) ... order(31), 32 + order(0) ...
-    128 bytes         float32 alone: the lower 16 bits, in the same order with 8 and 8 of the sixteens swapped in the middle
+    128 bytes         float32 alone: the lower 16 bits, in that order with 8 and 8 of the sixteens swapped in the middle
 
-order(i) = 8 (k // 4) + 4 (i // 16) + k % 4 with k = i % 16: interleaving bytes, then 16-bit halves, within 128 bits then leaves
-the columns as they come. Listed weights are (row, column, value), as ``starts`` (out + 1,) int32, ``columns`` int32 and
-``values`` float32; in ``data`` they are 0.
+order(i) = 8 (k // 4) + 4 (i // 16) + k % 4 with k = i % 16: interleaving bytes, then 16-bit halves, within 128 bits
+then leaves the columns as they come. Listed weights are (row, column, value), as ``starts`` (out + 1,) int32,
+``columns`` int32 and ``values`` float32; in ``data`` they are 0.
 """
 
 from __future__ import annotations

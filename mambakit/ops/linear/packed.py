@@ -6,8 +6,8 @@ Formats of a weight (out, in), named by their precision:
     "int8"   int8 (out, in), and one float32 scale per `group` neighbours of a row: w = q * scale, q in [-127, 127]
     "int4"   int16 (out, padded / 4), and one float32 scale per `group`: w = q * scale, q in [-8, 7]. A block of 64
              columns is 16 words of 4 nibbles; nibble s of word i (bits 4s to 4s+3, two's complement) is column 16 s + i
-             of the block, so that a register of words gives 16 neighbouring columns with one shift. Rows are padded with
-             zeros to whole blocks and whole groups.
+             of the block, so that a register of words gives 16 neighbouring columns with one shift. Rows are padded
+             with zeros to whole blocks and whole groups.
     scales   float32 (out, ceil(in / group)); for int4 those of the padding too
     "lossless32", "lossless16"   float32 in 28 bits and bfloat16 in 12, the same numbers to the last bit; `lossless.py`
 """

@@ -42,6 +42,19 @@ def _linear_on_cpu(x, data, scales, starts, columns, values, bias, *sizes):
     return chunked.linear(x, weight, bias, cpu.widen(weight))
 
 
+def _dequantize(*weight):
+    return _fresh(packed_of(*weight).dequantized(), weight[0])
+
+
+def _dequantize_on_cpu(*weight):
+    return _fresh(cpu.widen(packed_of(*weight)), weight[0])
+
+
+def _fresh(widened: Tensor, data: Tensor) -> Tensor:
+    """An op's result is no input: of the format float32 the numbers are copied."""
+    return widened.clone() if widened is data else widened
+
+
 def _linear_fake(x, data, *rest):
     return x.new_empty((*x.shape[:-1], data.shape[0]))
 
@@ -51,7 +64,7 @@ def _dequantize_fake(data, scales, starts, columns, values, format, in_features,
 
 
 define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_SIZES}) -> Tensor", _linear, _linear_fake)
-define(f"dequantize({_WEIGHT}, {_SIZES}) -> Tensor", lambda *args: packed_of(*args).dequantized(), _dequantize_fake)
+define(f"dequantize({_WEIGHT}, {_SIZES}) -> Tensor", _dequantize, _dequantize_fake)
 
 
 def _setup_context(ctx, inputs, output):
@@ -77,7 +90,7 @@ def _backward(ctx, dy):
 torch.library.register_autograd("mambakit::linear", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 implement_on_cpu("linear", _linear_on_cpu, lambda x, *_: x.dtype != torch.float64)
-implement_on_cpu("dequantize", lambda *args: cpu.widen(packed_of(*args)), lambda *_: True)
+implement_on_cpu("dequantize", _dequantize_on_cpu, lambda *_: True)
 
 
 @register_flop_formula(torch.ops.mambakit.linear)

@@ -6,7 +6,8 @@ import torch
 
 
 def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
-    """The summed negative log-likelihood, float64, of the targets that are not ``ignore_index``; autograd differentiates it.
+    """The summed negative log-likelihood, float64, of the targets that are not ``ignore_index``; autograd
+    differentiates it.
 
     z = weight hidden_t ;  loss_t = -log softmax(z)[target_t] = log sum_v exp(z_v) - z[target_t]
     """

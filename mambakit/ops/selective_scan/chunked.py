@@ -117,7 +117,8 @@ class _Row:
         return (self.delta[:, cs, t] * self.u[:, cs, t])[..., None] * self.B[:, cs, t, None, :]
 
     def chunk_decay(self) -> Tensor:
-        """What a chunk does to the state that enters it: exp(A sum(delta)), or nothing passes where a sequence starts."""
+        """What a chunk does to the state that enters it: exp(A sum(delta)), or nothing passes where a sequence
+        starts."""
         decay = torch.exp(self.delta.sum(2)[..., None] * self.A)
         return decay.masked_fill(self.has_start, 0.0)
 

@@ -77,8 +77,9 @@ class _Call:
         count = -(-self.l // interval) if interval else 0
         return Arguments(
             address_of_rows(self.u, FLOAT32_OR_BFLOAT16, channels), address_of_rows(self.delta, dtype, channels),
-            address(self.A, FLOAT32, size), address_of_rows(self.B, dtype, states), address_of_rows(self.C, dtype, states),
-            address(self.D, FLOAT32, self.d), address_of_rows(self.z, dtype, channels), address(self.bias, FLOAT32, self.d),
+            address(self.A, FLOAT32, size), address_of_rows(self.B, dtype, states),
+            address_of_rows(self.C, dtype, states), address(self.D, FLOAT32, self.d),
+            address_of_rows(self.z, dtype, channels), address(self.bias, FLOAT32, self.d),
             address(initial, FLOAT32, rows * size), address(slots, INT32, self.sequences),
             address(self.cu, INT32, self.sequences + 1), address(final_state, FLOAT32, rows * size),
             address(checkpoints, FLOAT32, self.b * count * size), address(y, dtype, self.b * self.l * self.d),

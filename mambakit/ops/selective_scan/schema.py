@@ -14,10 +14,13 @@ from mambakit.ops._once import differentiated_once
 from mambakit.ops.selective_scan import chunked, cpu
 
 # 64 bytes of state per channel every 64 tokens is 1 byte per element, against 2 for one bfloat16 activation; the CUDA
-# gradient was faster with it than with 128.
+# gradient was faster with it than with 128 (docs/lab/2026-11-23-scan.md).
 CHECKPOINT_INTERVAL = 64
 
-_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus"
+_INPUTS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "bool delta_softplus"
+)
 
 
 def _state_shape(u, A, cu_seqlens):
@@ -29,7 +32,7 @@ def _state_dtype(u):
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
-def _fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoint_interval):
+def fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoint_interval):
     dtype = _state_dtype(u)
     b, length, d = u.shape
     if checkpoint_interval == 0:
@@ -59,7 +62,7 @@ define(
     f"selective_scan({_INPUTS}, Tensor? initial_state, Tensor? cu_seqlens, int checkpoint_interval)"
     " -> (Tensor, Tensor, Tensor)",
     chunked.forward,
-    _fake,
+    fake,
 )
 define(
     f"selective_scan_backward(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor? initial_state, Tensor? cu_seqlens,"

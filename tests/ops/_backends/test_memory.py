@@ -1,4 +1,5 @@
-"""An address is given away of plain memory alone; whatever else a tensor may be, an op answers with the reference's numbers or an error."""
+"""An address is given away of plain memory alone; whatever else a tensor may be, an op answers with the reference's
+numbers or an error."""
 
 from __future__ import annotations
 
@@ -38,12 +39,15 @@ def special() -> dict[str, torch.Tensor]:
     with FakeTensorMode():
         fake = torch.empty(4, 6)
     return {
-        "meta": plain.to("meta"), "sparse": plain.to_sparse(), "csr": plain.to_sparse_csr(), "mkldnn": plain.to_mkldnn(),
-        "quantised": torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8), "nested": torch.nested.nested_tensor([plain[:2], plain[2:]]),
+        "meta": plain.to("meta"), "sparse": plain.to_sparse(), "csr": plain.to_sparse_csr(),
+        "mkldnn": plain.to_mkldnn(), "quantised": torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8),
+        "nested": torch.nested.nested_tensor([plain[:2], plain[2:]]),
         "jagged": torch.nested.nested_tensor([plain[:2], plain[2:]], layout=torch.jagged),
-        "negated": torch.view_as_complex(torch.randn(4, 6, 2)).conj().imag, "zeros without memory": torch._efficientzerotensor((4, 6)),
-        "functional": torch._to_functional_tensor(plain), "freed": freed, "fake": fake, "subclass": plain.as_subclass(Named),
-        "wrapper": doubled(plain), "wrapped parameter": nn.Parameter(doubled(plain)),
+        "negated": torch.view_as_complex(torch.randn(4, 6, 2)).conj().imag,
+        "zeros without memory": torch._efficientzerotensor((4, 6)),
+        "functional": torch._to_functional_tensor(plain), "freed": freed, "fake": fake,
+        "subclass": plain.as_subclass(Named), "wrapper": doubled(plain),
+        "wrapped parameter": nn.Parameter(doubled(plain)),
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ def test_describe_and_use_isa(isa):
         native.use_isa("mmx")
 
 
-def test_without_the_library_the_reference_runs_and_says_so_once(monkeypatch):
+def test_without_the_library_plain_pytorch_serves_and_says_so_once(monkeypatch):
     monkeypatch.setattr(native, "_library", lambda: None)
     native.warn_missing.cache_clear()
     implementation = dispatch.choose(lambda: 1, lambda: 2, lambda: True)
@@ -33,7 +33,7 @@ def test_without_the_library_the_reference_runs_and_says_so_once(monkeypatch):
     assert native.describe()["isa"] is None
 
 
-def test_float64_and_wide_filters_are_the_references(isa):
+def test_float64_and_wide_filters_are_plain_pytorchs(isa):
     served = conv.serves
     x = torch.randn(1, 3, 2)
     assert served(x, torch.randn(2, 8), None, "", None, None)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mambakit.ops.decode import reference
-from mambakit.ops.decode.cpu import DecodeStep, LayerWeights
+from mambakit.ops.decode.cpu import DecodeStep
+from mambakit.ops.decode.packed import PackedLayer
 from mambakit.ops.linear import pack
 from mambakit.ops.linear.packed import FORMATS
 from tests.ops.closeness import relative_error
@@ -21,7 +22,7 @@ def make_layers(format="float32"):
         return pack((torch.randn(rows, columns) / columns**0.5).to(dtype), format)
 
     return [
-        LayerWeights(
+        PackedLayer(
             norm=torch.rand(H) + 0.5, in_proj=matrix(2 * D, H), in_proj_bias=torch.randn(2 * D),
             conv=torch.randn(D, K), conv_bias=torch.randn(D), x_proj=matrix(R + 2 * N, D), dt_proj=matrix(D, R),
             dt_bias=torch.randn(D), A=-torch.rand(D, N) * 8, D=torch.randn(D), out_proj=matrix(H, D),
@@ -59,7 +60,7 @@ def test_a_row_alone_is_the_row_of_a_batch(isa):
     alone = []
     for row in range(5):
         states = (s[:, row : row + 1].clone() for s in (conv, ssm))
-        alone.append(DecodeStep(layers, final_norm, head, 1e-5, *states)(x[row : row + 1]).clone())
+        alone.append(DecodeStep(layers, final_norm, head, 1e-5, *states)(x[row : row + 1]))
     assert torch.equal(DecodeStep(layers, final_norm, head, 1e-5, conv, ssm)(x), torch.cat(alone))
 
 

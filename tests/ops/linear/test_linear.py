@@ -79,7 +79,8 @@ def test_integer_products_are_those_of_x_in_16_bits(format, group, columns):
     x = torch.randn(5, columns) * torch.logspace(-20, 20, columns)  # every group has a scale of its own
     rounded = reference.in_16_bits(x, group)
     want = rounded @ packed.dequantized().double().T
-    # Against the size of what is summed. A tie may round either way where float32 and this test divide differently: 2^-16.
+    # Against the size of what is summed. A tie may round either way where float32 and this test divide differently:
+    # 2^-16.
     size = rounded.abs() @ packed.dequantized().double().abs().T
     assert ((linear(x, packed) - want).abs() <= 2**-16 * size).all()
 
@@ -132,7 +133,8 @@ def test_shapes():
 
 
 def unusual(dtype):
-    """Rows of every kind: normal, of wide range, zeros of both signs, tiny, huge, subnormal, not finite, one weight alone."""
+    """Rows of every kind: normal, of wide range, zeros of both signs, tiny, huge, subnormal, not finite, one weight
+    alone."""
     weight = torch.randn(9, 130)
     weight[1] *= torch.logspace(-30, 30, 130)
     weight[2] = 0

@@ -10,7 +10,10 @@ from mambakit.ops.selective_scan import cpu as scan
 from tests.ops.closeness import relative_error
 
 # b, l, d, n: one token, a few (the decode kernel takes up to 4), tile edges (32), checkpoint edges, channel tails
-SHAPES = [(1, 1, 1, 1), (2, 1, 70, 16), (3, 2, 33, 17), (2, 4, 17, 8), (2, 5, 3, 4), (1, 33, 131, 16), (2, 64, 16, 5), (1, 129, 20, 64), (1, 300, 9, 16), (1, 37, 5, 256)]  # fmt: skip
+SHAPES = [
+    (1, 1, 1, 1), (2, 1, 70, 16), (3, 2, 33, 17), (2, 4, 17, 8), (2, 5, 3, 4), (1, 33, 131, 16), (2, 64, 16, 5),
+    (1, 129, 20, 64), (1, 300, 9, 16), (1, 37, 5, 256),
+]  # fmt: skip
 # float32 against float64: a few roundings per token. Half inputs: each result is rounded once more, to 8 bits.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 GRADIENTS = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias", "dinitial")
@@ -146,8 +149,7 @@ def test_what_is_not_finite_propagates_as_in_the_reference(isa, argument, value,
     inputs[argument][0, length // 2, 1] = value
     y, final, _ = scan.forward(*inputs, None, 0)
     want, want_final, _ = chunked.forward(*inputs, None, 0)
-    # The reference carries a state over chunks, where infinity times a decay of 0 may be NaN: not finite is what
-    # counts.
+    # `chunked` carries a state over chunks, where infinity times a decay of 0 may be NaN: not finite is what counts.
     assert torch.equal(torch.isfinite(y), torch.isfinite(want))
     assert torch.equal(torch.isfinite(final), torch.isfinite(want_final))
 

@@ -1,0 +1,56 @@
+"""The documentation's tables: which records each one reads, and how its cells are written.
+
+`render.py` puts them into the documents.
+
+To show a new run, keep its record in docs/benchmarks and name it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.tables import cpu, decoders, gpu, kernels, readme
+from benchmarks.tables.records import Content, Records, plain
+
+TABLES: dict[str, Callable[[Records], Content]] = {
+    "train-step": gpu.train_step,
+    "decode-steps": gpu.decode_steps,
+    "generate": gpu.generate,
+    "engine": gpu.engine,
+    "sampling": gpu.sampling,
+    "draft": gpu.draft,
+    "prompt-lengths": gpu.prompt_lengths,
+    "multi-gpu-training": gpu.multi_gpu_training,
+    "multi-gpu-context": gpu.multi_gpu_context,
+    "serving-replicas": gpu.serving_replicas,
+    "scan": kernels.scan,
+    "conv": kernels.conv,
+    "norm": kernels.norm,
+    "cross-entropy": kernels.cross_entropy,
+    "decode-ways": kernels.decode_ways,
+    "decoders": decoders.decoders,
+    "cpu": cpu.cpu,
+    "cpu-others": cpu.cpu_others,
+    "busy-machine": cpu.busy_machine,
+    "numerics": cpu.numerics,
+    "long-prompt": cpu.long_prompt,
+    "reuse": cpu.reuse,
+    "guesses": cpu.guesses,
+    "quantization": cpu.quantization,
+    "embedded-model": cpu.embedded_model,
+    "readme-cpu": readme.readme_cpu,
+    "readme-gpu": readme.readme_gpu,
+}
+
+
+def table(name: str, records: Records) -> Content:
+    """A table of TABLES, or RECORD/PART: the part's rows as they are, their keys as the heads."""
+    if name in TABLES:
+        return TABLES[name](records)
+    record, _, part = name.partition("/")
+    if not part:
+        raise KeyError(
+            f"there is no table {name}: add it to benchmarks/tables, or name a record and its part (RECORD/PART)"
+        )
+    rows = records.rows(record, part)
+    return list(rows[0]), [[plain(row.get(key)) for key in rows[0]] for row in rows]

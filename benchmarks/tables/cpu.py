@@ -1,0 +1,95 @@
+"""Tables of a CPU."""
+
+from __future__ import annotations
+
+from benchmarks.tables.records import Content, Records, cell, plain, select
+
+
+def cpu(records: Records) -> Content:
+    new, earlier = "2026-11-25-epyc-zen3-cpu", "2026-11-25-epyc-zen3-cpu-earlier"
+    head = ["", "tokens/s", "against transformers float32", "against llama.cpp at the same precision", "share of"]
+    rows = []
+    for row in records.rows(new, "rows"):
+        before = records.row(earlier, "rows", what=row["what"])
+        rate = row["tokens_per_second"]
+        rows.append(
+            [
+                row["what"], f"{rate:.0f}" if rate > 300 else f"{rate:.1f}",
+                f"{row['against_transformers']:.1f}x ({before['against_transformers']:.1f}x)",
+                f"{row['against_llama']:.3g}x ({before['against_llama']:.3g}x) {row['llama_format']}",
+                f"{row['share'] * 100:.0f} % ({before['share'] * 100:.0f} %) of {row['share_of']}",
+            ]
+        )  # fmt: skip
+    return head, rows
+
+
+def cpu_others(records: Records) -> Content:
+    rows = []
+    for name in ("2026-11-24-epyc-zen4-cpu", "2026-11-23-xeon-avx512-cpu"):
+        for r in records.rows(name, "rows"):
+            share = cell("{share:.0%} of {share_of}", r).replace("%", " %")
+            rows.append(
+                [
+                    records.load(name)["machine"], r["what"], cell("{tokens_per_second:,}", r),
+                    cell("{against_transformers}x", r),
+                    cell("{against_llama}x {llama_format}", r), share,
+                ]
+            )  # fmt: skip
+    return ["processor", "", "tokens/s", "against transformers float32", "against llama.cpp", "share of"], rows
+
+
+def busy_machine(records: Records) -> Content:
+    found = records.rows("2026-11-28-epyc-busy-machine", "medians")
+    cases = [(case, situation) for case in ("training", "prompt", "decode") for situation in ("quiet", "busy")]
+    names = {300: "300 (ours)", 300_000: "300,000 (the runtime's)"}
+    rows = []
+    for spins in dict.fromkeys(row["spins"] for row in found):
+        line = [select(found, spins=spins, case=case, situation=situation)[0] for case, situation in cases]
+        rows.append([names.get(spins, f"{spins:,}"), *(f"{r['median']:,.0f} ({r['worst']:,.0f})" for r in line)])
+    return ["GOMP_SPINCOUNT", *(f"{case}, {situation}" for case, situation in cases)], rows
+
+
+def numerics(records: Records) -> Content:
+    rows = records.rows("2026-11-23-cpu-numerics", "numerics")
+    return ["", "outputs", "final state"], [
+        [r["how"], *(f"{r[key]:.1e}".replace("e-0", "e-") for key in ("outputs", "final_state"))] for r in rows
+    ]
+
+
+def long_prompt(records: Records) -> Content:
+    found = records.rows("2026-11-28-epyc-long-prompt", "long_prompt")
+    names = {
+        "newcomer": "newcomer's first token", "gap": "gap between a text's tokens, 90th percentile",
+        "gap_prefix_cache": "the same through a prefix cache", "long_prompt": "reading the long prompt",
+    }  # fmt: skip
+    return ["seconds", *(r["how"] for r in found)], [
+        [text, *(plain(r.get(k)) for r in found)] for k, text in names.items()
+    ]
+
+
+def reuse(records: Records) -> Content:
+    rows = records.rows("2026-11-24-epyc-avx512-reuse", "reuse")
+    return ["embedded model, float32", "time against reading everything"], [
+        [r["what"], f"{r['ratio']:.2g}"] for r in rows
+    ]
+
+
+def guesses(records: Records) -> Content:
+    rows = records.rows("2026-11-25-epyc-guesses", "guesses")
+    head = ["guesses kept, 4 at a time, embedded model", "greedy", "temperature 0.8"]
+    return head, [[r["what"], f"{r['greedy'] * 100:.0f} %", f"{r['temperature_0.8'] * 100:.0f} %"] for r in rows]
+
+
+def quantization(records: Records) -> Content:
+    head = ["weights", "perplexity per token", "bits per character", "weights on disk"]
+    rows = records.rows("2026-11-25-cpu-quantization", "quantization")
+    lines = [
+        [r["weights"], f"{r['perplexity']:.3f}", f"{r['bits_per_character']:.4f}", f"{r['mib']} MiB"] for r in rows
+    ]
+    return head, lines
+
+
+def embedded_model(records: Records) -> Content:
+    rows = records.rows("2026-11-28-embedded-model", "evaluation")
+    keys = ("what", "now", "before", "first")
+    return ["", "now, `fresh_rows=0.1`", "before", "first"], [[str(row[key]) for key in keys] for row in rows]

@@ -1,0 +1,148 @@
+"""Tables of training, generation and serving on GPUs."""
+
+from __future__ import annotations
+
+from benchmarks.tables.records import Content, Records, cell, select
+
+
+def train_step(records: Records) -> Content:
+    new, old, peer = "2026-11-28-h100-train-step", "2026-11-27-h200-train-step", "2026-11-23-h100-mamba-ssm"
+    head = [
+        "model", "batch", "H100: ms", "tokens/s", "GiB", "H200: ms", "tokens/s", "with `recompute_selection`, GiB",
+        "mamba-ssm, H100 (recorded)", "goal, H100",
+    ]  # fmt: skip
+    rows = []
+    for row in records.rows(new, "train_step", how="graph"):
+        case = {key: row[key] for key in ("model", "batch", "length")}
+        h200 = records.row(old, "train_step", how="graph", **case)
+        less = records.row(old, "train_step", how="recompute", **case)
+        theirs, goal = records.row(peer, "train_step", **case), records.goal("train_step", **case)
+        rate = "{tokens_per_second:,.0f}"
+        rows.append(
+            [
+                case["model"], cell("{batch} x {length}", row), cell("{ms:.1f}", row), cell(rate, row),
+                cell("{gib:.1f}", row),
+                cell("{ms:.1f}", h200), cell(rate, h200), cell(rate + ", {gib:.1f}", less),
+                cell(rate + ", {gb} GB", theirs) or cell(rate, theirs), cell(rate + ", {note}", goal) or cell(rate,
+                goal),
+            ]
+        )  # fmt: skip
+    return head, rows
+
+
+def decode_steps(records: Records) -> Content:
+    new, peer = "2026-11-28-h100-generation", "2026-11-23-h100-mamba-ssm"
+    found = records.rows(new, "step", format="plain")
+    batches = sorted({row["batch"] for row in found})
+    rows = []
+    for name in dict.fromkeys(row["shape"] for row in found):
+        cells = []
+        for batch in batches:
+            row = records.row(new, "step", format="plain", shape=name, batch=batch)
+            ms, share = cell("{seconds:.3f}", row, seconds=1e3), cell(" ({share:.0%})", row).replace("%", " %")
+            cells.append(ms + share)
+        theirs, goal = records.row(peer, "step", shape=name), records.goal("step", shape=name)
+        rows.append([name, *cells, f"{theirs['seconds'] * 1e3:.2f}; {goal['seconds'] * 1e3:g}"])
+    return ["ms a step (share of the bandwidth)", *map(str, batches), "recorded mamba-ssm; goal, batch 1"], rows
+
+
+def generate(records: Records) -> Content:
+    new, before, h200 = "2026-11-28-h100-generate", "2026-11-28-h100-generate-before", "2026-11-27-h200-generation"
+    compiled, peer = "2026-11-25-h100-generation", "2026-11-23-h100-mamba-ssm"
+    head = [
+        "batch", "mambakit: tokens/s, GiB", "Llama", "", "the revision before, H100", "H200: mambakit, Llama",
+        "Llama, static cache and torch.compile, H100", "mamba-ssm (recorded)", "goal",
+    ]  # fmt: skip
+    rate, rows = "{tokens_per_second:,.0f}", []
+    for ours in records.rows(new, "generate", who="mambakit", shape="1.4b"):
+        batch = ours["batch"]
+        llama = records.row(new, "generate", who="Llama", batch=batch)
+        fast = records.row(compiled, "generate", who="Llama, compiled", shape="1.4b", batch=batch)
+        theirs, faster = llama.get("tokens_per_second"), fast.get("tokens_per_second")
+        peers = records.row(peer, "generate", batch=batch)
+        other = [cell(rate, records.row(h200, "generate", who=who, batch=batch)) for who in ("mambakit", "Llama")]
+        rows.append(
+            [
+                str(batch), cell(rate + ", {gib:.1f}", ours), cell(rate + ", {gib:.1f}", llama) or "out of memory",
+                f"{ours['tokens_per_second'] / theirs:.3g}x" if theirs else "",
+                cell(rate, records.row(before, "generate", batch=batch)), ", ".join(other),
+                f"{faster:,.0f}: {ours['tokens_per_second'] / faster:.1f}x" if faster else "",
+                cell(rate, peers) or ("out of memory" if peers else ""), cell(rate, records.goal("generate",
+                batch=batch)),
+            ]
+        )  # fmt: skip
+    return head, rows
+
+
+def engine(records: Records) -> Content:
+    rows = records.rows("2026-11-28-h200-engine", "engine")
+    lines = [[r["shape"], r["how"], f"{r['engine']:,.0f}", f"{r['generate']:,.0f}"] for r in rows]
+    return ["shape", "choice", "`Engine`", "`generate`"], lines
+
+
+def sampling(records: Records) -> Content:
+    keys = ("op", "choose", "transformers")
+    rows = records.rows("2026-11-28-h200-sampling", "sampling", rows=128)
+    lines = [[r["how"], *(f"{r[key] * 1e6:,.0f}" for key in keys)] for r in rows]
+    return ["choice", "op, us", "`Sampler.choose`, us", "transformers, us"], lines
+
+
+def draft(records: Records) -> Content:
+    new, h200, old = "2026-11-28-h100-draft", "2026-11-27-h200-generation", "2026-11-25-h100-generation"
+    rows = []
+    for count in (2, 3, 4):
+        runs: dict[int, list[str]] = {}
+        for row in records.rows(new, "draft", draft_tokens=count):
+            runs.setdefault(row.get("run", 1), []).append(f"{row['speedup']:.2f}x")
+            kept = f"{row['accepted']} of {row['proposed']}"
+        others = [f"{records.row(name, 'draft', draft_tokens=count)['speedup']:.2f}x" for name in (h200, old)]
+        rows.append([str(count), ", ".join(" and ".join(run) for run in runs.values()), kept, *others])
+    return ["guesses at a time", "H100, 2026-11-28, two runs", "kept", "H200, 2026-11-27", "H100, 2026-11-25"], rows
+
+
+def prompt_lengths(records: Records) -> Content:
+    found = records.rows("2026-11-28-h100-generation", "length")
+    lengths = sorted({row["tokens"] for row in found})
+    rows = []
+    for who in ("mambakit", "Llama"):
+        times = [select(found, who=who, tokens=length)[0]["seconds"] * 1e3 for length in lengths]
+        rows.append([who, *(f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:.0f}" for ms in times)])
+    return ["ms", *(f"{length:,}" for length in lengths)], rows
+
+
+def multi_gpu_training(records: Records) -> Content:
+    rows = []
+    for r in records.rows("2026-11-27-h200x2-multi-gpu", "training"):
+        mode = r["how"].removesuffix(", CUDA graph")
+        how = mode if r["gpus"] == 1 else f"`parallel={mode}`"
+        speedup = f"{r['speedup']:.2f}x" if r["gpus"] > 1 else "1"
+        rate = f"{r['tokens_per_second']:,.0f}"
+        rows.append([how, str(r["gpus"]), r["rows a GPU"].replace("x", " x "), rate, speedup, f"{r['gib']:.1f}"])
+    return ["", "GPUs", "rows a GPU", "tokens/s", "", "GiB a GPU"], rows
+
+
+def multi_gpu_context(records: Records) -> Content:
+    rows = []
+    for r in records.rows("2026-11-27-h200x2-multi-gpu", "context"):
+        case = f"{r['length']:,} tokens, {r['model']}, {r['how']}"
+        error = r.get("gradient_error")
+        rows.append(
+            [
+                case, f"{r['seconds']:.3f}" + cell(": {speedup:.2f}x", r),
+                f"{r['gib']:.1f}" + (f": {r['memory_ratio'] * 100:.0f} %" if "memory_ratio" in r else ""),
+                f"{r['loss']:.6f}",
+                "" if error is None else f"{error * 100:.2g} %",
+            ]
+        )  # fmt: skip
+    return ["", "seconds", "GiB a GPU", "loss", "gradients, distance from one GPU's"], rows
+
+
+def serving_replicas(records: Records) -> Content:
+    found = records.rows("2026-11-27-h200x2-serving", "serving")
+    rows = []
+    for r in found:
+        more = r["tokens_per_second"] / found[0]["tokens_per_second"]
+        rate = f"{r['tokens_per_second']:,.0f}" + (f": {more:.2f}x" if r is not found[0] else "")
+        first = f"{r['first_token_p50'] * 1e3:.0f}, {r['first_token_p99'] * 1e3:.0f} ms"
+        rows.append([str(r["replicas"]), f"{r['requests_per_second']:.1f}", rate, first])
+    return ["replicas", "requests/s", "tokens/s", "first token, median and 99th percentile"], rows
