@@ -1,4 +1,4 @@
-"""Shared pytest set-up: CUDA tests are skipped without a GPU, and nothing reaches for the network."""
+"""Shared pytest set-up: no CUDA test without a GPU, nothing reaches for the network, no thread spins for long."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
+
+from mambakit.threads import bound_spinning
+
+# Before torch is imported: several workers and the processes that tests start share the processors.
+bound_spinning()
+
+import torch  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
