@@ -5,8 +5,9 @@ import tempfile
 
 import mambakit
 from mambakit.assets import default_model_path
+from mambakit.decoding.sampling_params import SamplingParams
 from mambakit.generation.prefix_cache import PrefixCache
-from mambakit.generation.stream import Sampling, Stream
+from mambakit.generation.stream import Stream
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default=default_model_path())
@@ -25,6 +26,6 @@ with tempfile.TemporaryDirectory() as folder:
             before = cache.statistics.tokens_saved
             ids = tokenizer(story + question, return_tensors="pt").input_ids[0]
             state = cache.read(ids)
-            stream = Stream(model, tokenizer, **state.prompt(), sampling=Sampling(seed=1), max_new_tokens=12)
+            stream = Stream(model, tokenizer, **state.prompt(), sampling=SamplingParams(seed=1), max_new_tokens=12)
             text = "".join(stream).replace("\n", " ")
             print(f"{round}: {cache.statistics.tokens_saved - before:4d} of {len(ids)} tokens known | {question}{text}")

@@ -4,9 +4,10 @@ import argparse
 
 import mambakit
 from mambakit.assets import default_model_path
+from mambakit.decoding.sampling_params import SamplingParams
 from mambakit.generation.drafters import DraftModel, PromptLookup
 from mambakit.generation.speculative import SpeculativeStream
-from mambakit.generation.stream import Sampling, Stream
+from mambakit.generation.stream import Stream
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default=default_model_path())
@@ -21,7 +22,7 @@ if arguments.draft_model is None:
     draft.quantize("int4")
 
 ids = tokenizer("The old man looked at the sea and", return_tensors="pt").input_ids[0]
-greedy = Sampling(temperature=0)
+greedy = SamplingParams(temperature=0)
 plain = Stream(model, tokenizer, ids, greedy, max_new_tokens=60)
 text = "".join(plain)
 print(text.replace("\n", " "), "\n")

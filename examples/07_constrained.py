@@ -6,8 +6,9 @@ import json
 
 import mambakit
 from mambakit.assets import default_model_path
+from mambakit.decoding.sampling_params import SamplingParams
 from mambakit.generation.constrain import Constraint
-from mambakit.generation.stream import Sampling, Stream
+from mambakit.generation.stream import Stream
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default=default_model_path())
@@ -29,7 +30,7 @@ schema = {
 }
 constraint = Constraint(model, tokenizer, json_schema=schema)
 ids = tokenizer("The captain, in his own words: ", return_tensors="pt").input_ids[0]
-stream = Stream(model, tokenizer, ids, constraint.sampling(Sampling(seed=3)), max_new_tokens=80)
+stream = Stream(model, tokenizer, ids, constraint.sampling(SamplingParams(seed=3)), max_new_tokens=80)
 print("a JSON text:", json.loads("".join(stream)))
 
 # A batch, with generate(): every row follows the grammar by itself.

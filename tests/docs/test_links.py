@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -91,6 +93,18 @@ def test_documents_that_the_code_names():
         if (ROOT / name).is_file() and name.endswith((".py", ".cu", ".cuh", ".cpp", ".h")):
             for document in re.findall(r"\bdocs/[\w/-]+\.md", (ROOT / name).read_text(encoding="utf-8")):
                 assert (ROOT / document).is_file(), f"{name} names {document}"
+
+
+@pytest.mark.parametrize("path", [*TODAY, *sorted((ROOT / "examples").glob("*.py"))], ids=identify)
+@pytest.mark.filterwarnings("error::DeprecationWarning")
+def test_imports_of_our_own(path):
+    text = path.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if path.suffix == ".md" else [text]
+    for node in (node for block in blocks for node in ast.walk(ast.parse(block))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "mambakit":
+            module = importlib.import_module(str(node.module))
+            missing = [name.name for name in node.names if not hasattr(module, name.name)]
+            assert not missing, f"{node.module} has no {missing}"
 
 
 def commands_of(text):

@@ -3,7 +3,9 @@ biases."""
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 
 import pytest
 import torch
@@ -210,3 +212,9 @@ def test_sharded_tensors():
         assert 0.00099 < low < high < 0.101
         assert 0.98 < edge <= 1.0001
         assert near
+
+
+def test_the_home_that_earlier_documentation_names(monkeypatch):
+    monkeypatch.delitem(sys.modules, "mambakit.models.initialization", raising=False)
+    with pytest.warns(DeprecationWarning, match="mambakit.models.mamba.initialization"):
+        assert importlib.import_module("mambakit.models.initialization").initialize is initialize
