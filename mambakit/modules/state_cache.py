@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mambakit.modules.layered import exact_device
 from mambakit.modules.state_file import read_state, write_state
-from mambakit.modules.state_memory import StateMemory, slot_index
+from mambakit.modules.state_memory import StateMemory
 from mambakit.modules.state_spec import StateSpec
 
 _Cache = TypeVar("_Cache", bound="StateCache")
@@ -65,8 +65,6 @@ class StateCache:
     ) -> _Cache:
         """A zero state for a model of configuration ``config`` and of ``dtype`` (the configuration's when None)."""
         return cls(config.state_spec(dtype), max_batch_size, device)
-
-    # -- what it holds ---------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Any]:
         """The live memory, by `Stack.key`: (layers, b, *shape) each, a `LayeredTensor` on several devices."""
@@ -124,8 +122,6 @@ class StateCache:
             f"{self.nbytes / 2**20:.2f} MiB on {self.device})"
         )
 
-    # -- one layer's tensors, as its mixer uses them ---------------------------------------------------------------
-
     def layer(self, index: int, rows: Tensor | None = None) -> tuple[Tensor, ...]:
         """Layer ``index``'s tensors (b, *shape) in the specification's order, of slots ``rows`` (int64; -1 is a zero
         state) or of every slot. To be read: what is written into them may be lost."""
@@ -148,8 +144,6 @@ class StateCache:
         """Move layer ``index``'s tensors to ``device``, where its layer computes."""
         self._memory.place(index, device)
 
-    # -- operations on whole states --------------------------------------------------------------------------------
-
     def clone(self: _Cache) -> _Cache:
         """A copy that later tokens do not change."""
         other = self._with(lambda t: t.clone())
@@ -170,7 +164,7 @@ class StateCache:
 
     def select(self: _Cache, indices: Tensor | list[int]) -> _Cache:
         """A new cache whose slot i is this one's slot ``indices[i]``: reorder, drop or fork slots."""
-        index = self._index(indices, "indices")
+        index = self._memory.index(indices, "indices")
         return self._with(lambda t: t[:, index], len(indices))
 
     def empty_like(self: _Cache, max_batch_size: int) -> _Cache:
@@ -188,16 +182,8 @@ class StateCache:
         if rows is None:
             self._memory = self._memory.mapped(lambda t: t.detach().clone().zero_())
             self._seen_tokens, self._tail = 0, None
-        elif isinstance(rows, Tensor) and rows.dtype == torch.bool:
-            if rows.shape != (self.max_batch_size,):
-                raise ValueError(f"the mask has shape {tuple(rows.shape)}; it must be ({self.max_batch_size},)")
-            for stacked in self.tensors().values():
-                mask = rows.to(stacked.device).view(-1, *[1] * (len(stacked.shape) - 2))
-                stacked.masked_fill_(mask, 0)
         else:
-            index = self._index(rows, "rows")
-            for stacked in self.tensors().values():
-                stacked[:, index] = 0
+            self._memory.zero_(rows)
 
     def copy_(self: _Cache, source: StateCache, from_slots: Tensor | list[int], to_slots: Tensor | list[int]) -> _Cache:
         """Copy slots ``from_slots`` of ``source`` into slots ``to_slots`` of this cache; the other slots stay.
@@ -209,13 +195,7 @@ class StateCache:
             ValueError: a state of another specification, indices beyond a cache, or more of one kind than of the other.
         """
         self._require_alike(source)
-        from_index = source._index(from_slots, "from_slots", ranges=True)
-        to_index = self._index(to_slots, "to_slots", ranges=True)
-        if len(from_slots) != len(to_slots):
-            raise ValueError(f"{len(from_slots)} from_slots but {len(to_slots)} to_slots; give as many of each")
-        given = source.tensors()
-        for key, stacked in self.tensors().items():
-            stacked[:, to_index] = given[key][:, from_index].to(self.device, stacked.dtype)
+        self._memory.copy_(source._memory, from_slots, to_slots)
         self._seen_tokens = max(self._seen_tokens, source._seen_tokens)
         return self
 
@@ -258,8 +238,6 @@ class StateCache:
             return self
         return self._with(lambda t: t.to(device))
 
-    # -- names that transformers' generate() calls -----------------------------------------------------------------
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder slots in place (beam search)."""
         self.batch_select_indices(beam_idx)
@@ -277,8 +255,6 @@ class StateCache:
             f"a recurrent state cannot be cut back to {max_length} tokens: it has no per-token entries; take a "
             "snapshot with clone() before the tokens that may be taken back, and continue from it"
         )
-
-    # -- files -----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the state to a safetensors file (to a temporary name first, then renamed)."""
@@ -300,8 +276,6 @@ class StateCache:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    # -- helpers ---------------------------------------------------------------------------------------------------
-
     def _with(self: _Cache, function: Callable[[Any], Any], slots: int | None = None) -> _Cache:
         """A cache of the same class and specification, its tensors made from this one's by ``function``."""
         other = object.__new__(type(self))
@@ -312,6 +286,3 @@ class StateCache:
     def _require_alike(self, source: StateCache) -> None:
         if (difference := self.spec.difference(source.spec)) is not None:
             raise ValueError(f"source is of another model: it has {difference}; {source!r} does not fit {self!r}")
-
-    def _index(self, indices: Tensor | list[int], name: str, ranges: bool = False) -> Any:
-        return slot_index(indices, self.max_batch_size, self.device, name, ranges)
