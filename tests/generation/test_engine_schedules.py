@@ -127,7 +127,7 @@ def schedule(seed: int, model, way: str) -> None:
     seen: dict[Request, list[int]] = {}
     cancelled: set[Request] = set()
     left = chance.randrange(1, 14)
-    while left or len(engine._turns):
+    while left or len(engine._schedule):
         for _ in range(chance.choice([0, 0, 1, 1, 2, 6]) if left else 0):
             left -= 1
             request = random_request(chance, model)
@@ -149,8 +149,8 @@ def schedule(seed: int, model, way: str) -> None:
         assert engine.busy <= rows
         assert len(engine._pool._began) == len(engine._pool.occupants) == engine._pool.size <= rows
     assert engine.busy == 0
-    assert not engine._unread
-    assert not engine._ready
+    assert not engine._schedule.unread
+    assert not engine._schedule.ready
     assert not any(engine._pool.occupants)
     for request in requests:
         assert request.tokens == seen[request]
