@@ -184,7 +184,7 @@ class Engine:
 
     def _give_slots(self) -> None:
         leaving, entering = self._schedule.admission(self._writing(), self.slice_tokens)
-        for text in leaving:  # its state is copied out, and it goes on from there later
+        for text in leaving:  # each continues later from a copy of its state
             slot = self._pool.occupants.index(text)
             text.state = self._pool.copy_of(slot)
             self._schedule.ready[text] = None
@@ -209,7 +209,7 @@ class Engine:
         self._freed = True
 
     def _leave_out_free_slots(self) -> None:
-        """Where few of many still write and nobody waits, a step need not be one of all slots."""
+        """Where few of many slots are taken and no text waits for one, let steps leave out the free slots."""
         if self._taken and self._taken == len(self._schedule):
             self._loop.shrink()
             self._freed = False

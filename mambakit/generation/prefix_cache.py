@@ -145,7 +145,7 @@ class PrefixCache:
         return self._find(tokens, self._keys(tokens))
 
     def store(self, ids: Tensor | Sequence[int], cache: StateCache, row: int = 0) -> None:
-        """Keep row ``row`` of a cache that has read exactly ``ids`` (l,): after a text was written, say."""
+        """Keep row ``row`` of a cache that has read exactly ``ids`` (l,), for example after a text was written."""
         tokens = prefix_tokens(ids)
         if not 0 <= row < cache.max_batch_size:
             raise ValueError(f"row is {brief(row)}, but the cache has {cache.max_batch_size} rows")
@@ -208,7 +208,7 @@ class PrefixCache:
                 self._entries.move_to_end(key)
                 return
             self._move_fresh()
-            # A copy always: the cache goes on to be written to.
+            # Always a copy: later tokens change the cache in place.
             states = {n: t[:, row : row + 1].detach() for n, t in cache.tensors().items()}
             if (
                 self._files is None

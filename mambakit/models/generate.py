@@ -168,7 +168,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         streamer=None,
         **kwargs,
     ):
-        """transformers' hook, its loop over tokens: ours (`generate_tokens`) where nothing looks at each token."""
+        """transformers' hook: the loop over tokens; ours (`generate_tokens`) where nothing looks at each token."""
         steps: TransformersSteps | None = kwargs.get("steps")
         cache: StateCache | None = kwargs.get(CACHE_ARGUMENT)
         if steps is not None and steps.chunk_size and cache is not None:
@@ -191,7 +191,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> dict[str, Any]:
-        """transformers' hook: the state goes on under the one name that this release's loops look for."""
+        """transformers' hook: pass the state on under the one name that this release's loops read."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
         cache = one_cache(**{name: model_kwargs.pop(name, None) for name in CACHE_NAMES})
         return model_kwargs if cache is None else {**model_kwargs, CACHE_ARGUMENT: cache}

@@ -39,7 +39,7 @@ class StateCache:
         ValueError: a negative number of slots, or a list of devices that does not name one for each layer.
     """
 
-    # What transformers' generate() asks of a cache: whether to wrap each step in torch.compile, and (since 5.24)
+    # What transformers' generate() reads of a cache: whether to wrap each step in torch.compile, and (since 5.24)
     # whether a layer's part is a state, so that a prompt is not cut to the tokens after it, and may be cut back.
     is_compileable = False
     is_linear = (True,)
@@ -110,7 +110,7 @@ class StateCache:
         self._tail = sequences[:, max(0, self._seen_tokens - _TAIL) : self._seen_tokens].clone()
 
     def ends_with(self, sequences: Tensor) -> bool:
-        """Whether ``sequences`` (b, seen) end with the tokens this cache was left with, as far as it knows them."""
+        """Whether ``sequences`` (b, seen) end with the last tokens this cache has read; False if they are unknown."""
         if self._tail is None or sequences.shape[0] != self._tail.shape[0]:
             return False
         return bool((sequences[:, sequences.shape[1] - self._tail.shape[1] :] == self._tail.to(sequences.device)).all())
@@ -200,7 +200,7 @@ class StateCache:
         return self
 
     def load_(self: _Cache, source: StateCache) -> _Cache:
-        """Take over the values and the number of tokens seen of ``source``, which has as many slots, in place: the
+        """Copy the values and the number of tokens seen of ``source``, which has as many slots, in place: the
         tensors stay where they are, for a captured graph or a native step that holds on to their memory. No gradient
         flows through it.
 
@@ -217,7 +217,7 @@ class StateCache:
         return self
 
     def fill_(self: _Cache, tensors: Mapping[str, Tensor], seen_tokens: int) -> _Cache:
-        """Take over tensors of the names, shapes and kinds of this cache's own (`tensors`), in place.
+        """Copy tensors of the names, shapes and kinds of this cache's own (`tensors`), in place.
 
         Raises:
             ValueError: one is missing, has another shape, or is floating where this cache's is not.

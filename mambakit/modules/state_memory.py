@@ -58,7 +58,7 @@ class StateMemory:
         return other
 
     def fill_(self, tensors: Mapping[str, Any]) -> None:
-        """Take over these values, in place and without their gradients."""
+        """Copy these values, in place and without their gradients."""
         for key, stacked in self.tensors().items():
             stacked.copy_(tensors[key].detach())
 
