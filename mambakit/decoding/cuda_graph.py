@@ -63,6 +63,7 @@ class CapturedGraph(Generic[T]):
                 self.result = run()
 
     def replay(self) -> None:
+        """Launch the captured work on the current stream; does not wait for it."""
         self._graph.replay()
 
 

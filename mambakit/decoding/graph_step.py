@@ -201,11 +201,13 @@ class GraphDecoder:
 
 
 def persistent_decoder(model: Any, states: MambaCache) -> GraphDecoder:
+    """One launch of the persistent kernel per step."""
     run = cuda_persistent.PersistentStep(gpu_weights(model), states.conv_states, states.ssm_states, _CAPACITY)
     return GraphDecoder(model, states, run, _CAPACITY)
 
 
 def few_rows_decoder(model: Any, states: MambaCache) -> GraphDecoder:
+    """Triton's kernels for few rows, four launches per layer."""
     from mambakit.ops.decode.triton_few_rows import FewRowsStep
 
     run = FewRowsStep(gpu_weights(model), states.conv_states, states.ssm_states, _CAPACITY)
@@ -213,6 +215,7 @@ def few_rows_decoder(model: Any, states: MambaCache) -> GraphDecoder:
 
 
 def many_rows_decoder(model: Any, states: MambaCache) -> GraphDecoder:
+    """Triton's kernels for many rows, six launches per layer."""
     from mambakit.ops.decode.triton_many_rows import ManyRowsStep
 
     run = ManyRowsStep(gpu_weights(model), states.conv_states, states.ssm_states, _CAPACITY)

@@ -67,6 +67,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """Whether each token is the most probable one."""
         return self.temperature == 0
 
     @property

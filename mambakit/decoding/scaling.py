@@ -19,10 +19,12 @@ _TEMPERATURES, _PENALTIES = (1e-4, 1e30), (1e-8, 1e8)
 
 
 def temperature_is_extreme(temperature: float) -> bool:
+    """Whether dividing logits by it may leave float32's range."""
     return not _TEMPERATURES[0] <= temperature <= _TEMPERATURES[1]
 
 
 def penalty_is_extreme(penalty: float) -> bool:
+    """Whether scaling logits by it may leave float32's range."""
     return not _PENALTIES[0] <= penalty <= _PENALTIES[1]
 
 

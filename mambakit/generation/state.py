@@ -81,7 +81,7 @@ class State:
         chunk_size: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> State:
-        """A new state after ``tokens``, too, whose shapes are those of `read`'s prompts."""
+        """A new state that has read ``tokens``, too, in the shapes of `read`'s prompts; this one is unchanged."""
         rows = prompt_rows(tokens, model.device)
         if len(rows) != self.rows:
             raise ValueError(
