@@ -198,9 +198,10 @@ class Waits(TorchDispatchMode):
 
 
 PROCESSORS = [
-    generation.RepetitionPenaltyLogitsProcessor(1.5), generation.TemperatureLogitsWarper(0.7), generation.TopKLogitsWarper(5),
-    generation.TopPLogitsWarper(0.9), generation.MinPLogitsWarper(0.1), generation.TypicalLogitsWarper(0.9),
-    generation.EpsilonLogitsWarper(0.01), WideTemperature(1e-30), WidePenalty(1e30),
+    generation.RepetitionPenaltyLogitsProcessor(1.5), generation.TemperatureLogitsWarper(0.7),
+    generation.TopKLogitsWarper(5), generation.TopPLogitsWarper(0.9), generation.MinPLogitsWarper(0.1),
+    generation.TypicalLogitsWarper(0.9), generation.EpsilonLogitsWarper(0.01), WideTemperature(1e-30),
+    WidePenalty(1e30),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Turns in the engine, by a clock of the tests' own: prompts are read beside those who write, and nobody has all rows for long."""
+"""Turns in the engine, by a fake clock: prompts are read while others decode, and nobody holds all slots for long."""
 
 from __future__ import annotations
 
