@@ -107,7 +107,7 @@ class Writer:
 
     def _one_by_one(self, state: Any, ids: Any) -> Iterator[Any]:
         for copy in range(self.args.num_return_sequences):
-            yield self._stream(state, ids, copy)  # what it refuses is told before the prompt is shown
+            yield self._stream(state, ids, copy)  # errors in its arguments come before the prompt is shown
 
     def _together(self, state: Any, ids: Any) -> Iterator[Any]:
         """All texts, written in one batch; the first is shown as it is made, the others as soon as it is their turn."""

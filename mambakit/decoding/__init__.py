@@ -1,1 +1,1 @@
-"""The one place where tokens are chosen for many texts at once: between models and generation."""
+"""Prefill, decoding and the choice of tokens for many texts at once: the layer between `modules` and `models`."""

@@ -1,7 +1,8 @@
-"""Speculative sampling: which guesses of a text's next tokens stay (arXiv 2211.17192, algorithm 1; arXiv 2302.01318).
+"""Speculative sampling: which guesses of a draft are accepted (arXiv 2211.17192, algorithm 1; arXiv 2302.01318).
 
-A guess d drawn from q stays with probability min(1, p(d) / q(d)), p being what `Sampler` would draw the token from; otherwise the token
-is drawn from max(p - q, 0), normalised. So tokens have the distribution p whatever the guesses are. Greedy tokens are those of p alone.
+Let q be the distribution that a guess d was drawn from, and p the one that `Sampler` would draw the token from. The
+guess is accepted with probability min(1, p(d) / q(d)). Otherwise the token is drawn from max(p - q, 0), normalised. The
+tokens then have the distribution p, whatever the guesses are. Greedy tokens are those of p alone.
 """
 
 from __future__ import annotations
@@ -22,15 +23,22 @@ from mambakit.ops.sampling.api import NO_TOKEN, OFF, sample
 
 
 def probabilities(params: SamplingParams, logits: Tensor) -> Tensor:
-    """(t, v) float64, what `mambakit.ops.sampling` draws a token from, given ``logits`` (t, v); not greedy. NaN where logits are no
-    numbers."""
+    """The distributions that `mambakit.ops.sampling` draws from.
+
+    Args:
+        params: not greedy.
+        logits: (t, v).
+
+    Returns:
+        (t, v) float64; NaN where a row has no distribution.
+    """
     temperature, top_k, top_p, min_p, typical_p, epsilon = params.columns
     logits = logits.double()
     s = (logits - logits.amax(-1, keepdim=True)) / temperature
     if typical_p < 1 or epsilon > 0:
         columns = torch.tensor(params.columns[1:], dtype=torch.float64, device="cpu").to(s.device)
         w = reference.kept(s, *columns.expand(len(s), -1)[:, :, None].unbind(1))
-    else:  # the same, without sorting where a filter is off
+    else:  # the same result without the sorts of filters that are off
         w = s.exp()
         if 0 < top_k < w.shape[1]:
             w = torch.where(w >= w.topk(int(top_k)).values[:, -1:], w, 0.0)
@@ -44,7 +52,11 @@ def probabilities(params: SamplingParams, logits: Tensor) -> Tensor:
 
 
 def draw(weights: Tensor, uniform: np.ndarray) -> Tensor:
-    """(t,) int64 on the device, drawn by ``weights`` (t, v), which need not add up to 1; `NO_TOKEN` where they are no distribution."""
+    """Draw a token for each row of ``weights`` (t, v), which need not sum to 1.
+
+    Returns:
+        (t,) int64 on the device; `NO_TOKEN` where a row is no distribution.
+    """
     return _drawn(weights.log(), uniform, [OFF] * len(weights))
 
 
@@ -55,17 +67,18 @@ def _drawn(logits: Tensor, uniform: np.ndarray, columns: Sequence[tuple[float, .
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """(t,) int64, the most probable tokens by ``logits`` (t, v), `NO_TOKEN` where they are no numbers."""
+    """(t,) int64, the most probable token of each row of ``logits`` (t, v); `NO_TOKEN` where that logit is NaN."""
     tokens = logits.argmax(-1)
     return tokens.masked_fill(~are_numbers(logits, tokens), NO_TOKEN)
 
 
 class Acceptance:
-    """Chooses the tokens of one text, several at a time where guesses stay. Random numbers belong to the token's place in the text.
+    """Chooses the tokens of one text, several at a time where guesses are accepted. A token's random numbers depend on
+    its position in the text only.
 
     Args:
-        text: what is known of it; it is in no `Sampler`.
-        device: where logits lie.
+        text: it must not be in a `Sampler` at the same time.
+        device: of the logits.
     """
 
     def __init__(self, text: SampledText, device: torch.device):
@@ -74,13 +87,20 @@ class Acceptance:
 
     @torch.no_grad()
     def choose(self, logits: Tensor, draft: Draft) -> list[int]:
-        """The guesses that stay, and one token more: from ``logits`` (t + 1, v) after the text and after each of t guesses. `NO_TOKEN` is
-        the last where none can be chosen, and the text's ``error`` says why."""
+        """The accepted guesses and one more token.
+
+        Args:
+            logits: (t + 1, v), after the text and after each of the t guesses.
+            draft: the t guesses.
+
+        Returns:
+            1 to t + 1 tokens. The last is `NO_TOKEN` where none can be chosen; the text's ``error`` then says why.
+        """
         text = self.text
         if self._tables is None:
             chosen = self._choose(logits, draft, 0)
             chosen[-1] = text.accept(chosen[-1])
-        else:  # what a token is drawn from depends on those before
+        else:  # penalties and constraints depend on the tokens before
             chosen = []
             for i in range(len(draft.tokens) + 1):
                 part = slice(i, i + 1)
@@ -97,7 +117,13 @@ class Acceptance:
         return chosen
 
     def _choose(self, logits: Tensor, draft: Draft, offset: int) -> list[int]:
-        """`choose` without tables: from ``logits`` (t + 1, v), or (1, v) for the one guess alone, ``offset`` tokens after the text."""
+        """`choose` without tables.
+
+        Args:
+            logits: (t + 1, v), or (1, v) to decide about one guess only.
+            draft: the guesses.
+            offset: the number of tokens between the text and the first row of ``logits``.
+        """
         guesses, rows = draft.tokens, len(logits)
         if self.text.params.greedy:
             tokens = likeliest(logits).tolist()
@@ -110,7 +136,7 @@ class Acceptance:
         if n:
             p = probabilities(params, logits[:n])
             at = torch.tensor(guesses, dtype=torch.int64, device="cpu").to(p.device)[:, None]
-            q = draft.probabilities  # of a certain guess 1
+            q = draft.probabilities  # None: the guess is certain, q = 1
             q = torch.zeros_like(p).scatter_(1, at, 1.0) if q is None else q.to(p)
             chance = torch.from_numpy(self.text.numbers(start, n, ACCEPT)).to(p.device)[:, None]
             stays = (chance * q.gather(1, at) < p.gather(1, at))[:, 0].long()
@@ -118,6 +144,6 @@ class Acceptance:
             left = torch.where(left.sum(-1, keepdim=True) > 0, left, p)
             weights = torch.cat([left.log(), logits[n:].double()])
         drawn = _drawn(weights, self.text.numbers(start, rows), columns)
-        found = torch.cat([stays, drawn]).tolist()  # the device is waited for once
+        found = torch.cat([stays, drawn]).tolist()  # the only device-to-host sync
         first = found[:n].index(0) if 0 in found[:n] else n
         return [*guesses[:first], *found[n + first : n + first + 1]]

@@ -1,4 +1,4 @@
-"""How prompts are cut: the one table of chunk sizes, and prompts of any shape as a sequence of forwards."""
+"""How prompts are cut into chunks: the table of chunk sizes, and prompts of any shape as a sequence of forwards."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from torch import Tensor
 from mambakit.quoting import brief
 
 Prompts = Tensor | Sequence[Tensor]
-"""(b, l) int64; or b tensors (l_i,) of any lengths, which are packed: no work on padding."""
+"""(b, l) int64, or b tensors (l_i,) of any lengths, which are packed so that no work is spent on padding."""
 
-LARGEST_BUCKET = 4096  # tokens: beyond, the card is the slower one, and memory grows with it
+LARGEST_BUCKET = 4096  # tokens; above it the GPU is the bottleneck, not the host, and memory grows
 
 
 @dataclass(frozen=True)
 class ChunkSizes:
-    """Tokens of a forward where nobody says another number."""
+    """Default numbers of tokens per forward."""
 
     single: int  # of one text
-    batch: int  # of all texts of a batch together: enough to keep the device busy, and a bound on its memory
-    shared: int  # of one text, while others who write wait for the device
+    batch: int  # of all texts of a batch together: fills the device, and bounds its memory
+    shared: int  # of one text, while texts that decode wait for the device
 
 
 CHUNK_SIZES = {"cpu": ChunkSizes(512, 2**10, 512), "cuda": ChunkSizes(LARGEST_BUCKET, 2**14, 2**11)}
-SNAPSHOT_CHUNK = 512  # tokens between two snapshots of a prefix cache, and of a prompt between two steps of an engine
-SCORING_CHUNK = 1024  # tokens of which every hidden state is kept until it is scored
+SNAPSHOT_CHUNK = 512  # tokens between two snapshots of a prefix cache, and between two steps of an engine
+SCORING_CHUNK = 1024  # tokens whose hidden states are all kept until they are scored
 
 
 def chunk_sizes(device: torch.device) -> ChunkSizes:
-    """Those of ``device``."""
+    """The chunk sizes of ``device``."""
     return CHUNK_SIZES.get(device.type, CHUNK_SIZES["cuda"])
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one forward reads."""
+    """The input of one forward."""
 
     ids: Tensor  # (b, l); (1, l) where texts are packed
-    marks: dict[str, Tensor]  # the backbone's argument that says which tokens are whose
-    lengths: list[int]  # tokens of each text in it
+    marks: dict[str, Tensor]  # the backbone's ``attention_mask`` or ``cu_seqlens``, if any
+    lengths: list[int]  # number of tokens of each text in it
     ends: list[int]  # the texts whose last token is in it
     positions: Tensor | None  # (len(ends),) int64 of those tokens, where texts are packed
     done: int  # tokens read after it
@@ -49,7 +49,7 @@ class Chunk:
 
 
 def texts_of(prompts: Prompts) -> tuple[Prompts, int]:
-    """(the prompts, with one text as (1, l); the length of the longest)."""
+    """(the prompts, with a single text as (1, l); the length of the longest)."""
     if not isinstance(prompts, Tensor):
         if len(prompts) != 1:
             return prompts, max(map(len, prompts), default=0)
@@ -58,12 +58,18 @@ def texts_of(prompts: Prompts) -> tuple[Prompts, int]:
 
 
 def row_count(texts: Prompts) -> int:
-    """How many texts there are."""
+    """The number of texts."""
     return texts.shape[0] if isinstance(texts, Tensor) else len(texts)
 
 
 def size_of_chunks(device: torch.device, texts: Prompts, given: int | None) -> int:
-    """Tokens of a forward: ``given``, or the table's. Of each row of (b, l) prompts, of all rows together where they are packed."""
+    """Tokens per forward: ``given``, or the table's.
+
+    They count per row of (b, l) prompts, and over all rows together where texts are packed.
+
+    Raises:
+        ValueError: ``given`` is below 1.
+    """
     if given is not None:
         if given < 1:
             raise ValueError(f"chunk_size is {brief(given)}; it must be 1 or more")
@@ -75,7 +81,7 @@ def size_of_chunks(device: torch.device, texts: Prompts, given: int | None) -> i
 
 
 def chunks(texts: Prompts, attention_mask: Tensor | None, size: int) -> Iterator[Chunk]:
-    """The prompts in pieces of ``size``: columns of (b, l) prompts, or as much of each packed text as fits together."""
+    """The prompts in chunks of ``size``: columns of (b, l) prompts, or as much of each packed text as fits together."""
     if isinstance(texts, Tensor):
         rows, length = texts.shape
         for start in range(0, length, size):
@@ -102,7 +108,7 @@ def chunks(texts: Prompts, attention_mask: Tensor | None, size: int) -> Iterator
 
 
 def buckets(length: int, longest: int) -> list[int]:
-    """Powers of two that add up to ``length``, none above ``longest`` or `LARGEST_BUCKET`, the largest first."""
+    """Powers of two, in descending order, that sum to ``length``; none is above ``longest`` or `LARGEST_BUCKET`."""
     most = 1 << (max(1, min(longest, LARGEST_BUCKET)).bit_length() - 1)
     sizes = [most] * (length // most)
     rest = length % most

@@ -1,4 +1,4 @@
-"""Guesses of the next tokens, and who makes them."""
+"""Drafts of the next tokens, and the interface of drafters that propose them."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ class Draft:
 
     tokens: list[int]
     probabilities: Tensor | None = None
-    """(t, v) floating, the distributions they were drawn from; None where they are certain (a rule, or greedy)."""
+    """(t, v) floating, the distributions that they were drawn from; None: they are certain (by a rule, or greedy)."""
 
 
 class Drafter(Protocol):
-    """Guesses what comes next. One drafter serves one text at a time."""
+    """Proposes the next tokens. A drafter serves one text at a time."""
 
     def begin(self, ids: Tensor, sampling: SamplingParams, scores: Scores | None, generator: torch.Generator) -> None:
-        """A new text.
+        """Start a new text.
 
         Args:
             ids: (l,) int64, the prompt.
             sampling: how its tokens are chosen.
-            scores: ``(text, logits (t, v)) -> (t, v)``, of which the softmax is the distribution that tokens are drawn from, but for
-                penalties and constraints. Guesses drawn from it stay more often.
-            generator: for random numbers; seeded like the text.
+            scores: ``(text, logits (t, v)) -> (t, v)``, whose softmax is the distribution that tokens are drawn from,
+                except for penalties and constraints. Guesses drawn from it are accepted more often.
+            generator: for random numbers, seeded like the text.
         """
 
     def propose(self, text: list[int], most: int) -> Draft:
-        """At most ``most`` guesses of what follows ``text``, all tokens so far (the last one is not read by the model yet)."""
+        """At most ``most`` guesses of what follows ``text``, all tokens so far. The model has not read the last one."""

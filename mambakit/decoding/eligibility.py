@@ -1,7 +1,7 @@
-"""Whether a model is made of what a decode kernel knows, with the reason where it is not: the one such check.
+"""Whether the decode kernels support a model, and why not. This is the only such check.
 
-A kernel reads the weights of modules and does not call them. That is the model's own result only where every module is the class it
-is taken for, without a hook or a forward of its own, and every tensor is plain memory.
+A kernel reads the weights of modules without calling them. The result is the model's own only if every module has the
+expected class, without a hook or a replaced forward, and every tensor is plain memory.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ _LINEAR = (nn.Linear, QuantizedLinear)
 
 
 def skipped_modules(model: nn.Module, called: bool = False) -> list[nn.Module]:
-    """The modules that a step by weights does not call: without the model itself where it is in its own forward."""
+    """The modules that a step by weights does not call; without the model itself where its own forward is running."""
     return modules_of(model)[1:] if called else modules_of(model)
 
 
 def tensors_of(modules: list[nn.Module]) -> list[Tensor]:
-    """Parameters and buffers of these modules themselves."""
+    """Parameters and buffers of these modules, not of their submodules."""
     return [t for m in modules for table in (m._parameters, m._buffers) for t in table.values() if t is not None]
 
 
 def why_not_by_layers(model: Any) -> str | None:
-    """Why the layers may not be run projection by projection, calling norms and projections but neither the model nor its blocks,
-    mixers and convolutions; None where they may. FalconMamba, other activations and adapters may."""
+    """Why `mambakit.decoding.verify.LayersVerifier` may not run this model, or None where it may.
+
+    It calls norms and projections one by one, but neither the model nor its blocks, mixers and convolutions.
+    FalconMamba, other activations and adapters are supported.
+    """
     if transformed():
         return "the call is traced or transformed"
     if not is_ours(model) or not is_ours(model.backbone):
@@ -49,11 +52,12 @@ def why_not_by_layers(model: Any) -> str | None:
 
 
 def why_not_by_weights(model: Any, called: bool = False) -> str | None:
-    """Why a step may not read the model's weights instead of calling its modules; None where it may: Mamba-1 layers as they were
-    built, without hooks, of plain tensors.
+    """Why a step may not read the model's weights instead of calling its modules, or None where it may.
+
+    It needs Mamba-1 layers as this library builds them, without hooks, of plain tensors.
 
     Args:
-        called: the model is in its own forward: its hooks have been called.
+        called: whether this is asked inside the model's own forward, whose hooks have run already.
     """
     if transformed() or observed():
         return "the call is traced, transformed or observed"
@@ -102,7 +106,7 @@ def _why_not_known(model: Any) -> str | None:
 
 
 def _why_not_mixer(mixer: Any, index: int) -> str | None:
-    """Why this is not the mixer of Mamba-1 that layer ``index`` was built with."""
+    """Why this is not the Mamba-1 mixer that layer ``index`` was built with."""
     if type(mixer) is not MambaMixer:
         return f"its mixer is a {type(mixer).__name__}, no MambaMixer"
     if type(mixer.conv1d) is not nn.Conv1d:
@@ -119,7 +123,7 @@ def _is_plain_norm(norm: nn.Module, config: Any) -> bool:
 
 
 def weight_kinds(model: Any) -> set[Any]:
-    """What the large weights are: dtypes, or (format, group) of packed ones."""
+    """The kinds of the large weights: dtypes, or (format, group) of packed ones."""
 
     def kind(linear: Any) -> Any:
         return (linear.format, linear.group) if type(linear) is QuantizedLinear else linear.weight.dtype
@@ -131,5 +135,5 @@ def weight_kinds(model: Any) -> set[Any]:
 
 
 def dtype_names(dtypes: Any) -> str:
-    """ "float32, bfloat16"."""
+    """For messages: "float32, bfloat16"."""
     return ", ".join(str(d).removeprefix("torch.") if isinstance(d, torch.dtype) else str(d) for d in dtypes)

@@ -1,5 +1,7 @@
-"""One token for each of several rows on a GPU: the whole step as a CUDA graph, of a kernel that stays on the card, of Triton's kernels,
-or of the model's own forward."""
+"""Decoding on a GPU: one token for each of several rows, with the whole step as one CUDA graph.
+
+The graph holds the persistent kernel (one launch for all layers), Triton kernels, or the model's own forward.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops.decode import cuda_persistent
 from mambakit.ops.decode.weights import LayerWeights, ModelWeights
 
-# Above so many rows times hidden size Triton's kernels are faster than the persistent one (docs/kernels/decode.md).
+# Above this rows * hidden_size, Triton's kernels are faster than the persistent one (docs/kernels/decode.md).
 _MOST_PERSISTENT = 12800
 _LARGEST_STATE = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,7 +27,7 @@ _PACKED = {(format, group) for format in ("int8", "int4") for group in (32, 64, 
 
 
 def gpu_weights(model: Any) -> ModelWeights:
-    """A model's weights as the steps of `mambakit.ops.decode` read them: the parameters and buffers themselves."""
+    """A model's weights in the form that `mambakit.ops.decode` reads: its parameters and buffers, not copies."""
 
     def weight(linear: Any) -> Any:
         return linear.packed if isinstance(linear, QuantizedLinear) else linear.weight
@@ -44,11 +46,11 @@ def gpu_weights(model: Any) -> ModelWeights:
     return ModelWeights(layers, backbone.embeddings.weight, backbone.norm_f.weight, weight(model.lm_head), eps)
 
 
-# -- which kernels can serve --------------------------------------------------------------------------------------------
+# -- which kernels can serve -------------------------------------------------------------------------------------------
 
 
 def _why_not_kernels(model: Any) -> str | None:
-    """Why no kernel of `mambakit.ops.decode` reads this model, or None where its weights are such that one may."""
+    """Why no kernel of `mambakit.ops.decode` can read this model's weights, or None where one may."""
     if (reason := why_not_by_weights(model, called=True)) is not None:
         return reason
     if model.config.state_size > _LARGEST_STATE:
@@ -62,7 +64,10 @@ def _why_not_kernels(model: Any) -> str | None:
         return f"weights of several dtypes: {dtype_names({dtype, *others})}"
     kinds = weight_kinds(model)
     if len(kinds) != 1 or not kinds <= {dtype, *_PACKED}:
-        return f"projections of {dtype_names(kinds)}; the kernels read one of {dtype_names([dtype])}, int8 and int4 in all of them"
+        return (
+            f"projections of {dtype_names(kinds)}; "
+            f"the kernels read one of {dtype_names([dtype])}, int8 and int4 in all of them"
+        )
     return None
 
 
@@ -71,7 +76,7 @@ def _has_triton() -> bool:
 
 
 def why_not_persistent(model: Any, rows: int, *, states: Any = None, called: bool = False) -> str | None:
-    """Why the persistent kernel does not decode so many rows of this model, or None where it does."""
+    """Why the persistent kernel does not decode ``rows`` rows of this model, or None where it does."""
     if (reason := why_not_captured(model, called) or _why_not_kernels(model)) is not None:
         return reason
     weights, width = gpu_weights(model), model.config.hidden_size
@@ -89,7 +94,7 @@ def _why_not_triton(model: Any, called: bool) -> str | None:
 
 
 def why_not_few_rows(model: Any, rows: int, *, states: Any = None, called: bool = False) -> str | None:
-    """Why Triton's kernels for few rows do not decode so many rows of this model, or None where they do."""
+    """Why Triton's kernels for few rows do not decode ``rows`` rows of this model, or None where they do."""
     if (reason := _why_not_triton(model, called)) is not None:
         return reason
     from mambakit.ops.decode import triton_few_rows
@@ -99,7 +104,7 @@ def why_not_few_rows(model: Any, rows: int, *, states: Any = None, called: bool 
 
 
 def why_not_many_rows(model: Any, rows: int, *, states: Any = None, called: bool = False) -> str | None:
-    """Why Triton's kernels for many rows do not decode so many rows of this model, or None where they do."""
+    """Why Triton's kernels for many rows do not decode ``rows`` rows of this model, or None where they do."""
     if (reason := _why_not_triton(model, called)) is not None:
         return reason
     from mambakit.ops.decode import triton_many_rows
@@ -118,34 +123,33 @@ def why_not_graph(model: Any, rows: int, *, states: Any = None, called: bool = F
     return why_not_captured(model, called)
 
 
-# -- decoding by a graph ------------------------------------------------------------------------------------------------
+# -- decoding by a graph -----------------------------------------------------------------------------------------------
 
 
 class GraphDecoder:
-    """A `mambakit.decoding.registry.Decoder` whose step is one CUDA graph, captured when it is made.
+    """A `mambakit.decoding.registry.Decoder` whose step is one CUDA graph, captured in the constructor.
 
     Args:
-        states: what it reads and writes, in place; a graph holds on to their memory.
-        run: the kernels of a step over these states, an object of `mambakit.ops.decode`; None for the model's forward.
-        capacity: how many tokens in a row it chooses itself, without the host.
+        states: the cache that the graph reads and writes in place; its tensors must not be replaced.
+        run: the kernels of a step over these states, from `mambakit.ops.decode`; None: the model's forward.
+        capacity: the maximum number of tokens that `likeliest` chooses without the host.
 
     Attributes:
-        tokens: (rows,) int64, what the next step reads, and what a step leaves: the most probable token of each row, kept in
-            ``history[:, i]`` after step i.
+        tokens: (rows,) int64, the input of the next step. A step overwrites it with the most probable token of each
+            row, and step i also stores that in ``history[:, i]``.
         logits: (rows, v) float32 of the last step.
-        holder: whose states are in it; None, or dead, where it is free.
+        holder: weak reference to the pool whose states are in it; None, or dead, where it is free.
     """
 
-    @torch.inference_mode(
-        False
-    )  # its tensors outlive the call; one of an inference mode could not be written to after it
+    # Its tensors outlive the call, and inference tensors could not be written outside of inference mode.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, model: Any, states: Any, run: Any = None, capacity: int = 64):
         self.states, self.rows, self.capacity = states, states.max_batch_size, capacity
         self.holder: weakref.ref[Any] | None = None
         rows, device = self.rows, model.device
         if run is not None:
-            self._run = run  # the graph reads and writes its buffers: they must live as long
+            self._run = run  # keeps the buffers alive that the graph reads and writes
             self.tokens, self.history, self.position = run.tokens, run.history, run.position
             self.logits = run.logits
 
@@ -167,12 +171,12 @@ class GraphDecoder:
         self._graph = CapturedGraph(step, device, warm_ups=1)
 
     def load(self, states: Any) -> None:
-        """Start from these states, as many rows."""
+        """Copy these states, of the same number of rows, into the decoder's."""
         self.states.load_(states)
         self.position.zero_()
 
     def store(self, states: Any, tokens: int) -> None:
-        """Leave its states in ``states``, ``tokens`` later than they were."""
+        """Copy the decoder's states into ``states``, and count ``tokens`` more as seen there."""
         seen = states.get_seq_length()
         states.load_(self.states)
         states.advance(seen + tokens - states.get_seq_length())
@@ -183,7 +187,7 @@ class GraphDecoder:
         return self.logits
 
     def likeliest(self, tokens: Tensor, count: int) -> Tensor:
-        """(rows, count) the most probable tokens after ``tokens`` (rows,), at most ``capacity``; the host does not wait."""
+        """(rows, count) the most probable tokens after ``tokens`` (rows,), without a sync; count <= ``capacity``."""
         assert count <= self.capacity
         self.tokens.copy_(tokens)
         self.position.zero_()
@@ -192,16 +196,18 @@ class GraphDecoder:
         return self.history[:, :count].clone()
 
     def __call__(self) -> None:
-        """A step of ``tokens`` as they are."""
+        """One step with ``tokens`` as they are."""
         self._graph.replay()
 
 
 def persistent_decoder(model: Any, states: MambaCache) -> GraphDecoder:
+    """One launch of the persistent kernel per step."""
     run = cuda_persistent.PersistentStep(gpu_weights(model), states.conv_states, states.ssm_states, _CAPACITY)
     return GraphDecoder(model, states, run, _CAPACITY)
 
 
 def few_rows_decoder(model: Any, states: MambaCache) -> GraphDecoder:
+    """Triton's kernels for few rows, four launches per layer."""
     from mambakit.ops.decode.triton_few_rows import FewRowsStep
 
     run = FewRowsStep(gpu_weights(model), states.conv_states, states.ssm_states, _CAPACITY)
@@ -209,27 +215,29 @@ def few_rows_decoder(model: Any, states: MambaCache) -> GraphDecoder:
 
 
 def many_rows_decoder(model: Any, states: MambaCache) -> GraphDecoder:
+    """Triton's kernels for many rows, six launches per layer."""
     from mambakit.ops.decode.triton_many_rows import ManyRowsStep
 
     run = ManyRowsStep(gpu_weights(model), states.conv_states, states.ssm_states, _CAPACITY)
     return GraphDecoder(model, states, run, _CAPACITY)
 
 
-_CAPACITY = 64  # tokens that a graph chooses by itself
+_CAPACITY = 64  # tokens that a graph chooses without the host
 
 
-# -- verifying a draft --------------------------------------------------------------------------------------------------
+# -- verifying a draft -------------------------------------------------------------------------------------------------
 
 
 class VerificationStep:
-    """Reads a draft of up to ``tokens`` next tokens of one text: their logits, and the state after any number of them.
+    """Verifies a draft of up to ``tokens`` tokens of one text: it gives their logits, and the state after any number of
+    them.
 
-    One launch of the persistent kernel, which writes the state after every token into a slot of its own; keeping some of the tokens
-    is naming a slot.
+    One launch of the persistent kernel writes the state after every token into a slot of its own. To keep some of the
+    tokens is to select a slot.
 
     Attributes:
-        tokens: how many there are at most.
-        holder: whose text the state is of; whoever finds another one there loads its own.
+        tokens: the maximum number of tokens of a draft.
+        holder: the verifier whose state is loaded. Another verifier must load its own first.
     """
 
     def __init__(self, step: cuda_persistent.PersistentStep, slots: MambaCache):
@@ -244,13 +252,13 @@ class VerificationStep:
         self._slots.copy_(cache, [0], [0])
 
     def __call__(self, tokens: list[int]) -> Tensor:
-        """(t, v) float32, the logits after each token, valid until the next call; what fills the draft up comes after them."""
+        """(t, v) float32 logits after each token, valid until the next call. Shorter drafts are padded at the end."""
         filled = tokens + tokens[-1:] * (self.tokens - len(tokens))
         self._step.tokens.copy_(torch.tensor(filled, dtype=torch.int64, device="cpu"), non_blocking=True)
         return self._step()[: len(tokens)]
 
     def keep(self, m: int, cache: Any) -> None:
-        """Go on from after the first ``m`` tokens, and bring ``cache`` there."""
+        """Keep the first ``m`` tokens: continue from the state after them, and copy it into ``cache``."""
         self._slot = (self._slot + m) % (self.tokens + 1)
         self._step.slot.fill_(self._slot)
         seen = cache.get_seq_length()
@@ -259,14 +267,14 @@ class VerificationStep:
 
 
 def why_not_verification(model: Any, tokens: int, *, states: Any = None) -> str | None:
-    """Why drafts of so many tokens are not verified by the persistent kernel, or None where they are."""
+    """Why the persistent kernel cannot verify drafts of ``tokens`` tokens, or None where it can."""
     if (reason := why_not_captured(model) or _why_not_kernels(model)) is not None:
         return reason
     return cuda_persistent.why_not(gpu_weights(model), tokens, model.backbone.norm_f.weight.dtype)
 
 
 def verification_step(model: Any, tokens: int) -> VerificationStep:
-    """The model's step for drafts of so many tokens, made at its first use; `why_not_verification` tells whether it can be."""
+    """The model's step for drafts of ``tokens`` tokens, made at its first use. `why_not_verification` must be None."""
 
     def make() -> VerificationStep:
         slots = model.backbone.new_cache(tokens + 1)

@@ -1,4 +1,4 @@
-"""Logits that are no numbers: how they are found, and what users are told."""
+"""Detection of NaN logits, and the error messages for users."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ from torch import Tensor
 from mambakit.errors import LogitsError
 
 NO_CHOICE = (
-    "the model's logits are NaN or infinite, no token can be chosen from them; check its weights, or load it in a dtype with a "
-    "larger range (float16 ends at 65,504: bfloat16 or float32)"
+    "the model's logits are NaN or infinite, no token can be chosen from them; check its weights, "
+    "or load it in a dtype with a larger range (float16 ends at 65,504: bfloat16 or float32)"
 )
 
-
 NO_SCORE = (
-    "the model's log-probabilities are NaN; check its weights, or load it in a dtype with a larger range (float16 ends at 65,504: "
-    "bfloat16 or float32)"
+    "the model's log-probabilities are NaN; check its weights, "
+    "or load it in a dtype with a larger range (float16 ends at 65,504: bfloat16 or float32)"
 )
 
 
 def require_numbers(log_probs: Tensor) -> Tensor:
-    """The same log-probabilities.
+    """The same log-probabilities, checked with a device-to-host sync.
 
     Raises:
-        LogitsError: some are NaN. It waits for the device.
+        LogitsError: some are NaN.
     """
     if bool(log_probs.isnan().any()):
         raise LogitsError(NO_SCORE)
@@ -30,6 +29,9 @@ def require_numbers(log_probs: Tensor) -> Tensor:
 
 
 def are_numbers(logits: Tensor, tokens: Tensor) -> Tensor:
-    """(b,) bool: whether ``logits`` (b, v) of the likeliest ``tokens`` (b,) are numbers. A text that has ended may have padding in the
-    token's place, a negative one too."""
+    """(b,) bool: whether ``logits`` (b, v) are not NaN at ``tokens`` (b,).
+
+    With the most probable token this checks the whole row, because argmax returns a NaN if there is one. After a text's
+    end the token may be padding, even a negative one.
+    """
     return ~logits.gather(-1, tokens.clamp(min=0)[:, None])[:, 0].isnan()

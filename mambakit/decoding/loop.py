@@ -1,8 +1,8 @@
-"""The loop over tokens: the slots of a pool read one token each, the next ones are chosen, and so on.
+"""The token loop: every slot of a pool reads one token, a sampler chooses the next ones, and so on.
 
-Everything that writes tokens comes here: `write_tokens` for `generate`, and the engine, streams and draft models of
-`mambakit.generation`. A look is when tokens are brought to the host, which waits for the device. Between two looks several tokens may
-be chosen (`TokenLoop.write`), or guesses may be verified (`TokenLoop.verify`).
+All decoding runs through it: `write_tokens` for `generate`, `SlotLoop` for the engine, streams and draft models of
+`mambakit.generation`. Bringing tokens to the host is a device-to-host sync (a "look"). Between two looks the loop
+chooses several tokens (`TokenLoop.write`), or verifies a draft (`SlotLoop.verify`).
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from mambakit.ops.sampling.api import NO_TOKEN
 
 
 class TokenLoop:
-    """The slots of a pool, what chooses their tokens, and the token that each reads next.
+    """The slots of a pool, the sampler that chooses their tokens, and the token that each slot reads next.
 
     Args:
         pool: the slots.
         sampler: chooses the next token of every slot.
-        tokens: (size,) int64, chosen and not read yet.
-        ends: (e,) int64: a text that has had one of these reads ``padding`` from then on. None: the host looks for ends.
-        padding: a token.
+        tokens: (size,) int64, chosen but not read yet.
+        ends: (e,) int64, end-of-text tokens: after one of them a slot reads ``padding``. None: the caller detects ends
+            on the host.
+        padding: the padding token.
 
     Attributes:
-        ended: (size,) bool, which texts have had an end.
+        ended: (size,) bool, which texts have ended.
     """
 
     def __init__(self, pool: SlotPool, sampler: Chooser, tokens: Tensor, ends: Tensor | None = None, padding: int = 0):
@@ -45,12 +46,14 @@ class TokenLoop:
         self.ended = self._are_ends(tokens)
 
     def write(self, count: int = 1, *, as_likeliest: bool = True) -> tuple[Tensor, Tensor]:
-        """The next ``count`` tokens of each slot (size, count), and whether its text has ended by each (size, count) bool. The device is
-        not waited for.
+        """Choose the next ``count`` tokens of every slot, without a device-to-host sync.
 
         Args:
-            as_likeliest: where the sampler is plain, the decoder may choose by itself. Texts that have ended then read on in place of
-                padding.
+            as_likeliest: let the decoder itself choose tokens if the sampler is plain. Slots whose texts have ended
+                then keep reading their own tokens instead of padding.
+
+        Returns:
+            (size, count) int64 tokens, and (size, count) bool whether the text has ended at or before each.
         """
         if as_likeliest and self.sampler.plain:
             tokens = self.pool.likeliest(self.tokens, count)
@@ -73,7 +76,7 @@ class TokenLoop:
         return torch.stack(found, 1), torch.stack(endings, 1)
 
     def read(self, tokens: Tensor) -> None:
-        """Every slot reads its one of ``tokens`` (size,); what follows is not asked for."""
+        """Every slot reads one of ``tokens`` (size,); no next token is chosen."""
         self.pool.step(tokens)
 
     def _are_ends(self, tokens: Tensor) -> Tensor:
@@ -83,26 +86,31 @@ class TokenLoop:
 
 
 class SlotLoop:
-    """Texts that come and go in the slots of a pool, each looked at by the host: admitted, written, verified, released.
+    """The token loop for texts that start and end at different times. The host sees every token.
 
     Args:
-        pool: its slots hold the texts (``pool.occupants``), which have a `SampledText` as ``sampled``.
-        guesses: the most of a draft.
+        pool: its slots hold the texts (``pool.occupants``), whose attribute ``sampled`` is a `SampledText`.
+        guesses: the maximum number of tokens of a draft.
     """
 
     def __init__(self, pool: SlotPool, guesses: int = 0):
         self.pool, self.sampler, self._guesses = pool, Sampler(), guesses
         self._device = pool.model.device
         self._loop = TokenLoop(pool, self.sampler, self._zeros(pool.size))
-        self._next: dict[int, int] = {}  # tokens that slots are to read, which are not on the device yet
-        self._seated = False  # whether the sampler knows the texts in the slots
+        self._next: dict[int, int] = {}  # by slot: the token it reads next, not on the device yet
+        self._seated = False  # whether the sampler has the texts of all slots
         self._acceptances: dict[SampledText, Acceptance] = {}
-        self._chosen: list[list[int]] = []  # by the last verification
+        self._chosen: list[list[int]] = []  # by the last verification, per slot
 
     # -- slots -----------------------------------------------------------------------------------------------------
 
     def admit(self, text: Any, state: StateCache, token: int) -> None:
-        """Give a free slot to a text that goes on from ``state``, which is copied, with ``token``, which it has not read.
+        """Put a text into a free slot, growing the pool if there is none.
+
+        Args:
+            text: becomes the slot's occupant.
+            state: of one row; it is copied.
+            token: the next token that the slot reads.
 
         Raises:
             ValueError: a state of another model; the slot stays free.
@@ -115,17 +123,17 @@ class SlotLoop:
         self.seat(slot, text, token)
 
     def seat(self, slot: int, text: Any, token: int) -> None:
-        """``slot``, whose state is there already, goes on with ``token``."""
+        """Put a text into ``slot``, whose state is there already; it reads ``token`` next."""
         self.pool.occupants[slot], self._next[slot], self._seated = text, token, False
 
     def release(self, slot: int) -> None:
-        """The slot is free."""
+        """Free the slot."""
         text = self.pool.occupants[slot]
         self._acceptances.pop(text.sampled, None)
         self.pool.occupants[slot], self._seated = None, False
 
     def shrink(self) -> None:
-        """Leave out free slots where most are free, and that changes nobody's bits."""
+        """Drop free slots if most are free and if that changes no text's bits."""
         kept = [slot for slot, text in enumerate(self.pool.occupants) if text is not None]
         self._tokens()
         if kept and self.pool.shrink(kept):
@@ -135,15 +143,18 @@ class SlotLoop:
     # -- tokens ----------------------------------------------------------------------------------------------------
 
     def look(self, count: int = 1) -> list[list[int]]:
-        """The next tokens of every slot, after which the device has been waited for once: ``count``, or one where a constraint must be told
-        of each. `NO_TOKEN` stands where none can be chosen; it is a text's last. What a free slot has means nothing."""
+        """The next tokens of every slot, on the host: ``count`` per slot, after one device-to-host sync.
+
+        With a constraint it is one token per slot, since the constraint must see each token before the next. `NO_TOKEN`
+        stands where no token can be chosen; the text then ends. The tokens of a free slot are meaningless.
+        """
         self._tokens()
         if not self._seated:
             self.sampler.seat([None if text is None else text.sampled for text in self.pool.occupants])
             self._seated = True
         plain = self.sampler.plain
         tokens, _ = self._loop.write(1 if self.sampler.must_look else count)
-        if plain:  # numbers that are none stay so
+        if plain:  # a NaN stays in the state, so checking the last logits is enough
             wrong = ~self.pool.are_numbers(tokens[:, -1])
             tokens[:, -1].masked_fill_(wrong, NO_TOKEN)
         found: list[list[int]] = tokens.tolist()
@@ -152,7 +163,7 @@ class SlotLoop:
         return found
 
     def verify(self, drafts: Sequence[Draft]) -> list[list[int]]:
-        """The next tokens of every slot, given a draft for each: the guesses that stay, and one more. `keep` must follow."""
+        """Verify one draft per slot. Returns each slot's accepted guesses and one more token. Call `keep` next."""
         last = self._tokens()
         most = max(len(draft.tokens) for draft in drafts)
         rows = [draft.tokens + draft.tokens[-1:] * (most - len(draft.tokens)) for draft in drafts]
@@ -166,15 +177,17 @@ class SlotLoop:
         return self._chosen
 
     def keep(self, counts: Sequence[int]) -> None:
-        """After `verify`: of each slot's last token and guesses, the first so many are read, at least one. The next token to be read is
-        the one that was chosen then."""
+        """After `verify`: slot i reads the first ``counts[i]`` >= 1 of its last token and guesses.
+
+        It reads next the token that `verify` chose after those.
+        """
         self.pool.commit(list(counts))
         for slot, (count, chosen) in enumerate(zip(counts, self._chosen, strict=True)):
             if chosen:
                 self._next[slot] = chosen[count - 1]
 
     def first(self, text: Any, logits: Tensor) -> list[int]:
-        """The first token of a text after its prompt's ``logits`` (1, v)."""
+        """The first token of a text, from the ``logits`` (1, v) after its prompt."""
         return self._acceptance(text).choose(logits, Draft([]))
 
     def _acceptance(self, text: Any) -> Acceptance:
@@ -184,7 +197,7 @@ class SlotLoop:
         return self._acceptances[sampled]
 
     def _tokens(self) -> Tensor:
-        """(size,) the tokens that are read next, on the device."""
+        """(size,) the tokens that slots read next, on the device."""
         if self._next:
             slots = torch.tensor(list(self._next), dtype=torch.int64, device="cpu").to(self._device)
             tokens = torch.tensor(list(self._next.values()), dtype=torch.int64, device="cpu").to(self._device)
@@ -196,9 +209,9 @@ class SlotLoop:
         return torch.zeros(size, dtype=torch.int64, device=self._device)
 
 
-# Tokens between two looks at whether the texts have ended.
+# Tokens between two checks for ended texts, each a device-to-host sync.
 _TOKENS_PER_LOOK = {"cuda": 16, "cpu": 1}
-_MOST_UNSEEN = 64  # where nothing ends a text; a graph keeps no more
+_MOST_UNSEEN = 64  # without end tokens; a graph's history holds no more
 
 
 def write_tokens(
@@ -212,38 +225,45 @@ def write_tokens(
     ends: Tensor | None = None,
     padding: int = 0,
 ) -> Tensor:
-    """(b, m) the tokens after ``text`` (b, l), m <= ``most``, until every text has had an end; what follows an end is padding.
+    """Decode until every text has had an end token, or for ``most`` tokens.
 
-    With a `ProcessorSampler`, tokens, padding and the global generator's state afterwards are those of transformers' loop.
+    With a `ProcessorSampler`, the tokens, the padding and the final state of the global random generator are those of
+    transformers' loop.
 
     Args:
-        cache: what has read ``text``.
-        logits: (b, v) after it.
-        sampler: has all b texts.
-        cache_is_kept: leave in ``cache`` what transformers' loop leaves: every row has read all m tokens but the last, padding
-            included. Otherwise ``cache`` is used up: slots whose texts have ended are left out where that changes nobody's bits and at
-            most half go on, and a GPU need not take back what it has read too much.
-        ends: (e,) int64, the tokens that end a text; None where nothing does.
-        padding: what follows a text's end.
+        cache: the states after ``text``.
+        text: (b, l) int64, prompts.
+        logits: (b, v) after the last token of ``text``.
+        most: the maximum number of new tokens.
+        sampler: of all b texts.
+        cache_is_kept: leave ``cache`` in the state in which transformers' loop leaves it: every row has read all m
+            tokens but the last, padding included. Otherwise ``cache`` must not be used afterwards, which is faster:
+            slots of ended texts are dropped where that changes no bits and at least half have ended, and tokens read
+            beyond the end are not undone.
+        ends: (e,) int64, end-of-text tokens; None: nothing ends a text.
+        padding: the token that follows a text's end.
+
+    Returns:
+        (b, m) int64, the new tokens, m <= ``most``.
 
     Raises:
-        LogitsError: logits that are no numbers.
+        LogitsError: some logits are NaN, or a row has no distribution to draw from.
     """
     b = text.shape[0]
     pool = SlotPool(model, b, cache)
-    shares = isinstance(sampler, ProcessorSampler)  # the global generator
+    shares = isinstance(sampler, ProcessorSampler)  # texts share the global generator
     draws = sampler.draws if isinstance(sampler, ProcessorSampler) else not sampler.plain
     first = sampler.sample(logits)
     if draws:
         _require_tokens(bool((first == NO_TOKEN).any()))
     loop = TokenLoop(pool, sampler, first, ends, padding)
-    # Slots whose decoder chooses by itself read on after an end, where padding should be read.
+    # With `likeliest`, slots of ended texts read their own tokens where padding should be read.
     as_likeliest = ends is None or b == 1 or not cache_is_kept
     written = [first[:, None]]
-    of: Tensor | None = None  # the texts that have a slot, once some were left out
+    of: Tensor | None = None  # the text of each slot, after some were dropped
     count, going = 1, b if ends is None else b - int(loop.ended.sum())
     per_look = _MOST_UNSEEN if ends is None else _TOKENS_PER_LOOK[model.device.type]
-    # Whether reading on after the last end would show: in the state, or in random numbers that others share.
+    # Whether reading beyond the last end must be undone: it changes the state and the shared random numbers.
     shows = ends is not None and (cache_is_kept or (shares and draws))
     while count < most and going:
         tokens, going = _write_until_all_ended(loop, min(most - count, per_look), as_likeliest, draws, shows)
@@ -266,26 +286,29 @@ def write_tokens(
 def _write_until_all_ended(
     loop: TokenLoop, count: int, as_likeliest: bool, draws: bool, shows: bool
 ) -> tuple[Tensor, int]:
-    """(tokens (size, m), texts that go on): ``count`` tokens, or fewer where all texts have ended before.
+    """Decode ``count`` tokens, or fewer where all texts end before.
 
     Args:
-        draws: `NO_TOKEN` may be among them.
-        shows: go back where more was read than that.
+        draws: whether `NO_TOKEN` may be among the tokens.
+        shows: whether tokens read beyond the last end must be undone.
+
+    Returns:
+        (tokens (size, m), number of texts that have not ended).
     """
     before = loop.tokens, loop.ended
     back = (loop.pool.snapshot(), loop.sampler.snapshot()) if shows and count > 1 else None
     tokens, ended = loop.write(count, as_likeliest=as_likeliest)
-    over = ended.sum(0)  # texts that have ended by each token
+    over = ended.sum(0)  # (count,) number of texts that have ended at each token
     wrong = over.new_zeros(())
     if draws:
         wrong = ((tokens == NO_TOKEN) & ~torch.cat([before[1][:, None], ended[:, :-1]], 1)).sum()
     elif loop.ends is None:
         return tokens, len(tokens)
-    *counts, wrongs = torch.cat([over, wrong[None]]).tolist()  # the look
+    *counts, wrongs = torch.cat([over, wrong[None]]).tolist()  # the device-to-host sync
     _require_tokens(wrongs > 0)
     used = counts.index(len(tokens)) + 1 if counts[-1] == len(tokens) else count
     if used < count:
-        if back is not None:  # from before, and no further
+        if back is not None:  # decode again from the snapshot, up to the last end
             loop.pool.go_back(back[0])
             loop.sampler.restore(back[1])
             loop.tokens, loop.ended = before

@@ -1,4 +1,4 @@
-"""One token for each of up to 16 rows as one call into the native library, on a CPU."""
+"""Decoding on a CPU: one token for each of up to 16 rows in one call into the native library."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def why_not(model: Any, rows: int, *, states: Any = None, called: bool = False) -> str | None:
-    """Why `NativeDecoder` cannot decode so many rows of this model, or None where it can.
+    """Why `NativeDecoder` cannot decode ``rows`` rows of this model, or None where it can.
 
     Args:
-        states: what it is to go on from; without it a cache as the model makes one.
-        called: the model is in its own forward: its hooks have been called.
+        states: the cache to decode; None: one made by `new_cache` of the model's backbone.
+        called: whether this is asked inside the model's own forward, whose hooks have run already.
     """
     if model.device.type != "cpu":
         return f"the model is on {model.device}; the native library computes on a CPU"
@@ -56,7 +56,7 @@ def _fit(states: Any) -> bool:
 
 
 def native_weights(model: Any) -> tuple[list[PackedLayer], PackedWeight]:
-    """The layers and the head as the native library reads them: the weights themselves, nothing is copied but A."""
+    """The layers and the head as the native library reads them: the weights, not copies. Only A is a new tensor."""
     format = str(model.dtype).removeprefix("torch.")
 
     def packed(linear: Any) -> PackedWeight:

@@ -1,6 +1,8 @@
-"""The numbers that say how tokens are chosen, each declared once: what it is, its range, its default. Imports no torch.
+"""The numbers that define how tokens are chosen, each declared once with its range and default. It does not import
+torch.
 
-`SamplingParams`, the requests of the engine and of a stream, and the server's API read their numbers by these declarations.
+`SamplingParams`, the requests of the engine and of streams, and the server's API validate their numbers by these
+declarations.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Prefill: tokens into a state, many at a time. Everything that reads a prompt or a document does it here.
+"""Prefill: read many tokens into a recurrent state at once. Every prompt and document is read by the functions here.
 
-A prompt is cut into chunks, so that memory does not grow with its length. On a GPU the chunks of a single prompt are powers of two
-tokens ("buckets"), each a CUDA graph from its second use on: a forward of a short prompt is bound by the host that launches it (130m:
-15 ms for what the card does in 1.3), and a graph serves one length only. The cut depends on the prompt and the chunk size alone,
-never on which graphs exist, so that a prompt's bits do not depend on what was read before.
+A prompt is cut into chunks, so that memory does not grow with its length. On a GPU, the chunks of a single prompt are
+powers of two tokens ("buckets"), and each bucket size becomes a CUDA graph at its second use. The forward of a short
+prompt is bound by the host that launches the kernels (130m model: 15 ms, of which the GPU computes 1.3 ms), and a CUDA
+graph serves one length only. The cut depends on the prompt's length and the chunk size alone, never on which graphs
+exist already. So a prompt's result has the same bits whatever was read before.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ def prefill(
     chunk_size: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Read prompts after what ``cache`` has seen, and bring it up to date.
+    """Read prompts, starting from the states in ``cache``, and update the cache in place.
 
     Args:
         model: a causal language model in eval mode.
         prompts: (b, l) int64 with l >= 1, or b tensors (l_i,) with l_i >= 1, on the model's device.
-        cache: of b rows.
-        attention_mask: (b, l), 0 where a token of (b, l) prompts is padding; every row's last token is a real one.
-        chunk_size: tokens per forward: of each row of (b, l) prompts, of all rows together where they are packed. Unless given,
-            those of `mambakit.decoding.chunks.CHUNK_SIZES`.
-        progress: called after each chunk with the number of tokens read so far, of all rows (padding included).
+        cache: the states of b rows.
+        attention_mask: (b, l), 0 where a token of (b, l) prompts is padding. The last token of every row must not be
+            padding.
+        chunk_size: tokens per forward: per row of (b, l) prompts, or of all rows together where texts are packed.
+            Default: those of `mambakit.decoding.chunks.CHUNK_SIZES`.
+        progress: called after each chunk with the number of tokens read so far, summed over rows, padding included.
 
     Returns:
         (b, v) logits after the last token of each row, float32 (float64 in a float64 model).
@@ -59,7 +61,7 @@ def prefill_states(
     chunk_size: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """`prefill` without the logits, for the states alone; prompts may be empty."""
+    """`prefill` without the logits: it only updates the states. Prompts may be empty."""
     _finish(
         prefill_parts(model, prompts, cache, attention_mask, chunk_size, progress, want_logits=False, by_layer=False)
     )
@@ -76,11 +78,15 @@ def prefill_parts(
     want_logits: bool = True,
     by_layer: bool = True,
 ) -> Generator[None, None, Tensor | None]:
-    """`prefill` with a pause after every layer of a single text (after every chunk of several), for a caller who has other work to do
-    meanwhile: the same bits; the cache is right only at the end. On a GPU a bucket is one part, and so is a chunk of a model whose call
-    is more than its layers one after the other (hooks, another forward).
+    """`prefill` as a generator, for a caller that has other work to do in between. The result has the same bits.
 
-    Returns (as the generator's value) what `prefill` returns, None without ``want_logits``.
+    It yields after every layer of a single text, and after every chunk of several texts. Some single texts are coarser:
+    on a GPU all buckets of a prompt run without a yield, and a model with hooks or another forward is called once per
+    chunk. The cache is valid only after the generator has ended.
+
+    Returns:
+        The generator's return value is what `prefill` returns; None without ``want_logits`` or where all prompts are
+        empty.
     """
     texts, longest = texts_of(prompts)
     if not longest:
@@ -92,7 +98,7 @@ def prefill_parts(
             graphs: _BucketGraphs = kept_with(model, ("prefill",), lambda: _BucketGraphs(model))
             graphs.load(cache)
             done = 0
-            for part in ids.split(buckets(ids.shape[1], size), 1):  # without a pause: the graphs share one state
+            for part in ids.split(buckets(ids.shape[1], size), 1):  # without a yield: the graphs share one state
                 hidden = graphs.read(model, part)
                 done += part.shape[1]
                 if progress is not None:
@@ -101,7 +107,7 @@ def prefill_parts(
         return _head(model, hidden) if want_logits else None
     found: list[Tensor] = []
     order: list[int] = []
-    # A model with a forward of its own, or with a hook, is called itself for every chunk where logits are asked for.
+    # A model with a hook or a replaced forward is itself called for every chunk if logits are wanted.
     ours = is_ours(model)
     keywords: dict[str, Any] = {"return_dict": True} if ours else {}
     for chunk in chunks(texts, attention_mask, size):
@@ -136,18 +142,19 @@ def hidden_states(
     chunk_size: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[list[Tensor]]:
-    """Read prompts chunk by chunk, for scores and perplexities: the last hidden states of what each chunk has of each text.
+    """Read prompts chunk by chunk and yield the last hidden states, for scores and perplexities.
 
     Args:
-        prompts: as `prefill`'s; texts may be empty.
-        cache: what they go on from, brought up to date; None: from a zero state, and none is kept. It must be given where a text does
-            not fit into one chunk.
+        prompts: as in `prefill`, but texts may be empty.
+        cache: the states to start from, updated in place. None: start from zero states and keep none, which is possible
+            only where all texts fit into one chunk.
 
     Yields:
-        For each text (c_i, h), the hidden states of its next c_i tokens, from which ``lm_head`` predicts what follows each of them.
+        A list with one tensor (c_i, h) per text: the hidden states of its c_i tokens in this chunk. ``lm_head`` of each
+        predicts the token after it.
 
     Raises:
-        ValueError: several chunks and no cache.
+        ValueError: the texts need several chunks, and there is no cache.
     """
     texts, longest = texts_of(prompts)
     if not longest:
@@ -165,11 +172,11 @@ def hidden_states(
             progress(chunk.done)
 
 
-# -- the ways to read a chunk -------------------------------------------------------------------------------------------
+# -- the ways to read a chunk ------------------------------------------------------------------------------------------
 
 
 def _by_layer(model: Any, ids: Tensor, cache: StateCache, want_logits: bool) -> Generator[None, None, Tensor]:
-    """The call of a model that is its layers, with a pause after each of them; (b, v) logits, or nothing of use."""
+    """The forward of a model layer by layer, with a yield after each. Returns (b, v) logits if they are wanted."""
     backbone = model.backbone
     x, residual = backbone.embeddings(ids), None
     for block in backbone.layers:
@@ -196,24 +203,24 @@ def _finish(parts: Generator[None, None, Tensor | None]) -> Tensor | None:
 
 
 def reads_in_buckets(model: Any, rows: int) -> bool:
-    """Whether a prompt is cut into powers of two, read by graphs: one row on a GPU where a step can be a graph."""
+    """Whether a prompt is cut into powers of two and read by CUDA graphs: one row, on a GPU, without gradients."""
     return rows == 1 and not torch.is_grad_enabled() and graphs_serve(model)
 
 
 class _BucketGraphs:
-    """The prefill graphs of one model. They work on a state of their own, and share their memory: one runs at a time."""
+    """The prefill graphs of one model. They share one state and one memory pool, so only one runs at a time."""
 
     def __init__(self, model: Any):
         self.states: Any = model.backbone.new_cache(1)
         self._used: set[int] = set()
-        self._graphs: dict[int, tuple[CapturedGraph[Tensor], Tensor]] = {}  # by length, with what it reads
+        self._graphs: dict[int, tuple[CapturedGraph[Tensor], Tensor]] = {}  # by length, with its input ids
 
     def load(self, cache: StateCache) -> None:
-        """Go on from this state."""
+        """Start from a copy of this state."""
         self.states.load_(cache)
 
     def store(self, cache: StateCache, tokens: int) -> None:
-        """Leave the state in ``cache``, which is ``tokens`` behind it."""
+        """Copy the state into ``cache``, and count ``tokens`` more as seen there."""
         seen = cache.get_seq_length()
         cache.load_(self.states)
         cache.advance(seen + tokens - cache.get_seq_length())
@@ -224,10 +231,10 @@ class _BucketGraphs:
     @torch.inference_mode(False)  # a graph's tensors outlive the call
     @torch.no_grad()
     def read(self, model: Any, ids: Tensor) -> Tensor:
-        """(1, 1, h) after the last token; of a graph valid until the next bucket."""
+        """(1, 1, h) after the last token. The result of a graph is valid until the next bucket is read."""
         length = ids.shape[1]
         if length not in self._graphs:
-            if length not in self._used:  # compiles what is not compiled yet, which a capture must not
+            if length not in self._used:  # eager once: kernels are compiled now, since a capture cannot
                 self._used.add(length)
                 return self._forward(model, ids)
             held = ids.clone()

@@ -1,4 +1,5 @@
-"""How `generate` chooses tokens: transformers' scores and the global generator's random numbers, without waiting for the device."""
+"""The default sampler of `generate`: transformers' logits processors and the global random generator, without
+device-to-host syncs."""
 
 from __future__ import annotations
 
@@ -12,21 +13,23 @@ from transformers import generation
 from mambakit.decoding.scaling import WidePenalty, WideTemperature
 from mambakit.ops.sampling.api import NO_TOKEN
 
-# Processors whose work is all on the device. Not among them: EtaLogitsWarper and TopHLogitsWarper, for which torch.distributions
-# checks its arguments on the host, and whatever reads token ids as Python numbers.
+# Processors that run on the device alone. Not EtaLogitsWarper and TopHLogitsWarper, for which torch.distributions
+# checks its arguments on the host, nor any that reads token ids as Python numbers.
 WITHOUT_WAITING = frozenset({
     generation.RepetitionPenaltyLogitsProcessor, generation.TemperatureLogitsWarper, generation.TopKLogitsWarper,
-    generation.TopPLogitsWarper, generation.MinPLogitsWarper, generation.TypicalLogitsWarper, generation.EpsilonLogitsWarper,
-    WidePenalty, WideTemperature,
+    generation.TopPLogitsWarper, generation.MinPLogitsWarper, generation.TypicalLogitsWarper,
+    generation.EpsilonLogitsWarper, WidePenalty, WideTemperature,
 })  # fmt: skip
 
 
 def multinomial(probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """A token for each row of ``probabilities`` (b, v) by the global generator, and whether the row could be drawn from: (b,) int64,
-    (b,) bool.
+    """Draw a token for each row of ``probabilities`` (b, v) with the global generator.
 
-    Tokens and the generator's next state are those of ``torch.multinomial(probabilities, 1)``, which races exponential numbers, too,
-    after two checks that wait for the device. Here the second result is False for a row of NaN or of zeros.
+    Tokens and the generator's next state are those of ``torch.multinomial(probabilities, 1)``, which also takes the
+    argmax of p / Exp(1), but checks its input first, with two device-to-host syncs.
+
+    Returns:
+        (b,) int64 tokens, and (b,) bool, False for a row of NaN or of zeros, from which nothing can be drawn.
     """
     times = probabilities / torch.empty_like(probabilities).exponential_()
     token = times.argmax(-1, keepdim=True)
@@ -34,31 +37,31 @@ def multinomial(probabilities: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ProcessorSampler:
-    """A `Chooser` for b texts that transformers' loop would write: the same scores, tokens and random numbers.
+    """A `Chooser` for b texts with the scores, tokens and random numbers of transformers' loop.
 
-    Random numbers are drawn for all b texts at every token, whichever slots are left (`select`): a draw depends on its place in the
-    batch.
+    Random numbers are drawn for all b texts at every token, even after `select` has dropped some, because a draw
+    depends on its row in the batch.
 
     Args:
         processors: transformers' processors of ``(text (b, l), scores (b, v))``, applied in turn.
-        draws: draw from the scores' softmax with the global generator; else the most probable token.
+        draws: draw from the softmax of the scores with the global generator; False: the most probable token.
         text: (b, l) int64, the tokens before the first one that is chosen.
     """
 
     def __init__(self, processors: Sequence[Any], draws: bool, text: Tensor):
         self.processors, self.draws, self.text = list(processors), draws, text
         self._reads_text = any(isinstance(p, generation.RepetitionPenaltyLogitsProcessor) for p in self.processors)
-        self._slots: Tensor | None = None  # the texts that have a slot, once some were left out
-        self._logits: Tensor | None = None  # (b, v) then; of the texts left out whatever can be drawn from
+        self._slots: Tensor | None = None  # the text of each slot, after some were dropped
+        self._logits: Tensor | None = None  # (b, v) then; rows of dropped texts hold any valid logits
 
     @property
     def plain(self) -> bool:
-        """Whether each token is the most probable one of the logits as they are."""
+        """Whether each token is the argmax of the unchanged logits."""
         return not self.draws and not self.processors
 
     @torch.no_grad()
     def sample(self, logits: Tensor) -> Tensor:
-        """(size,) the next tokens, from ``logits`` (size, v), which stay as they are; `NO_TOKEN` where there is no distribution."""
+        """(size,) the next tokens, from ``logits`` (size, v), not modified; `NO_TOKEN` where nothing can be drawn."""
         scores = self._of_all(logits).float()
         for processor in self.processors:
             scores = processor(self.text, scores)
@@ -79,12 +82,12 @@ class ProcessorSampler:
         return self._logits.index_copy_(0, self._slots, logits)
 
     def select(self, kept: list[int]) -> None:
-        """Slot i is from now on what slot ``kept[i]`` was; the other texts have ended."""
+        """Slot i becomes the former slot ``kept[i]``; the texts of the other slots have ended."""
         of = torch.tensor(kept, dtype=torch.int64, device=self.text.device)
         self._slots = of if self._slots is None else self._slots[of]
 
     def snapshot(self) -> tuple[Tensor, Tensor]:
-        """What `restore` needs to choose the tokens after this moment again; the device is not waited for."""
+        """Text and random state, for `restore`; no device-to-host sync."""
         return self.text, _generator(self.text.device).get_state()
 
     def restore(self, snapshot: tuple[Tensor, Tensor]) -> None:
@@ -93,5 +96,5 @@ class ProcessorSampler:
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    """The global one of ``device``; reading and setting its state does not wait for the device."""
+    """The global generator of ``device``. Reading and setting its state is no device-to-host sync."""
     return torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]

@@ -1,8 +1,9 @@
-"""The decoders: which of them serves a model, in what order they are asked, and why one does not. Nothing else chooses.
+"""The decoder registry: which decoder serves a model, in which order they are tried, and why one cannot serve.
 
-A decoder takes one token for each row of a cache and gives the logits after it. `DECODERS` lists them from the fastest to the one
-that always serves, the model's forward; `table` says for a model and a number of rows which serves and what keeps the others from it
-(`mambakit env --model M --rows N` prints it).
+A decoder reads one token for each row of a cache and returns the logits after it. `DECODERS` lists the decoders from
+the fastest to the one that always serves, the model's forward. `choose` is the only place that picks one. `table_of`
+shows, for a model and a number of rows, which decoder serves and why the others do not (`mambakit env --model M --rows
+N` prints it). `VERIFIERS` is the same for draft verification.
 """
 
 from __future__ import annotations
@@ -22,40 +23,41 @@ from mambakit.ops.linear.api import MOST_ROWS
 
 
 class Decoder(Protocol):
-    """One token after another for every row of a cache, by one way of computing it."""
+    """One way to compute a decode step: one token for every row of a cache."""
 
     states: Any
-    """The cache that it reads and writes, in place: its tensors must not be replaced meanwhile."""
+    """The cache that it reads and writes in place; its tensors must not be replaced meanwhile."""
     logits: Tensor | None
-    """(rows, v) after the last step; valid until the next one. None before the first."""
+    """(rows, v) of the last step, valid until the next one. None before the first."""
     capacity: int
-    """How many tokens in a row it chooses by itself, without the host (`GraphDecoder.likeliest`); 0: none."""
+    """The maximum number of greedy tokens that it chooses without the host (`GraphDecoder.likeliest`); 0: none."""
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Read ``tokens`` (rows,) int64; the logits (rows, v) after them, valid until the next step."""
+        """Read ``tokens`` (rows,) int64. Returns the logits (rows, v) after them, valid until the next step."""
 
 
 class WhyNot(Protocol):
-    """Why a decoder cannot serve, or None where it can."""
+    """A function: why a decoder cannot serve, or None where it can."""
 
     def __call__(self, model: Any, rows: int, /, *, states: Any = None, called: bool = False) -> str | None:
         """
         Args:
-            states: the cache that it would decode; without it one as the model makes it.
-            called: the model is in its own forward: its hooks have been called.
+            states: the cache to decode; None: one made by `new_cache` of the model's backbone.
+            called: whether this is asked inside the model's own forward, whose hooks have run already.
         """
 
 
 @dataclass(frozen=True)
 class DecoderKind:
-    """An entry of the table.
+    """An entry of `DECODERS`.
 
     Attributes:
-        name: as it is printed.
+        name: for printing.
         why_not: why it cannot serve, or None.
-        make: over a cache, which it decodes in place.
-        elastic: a row's bits do not depend on how many rows there are, so rows may be added and left out.
-        captured: a CUDA graph holds on to the cache: it is kept with the model, and states are moved in and out.
+        make: makes the decoder over a cache, which it updates in place.
+        elastic: whether a row's bits do not depend on the number of rows, so that rows may be added and dropped.
+        captured: whether a CUDA graph holds on to its cache. It is then kept with the model, and states are copied in
+            and out.
     """
 
     name: str
@@ -66,7 +68,7 @@ class DecoderKind:
 
 
 class ForwardDecoder:
-    """The model's forward, with whatever hooks it has."""
+    """The model's forward, with its hooks."""
 
     capacity = 0
 
@@ -90,7 +92,9 @@ DECODERS: tuple[DecoderKind, ...] = (
     DecoderKind(
         "persistent kernel (CUDA)", graph_step.why_not_persistent, graph_step.persistent_decoder, captured=True
     ),
-    DecoderKind("kernels for few rows (Triton)", graph_step.why_not_few_rows, graph_step.few_rows_decoder, captured=True),
+    DecoderKind(
+        "kernels for few rows (Triton)", graph_step.why_not_few_rows, graph_step.few_rows_decoder, captured=True
+    ),
     DecoderKind(
         "kernels for many rows (Triton)", graph_step.why_not_many_rows, graph_step.many_rows_decoder, captured=True
     ),
@@ -105,11 +109,13 @@ def choose(model: Any, rows: int, *, states: Any = None, called: bool = False) -
 
 
 def kept_decoder(model: Any, rows: int, *, called: bool = False) -> Any:
-    """The model's captured decoder of so many rows, made at its first use and kept for as long as it holds; None where none serves.
+    """The model's captured decoder for ``rows`` rows, made at its first use and kept as long as the model's `Placement`
+    holds.
 
-    Its states are whose it says (`GraphDecoder.holder`): they are moved in and out.
+    Callers copy states in and out, and set `GraphDecoder.holder` while they use it. None where no captured decoder
+    serves.
     """
-    if why_not_captured(model, called) is not None:  # cheap, and asked at every use; the kernels' own reasons once
+    if why_not_captured(model, called) is not None:  # cheap, checked at every use; the kernels' own reasons only once
         return None
 
     def make() -> Any:
@@ -120,8 +126,11 @@ def kept_decoder(model: Any, rows: int, *, called: bool = False) -> Any:
 
 
 def token_step(model: Any, cache: StateCache) -> Callable[[Tensor], Tensor]:
-    """``step(tokens (b,)) -> logits (b, v)``; the cache is brought up to date in place at every token, and must not be replaced
-    meanwhile. For benchmarks and for steps one by one; `SlotPool` is what texts are written with, and captures nothing anew."""
+    """A function ``step(tokens (b,)) -> logits (b, v)`` that updates the cache in place at every call.
+
+    It captures a new graph where a captured decoder serves. It is for benchmarks and for single steps; texts are
+    decoded with a `SlotPool`, which reuses graphs. The cache must not be replaced meanwhile.
+    """
     forward, watch = ForwardDecoder(model, cache), Watch(skipped_modules(model))
     kind, before = choose(model, cache.max_batch_size, states=cache), cache.clone()
     decoder = kind.make(model, cache)
@@ -129,21 +138,21 @@ def token_step(model: Any, cache: StateCache) -> Callable[[Tensor], Tensor]:
         cache.load_(before)  # the warm-up has read a token
 
     def step(tokens: Tensor) -> Tensor:
-        if not watch.holds():  # a module has a hook or a forward of its own since
+        if not watch.holds():  # a module got a hook or a replaced forward
             return forward.step(tokens)
         logits = decoder.step(tokens)
         if kind.captured:
-            cache.advance(1)  # what a replay does not
+            cache.advance(1)  # a replay does not count the token
         return logits.clone()
 
     return step
 
 
-# -- verifying drafts ---------------------------------------------------------------------------------------------------
+# -- verifying drafts --------------------------------------------------------------------------------------------------
 
 
 class WhyNotVerify(Protocol):
-    """Why a verifier cannot serve, or None where it can."""
+    """A function: why a verifier cannot serve, or None where it can."""
 
     def __call__(self, model: Any, tokens: int, /, *, states: Any = None) -> str | None: ...
 
@@ -153,9 +162,9 @@ class VerifierKind:
     """An entry of `VERIFIERS`.
 
     Attributes:
-        name: as it is printed.
-        why_not: why it cannot verify drafts of so many tokens, or None.
-        make: over a cache of one row, for at most so many tokens.
+        name: for printing.
+        why_not: why it cannot verify drafts of that many tokens, or None.
+        make: makes the verifier over a cache of one row, for drafts of at most that many tokens.
     """
 
     name: str
@@ -177,10 +186,10 @@ def verifier(model: Any, cache: StateCache, tokens: int) -> verify.Verifier:
 
     Args:
         cache: it must not be replaced while the verifier is in use.
-        tokens: the most tokens of one draft, 1 to 16.
+        tokens: the maximum number of tokens of a draft, 1 to 16.
 
     Raises:
-        ValueError: other numbers of tokens or rows.
+        ValueError: another number of tokens, or of rows.
     """
     if not 1 <= tokens <= MOST_ROWS:
         raise ValueError(f"tokens is {tokens}; a verification is of 1 to {MOST_ROWS} tokens")
@@ -190,22 +199,22 @@ def verifier(model: Any, cache: StateCache, tokens: int) -> verify.Verifier:
     return kind.make(model, cache, tokens)
 
 
-# -- for people ---------------------------------------------------------------------------------------------------------
+# -- for people --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Row:
-    """Of the printed table."""
+    """A row of the printed table."""
 
     decoder: str
     serves: bool
-    """Whether it is the one that decodes."""
+    """Whether this decoder is chosen."""
     reason: str
-    """Why it does not; "" for the one that serves, and for those after it that could."""
+    """Why it cannot serve; "" for the chosen decoder, and for later ones that could serve, too."""
 
 
 def table_of(model: Any, rows: int) -> list[Row]:
-    """Which decoder serves so many rows of the model, and why each other one does not."""
+    """Which decoder serves ``rows`` rows of the model, and why each other one does not."""
     found: list[Row] = []
     for kind in DECODERS:
         reason = kind.why_not(model, rows)
@@ -214,12 +223,12 @@ def table_of(model: Any, rows: int) -> list[Row]:
 
 
 def describe(row: Row) -> str:
-    """What a row of the table says of its decoder."""
+    """The text of a row of the table."""
     return "serves" if row.serves else row.reason or "could serve, comes after"
 
 
 def as_markdown(models: dict[str, Any], rows: tuple[int, ...] = (1, 4, 16, 64, 256)) -> str:
-    """A Markdown table of which decoder serves each model at each number of rows, for the documentation.
+    """A Markdown table for the documentation: the decoder that serves each model at each number of rows.
 
     Args:
         models: by the name that is printed.

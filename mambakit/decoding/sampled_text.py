@@ -1,4 +1,4 @@
-"""One text as choosing its tokens needs to know it: parameters, random numbers, constraint, and which tokens it has."""
+"""The sampling state of one text: parameters, random numbers, constraint, and the tokens that penalties count."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from mambakit.quoting import cut
 
 
 class SampledText:
-    """What choosing the tokens of one text needs to know of it, whatever it is batched with.
+    """The sampling state of one text, independent of its batch.
 
     Args:
         params: how tokens are chosen.
         vocab_size: v.
-        device: where logits lie.
-        read: (p,) int64, the prompt: what a repetition penalty counts, too.
+        device: of the logits.
+        read: (p,) int64, the prompt, which a repetition penalty counts, too.
 
     Attributes:
-        position: how many tokens were chosen; behind by those of a `Sampler` that the text is seated in.
+        position: the number of chosen tokens. While the text is in a `Sampler`, that updates it only from time to time.
         error: why the last token could not be chosen; "" where it could.
-        exception: what its constraint raised then, if that was why.
+        exception: the exception of the constraint, if that was the reason.
     """
 
     def __init__(self, params: SamplingParams, vocab_size: int, device: torch.device, read: Tensor):
-        # Others may use and change the same object, and tables are made of it whenever the batch changes.
+        # A copy: callers may change their object, and tables are rebuilt from it whenever the batch changes.
         self.params, self.position = params.snapshot(), 0
         params = self.params
         self.error: str = ""
         self.exception: Exception | None = None
         self.matcher = params.matcher()
         self._key = params.key()
-        self._blocks: dict[tuple[int, int], np.ndarray] = {}  # the latest of each sequence
-        # (v,) each, where it is needed: what was read or written, how often it was written, biases.
+        self._blocks: dict[tuple[int, int], np.ndarray] = {}  # the latest two of each sequence
+        # (v,) each, or None where off: tokens that occur in prompt or text, counts in the text, biases.
         self.seen = self.counts = self.bias = None
         if params.repetition_penalty != 1:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
@@ -51,12 +51,12 @@ class SampledText:
             values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device="cpu")
             self.bias[tokens] = values.to(device, non_blocking=True)
         self.changes_logits = any(part is not None for part in (self.matcher, self.seen, self.counts, self.bias))
-        """Whether a token is chosen from other logits than the model's."""
+        """Whether masks, biases or penalties change the model's logits."""
         self.plain = params.greedy and not self.changes_logits
-        """Whether it wants the most probable token of the logits as they are."""
+        """Whether each token is the argmax of the unchanged logits."""
 
     def numbers(self, start: int, count: int, sequence: int = DRAW) -> np.ndarray:
-        """(count,) float64, the random numbers of tokens ``start`` onwards; a text without a choice takes none."""
+        """(count,) float64, the random numbers of tokens ``start`` onwards; zeros for a greedy text."""
         if self.params.greedy:
             return np.zeros(count)
         first, last = start // BLOCK, (start + count - 1) // BLOCK
@@ -70,20 +70,20 @@ class SampledText:
         return self._blocks[sequence, block]
 
     def accept(self, token: int) -> int:
-        """The token, which its constraint now knows; `NO_TOKEN` where it cannot be."""
+        """Pass the token to the constraint. Returns it, or `NO_TOKEN` where that fails."""
         if token == NO_TOKEN or self.error:
             self.error = self.error or NO_CHOICE
             return NO_TOKEN
         if self.matcher is not None:
             try:
                 self.matcher.accept(token)
-            except Exception as error:  # of a constraint: its text ends alone
+            except Exception as error:  # any error of a user's constraint ends this text only
                 self.fail(error)
                 return NO_TOKEN
         return token
 
     def fail(self, error: Exception) -> None:
-        """Its constraint raised: the text has no next token. Raises what no text survives."""
-        if isinstance(error, torch.AcceleratorError):  # the device answers nobody any more
+        """Record the constraint's exception: the text has no next token. Device errors are raised."""
+        if isinstance(error, torch.AcceleratorError):  # the device is unusable for every text
             raise error
         self.exception, self.error = error, f"{type(error).__name__}: {cut(str(error), 500)}"

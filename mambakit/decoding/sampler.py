@@ -1,8 +1,8 @@
-"""The next token of many texts at once: each has its own parameters, random numbers and constraint.
+"""The sampler: the next token of many texts at once, each with its own parameters, random numbers and constraint.
 
-In a few launches for all slots: constraint masks, biases and penalties where a text has them, then one launch of
-`mambakit.ops.sampling`. Random numbers of many tokens lie ready on the device, so that tokens can follow one another without the
-host; only a constraint must be told of each token before the next.
+It takes a few launches for all slots: constraint masks, biases and penalties where a text has them, then one launch of
+`mambakit.ops.sampling`. Random numbers for many tokens are on the device in advance, so that the next step needs no
+host. Only a constraint must see each token on the host before the next one is chosen.
 """
 
 from __future__ import annotations
@@ -20,34 +20,40 @@ from mambakit.decoding.sampling_params import BLOCK
 from mambakit.decoding.tables import Tables
 from mambakit.ops.sampling.api import NO_TOKEN, OFF, sample
 
-_FREE = (0.0, *OFF[1:])  # parameters of a free slot: the most probable token costs least
+_FREE = (0.0, *OFF[1:])  # parameters of a free slot: greedy, the cheapest
 
 
 class Chooser(Protocol):
-    """Chooses a token for every slot of a pool: a `Sampler`, or a `ProcessorSampler` as transformers does."""
+    """The interface of samplers: `Sampler`, and `ProcessorSampler` for transformers' random numbers."""
 
     @property
     def plain(self) -> bool:
-        """Whether each token is the most probable one of the logits as they are: the decoder may choose it."""
+        """Whether each token is the argmax of the unchanged logits. The decoder may then choose it."""
 
     def sample(self, logits: Tensor) -> Tensor:
-        """(size,) int64, the next tokens, from ``logits`` (size, v), which stay as they are; `NO_TOKEN` may stand where a slot's are no
-        numbers. The device is not waited for."""
+        """The next token of every slot, without a device-to-host sync.
+
+        Args:
+            logits: (size, v), not modified.
+
+        Returns:
+            (size,) int64; may be `NO_TOKEN` where a slot's logits are NaN.
+        """
 
     def select(self, kept: list[int]) -> None:
-        """Slot i is from now on what slot ``kept[i]`` was."""
+        """Slot i becomes the former slot ``kept[i]``."""
 
     def snapshot(self) -> Any:
         """What `restore` needs."""
 
     def restore(self, snapshot: Any) -> None:
-        """Go back: the tokens after the snapshot are chosen once more."""
+        """Return to the snapshot: the tokens chosen since then are chosen again."""
 
 
 class Sampler:
-    """A `Chooser` whose texts come and go, each with its own `SamplingParams`.
+    """A `Chooser` whose texts may be exchanged at any time, each with its own `SamplingParams`.
 
-    A text's token depends on its logits, parameters, seed and position: not on its slot, nor on the other texts.
+    A text's token depends on its logits, parameters, seed and position; not on its slot, nor on the other texts.
 
     Args:
         texts: as in `seat`.
@@ -55,9 +61,9 @@ class Sampler:
 
     def __init__(self, texts: Sequence[SampledText | None] = ()):
         self._texts: list[SampledText | None] = []
-        self._changed: list[int] | None = None  # slots whose tables below are out of date; None: all
-        self._column = 0  # of the random numbers, the next one
-        self._noted: list[int] = []  # of each slot, the column that belongs to its text's ``position``
+        self._changed: list[int] | None = None  # slots whose parameters below are out of date; None: all
+        self._column = 0  # of `_uniform`: that of the next random numbers
+        self._noted: list[int] = []  # per slot: the column that belongs to its text's ``position``
         self._draws = False
         self._parameters = self._uniform = torch.empty(0, dtype=torch.float32, device="cpu")
         self._tables: Tables | None = None
@@ -67,11 +73,11 @@ class Sampler:
 
     @property
     def must_look(self) -> bool:
-        """Whether each token must be accepted before the next is chosen: there is a constraint."""
+        """Whether the host must `accept` each token before the next is chosen: there is a constraint."""
         return bool(self._constrained)
 
     def seat(self, texts: Sequence[SampledText | None]) -> None:
-        """From now on slot i is of ``texts[i]``; None: it is free."""
+        """Assign ``texts[i]`` to slot i; None: the slot is free."""
         before, self._texts = self._texts, list(texts)
         if len(before) == len(texts):
             changed = [i for i, text in enumerate(texts) if text is not before[i]]
@@ -105,8 +111,12 @@ class Sampler:
         return tokens
 
     def accept(self, tokens: list[int]) -> list[int]:
-        """The host's part: the tokens (size) that `sample` chose, told to their constraints; `NO_TOKEN` where none can be chosen, and
-        `SampledText.error` says why, of that text alone."""
+        """The host's part of a step: pass the tokens (size) that `sample` chose to their constraints.
+
+        Returns:
+            The tokens, `NO_TOKEN` where none can be chosen. The `SampledText.error` of that text says why; other texts
+            are unaffected.
+        """
         for slot, constrained in self._constrained:
             tokens[slot] = constrained.accept(tokens[slot])
         if NO_TOKEN in tokens:
@@ -116,7 +126,8 @@ class Sampler:
         return tokens
 
     def choose(self, logits: Tensor, texts: Sequence[SampledText]) -> list[int]:
-        """The next token of each of ``texts``, from logits (m, v), a row each: `seat`, `sample` and `accept` in one."""
+        """The next tokens of ``texts``, from logits (m, v), one row per text: `seat`, `sample` and `accept` in one
+        call."""
         self.seat(texts)
         for text in texts:
             text.error, text.exception = "", None
@@ -145,7 +156,7 @@ class Sampler:
                 self._noted[slot] = self._column
 
     def _update(self, device: torch.device) -> None:
-        """Tables of the slots that have changed."""
+        """Update parameters, random numbers and tables of the slots that have changed."""
         slots = list(range(len(self._texts))) if self._changed is None else sorted(set(self._changed))
         texts = [self._texts[i] for i in slots]
         parameters = torch.tensor(

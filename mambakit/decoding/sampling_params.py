@@ -1,4 +1,4 @@
-"""How the next token of a text is chosen."""
+"""How the next token of a text is chosen: temperature, filters, penalties, and the random numbers of a seed."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch import Tensor
 from mambakit.decoding.parameters import BIAS, NEW_TOKENS, SAMPLING
 from mambakit.quoting import quoted
 
-BLOCK = 64  # random numbers that are made at a time
+BLOCK = 64  # random numbers are made in blocks of this many
 
 
 @dataclass
 class SamplingParams:
-    """How the next token is chosen. ``temperature`` 0 is greedy; a filter or penalty at its default is off.
+    """How the next token is chosen. ``temperature`` 0 is greedy; a filter or penalty is off by default.
 
     Args:
         temperature: logits are divided by it.
-        top_k, top_p, min_p, typical_p, epsilon_cutoff: filters; names and meanings are transformers'.
-        repetition_penalty: logits of tokens in the prompt or the text so far are divided by it where positive, else multiplied
-            (arXiv 1909.05858).
-        presence_penalty: taken from the logits of every token that was written before.
-        frequency_penalty: the same, times how often it was written.
-        logit_bias: {token: number added to its logit}.
-        seed: of the text's own random numbers, which are made from a counter: the text does not depend on the others of its batch.
-            Without one every text differs.
+        top_k, top_p, min_p, typical_p, epsilon_cutoff: filters, with the names and meanings of transformers.
+        repetition_penalty: logits of tokens that occur in the prompt or in the text so far are divided by it if
+            positive, and multiplied by it if negative (arXiv 1909.05858).
+        presence_penalty: subtracted from the logit of every token that the text so far has, not counting the prompt.
+        frequency_penalty: the same, times the number of occurrences.
+        logit_bias: {token: number that is added to its logit}.
+        seed: of the text's own counter-based random numbers. The text then does not depend on the rest of its batch.
+            None: a new random seed for every text.
 
     Raises:
         TypeError, ValueError: a field that is no number, or outside of its range (`mambakit.decoding.parameters`).
@@ -60,41 +60,50 @@ class SamplingParams:
             }
 
     def snapshot(self) -> SamplingParams:
-        """A copy, checked again, that no later change of this one reaches."""
+        """A validated copy, unaffected by later changes of this object."""
         copied = copy.copy(self)
         copied.__post_init__()
         return copied
 
     @property
     def greedy(self) -> bool:
+        """Whether each token is the most probable one."""
         return self.temperature == 0
 
     @property
     def columns(self) -> tuple[float, ...]:
-        """A row of `mambakit.ops.sampling`'s parameters. Temperatures beyond float32's range have the limit's distribution."""
+        """A row of `mambakit.ops.sampling`'s parameters. Temperatures are clamped to 1e-37 ... 1e30."""
         temperature = 0.0 if self.greedy else min(max(self.temperature, 1e-37), 1e30)
         return (temperature, self.top_k, self.top_p, self.min_p, self.typical_p, self.epsilon_cutoff)
 
     def key(self) -> int:
-        """The seed, or without one a number from the operating system."""
+        """The seed; without one, a random number from the operating system."""
         return secrets.randbits(64) if self.seed is None else self.seed
 
     def matcher(self) -> Any:
-        """What follows one text through a constraint, with a method ``accept(token)`` that raises ValueError; None without one."""
+        """The constraint's state of one text, whose ``accept(token)`` raises ValueError; None without a constraint."""
         return None
 
     @staticmethod
     def mask(logits: Tensor, matchers: list[Any]) -> Tensor:
-        """``logits`` (m, v), -inf where the matcher of a row does not allow a token; ValueError where one cannot say."""
+        """``logits`` (m, v) with -inf where the matcher of a row forbids a token. ValueError where a matcher fails."""
         raise NotImplementedError
 
 
-# Each text has several sequences of random numbers, of which number i belongs to its token i.
-DRAW, ACCEPT, PROPOSE = range(3)  # the token itself; whether a guess of it is kept; the guess
+# Each text has three sequences of random numbers; number i of each is for token i of the text.
+DRAW, ACCEPT, PROPOSE = range(3)  # draws the token; accepts a guess of it; draws the guess
 
 
 def random_numbers(seed: int, block: int, sequence: int = DRAW) -> np.ndarray:
-    """(64,) float64, uniform in [0, 1): numbers 64 * block onwards of one of a seed's sequences, by Philox (Salmon et al. 2011). Number i
-    is always the same, whatever was asked before; 64 bits of the seed count."""
+    """A block of a seed's random numbers, from the counter-based generator Philox (Salmon et al. 2011).
+
+    Args:
+        seed: only its lowest 64 bits are used.
+        block: the block's index: the result is numbers 64 * block to 64 * block + 63.
+        sequence: `DRAW`, `ACCEPT` or `PROPOSE`.
+
+    Returns:
+        (64,) float64, uniform in [0, 1). It depends on the arguments alone.
+    """
     bits = np.random.Philox(key=seed % 2**64, counter=[0, block, sequence, 0]).random_raw(BLOCK)
     return (bits >> np.uint64(11)) * 2.0**-53

@@ -1,4 +1,4 @@
-"""`generate(seed=[...])`: a `Sampler` that chooses as transformers' processors say, with a seed for each text."""
+"""`generate(seed=[...])`: a `Sampler` with the settings of transformers' processors, and a seed for each text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mambakit.decoding.sampler import Sampler
 from mambakit.decoding.sampling_params import SamplingParams
 from mambakit.decoding.scaling import WidePenalty, WideTemperature
 
-# (the field of `SamplingParams`, the processor's own name of its value)
+# The field of `SamplingParams`, and the processor's attribute that holds its value.
 _FIELDS = {
     generation.RepetitionPenaltyLogitsProcessor: ("repetition_penalty", "penalty"),
     WidePenalty: ("repetition_penalty", "penalty"),
@@ -30,15 +30,16 @@ _FIELDS = {
 def seeded_sampler(
     model: Any, seeds: Sequence[int], processors: Sequence[Any], draws: bool, text: Tensor, mask: Tensor | None
 ) -> Sampler:
-    """A sampler of as many texts as ``text`` (b, l) has.
+    """A sampler with one text per row of ``text`` (b, l).
 
     Args:
-        processors: those of `processor_sampler.WITHOUT_WAITING`.
-        draws: False for the most probable tokens.
+        seeds: one per text.
+        processors: from `processor_sampler.WITHOUT_WAITING`.
+        draws: False: the most probable tokens.
         mask: (b, >= l), 0 where a token is padding, which a penalty does not count.
 
     Raises:
-        ValueError: another number of seeds, or one processor twice with two values.
+        ValueError: another number of seeds, or one parameter with two values.
     """
     if len(seeds) != len(text):
         raise ValueError(
@@ -53,7 +54,7 @@ def seeded_sampler(
             ignored = one.prompt_ignore_length  # an int, or one for each text (b,)
             unread = ignored.tolist() if isinstance(ignored, Tensor) else [ignored] * len(text)
         if field == "temperature" and type(one) is WideTemperature and value == 1:
-            continue  # only the end of a wide penalty
+            continue  # only converts the scores of a wide penalty back to float32
         if values.get(field, value) != value and field != "temperature":
             raise ValueError(f"{field} is given twice, {values[field]} and {value}; give it once")
         if draws or field == "repetition_penalty":

@@ -1,4 +1,4 @@
-"""A pool of state slots that decode together: what every text is written with."""
+"""A pool of state slots that decode together. Every text is written through one."""
 
 from __future__ import annotations
 
@@ -19,43 +19,48 @@ from mambakit.ops.linear.api import MOST_ROWS
 
 
 class SlotPool:
-    """A pool of states and the decoder that steps all of them (`mambakit.decoding.registry`).
+    """A pool of slots, one recurrent state each, and the decoder that steps all of them (`mambakit.decoding.registry`).
 
-    `generate` makes it over the cache that its prompts were read into. `Engine` begins with no slots, has the pool grow when it has a
-    text and no slot for it, and puts the next text where one has ended. Which text is in which slot is theirs to know.
+    `generate` makes a pool over the cache that its prompts were read into. `Engine` starts with an empty pool, grows it
+    when a text finds no free slot, and reuses a slot once its text has ended. The pool's owner decides which text is in
+    which slot.
 
-    Where a slot's bits do not depend on how many there are (the native library), the pool is ``elastic``: `grow` doubles it, and
-    `shrink` leaves out the slots whose texts have ended. Elsewhere it has ``most`` slots from the first `grow` on, and free ones are
-    stepped with the others.
+    With the native library a slot's bits do not depend on the number of slots. Such a pool is ``elastic``: `grow`
+    doubles it, and `shrink` drops the slots whose texts have ended. Any other pool has ``most`` slots from the first
+    `grow` on, and free slots are stepped with the others.
+
+    A step reads the weights without calling the modules. Once a module has a hook or a replaced forward, each step is
+    the model's forward instead.
 
     Args:
         model: a causal language model in eval mode.
-        most: how many slots there are at most.
-        states: a cache of ``most`` rows to go on from. A captured decoder takes its states over, and they come back in `close`; the
-            others write into it.
-        called: the model is in its own forward: its hooks have been called.
-
-    A step reads the weights without calling the modules; once one has a hook or a replaced forward, it is the model's forward.
+        most: the maximum number of slots.
+        states: a cache of ``most`` rows to start from. A captured decoder copies it, and `close` copies the result
+            back; other decoders update it in place.
+        called: whether the pool is used inside the model's own forward, whose hooks have run already.
 
     Attributes:
         states: the cache of all slots.
-        elastic: see above.
-        occupants: what is in each slot, as the pool's owner sets it; None where the slot is free. It moves with the slots.
+        elastic: whether the number of slots may change without changing bits (see above).
+        occupants: the text in each slot, set by the pool's owner; None where a slot is free. `grow` and `shrink` move
+            the entries along with the slots.
     """
 
     def __init__(self, model: Any, most: int, states: StateCache | None = None, called: bool = False):
         self.model, self.most = model, most
         self._watch = Watch(skipped_modules(model, called))
         self._given, self._steps = states, 0
-        # What is kept per slot, besides its state; `_resize` alone changes how many slots there are.
+        # Data per slot besides its state. Only `_resize` changes the number of slots.
         size = 0 if states is None else states.max_batch_size
         self.occupants: list[Any] = [None] * size
-        self._began = [0 if states is None else states.get_seq_length()] * size  # less the steps taken until it came
-        self._last: Tensor | None = None  # (size, v), the logits of the last step
+        # Per slot: the number of tokens seen when it was filled, minus the pool's steps until then.
+        self._began = [0 if states is None else states.get_seq_length()] * size
+        self._last: Tensor | None = None  # (size, v) logits of the last step
         self._verification: _DraftVerification | None = None
-        self._draft: Tensor | None = None  # (size, t, v), what was verified and is not committed
-        self._decoder: Decoder | None = None  # None while there is no slot
-        self._graph: Any = None  # the decoder, where it is the model's and the given states are in it until `close`
+        self._draft: Tensor | None = None  # (size, t, v) logits of drafts that are not committed yet
+        self._decoder: Decoder | None = None  # None while there are no slots
+        # The captured decoder that is kept with the model, if it serves: it holds the given states until `close`.
+        self._graph: Any = None
         if states is not None:
             self._graph = kept_decoder(model, most, called=called)
         if self._graph is None:
@@ -66,7 +71,7 @@ class SlotPool:
             return
         assert states is not None
         self.elastic = False
-        if self._graph.holder is not None and self._graph.holder() is not None:  # another text is under way in it
+        if self._graph.holder is not None and self._graph.holder() is not None:  # another pool uses it
             self._graph = choose(model, most, called=called).make(model, model.backbone.new_cache(most))
         self._graph.holder = weakref.ref(self)
         self._graph.load(states)
@@ -74,18 +79,18 @@ class SlotPool:
 
     @property
     def size(self) -> int:
-        """How many slots there are now."""
+        """The current number of slots."""
         return self.states.max_batch_size
 
     @property
     def by_forward(self) -> bool:
-        """Whether a step of the slots that there are is nothing but a call of the model."""
+        """Whether a step of the current slots is a plain call of the model."""
         return (isinstance(self._decoder, ForwardDecoder | None) and not self.elastic) or not self._watch.holds()
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Each slot reads its one of ``tokens`` (size,); the logits (size, v) after it, valid until the next step."""
+        """Read one token per slot, ``tokens`` (size,). Returns the logits (size, v), valid until the next step."""
         assert len(tokens) == self.size
         self._steps += 1
         self._states_changed()
@@ -93,8 +98,11 @@ class SlotPool:
         return self._last
 
     def likeliest(self, tokens: Tensor, count: int) -> Tensor:
-        """(size, count) the most probable tokens after ``tokens`` (size,); all but the last are read. A decoder of enough ``capacity``
-        chooses them itself, and the host does not wait."""
+        """Greedy decoding: (size, count) int64, each token the most probable one after the token before it.
+
+        Slots start with ``tokens`` (size,), and read all of the result but the last column. A decoder with a
+        ``capacity`` chooses the tokens on the device, without a device-to-host sync.
+        """
         decoder: Any = self._decoder_now()
         if not decoder.capacity:
             found = []
@@ -109,25 +117,30 @@ class SlotPool:
         return chosen
 
     def are_numbers(self, tokens: Tensor) -> Tensor:
-        """(size,) bool: `choosing.are_numbers` of the last step. A slot with NaN in its state has no other logits ever after."""
+        """(size,) bool: `logits.are_numbers` of the last step. A NaN stays in a slot's state, and in all its logits."""
         return torch.ones_like(tokens, dtype=torch.bool) if self._last is None else are_numbers(self._last, tokens)
 
     def _decoder_now(self) -> Decoder:
-        """The pool's decoder, or the model's forward from the moment that a module has a hook or a forward of its own."""
+        """The pool's decoder, or the model's forward as soon as a module has a hook or a replaced forward."""
         assert self._decoder is not None, "nothing is stepped before the first grow"
         return self._decoder if self._watch.holds() else ForwardDecoder(self.model, self.states)
 
     # -- drafts ----------------------------------------------------------------------------------------------------
 
     def verify(self, tokens: Tensor, most: int = 0) -> Tensor:
-        """Read a draft of each slot without changing its state: the logits (size, t, v) after each of ``tokens`` (size, t) int64.
+        """Read a draft for each slot without changing its state.
 
-        `commit` then keeps a beginning of each draft. What fills a shorter draft up comes after it. One slot is verified as fast as
-        there is a way (`mambakit.decoding.registry.verifier`), with the bits of `step` where that is a native call or the persistent
-        kernel; several by a forward over a copy of their states.
+        `commit` then keeps a prefix of each draft. Shorter drafts are padded at the end. With one slot, the fastest
+        verifier that serves is used (`mambakit.decoding.registry.verifier`); a native call and the persistent kernel
+        give the bits of `step`. Several slots are verified by a forward over a copy of their states.
 
         Args:
-            most: the most tokens of this and later drafts, for what is captured or compiled once.
+            tokens: (size, t) int64, the drafts.
+            most: the maximum number of tokens of this and later drafts, so that what is captured or compiled is made
+                once.
+
+        Returns:
+            (size, t, v) logits after each token.
         """
         size, t = tokens.shape
         assert size == self.size
@@ -137,10 +150,10 @@ class SlotPool:
         return self._draft
 
     def commit(self, kept: Sequence[int]) -> None:
-        """Bring slot i to after the first ``kept[i]`` tokens of the draft that was verified last.
+        """Advance the state of slot i by the first ``kept[i]`` tokens of its last verified draft.
 
         Raises:
-            ValueError: more than there were, or no draft since the last `commit` or `step`.
+            ValueError: more tokens than the draft had, or no `verify` since the last `commit` or `step`.
         """
         if self._verification is None or self._draft is None:
             raise ValueError("no draft was verified since the last commit or step; call verify first")
@@ -153,7 +166,7 @@ class SlotPool:
         self._draft = None
 
     def _states_changed(self) -> None:
-        """By something else than a commit."""
+        """Forget drafts: the states were changed by something other than a commit."""
         self._draft = None
         if self._verification is not None:
             self._verification.reload()
@@ -161,7 +174,7 @@ class SlotPool:
     # -- slots -----------------------------------------------------------------------------------------------------
 
     def grow(self) -> int:
-        """Add slots, which are free and empty until `put`; returns how many."""
+        """Add slots, free and with zero states. Returns the number of new slots."""
         before = self.size
         size = min(self.most, max(1, 2 * before)) if self.elastic else self.most
         kept = list(range(before))
@@ -171,20 +184,24 @@ class SlotPool:
         return size - before
 
     def shrink(self, kept: list[int]) -> bool:
-        """Go on with the slots ``kept`` alone, from now on slots 0, 1, ..., in new memory; given states are then left behind. False, and
-        nothing is done, where that could change bits or more than half of the slots are kept."""
+        """Keep only the slots ``kept``, renumbered 0, 1, ..., in new memory; the cache given to the constructor is no
+        longer updated.
+
+        Returns:
+            False, and nothing is changed, where that could change bits or where more than half of the slots are kept.
+        """
         if not self.elastic or 2 * len(kept) > self.size:
             return False
         self._resize(self.states.select(kept), list(kept))
         return True
 
     def _resize(self, states: StateCache, origins: Sequence[int | None]) -> None:
-        """Slot i is from now on what slot ``origins[i]`` was, or a new one: everything that is kept per slot follows."""
+        """Slot i becomes the former slot ``origins[i]``, or a new one where that is None, with all its data."""
         self.occupants = [None if slot is None else self.occupants[slot] for slot in origins]
         self._began = [0 if slot is None else self._began[slot] for slot in origins]
         if self._last is not None:
             last = self._last
-            self._last = last.new_zeros(len(origins), last.shape[1])  # numbers, where a slot has made no step yet
+            self._last = last.new_zeros(len(origins), last.shape[1])  # a slot that was never stepped has no NaN
             for slot, origin in enumerate(origins):
                 if origin is not None:
                     self._last[slot] = last[origin]
@@ -192,11 +209,12 @@ class SlotPool:
         self._make()
 
     def _make(self) -> None:
-        """The decoder over the states that there are: one of the pool's own, for its slots stay whatever else the model writes."""
+        """Make the decoder over the current states: the pool's own, not the one kept with the model, as slots outlive a
+        call."""
         self._decoder = self._kind.make(self.model, self.states) if self.size else None
 
     def put(self, slot: int, state: StateCache) -> None:
-        """``slot`` goes on from this state of one row, which is copied.
+        """Copy a state of one row into ``slot``.
 
         Raises:
             ValueError: a state of another model, or of several rows.
@@ -208,7 +226,7 @@ class SlotPool:
         self._began[slot] = state.get_seq_length() - self._steps
 
     def copy_of(self, slot: int) -> StateCache:
-        """What has become of the state that was put into ``slot``."""
+        """A copy of the current state of ``slot``."""
         state = self.states.select([slot])
         state.advance(self._began[slot] + self._steps - state.get_seq_length())
         return state
@@ -216,18 +234,18 @@ class SlotPool:
     # -- all of them -----------------------------------------------------------------------------------------------
 
     def snapshot(self) -> tuple[StateCache, int, list[int]]:
-        """What `go_back` needs to return to this moment."""
+        """A copy of all states, for `go_back`."""
         return self.states.clone(), self._steps, list(self._began)
 
     def go_back(self, snapshot: tuple[StateCache, int, list[int]]) -> None:
-        """Every slot as it was then; in place, for a decoder holds on to its memory."""
+        """Restore a snapshot, in place, because a decoder may hold on to the states' memory."""
         states, self._steps, began = snapshot
         self._began = list(began)
         self.states.load_(states)
         self._states_changed()
 
     def close(self) -> None:
-        """Bring the given states up to date; nothing is stepped afterwards."""
+        """Update the cache given to the constructor. The pool must not be stepped afterwards."""
         if self._given is None:
             return
         read = max(self._began, default=0) + self._steps - self._given.get_seq_length()
@@ -240,11 +258,12 @@ class SlotPool:
 
 
 class _DraftVerification:
-    """Drafts of the rows of a cache: of one row by the fastest verifier, of several, and of longer drafts, by the model's forward.
+    """Verifies drafts of the rows of a cache: one row by the fastest verifier, several rows or long drafts by the
+    model's forward.
 
     Args:
         states: the cache; it must not be replaced meanwhile.
-        most: the most tokens of a draft.
+        most: the maximum number of tokens of a draft.
     """
 
     def __init__(self, model: Any, states: StateCache, most: int):
@@ -254,16 +273,16 @@ class _DraftVerification:
         self._several = PackedVerifier(model, states)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """(b, t, v) logits after each of ``tokens`` (b, t) int64; the states are as they were."""
+        """(b, t, v) logits after each of ``tokens`` (b, t) int64; the states are unchanged."""
         return self._several(tokens) if self._one is None else self._one(tokens[0].tolist())[None]
 
     def commit(self, kept: list[int]) -> None:
-        """Bring row i to after the first ``kept[i]`` of its tokens."""
+        """Advance row i by the first ``kept[i]`` of its tokens."""
         if self._one is None:
             self._several.commit(kept)
         else:
             self._one.commit(kept[0])
 
     def reload(self) -> None:
-        """The states were changed by others than `commit`."""
+        """Forget drafts: the states were changed by something other than `commit`."""
         (self._several if self._one is None else self._one).reload()

@@ -1,4 +1,4 @@
-"""What changes logits before a token is chosen from them: constraint masks, biases, penalties; of several texts at once."""
+"""Changes of logits before a token is chosen: constraint masks, biases and penalties of several texts at once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ _LARGE = 3e38
 
 
 class Tables:
-    """The tables (m, v) of those m of ``texts`` that change their logits. A text's own tables are rows of these from now on.
+    """The tables (m, v) of the m texts among ``texts`` that change their logits. Each text's own tables become views of
+    their rows.
 
     Args:
         texts: the text of each slot; None where a slot is free.
-        device: where logits lie.
+        device: of the logits.
     """
 
     def __init__(self, texts: Sequence[SampledText | None], device: torch.device):
@@ -39,21 +40,21 @@ class Tables:
         self._penalised = (self._presence != 0) | (self._frequency != 0)
 
     def are_of(self, texts: Sequence[SampledText | None]) -> bool:
-        """Whether these slots have the same tables."""
+        """Whether these are the tables of ``texts``."""
         found = [(slot, text) for slot, text in enumerate(texts) if text is not None and text.changes_logits]
         return found == self._found and self._whole == (len(found) == len(texts))
 
     def change(self, logits: Tensor) -> Tensor:
-        """``logits`` (size, v) with masks, biases and penalties; they themselves stay."""
+        """``logits`` (size, v) with masks, biases and penalties applied, as a new tensor."""
         wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
         x = wide[self._slots]
         if self._masked:
             x = self._mask(x.clone())
         if self._bias is not None:
             x = x + self._bias
-        if self._seen is not None:  # a text without the penalty has seen nothing
+        if self._seen is not None:  # all False in rows of texts without the penalty
             scaled = x * torch.where(x < 0, self._repetition, 1 / self._repetition)
-            # The largest penalties leave float32's range; their limit is a large number.
+            # The largest penalties overflow float32: clamp to a large number.
             scaled = torch.where(x.isfinite(), scaled.clamp(-_LARGE, _LARGE), scaled)
             x = torch.where(self._seen, scaled, x)
         if self._counts is not None:
@@ -64,7 +65,7 @@ class Tables:
         rows, texts = [row for row, _ in self._masked], [text for _, text in self._masked]
         try:
             x[rows] = texts[0].params.mask(x[rows], [text.matcher for text in texts])
-        except Exception:  # of one constraint: which one, and the others go on
+        except Exception:  # one constraint failed: mask row by row, so that the other texts continue
             for row, text in self._masked:
                 try:
                     x[row : row + 1] = text.params.mask(x[row : row + 1], [text.matcher])
@@ -73,7 +74,7 @@ class Tables:
         return x
 
     def count(self, tokens: Tensor) -> None:
-        """Take up the tokens (size,) that were chosen."""
+        """Count the chosen tokens (size,) for penalties."""
         if self._seen is None and self._counts is None:
             return
         written = tokens[self._slots][:, None]
@@ -87,14 +88,14 @@ class Tables:
         return [None if table is None else table.clone() for table in (self._seen, self._counts)]
 
     def restore(self, snapshot: list[Tensor | None]) -> None:
-        """As it was at the snapshot, in place: the texts' own tables are rows of these."""
+        """Restore a snapshot, in place, because the texts' own tables are views."""
         for table, before in zip((self._seen, self._counts), snapshot, strict=True):
             if table is not None and before is not None:
                 table.copy_(before)
 
 
 def _stacked(texts: list[SampledText], name: str, dtype: torch.dtype) -> Tensor | None:
-    """(m, v), of which each text's own table is from now on a row; None where no text has one."""
+    """(m, v), whose rows become the texts' own tables; None where no text has one."""
     tables = [getattr(text, name) for text in texts]
     one = next((table for table in tables if table is not None), None)
     if one is None:

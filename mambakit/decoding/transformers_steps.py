@@ -1,4 +1,4 @@
-"""The other loop over tokens is transformers': what `generate` and forward say to each other when it runs."""
+"""Decode steps under transformers' own token loop: what `generate` and the model's forward share during one call."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from mambakit.modules import StateCache
 
 
 class TransformersSteps:
-    """One `generate` call. `prepare_inputs_for_generation` passes it to forward, which asks it for each token's logits.
+    """The state of one `generate` call. `prepare_inputs_for_generation` passes it to forward, which asks it for each
+    token's logits.
 
-    A step is made for a cache's own tensors. They stay in place while slots go on side by side, so the second token against the same
-    tensors makes the step and later ones use it; a beam search, which moves rows at every token, never does. On a GPU the state
-    moves into the graph's own memory meanwhile, and comes back in `close`.
+    A decoder is tied to the tensors of one cache. It is made at the second token with the same cache tensors, and used
+    as long as they stay. A beam search replaces them at every token, so it never uses a decoder. On a GPU the states
+    are in the CUDA graph's own memory meanwhile; `close` copies them back.
 
     Attributes:
-        cached_columns: leading columns of the prompt that the cache has read.
-        chunk_size: of a prompt that is read once `generate` has checked everything; 0 where it is not read like that.
-        prompt_logits: (b, v) after the prompt, once it is read; forward then need not read it, and says these first.
-        own_cache: the cache that was made for this call: nobody else sees it.
-        seeds: one for each text, of counter-based random numbers; None: those of the global generator.
+        cached_columns: the number of leading prompt columns that the cache has read.
+        chunk_size: of the prefill, which starts after `generate` has checked its arguments; 0: forward reads the
+            prompt.
+        prompt_logits: (b, v) after the prefill; forward returns them first instead of reading the prompt.
+        own_cache: the cache that was made for this call, which nobody else uses.
+        seeds: one per text, for counter-based random numbers; None: the global generator.
     """
 
     def __init__(self, model: Any, seeds: Sequence[int] | None = None):
@@ -36,10 +38,10 @@ class TransformersSteps:
         self._pool: SlotPool | None = None
 
     def logits(self, ids: Tensor | None, cache: StateCache | None) -> Tensor | None:
-        """(b, v) logits of (b, 1) tokens, the cache brought up to date; None: the model's forward must do it."""
+        """(b, v) logits of (b, 1) tokens, with the cache updated. None: the caller must run the model's forward."""
         if ids is None or cache is None or ids.shape[1] != 1:
             return None
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a trace is of the forward
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a trace must record the forward
             return None
         if self.prompt_logits is not None:
             logits, self.prompt_logits = self.prompt_logits, None
@@ -52,13 +54,13 @@ class TransformersSteps:
         if self._pool is None:
             self._pool = SlotPool(self.model, cache.max_batch_size, cache, called=True)
         if self._pool.by_forward:
-            self.close()  # a graph may have read some tokens before somebody put a hook on a module
+            self.close()  # a hook was added after a graph had read some tokens
             return None
         logits = self._pool.step(ids[:, 0])
-        return logits.clone() if logits.is_cuda else logits  # a graph's are gone with the next step
+        return logits.clone() if logits.is_cuda else logits  # a graph overwrites its logits at the next step
 
     def close(self) -> None:
-        """Bring the cache up to date."""
+        """Update the cache."""
         if self._pool is not None:
             self._pool.close()
         self._pool = None

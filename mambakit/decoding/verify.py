@@ -1,8 +1,9 @@
-"""Draft verification: logits of several tokens that may follow, then the state after only those that are kept.
+"""Draft verification: logits after several proposed tokens, then a commit of the prefix that is kept.
 
-A Mamba state cannot be cut back. So a verification reads the state without writing it and keeps what every layer fed its recurrence;
-to keep m tokens then runs the recurrences alone over m of those inputs, which reads none of the large weights. Where that is not
-possible (many slots, layers that are not known) the draft is read over a copy of the states, and what was kept is read again.
+A Mamba state has no entry per token, so it cannot be truncated as a KV cache can. A verifier therefore reads the draft
+without writing the state, and stores the inputs of every layer's recurrence. `commit` of m tokens then repeats only the
+recurrences over m of those inputs, without the large projections. Where that is not possible (several rows, unknown
+layers), the draft runs on a copy of the states, and the kept prefix is read again.
 """
 
 from __future__ import annotations
@@ -21,42 +22,42 @@ from mambakit.modules import MambaCache, StateCache
 from mambakit.ops import causal_conv1d, selective_scan, selective_scan_
 from mambakit.ops.decode.cpu_verify import VerifyStep
 
-# A step size whose softplus is exactly 0: the recurrence then keeps its state, bit for bit.
+# softplus of this step size is exactly 0, so the recurrence leaves its state unchanged, bit for bit.
 _NO_STEP = -1e4
 
 
 class Verifier(Protocol):
-    """Reads drafts against a cache of one row."""
+    """Verifies drafts against a cache of one row."""
 
     def __call__(self, tokens: list[int]) -> Tensor:
-        """(t, v) logits after each of t tokens; the cache is as it was."""
+        """(t, v) logits after each of t tokens; the cache is unchanged."""
 
     def commit(self, m: int) -> None:
-        """Bring the cache to after the first m of them.
+        """Advance the cache by the first m tokens of the draft.
 
         Raises:
-            ValueError: m is more than were read since the last commit.
+            ValueError: m is more than the tokens verified since the last commit.
         """
 
     def reload(self) -> None:
-        """The cache was changed by others than `commit`: go on from what is in it now. Tokens that were read are forgotten."""
+        """The cache was changed by something other than `commit`: read it again, and forget the draft."""
 
 
-# -- one row, fastest first ---------------------------------------------------------------------------------------------
+# -- one row, fastest first --------------------------------------------------------------------------------------------
 
 
 def why_not_native(model: Any, tokens: int, *, states: Any = None) -> str | None:
-    """Why `NativeVerifier` cannot verify drafts of so many tokens, or None where it can."""
+    """Why `NativeVerifier` cannot verify drafts of ``tokens`` tokens, or None where it can."""
     return native_step.why_not(model, 1, states=states)
 
 
 def why_not_captured_layers(model: Any, tokens: int, *, states: Any = None) -> str | None:
-    """Why `CapturedVerifier` cannot, or None where it can."""
+    """Why `CapturedVerifier` cannot serve, or None where it can."""
     return why_not_captured(model) or why_not_by_layers(model)
 
 
 def why_not_layers(model: Any, tokens: int, *, states: Any = None) -> str | None:
-    """Why `LayersVerifier` cannot, or None where it can."""
+    """Why `LayersVerifier` cannot serve, or None where it can."""
     return why_not_by_layers(model)
 
 
@@ -66,7 +67,7 @@ def _require_read(m: int, read: int) -> None:
 
 
 class NativeVerifier:
-    """One call into the native library, whose bits are those of decoding token by token."""
+    """One call into the native library, with the bits of token-by-token decoding."""
 
     def __init__(self, model: Any, cache: MambaCache, tokens: int):
         layers, head = native_step.native_weights(model)
@@ -92,8 +93,10 @@ class NativeVerifier:
 
 
 class PersistentVerifier:
-    """The persistent kernel, whose bits are those of its decoding. Every text of the model shares it: one that finds another's state
-    in it loads its own."""
+    """The persistent kernel, with the bits of its decoding.
+
+    All texts of a model share one `VerificationStep`. A verifier loads its own state if another's is in it.
+    """
 
     def __init__(self, model: Any, cache: StateCache, tokens: int):
         self._step, self._cache, self._read = verification_step(model, tokens), cache, 0
@@ -120,10 +123,11 @@ class PersistentVerifier:
 
 
 class PackedVerifier:
-    """Drafts of any number of rows by the model's forward, over a copy of the states; what is kept of them is read again, packed.
+    """Verifies drafts of any number of rows by the model's forward on a copy of the states; `commit` reads the kept
+    prefixes again, packed.
 
     Args:
-        cache: of b rows; brought up to date in place.
+        cache: of b rows; `commit` updates it in place.
     """
 
     def __init__(self, model: Any, cache: StateCache):
@@ -132,13 +136,13 @@ class PackedVerifier:
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """(b, t, v) logits after each of ``tokens`` (b, t); the cache is as it was."""
+        """(b, t, v) logits after each of ``tokens`` (b, t); the cache is unchanged."""
         self._tokens, self._copy = tokens, self.cache.clone()
         return self.model(tokens, cache_params=self._copy).logits
 
     @torch.no_grad()
     def commit(self, kept: list[int]) -> None:
-        """Bring row i of the cache to after the first ``kept[i]`` of its tokens; the cache counts the most of them as seen."""
+        """Advance row i of the cache by its first ``kept[i]`` tokens. The cache's length grows by their maximum."""
         read = 0 if self._tokens is None else self._tokens.shape[1]
         for m in kept:
             _require_read(m, read)
@@ -160,7 +164,7 @@ class PackedVerifier:
 
 
 class ForwardVerifier:
-    """`PackedVerifier` of one row."""
+    """`PackedVerifier` with one row."""
 
     def __init__(self, model: Any, cache: StateCache, tokens: int):
         self._model, self._packed = model, PackedVerifier(model, cache)
@@ -176,11 +180,11 @@ class ForwardVerifier:
 
 
 class LayersVerifier:
-    """The model's own projections and norms, with the ops that do not write the state."""
+    """Calls the model's own projections and norms, and the ops that leave the state unchanged."""
 
     def __init__(self, model: Any, cache: StateCache, tokens: int):
         self.model, self.cache = model, cache
-        self._inputs: list[tuple[Tensor, tuple]] = []  # of each layer: the convolution's, and the scan's
+        self._inputs: list[tuple[Tensor, tuple]] = []  # per layer: those of the convolution and of the scan
         self._read = 0
 
     @torch.no_grad()
@@ -221,7 +225,7 @@ class LayersVerifier:
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _replay(self, m: Tensor) -> None:
-        """The recurrences over the first m (1,) of the tokens; the shapes are the same for every m, as a graph needs."""
+        """Run the recurrences over the first m (1,) tokens. Shapes do not depend on m, as a CUDA graph requires."""
         for i, (conv_input, (u, delta, *rest)) in enumerate(self._inputs):
             conv_state, ssm_state = self.cache.memory(i)
             windows = torch.cat([conv_state, conv_input.transpose(1, 2).to(conv_state.dtype)], 2)  # (1, d, k - 1 + t)
@@ -233,7 +237,8 @@ class LayersVerifier:
 
 
 class CapturedVerifier(LayersVerifier):
-    """The same as two CUDA graphs of a fixed number of tokens; shorter drafts are filled up and the rest not kept."""
+    """`LayersVerifier` as two CUDA graphs for a fixed number of tokens; shorter drafts are padded, and only they are
+    kept."""
 
     def __init__(self, model: Any, cache: MambaCache, tokens: int):
         super().__init__(model, cache, tokens)
@@ -241,7 +246,7 @@ class CapturedVerifier(LayersVerifier):
         self._kept = torch.zeros(1, dtype=torch.long, device=model.device)
         with torch.no_grad():
             self._verifying = CapturedGraph(lambda: self._verify(self._ids), model.device, warm_ups=2)
-            # Of 0 tokens: the state stays as it is in the warm-up.
+            # The warm-up replays 0 tokens, so the state is unchanged.
             self._replaying = CapturedGraph(lambda: self._replay(self._kept), model.device, warm_ups=2)
 
     def __call__(self, tokens: list[int]) -> Tensor:

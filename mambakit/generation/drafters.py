@@ -1,4 +1,4 @@
-"""Where guesses of the next tokens come from: the text itself, or a smaller model. `speculative` verifies them."""
+"""Drafters: proposals of the next tokens, from the text itself or from a smaller model. `speculative` verifies them."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from mambakit.errors import LogitsError
 from mambakit.ops.sampling.api import NO_TOKEN
 from mambakit.quoting import brief
 
-# Places that prompt lookup compares, from the latest back.
+# The number of earlier occurrences that prompt lookup compares, latest first.
 _CANDIDATES = 64
 
 
 class PromptLookup:
-    """Guesses that what followed these last tokens before follows them again; costs nothing, and needs no draft model.
+    """Proposes the tokens that followed an earlier occurrence of the last tokens. It is free, and needs no draft model.
 
-    Good where text repeats itself: code, lists, quotations, summaries of the prompt.
+    It is good where text repeats itself: code, lists, quotations, summaries of the prompt.
 
     Args:
-        longest, shortest: lengths of the run of last tokens that is looked for; longer ones first, the latest place wins.
+        longest, shortest: the length of the match, in tokens. The longest match wins, and of equal ones the latest.
     """
 
     def __init__(self, longest: int = 4, shortest: int = 2):
@@ -45,14 +45,14 @@ class PromptLookup:
         self.longest, self.shortest = longest, shortest
 
     def begin(self, ids: Tensor, sampling: SamplingParams, scores: Scores | None, generator: torch.Generator) -> None:
-        # Where the latest run of `shortest` tokens like this ends, and for each place where the one before it ends:
-        # eight bytes for each token of the text, and an entry for each different run.
+        # For each n-gram (n = `shortest`) the end of its latest occurrence, and for each end that of the occurrence
+        # before: 8 bytes per token of the text, and one entry per distinct n-gram.
         self._latest: dict[tuple[int, ...], int] = {}
         self._earlier = array("q", [-1])
 
     def propose(self, text: list[int], most: int) -> Draft:
         n = self.shortest
-        for end in range(len(self._earlier), len(text)):  # a run at the very end has nothing after it yet
+        for end in range(len(self._earlier), len(text)):  # nothing follows an n-gram at the very end yet
             run = tuple(text[max(0, end - n) : end])
             self._earlier.append(self._latest.get(run, -1))
             self._latest[run] = end
@@ -71,10 +71,11 @@ class PromptLookup:
 
 
 class DraftModel:
-    """Guesses with a smaller model of the same vocabulary, which chooses as the large one is to choose.
+    """Proposes tokens with a smaller model of the same vocabulary, chosen with the sampling parameters of the large
+    model.
 
-    Its own state is rolled back by copies, one for each guess: those of a small model cost less than reading it again. Guesses
-    follow one another on the device; the host waits once for all of them.
+    Its state is copied before each guess and rolled back by restoring a copy: for a small model that is cheaper than
+    reading the text again. All guesses of a draft are made on the device, with one device-to-host sync.
 
     Args:
         model: a causal language model in eval mode.
@@ -126,9 +127,10 @@ class DraftModel:
 
 
 class _Proposing:
-    """A `Chooser` of guesses: drawn as tokens are, with random numbers of their own, and the distributions are kept.
+    """A `Chooser` for guesses. They have their own random numbers, and their distributions are kept for the acceptance
+    test.
 
-    Penalties and biases count as they do for the text; constraints do not.
+    Penalties and biases apply as in the text itself; constraints do not.
     """
 
     def __init__(self, sampling: SamplingParams, vocab_size: int, read: Tensor):
@@ -137,15 +139,15 @@ class _Proposing:
         self._tables = Tables([self._text], read.device) if self._text.changes_logits else None
         self._before = [] if self._tables is None else self._tables.snapshot()
         self._device, self._prompt = read.device, len(read)
-        self._counted = len(read)  # tokens of the text that the tables have
-        self._place = 0  # of the next guess in the text
+        self._counted = len(read)  # tokens of the text that the tables have counted
+        self._place = 0  # the next guess's position in the text
         self._kept: list[Tensor] = []
         self.plain = self._text.plain
 
     def follow(self, text: list[int]) -> None:
-        """Guess what follows ``text``, all tokens so far."""
+        """Start a draft after ``text``, all tokens so far."""
         if self._tables is not None:
-            self._tables.restore(self._before)  # without the guesses
+            self._tables.restore(self._before)  # without the guesses of the last draft
             for token in text[self._counted :]:
                 self._tables.count(torch.tensor([token], dtype=torch.int64, device=self._device))
             self._before = self._tables.snapshot()
@@ -169,17 +171,17 @@ class _Proposing:
         return torch.cat(self._kept) if self._kept else None
 
     def select(self, kept: list[int]) -> None:
-        """One slot stays one."""
+        """Nothing to do: there is one slot."""
 
     def snapshot(self) -> None:
-        """Nothing: `follow` says where a guess begins."""
+        """Nothing: `follow` sets the position."""
 
     def restore(self, snapshot: None) -> None:
         """See `snapshot`."""
 
 
 def _agreement(read: list[int], text: list[int], start: int) -> int:
-    """How many of ``read`` are the beginning of all but the last of ``text``, known to be so up to ``start``."""
+    """The length of the common prefix of ``read`` and ``text[:-1]``, which is at least ``start``."""
     n = start
     while n < min(len(read), len(text) - 1) and read[n] == text[n]:
         n += 1

@@ -1,57 +1,49 @@
 """Many texts at once: a scheduler over the loop of `mambakit.decoding.loop`.
 
-The slots are a pool of states that decodes together, one token a slot and step. A slot is free for the next request as soon as its text
-has ended. Prompts are read between steps, several in turn (`mambakit.generation.reading`), for so short a time that texts being
-written are not held up.
+The slots are a pool of states that decodes together, one token a slot and step. A slot is free for the next request as
+soon as its text has ended. Prompts are read between steps, several in turn (`mambakit.generation.engine_prompts`), for
+so short a time that the texts being written are not held up.
 
-Requests whose ``share`` differs take turns (`mambakit.generation.turns`): a text whose time slice is over makes room where another
-share has fewer slots. It loses nothing: its state is copied out, and later back.
+Requests whose ``share`` differs take turns (`mambakit.generation.engine_schedule`): a text whose time slice is over
+leaves its slot where another share has fewer slots. Its state is copied out and later back, so it goes on with the same
+tokens.
 
-A text does not depend on the others: every request has its own random numbers, and each prompt is read on its own in chunks that start
-at its own beginning. On a CPU, where a slot's step has the same bits in any batch, tokens are the same whatever else is there, and
-free slots are left out of the step where few of many write. Elsewhere the step always runs on all ``slots``, so that its products
-are cut the same way. Whatever goes wrong with one request, its grammar or its state, ends that request alone.
+A text does not depend on the others: every request has its own random numbers, and each prompt is read on its own in
+chunks that start at its own beginning. On a CPU, where a slot's step has the same bits in any batch, tokens are the
+same whatever else is there, and free slots are left out of the step where few of many write. Elsewhere the step always
+runs on all ``slots``, so that its products are cut the same way. An error of one request, of its grammar or its state,
+ends that request alone.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 import warnings
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mambakit.decoding.chunks import SNAPSHOT_CHUNK
 from mambakit.decoding.logits import NO_CHOICE
 from mambakit.decoding.loop import SlotLoop
-from mambakit.decoding.parameters import CHUNK_SIZE, INT64, NEW_TOKENS, Number
-from mambakit.decoding.sampler import Sampler
+from mambakit.decoding.parameters import CHUNK_SIZE, INT64, Number
 from mambakit.decoding.slots import SlotPool
 from mambakit.errors import LogitsError
+from mambakit.generation.engine_prompts import PromptReader
+from mambakit.generation.engine_schedule import Schedule
 from mambakit.generation.prefix_cache import PrefixCache
-from mambakit.generation.reading import PromptReading, ReadingShare
+from mambakit.generation.reading import ReadingShare
 from mambakit.generation.request import Request, Text
 from mambakit.generation.stream import _end_tokens
-from mambakit.generation.token_ids import require_in_vocabulary
-from mambakit.generation.turns import Path, Turns
 from mambakit.modules import StateCache
 from mambakit.ops.sampling.api import NO_TOKEN
 from mambakit.quoting import cut
 
-# A prompt's token costs about this share of one that is written.
-_PROMPT_SHARE = 1 / 16
-# Requests whose prompts are read before there is a slot for them: so many times the slots. Each holds a state.
-_AHEAD = 4
 _MOST_PER_LOOK = 64  # a graph keeps no more tokens
-# Prompts whose state is held for the other texts of the same prompt and share.
-_PROMPTS_HELD = 4
-_STEPS_PER_LOOK = 16  # steps after which it is looked again whose prompts are next, though nobody came or went
 
 
 class Engine:
@@ -60,14 +52,15 @@ class Engine:
     Args:
         model: a causal language model in eval mode.
         slots: how many texts are written together.
-        chunk_size: tokens of a prompt per forward, and at most about as many between two steps; memory does not grow with the prompt.
+        chunk_size: tokens of a prompt per forward, and at most about as many between two steps; memory does not grow
+            with the prompt.
         prefix_cache: where beginnings of prompts are looked up, and prompts and texts are kept.
-        read_seconds: the time for reading prompts between two steps. What cannot be interrupted may exceed it: on a CPU a chunk
-            in one layer, on a GPU a chunk.
+        read_seconds: the time for reading prompts between two steps. The smallest part that can be read may exceed it:
+            on a CPU a chunk in one layer, on a GPU a chunk.
         slice_tokens: how many tokens a text writes at least before it makes room for one of another share.
-        tokens_per_look: tokens that each slot writes between two times that the host waits for the device, where no constraint needs it
-            and no state is kept. More than 1 leaves the host behind the device; the texts are the same, but `step` gives several
-            tokens of a text at once, and a text that is cancelled has had up to so many more.
+        tokens_per_look: tokens that each slot writes between two device-to-host syncs, where no constraint needs one
+            and no state is kept. More than 1 leaves the host behind the device; the texts are the same, but `step`
+            gives several tokens of a text at once, and a text that is cancelled has had up to so many more.
         clock: gives the time in seconds.
         rows: the earlier name of ``slots``.
 
@@ -101,19 +94,13 @@ class Engine:
         self.prefix_cache = prefix_cache
         self._ends = _end_tokens(model)
         self._vocab_size = model.config.vocab_size
-        self._share = ReadingShare[Text](read_seconds, chunk_size, clock)
         self._pool = SlotPool(model, slots)  # its slots hold their texts
         self._loop = SlotLoop(self._pool)
-        self._turns = Turns[Text]()  # all texts
-        self._unread: dict[Text, None] = {}  # in the order in which they came
-        self._ready: dict[Text, None] = {}  # read, and without a slot
-        self._texts: dict[Request, Text] = {}
+        self._schedule = Schedule(slots)
+        self._prompts = PromptReader(model, ReadingShare(read_seconds, chunk_size, clock), self._schedule)
         self._cancelled: deque[Request] = deque()  # by whichever thread
-        self._next: list[Text] | None = None  # those whose prompts may be read now; None where that is to be found out
-        self._known: OrderedDict[Path, tuple[StateCache, Tensor]] = OrderedDict()
-        self._steps = self._taken = 0  # of the slots
+        self._taken = 0  # of the slots
         self._freed = False  # whether slots have become free
-        self._first = Sampler()  # of a prompt's first token
 
     @property
     def rows(self) -> int:
@@ -124,13 +111,13 @@ class Engine:
     @property
     def waiting(self) -> list[Request]:
         """Requests of which nothing has been read yet."""
-        return [text.request for text in self._unread if not text.reading.begun]
+        return [text.request for text in self._schedule.unread if not text.reading.begun]
 
     @property
     def busy(self) -> int:
         """Slots that are taken: by texts being written, and by those that will be as soon as their prompt is read."""
-        begun = sum(text.reading.begun for text in self._unread)
-        return min(self.slots, len(self._writing()) + len(self._ready) + begun)
+        begun = sum(text.reading.begun for text in self._schedule.unread)
+        return min(self.slots, len(self._writing()) + len(self._schedule.ready) + begun)
 
     def submit(self, request: Request) -> Request:
         """Queue a request; it starts as soon as it is its turn.
@@ -141,23 +128,11 @@ class Engine:
         """
         if not isinstance(request, Request):
             raise TypeError(f"a {type(request).__name__} cannot be written; give a Request")
-        if request in self._texts:
+        if request in self._schedule.texts:
             raise ValueError("this request runs already; make another Request of the same prompt")
         if request.finish_reason:
             return request
-        ids = request.prompt_ids.detach().cpu()
-        require_in_vocabulary("prompt_ids", ids, self._vocab_size)  # on a GPU another token would end the process
-        if request.context is not None:
-            require_in_vocabulary("context", request.context, self._vocab_size)
-        alone = not request.share or request.state is not None or self.prefix_cache is not None
-        prompt = None if alone else (request.share, hashlib.sha256(ids.numpy().tobytes()).digest())
-        most = NEW_TOKENS.read("max_new_tokens", request.max_new_tokens)
-        text = Text(
-            request, most, PromptReading(self.model, ids, self.chunk_size, request.state, self.prefix_cache), prompt
-        )
-        self._turns.add(text, request.share)
-        self._texts[request] = text
-        self._unread[text] = self._next = None
+        self._schedule.add(self._prompts.text_of(request, self.chunk_size, self.prefix_cache))
         request.on_cancel = self._cancelled.append
         if request.finish_reason:  # cancelled meanwhile
             self._cancelled.append(request)
@@ -165,7 +140,7 @@ class Engine:
 
     def run(self) -> Iterator[tuple[Request, int]]:
         """(request, token) as they are chosen, until nothing is left; requests may be submitted meanwhile."""
-        while len(self._turns):
+        while len(self._schedule):
             yield from self.step()
 
     def write(self, requests: Iterable[Request]) -> list[Request]:
@@ -179,107 +154,43 @@ class Engine:
                 raise kind(request.error) from request.exception
         return requests
 
-    @torch.inference_mode(
-        False
-    )  # states and tables outlive the step: it may be called in an inference mode and out of it
+    @torch.inference_mode(False)  # states and tables outlive the step, which may run in inference mode and out of it
     @torch.no_grad()
     def step(self) -> list[tuple[Request, int]]:
-        """Read prompts for a while, each of which then has its first token; then the next token of every slot (``tokens_per_look``)."""
-        self._steps += 1
+        """Read prompts for a while, then write the next token of every slot (``tokens_per_look``).
+
+        Returns:
+            (request, token) of each text that has a new token. A text whose prompt was read has its first.
+        """
+        self._schedule.begin_step()
         while self._cancelled:
-            if (cancelled := self._texts.get(self._cancelled.popleft())) is not None:
+            if (cancelled := self._schedule.texts.get(self._cancelled.popleft())) is not None:
                 self._finish(cancelled, "cancelled")
         chosen: list[tuple[Request, int]] = []
-        if self._steps % _STEPS_PER_LOOK == 0:
-            self._next = None
-        if self._unread:
-            self._share.step(self._may_be_read, lambda text: text.reading, lambda text: self._read_part(text, chosen))
-        if self._ready:
+        if self._schedule.unread:
+            self._prompts.step(lambda text, token: self._take(text, token, chosen), self._fail)
+        if self._schedule.ready:
             self._give_slots()
         if self._freed:
             self._leave_out_free_slots()
         if self._taken:
             self._write(chosen)
-        if not len(self._turns):
-            self._known.clear()
+        if not len(self._schedule):
+            self._prompts.drop_held()
         return chosen
 
-    # -- prompts ---------------------------------------------------------------------------------------------------
-
-    def _may_be_read(self) -> list[Text]:
-        """Prompts of the texts whose turn it is to have a slot, and the first of each share that has none yet."""
-        if not self._unread:
-            return []
-        if self._next is None:
-            self._count_served()
-            due = {
-                *self._turns.next(self.slots, _anybody),
-                *self._turns.next(_AHEAD * self.slots, _anybody, per_request=1),
-            }
-            able = [text for text in self._unread if text in due]
-            begun = {text.prompt for text in able if text.reading.begun}
-            found: list[Text] = []
-            for text in able:  # of several texts of one prompt, the others wait for the one that reads it
-                if text.reading.begun or text.prompt is None or text.prompt not in begun:
-                    begun.add(text.prompt)
-                    found.append(text)
-            self._next = found
-        return self._next
-
-    def _read_part(self, text: Text, chosen: list[tuple[Request, int]]) -> int:
-        reading, request, tokens = text.reading, text.request, 0
-        left = reading.left
-        try:
-            if text.prompt in self._known and not reading.begun:
-                assert text.prompt is not None
-                reading.finish(*self._known[text.prompt])
-            else:
-                tokens = reading.part()
-            self._turns.serve(text, (left - reading.left) * _PROMPT_SHARE)
-            if not reading.done:
-                return tokens
-            request.cached_tokens = reading.cached
-            assert reading.logits is not None
-            (token,) = self._first.choose(reading.logits, [text.begin(self._vocab_size, self.model.device)])
-        except Exception as error:
-            self._fail(text, error)
-            return tokens
-        del self._unread[text]
-        self._next = None
-        self._ready[text] = None
-        text.state = reading.cache
-        if text.prompt is not None and reading.cache is not None:
-            self._known[text.prompt] = reading.cache, reading.logits
-            while len(self._known) > _PROMPTS_HELD:
-                self._known.popitem(last=False)
-        if self._take(text, token):
-            chosen.append((request, token))
-        return tokens
-
-    # -- slots -----------------------------------------------------------------------------------------------------
-
-    def _writing(self) -> list[tuple[int, Text]]:
-        return [(slot, text) for slot, text in enumerate(self._pool.occupants) if text is not None]
+    def _writing(self) -> list[Text]:
+        return [text for text in self._pool.occupants if text is not None]
 
     def _give_slots(self) -> None:
-        """To texts that are ready; where they are too many, to those whose turn it is."""
-        due, writing = list(self._ready), self._writing()
-        if len(writing) + len(due) > self.slots:
-            staying = [text for _, text in writing if len(text.written) - text.seated_at < self.slice_tokens]
-            if len(staying) == self.slots:
-                return
-            self._count_served()
-            able = {*self._ready, *(text for _, text in writing)}
-            due = self._turns.next(self.slots - len(staying), able.__contains__, staying)
-            going = {*staying, *due}
-            for slot, text in writing:
-                if text not in going:  # its state is copied out, and it goes on from there later
-                    text.state = self._pool.copy_of(slot)
-                    self._ready[text] = None
-                    self._release(slot)
-        for text in due:
-            if text in self._ready:
-                self._give_slot(text)
+        leaving, entering = self._schedule.admission(self._writing(), self.slice_tokens)
+        for text in leaving:  # each continues later from a copy of its state
+            slot = self._pool.occupants.index(text)
+            text.state = self._pool.copy_of(slot)
+            self._schedule.ready[text] = None
+            self._release(slot)
+        for text in entering:
+            self._give_slot(text)
 
     def _give_slot(self, text: Text) -> None:
         assert text.state is not None
@@ -288,7 +199,7 @@ class Engine:
         except Exception as error:  # a state that was given may be of another model
             self._fail(text, error)
             return
-        del self._ready[text]
+        del self._schedule.ready[text]
         text.state, text.seated_at = None, len(text.written)
         self._taken += 1
 
@@ -298,12 +209,10 @@ class Engine:
         self._freed = True
 
     def _leave_out_free_slots(self) -> None:
-        """Where few of many still write and nobody waits, a step need not be one of all slots."""
-        if self._taken and self._taken == len(self._turns):
+        """Where few of many slots are taken and no text waits for one, let steps leave out the free slots."""
+        if self._taken and self._taken == len(self._schedule):
             self._loop.shrink()
             self._freed = False
-
-    # -- tokens ----------------------------------------------------------------------------------------------------
 
     def _write(self, chosen: list[tuple[Request, int]]) -> None:
         """The next tokens of every text that has a slot."""
@@ -327,37 +236,28 @@ class Engine:
                         continue
                     self._finish(text, "length")
                 else:
-                    self._take(text, token)
+                    self._take(text, token, chosen)
                 break
 
-    def _take(self, text: Text, token: int) -> bool:
-        """Note a text's token; False where it is the end of the text, or none could be chosen."""
+    def _take(self, text: Text, token: int, chosen: list[tuple[Request, int]]) -> None:
+        """Note a text's token, or end the text: with its end-of-text token, or where no token could be chosen."""
         if token == NO_TOKEN:
             assert text.sampled is not None
             self._fail(text, text.sampled.exception)
-            return False
-        if not 0 <= token < self._vocab_size:
+        elif not 0 <= token < self._vocab_size:
             self._fail(text, ValueError(f"token {token} was chosen; the model's are 0 to {self._vocab_size - 1}"))
-            return False
-        if token in self._ends:
+        elif token in self._ends:
             self._finish(text, "stop")
-            return False
-        text.written.append(token)
-        text.request.tokens.append(token)
-        if len(text.written) >= text.most:
-            self._finish(text, "length")
-        return True
-
-    def _count_served(self) -> None:
-        """Tell the turns what texts have written since."""
-        for text in self._texts.values():
-            if len(text.written) > text.counted:
-                self._turns.serve(text, len(text.written) - text.counted)
-                text.counted = len(text.written)
+        else:
+            text.written.append(token)
+            text.request.tokens.append(token)
+            chosen.append((text.request, token))
+            if len(text.written) >= text.most:
+                self._finish(text, "length")
 
     def _fail(self, text: Text, error: Exception | None) -> None:
-        """End with an error the one request that raised it (None: its logits were no numbers); raise what no request survives."""
-        if isinstance(error, torch.AcceleratorError):  # the device answers nobody any more
+        """End a text with an error; None stands for logits that are not numbers. An error of the device is raised."""
+        if isinstance(error, torch.AcceleratorError):
             raise error
         request = text.request
         request.exception = error
@@ -367,8 +267,6 @@ class Engine:
     def _finish(self, text: Text, reason: str) -> None:
         request = text.request
         request.finish_reason = request.finish_reason or reason
-        if len(text.written) > text.counted:
-            self._turns.serve(text, len(text.written) - text.counted)
         slot = self._pool.occupants.index(text) if text in self._pool.occupants else None
         wanted = request.keep_state or (self.prefix_cache is not None and request.state is None)
         if wanted and not request.error:
@@ -378,12 +276,8 @@ class Engine:
                 self._keep(text, state)
         if slot is not None:
             self._release(slot)
-        self._unread.pop(text, None)
-        self._ready.pop(text, None)
-        self._turns.remove(text)
-        del self._texts[request]
+        self._schedule.remove(text)
         request.on_cancel = None
-        self._next = None
 
     def _keep(self, text: Text, state: StateCache) -> None:
         request = text.request
@@ -395,7 +289,3 @@ class Engine:
                 self.prefix_cache.store(read, state)
             except Exception as error:  # the text itself is whole
                 warnings.warn(f"a text's state could not be kept in the prefix cache: {error}", stacklevel=2)
-
-
-def _anybody(_text: Text) -> bool:
-    return True

@@ -1,4 +1,4 @@
-"""Texts that an engine writes together, each as an iterator over pieces of text, as `Stream` is."""
+"""Texts that one engine decodes together, each as an iterator over pieces of text like `Stream`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mambakit.modules import StateCache
 
 
 class EngineStream:
-    """One text; reading its pieces writes all texts on. Made by `stream_together`.
+    """One text. Reading its pieces advances all texts of the engine. Made by `stream_together`.
 
     Attributes:
-        text, tokens: what was made so far.
+        text, tokens: of the text so far.
     """
 
     def __init__(self, engine: Engine, streams: dict[Request, EngineStream], request: Request, shown: StoppingDecoder):
@@ -53,7 +53,7 @@ class EngineStream:
         for request, token in self._engine.step():
             self._streams[request]._take(token)
         for request, stream in self._streams.items():
-            # One that was cancelled has ended with the step after: its state is kept then.
+            # A cancelled text ends at the next step, which keeps its state.
             if stream in ended or (request.finish_reason and request.finish_reason != "cancelled"):
                 stream._end()
 
@@ -73,7 +73,7 @@ class EngineStream:
 def stream_together(
     engine: Engine, tokenizer: Any, requests: Sequence[Request], stop: tuple[str, ...] = ()
 ) -> list[EngineStream]:
-    """Submit ``requests`` to an engine that has no others; a stream for each."""
+    """Submit ``requests`` to an engine that has no others. Returns a stream for each."""
     streams: dict[Request, EngineStream] = {}
     for request in requests:
         streams[engine.submit(request)] = EngineStream(engine, streams, request, StoppingDecoder(tokenizer, stop))

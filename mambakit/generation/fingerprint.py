@@ -1,4 +1,4 @@
-"""Which model a state belongs to: a name made of its weights and of what else changes its results."""
+"""The identity of a model for saved states: a hash of its weights and of the settings that change its results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mambakit.modules.mixers import computation_fields
 from mambakit.modules.placement import stored_value
 
 _known: weakref.WeakKeyDictionary[Any, tuple[tuple[str, list], str]] = weakref.WeakKeyDictionary()
-# The same by what takes a tenth of the time to look at: before every prompt of a prefix cache.
+# The latest result, with a check that takes a tenth of the time: a prefix cache asks before every prompt.
 _lately: weakref.WeakKeyDictionary[Any, tuple[Placement, list[int], str, str]] = weakref.WeakKeyDictionary()
 
 
@@ -41,14 +41,14 @@ def fingerprint(model: Any) -> str:
 
 def _fingerprint(model: Any, config: str) -> str:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():  # hooks make two tensors of one
+    for name, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():  # hooks untie them
         if (
             name in tensors
             and other in tensors
             and (tensors[name].is_meta or torch.equal(tensors[name], tensors[other]))
         ):
             del tensors[name]
-    # What torch counts: a tensor replaced, or written in place.
+    # These change when a tensor is replaced or written in place.
     versions = [(name, t.data_ptr(), 0 if t.is_inference() else t._version) for name, t in tensors.items()]
     known = _known.get(model)
     if known is None or known[0] != (config, versions):

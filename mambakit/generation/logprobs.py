@@ -1,4 +1,4 @@
-"""Log-probabilities of a prompt's tokens and of the likeliest alternatives; `echo` for the responses of an API."""
+"""Log-probabilities of a prompt's tokens and of the most probable alternatives; `echo` for the completions API."""
 
 from __future__ import annotations
 

@@ -6,44 +6,26 @@ tokens were read by exactly this model: in an earlier call, another conversation
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
-import re
-import time
-import warnings
-from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mambakit.decoding.chunks import SNAPSHOT_CHUNK
 from mambakit.decoding.prefill import prefill_states
-from mambakit.errors import CheckpointError
-from mambakit.generation.fingerprint import fingerprint
-from mambakit.generation.state import State, fill_cache, write_tensors
+from mambakit.generation.prefix_files import PrefixFiles
+from mambakit.generation.prefix_keys import PrefixKey, model_name, prefix_keys, prefix_tokens
+from mambakit.generation.state import State, fill_cache
 from mambakit.modules import StateCache
 from mambakit.quoting import brief
-from mambakit.reading import open_safetensors
 
-_FORMAT = "mambakit.PrefixCache/1"
-_NAME = re.compile(r"\d+-[0-9a-f]{64}\.safetensors")
 # Snapshots of one prompt, besides the one at its end: a prompt of a million tokens does not push out everything else.
 _SNAPSHOTS = 16
-# A temporary file this old (seconds) belongs to a process that was killed while it wrote.
-_ABANDONED = 3600
-
-
-class _Key(NamedTuple):
-    model: str
-    position: int  # how many tokens have been read
-    digest: str  # of the model and of those tokens
 
 
 @dataclass
@@ -64,7 +46,7 @@ class PrefixReading:
     """The reading of a prompt that may be known in part: ``cache`` has read the first ``position`` of its tokens."""
 
     def __init__(
-        self, owner: PrefixCache, tokens: list[int], keys: Callable[[int], _Key], position: int, cache: StateCache
+        self, owner: PrefixCache, tokens: list[int], keys: Callable[[int], PrefixKey], position: int, cache: StateCache
     ):
         self.tokens, self.position, self.cache = tokens, position, cache
         self._owner, self._keys = owner, keys
@@ -88,8 +70,7 @@ class PrefixCache:
 
     Snapshots are taken at multiples of ``chunk_size`` (of a power of two times it, in long prompts: at most 16 of one
     prompt) and at the prompt's last token but one, so that both the same prompt again and prompts that begin alike are
-    found.
-    What is used last is kept: beyond a budget, the states that have not been used for longest go.
+    found. Beyond a budget, the states that have not been used for longest are dropped.
 
     It is safe to use from several threads, and the folder from several processes at once. The folder holds only tensors
     and hashes, no text.
@@ -125,13 +106,11 @@ class PrefixCache:
         self.model, self.memory_bytes, self.disk_bytes, self.chunk_size = model, memory_bytes, disk_bytes, chunk_size
         self.device = torch.device(device)
         self.statistics = Statistics()
-        self._root = None if folder is None else Path(folder)
-        self._entries: OrderedDict[_Key, dict[str, Tensor]] = OrderedDict()  # least recently used first
+        self._files = None if folder is None else PrefixFiles(folder)
+        self._entries: OrderedDict[PrefixKey, dict[str, Tensor]] = OrderedDict()  # least recently used first
         self._held = 0
-        self._fresh: tuple[_Key, dict[str, Tensor], torch.cuda.Event] | None = None
+        self._fresh: tuple[PrefixKey, dict[str, Tensor], torch.cuda.Event] | None = None
         self._lock = RLock()
-
-    # -- using it --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def read(self, ids: Tensor | Sequence[int], *, progress: Callable[[int], None] | None = None) -> State:
@@ -155,19 +134,19 @@ class PrefixCache:
 
     def begin(self, ids: Tensor | Sequence[int]) -> PrefixReading:
         """What `read` does, with the reading itself left to the caller, who may do something else in between."""
-        tokens = _tokens(ids)
+        tokens = prefix_tokens(ids)
         keys = self._keys(tokens)
         position, cache = self._find(tokens, keys)
         return PrefixReading(self, tokens, keys, position, cache)
 
     def lookup(self, ids: Tensor | Sequence[int]) -> tuple[int, StateCache]:
         """(p, a cache of one row that has read the first p tokens), for the largest known p below l; p may be 0."""
-        tokens = _tokens(ids)
+        tokens = prefix_tokens(ids)
         return self._find(tokens, self._keys(tokens))
 
     def store(self, ids: Tensor | Sequence[int], cache: StateCache, row: int = 0) -> None:
-        """Keep row ``row`` of a cache that has read exactly ``ids`` (l,): after a text was written, say."""
-        tokens = _tokens(ids)
+        """Keep row ``row`` of a cache that has read exactly ``ids`` (l,), for example after a text was written."""
+        tokens = prefix_tokens(ids)
         if not 0 <= row < cache.max_batch_size:
             raise ValueError(f"row is {brief(row)}, but the cache has {cache.max_batch_size} rows")
         self._keep(self._keys(tokens)(len(tokens)), cache, row)
@@ -178,8 +157,8 @@ class PrefixCache:
             self._entries.clear()
             self._fresh = None
             self._held = 0
-        for file in self._files(self._model_name()):
-            file.unlink(missing_ok=True)
+        if self._files is not None:
+            self._files.clear(model_name(self.model))
 
     @property
     def nbytes(self) -> int:
@@ -190,25 +169,8 @@ class PrefixCache:
         """States held in memory."""
         return len(self._entries)
 
-    # -- keys ------------------------------------------------------------------------------------------------------
-
-    def _model_name(self) -> str:
-        return f"{fingerprint(self.model)[:32]}-{str(self.model.dtype).removeprefix('torch.')}"
-
-    def _keys(self, tokens: list[int]) -> Callable[[int], _Key]:
-        """position -> key of the first ``position`` tokens; while positions rise, each token is hashed once."""
-        model = self._model_name()
-        digest, done = hashlib.sha256(model.encode()), 0
-
-        def key(position: int) -> _Key:
-            nonlocal digest, done
-            if position < done:
-                digest, done = hashlib.sha256(model.encode()), 0
-            digest.update(array("q", tokens[done:position]).tobytes())
-            done = position
-            return _Key(model, position, digest.hexdigest())
-
-        return key
+    def _keys(self, tokens: list[int]) -> Callable[[int], PrefixKey]:
+        return prefix_keys(model_name(self.model), tokens)
 
     def _stride(self, length: int) -> int:
         stride = self.chunk_size
@@ -216,12 +178,10 @@ class PrefixCache:
             stride *= 2
         return stride
 
-    # -- finding and keeping ---------------------------------------------------------------------------------------
-
-    def _find(self, tokens: list[int], keys: Callable[[int], _Key]) -> tuple[int, StateCache]:
-        model = self._model_name()
+    def _find(self, tokens: list[int], keys: Callable[[int], PrefixKey]) -> tuple[int, StateCache]:
+        model = model_name(self.model)
         with self._lock:
-            files = {_key_of(file) for file in self._files(model)}
+            files: set[PrefixKey] = set() if self._files is None else self._files.keys(model)
             known = {k.position for k in (*self._entries, *files) if k.model == model and k.position < len(tokens)}
             candidates = [keys(position) for position in sorted(known)]
             self.statistics.lookups += 1
@@ -231,28 +191,27 @@ class PrefixCache:
                 if tensors is not None:
                     self._entries.move_to_end(key)
                 elif key in files:
-                    tensors = self._from_disk(key)
+                    tensors = self._from_file(key)
                     self.statistics.disk_hits += tensors is not None
                 if tensors is None:
                     continue
-                if self._root is not None:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.utime(self._path(key))  # a use, for all processes to see
+                if self._files is not None:
+                    self._files.touch(key)
                 self.statistics.hits += 1
                 self.statistics.tokens_saved += key.position
                 return key.position, fill_cache(self.model, tensors, key.position)
         return 0, self.model.backbone.new_cache(1)
 
-    def _keep(self, key: _Key, cache: StateCache, row: int) -> None:
+    def _keep(self, key: PrefixKey, cache: StateCache, row: int) -> None:
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
                 return
             self._move_fresh()
-            # A copy always: the cache goes on to be written to.
+            # Always a copy: later tokens change the cache in place.
             states = {n: t[:, row : row + 1].detach() for n, t in cache.tensors().items()}
             if (
-                self._root is None
+                self._files is None
                 and self.device.type == "cpu"
                 and all(type(t) is Tensor and t.is_cuda for t in states.values())
             ):
@@ -263,12 +222,15 @@ class PrefixCache:
             else:
                 tensors = {n: t.to(self.device, copy=True) for n, t in states.items()}
             self._hold(key, tensors)
-            if self._root is not None:
-                self._to_disk(key, tensors)
+            if self._files is not None:
+                self.statistics.evictions += self._files.write(key, tensors, self.disk_bytes)
 
     def _move_fresh(self) -> None:
-        """Bring the last snapshot, which is still on the GPU, to where states are held. Not when it is taken, which would wait for the
-        prompt to be read; and beside what the GPU does for others now."""
+        """Copy the last snapshot, which is still on the GPU, to where states are held.
+
+        When it is taken, the copy would wait for the prompt to be read. Now it runs on a stream of its own, beside the
+        GPU's other work.
+        """
         if self._fresh is None:
             return
         (key, tensors, ready), self._fresh = self._fresh, None
@@ -278,7 +240,7 @@ class PrefixCache:
                 ready.wait()
                 self._entries[key] = {n: t.to(self.device) for n, t in tensors.items()}  # waits for this copy alone
 
-    def _hold(self, key: _Key, tensors: dict[str, Tensor]) -> None:
+    def _hold(self, key: PrefixKey, tensors: dict[str, Tensor]) -> None:
         size = sum(t.nbytes for t in tensors.values())
         if size > self.memory_bytes:
             return
@@ -289,73 +251,10 @@ class PrefixCache:
             self._held -= sum(t.nbytes for t in oldest.values())
             self.statistics.evictions += 1
 
-    # -- files: <folder>/<model>/<position>-<digest>.safetensors ------------------------------------------------------
-
-    def _path(self, key: _Key) -> Path:
-        assert self._root is not None, "asked only where there is a folder"
-        return self._root / key.model / f"{key.position}-{key.digest}.safetensors"
-
-    def _files(self, model: str) -> list[Path]:
-        if self._root is None or not (self._root / model).is_dir():
-            return []
-        return [file for file in (self._root / model).iterdir() if _NAME.fullmatch(file.name)]
-
-    def _to_disk(self, key: _Key, tensors: dict[str, Tensor]) -> None:
-        path = self._path(key)
-        if path.exists() or sum(t.nbytes for t in tensors.values()) > self.disk_bytes:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contents = {name: t.cpu().contiguous() for name, t in tensors.items()}
-        write_tensors(path, contents, {"format": _FORMAT, "key": "-".join(map(str, key))})
-        self._trim(path)
-
-    def _trim(self, newest: Path) -> None:
-        """Delete the files used longest ago, until the rest fits. Another process may be doing the same."""
-        found = []
-        for file in newest.parent.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                status = file.stat()
-                if file.suffix == ".safetensors":
-                    found.append((file == newest, status.st_mtime_ns, status.st_size, file))
-                elif time.time() - status.st_mtime > _ABANDONED:
-                    file.unlink(missing_ok=True)
-        total = sum(size for _, _, size, _ in found)
-        for _, _, size, file in sorted(found):
-            if total <= self.disk_bytes:
-                break
-            file.unlink(missing_ok=True)
-            total -= size
-            self.statistics.evictions += 1
-
-    def _from_disk(self, key: _Key) -> dict[str, Tensor] | None:
-        path = self._path(key)
-        try:
-            with open_safetensors(path) as file:
-                if (file.metadata() or {}).get("key") != "-".join(map(str, key)):
-                    raise CheckpointError("it holds the state of other tokens")
-                stacks = self.model.backbone.new_cache(0).spec.stacks
-                tensors = {s.key: file.get_tensor(s.key).to(self.device, copy=True) for s in stacks}
-        except FileNotFoundError:  # deleted by another process since the folder was listed
-            return None
-        except CheckpointError as error:
-            warnings.warn(f"{path} is not usable ({error}); it is deleted, and the prompt read again", stacklevel=2)
-            path.unlink(missing_ok=True)
-            return None
-        self._hold(key, tensors)
+    def _from_file(self, key: PrefixKey) -> dict[str, Tensor] | None:
+        assert self._files is not None, "its keys were listed"
+        stacks = self.model.backbone.new_cache(0).spec.stacks
+        tensors = self._files.read(key, [stack.key for stack in stacks], self.device)
+        if tensors is not None:
+            self._hold(key, tensors)
         return tensors
-
-
-def _key_of(file: Path) -> _Key:
-    position, _, digest = file.stem.partition("-")
-    return _Key(file.parent.name, int(position), digest)
-
-
-def _tokens(ids: Tensor | Sequence[int]) -> list[int]:
-    if isinstance(ids, Tensor):
-        if ids.dim() != 1:
-            raise ValueError(f"ids have shape {tuple(ids.shape)}, expected (l,); a prefix is of one text")
-        ids = ids.tolist()
-    tokens = [int(t) for t in ids]
-    if not tokens:
-        raise ValueError("there are no tokens to look up; give at least one")
-    return tokens

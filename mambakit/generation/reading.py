@@ -1,4 +1,5 @@
-"""Prompts being read between the steps of an engine: one in parts that can be interrupted, and several in turn within a time."""
+"""Prefill between the steps of an engine: one prompt in parts that can be interrupted, and several prompts within a
+time budget."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 
 class PartTiming:
-    """How long a part takes a GPU, known once it is done: nobody waits for that."""
+    """The GPU time of one part of a prefill, by CUDA events, without a sync."""
 
     def __init__(self, device: torch.device, tokens: int):
         self.tokens = tokens
@@ -26,29 +27,31 @@ class PartTiming:
         self._began.record(self._stream)
 
     def end(self) -> None:
-        """The part is launched."""
+        """Call it after the part's kernels are launched."""
         self._ended.record(self._stream)
 
     def seconds(self) -> float | None:
-        """What it took; None while it is not done."""
+        """The GPU time of the part; None while it is running."""
         return self._began.elapsed_time(self._ended) / 1000 if self._ended.query() else None
 
 
 class PromptReading:
-    """One prompt, a part at a time. Where its chunks are cut depends on the prompt and the chunk size alone, and so do its bits.
+    """The prefill of one prompt, a part at a time. Chunks depend on the prompt and the chunk size alone, and so do the
+    result's bits.
 
     Args:
         model: a causal language model in eval mode.
         ids: (l,) int64, l >= 1.
         chunk_size: tokens per forward.
-        state: a cache of one row to go on from, which is copied; None for none.
-        prefix_cache: where the beginning may be known, and what is read is kept; only without a ``state``.
+        state: a cache of one row to start from, which is copied; None: zero states.
+        prefix_cache: its states of known prefixes are used, and new ones are added to it; ignored with a ``state``.
 
     Attributes:
-        begun, done: whether any of it, all of it, has been read.
-        left: tokens that are still to be read.
-        cached: tokens of it whose state was known.
-        cache, logits: once ``done``, the state after all of it, and the logits (1, v).
+        begun, done: whether the first part has been read, and whether all of the prompt has.
+        left: the number of tokens that are still to be read.
+        cached: the number of tokens whose state was in the prefix cache.
+        timing: of the last part, on a GPU.
+        cache, logits: once ``done``, the state after the prompt, and the logits (1, v).
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class PromptReading:
         return self._ids.shape[0] - self._position
 
     def part(self) -> int:
-        """Read on for as little as can be read at once. Returns how many tokens it went over (in one of the layers, perhaps)."""
+        """Read the smallest part: a layer of a chunk, or a whole chunk. Returns the chunk's number of tokens."""
         if self.cache is None:
             self._begin()
         assert self.cache is not None
@@ -94,7 +97,7 @@ class PromptReading:
         return tokens
 
     def finish(self, cache: StateCache, logits: Tensor) -> None:
-        """Another request has read the same prompt: take its state and logits."""
+        """Take the state and the logits of another request with the same prompt."""
         self.begun = self.done = True
         self._position = self._ids.shape[0]
         self.cache, self.logits = cache.clone(), logits
@@ -106,49 +109,45 @@ class PromptReading:
             known: PrefixReading = self._prefix_cache.begin(self._ids)
             self._known, self.cache = known, known.cache
             self._position = self.cached = known.position
-            self._stops: Iterator[int] = iter(
-                [*known.stops(), length]
-            )  # the last token by itself: its logits are asked for
+            self._stops: Iterator[int] = iter([*known.stops(), length])  # the last token is a chunk, for its logits
             return
         self.cache = self._model.backbone.new_cache(1)
         if self._state is not None:
-            self.cache.copy_(
-                self._state, [0], [0]
-            )  # raises for another model's, of which the layers may do for a while
+            self.cache.copy_(self._state, [0], [0])  # raises at once for a state of another model
             self.cache = self._state.clone()
         self._stops = iter([*range(self._chunk_size, length, self._chunk_size), length])
 
 
 class ReadingShare(Generic[T]):
-    """What a step reads of several prompts: the shortest rest first, within a time and a number of tokens.
+    """Which prompts an engine step reads: the one with the fewest tokens left first, within limits of time and tokens.
 
-    So that none waits for ever for shorter ones, a quarter of the time goes to the one that came first.
+    A quarter of the time goes to the oldest prompt, so that it does not wait forever for shorter ones.
 
     Args:
-        seconds: how long those who write may be held up; one part is read whatever it takes.
-        tokens: how many tokens are read in a step at most (the part that exceeds it is read to its end).
-        clock: gives the time in seconds.
+        seconds: the maximum delay of texts that decode; at least one part is read, however long it takes.
+        tokens: the maximum number of tokens per step; the part that exceeds it is read to its end.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, seconds: float, tokens: int, clock: Callable[[], float]):
         self.seconds, self.tokens, self._clock = seconds, tokens, clock
-        self._owed = 0.0  # seconds that the first has let others go before, less those in which it had the turn
+        self._owed = 0.0  # seconds owed to the oldest prompt: a third of those of others, minus its own
         self._first: object = None
-        self._spent, self._read = 0.0, 0.0  # lately: seconds, and the tokens of parts that took them
-        self._launched: deque[PartTiming] = deque()  # parts whose time is not known yet
+        self._spent, self._read = 0.0, 0.0  # decaying sums over recent parts: seconds, and tokens
+        self._launched: deque[PartTiming] = deque()  # parts that may still be running
 
     def step(
         self, candidates: Callable[[], Iterable[T]], reading: Callable[[T], PromptReading], part: Callable[[T], int]
     ) -> None:
-        """Read for as long as a step may.
+        """Read prompts until the limits of a step are reached.
 
         Args:
-            candidates: those that may be read now, the oldest first.
-            reading: how far one has come.
-            part: reads a part of one, and says how many tokens it went over.
+            candidates: the prompts that may be read now, oldest first.
+            reading: the `PromptReading` of one.
+            part: reads a part of one, and returns its number of tokens.
         """
         began, budget, some = self._clock(), self.tokens, False
-        queued = 0.0  # seconds of work that a GPU was given in this step, as parts took lately
+        queued = 0.0  # expected GPU seconds of the parts launched in this step
         self._look()
         while budget > 0 and (able := list(candidates())):
             now = self._clock()
@@ -160,7 +159,7 @@ class ReadingShare(Generic[T]):
             if (timing := reading(chosen).timing) is None:
                 spent = self._clock() - now
                 self._note(spent, tokens)
-            else:  # the clock has seen the launch and not the work
+            else:  # the clock measures the launch, not the GPU's work
                 self._launched.append(timing)
                 spent = self._expected(tokens)
                 queued += spent
@@ -173,10 +172,10 @@ class ReadingShare(Generic[T]):
             self._first, self._owed = able[0], 0.0
         if self._owed > self.seconds:
             return able[0]
-        return min(able, key=lambda one: reading(one).left)  # the first of equals: the oldest
+        return min(able, key=lambda one: reading(one).left)  # of equals the oldest
 
     def _look(self) -> None:
-        """Note what a GPU has done by now."""
+        """Collect the times of parts that a GPU has finished."""
         while self._launched and (seconds := self._launched[0].seconds()) is not None:
             self._note(seconds, self._launched.popleft().tokens)
 
@@ -184,5 +183,5 @@ class ReadingShare(Generic[T]):
         self._spent, self._read = 0.9 * self._spent + seconds, 0.9 * self._read + tokens
 
     def _expected(self, tokens: int) -> float:
-        """Seconds of a part over so many tokens, as parts took lately."""
+        """The expected seconds of a part of that many tokens, by the rate of recent parts."""
         return self._spent / self._read * tokens if self._read else 0.0

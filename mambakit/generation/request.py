@@ -1,4 +1,4 @@
-"""One text for the engine to write: what is asked, what became of it, and what is needed to choose its tokens."""
+"""A request to the engine, its result, and the engine's own record of it while it is served."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ from mambakit.quoting import quoted
 
 @dataclass(eq=False)
 class Request:
-    """One text to write, and what became of it. What is given is copied: it may be changed and used again for the next one.
+    """One text to write, and the result. Arguments are copied: the caller may change and reuse them.
 
     Args:
-        prompt_ids: (l,) int64, l >= 1: the tokens to read first (only the new ones, where a ``state`` continues).
-        sampling: how tokens are chosen; its seed makes the text repeatable.
-        max_new_tokens: when to stop at the latest.
-        state: a `StateCache` (`MambaCache`) of one row to continue from; it is copied, never changed.
-        keep_state: whether the request is to hold its state at the end.
-        context: (p,) int64, what the ``state`` has read: a repetition penalty counts its tokens, too.
-        share: a tuple: whose it is, from the outside in, such as (key, request): at every level slots are divided evenly among those who
-            want them. Requests of the same share, by default all, are in the order in which they were submitted. A prompt that
-            several requests of a share have is read once, unless the share is ().
+        prompt_ids: (l,) int64, l >= 1: the tokens to read first (only the new ones where a ``state`` is given).
+        sampling: how tokens are chosen; a seed makes the text repeatable.
+        max_new_tokens: the maximum number of new tokens.
+        state: a `StateCache` (`MambaCache`) of one row to start from; it is copied, never changed.
+        keep_state: whether to return the final state.
+        context: (p,) int64, the tokens that ``state`` has read: a repetition penalty counts them, too.
+        share: the path of the request's owners, outermost first, such as (key, request). At every level slots are
+            divided evenly among the owners with waiting requests. Requests of the same share (by default all) are in
+            order of submission. A prompt that several requests of a share have in common is read once, unless the share
+            is ().
 
     Attributes:
-        tokens: what was written, without the end-of-text token.
+        tokens: the new tokens, without the end-of-text token.
         finish_reason: "" while it runs; then "stop", "length", "cancelled", or "error".
-        error: after "error", what went wrong: the model's logits were no numbers, say. The texts beside it go on.
-        exception: after "error", what was raised for this request, if anything was.
-        cached_tokens: of the prompt, those whose state the engine's prefix cache knew.
-        final_state: a `StateCache` (`MambaCache`) of one row that has read the prompt and all of ``tokens`` but the last; all of them
-            after "stop". Only where ``keep_state`` is set.
+        error: after "error", the reason, such as logits that are NaN. Other texts of the batch continue.
+        exception: after "error", the exception of this request, if there was one.
+        cached_tokens: the number of prompt tokens whose state was in the engine's prefix cache.
+        final_state: with ``keep_state``, a `StateCache` (`MambaCache`) of one row that has read the prompt and all of
+            ``tokens`` but the last; after "stop" all of them.
     """
 
     prompt_ids: Tensor
@@ -58,7 +59,7 @@ class Request:
     cached_tokens: int = field(default=0, init=False)
     final_state: StateCache | None = field(default=None, init=False)
     on_cancel: Callable[[Request], None] | None = field(default=None, init=False, repr=False)
-    """What an engine that writes it wants to be told; its own."""
+    """Called by `cancel`; for the engine's own use."""
 
     def __post_init__(self) -> None:
         self.prompt_ids = token_ids("prompt_ids", self.prompt_ids)
@@ -90,28 +91,28 @@ class Request:
 
 @dataclass(eq=False)
 class Text:
-    """A request being served: its prompt is read; or it has a slot; or it has a ``state``, and waits for a slot.
+    """A request being served: its prompt is read, or it has a slot, or it has a ``state`` and waits for a slot.
 
-    The caller may take tokens out of the request or change its fields: the engine goes by what is here.
+    The engine relies on these fields only, so the caller may change those of the request.
     """
 
     request: Request
     most: int
-    """Tokens to write."""
+    """The maximum number of new tokens."""
     reading: PromptReading
     prompt: Path | None
-    """The same for texts whose prompt need be read once only; None where it is this one's alone."""
+    """Equal for texts that share one prefill; None: it is shared with no other text."""
     state: StateCache | None = None
     seated_at: int = 0
-    """Tokens it had when it got its slot."""
+    """The number of tokens written when it got its slot."""
     written: list[int] = field(default_factory=list)
     counted: int = 0
-    """Of these, what the turns know of."""
+    """The number of written tokens that `Turns` has counted."""
     sampled: SampledText | None = None
-    """Once its prompt has been read."""
+    """None until its prompt has been read."""
 
     def begin(self, vocab_size: int, device: torch.device) -> SampledText:
-        """Its prompt has been read."""
+        """Call it once its prompt has been read."""
         request = self.request
         parts = [ids for ids in (request.context, request.prompt_ids) if ids is not None]
         read = torch.cat([ids.to(device, torch.int64) for ids in parts])

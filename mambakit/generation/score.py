@@ -1,4 +1,4 @@
-"""How likely a model finds text: a stream of any length, or many continuations of one prefix."""
+"""Log-likelihoods: of a text of any length, or of many continuations of one prefix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mambakit.quoting import brief
 
 # Continuations are read this many tokens, and this many bytes of copies of the state, at a time.
 _PACKED_TOKENS, _PACKED_BYTES = 4096, 1 << 30
-# Text is tokenised in pieces of about this many characters, cut at a line end, where tokens of common vocabularies end.
+# Text is tokenised in parts of about this many characters, cut at line ends, where tokens of common vocabularies end.
 _PIECE_CHARACTERS = 20_000
 
 
@@ -97,8 +97,8 @@ def score_text(
     Args:
         model: a causal language model, in eval mode.
         tokenizer: its tokenizer; its `start_token` stands before the text.
-        text: the document, or pieces of it in order (an open text file, say): read as they are needed.
-        chunk_size: tokens per forward; memory is proportional to it and to nothing else.
+        text: the document, or its parts in order (such as an open text file), which are read as needed.
+        chunk_size: tokens per forward; memory is proportional to it and does not grow with the text.
         per_token: keep every token's log-probability.
         progress: called with the number of characters done.
 
@@ -134,7 +134,7 @@ def score_text(
 
 
 def _pieces(parts: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces that end at a line end (or, in a text without any, wherever they are long enough)."""
+    """The same text in parts that end at a line end, or at `_PIECE_CHARACTERS` where there is none."""
     buffer = ""
     for part in parts:
         buffer += part
@@ -180,8 +180,8 @@ def score_continuations(
 ) -> list[ContinuationScore]:
     """Score many continuations of one prefix, which is read once.
 
-    The state after the prefix is forked for every continuation, and continuations of any lengths are read packed, without
-    padding. A continuation's last token is not read: nothing comes after it.
+    The state after the prefix is copied for every continuation, and continuations of any lengths are packed, without
+    padding. A continuation's last token is not read, because nothing follows it.
 
     Args:
         model: a causal language model in eval mode.
@@ -191,7 +191,8 @@ def score_continuations(
         progress: called with the number of continuations scored.
 
     Raises:
-        ValueError: an empty prefix, a state of several rows or without an unread token, a continuation that is not (l,).
+        ValueError: an empty prefix; a state of several rows, or without an unread token; a continuation that is not
+            (l,).
     """
     for tokens in continuations:
         if tokens.dim() != 1:
@@ -218,16 +219,14 @@ def score_continuations(
 def score_choices(model: Any, tokenizer: Any, prefix: str, choices: Sequence[str]) -> list[ContinuationScore]:
     """`score_continuations` of texts: multiple choice, variants of a sequence, rankings.
 
-    Prefix and choice are tokenised together, and the choice's tokens are those after the prefix's own: where a tokenizer
-    would join the two, white space at the end of the prefix counts as the start of the choice. An empty prefix is the
-    tokenizer's `start_token`.
+    Prefix and choice are tokenised together, and the choice's tokens are those after the prefix's own. Where a
+    tokenizer would merge the two, white space at the end of the prefix counts as the start of the choice. An empty
+    prefix is the tokenizer's `start_token`.
 
     Raises:
-        ValueError: a choice that adds no token to the prefix; an empty prefix and a tokenizer without eos and bos tokens.
+        ValueError: a choice that adds no token to the prefix, or an empty prefix and a tokenizer without eos and bos.
     """
-    requests: dict[
-        tuple[int, ...], list[tuple[int, Tensor]]
-    ] = {}  # what is read first -> (number of the choice, its tokens)
+    requests: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}  # prefix tokens -> (index of the choice, its tokens)
     for number, choice in enumerate(choices):
         whole = _encode(tokenizer, prefix + choice)
         split = len(_encode(tokenizer, prefix.rstrip()))

@@ -1,7 +1,7 @@
-"""Speculative decoding: guess several tokens cheaply, verify them at once, keep those that the model would have chosen.
+"""Speculative decoding: propose several tokens cheaply, verify them in one pass, keep those that the model accepts.
 
-Greedy text is the text of plain decoding. Sampled text has the distribution of plain sampling (arXiv 2211.17192, algorithm 1;
-arXiv 2302.01318; `mambakit.decoding.acceptance`): what a drafter guesses changes the speed and never the result.
+Greedy text is that of plain decoding. Sampled text has the distribution of plain sampling (arXiv 2211.17192, algorithm
+1; arXiv 2302.01318; `mambakit.decoding.acceptance`). A drafter changes the speed, never the distribution.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from mambakit.ops.linear.api import MOST_ROWS
 
 @dataclass
 class SpeculativeStream(Stream):
-    """A `Stream` whose tokens are guessed by a drafter and verified several at a time.
+    """A `Stream` whose tokens are proposed by a drafter and verified several at a time.
 
-    Greedy tokens are those of `Stream`; sampled ones have the same distribution, though a seed gives other ones where guesses are
-    drawn. Constraints, penalties, stop strings, continuing from a state and the state afterwards are as in `Stream`.
+    Greedy tokens are those of `Stream`. Sampled tokens have the same distribution, but a seed gives other tokens if
+    guesses are drawn. Constraints, penalties, stop strings, the start from a state and the final state are as in
+    `Stream`.
 
     Args:
         drafter: `PromptLookup()`, `DraftModel(model)`, or another `Drafter`.
-        draft_tokens: the most guesses at a time, 1 to 15.
-        context: what a drafter guesses from begins with these tokens, too.
+        draft_tokens: the maximum number of guesses per draft, 1 to 15.
+        context: as in `Stream`; a drafter also sees these tokens as the beginning of the text.
     """
 
     drafter: Drafter = field(default_factory=PromptLookup)
     draft_tokens: int = 4
 
     proposed: int = 0
-    """Guesses verified so far."""
+    """The number of verified guesses."""
     accepted: int = 0
-    """Guesses kept."""
+    """The number of accepted guesses."""
     rounds: int = 0
-    """Verifications: times that the weights were read."""
+    """The number of verifications, each of which reads the weights once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +56,8 @@ class SpeculativeStream(Stream):
             ours, theirs = self.model.config.vocab_size, draft.config.vocab_size
             if ours != theirs:
                 raise ValueError(
-                    f"the draft model has a vocabulary of {theirs} tokens and the model one of {ours}; they must be the same"
+                    f"the draft model has a vocabulary of {theirs} tokens and the model one of {ours}; "
+                    "they must be the same"
                 )
             if draft.device != self.model.device:
                 raise ValueError(f"the draft model is on {draft.device} and the model on {self.model.device}; move one")
@@ -65,7 +67,7 @@ class SpeculativeStream(Stream):
 
 
 class _VerifyingWriter(_Writer):
-    """Writes one text's tokens: those of a drafter's guesses that stay, and one more each time."""
+    """Writes one text: each round gives the accepted guesses of a draft and one more token."""
 
     def __init__(self, stream: SpeculativeStream, sampled: SampledText, cache: StateCache, known: Tensor):
         super().__init__(sampled, SlotPool(stream.model, 1, cache), stream.draft_tokens)

@@ -1,6 +1,6 @@
 """The state of texts as a value: read a prompt once, then snapshot, fork, extend, save and resume it.
 
-A recurrent model keeps a few small tensors per layer, whatever the number of tokens read. So a fork is a copy of those, and
+A recurrent model keeps a few small tensors per layer, however many tokens it has read. So a fork copies only those, and
 a file of a few megabytes resumes a text of any length.
 """
 
@@ -25,22 +25,21 @@ _FORMAT = "mambakit.State/1"
 
 
 class State:
-    """What a model knows after b texts: the recurrent state, and the last token of each, which is not read yet.
+    """The recurrent states after b texts, and the last token of each, which is not read yet.
 
-    The last token stays unread because reading it gives what every continuation needs first, the next token's logits. A
-    state never changes: `inputs` and `prompt` give out copies, `extend` and `fork` make new ones.
+    The last token stays unread because reading it gives the logits of the next token, which every continuation needs
+    first. A state never changes: `inputs` and `prompt` return copies, `extend` and `fork` make new states.
 
     Args:
-        cache: the state, b rows.
-        pending: (b, 1) int64, the last tokens; or (b, 0) where everything has been read, and new tokens must come
-            first.
+        cache: the states of b rows.
+        pending: (b, 1) int64, the last tokens; or (b, 0) where everything has been read: `extend` it before it is used.
     """
 
     def __init__(self, cache: StateCache, pending: Tensor):
         if pending.dim() != 2 or pending.shape[0] != cache.max_batch_size or pending.shape[1] > 1:
             raise ValueError(
-                f"pending has shape {tuple(pending.shape)}; it must be {(cache.max_batch_size, 1)}, one unread token for "
-                f"each row of the cache, or {(cache.max_batch_size, 0)}"
+                f"pending has shape {tuple(pending.shape)}; it must be {(cache.max_batch_size, 1)}, "
+                f"one unread token for each row of the cache, or {(cache.max_batch_size, 0)}"
             )
         self.cache, self.pending = cache, pending.to(cache.device, torch.long)
 
@@ -60,10 +59,10 @@ class State:
 
         Args:
             model: a causal language model in eval mode.
-            prompts: (l,) int64, (b, l) int64, or b tensors (l_i,) of any lengths, which are packed: no work on padding.
-            chunk_size: tokens per forward, of all prompts together; memory does not grow with the prompts. Unless
-                given, of one prompt 512 on a CPU and 4,096 elsewhere, of several 1,024 and 16,384
-                (`mambakit.decoding.chunks.CHUNK_SIZES`).
+            prompts: (l,) int64, (b, l) int64, or b tensors (l_i,) of any lengths, which are packed without padding.
+            chunk_size: tokens per forward, of all prompts together; memory does not grow with the prompts. Default
+                (`mambakit.decoding.chunks.CHUNK_SIZES`): 512 for one prompt on a CPU and 4,096 elsewhere; for several
+                prompts 1,024 and 16,384.
             progress: called with the number of tokens read.
 
         Raises:
@@ -82,7 +81,7 @@ class State:
         chunk_size: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> State:
-        """The state after ``tokens``, too, shaped as the prompts of `read`; this one stays as it is."""
+        """A new state that has read ``tokens``, too, in the shapes of `read`'s prompts; this one is unchanged."""
         rows = prompt_rows(tokens, model.device)
         if len(rows) != self.rows:
             raise ValueError(
@@ -94,14 +93,14 @@ class State:
     def _read(
         self, model: Any, rows: list[Tensor], chunk_size: int | None, progress: Callable[[int], None] | None
     ) -> State:
-        """Bring this state's cache to the last token but one of ``rows``."""
+        """Read all but the last token of each of ``rows`` into this state's cache."""
         unread = [row[:-1] for row in rows]
         prefill_states(model, unread, self.cache, chunk_size=chunk_size, progress=progress)
         return State(self.cache, torch.stack([row[-1:] for row in rows]))
 
     @classmethod
     def stack(cls, states: Sequence[State]) -> State:
-        """The rows of several states of one model as one state: texts that were read apart continue as a batch."""
+        """The rows of several states of one model as one state: texts that were read separately continue as a batch."""
         if not states:
             raise ValueError("there are no states to stack; give at least one")
         if len({state.pending.shape[1] for state in states}) > 1:
@@ -129,12 +128,12 @@ class State:
         return State(self.cache.clone(), self.pending.clone())
 
     def select(self, rows: Tensor | list[int]) -> State:
-        """A new state of these rows, in this order, any of them several times."""
+        """A new state of these rows, in this order; a row may occur several times."""
         chosen = self.cache.select(rows)
         return State(chosen, self.pending[torch.as_tensor(rows, dtype=torch.int64, device=self.cache.device)])
 
     def fork(self, n: int) -> State:
-        """Every row n times, next to each other: n continuations of what was read once."""
+        """Every row n times, in adjacent rows: n continuations of a text that is read once."""
         if n < 1:
             raise ValueError(f"fork into {n}; it must be 1 or more")
         return self.select(torch.arange(self.rows, dtype=torch.int64, device="cpu").repeat_interleave(n))
@@ -228,8 +227,7 @@ def fill_cache(model: Any, tensors: dict[str, Tensor], seen_tokens: int) -> Stat
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file under a name of this process's own, then rename it: a reader sees all of it or
-    nothing."""
+    """Write a safetensors file under a temporary name, then rename it, so that readers see all of it or nothing."""
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:

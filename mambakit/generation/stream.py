@@ -1,4 +1,4 @@
-"""Text as it is made: prefill a prompt, then yield pieces of text, token by token."""
+"""Streaming generation: prefill a prompt, then yield text as its tokens are decoded."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ Sampling = SamplingParams
 
 @dataclass
 class Stream:
-    """Pieces of new text, to be read once; afterwards it holds what was made and the state it ended in.
+    """Pieces of new text, to be read once. Afterwards it holds the whole text, its tokens and the final state.
 
     Args:
         model, tokenizer: a causal language model in eval mode, and its tokenizer.
-        prompt_ids: (l,) int64 with l >= 1, the tokens to read first (only the new ones, where a ``cache`` continues).
+        prompt_ids: (l,) int64 with l >= 1, the tokens to read first (only the new ones where a ``cache`` is given).
         sampling: how tokens are chosen.
-        max_new_tokens: when to stop at the latest.
-        stop: strings that end the text; they are not part of it, and no piece ever shows the start of one.
-        cache: the state to continue from; brought up to date in place.
-        chunk_size: tokens of the prompt per forward; memory does not grow with the prompt. 512 on a CPU, where more makes
-            nothing faster, and 4,096 elsewhere, unless given.
+        max_new_tokens: the maximum number of new tokens.
+        stop: strings that end the text. They are not part of it, and no piece shows the beginning of one.
+        cache: the state to start from; updated in place.
+        chunk_size: tokens of the prompt per forward; memory does not grow with the prompt. Default: 512 on a CPU, where
+            larger chunks are not faster, and 4,096 elsewhere.
         progress: called with the number of prompt tokens read.
-        context: (p,) int64, tokens that ``cache`` has read, where they are known: a repetition penalty counts them, too.
+        context: (p,) int64, the tokens that ``cache`` has read, if known: a repetition penalty counts them, too.
     """
 
     model: Any
@@ -72,7 +72,7 @@ class Stream:
             self.context = token_ids("context", self.context, least=0)
             require_in_vocabulary("context", self.context, self.model.config.vocab_size)
 
-    @torch.inference_mode(False)  # its tensors outlive each piece: it may be read in an inference mode and out of it
+    @torch.inference_mode(False)  # its tensors are used again by later calls, which may be outside of inference mode
     @torch.no_grad()
     def __iter__(self) -> Iterator[str]:
         if self.finish_reason:
@@ -101,7 +101,7 @@ class Stream:
                 raise writer.sampled.exception or LogitsError(writer.sampled.error)
             kept, piece, reason = assembly.take(chosen)
             self.tokens += kept
-            # Of a text that goes on the last token is not read yet; nor is one that completes a stop string.
+            # The last token is not read yet, unless an end token follows it.
             writer.keep(chosen, kept, len(kept) + (reason == "end"))
             if piece:
                 self.text += piece
@@ -115,12 +115,12 @@ class Stream:
         if rest := assembly.rest():
             self.text += rest
             yield rest
-        if assembly.stopped:  # also in the text of what looked like half a character
+        if assembly.stopped:  # a stop string may also be in the rest
             self.finish_reason = "stop"
 
 
 class _Writer:
-    """Writes one text's tokens in the one slot of a pool, whose state has read the prompt."""
+    """Writes one text's tokens in a pool of one slot, whose state has read the prompt."""
 
     def __init__(self, sampled: SampledText, pool: SlotPool, guesses: int = 0):
         self.sampled, self.loop = sampled, SlotLoop(pool, guesses)
@@ -138,44 +138,49 @@ class _Writer:
         return [token]
 
     def next(self, most: int) -> list[int]:
-        """At most ``most`` >= 1 tokens that follow; `NO_TOKEN` is the last where none can be chosen."""
+        """1 to ``most`` next tokens; `NO_TOKEN` is the last where none can be chosen."""
         return self.loop.look()[0]
 
     def keep(self, chosen: list[int], kept: list[int], read: int) -> None:
-        """Of the tokens ``chosen`` last, ``kept`` are the text's; of the token before and these, ``read`` are to be in the state."""
+        """Update the state after ``chosen``, the tokens of the last `first` or `next`.
+
+        Args:
+            kept: those of them that belong to the text.
+            read: how many of the last token before them and of ``chosen`` the state must have read.
+        """
 
 
-# A character has at most 4 bytes, and so many tokens. Where more wait for their text, their bytes are no text.
+# A character has at most 4 bytes, and so at most 4 tokens. More pending tokens are not valid UTF-8.
 _LONGEST_CHARACTER = 4
 
 
 class _TextDecoder:
-    """Tokens to text, a piece at a time, never half a character.
+    """Tokens to text, piece by piece, never half a character.
 
-    A token's text can depend on the token before it (a leading space, say), so each piece is what decoding gains over
-    the tokens that were already shown.
+    A token's text can depend on the token before it (a leading space, for example). So each piece is the difference
+    between the decoded text with and without the new tokens.
     """
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self._window: list[int] = []  # the tokens of the last piece, and those after it
+        self._window: list[int] = []  # the tokens of the last piece, and those since
         self._known = 0  # tokens of the window that have been shown
         self._shown = 0  # characters of the window's text that have been shown
 
     def push(self, token: int) -> str:
         self._window.append(token)
         text = self._text(self._window)
-        incomplete = text.endswith("\ufffd")  # the bytes of a character that is not complete, or of none
+        incomplete = text.endswith("\ufffd")  # the bytes of an incomplete or invalid character
         if len(text) > self._shown and not incomplete:
             piece = text[self._shown :]
             self._window = self._window[self._known :]
             self._known, self._shown = len(self._window), len(self._text(self._window))
             return piece
-        # Nothing yet. The window must not grow for ever: its text would be made again with every token.
+        # Nothing to show. The window must stay short, because all of it is decoded again for every token.
         if len(self._window) - self._known <= 2 * _LONGEST_CHARACTER:
             return ""
         if not incomplete or not self._text([token]):
-            self._window.pop()  # a token without a text: special ones have none
+            self._window.pop()  # a token without text, such as a special one
             return ""
         piece = text[self._shown : -1]
         self._window = [t for t in self._window if self._text([t])][-_LONGEST_CHARACTER:]
@@ -183,7 +188,7 @@ class _TextDecoder:
         return piece
 
     def flush(self) -> str:
-        """What is left, when no more tokens come."""
+        """The rest of the text, after the last token."""
         return self._text(self._window)[self._shown :]
 
     def _text(self, tokens: list[int]) -> str:
@@ -191,13 +196,13 @@ class _TextDecoder:
 
 
 class _Assembly:
-    """Tokens to text, in the pieces that may be shown, until an end token or a stop string."""
+    """Tokens to the text that may be shown, until an end token or a stop string."""
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...], ends: set[int]):
         self._shown, self._ends = StoppingDecoder(tokenizer, stop), ends
 
     def take(self, chosen: list[int]) -> tuple[list[int], str, str]:
-        """(the tokens that belong to the text, text to show, "end" or "stop" where it is over)."""
+        """(the tokens that belong to the text, the text to show, "end" or "stop" where the text has ended, else "")."""
         kept: list[int] = []
         piece = ""
         for token in chosen:
@@ -210,17 +215,17 @@ class _Assembly:
         return kept, piece, ""
 
     def rest(self) -> str:
-        """What was held back, once the text is over."""
+        """The text that was held back, after the end."""
         return self._shown.rest()
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has come."""
+        """Whether a stop string was found."""
         return self._shown.stopped
 
 
 class StoppingDecoder:
-    """Tokens to text that may be shown: up to the first of the stop strings, and never the beginning of one."""
+    """Tokens to text that may be shown: up to the first stop string, and never the beginning of one."""
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]):
         self._decoder, self._search = _TextDecoder(tokenizer), StopSearch(stop)
@@ -233,7 +238,7 @@ class StoppingDecoder:
         return self._search.push(self._decoder.push(token))
 
     def rest(self) -> str:
-        """What was held back, when no more tokens come; nothing after a stop string."""
+        """The text that was held back, after the last token; empty after a stop string."""
         if self.stopped:
             return ""
         last = self._search.push(self._decoder.flush())

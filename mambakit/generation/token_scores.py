@@ -1,4 +1,5 @@
-"""ln p of tokens that are given: from hidden states, after one state in many continuations, and of whole documents side by side."""
+"""ln p of given tokens: from hidden states, of many continuations of one text, and of whole texts packed into a
+forward."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ LOGIT_ROWS = 256
 
 
 class TokenScores(NamedTuple):
-    """Of l tokens, each given those before it; on the CPU."""
+    """Scores of l tokens, each given the tokens before it; on the CPU."""
 
     log_probs: Tensor
     """(l,) float32, in nats."""
@@ -50,19 +51,20 @@ def score_after(
     most_tokens: int,
     most_rows: int,
 ) -> Iterator[list[TokenScores]]:
-    """Scores of many continuations of one text: each goes on from a copy of its state, several packed into a forward.
+    """Scores of many continuations of one text. Each starts from a copy of its state, and several are packed into a
+    forward.
 
-    A continuation's last token is not read: nothing comes after it.
+    A continuation's last token is not read, because nothing follows it.
 
     Args:
-        cache: of one row, after the text; it stays as it is.
+        cache: of one row, after the text; not changed.
         logits: (v,) after the text.
         continuations: (l_i,) int64 each; they may be empty.
-        most_tokens: of a forward, about; a longer continuation is read in chunks of as many.
-        most_rows: copies of the state at once.
+        most_tokens: the approximate number of tokens per forward; a longer continuation is read in chunks of that size.
+        most_rows: the maximum number of copies of the state at a time.
 
     Yields:
-        The scores of the next continuations, in their order, a group at a time.
+        The scores of the next group of continuations, in their order.
     """
     first, best = logits.log_softmax(-1).cpu(), logits.argmax().cpu()
     rows = [tokens.to(torch.long) for tokens in continuations]
@@ -83,8 +85,14 @@ def score_after(
 
 
 def score_packed(model: Any, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[TokenScores]:
-    """Scores of the second of each pair (context, continuation), (l_i,) int64 of one token or more each: whole sequences side by side
-    in one forward, each from a zero state."""
+    """Scores of continuations after their contexts: whole texts packed into one forward, each from a zero state.
+
+    Args:
+        pairs: (context, continuation), (l_i,) int64 of one token or more each.
+
+    Returns:
+        The scores of each continuation.
+    """
     texts = [torch.cat([context, continuation[:-1]]).to(model.device) for context, continuation in pairs]
     (hidden,) = hidden_states(model, texts, chunk_size=sum(map(len, texts)))
     predicting = [h[len(context) - 1 :] for h, (context, _) in zip(hidden, pairs, strict=True)]
@@ -94,7 +102,11 @@ def score_packed(model: Any, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tok
 
 
 def groups(items: Sequence[Any], lengths: Sequence[int], most_tokens: int, most_rows: int = 0) -> Iterator[list[Any]]:
-    """Runs of ``items`` whose lengths add up to at most ``most_tokens`` (or that are alone), at most ``most_rows`` of them (0: any)."""
+    """Consecutive groups of ``items``, whose lengths sum to at most ``most_tokens`` (except for a single longer item).
+
+    Args:
+        most_rows: the maximum number of items of a group; 0: any.
+    """
     group: list[Any] = []
     size = 0
     for item, length in zip(items, lengths, strict=True):

@@ -12,18 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from mambakit.decoding.chunks import chunk_sizes
 from mambakit.decoding.cuda_graph import graphs_serve
-from mambakit.decoding.loop import write_tokens
-from mambakit.decoding.prefill import prefill, prefill_states, reads_in_buckets
-from mambakit.decoding.processor_sampler import WITHOUT_WAITING, ProcessorSampler
-from mambakit.decoding.sampler import Chooser
+from mambakit.decoding.prefill import prefill, reads_in_buckets
 from mambakit.decoding.scaling import widened
-from mambakit.decoding.seeded import seeded_sampler
 from mambakit.decoding.transformers_steps import TransformersSteps
+from mambakit.models.generate_prompt import cached_columns, padded_left, prefill_in_chunks, require_left_padding
+from mambakit.models.generate_tokens import (
+    CACHE_ARGUMENT,
+    CACHE_RESULT,
+    generate_tokens,
+    looked_at_by,
+    with_each_name,
+)
 from mambakit.models.inputs import one_cache
 from mambakit.models.options import check_generating, setting
 from mambakit.models.outputs import CACHE_NAMES
@@ -32,13 +34,6 @@ from mambakit.modules import StateCache
 from mambakit.modules.interception import is_ours
 from mambakit.number import SEED
 from mambakit.quoting import brief
-
-# What this release of transformers calls the state: in its token loops' arguments, and in what generate() returns.
-_ARGUMENT, _RESULT = (
-    ("cache", "cache")
-    if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__
-    else ("cache_params", "past_key_values")
-)
 
 
 class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
@@ -55,22 +50,24 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         seed: int | Sequence[int] | None = None,
         **kwargs,
     ):
-        """Generate tokens. Arguments and results are transformers' `GenerationMixin.generate`; greedy and sampled tokens are chosen
-        without waiting for the device where nothing looks at them in between (docs/guides/generation.md). And besides:
+        """Generate tokens. Arguments and results are those of transformers' `GenerationMixin.generate`.
+
+        Greedy and sampled tokens are chosen without waiting for the device where nothing looks at them in between
+        (docs/guides/generation.md). And besides:
 
         Args:
             inputs: (b, l) prompt ids, padded on either side as ``attention_mask`` says; each row continues after its
                 last real token.
-            cache_params: a `MambaCache` to continue from (``cache`` and ``past_key_values`` are other names). ``inputs`` are then the
-                tokens after it; or everything from the first token on, where the cache came from `generate` and the
-                attention mask is no longer than ``inputs``. It is brought up to date in place, unless rows are
-                multiplied (beams, several return sequences).
-            prefill_chunk_size: read the prompt this many tokens at a time; memory does not grow with its length. Without it
-                prompts of more than 16,384 tokens in all (1,024 on a CPU) are read in chunks of about so many, one text on
-                a GPU in pieces of at most 4,096.
-            seed: seeds this call's sampling alone; the global generator is left as it was. A sequence has a seed for each text that is
-                written: a text then has random numbers of its own, those of `mambakit.generation`'s streams and engine, and does not
-                depend on the others of its batch.
+            cache_params: a `MambaCache` to continue from (``cache`` and ``past_key_values`` are other names).
+                ``inputs`` are then the tokens after it; or everything from the first token on, where the cache came
+                from `generate` and the attention mask is no longer than ``inputs``. It is brought up to date in place,
+                unless rows are multiplied (beams, several return sequences).
+            prefill_chunk_size: read the prompt this many tokens at a time; memory does not grow with its length.
+                Without it prompts of more than 16,384 tokens in all (1,024 on a CPU) are read in chunks of about so
+                many, one text on a GPU in pieces of at most 4,096.
+            seed: seeds this call's sampling alone; the global generator is left as it was. A sequence has a seed for
+                each text that is written: a text then has random numbers of its own, those of `mambakit.generation`'s
+                streams and engine, and does not depend on the others of its batch.
         """
         seeds = None
         if isinstance(seed, (list, tuple)):
@@ -97,33 +94,30 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
             if chunk:
                 raise ValueError("prefill_chunk_size reads input_ids in chunks; give the prompt as input_ids")
             if mask is not None:
-                _require_left_padding(mask)
+                require_left_padding(mask)
             if cache is not None:
-                kwargs[_ARGUMENT] = cache
+                kwargs[CACHE_ARGUMENT] = cache
             try:
                 result = super().generate(inputs, generation_config, *args, attention_mask=mask, **kwargs)
             finally:
                 steps.close()
-            return result if isinstance(result, Tensor) else _with_each_name(result)
+            return result if isinstance(result, Tensor) else with_each_name(result)
 
         given = input_ids
-        cached = 0 if cache is None else _cached_columns(cache, input_ids, mask)
+        cached = 0 if cache is None else cached_columns(cache, input_ids, mask)
         new = input_ids.shape[1] - cached
         if new < 1:
             raise ValueError(
                 f"input_ids has {input_ids.shape[1]} tokens, all in the cache already; give at least one more"
             )
         if mask is not None:
-            mask = mask.to(input_ids.device)
-            order = mask[:, -new:].to(torch.bool).to(torch.int8).argsort(dim=1, stable=True)  # padding to the left
-            input_ids = torch.cat([input_ids[:, :cached], input_ids[:, cached:].gather(1, order)], 1)
-            mask = torch.cat([mask[:, :-new], mask[:, -new:].gather(1, order)], 1)
+            input_ids, mask = padded_left(input_ids, mask.to(input_ids.device), new)
 
         copies = max(setting(kwargs, settings, "num_beams", 1), setting(kwargs, settings, "num_return_sequences", 1))
         use_cache = setting(kwargs, settings, "use_cache", True)
         given_cache = cache
         limit = chunk_sizes(self.device).batch
-        whole = bool(setting(kwargs, settings, "output_hidden_states", False))  # asks for the whole prompt's
+        whole = bool(setting(kwargs, settings, "output_hidden_states", False))  # of the whole prompt
         alone = copies == 1 and use_cache and not whole and reads_in_buckets(self, input_ids.shape[0])
         if alone and is_ours(self) and (mask is None or bool(mask[:, -new:].all())):
             cache = self.backbone.new_cache(1) if cache is None else cache
@@ -136,15 +130,14 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
             if chunk:
                 cache = self.backbone.new_cache(input_ids.shape[0]) if cache is None else cache
                 last_too = copies == 1 and not whole and is_ours(self)
-                cached, steps.prompt_logits = self._prefill_in_chunks(
-                    input_ids, mask, cache, cached, int(chunk), last_too
-                )
+                steps.prompt_logits = prefill_in_chunks(self, input_ids, mask, cache, cached, int(chunk), last_too)
+                cached = input_ids.shape[1] - 1
             if cache is not None:
                 if copies > 1:
                     cache = cache.clone()
                     cache.batch_repeat_interleave(copies)
                 steps.own_cache = None if cache is given_cache else cache
-                kwargs[_ARGUMENT] = cache
+                kwargs[CACHE_ARGUMENT] = cache
                 steps.cached_columns = cached
             result = super().generate(input_ids, generation_config, *args, attention_mask=mask, **kwargs)
         finally:
@@ -156,9 +149,9 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
             sequences[:, : given.shape[1]] = given.repeat_interleave(repeats, 0)  # the prompt as it was given
         if isinstance(result, Tensor):
             return result
-        if (final := getattr(result, _RESULT)) is not None:
+        if (final := getattr(result, CACHE_RESULT)) is not None:
             final.remember_tail(sequences)
-        return _with_each_name(result)
+        return with_each_name(result)
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' processors, those of extreme numbers computed in float64: its own overflow float32 there."""
@@ -175,14 +168,13 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         streamer=None,
         **kwargs,
     ):
-        """transformers' loop over tokens; or the same tokens from `write_tokens`, where nothing looks at them in between and no
-        processor waits for the device. Then there is no device-to-host sync until texts may have ended."""
+        """transformers' hook: the loop over tokens; ours (`generate_tokens`) where nothing looks at each token."""
         steps: TransformersSteps | None = kwargs.get("steps")
-        cache: StateCache | None = kwargs.get(_ARGUMENT)
+        cache: StateCache | None = kwargs.get(CACHE_ARGUMENT)
         if steps is not None and steps.chunk_size and cache is not None:
             prompt = input_ids[:, steps.cached_columns :]
             steps.prompt_logits = prefill(self, prompt, cache, chunk_size=steps.chunk_size)
-        looked_at = self._looked_at(logits_processor, stopping_criteria, generation_config, streamer, kwargs)
+        looked_at = looked_at_by(logits_processor, stopping_criteria, generation_config, streamer, kwargs)
         if synced_gpus:
             looked_at = "synced_gpus"
         seeds = None if steps is None else steps.seeds
@@ -190,79 +182,19 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"seed has {len(seeds)} seeds, which {looked_at} does not go with; drop it, or give one seed"
             )
-        if seeds is None:
-            if looked_at or not is_ours(self) or not (graphs_serve(self) or self.device.type == "cpu"):
-                return super()._sample(
-                    input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **kwargs
-                )
-            sampler: Chooser = ProcessorSampler(logits_processor, bool(generation_config.do_sample), input_ids)
-        else:
-            sampler = seeded_sampler(
-                self,
-                seeds,
-                logits_processor,
-                bool(generation_config.do_sample),
-                input_ids,
-                kwargs.get("attention_mask"),
+        if seeds is None and (looked_at or not is_ours(self) or not (graphs_serve(self) or self.device.type == "cpu")):
+            return super()._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **kwargs
             )
-        if steps is not None and steps.prompt_logits is not None:
-            logits, steps.prompt_logits = steps.prompt_logits, None
-        else:
-            step = self.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
-            output = self(**step, return_dict=True)
-            cache, logits = output.cache, output.logits[:, -1]
-        ends = [c.eos_token_id.to(self.device) for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
-        most = min(c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)) - input_ids.shape[1]
-        padding = int(generation_config._pad_token_tensor) if ends else 0
-        given = kwargs.get(_ARGUMENT)
-        own = given is None or (steps is not None and steps.own_cache is given)
-        kept = bool(generation_config.return_dict_in_generate) or not own
-        assert cache is not None
-        tokens = write_tokens(
-            self, cache, input_ids, logits, most, sampler, kept, torch.cat(ends) if ends else None, padding
-        )
-        sequences = torch.cat([input_ids, tokens], 1)
-        if not generation_config.return_dict_in_generate:
-            return sequences
-        return GenerateDecoderOnlyOutput(sequences=sequences, **{_RESULT: cache})
-
-    @staticmethod
-    def _looked_at(processors: Any, criteria: Any, settings: Any, streamer: Any, kwargs: dict[str, Any]) -> str:
-        """What wants to see each token or its scores; "" for nothing."""
-        if streamer is not None:
-            return "a streamer"
-        if not kwargs.get("use_cache", True):
-            return "use_cache=False"
-        for one in processors:
-            if type(one) not in WITHOUT_WAITING:
-                return type(one).__name__
-        for name in ("output_scores", "output_logits", "output_hidden_states", "output_attentions"):
-            if getattr(settings, name, None):
-                return name
-        for one in criteria:
-            if type(one) not in (MaxLengthCriteria, EosTokenCriteria):
-                return type(one).__name__
-        return ""
-
-    def _prefill_in_chunks(
-        self, ids: Tensor, mask: Tensor | None, cache: StateCache, cached: int, chunk: int, last_too: bool
-    ) -> tuple[int, Tensor | None]:
-        """Read the prompt but for its last token, or with it: (the columns of ``ids`` that generation need not read, the logits (b, v) after
-        the last)."""
-        end = ids.shape[1] if last_too else ids.shape[1] - 1
-        if mask is not None:
-            mask = mask[:, mask.shape[1] - ids.shape[1] :][:, cached:end]
-        read = prefill if last_too else prefill_states
-        logits = read(self, ids[:, cached:end], cache, attention_mask=mask, chunk_size=chunk)
-        return ids.shape[1] - 1, logits
+        return generate_tokens(self, input_ids, logits_processor, stopping_criteria, generation_config, seeds, kwargs)
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> dict[str, Any]:
-        """transformers' hook: the state goes on under the one name that this release's loops look for."""
+        """transformers' hook: pass the state on under the one name that this release's loops read."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
         cache = one_cache(**{name: model_kwargs.pop(name, None) for name in CACHE_NAMES})
-        return model_kwargs if cache is None else {**model_kwargs, _ARGUMENT: cache}
+        return model_kwargs if cache is None else {**model_kwargs, CACHE_ARGUMENT: cache}
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """transformers' hook: nothing to prepare, the first forward makes a `MambaCache` of the right size."""
@@ -285,7 +217,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         cache_params = one_cache(cache=cache, cache_params=cache_params, past_key_values=past_key_values)
         step: dict[str, Any] = {"use_cache": use_cache, "cache_params": cache_params}
         if is_first_iteration and steps is not None and steps.prompt_logits is not None:
-            step |= {"input_ids": input_ids[:, -1:], "steps": steps}  # it is read: forward says the logits after it
+            step |= {"input_ids": input_ids[:, -1:], "steps": steps}  # read already: forward returns prompt_logits
         elif is_first_iteration or not use_cache:
             step["attention_mask"] = attention_mask
             if inputs_embeds is not None and is_first_iteration:
@@ -294,36 +226,9 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
                 step["input_ids"] = input_ids[:, 0 if steps is None else steps.cached_columns :]
         else:
             step["input_ids"] = input_ids[:, -1:]  # every row has a real token here, so no mask
-            if is_ours(self):  # another forward has not heard of it
+            if is_ours(self):  # a forward of another class does not know the argument
                 step["steps"] = steps
         for name in ("output_hidden_states", "logits_to_keep", "return_dict"):
             if name in kwargs:
                 step[name] = kwargs[name]
         return step
-
-
-def _with_each_name(result: Any) -> Any:
-    """transformers' result, whose final state answers to every name that it has had."""
-    for name in CACHE_NAMES:
-        if name != _RESULT and not hasattr(type(result), name):
-            object.__setattr__(result, name, getattr(result, _RESULT))
-    return result
-
-
-def _cached_columns(cache: StateCache, input_ids: Tensor, mask: Tensor | None) -> int:
-    """How many leading columns of ``input_ids`` the cache already holds: none of them, or all it has seen."""
-    seen, length = cache.get_seq_length(), input_ids.shape[1]
-    if seen == 0 or length <= seen or (mask is not None and mask.shape[1] == seen + length):
-        return 0
-    if cache.ends_with(input_ids[:, :seen]):
-        return seen
-    raise ValueError(
-        f"the cache has seen {seen} tokens and input_ids has {length}: it is not clear whether they are all new, and their "
-        f"first {seen} are not the tokens this cache was left with. If all are new, pass an attention_mask of shape "
-        f"{(input_ids.shape[0], seen + length)}; if not, pass only the new ones"
-    )
-
-
-def _require_left_padding(mask: Tensor) -> None:
-    if bool((mask[:, 1:] < mask[:, :-1]).any()):
-        raise ValueError("inputs_embeds are padded on the right or inside; pad them on the left, or give input_ids")

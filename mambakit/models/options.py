@@ -1,4 +1,4 @@
-"""transformers' options that a Mamba model cannot follow, each with its remedy: none is ignored in silence."""
+"""transformers' options that a Mamba model cannot follow, each with its remedy: none is ignored without a message."""
 
 from __future__ import annotations
 

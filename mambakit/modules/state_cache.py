@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mambakit.modules.layered import exact_device
 from mambakit.modules.state_file import read_state, write_state
-from mambakit.modules.state_memory import StateMemory, slot_index
+from mambakit.modules.state_memory import StateMemory
 from mambakit.modules.state_spec import StateSpec
 
 _Cache = TypeVar("_Cache", bound="StateCache")
@@ -39,7 +39,7 @@ class StateCache:
         ValueError: a negative number of slots, or a list of devices that does not name one for each layer.
     """
 
-    # What transformers' generate() asks of a cache: whether to wrap each step in torch.compile, and (since 5.24)
+    # What transformers' generate() reads of a cache: whether to wrap each step in torch.compile, and (since 5.24)
     # whether a layer's part is a state, so that a prompt is not cut to the tokens after it, and may be cut back.
     is_compileable = False
     is_linear = (True,)
@@ -65,8 +65,6 @@ class StateCache:
     ) -> _Cache:
         """A zero state for a model of configuration ``config`` and of ``dtype`` (the configuration's when None)."""
         return cls(config.state_spec(dtype), max_batch_size, device)
-
-    # -- what it holds ---------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Any]:
         """The live memory, by `Stack.key`: (layers, b, *shape) each, a `LayeredTensor` on several devices."""
@@ -112,7 +110,7 @@ class StateCache:
         self._tail = sequences[:, max(0, self._seen_tokens - _TAIL) : self._seen_tokens].clone()
 
     def ends_with(self, sequences: Tensor) -> bool:
-        """Whether ``sequences`` (b, seen) end with the tokens this cache was left with, as far as it knows them."""
+        """Whether ``sequences`` (b, seen) end with the last tokens this cache has read; False if they are unknown."""
         if self._tail is None or sequences.shape[0] != self._tail.shape[0]:
             return False
         return bool((sequences[:, sequences.shape[1] - self._tail.shape[1] :] == self._tail.to(sequences.device)).all())
@@ -123,8 +121,6 @@ class StateCache:
             f"{type(self).__name__}({layers}; slots={self.max_batch_size}, seen={self._seen_tokens}, "
             f"{self.nbytes / 2**20:.2f} MiB on {self.device})"
         )
-
-    # -- one layer's tensors, as its mixer uses them ---------------------------------------------------------------
 
     def layer(self, index: int, rows: Tensor | None = None) -> tuple[Tensor, ...]:
         """Layer ``index``'s tensors (b, *shape) in the specification's order, of slots ``rows`` (int64; -1 is a zero
@@ -148,8 +144,6 @@ class StateCache:
         """Move layer ``index``'s tensors to ``device``, where its layer computes."""
         self._memory.place(index, device)
 
-    # -- operations on whole states --------------------------------------------------------------------------------
-
     def clone(self: _Cache) -> _Cache:
         """A copy that later tokens do not change."""
         other = self._with(lambda t: t.clone())
@@ -170,7 +164,7 @@ class StateCache:
 
     def select(self: _Cache, indices: Tensor | list[int]) -> _Cache:
         """A new cache whose slot i is this one's slot ``indices[i]``: reorder, drop or fork slots."""
-        index = self._index(indices, "indices")
+        index = self._memory.index(indices, "indices")
         return self._with(lambda t: t[:, index], len(indices))
 
     def empty_like(self: _Cache, max_batch_size: int) -> _Cache:
@@ -188,16 +182,8 @@ class StateCache:
         if rows is None:
             self._memory = self._memory.mapped(lambda t: t.detach().clone().zero_())
             self._seen_tokens, self._tail = 0, None
-        elif isinstance(rows, Tensor) and rows.dtype == torch.bool:
-            if rows.shape != (self.max_batch_size,):
-                raise ValueError(f"the mask has shape {tuple(rows.shape)}; it must be ({self.max_batch_size},)")
-            for stacked in self.tensors().values():
-                mask = rows.to(stacked.device).view(-1, *[1] * (len(stacked.shape) - 2))
-                stacked.masked_fill_(mask, 0)
         else:
-            index = self._index(rows, "rows")
-            for stacked in self.tensors().values():
-                stacked[:, index] = 0
+            self._memory.zero_(rows)
 
     def copy_(self: _Cache, source: StateCache, from_slots: Tensor | list[int], to_slots: Tensor | list[int]) -> _Cache:
         """Copy slots ``from_slots`` of ``source`` into slots ``to_slots`` of this cache; the other slots stay.
@@ -209,18 +195,12 @@ class StateCache:
             ValueError: a state of another specification, indices beyond a cache, or more of one kind than of the other.
         """
         self._require_alike(source)
-        from_index = source._index(from_slots, "from_slots", ranges=True)
-        to_index = self._index(to_slots, "to_slots", ranges=True)
-        if len(from_slots) != len(to_slots):
-            raise ValueError(f"{len(from_slots)} from_slots but {len(to_slots)} to_slots; give as many of each")
-        given = source.tensors()
-        for key, stacked in self.tensors().items():
-            stacked[:, to_index] = given[key][:, from_index].to(self.device, stacked.dtype)
+        self._memory.copy_(source._memory, from_slots, to_slots)
         self._seen_tokens = max(self._seen_tokens, source._seen_tokens)
         return self
 
     def load_(self: _Cache, source: StateCache) -> _Cache:
-        """Take over the values and the number of tokens seen of ``source``, which has as many slots, in place: the
+        """Copy the values and the number of tokens seen of ``source``, which has as many slots, in place: the
         tensors stay where they are, for a captured graph or a native step that holds on to their memory. No gradient
         flows through it.
 
@@ -237,7 +217,7 @@ class StateCache:
         return self
 
     def fill_(self: _Cache, tensors: Mapping[str, Tensor], seen_tokens: int) -> _Cache:
-        """Take over tensors of the names, shapes and kinds of this cache's own (`tensors`), in place.
+        """Copy tensors of the names, shapes and kinds of this cache's own (`tensors`), in place.
 
         Raises:
             ValueError: one is missing, has another shape, or is floating where this cache's is not.
@@ -258,8 +238,6 @@ class StateCache:
             return self
         return self._with(lambda t: t.to(device))
 
-    # -- names that transformers' generate() calls -----------------------------------------------------------------
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder slots in place (beam search)."""
         self.batch_select_indices(beam_idx)
@@ -277,8 +255,6 @@ class StateCache:
             f"a recurrent state cannot be cut back to {max_length} tokens: it has no per-token entries; take a "
             "snapshot with clone() before the tokens that may be taken back, and continue from it"
         )
-
-    # -- files -----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the state to a safetensors file (to a temporary name first, then renamed)."""
@@ -300,8 +276,6 @@ class StateCache:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    # -- helpers ---------------------------------------------------------------------------------------------------
-
     def _with(self: _Cache, function: Callable[[Any], Any], slots: int | None = None) -> _Cache:
         """A cache of the same class and specification, its tensors made from this one's by ``function``."""
         other = object.__new__(type(self))
@@ -312,6 +286,3 @@ class StateCache:
     def _require_alike(self, source: StateCache) -> None:
         if (difference := self.spec.difference(source.spec)) is not None:
             raise ValueError(f"source is of another model: it has {difference}; {source!r} does not fit {self!r}")
-
-    def _index(self, indices: Tensor | list[int], name: str, ranges: bool = False) -> Any:
-        return slot_index(indices, self.max_batch_size, self.device, name, ranges)

@@ -39,8 +39,6 @@ class StateMemory:
         # Layers replaced out of place (where gradients flow) since the stacked tensors were last formed.
         self._replaced: dict[int, tuple[Tensor, ...]] = {}
 
-    # -- all layers ------------------------------------------------------------------------------------------------
-
     def tensors(self) -> dict[str, Any]:
         """By `Stack.key`: each (layers, b, *shape), a Tensor or, on several devices, a `LayeredTensor`."""
         if self._replaced:
@@ -60,9 +58,61 @@ class StateMemory:
         return other
 
     def fill_(self, tensors: Mapping[str, Any]) -> None:
-        """Take over these values, in place and without their gradients."""
+        """Copy these values, in place and without their gradients."""
         for key, stacked in self.tensors().items():
             stacked.copy_(tensors[key].detach())
+
+    def copy_(self, source: StateMemory, from_slots: Tensor | list[int], to_slots: Tensor | list[int]) -> None:
+        """Copy slots of ``source``, of the same specification, into slots of this memory, in place.
+
+        Raises:
+            ValueError: indices beyond the slots, or more of one kind than of the other.
+        """
+        from_index = source.index(from_slots, "from_slots", ranges=True)
+        to_index = self.index(to_slots, "to_slots", ranges=True)
+        if len(from_slots) != len(to_slots):
+            raise ValueError(f"{len(from_slots)} from_slots but {len(to_slots)} to_slots; give as many of each")
+        given = source.tensors()
+        for key, stacked in self.tensors().items():
+            stacked[:, to_index] = given[key][:, from_index].to(self.device, stacked.dtype)
+
+    def zero_(self, rows: Tensor | list[int]) -> None:
+        """Zero the slots ``rows``, in place: indices, or a mask (b,) bool, with which nothing waits for the device.
+
+        Raises:
+            ValueError: indices beyond the slots, or a mask of another shape.
+        """
+        if isinstance(rows, Tensor) and rows.dtype == torch.bool:
+            if rows.shape != (self.slots,):
+                raise ValueError(f"the mask has shape {tuple(rows.shape)}; it must be ({self.slots},)")
+            for stacked in self.tensors().values():
+                mask = rows.to(stacked.device).view(-1, *[1] * (len(stacked.shape) - 2))
+                stacked.masked_fill_(mask, 0)
+        else:
+            index = self.index(rows, "rows")
+            for stacked in self.tensors().values():
+                stacked[:, index] = 0
+
+    def index(self, indices: Tensor | list[int], name: str, ranges: bool = False) -> Tensor | slice:
+        """Slots as int64 on the first layer's device.
+
+        With ``ranges`` a list of consecutive slots becomes a slice, which costs no copy.
+
+        Raises:
+            ValueError: indices of more than one dimension, or beyond the slots; they are called ``name``.
+        """
+        limit = self.slots
+        if ranges and isinstance(indices, list) and indices and 0 <= indices[0] <= limit - len(indices):
+            consecutive = range(indices[0], indices[0] + len(indices))
+            if indices == list(consecutive):
+                return slice(consecutive.start, consecutive.stop)
+        home = indices.device if isinstance(indices, Tensor) else "cpu"
+        index = torch.as_tensor(indices, dtype=torch.long, device=home)
+        if index.dim() != 1:
+            raise ValueError(f"{name} has shape {tuple(index.shape)}, expected one dimension")
+        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < limit):
+            raise ValueError(f"{name} {index.tolist()} reach outside the {limit} rows of the cache")
+        return index.to(self.device)
 
     def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """What `fill_` cannot take: tensors that are missing, or of another shape or kind (floating, integer)."""
@@ -91,8 +141,6 @@ class StateMemory:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self._stacks.values())
-
-    # -- one layer -------------------------------------------------------------------------------------------------
 
     def layer(self, index: int, rows: Tensor | None = None) -> tuple[Tensor, ...]:
         tensors = self._replaced.get(index) or tuple(self._stacks[key][at] for key, at in self.spec.places[index])
@@ -129,25 +177,3 @@ class StateMemory:
 def _put(old: Tensor, at: Tensor, new: Tensor) -> Tensor:
     """``old`` (b, ...) with slots ``at`` replaced, b for none."""
     return torch.cat([old, torch.zeros_like(new[:1])]).index_put((at,), new)[: old.shape[0]]
-
-
-def slot_index(
-    indices: Tensor | list[int], limit: int, device: torch.device, name: str, ranges: bool = False
-) -> Tensor | slice:
-    """Slots below ``limit`` as int64 on ``device``; with ``ranges`` a list of consecutive ones is a slice, which costs
-    no copy.
-
-    Raises:
-        ValueError: indices of more than one dimension, or beyond the slots; they are called ``name``.
-    """
-    if ranges and isinstance(indices, list) and indices and 0 <= indices[0] <= limit - len(indices):
-        consecutive = range(indices[0], indices[0] + len(indices))
-        if indices == list(consecutive):
-            return slice(consecutive.start, consecutive.stop)
-    home = indices.device if isinstance(indices, Tensor) else "cpu"
-    index = torch.as_tensor(indices, dtype=torch.long, device=home)
-    if index.dim() != 1:
-        raise ValueError(f"{name} has shape {tuple(index.shape)}, expected one dimension")
-    if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < limit):
-        raise ValueError(f"{name} {index.tolist()} reach outside the {limit} rows of the cache")
-    return index.to(device)

@@ -86,7 +86,7 @@ def no_grad_needed(op: str, *tensors: Tensor | None) -> None:
 
 
 def no_forward_mode(op: str, *tensors: Tensor | None) -> None:
-    """The ops have a backward pass alone; a tangent would come out as nothing, in silence."""
+    """Raise for forward-mode AD: the ops have a backward pass only, and would drop tangents without an error."""
     if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 def differentiated_once(op: str, gradients: tuple[Any, ...], origins: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
-    """``gradients``, tensors or None, that raise when autograd goes back through them; as they are where nobody records
-    (``create_graph=False``).
+    """``gradients``, tensors or None, that raise when autograd differentiates them again; unchanged without
+    ``create_graph=True``.
 
     Args:
         op: its name, for the error.

@@ -1,4 +1,4 @@
-"""The API server: one HTTP address in front of any number of replicas of a model.
+"""The API server: one HTTP address for any number of replicas of a model.
 
 Each entry imports only those above it:
 

@@ -53,8 +53,8 @@ class TrainConfig:
     length_warmup: float = 0.25
     """Fraction of the run that length warm-up takes."""
     respect_documents: bool = False
-    """Keep state from passing between the documents of a row, exactly. Off, rows are cut from the joined documents: of
-    book-length documents few rows contain a boundary, and the end-of-text token marks each."""
+    """Keep state from passing between the documents of a row, exactly. Off, rows are cut from the concatenated
+    documents: of book-length documents few rows contain a boundary, and the end-of-text token marks each."""
     stateful: bool = False
     """Truncated backpropagation: row i of a batch continues row i of the previous batch from its final state. Gradients
     stop at the row's start. Documents of any length are then seen whole."""

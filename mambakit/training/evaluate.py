@@ -18,7 +18,7 @@ from mambakit.training.tokenizer import Vocabulary
 
 @torch.no_grad()
 def sample_loss(step: TrainingStep, store: TokenStore, length: int, rows: int = 64) -> float:
-    """Mean loss in nats per token over ``rows`` evenly spaced rows of the joined documents, each from a zero state."""
+    """Mean loss in nats per token over ``rows`` evenly spaced rows of the documents, each from a zero state."""
     batch = sample_rows(store, length, rows).to(step.device)
     step.model.eval()
     losses = [step.loss(part, torch.zeros_like(part, dtype=torch.bool)) * part.shape[0] for part in batch.split(32)]

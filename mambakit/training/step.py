@@ -210,9 +210,9 @@ class CapturedStep:
     repeats the arithmetic of one that was never stopped.
     """
 
-    _REHEARSALS = 3
+    _WARM_UPS = 3
     # DDP times its first ten steps with events, which may not be read during a capture.
-    _REHEARSALS_OF_DDP = 11
+    _WARM_UPS_OF_DDP = 11
 
     def __init__(self, step: TrainingStep):
         if step.respect_documents:
@@ -236,7 +236,7 @@ class CapturedStep:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 ddp = self.step.processes.mode == "ddp"
-                for _ in range(self._REHEARSALS_OF_DDP if ddp else self._REHEARSALS):
+                for _ in range(self._WARM_UPS_OF_DDP if ddp else self._WARM_UPS):
                     self.step.warm_up(rows, begins)
             torch.cuda.current_stream().wait_stream(self.stream)
             graph = self.graphs[rows.shape] = _Graph(self.step, rows, begins, self.stream)

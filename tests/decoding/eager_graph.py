@@ -1,4 +1,5 @@
-"""The ways in which rows decode, each on a CPU: `graph` is a graph's control flow with its contents run again at each replay."""
+"""The decoders on a CPU. `graph` has the control flow of a CUDA graph, but each replay runs the captured function
+again."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def native_serves(model, cache) -> bool:
 
 
 def decode_by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the registry hold this decoder alone. By a graph it is looked as seldom as on a GPU whether texts have ended."""
+    """Have the registry hold this decoder alone. With `graph`, ended texts are checked for as rarely as on a GPU."""
     if way == "native":
         if native.describe()["isa"] is None:
             pytest.skip("no native library")

@@ -1,4 +1,4 @@
-"""What is kept with a model: for as long as its tensors lie where they lay and its switches stand, and not longer than the model."""
+"""Objects kept with a model: they last while its tensors and modes stay the same, and no longer than the model."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from mambakit.decoding import slots as rows
 from mambakit.decoding.loop import TokenLoop, write_tokens
 from mambakit.decoding.processor_sampler import WITHOUT_WAITING, ProcessorSampler
 from mambakit.decoding.scaling import WidePenalty, WideTemperature
-from mambakit.models import generate
+from mambakit.models import generate, generate_tokens
 from tests.decoding.eager_graph import decode_by
 from tests.models.configurations import pair, tokens, worst
 
@@ -45,8 +45,8 @@ def model():
 def both(model, monkeypatch, ids, **options):
     """(result, the generator's next number) of our loop and of transformers' loop."""
     results, calls = [], []
-    write = generate.write_tokens
-    monkeypatch.setattr(generate, "write_tokens", lambda *a: calls.append(1) or write(*a))
+    write = generate_tokens.write_tokens
+    monkeypatch.setattr(generate_tokens, "write_tokens", lambda *a: calls.append(1) or write(*a))
     for ours in (True, False):
         with monkeypatch.context() as patch:
             if not ours:
@@ -198,9 +198,10 @@ class Waits(TorchDispatchMode):
 
 
 PROCESSORS = [
-    generation.RepetitionPenaltyLogitsProcessor(1.5), generation.TemperatureLogitsWarper(0.7), generation.TopKLogitsWarper(5),
-    generation.TopPLogitsWarper(0.9), generation.MinPLogitsWarper(0.1), generation.TypicalLogitsWarper(0.9),
-    generation.EpsilonLogitsWarper(0.01), WideTemperature(1e-30), WidePenalty(1e30),
+    generation.RepetitionPenaltyLogitsProcessor(1.5), generation.TemperatureLogitsWarper(0.7),
+    generation.TopKLogitsWarper(5), generation.TopPLogitsWarper(0.9), generation.MinPLogitsWarper(0.1),
+    generation.TypicalLogitsWarper(0.9), generation.EpsilonLogitsWarper(0.01), WideTemperature(1e-30),
+    WidePenalty(1e30),
 ]  # fmt: skip
 
 
@@ -271,8 +272,8 @@ def test_what_waits_or_is_not_known_goes_to_transformers(model, monkeypatch):
         pass
 
     taken = []
-    write = generate.write_tokens
-    monkeypatch.setattr(generate, "write_tokens", lambda *a: taken.append(1) or write(*a))
+    write = generate_tokens.write_tokens
+    monkeypatch.setattr(generate_tokens, "write_tokens", lambda *a: taken.append(1) or write(*a))
     options = {"max_new_tokens": 4, "do_sample": True, "pad_token_id": 0, "seed": 1}
     ids = tokens(2, 5)
     expected = model.generate(ids, top_k=3, **options)
@@ -293,8 +294,8 @@ def test_on_a_gpu(name, monkeypatch, choice, ends):
     options = {"max_new_tokens": 40, "pad_token_id": 0, "eos_token_id": ENDS[ends], **CHOICES[choice]}
     options["return_dict_in_generate"] = True
     found = []
-    write = generate.write_tokens
-    monkeypatch.setattr(generate, "write_tokens", lambda *a: found.append(1) or write(*a))
+    write = generate_tokens.write_tokens
+    monkeypatch.setattr(generate_tokens, "write_tokens", lambda *a: found.append(1) or write(*a))
     results = []
     ids = tokens(3, 5).cuda()
     for ours in (True, False):

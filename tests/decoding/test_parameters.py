@@ -93,9 +93,9 @@ def model():
 @pytest.mark.parametrize(
     ("ids", "error"),
     [
-        ([], "expected \\(l,\\)"), ([[1]], "expected \\(l,\\)"), ([1.0], "whole numbers"), ([True], "whole numbers"), ("ab", "token ids"),
-        (5, "token ids"), (None, "token ids"), ([10**30], "token ids"), ([None], "token ids"), (torch.ones(2), "whole numbers"),
-        (torch.tensor(3), "expected \\(l,\\)"), (["\ud800"], "token ids"),
+        ([], "expected \\(l,\\)"), ([[1]], "expected \\(l,\\)"), ([1.0], "whole numbers"), ([True], "whole numbers"),
+        ("ab", "token ids"), (5, "token ids"), (None, "token ids"), ([10**30], "token ids"), ([None], "token ids"),
+        (torch.ones(2), "whole numbers"), (torch.tensor(3), "expected \\(l,\\)"), (["\ud800"], "token ids"),
     ],
 )  # fmt: skip
 def test_prompts_that_are_none(model, ids, error):

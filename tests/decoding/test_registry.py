@@ -9,7 +9,7 @@ import torch
 
 from mambakit.decoding import registry
 from mambakit.decoding.registry import token_step
-from mambakit.models import generate
+from mambakit.models import generate_tokens
 from mambakit.ops._backends import native
 from tests.decoding.eager_graph import decode_by, native_serves
 from tests.models.configurations import NAMES, pair, tokens, worst
@@ -95,8 +95,8 @@ def test_the_loop_of_steps_alone_is_transformers_loop(name, b, monkeypatch):
     ids = tokens(b, 5)
     free = model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
     taken = []
-    loop = generate.write_tokens
-    monkeypatch.setattr(generate, "write_tokens", lambda *a: taken.append(1) or loop(*a))
+    loop = generate_tokens.write_tokens
+    monkeypatch.setattr(generate_tokens, "write_tokens", lambda *a: taken.append(1) or loop(*a))
     for ends in (None, [int(free[0, 7])], [int(t) for t in free[:, 9]]):
         options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": ends, "pad_token_id": 1}
         options["return_dict_in_generate"] = True

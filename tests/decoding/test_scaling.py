@@ -1,4 +1,4 @@
-"""Extreme temperatures and penalties: the limit that they have, not NaN; ordinary ones are transformers', bit for bit."""
+"""Extreme temperatures and penalties give their limit, not NaN; ordinary ones have transformers' bits."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_small_temperatures_are_the_limit(temperature):
 
 
 def test_penalties_are_the_limit():
-    """Penalised tokens that are likely win against all others, and the likeliest of them against them; or they never come."""
+    """With a tiny penalty the largest positive penalised logit wins; with a huge one a negative logit never does."""
     logits, read = torch.tensor([[1.0, 3.0, 2.0, 5.0, -1.0]]), torch.tensor([[1, 2, 4]])
     for temperature in (0, 1e-300, 1, 2):
         for penalty in (1e-300, 1e-100, 1e-30):

@@ -1,4 +1,4 @@
-"""What there is one of: the loop over tokens, the choice of a token. Read from the source, so that a second one is noticed."""
+"""There is one token loop and one place that chooses tokens. The source is searched for a second one."""
 
 from __future__ import annotations
 

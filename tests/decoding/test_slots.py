@@ -189,7 +189,7 @@ def test_random_growing_and_shrinking(seed, way, model):
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 3])
 def test_drafts_are_verified_and_partly_kept(size, way, model):
-    """Logits after every token of each draft; only what is kept is in the states; steps go on from there, also in between."""
+    """Logits after every token of each draft; states after the kept tokens only; steps continue from there."""
     ids = tokens(size, 60)
     cache = model(ids[:, :6], use_cache=True).cache_params
     pool, read = SlotPool(model, size, cache), [6] * size

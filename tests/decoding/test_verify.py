@@ -18,7 +18,7 @@ DRAFTS = ((5, 2), (7, 7), (1, 1), (6, 1), (3, 0), (4, 4), (7, 5))
 
 
 def compare(model, make, ids, start=10):
-    """Worst differences of logits and states between verified drafts and plain steps, and whether every bit is the same."""
+    """Largest differences of logits and states between verified drafts and plain steps; whether all bits agree."""
     plain = model(ids[:, :start], use_cache=True).cache_params
     tried = plain.clone()
     step, verify = token_step(model, plain), make(model, tried, 7)

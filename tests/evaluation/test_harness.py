@@ -82,7 +82,7 @@ def test_generate_until(model):
 
 @pytest.mark.slow
 def test_a_task_from_local_files(folder, tmp_path):
-    """BLiMP's and LAMBADA's kind of task through the harness's evaluator and command line, and our own commands' figures."""
+    """Tasks like BLiMP and LAMBADA through the harness's evaluator and command line, and by our own commands."""
     pairs = [{"good": a, "bad": b} for a in TEXTS for b in TEXTS if a != b]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     task = tmp_path / "tasks" / "pairs.yaml"

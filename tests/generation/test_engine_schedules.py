@@ -1,4 +1,4 @@
-"""The engine over random schedules: whatever comes, goes and fails, each text is the one that an engine with nobody else writes."""
+"""The engine over random schedules of requests and errors: each text is that of an engine of its own."""
 
 from __future__ import annotations
 
@@ -60,8 +60,9 @@ def samplings(chance: random.Random) -> Sampling:
         [
             Sampling(0), Sampling(0), Sampling(0, repetition_penalty=1.3), Sampling(0.9, seed=seed),
             Sampling(1.2, top_k=5, seed=seed), Sampling(0.8, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=seed),
-            raising(FAULT, chance.randrange(4), "mask", temperature=0.9, seed=seed), raising(FAULT, 1, "accept", temperature=0),
-            raising(FAULT, chance.randrange(3), "accept", seed=seed), raising(FAULT, when="begin"),
+            raising(FAULT, chance.randrange(4), "mask", temperature=0.9, seed=seed),
+            raising(FAULT, 1, "accept", temperature=0), raising(FAULT, chance.randrange(3), "accept", seed=seed),
+            raising(FAULT, when="begin"),
         ]
     )  # fmt: skip
 
@@ -117,7 +118,8 @@ def schedule(seed: int, model, way: str) -> None:
         now += chance.choice([0.0, 0.001, 0.01])
         return now
 
-    # Where a prefix is found decides where its reading is cut, and so its last bits: tokens are the same, states are compared loosely.
+    # A known prefix changes how the rest is cut into chunks, and so the last bits: tokens are equal, states are
+    # compared with a tolerance.
     known = PrefixCache(model, chunk_size=chunk, memory_bytes=chance.choice([0, 1 << 12, 1 << 20]))
     engine = Engine(
         model, rows, chunk, prefix_cache=known if chance.random() < 0.3 else None,
@@ -127,7 +129,7 @@ def schedule(seed: int, model, way: str) -> None:
     seen: dict[Request, list[int]] = {}
     cancelled: set[Request] = set()
     left = chance.randrange(1, 14)
-    while left or len(engine._turns):
+    while left or len(engine._schedule):
         for _ in range(chance.choice([0, 0, 1, 1, 2, 6]) if left else 0):
             left -= 1
             request = random_request(chance, model)
@@ -149,8 +151,8 @@ def schedule(seed: int, model, way: str) -> None:
         assert engine.busy <= rows
         assert len(engine._pool._began) == len(engine._pool.occupants) == engine._pool.size <= rows
     assert engine.busy == 0
-    assert not engine._unread
-    assert not engine._ready
+    assert not engine._schedule.unread
+    assert not engine._schedule.ready
     assert not any(engine._pool.occupants)
     for request in requests:
         assert request.tokens == seen[request]

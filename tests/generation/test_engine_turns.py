@@ -1,4 +1,4 @@
-"""Turns in the engine, by a clock of the tests' own: prompts are read beside those who write, and nobody has all rows for long."""
+"""Turns in the engine, by a fake clock: prompts are read while others decode, and nobody holds all slots for long."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def model():
 def run(engine: Engine, clock: Time, until=lambda: False) -> dict[Request, list[float]]:
     """When each token came."""
     times: dict[Request, list[float]] = {}
-    while len(engine._turns) and not until():
+    while len(engine._schedule) and not until():
         for request, _ in engine.step():
             times.setdefault(request, []).append(clock.now)
     return times
@@ -84,7 +84,7 @@ def test_a_long_prompt_holds_up_neither_writers_nor_newcomers(model, clock, cach
     run(engine, clock, lambda: len(writer.tokens) > 3)
     long = engine.submit(Request(tokens(1, 6000)[0], max_new_tokens=2))
     run(engine, clock, lambda: clock.now > 0.4)
-    assert 0 < long.prompt_ids.shape[0] - next(iter(engine._unread)).reading.left < 6000, "in the middle"
+    assert 0 < long.prompt_ids.shape[0] - next(iter(engine._schedule.unread)).reading.left < 6000, "in the middle"
     came = clock.now
     newcomer = engine.submit(Request(tokens(1, 1)[0], max_new_tokens=1))
     late = engine.submit(Request(tokens(1, 1)[0], max_new_tokens=20))
@@ -192,7 +192,7 @@ def test_texts_of_one_prompt_read_it_once(model, monkeypatch):
     engine = Engine(model, 3, chunk_size=30)
     texts = engine.write(Request(ids, Sampling(seed=i), max_new_tokens=5, share=("request",)) for i in range(10))
     assert sum(read) == 100
-    assert not engine._known, "nothing is held when nobody is left"
+    assert not engine._prompts._held, "nothing is held when nobody is left"
     for i in (0, 9):
         assert texts[i].tokens == Engine(model, 3, chunk_size=30).write([Request(ids, Sampling(seed=i), 5)])[0].tokens
 

@@ -1,4 +1,4 @@
-"""`torch.inference_mode` on and off between the calls of what keeps tensors: the texts are the same, and nothing raises."""
+"""Objects that keep tensors, with `torch.inference_mode` on and off between calls: same texts, no errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 PROMPT = torch.tensor([3, 14, 15, 9, 26])
 SAMPLINGS = [
-    Sampling(0), Sampling(seed=1), Sampling(seed=2, top_k=5, repetition_penalty=1.3), Sampling(0, frequency_penalty=0.5),
+    Sampling(0), Sampling(seed=1), Sampling(seed=2, top_k=5, repetition_penalty=1.3),
+    Sampling(0, frequency_penalty=0.5),
 ]  # fmt: skip
 
 

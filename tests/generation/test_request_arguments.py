@@ -1,4 +1,4 @@
-"""What a request or a stream is given: checked where it is given, and copied, so that a caller may change and use it again."""
+"""Arguments of requests and streams are checked at once, and copied, so that a caller may change and reuse them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def alone(model, prompt=PROMPT, sampling=None, count=6) -> list[int]:
 
 @pytest.mark.parametrize("make", [torch.clone, lambda ids: np.array(ids), lambda ids: ids.to(torch.int32)])
 def test_one_buffer_for_many_prompts(model, make):
-    """In one share, where texts of the same prompt have one state; the buffer ends with a token that the model does not have."""
+    """In one share, where texts of the same prompt share a prefill; the buffer ends up with an unknown token."""
     engine, buffer, requests = Engine(model, 2), make(PROMPT), []
     prompts = [PROMPT, PROMPT.flip(0), PROMPT + 1]
     for prompt in prompts:
@@ -85,8 +85,9 @@ def test_contexts(model, kind, context):
 @pytest.mark.parametrize(
     ("context", "error", "message"),
     [
-        ([-1], ValueError, "context has token -1"), ([999], ValueError, "context has token 999"), ([0.5], TypeError, "whole numbers"),
-        ([[1]], ValueError, "expected .l,. with l >= 0"), ("ab", TypeError, "context is"), (7, TypeError, "context is"),
+        ([-1], ValueError, "context has token -1"), ([999], ValueError, "context has token 999"),
+        ([0.5], TypeError, "whole numbers"), ([[1]], ValueError, "expected .l,. with l >= 0"),
+        ("ab", TypeError, "context is"), (7, TypeError, "context is"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(
@@ -119,9 +120,10 @@ def test_one_object_for_many_samplings(model):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda r: r.tokens.clear(), lambda r: setattr(r, "max_new_tokens", "many"), lambda r: setattr(r, "sampling", None),
-        lambda r: setattr(r.sampling, "temperature", "hot"), lambda r: setattr(r.sampling, "repetition_penalty", None),
-        lambda r: setattr(r, "share", [1]), lambda r: setattr(r, "context", "before"),
+        lambda r: r.tokens.clear(), lambda r: setattr(r, "max_new_tokens", "many"),
+        lambda r: setattr(r, "sampling", None), lambda r: setattr(r.sampling, "temperature", "hot"),
+        lambda r: setattr(r.sampling, "repetition_penalty", None), lambda r: setattr(r, "share", [1]),
+        lambda r: setattr(r, "context", "before"),
     ],
 )  # fmt: skip
 def test_a_request_that_is_changed_while_it_runs(model, change):

@@ -58,7 +58,7 @@ def test_the_least_served_is_next_and_a_newcomer_is_level():
 
 @pytest.mark.parametrize("seed", range(30))
 def test_random_texts_have_even_shares_and_none_starves(seed):
-    """Whoever has less than somebody else at the same level has nothing more that waits; over time, service comes out even."""
+    """An owner with fewer slots than another at the same level has no waiting text; over time, service evens out."""
     chance = random.Random(seed)
     turns: Turns[int] = Turns()
     paths: dict[int, tuple] = {}

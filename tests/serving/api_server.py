@@ -37,7 +37,7 @@ def byte_tokenizer() -> Any:
 
 
 class Replicas:
-    """In the place of dispatcher and supervisor. Each text gains ``piece`` until it has its tokens, one every ``seconds``."""
+    """Replaces dispatcher and supervisor. Each text gains ``piece`` every ``seconds`` until it has all its tokens."""
 
     def __init__(self) -> None:
         self.metrics = Metrics()

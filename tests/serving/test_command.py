@@ -28,8 +28,8 @@ def alive(pid: int) -> bool:
 def strict(model, tmp_path_factory):
     """A server of one row that lets one text wait, for those who know the key."""
     options = (
-        "--model", model, "--slots", "1", "--max-waiting", "1", "--max-new-tokens", "100000", "--max-prompt-tokens", "200",
-        "--drain-seconds", "1", "--prefix-cache", "--prefill-chunk-size", "16",
+        "--model", model, "--slots", "1", "--max-waiting", "1", "--max-new-tokens", "100000", "--max-prompt-tokens",
+        "200", "--drain-seconds", "1", "--prefix-cache", "--prefill-chunk-size", "16",
     )  # fmt: skip
     log = tmp_path_factory.mktemp("strict") / "log"
     with serving(log, *options, MAMBAKIT_API_KEY=KEY) as server:

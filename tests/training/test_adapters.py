@@ -1,4 +1,4 @@
-"""PEFT's methods on Mamba: what they do while they are on is what they leave when merged, and folders are read as PEFT reads them."""
+"""PEFT's methods on Mamba: merged weights give the results of active adapters, and folders load as in PEFT."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ METHODS = {
     "bias_all": lambda t: peft.LoraConfig(r=3, bias="all", target_modules=t),
     "bias_lora_only": lambda t: peft.LoraConfig(r=3, bias="lora_only", target_modules=t),
     "patterns": lambda t: peft.LoraConfig(
-        r=3, target_modules=t, rank_pattern={"x_proj": 2, "layers.0.mixer.dt_proj": 1}, alpha_pattern={"in_proj": 32, "dt_proj": 1}
+        r=3,
+        target_modules=t,
+        rank_pattern={"x_proj": 2, "layers.0.mixer.dt_proj": 1},
+        alpha_pattern={"in_proj": 32, "dt_proj": 1},
     ),
     "some_layers": lambda t: peft.LoraConfig(r=3, target_modules=t, layers_to_transform=[1], layers_pattern="layers"),
     "exclude": lambda t: peft.LoraConfig(r=3, target_modules=t, exclude_modules=["x_proj"]),
@@ -64,7 +67,7 @@ def moved(model) -> set[str]:
 
 
 @pytest.mark.parametrize("variant, method", [
-    *(("plain", method) for method in METHODS if method != "embeddings"),  # which would change the head that shares the table
+    *(("plain", method) for method in METHODS if method != "embeddings"),  # tied to the head here
     *(("falcon_odd", method) for method in ("lora", "dora", "bias_all", "ia3", "embeddings")),
 ])  # fmt: skip
 def test_merged_is_what_it_was(variant, method):
@@ -215,8 +218,10 @@ def test_what_is_refused(tmp_path):
     wrapped.save_pretrained(tmp_path / "lora")
     path = tmp_path / "lora/adapter_config.json"
     fields = json.loads(path.read_text())
-    for change in ({"target_modules": ["x_proj"]}, {"r": 3}, {"target_modules": ["q_proj"]}, {"layers_to_transform": [0]},
-                   {"use_dora": True}, {"rank_pattern": {"in_proj": 5}}):  # fmt: skip
+    for change in (
+        {"target_modules": ["x_proj"]}, {"r": 3}, {"target_modules": ["q_proj"]}, {"layers_to_transform": [0]},
+        {"use_dora": True}, {"rank_pattern": {"in_proj": 5}},
+    ):  # fmt: skip
         path.write_text(json.dumps({**fields, **change}))
         with pytest.raises(ValueError, match="do not fit the model|PEFT cannot put them"):
             load_adapters(pair("plain")[0], tmp_path / "lora")

@@ -61,7 +61,7 @@ CASES = [
     pytest.param(2, "plain", "float64", 37, None, False, id="2"),
     pytest.param(4, "falcon_odd", "float64", 41, None, True, id="4, falcon, activations checkpointed"),
     pytest.param(4, "odd_everything", "float32", 130, None, False, id="4, float32, a window of 5"),
-    # 74 tokens: a boundary at 37 of 2; at 19, 38, 56 of 4. Sequences that start there, end there, span three, are empty.
+    # 74 tokens: boundaries at 37 (2 processes) or 19, 38, 56 (4). Sequences start or end there, span three, are empty.
     pytest.param(2, "plain", "float64", 37, [0, 5, 37, 73], False, id="2, packed, one starts at the boundary"),
     pytest.param(4, "use_bias", "float64", 37, [0, 3, 18], False, id="4, packed, one over four"),
     pytest.param(4, "plain", "float64", 37, [0, 19, 20, 36, 38, 38, 55], False, id="4, packed, short ones"),

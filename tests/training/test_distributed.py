@@ -180,8 +180,10 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
 def capturable(mode: str):
     with process_mesh(mode) as mesh:
         objective = Objective(untrained())
-        step = TrainingStep(objective.model, make_optimizer(objective.model, 1e-3, (0.9, 0.95), 0.1), 1.0, "float32", False,
-                            processes=mesh)  # fmt: skip
+        step = TrainingStep(
+            objective.model, make_optimizer(objective.model, 1e-3, (0.9, 0.95), 0.1), 1.0, "float32", False,
+            processes=mesh,
+        )  # fmt: skip
         if not mesh.capturable:
             with pytest.raises(ValueError, match=f"parallel={mode} and context_parallel=1 cannot be a CUDA"):
                 CapturedStep(step)

@@ -39,8 +39,9 @@ def config_of(folder: Path, **fields) -> TrainConfig:
     if not text.is_file():
         text.write_text("All happy families are alike; every unhappy family is unhappy in its own way.\n" * 12)
     values = {
-        "train_files": [str(text)], "tokenizer": "bytes", "sequence_length": 16, "hidden_size": 8, "num_hidden_layers": 1,
-        "batch_size": 2, "steps": 5, "log_every": 2, "checkpoint_every": 2, "autocast": "float32", "out": str(folder / "run"),
+        "train_files": [str(text)], "tokenizer": "bytes", "sequence_length": 16, "hidden_size": 8,
+        "num_hidden_layers": 1, "batch_size": 2, "steps": 5, "log_every": 2, "checkpoint_every": 2,
+        "autocast": "float32", "out": str(folder / "run"),
     }  # fmt: skip
     return TrainConfig(**{**values, **fields})
 
@@ -60,7 +61,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-# -- whose a folder is ---------------------------------------------------------------------------------------------------
+# -- whose a folder is -------------------------------------------------------------------------------------------------
 
 
 def test_a_used_folder_is_refused_before_anything_is_done(tmp_path, monkeypatch):
@@ -75,7 +76,7 @@ def test_a_used_folder_is_refused_before_anything_is_done(tmp_path, monkeypatch)
 
 
 def test_the_second_runs_model_and_checkpoints_are_its_own(tmp_path):
-    """The first run is longer: its checkpoints have higher numbers than those of the second, which is stopped and resumed."""
+    """The first run is longer, so its checkpoints have higher numbers than those of the second, resumed run."""
     alone = config_of(tmp_path, seed=1, steps=5, out=str(tmp_path / "alone"))
     train(alone)
     train(config_of(tmp_path, seed=0, steps=9))
@@ -84,7 +85,7 @@ def test_the_second_runs_model_and_checkpoints_are_its_own(tmp_path):
     made = {p.name for p in checkpoints(tmp_path / "run" / "checkpoints")}
     assert made == {"step-00000002", "step-00000003"}
     again = config_of(tmp_path, seed=1, steps=5, resume=True)
-    # The schedule follows `steps`, so that the weights are those of no uninterrupted run; the losses' steps are the run's own.
+    # The schedule depends on `steps`, so no uninterrupted run has the same weights; the steps of the losses do agree.
     assert "continuing from step 3" in train(again)
     assert [r["step"] for r in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())] == [
         2,
@@ -108,7 +109,8 @@ def test_what_is_the_users_stays(tmp_path):
     assert len(list(run.glob("model-*.safetensors"))) > 1
     mine = {
         "notes.txt": b"1", "model.safetensors.bak": b"2", "checkpoints/notes.txt": b"3", "tokens/mine.bin": b"4",
-        "checkpoints/step-00000002/state.pt": b"5", "tensorboard/notes": b"6", "adapter/notes": b"7", "run.json.old": b"8",
+        "checkpoints/step-00000002/state.pt": b"5", "tensorboard/notes": b"6", "adapter/notes": b"7",
+        "run.json.old": b"8",
     }  # fmt: skip
     for name, content in mine.items():
         (run / name).parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +241,7 @@ def test_one_cache_of_tokens_for_two_runs_at_a_time(tmp_path, monkeypatch):
     assert len(list(Path(cache).iterdir())) == 2
 
 
-# -- what a resumption may change ------------------------------------------------------------------------------------------
+# -- what a resumption may change --------------------------------------------------------------------------------------
 
 
 def test_every_field_is_compared():
@@ -271,8 +273,8 @@ def test_fields_that_may_change(tmp_path):
         moved = tmp_path / "moved.txt"
         shutil.copy(tmp_path / "text.txt", moved)
         said = train(config_of(
-            tmp_path, out=out, steps=8, log_every=1, keep_checkpoints=1, accumulate=1, train_files=[str(moved)], resume=True,
-            export_dtype="float32", recompute_selection=True, **stateful,
+            tmp_path, out=out, steps=8, log_every=1, keep_checkpoints=1, accumulate=1, train_files=[str(moved)],
+            resume=True, export_dtype="float32", recompute_selection=True, **stateful,
         ))  # fmt: skip
         assert "continuing from step 5" in said
         assert [p.name for p in checkpoints(Path(out) / "checkpoints")] == ["step-00000008"]
@@ -290,7 +292,7 @@ def test_other_contents_are_refused_by_field(tmp_path):
         train(dataclasses.replace(config, resume=True, heldout_files=[]))
 
 
-# -- checkpoints -----------------------------------------------------------------------------------------------------------
+# -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", ["short", "gone", "unmarked", "foreign", "unfinished"])
@@ -341,7 +343,7 @@ def test_changed_bytes_are_named(tmp_path):
         train(config_of(tmp_path, resume=True))
 
 
-# -- crashes ---------------------------------------------------------------------------------------------------------------
+# -- crashes -----------------------------------------------------------------------------------------------------------
 
 
 class CrashError(BaseException):
@@ -427,7 +429,7 @@ def test_a_line_of_the_metrics_that_is_no_text_ends_them(tmp_path):
     assert "nothing left to train" in train(dataclasses.replace(config, resume=True))
 
 
-# -- two at a time -----------------------------------------------------------------------------------------------------------
+# -- two at a time -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fields", [{}, {"overwrite": True}, {"resume": True}])
@@ -436,7 +438,10 @@ def test_two_runs_at_a_time_are_refused_and_a_dead_one_holds_nothing(tmp_path, f
     out.mkdir()
     if fields:
         train(config_of(tmp_path, steps=1))
-    hold = f"import filelock, time; lock = filelock.FileLock({str(out / 'run.lock')!r}); lock.acquire(); print(1, flush=True); time.sleep(99)"
+    hold = (
+        f"import filelock, time; lock = filelock.FileLock({str(out / 'run.lock')!r}); lock.acquire(); "
+        "print(1, flush=True); time.sleep(99)"
+    )
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
     try:
         assert holder.stdout.read(1) == b"1"

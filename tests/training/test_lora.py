@@ -1,4 +1,4 @@
-"""Adapters: they learn alone, merge exactly, are saved in PEFT's files, and a run through them ends as a plain model."""
+"""Adapters: they train alone, merge exactly, are saved as PEFT's files, and a run with them ends as a plain model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe: accumulation, carried state, length warm-up, masked targets, checkpointed activations, skipped updates."""
+"""The recipe: accumulation, carried state, length warm-up, masked targets, checkpointing, skipped updates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run ends: its losses, where the model is, and a command that writes with it; and the ends that are not planned."""
+"""How a run ends: its losses, the model's folder and a command that uses it; and unplanned ends."""
 
 from __future__ import annotations
 
@@ -59,8 +59,9 @@ def test_the_end_of_a_run_in_a_pipe(tmp_path, monkeypatch, capsys, heldout):
     out = "runs/a b's $HOME [red]x[/] with a name that is longer than any line of a console has ever been wide"
     config_of(tmp_path)
     fields = {
-        "train_files": ["text.txt"], "vocab_size": 270, "sequence_length": 16, "hidden_size": 8, "num_hidden_layers": 1, "batch_size": 2,
-        "steps": 3, "log_every": 50, "autocast": "float32", "validation_fraction": heldout,
+        "train_files": ["text.txt"], "vocab_size": 270, "sequence_length": 16, "hidden_size": 8,
+        "num_hidden_layers": 1, "batch_size": 2, "steps": 3, "log_every": 50, "autocast": "float32",
+        "validation_fraction": heldout,
     }  # fmt: skip
     (tmp_path / "c.toml").write_text("\n".join(f"{k} = {json.dumps(v)}" for k, v in fields.items()))
     assert cli.main(["train", "c.toml", f"out={out}"]) == 0
@@ -107,8 +108,8 @@ def test_an_empty_sample_prompt(tmp_path, prompt):
 @pytest.mark.parametrize("tokenizer", ["", "bytes"])
 def test_a_short_run_whose_loss_is_no_number_says_so(tmp_path, steps, log_every, tokenizer):
     config = config_of(
-        tmp_path, steps=steps, log_every=log_every, tokenizer=tokenizer, vocab_size=270, learning_rate=1e30, clip=1e30, warmup=0.0,
-        checkpoint_every=0,
+        tmp_path, steps=steps, log_every=log_every, tokenizer=tokenizer, vocab_size=270, learning_rate=1e30, clip=1e30,
+        warmup=0.0, checkpoint_every=0,
     )  # fmt: skip
     with pytest.raises(
         FloatingPointError, match=rf"loss is (nan|inf) at step {steps} .*no model is written.*no checkpoint"
@@ -198,7 +199,9 @@ def interrupt_at(monkeypatch, number: int) -> None:
 def test_an_interrupted_run_says_how_it_goes_on(tmp_path, monkeypatch, capsys, number, where):
     monkeypatch.chdir(tmp_path)
     fields = {k: v for k, v in vars(config_of(tmp_path)).items() if k in (
-        "train_files", "tokenizer", "sequence_length", "hidden_size", "num_hidden_layers", "batch_size", "steps", "checkpoint_every")}  # fmt: skip
+        "train_files", "tokenizer", "sequence_length", "hidden_size", "num_hidden_layers", "batch_size", "steps",
+        "checkpoint_every",
+    )}  # fmt: skip
     (tmp_path / "c.toml").write_text("\n".join(f"{k} = {json.dumps(v)}" for k, v in fields.items()))
     with monkeypatch.context() as patch:
         interrupt_at(patch, number)
@@ -230,7 +233,7 @@ def test_ctrl_c(tmp_path):
     )
 
 
-# -- held out --------------------------------------------------------------------------------------------------------------
+# -- held out ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_end_of_a_single_document_is_held_out():

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment goes on to the same losses and the same weights, and its folder says what it was."""
+"""A run that is killed at any moment resumes to the same losses and weights, and its folder records it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ LETTERS = "".join(random.Random(0).choices("ACGTN", k=9000))
 
 
 def config_of(folder: Path, **fields) -> TrainConfig:
-    """Everything that has a state of its own: carried states, parts of a batch, strands, masked letters, odd intervals."""
+    """Everything with a state: carried states, parts of a batch, strands, masked letters, odd intervals."""
     (folder / "g.fa").write_text(f">a\n{LETTERS[:4000]}\n>b\n{LETTERS[4000:]}\n")
     values = {
         "train_files": [str(folder / "g.fa")], "validation_fraction": 0.4, "seed": 3, "reverse_complement": True,
-        "stateful": True, "fresh_rows": 0.3, "respect_documents": True, "sequence_length": 24, "batch_size": 4, "accumulate": 2,
-        "hidden_size": 16, "num_hidden_layers": 2, "steps": 60, "learning_rate": 1e-2, "log_every": 3, "eval_every": 30,
-        "checkpoint_every": 4, "spike_factor": 50.0, "autocast": "float32", "out": str(folder / "run"),
+        "stateful": True, "fresh_rows": 0.3, "respect_documents": True, "sequence_length": 24, "batch_size": 4,
+        "accumulate": 2, "hidden_size": 16, "num_hidden_layers": 2, "steps": 60, "learning_rate": 1e-2, "log_every": 3,
+        "eval_every": 30, "checkpoint_every": 4, "spike_factor": 50.0, "autocast": "float32",
+        "out": str(folder / "run"),
     }  # fmt: skip
     return TrainConfig(**{**values, **fields})
 

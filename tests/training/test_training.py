@@ -18,7 +18,10 @@ from mambakit.training.step import TrainingStep, _positions
 from tests.models.configurations import pair, worst
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife.\n"
+TEXT = (
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
+    "must be in want of a wife.\n"
+)
 QUIET = Console(quiet=True)
 
 

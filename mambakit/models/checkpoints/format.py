@@ -1,4 +1,4 @@
-"""The contract of a checkpoint format. To add one, write a class that meets it and a line in `table.FORMATS`."""
+"""The contract of a checkpoint format. To add one, write a class that implements it and a line in `table.FORMATS`."""
 
 from __future__ import annotations
 

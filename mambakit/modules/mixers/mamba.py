@@ -94,8 +94,8 @@ class MambaMixer(Mixer):
         self.conv_kernel_size = config.conv_kernel
         self.time_step_rank = int(config.time_step_rank)
         self.in_proj = nn.Linear(h, 2 * d, bias=config.use_bias)
-        # The module holds the weights under their usual names; the op that runs is causal_conv1d, unless somebody has
-        # put a hook, a forward or an adapter on it: then it is called (`convolution.py`).
+        # The module holds the weights under their usual names, and the op causal_conv1d runs on them. The module itself
+        # is called only where it has a hook, a replaced forward or an adapter (`convolution.py`).
         self.conv1d = nn.Conv1d(d, d, config.conv_kernel, groups=d, bias=config.use_conv_bias)
         self.x_proj = nn.Linear(d, self.time_step_rank + 2 * n, bias=False)
         self.dt_proj = TimeStepProjection(self.time_step_rank, d, bias=True, steps=TimeSteps.of(config))

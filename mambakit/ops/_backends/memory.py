@@ -1,7 +1,7 @@
 """Memory that native code reads and writes: how it is made, which tensors a kernel may
 read, and the one place that takes an address.
 
-A kernel knows nothing of a tensor but an address. So every buffer is made with a dtype and a device (torch's defaults
+A kernel sees only a tensor's address. So every buffer is made with a dtype and a device (torch's defaults
 can be set to anything), and an address is only given away of plain memory: a `torch.Tensor` or `torch.nn.Parameter`
 itself, of the dtype, on the device and of the size that the kernel expects. A subclass (torchao's and bitsandbytes'
 weights, DTensor, FakeTensor), a sparse, quantised, nested or meta tensor, a functorch wrapper, or a view that is to be

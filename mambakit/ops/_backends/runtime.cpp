@@ -10,10 +10,10 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// What the threads of one loop share. Items are dealt out in as many runs as there are threads, up to kRuns: a thread works
-// through its own run (the same channels in every loop of a step: they stay in its cache, and weights are read in one long
-// stretch), then takes what is left of the others'. `done` counts finished items: a loop is over when they all are, whichever
-// threads took part, so a thread that the system has put to sleep between two items holds nobody up.
+// Counters shared by the threads of one loop. Its items are split into as many runs as there are threads, up to kRuns.
+// A thread takes the items of its own run first (the same channels in every loop of a step, which stay in its cache,
+// and weights at consecutive addresses), then items left in other runs. `done` counts finished items. A loop ends when
+// all items are finished, so a thread that the system has put to sleep between two items delays no other thread.
 constexpr int64_t kRuns = 16;
 struct alignas(64) Counter {
   std::atomic<int64_t> value{0};
@@ -47,7 +47,7 @@ void run_on_threads(void (*body)(void*), void* data, int64_t threads) {
 struct Single {
   Counter counters[kRuns + 1];
   std::atomic<int> failed{0};
-  std::atomic<int64_t> joined{0};
+  std::atomic<int64_t> started{0};  // threads, so far
   int64_t items, runs;
   void (*worker)(void*, MambakitWork*);
   void* context;
@@ -55,11 +55,11 @@ struct Single {
 void run_single(void* data) {
   Single* single = static_cast<Single*>(data);
   MambakitWork work{single->counters, &single->failed, single->items, single->runs,
-                    single->joined.fetch_add(1) % single->runs, single->runs};
+                    single->started.fetch_add(1) % single->runs, single->runs};
   single->worker(single->context, &work);
 }
 
-// A program: every thread walks all of its calls, and meets the others at the end of each loop.
+// A program: every thread runs all of its calls, and waits at the end of each loop until all items are finished.
 struct MambakitCall {
   int (*kernel)(const void* arguments, int64_t variant);
   const void* arguments;
@@ -70,12 +70,12 @@ struct Program {
   int64_t count, runs;
   Counter* counters;  // runs + 1 per call: a kernel in a program has one loop at most
   std::atomic<int> failed{0};
-  std::atomic<int64_t> joined{0};
+  std::atomic<int64_t> started{0};  // threads, so far
 };
 thread_local Program* program = nullptr;
 thread_local int64_t position, own_run;
 
-// Until every item is done, or somebody had no memory to do one.
+// Wait until every item is finished, or one has failed for lack of memory.
 void wait_for(const std::atomic<int64_t>& done, int64_t items, const std::atomic<int>& failed) {
   for (int spins = 0; done.load(std::memory_order_acquire) < items && !failed.load(); ++spins) {
     if (spins >= 1 << 12) std::this_thread::yield();  // more threads than processors: let the one with the item run
@@ -89,7 +89,7 @@ void wait_for(const std::atomic<int64_t>& done, int64_t items, const std::atomic
 
 void run_program(void* data) {
   program = static_cast<Program*>(data);
-  own_run = program->joined.fetch_add(1) % program->runs;
+  own_run = program->started.fetch_add(1) % program->runs;
   for (position = 0; position < program->count; ++position) {
     const MambakitCall& call = program->calls[position];
     if (call.kernel(call.arguments, call.variant)) break;
@@ -147,8 +147,8 @@ EXPORT float* mambakit_scratch(MambakitWork* work, int64_t count) {
 
 EXPORT void mambakit_release(float* scratch) { free(scratch); }
 
-// Runs kernel calls whose arguments stay in place, one after the other, with the threads started once. Each kernel has at
-// most one loop. Returns 0, or 1 when memory ran out.
+// Runs kernel calls whose arguments stay in place, one after the other, with the threads started once. Each kernel has
+// at most one loop. Returns 0, or 1 when memory ran out.
 EXPORT int mambakit_run(const MambakitCall* calls, int64_t count, int64_t threads) {
   Program all;
   all.calls = calls;

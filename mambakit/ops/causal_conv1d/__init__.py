@@ -1,1 +1,1 @@
-"""The short causal depthwise convolution in front of the scan."""
+"""The short causal depthwise convolution before the scan."""

@@ -28,7 +28,7 @@ def causal_conv1d(
 
     Args:
         x: (b, l, d), any floating dtype.
-        weight: (d, k), any floating dtype; the last column meets the current token.
+        weight: (d, k), any floating dtype; the last column multiplies the current token.
         bias: (d,), any floating dtype.
         activation: "silu" or None.
         initial_state: (b, d, k - 1), the inputs before the first token, oldest first; zeros when absent.

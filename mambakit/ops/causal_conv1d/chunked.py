@@ -2,8 +2,8 @@
 
     y_t = act(bias + sum_j weight[:, j] x_{t-k+1+j})
 
-Every sequence is laid out with the k - 1 inputs that came before it in front (its state, or zeros). After that an
-output is a sum of k shifted slices, the final state is the last k - 1 columns, and a packed row is no special case.
+Every sequence is preceded by k - 1 earlier inputs (its state, or zeros). An output is then a sum of k shifted slices,
+the final state is the last k - 1 columns, and a packed row is no special case.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class _Extended:
-    """(b, l, d) inputs with k - 1 earlier inputs in front of every sequence: (b, L, d)."""
+    """(b, l, d) inputs with k - 1 earlier inputs before every sequence: (b, L, d)."""
 
     def __init__(self, x: Tensor, k: int, initial_state: Tensor | None, cu_seqlens: Tensor | None):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -51,7 +51,7 @@ def _shared_memory(
     channels, stream, logits = (-(-size // grid) for size in (d, h, v))
     runs = 4 + 2 * -(-logits // (16 * warps)) + 1
     padded = -(-channels // 16) * 16
-    # A CTA's channels from a multiple of 8 on. Strides are padded so that reads of neighbouring rows meet in no bank.
+    # A CTA's channels start at a multiple of 8. Strides are padded so that neighbouring rows have no bank conflicts.
     x_columns, r = -(-(channels + 7) // 16) * 16, rank + 2 * STATE_SIZE
     macros = {
         "ACT_ROW": max(h, d) * 2 + 64, "X_COLUMNS": x_columns, "X_ROW": x_columns * 2 + 16,  # bytes, columns, bytes

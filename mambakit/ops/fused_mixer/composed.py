@@ -73,7 +73,7 @@ def backward(
     dselected = _rows(torch.cat([(steps @ dt_w).view(dt.shape), dB, dC], -1))
     if needs_x_weight:
         dx_weight = product(dselected.T, _rows(x), x_weight.new_empty(x_weight.shape))
-    dx.view(-1, dx.shape[2]).addmm_(dselected, x_w)  # the scan's own memory: nobody else sees it
+    dx.view(-1, dx.shape[2]).addmm_(dselected, x_w)  # in place: only this function uses the tensor
     dconv_weight, dconv_bias, dconv_state = _conv_gradient(dbefore, dx, dconv_final, before, *conv)
     return dxz, dconv_weight, dconv_bias, dx_weight, ddt_weight, dA * A, dD, dbias, dconv_state, dssm_state
 

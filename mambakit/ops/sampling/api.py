@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mambakit.ops import _checks
 from mambakit.ops.sampling import schema  # noqa: F401, defines the op
-from mambakit.ops.sampling.reference import NO_TOKEN as NO_TOKEN  # what is chosen where the logits are no numbers
+from mambakit.ops.sampling.reference import NO_TOKEN as NO_TOKEN  # the result where logits are NaN
 
 # Columns of `parameters`, and the value at which each filter is off.
 COLUMNS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon")
@@ -17,26 +17,34 @@ OFF = (1.0, 0.0, 1.0, 0.0, 1.0, 0.0)
 def sample(logits: Tensor, uniform: Tensor, parameters: Tensor) -> Tensor:
     """Choose the next token of every row.
 
-    With w = exp((logits - max) / temperature), filters keep, one after another: the ``top_k`` largest w (arXiv 1805.04833); the fewest
-    of the largest that hold ``top_p`` of the mass (arXiv 1904.09751); those with w >= ``min_p`` times the largest (arXiv 2407.01082);
-    the fewest whose surprise is closest to the entropy and that hold ``typical_p`` of the mass (arXiv 2202.00666); those with a
-    probability of ``epsilon`` or more (arXiv 2210.15191). Of equal w all or none are kept, and the most probable token always is.
-    The token is the first at which the sum of the kept w exceeds ``uniform`` times that of all; tokens are walked by their remainder
-    modulo 4,096 (a GPU's lane sums its own), and those of one remainder in the order of the vocabulary.
+    With w = exp((logits - max) / temperature), these filters apply in turn:
 
-    A row's token depends on that row alone, to the bit: not on how many rows there are, nor on where in the batch it is.
+    - ``top_k``: keep the k largest w (arXiv 1805.04833).
+    - ``top_p``: keep the fewest of the largest w that hold this share of the mass (arXiv 1904.09751).
+    - ``min_p``: keep w >= min_p times the largest (arXiv 2407.01082).
+    - ``typical_p``: keep the fewest tokens whose surprise is closest to the entropy and that hold this share of the
+      mass (arXiv 2202.00666).
+    - ``epsilon``: keep tokens of at least this probability (arXiv 2210.15191).
+
+    Of equal w all or none are kept, and the most probable token is always kept. The result is the first token at which
+    the cumulative sum of the kept w exceeds ``uniform`` times their total. The order of the sum is by token modulo
+    4,096 (each lane of a GPU sums one remainder), then by token.
+
+    A row's token has the same bits in any batch and at any place in it: it depends on that row alone.
 
     Args:
         logits: (b, v) float32, bfloat16, float16 or float64, last dimension contiguous.
-        uniform: (b,) float64 in [0, 1), a random number for each row; not looked at in greedy rows.
-        parameters: (b, 6) float32, columns as in `COLUMNS`, `OFF` where a filter is off. Temperature 0 is greedy: the first of the
-            largest logits, no filter.
+        uniform: (b,) float64 in [0, 1), a random number for each row; ignored in greedy rows.
+        parameters: (b, 6) float32, columns as in `COLUMNS`, `OFF` where a filter is off. Temperature 0 is greedy: the
+            first of the largest logits, without filters.
 
     Returns:
-        (b,) int64; `NO_TOKEN` where a logit is NaN, where none is finite or, in a row that is not greedy, where one is +inf.
+        (b,) int64. `NO_TOKEN` where a logit is NaN, where none is finite or, in a row that is not greedy, where one is
+        +inf.
 
     Raises:
-        ValueError: shapes or devices that do not fit. TypeError: dtypes.
+        ValueError: shapes or devices that do not fit.
+        TypeError: dtypes that are not supported.
     """
     op = "sample"
     _checks.require(logits.dim() == 2, f"{op}: logits have shape {tuple(logits.shape)}, expected (b, v)")

@@ -1,8 +1,8 @@
 """Sampling on a CPU, row after row.
 
-PyTorch's elementwise loops compute the last elements of a tensor by other instructions than the rest, which differ in the last bit: a
-row by itself has the same bits in any batch. Filters become one threshold on w; nothing but the values near it is
-sorted.
+PyTorch's elementwise loops compute the last elements of a tensor with other instructions than the rest, which can
+change the last bit. Rows are therefore computed one by one, so that a row has the same bits in any batch. Filters are
+combined into one threshold on w; only the values near it are sorted.
 """
 
 from __future__ import annotations

@@ -26,7 +26,15 @@ def sample(logits: Tensor, uniform: Tensor, parameters: Tensor) -> Tensor:
 
 
 def kept(s: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, typical_p: Tensor, epsilon: Tensor) -> Tensor:
-    """w = exp(s) (b, v) where the filters keep a token, else 0; s (b, v) has 0 for its largest, parameters are (b, 1)."""
+    """w = exp(s) where the filters keep a token, else 0.
+
+    Args:
+        s: (b, v), scaled logits minus their maximum.
+        top_k, top_p, min_p, typical_p, epsilon: (b, 1).
+
+    Returns:
+        (b, v).
+    """
     v = s.shape[1]
     w = s.exp()
     descending = w.sort(1, descending=True).values

@@ -29,7 +29,7 @@ from mambakit.serving.http.completion import Completion, EventStream, while_conn
 from mambakit.serving.http.refusals import bug, http_error, refusal, require_json
 from mambakit.serving.replicas.supervisor import Supervisor
 
-_DISCONNECTED = Response(status_code=499)  # what proxies log for a client that disconnected; nobody reads it
+_DISCONNECTED = Response(status_code=499)  # what proxies log for a client that disconnected; it is never sent
 
 
 class App:

@@ -19,7 +19,7 @@ from mambakit.serving.messages import Heartbeat, WorkerOptions
 # Heartbeats in `heartbeat_seconds`, after which the process is killed; after half of that time it gets no more texts.
 BEATS = 8
 # While a replica loads, the import of a large library holds the interpreter's lock, and the heartbeat waits for it.
-_LOADING_SILENCE = 120.0
+_LOADING_SECONDS = 120.0
 
 
 class Channel:
@@ -78,7 +78,7 @@ class HeartbeatMonitor:
 
     @property
     def late(self) -> bool:
-        """Whether the process has been silent too long to be sent more texts."""
+        """Whether the last heartbeat is too long ago for the process to get more texts."""
         return self._silent > self._options.heartbeat_seconds / 2
 
     def tick(self, seconds: float, loading: bool) -> str:
@@ -87,7 +87,7 @@ class HeartbeatMonitor:
         self._silent += seconds
         self._loading += seconds if loading else 0.0
         self._stuck += seconds if self._last.busy and not loading else 0.0
-        limit = max(_LOADING_SILENCE, options.heartbeat_seconds) if loading else options.heartbeat_seconds
+        limit = max(_LOADING_SECONDS, options.heartbeat_seconds) if loading else options.heartbeat_seconds
         if self._silent > limit:
             return f"it sent nothing for {limit:g} seconds (--heartbeat-seconds)"
         if self._loading > options.load_seconds:

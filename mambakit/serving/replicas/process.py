@@ -1,7 +1,6 @@
 """The server's side of one replica's process, from its start to its exit.
 
-Two threads carry the messages: one receives, and one sends, so that a process that does not read its pipe blocks nobody
-else.
+One thread receives messages, and one sends them, so that a process that does not read its pipe blocks no other.
 """
 
 from __future__ import annotations

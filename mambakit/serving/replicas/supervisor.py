@@ -25,7 +25,7 @@ _log = logging.getLogger("mambakit.serving")
 # A replica is restarted at once, at most RESTARTS times within WINDOW seconds; after that it waits for the window to
 # pass.
 RESTARTS, WINDOW = 3, 60.0
-_EXIT_SECONDS = 5.0  # for a process to exit when told to
+_EXIT_SECONDS = 5.0  # for a process to exit after the request to
 
 
 @dataclass(eq=False)
@@ -45,7 +45,7 @@ class Supervisor:
 
     Args:
         options: of every replica; ``device`` and ``sharers`` are filled in here.
-        dispatcher: is told what each replica does.
+        dispatcher: is notified of each replica's changes of state.
         failed: called with the reason when a replica cannot start the first time: a model that does not load, say.
     """
 

@@ -1,4 +1,4 @@
-"""Files of any format to rows of tokens: read in pieces, tokenised once to disk, packed to the last token."""
+"""Files of any format to rows of tokens: read in parts, tokenised once to disk, packed to the last token."""
 
 from mambakit.training.data.files import FileOptions, Piece, expand
 from mambakit.training.data.pieces import read_pieces

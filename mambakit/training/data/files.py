@@ -66,7 +66,7 @@ def expand(names: list[str]) -> list[Path]:
 
 
 def format_of(path: Path, options: FileOptions) -> str:
-    """The format of a file: as the options say, else by its name; a name that says nothing is a text's."""
+    """The format of a file: the options', else by the name's suffix; text where that is unknown."""
     return _FORMATS.get(_suffix(path), "text") if options.format == "auto" else options.format
 
 

@@ -14,7 +14,7 @@ _MASK = 2**64 - 1
 
 
 class _Stream:
-    """The documents joined without end: epoch after epoch, each in its own order.
+    """The documents concatenated without end: epoch after epoch, each in its own order.
 
     Memory is 16 bytes a document and epoch held, whatever the tokens.
     """
@@ -66,7 +66,7 @@ class _Stream:
 
 
 class ShuffledRows:
-    """Rows of ``length`` + 1 tokens cut from the joined documents, shuffled.
+    """Rows of ``length`` + 1 tokens cut from the concatenated documents, shuffled.
 
     Every epoch joins the documents in a new order and visits the rows in a new order. The rows of all epochs tile one
     endless stream: no token is left out, and each is an input once an epoch. Step s is always the same rows, so that a
@@ -137,8 +137,8 @@ class ShuffledRows:
 class StatefulRows:
     """Rows where row i of a step continues row i of the step before, for truncated backpropagation.
 
-    The joined documents of an epoch are cut into ``batch_size`` equal lanes, read side by side. A lane's last row runs
-    past its end, into the next lane's beginning, so that no token is left out. Arguments and results are those of
+    The concatenated documents of an epoch are cut into ``batch_size`` equal lanes, read in parallel. A lane's last row
+    runs past its end, into the next lane's beginning, so that no token is left out. Arguments and results are those of
     `ShuffledRows`; ``complement`` flips whole documents here, so that a document stays one. ``fresh_rows`` is the
     fraction of rows that start from a zero state all the same.
     """
@@ -175,7 +175,7 @@ class StatefulRows:
 
 
 def sample_rows(store: TokenStore, length: int, rows: int) -> Tensor:
-    """At most ``rows`` rows (b, length + 1) int64, evenly spaced over the joined documents in their own order."""
+    """At most ``rows`` rows (b, length + 1) int64, evenly spaced over the concatenated documents, unshuffled."""
     stream, total = _Stream(store, 0, shuffled=False), store.tokens
     length = min(length, total - 1)
     starts = np.linspace(0, total - length - 1, num=min(rows, max(1, (total - 1) // length))).astype(int)

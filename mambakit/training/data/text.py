@@ -11,7 +11,7 @@ from mambakit.opening import open_text, read_json_lines
 from mambakit.reading import require_unicode
 from mambakit.training.data.files import Piece
 
-# Long documents pass in pieces, cut at a line end: bounded memory, and work for all cores.
+# Long documents are split at line ends: this bounds memory, and gives work to all cores.
 PIECE_CHARACTERS = 50_000
 _READ_CHARACTERS = 1 << 20
 

@@ -24,7 +24,11 @@ def make(b, length, d, k, dtype=torch.float64, **options):
 
 
 def gradients(function, inputs, weights):
-    leaves = {k: v.clone().requires_grad_() for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}  # fmt: skip
+    leaves = {
+        k: v.clone().requires_grad_()
+        for k, v in inputs.items()
+        if isinstance(v, torch.Tensor) and v.is_floating_point()
+    }
     y, final = function(**{**inputs, **leaves})
     loss = (y.double() * weights[0]).sum() + (final.double() * weights[1]).sum()
     grads = torch.autograd.grad(loss, list(leaves.values()))

@@ -1,4 +1,4 @@
-"""Triton's decode steps, of few rows and of many, against the model's forward: on a GPU, and in Triton's interpreter."""
+"""Triton's decode steps, of few rows and of many, against the model's forward, on a GPU or interpreted."""
 
 import copy
 

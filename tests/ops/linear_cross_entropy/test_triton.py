@@ -12,8 +12,8 @@ from mambakit.ops.linear_cross_entropy import triton as head  # noqa: E402
 from tests.ops.interpreter import DEVICES, INTERPRETED, run_interpreted  # noqa: E402
 
 # Loss: float32 sums. Gradients: softmax - onehot and the result are each rounded once to the dtype of hidden
-# (truncated by Triton's interpreter, hence the wider bound there). In bfloat16 that is 1.66e-3 for dhidden of the first large
-# case, all of it the result's rounding; sums whose parts are rounded on the way exceed the bound from four parts on.
+# (truncated by Triton's interpreter, hence the wider bound there). In bfloat16 that is 1.66e-3 for dhidden of the first
+# large case, all of it the result's rounding; sums with rounded parts exceed the bound from four parts on.
 LOSS = 2e-6
 GRADIENT = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3 if INTERPRETED else 3e-3}
 

@@ -1,4 +1,4 @@
-"""The sampling op against its float64 reference, against transformers' filters, and against the distribution it draws from."""
+"""The sampling op against its float64 reference, transformers' filters, and the distribution it draws from."""
 
 import math
 
@@ -26,9 +26,9 @@ def logits_of(b, v, seed=0, spread=3.0):
 
 
 FILTERS = [
-    {}, {"temperature": 0.3}, {"temperature": 1e-30}, {"temperature": 50.0}, {"top_k": 1}, {"top_k": 7}, {"top_k": 10_000},
-    {"top_p": 0.9}, {"top_p": 1e-6}, {"top_p": 0.999}, {"min_p": 0.1}, {"min_p": 1.0}, {"typical_p": 0.5},
-    {"typical_p": 0.95, "temperature": 1.5}, {"epsilon": 0.01}, {"epsilon": 0.9},
+    {}, {"temperature": 0.3}, {"temperature": 1e-30}, {"temperature": 50.0}, {"top_k": 1}, {"top_k": 7},
+    {"top_k": 10_000}, {"top_p": 0.9}, {"top_p": 1e-6}, {"top_p": 0.999}, {"min_p": 0.1}, {"min_p": 1.0},
+    {"typical_p": 0.5}, {"typical_p": 0.95, "temperature": 1.5}, {"epsilon": 0.01}, {"epsilon": 0.9},
     {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "min_p": 0.02, "typical_p": 0.9, "epsilon": 1e-3},
 ]  # fmt: skip
 

@@ -27,7 +27,7 @@ def test_draws_what_the_reference_draws(device, v):
     got = triton.sample(logits.to(device), u.to(device), p.to(device)).cpu()
     expected = reference.sample(logits, u, p)
     wrong = (got != expected).nonzero()[:, 0].tolist()
-    # Sums of 50,000 float32 numbers are off by 1e-6 of the mass, so now and then a number falls on the other side of a boundary.
+    # Sums of 50,000 float32 numbers are off by 1e-6 of the mass, so a number sometimes falls beyond a boundary.
     assert len(wrong) <= b // 64, [(FILTERS[i // copies], got[i], expected[i]) for i in wrong]
 
 

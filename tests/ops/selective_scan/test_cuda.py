@@ -1,4 +1,4 @@
-"""The CUDA C++ scan against the float64 reference: outputs, every gradient, states; on the shapes where kernels break."""
+"""The CUDA C++ scan against the float64 reference: outputs, all gradients and states, on edge-case shapes."""
 
 from __future__ import annotations
 

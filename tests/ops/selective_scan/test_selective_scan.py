@@ -10,7 +10,10 @@ from mambakit.ops.selective_scan import chunked, reference
 from tests.ops.closeness import relative_error
 
 # b, l, d, n: odd lengths, one token, chunk edges (32 and 128 tokens), one state, many states
-SHAPES = [(1, 1, 1, 1), (2, 1, 3, 16), (2, 5, 3, 4), (1, 31, 2, 8), (1, 32, 2, 8), (2, 33, 5, 16), (1, 130, 4, 16), (1, 257, 3, 64), (1, 9, 2, 256), (3, 64, 7, 3)]  # fmt: skip
+SHAPES = [
+    (1, 1, 1, 1), (2, 1, 3, 16), (2, 5, 3, 4), (1, 31, 2, 8), (1, 32, 2, 8), (2, 33, 5, 16), (1, 130, 4, 16),
+    (1, 257, 3, 64), (1, 9, 2, 256), (3, 64, 7, 3),
+]  # fmt: skip
 
 
 def make(b, length, d, n, dtype=torch.float64, **options):
@@ -66,7 +69,11 @@ def test_lower_precision(shape, dtype, tolerance):
     # Weights that the dtype holds exactly: else the gradient that enters is itself rounded before the op sees it.
     weights = torch.randn(shape[:3]).to(dtype).double(), torch.randn(shape[0], shape[2], shape[3]).double()
     y, final, grads = gradients(selective_scan, inputs, weights)
-    y0, final0, grads0 = gradients(reference.selective_scan, {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}, weights)  # fmt: skip
+    y0, final0, grads0 = gradients(
+        reference.selective_scan,
+        {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()},
+        weights,
+    )
     assert y.dtype == dtype
     assert final.dtype == torch.float32
     assert relative_error(y, y0) < tolerance
@@ -175,7 +182,10 @@ def test_strided_inputs():
     wide = torch.randn(2, 20, 3 * 4 + 2 * 8)
     u, delta, z, B, C = wide.split([4, 4, 4, 8, 8], -1)
     inputs = make(2, 20, 4, 8, dtype=torch.float32, u=u, delta=delta, z=z, B=B, C=C)
-    dense = {k: v.clone(memory_format=torch.contiguous_format) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}  # fmt: skip
+    dense = {
+        k: v.clone(memory_format=torch.contiguous_format) if isinstance(v, torch.Tensor) else v
+        for k, v in inputs.items()
+    }
     torch.testing.assert_close(selective_scan(**inputs), selective_scan(**dense))
 
 

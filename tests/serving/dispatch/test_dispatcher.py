@@ -121,7 +121,7 @@ def test_a_full_queue_lets_in_those_who_have_less_than_their_share():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_requests_all_end(seed):
-    """Whatever comes, is cancelled, ends or dies with its replica: no text is lost, none is sent twice, no slot stays empty."""
+    """Random arrivals, cancellations and dying replicas: no text is lost or sent twice, and no slot stays empty."""
     chance = random.Random(seed)
     slots = chance.randrange(1, 5)
     dispatcher = make(slots=slots, replicas=chance.randrange(1, 4), max_waiting=chance.choice([5, 30, 200]))

@@ -75,8 +75,9 @@ def test_the_command_refuses_them(monkeypatch, capsys):
     ("sent", "known"),
     [
         (f"Bearer {KEY}", True), (f"bearer {OTHER}", True), (f"Bearer  {KEY}", True),
-        ("", False), (KEY, False), ("Bearer", False), ("Bearer ", False), (f"Basic {KEY}", False), (f"Bearer {KEY}x", False),
-        (f"Bearer {KEY[:-1]}", False), (f"Bearer {KEY},{OTHER}", False), ("Bearer \xff\xfe", False),
+        ("", False), (KEY, False), ("Bearer", False), ("Bearer ", False), (f"Basic {KEY}", False),
+        (f"Bearer {KEY}x", False), (f"Bearer {KEY[:-1]}", False), (f"Bearer {KEY},{OTHER}", False),
+        ("Bearer \xff\xfe", False),
     ],
 )  # fmt: skip
 def test_keys_are_compared_whole(sent, known):
@@ -100,8 +101,10 @@ def test_a_key_is_one_client_however_it_is_written():
 
 
 LOCAL = ["localhost", "localhost.", "LOCALHOST", "a.localhost", "127.0.0.1", "127.9.8.7", "[::1]", "[::ffff:127.0.0.1]"]
-FOREIGN = ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "0.0.0.0", "10.0.0.1", "[::]", "[::2]", "2130706433",
-           "127.1", "127.0.0.1.", "0x7f000001"]  # fmt: skip
+FOREIGN = [
+    "evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "0.0.0.0", "10.0.0.1", "[::]", "[::2]",
+    "2130706433", "127.1", "127.0.0.1.", "0x7f000001",
+]  # fmt: skip
 
 
 def test_names_of_a_server_on_loopback():
@@ -198,9 +201,9 @@ def test_who_does_reach_it(local):
 @pytest.mark.parametrize(
     ("kind", "status"),
     [
-        ("application/json", 200), ("Application/JSON; charset=utf-8", 200), (None, 400), ("text/plain", 415), ("", 415),
-        ("application/x-www-form-urlencoded", 415), ("multipart/form-data; boundary=x", 415), ("text/plain;application/json", 415),
-        ("application/jsonp", 415),
+        ("application/json", 200), ("Application/JSON; charset=utf-8", 200), (None, 400), ("text/plain", 415),
+        ("", 415), ("application/x-www-form-urlencoded", 415), ("multipart/form-data; boundary=x", 415),
+        ("text/plain;application/json", 415), ("application/jsonp", 415),
     ],
 )  # fmt: skip
 def test_a_form_is_not_a_request(local, kind, status):

@@ -15,8 +15,8 @@ from tests.serving.api_server import ApiServer, api_server, read_all, status_of
 from tests.serving.conftest import wait_until
 
 LIMITS = ConnectionLimits(
-    connections=20, header_bytes=2048, headers=20, url_bytes=500, body_bytes=200 << 10, header_seconds=0.5, body_seconds=0.5,
-    idle_seconds=0.5, write_seconds=0.5, rate=1 << 20,
+    connections=20, header_bytes=2048, headers=20, url_bytes=500, body_bytes=200 << 10, header_seconds=0.5,
+    body_seconds=0.5, idle_seconds=0.5, write_seconds=0.5, rate=1 << 20,
 )  # fmt: skip
 
 
@@ -41,7 +41,9 @@ WRONG = {
     "a long URL without an end": lambda f: (414, b"GET /" + b"a" * (4 << 20)),
     "a declared length": lambda f: (413, f.head(Content_Length=2 << 20)),
     "a length beyond 64 bits": lambda f: (400, f.head(Content_Length=10**30)),
-    "a body that grows": lambda f: (413, f.head(**CHUNKED) + b"10000\r\n" + b" " * 0x10000 + (b"\r\n10000\r\n" + b" " * 0x10000) * 20),
+    "a body that grows": lambda f: (
+        413, f.head(**CHUNKED) + b"10000\r\n" + b" " * 0x10000 + (b"\r\n10000\r\n" + b" " * 0x10000) * 20
+    ),
     "tiny chunks": lambda f: (400, f.head(**CHUNKED) + b"1\r\n \r\n" * 50_000),
     "a chunk's extension": lambda f: (400, f.head(**CHUNKED) + b"1;x=" + b"y" * 100_000),
     "a trailer": lambda f: (400, f.head(**CHUNKED) + b"1\r\n \r\n0\r\n" + b"X: y\r\n" * 50_000),
@@ -54,12 +56,16 @@ WRONG = {
     "chunks and length": lambda f: (400, f.head(**CHUNKED)[:-2] + b"Content-Length: 2\r\n\r\n2\r\n{}\r\n0\r\n\r\n"),
     "another coding": lambda f: (400, f.head(Transfer_Encoding="gzip, chunked") + b"2\r\n{}\r\n0\r\n\r\n"),
     "two codings": lambda f: (400, f.head(**CHUNKED)[:-2] + b"Transfer-Encoding: identity\r\n\r\n2\r\n{}\r\n0\r\n\r\n"),
-    "chunks in HTTP/1.0": lambda f: (400, f.head(**CHUNKED).replace(b"HTTP/1.1", b"HTTP/1.0") + b"2\r\n{}\r\n0\r\n\r\n"),
+    "chunks in HTTP/1.0": lambda f: (
+        400, f.head(**CHUNKED).replace(b"HTTP/1.1", b"HTTP/1.0") + b"2\r\n{}\r\n0\r\n\r\n"
+    ),
     "a blank before the colon": lambda f: (400, f.head("GET", "/health")[:-2] + b"X : y\r\n\r\n"),
     "a folded header": lambda f: (400, f.head("GET", "/health", X="y\r\n z")),
     "a zero byte": lambda f: (400, f.head("GET", "/health", X="y\0z")),
     "line ends of one character": lambda f: (400, f.head("GET", "/health").replace(b"\r\n", b"\n")),
-    "an upgrade": lambda f: (400, f.head("GET", "/health", Connection="Upgrade", Upgrade="websocket") + b"\x81\x05hello"),
+    "an upgrade": lambda f: (
+        400, f.head("GET", "/health", Connection="Upgrade", Upgrade="websocket") + b"\x81\x05hello"
+    ),
     "an upgrade with a body": lambda f: (400, f.head(Connection="Upgrade", Upgrade="h2c", Content_Length=2) + b"{}"),
     "a tunnel": lambda f: (400, b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org\r\n\r\n"),
     "a proxy's request": lambda f: (400, f.head("GET", "http://example.org/health")),

@@ -64,8 +64,9 @@ def replica(request, model) -> Replica:
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        ({"repetition_penalty": "2"}, "repetition_penalty is"), ({"top_k": 1.5}, "top_k is 1.5"), ({"temperature": float("nan")}, "temperature"),
-        ({"seed": 1 << 64}, "seed is"), ({"ids": [5, 304]}, "has token 304"), ({"ids": [-1]}, "has token -1"),
+        ({"repetition_penalty": "2"}, "repetition_penalty is"), ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"temperature": float("nan")}, "temperature"), ({"seed": 1 << 64}, "seed is"),
+        ({"ids": [5, 304]}, "has token 304"), ({"ids": [-1]}, "has token -1"),
     ],
 )  # fmt: skip
 def test_values_are_the_clients_fault(replica, bad, says):

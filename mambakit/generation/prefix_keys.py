@@ -1,0 +1,56 @@
+"""Keys of a prefix cache: the SHA-256 of the model and of the first tokens of a prompt."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mambakit.generation.fingerprint import fingerprint
+
+
+class PrefixKey(NamedTuple):
+    """Names the state after exactly these tokens, read by exactly this model."""
+
+    model: str
+    position: int  # how many tokens have been read
+    digest: str  # of the model and of those tokens
+
+
+def model_name(model: Any) -> str:
+    """Names a model's configuration, weights and dtype."""
+    return f"{fingerprint(model)[:32]}-{str(model.dtype).removeprefix('torch.')}"
+
+
+def prefix_keys(model: str, tokens: list[int]) -> Callable[[int], PrefixKey]:
+    """position -> key of the first ``position`` tokens; while positions rise, each token is hashed once."""
+    digest, done = hashlib.sha256(model.encode()), 0
+
+    def key(position: int) -> PrefixKey:
+        nonlocal digest, done
+        if position < done:
+            digest, done = hashlib.sha256(model.encode()), 0
+        digest.update(array("q", tokens[done:position]).tobytes())
+        done = position
+        return PrefixKey(model, position, digest.hexdigest())
+
+    return key
+
+
+def prefix_tokens(ids: Tensor | Sequence[int]) -> list[int]:
+    """The tokens of one prompt (l,), l >= 1.
+
+    Raises:
+        ValueError: another shape, or no tokens.
+    """
+    if isinstance(ids, Tensor):
+        if ids.dim() != 1:
+            raise ValueError(f"ids have shape {tuple(ids.shape)}, expected (l,); a prefix is of one text")
+        ids = ids.tolist()
+    tokens = [int(t) for t in ids]
+    if not tokens:
+        raise ValueError("there are no tokens to look up; give at least one")
+    return tokens

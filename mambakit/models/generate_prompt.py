@@ -1,0 +1,58 @@
+"""The prompt of a `generate` call: its padding, the columns that the cache holds already, and reading it in chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambakit.decoding.prefill import prefill, prefill_states
+from mambakit.modules import StateCache
+
+
+def cached_columns(cache: StateCache, input_ids: Tensor, mask: Tensor | None) -> int:
+    """How many leading columns of ``input_ids`` (b, l) the cache already holds: none of them, or all it has seen.
+
+    Raises:
+        ValueError: both are possible.
+    """
+    seen, length = cache.get_seq_length(), input_ids.shape[1]
+    if seen == 0 or length <= seen or (mask is not None and mask.shape[1] == seen + length):
+        return 0
+    if cache.ends_with(input_ids[:, :seen]):
+        return seen
+    raise ValueError(
+        f"the cache has seen {seen} tokens and input_ids has {length}: it is not clear whether they are all new, and "
+        f"their first {seen} are not the tokens this cache was left with. If all are new, pass an attention_mask of "
+        f"shape {(input_ids.shape[0], seen + length)}; if not, pass only the new ones"
+    )
+
+
+def padded_left(input_ids: Tensor, mask: Tensor, new: int) -> tuple[Tensor, Tensor]:
+    """The ids and the mask with the padding of the last ``new`` columns moved to the left of the tokens there."""
+    order = mask[:, -new:].to(torch.bool).to(torch.int8).argsort(dim=1, stable=True)
+    cached = input_ids.shape[1] - new
+    input_ids = torch.cat([input_ids[:, :cached], input_ids[:, cached:].gather(1, order)], 1)
+    return input_ids, torch.cat([mask[:, :-new], mask[:, -new:].gather(1, order)], 1)
+
+
+def require_left_padding(mask: Tensor) -> None:
+    """ValueError where ``inputs_embeds`` are padded elsewhere."""
+    if bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise ValueError("inputs_embeds are padded on the right or inside; pad them on the left, or give input_ids")
+
+
+def prefill_in_chunks(
+    model: Any, ids: Tensor, mask: Tensor | None, cache: StateCache, cached: int, chunk: int, last_too: bool
+) -> Tensor | None:
+    """Read all columns of ``ids`` (b, l) after the first ``cached``, the last one only with ``last_too``.
+
+    Returns:
+        The logits (b, v) after the last token; None where it is not read.
+    """
+    end = ids.shape[1] if last_too else ids.shape[1] - 1
+    if mask is not None:
+        mask = mask[:, mask.shape[1] - ids.shape[1] :][:, cached:end]
+    read = prefill if last_too else prefill_states
+    return read(model, ids[:, cached:end], cache, attention_mask=mask, chunk_size=chunk)
