@@ -28,7 +28,7 @@ Sampling = SamplingParams
 
 @dataclass
 class Stream:
-    """An iterator over pieces of new text. Afterwards it holds the whole text, its tokens and the final state.
+    """Pieces of new text, to be read once. Afterwards it holds the whole text, its tokens and the final state.
 
     Args:
         model, tokenizer: a causal language model in eval mode, and its tokenizer.
@@ -58,6 +58,7 @@ class Stream:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = ""
     """"stop" (end-of-text or a stop string) or "length"."""
+    _begun: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.prompt_ids = token_ids("prompt_ids", self.prompt_ids)
@@ -74,6 +75,11 @@ class Stream:
     @torch.inference_mode(False)  # its tensors are used again by later calls, which may be outside of inference mode
     @torch.no_grad()
     def __iter__(self) -> Iterator[str]:
+        if self.finish_reason:
+            return
+        if self._begun:
+            raise RuntimeError("this stream was begun and left before its end; make another one of the same prompt")
+        self._begun = True
         model, device = self.model, self.model.device
         ids = self.prompt_ids.to(device)
         self.cache = self.cache or model.backbone.new_cache(1)

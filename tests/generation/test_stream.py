@@ -49,6 +49,18 @@ def test_chunks_of_the_prompt(both, ids, chunk):
     assert seen[-1] == len(ids)
 
 
+def test_a_stream_is_read_once(both, ids):
+    stream = Stream(*both, ids, Sampling(temperature=0), max_new_tokens=4)
+    list(stream)
+    tokens, seen = list(stream.tokens), stream.cache.get_seq_length()
+    assert list(stream) == []  # nothing is written beyond max_new_tokens, and the prompt is not read again
+    assert (stream.tokens, stream.cache.get_seq_length()) == (tokens, seen)
+    left = Stream(*both, ids, Sampling(temperature=0), max_new_tokens=4)
+    next(iter(left))
+    with pytest.raises(RuntimeError, match="begun and left before its end; make another one"):
+        list(left)
+
+
 def test_seeds(both, ids):
     model, tokenizer = both
     sample = lambda seed, **kw: "".join(Stream(model, tokenizer, ids, Sampling(seed=seed, **kw), 20))  # noqa: E731

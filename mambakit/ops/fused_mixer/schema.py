@@ -80,7 +80,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dconv_final, dssm_final, *_):
-    tensors, kept = ctx.saved_tensors[:-4], ctx.saved_tensors[-4:]
+    saved = ctx.saved_tensors  # asked for once: activation checkpointing unpacks each tensor once
+    tensors, kept = saved[:-4], saved[-4:]
     gradients = (dy, dconv_final, dssm_final)
     found = torch.ops.mambakit.fused_mixer_backward(
         *gradients, *tensors, *kept, ctx.interval, ctx.needs_input_grad[3], ctx.needs_input_grad[4]
