@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from mambakit.threads import bound_spinning
 
+# A shell's background job ignores interrupts, and so would the processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before torch is imported: several workers and the processes that tests start share the processors.
 bound_spinning()
 

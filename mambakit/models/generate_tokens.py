@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from mambakit.decoding.loop import write_tokens
+from mambakit.decoding.batch import write_tokens
 from mambakit.decoding.processor_sampler import WITHOUT_WAITING, ProcessorSampler
 from mambakit.decoding.sampler import Chooser
 from mambakit.decoding.seeded import seeded_sampler

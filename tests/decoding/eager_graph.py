@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mambakit.decoding import loop, native_step, registry
+from mambakit.decoding import batch, native_step, registry
 from mambakit.decoding.graph_step import GraphDecoder
 from mambakit.decoding.registry import DECODERS, FORWARD, DecoderKind
 from mambakit.models import generate
@@ -52,4 +52,4 @@ def decode_by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         eager = DecoderKind("eager", lambda *_, **__: None, EagerGraph, captured=True)
         monkeypatch.setattr(registry, "DECODERS", (eager, FORWARD))
         monkeypatch.setattr(generate, "graphs_serve", lambda *_: True)
-        monkeypatch.setitem(loop._TOKENS_PER_LOOK, "cpu", 16)
+        monkeypatch.setitem(batch._TOKENS_PER_LOOK, "cpu", 16)

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationMixin, LogitsProcessorList, generation
 
 from mambakit.decoding import slots as rows
-from mambakit.decoding.loop import TokenLoop, write_tokens
+from mambakit.decoding.batch import write_tokens
+from mambakit.decoding.loop import TokenLoop
 from mambakit.decoding.processor_sampler import WITHOUT_WAITING, ProcessorSampler
 from mambakit.decoding.scaling import WidePenalty, WideTemperature
 from mambakit.models import generate, generate_tokens

@@ -47,7 +47,7 @@ def test_slots_are_stepped_by_the_loop_alone():
 def test_pools_are_made_where_texts_begin():
     makes = calls("SlotPool")
     assert makes == {
-        "decoding/loop.py", "decoding/transformers_steps.py", "generation/stream.py", "generation/drafters.py",
+        "decoding/batch.py", "decoding/transformers_steps.py", "generation/stream.py", "generation/drafters.py",
         "generation/engine.py", "generation/speculative.py",
     }  # fmt: skip
 

@@ -227,7 +227,7 @@ def test_ctrl_c(tmp_path):
     while not list(tmp_path.glob("run/checkpoints/step-????????/state.pt")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
+    assert process.wait(timeout=120) == 130
     assert "continuing from step" in train(
         config_of(tmp_path, steps=10**6, log_every=10**5, resume=True, export_only=True)
     )
