@@ -18,7 +18,13 @@ from mambakit.decoding.cuda_graph import graphs_serve
 from mambakit.decoding.prefill import prefill, reads_in_buckets
 from mambakit.decoding.scaling import widened
 from mambakit.decoding.transformers_steps import TransformersSteps
-from mambakit.models.generate_prompt import cached_columns, padded_left, prefill_in_chunks, require_left_padding
+from mambakit.models.generate_prompt import (
+    cached_columns,
+    padded_left,
+    prefill_in_chunks,
+    require_ids,
+    require_left_padding,
+)
 from mambakit.models.generate_tokens import (
     CACHE_ARGUMENT,
     CACHE_RESULT,
@@ -70,7 +76,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
                 streams and engine, and does not depend on the others of its batch.
         """
         seeds = None
-        if isinstance(seed, (list, tuple)):
+        if isinstance(seed, (list, tuple, range)):
             seeds, seed = [int(SEED.read(f"seed[{i}]", one)) for i, one in enumerate(seed)], None
         seed = SEED.read("seed", seed)
         if seed is not None:
@@ -103,13 +109,10 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
                 steps.close()
             return result if isinstance(result, Tensor) else with_each_name(result)
 
+        require_ids(input_ids)
         given = input_ids
         cached = 0 if cache is None else cached_columns(cache, input_ids, mask)
         new = input_ids.shape[1] - cached
-        if new < 1:
-            raise ValueError(
-                f"input_ids has {input_ids.shape[1]} tokens, all in the cache already; give at least one more"
-            )
         if mask is not None:
             input_ids, mask = padded_left(input_ids, mask.to(input_ids.device), new)
 

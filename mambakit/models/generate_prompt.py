@@ -11,6 +11,15 @@ from mambakit.decoding.prefill import prefill, prefill_states
 from mambakit.modules import StateCache
 
 
+def require_ids(input_ids: Any) -> None:
+    """TypeError for a list, ValueError for a prompt that is not (b, l) with l >= 1."""
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids is a {type(input_ids).__name__}; give a tensor of token ids, (b, l)")
+    if input_ids.dim() != 2 or not input_ids.numel():
+        remedy = "; one prompt is input_ids[None]" if input_ids.dim() == 1 and len(input_ids) else ""
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (b, l) with l >= 1{remedy}")
+
+
 def cached_columns(cache: StateCache, input_ids: Tensor, mask: Tensor | None) -> int:
     """How many leading columns of ``input_ids`` (b, l) the cache already holds: none of them, or all it has seen.
 

@@ -217,6 +217,19 @@ def test_what_cannot_be_done_is_refused(model):
         model.generate(ids, prompt_lookup_num_tokens=3)
 
 
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.tensor([1, 2]), r"shape \(2,\), expected \(b, l\) with l >= 1; one prompt is input_ids\[None\]"),
+        (torch.zeros(1, 0, dtype=torch.int64), r"shape \(1, 0\), expected \(b, l\) with l >= 1$"),
+        ([[1, 2]], "input_ids is a list; give a tensor"),
+    ],
+)
+def test_prompts_that_are_none(model, ids, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        model.generate(ids, max_new_tokens=2)
+
+
 def test_memory_of_a_chunked_prompt_does_not_grow(model):
     """The peak of tensors made by torch while reading 16 times the prompt stays the same."""
     from torch.utils._python_dispatch import TorchDispatchMode

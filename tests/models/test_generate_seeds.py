@@ -63,6 +63,12 @@ def test_a_row_is_the_text_alone(model, monkeypatch, way, how):
         assert alone[: len(text)].tolist() == text
 
 
+def test_a_range_of_seeds(model):
+    ids = tokens(2, 5)
+    options = {"max_new_tokens": 5, "do_sample": True}
+    assert torch.equal(model.generate(ids, seed=range(7, 9), **options), model.generate(ids, seed=[7, 8], **options))
+
+
 def test_several_sequences_of_a_prompt(model):
     ids = tokens(1, 6)
     options = {"max_new_tokens": 8, "do_sample": True}
