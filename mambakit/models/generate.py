@@ -22,8 +22,8 @@ from mambakit.models.generate_prompt import (
     cached_columns,
     padded_left,
     prefill_in_chunks,
-    require_ids,
     require_left_padding,
+    require_prompt,
 )
 from mambakit.models.generate_tokens import (
     CACHE_ARGUMENT,
@@ -109,7 +109,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
                 steps.close()
             return result if isinstance(result, Tensor) else with_each_name(result)
 
-        require_ids(input_ids)
+        require_prompt(input_ids, mask, cache)
         given = input_ids
         cached = 0 if cache is None else cached_columns(cache, input_ids, mask)
         new = input_ids.shape[1] - cached

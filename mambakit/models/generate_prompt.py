@@ -11,13 +11,24 @@ from mambakit.decoding.prefill import prefill, prefill_states
 from mambakit.modules import StateCache
 
 
-def require_ids(input_ids: Any) -> None:
-    """TypeError for a list, ValueError for a prompt that is not (b, l) with l >= 1."""
+def require_prompt(input_ids: Any, mask: Tensor | None, cache: StateCache | None) -> None:
+    """The prompt is (b, l) with l >= 1, and its mask (b, l) or, after a state, (b, seen + l).
+
+    Raises:
+        TypeError: ids that are no tensor.
+        ValueError: other shapes.
+    """
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"input_ids is a {type(input_ids).__name__}; give a tensor of token ids, (b, l)")
     if input_ids.dim() != 2 or not input_ids.numel():
         remedy = "; one prompt is input_ids[None]" if input_ids.dim() == 1 and len(input_ids) else ""
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (b, l) with l >= 1{remedy}")
+    if mask is None:
+        return
+    (b, length), seen = input_ids.shape, 0 if cache is None else cache.get_seq_length()
+    if tuple(mask.shape) not in ((b, length), (b, seen + length)):
+        after = f", or {(b, seen + length)} with the {seen} tokens before them" if seen else ""
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, expected {(b, length)}{after}")
 
 
 def cached_columns(cache: StateCache, input_ids: Tensor, mask: Tensor | None) -> int:

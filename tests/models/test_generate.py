@@ -230,6 +230,16 @@ def test_prompts_that_are_none(model, ids, message):
         model.generate(ids, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (2, 9), (1, 5), (5,)])
+def test_masks_of_another_shape(model, shape):
+    ids, mask = tokens(2, 5), torch.ones(shape, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"attention_mask has shape .*, expected \(2, 5\)$"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=2)
+    cache = model(ids[:, :2], use_cache=True).cache_params
+    with pytest.raises(ValueError, match=r"expected \(2, 5\), or \(2, 7\) with the 2 tokens before them$"):
+        model.generate(ids, cache_params=cache, attention_mask=mask, max_new_tokens=2)
+
+
 def test_memory_of_a_chunked_prompt_does_not_grow(model):
     """The peak of tensors made by torch while reading 16 times the prompt stays the same."""
     from torch.utils._python_dispatch import TorchDispatchMode
