@@ -70,10 +70,11 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
                 unless rows are multiplied (beams, several return sequences).
             prefill_chunk_size: read the prompt this many tokens at a time; memory does not grow with its length.
                 Without it prompts of more than 16,384 tokens in all (1,024 on a CPU) are read in chunks of about so
-                many, one text on a GPU in pieces of at most 4,096.
+                many, one text on a GPU in buckets of at most 4,096.
             seed: seeds this call's sampling alone; the global generator is left as it was. A sequence has a seed for
                 each text that is written: a text then has random numbers of its own, those of `mambakit.generation`'s
-                streams and engine, and does not depend on the others of its batch.
+                streams and engine, whatever else is in the batch. Its logits are the batch's: docs/concepts/exactness.md
+                says where their bits may depend on the batch.
         """
         seeds = None
         if isinstance(seed, (list, tuple, range)):
