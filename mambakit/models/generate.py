@@ -73,8 +73,8 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
                 many, one text on a GPU in buckets of at most 4,096.
             seed: seeds this call's sampling alone; the global generator is left as it was. A sequence has a seed for
                 each text that is written: a text then has random numbers of its own, those of `mambakit.generation`'s
-                streams and engine, whatever else is in the batch. Its logits are the batch's: docs/concepts/exactness.md
-                says where their bits may depend on the batch.
+                streams and engine, whatever else is in the batch. Its logits are the batch's:
+                docs/concepts/exactness.md says where their bits may depend on the batch.
         """
         seeds = None
         if isinstance(seed, (list, tuple, range)):
