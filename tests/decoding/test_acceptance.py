@@ -30,7 +30,7 @@ def test_rejection_keeps_the_distribution(certain, biased):
     if biased:
         params = SamplingParams(seed=1, logit_bias={3: 1.5})
         p = (P.log() + 1.5 * (torch.arange(5) == 3)).softmax(-1)
-    acceptance, logits, draws = Acceptance(text_of(params), CPU), torch.stack([P.log(), torch.zeros(5)]), 1500
+    acceptance, logits, draws = Acceptance(text_of(params), CPU), torch.stack([P.log(), torch.zeros(5)]), 8000
     counts = torch.zeros(5)
     for _ in range(draws):
         guess = 1 if certain else int(torch.multinomial(Q, 1, generator=generator))
