@@ -332,13 +332,16 @@ class ForcedDraft(DraftModel):
 
     @torch.no_grad()
     def propose(self, text: list[int], most: int) -> Draft:
-        drafted = super().propose(text, 0)  # its state to where the text is
-        tokens: list[int] = drafted.tokens
-        while len(tokens) < most:
-            self._advance((text + tokens)[-1])
+        super().propose(text, 0)  # its state to where the text is
+        loop, tokens = self._loop, []
+        for _ in range(most):
+            loop.write()  # the work of a guess, which is then replaced
+            self._read.append((text + tokens)[-1])
+            self._snapshots.append(loop.pool.snapshot())
             right = self._truth[(len(text) + len(tokens)) % len(self._truth)]
             good = torch.rand((), generator=self._chance) < self._acceptance
             tokens.append(right if good else (right + 1) % VOCABULARY)
+            loop.tokens = torch.tensor(tokens[-1:], device=self.model.device)
         return Draft(tokens)
 
 

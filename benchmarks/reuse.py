@@ -49,7 +49,7 @@ def best(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
 def prefix_cache(model, tokens: int, rounds: int) -> dict[str, float]:
     """From a prompt to the logits after it, whose first nine tenths are known."""
     known = torch.randint(1, model.config.vocab_size, (tokens,))
-    ends = iter(torch.randint(1, model.config.vocab_size, (4 * rounds, tokens // 10)))
+    ends = iter(torch.randint(1, model.config.vocab_size, (3 * rounds + 2, tokens // 10)))
     with tempfile.TemporaryDirectory() as folder:
         memory, disk = PrefixCache(model), PrefixCache(model, memory_bytes=0, folder=folder)
 

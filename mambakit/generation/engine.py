@@ -41,7 +41,7 @@ from mambakit.generation.request import Request, Text
 from mambakit.generation.stream import _end_tokens
 from mambakit.modules import StateCache
 from mambakit.ops.sampling.api import NO_TOKEN
-from mambakit.quoting import cut
+from mambakit.quoting import brief, cut
 
 _MOST_PER_LOOK = 64  # a graph keeps no more tokens
 
@@ -71,7 +71,7 @@ class Engine:
     def __init__(
         self,
         model: Any,
-        slots: int = 8,
+        slots: int | None = None,
         chunk_size: int = SNAPSHOT_CHUNK,
         *,
         prefix_cache: PrefixCache | None = None,
@@ -82,8 +82,11 @@ class Engine:
         rows: int | None = None,
     ):
         if rows is not None:
+            if slots is not None:
+                raise ValueError(f"slots is {brief(slots)} and rows, its earlier name, {brief(rows)}; give slots alone")
             warnings.warn("Engine(rows=...) is now Engine(slots=...)", DeprecationWarning, stacklevel=2)
             slots = rows
+        slots = 8 if slots is None else slots
         slots = Number(8, 1, INT64[1], whole=True).read("slots" if rows is None else "rows", slots)
         chunk_size = replace(CHUNK_SIZE, default=SNAPSHOT_CHUNK).read("chunk_size", chunk_size)
         slice_tokens = Number(32, 1, INT64[1], whole=True).read("slice_tokens", slice_tokens)

@@ -254,3 +254,13 @@ def test_a_request_runs_once(model):
     for _ in engine.run():
         pass
     assert len(request.tokens) == 3
+
+
+def test_slots_under_their_earlier_name():
+    model = pair("untied")[0]
+    with pytest.warns(DeprecationWarning, match=r"Engine\(slots"):
+        engine = Engine(model, rows=3)
+    assert engine.slots == 3
+    with pytest.raises(ValueError, match="slots is 2 and rows, its earlier name, 3; give slots alone"):
+        Engine(model, slots=2, rows=3)
+    assert Engine(model).slots == 8
