@@ -70,7 +70,7 @@ class ServerOptions:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which reports when it listens, and ends texts with an error when the time to drain is over."""
+    """uvicorn's server; reports when it accepts connections, and ends texts with an error after the drain time."""
 
     def __init__(
         self, config: uvicorn.Config, dispatcher: Dispatcher, drain_seconds: float, listening: Callable[[], None]
