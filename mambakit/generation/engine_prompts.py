@@ -7,13 +7,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from mambakit.decoding.bucket_graphs import MOST_ROWS, reads_in_buckets, rows_together
 from mambakit.decoding.parameters import NEW_TOKENS
+from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampler import Sampler
 from mambakit.generation.engine_schedule import Schedule
 from mambakit.generation.prefix_cache import PrefixCache
-from mambakit.generation.reading import PromptReading, ReadingShare
+from mambakit.generation.reading import Part, PromptReading, ReadingShare
 from mambakit.generation.request import Request, Text
 from mambakit.generation.token_ids import require_in_vocabulary
 from mambakit.generation.turns import Path
@@ -37,6 +40,7 @@ class PromptReader:
         self._share, self._schedule = share, schedule
         self._held: OrderedDict[Path, tuple[StateCache, Tensor]] = OrderedDict()
         self._sampler = Sampler()
+        self._wave: list[Text] = []  # short prompts that are read together
 
     def text_of(self, request: Request, chunk_size: int, prefix_cache: PrefixCache | None) -> Text:
         """A text for the request, its prompt unread, to be read in chunks of ``chunk_size`` tokens.
@@ -66,35 +70,95 @@ class PromptReader:
         )
 
     def drop_held(self) -> None:
-        """Drop the states held for other texts."""
+        """Drop what is held for other texts, once there are none."""
         self._held.clear()
+        self._wave = []
 
     def _read_part(
         self, text: Text, read: Callable[[Text, int], None], failed: Callable[[Text, Exception], None]
-    ) -> int:
-        reading, tokens = text.reading, 0
-        left = reading.left
+    ) -> Part:
+        """Read the smallest part of a text's prompt, or of a group of short prompts."""
+        group, part = [text], Part(0, 0)
+        left = {text: text.reading.left}
         try:
-            if text.prompt in self._held and not reading.begun:
+            if text.prompt in self._held and not text.reading.begun:
                 assert text.prompt is not None
-                reading.finish(*self._held[text.prompt])
+                text.reading.finish(*self._held[text.prompt])
+                part = Part(left[text], 0)
+            elif reads_in_buckets(self._model, 1):
+                group = self._group(text, failed)
+                left = {one: one.reading.left for one in group}
+                part = PromptReading.read_group([one.reading for one in group])
             else:
-                tokens = reading.part()
-            self._schedule.count_read(text, left - reading.left)
-            if not reading.done:
-                return tokens
-            text.request.cached_tokens = reading.cached
-            assert reading.logits is not None
-            sampled = text.begin(self._vocab_size, self._model.device)
-            (token,) = self._sampler.choose(reading.logits, [sampled])
+                part = text.reading.part()
         except Exception as error:
-            failed(text, error)
-            return tokens
-        self._schedule.was_read(text)
-        text.state = reading.cache
-        if text.prompt is not None and reading.cache is not None:
-            self._held[text.prompt] = reading.cache, reading.logits
-            while len(self._held) > _PROMPTS_HELD:
-                self._held.popitem(last=False)
-        read(text, token)
-        return tokens
+            for one in group:
+                failed(one, error)
+            return part
+        for one in group:
+            self._schedule.count_read(one, left[one] - one.reading.left)
+        self._begin_texts([one for one in group if one.reading.done], read, failed)
+        return part
+
+    def _group(self, text: Text, failed: Callable[[Text, Exception], None]) -> list[Text]:
+        """The texts whose next buckets are read by one forward: ``text`` alone, or some of the wave that it is in.
+
+        A wave is made of the texts with the shortest prompts, which are read from their largest buckets to their
+        smallest, so that buckets of one length meet.
+        """
+        if not text.reading.is_short:
+            text.reading.next_bucket()
+            return [text]
+        self._wave = [one for one in self._wave if one in self._schedule.unread]
+        if not self._wave:
+            able = [one for one in self._schedule.may_be_read() if one is not text and self._is_short(one)]
+            able.sort(key=lambda one: one.reading.left)
+            self._wave = [text, *able[: MOST_ROWS - 1]]
+        by_length: dict[int, list[Text]] = {}
+        for one in self._wave:
+            try:
+                by_length.setdefault(len(one.reading.next_bucket()), []).append(one)
+            except Exception as error:  # a state that was given may be of another model
+                if one is text:
+                    raise
+                failed(one, error)
+        if not by_length:  # none of an earlier wave can be read
+            return self._group(text, failed)
+        longest = max(by_length)
+        return by_length[longest][: rows_together(longest)]
+
+    def _is_short(self, text: Text) -> bool:
+        return text.reading.is_short and (text.reading.begun or text.prompt not in self._held)
+
+    def _begin_texts(
+        self, texts: list[Text], read: Callable[[Text, int], None], failed: Callable[[Text, Exception], None]
+    ) -> None:
+        """Choose the first token of texts whose prompts are read, with one device-to-host sync."""
+        begun: list[Text] = []
+        sampled: list[SampledText] = []
+        for text in texts:
+            text.request.cached_tokens = text.reading.cached
+            try:
+                sampled.append(text.begin(self._vocab_size, self._model.device))
+            except Exception as error:
+                failed(text, error)
+            else:
+                begun.append(text)
+        if not begun:
+            return
+        logits = [text.reading.logits for text in begun if text.reading.logits is not None]
+        try:
+            tokens = self._sampler.choose(torch.cat(logits), sampled)
+        except Exception as error:
+            for text in begun:
+                failed(text, error)
+            return
+        for text, token in zip(begun, tokens, strict=True):
+            self._schedule.was_read(text)
+            text.state = text.reading.cache
+            if text.prompt is not None and text.state is not None:
+                assert text.reading.logits is not None
+                self._held[text.prompt] = text.state, text.reading.logits
+                while len(self._held) > _PROMPTS_HELD:
+                    self._held.popitem(last=False)
+            read(text, token)

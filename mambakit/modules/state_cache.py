@@ -185,6 +185,12 @@ class StateCache:
         else:
             self._memory.zero_(rows)
 
+    def zero_(self) -> None:
+        """Zero every slot in place: the tensors stay where they are."""
+        for tensor in self.tensors().values():
+            tensor.zero_()
+        self._seen_tokens, self._tail = 0, None
+
     def copy_(self: _Cache, source: StateCache, from_slots: Tensor | list[int], to_slots: Tensor | list[int]) -> _Cache:
         """Copy slots ``from_slots`` of ``source`` into slots ``to_slots`` of this cache; the other slots stay.
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from mambakit import MambaConfig, MambaForCausalLM
-from mambakit.decoding import cuda_graph
+from mambakit.decoding import bucket_graphs, cuda_graph
 from mambakit.decoding import prefill as prompt
 from mambakit.decoding.chunks import LARGEST_BUCKET, buckets
+from mambakit.generation import engine_prompts, reading
 from mambakit.generation.engine import Engine, Request
+from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.stream import Sampling
 from mambakit.models import generate
 from mambakit.models.outputs import MambaCausalLMOutput
@@ -17,6 +19,24 @@ from tests.models.configurations import pair
 
 CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 GPU = pytest.param("cuda", marks=CUDA)
+
+
+class NoTiming:
+    """A part's time on a GPU, where there is none."""
+
+    def __init__(self, device, tokens):
+        self.tokens = tokens
+
+    def end(self):
+        pass
+
+    def seconds(self):
+        return 0.0
+
+
+def read_eagerly(graphs, model, ids):
+    graphs.states(model, len(ids))
+    return graphs._forward(model, ids)
 
 
 @pytest.fixture
@@ -28,7 +48,9 @@ def on(monkeypatch):
             monkeypatch.setattr(prompt, "reads_in_buckets", lambda model, rows: rows == 1)
             monkeypatch.setattr(generate, "reads_in_buckets", lambda model, rows: rows == 1)
             monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-            monkeypatch.setattr(prompt._BucketGraphs, "read", prompt._BucketGraphs._forward)
+            monkeypatch.setattr(engine_prompts, "reads_in_buckets", lambda model, rows: rows == 1)
+            monkeypatch.setattr(reading, "PartTiming", NoTiming)
+            monkeypatch.setattr(bucket_graphs.BucketGraphs, "read", read_eagerly)
         return device
 
     return serve
@@ -113,7 +135,7 @@ def test_generate_reads_its_prompt_in_pieces(on, device, sampled, monkeypatch):
         assert torch.equal(model.generate(ids, prefill_chunk_size=16, **options), expected)
     if device == "cuda":
         reader = cuda_graph._kept[model].things["prefill",]
-        assert sorted(reader._graphs) == [1, 4, 8, 16, 32]  # 45, also in pieces of 16
+        assert sorted(reader._graphs) == [(1, length) for length in (1, 4, 8, 16, 32)]  # 45, also in pieces of 16
     hooked = []
     handle = model.register_forward_hook(lambda module, inputs, output: hooked.append(output.logits.shape))
     assert torch.equal(model.generate(ids, **options), expected)
@@ -174,6 +196,95 @@ def test_the_engine_reads_by_graphs(on, device):
         engine = Engine(model, slots=2, chunk_size=64)
         done = engine.write([Request(ids, Sampling(temperature=0), max_new_tokens=8) for _ in range(3)])
         assert [request.tokens for request in done] == [expected] * 3
+
+
+@pytest.mark.parametrize("bucket", [1, 2, 32, 64, 256, 512])
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@torch.no_grad()
+def test_a_bucket_of_several_prompts(on, device, bucket):
+    """Each prompt has the bits that it has alone, in any row beside any others, and what its own forward gives."""
+    model = made(on(device), torch.bfloat16 if device == "cuda" else torch.float32)
+    rows = bucket_graphs.rows_together(bucket)
+    assert rows * bucket <= 512
+    begun = model.backbone.new_cache(1)
+    model(torch.randint(0, 320, (1, 5), device=device), cache_params=begun)
+    mine = torch.randint(0, 320, (bucket,))
+    for start in (None, begun):
+        expected = None
+        for row in [0, 0, 0, rows - 1, rows // 2]:  # eager, captured, replayed, elsewhere
+            count = int(torch.randint(row + 1, rows + 1, ()))
+            parts = [mine if i == row else torch.randint(0, 320, (bucket,)) for i in range(count)]
+            caches = [None if i % 2 else begun.clone() for i in range(count)]
+            caches[row] = None if start is None else start.clone()
+            given = caches[row]
+            found, logits = bucket_graphs.read_together(model, parts, caches, want_logits=True)
+            assert given is None or found[row] is given
+            assert [cache.get_seq_length() for cache in found] == [
+                bucket + 5 * (start is not None if i == row else not i % 2) for i in range(count)
+            ]
+            result = logits[row], *found[row].tensors().values()
+            expected = expected or [t.clone() for t in result]
+            for one, other in zip(result, expected, strict=True):
+                assert torch.equal(one, other), row
+        alone = model.backbone.new_cache(1) if start is None else start.clone()
+        whole = model(mine[None].to(device), cache_params=alone).logits[0, -1]
+        tolerance = 1e-4 if device == "cpu" else 0.05  # bfloat16: products of other shapes round otherwise
+        assert torch.allclose(whole, expected[0], atol=tolerance, rtol=tolerance)
+        assert torch.allclose(alone.ssm_states, expected[2], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("cached", [False, True])
+@torch.no_grad()
+def test_an_engines_prompts_are_read_together(on, device, cached, monkeypatch):
+    """Prompts of many lengths, with states and without: each text as alone, in few forwards."""
+    model = made(on(device))
+    model.generation_config.eos_token_id = None
+    begun = model.backbone.new_cache(1)
+    model(torch.randint(0, 320, (1, 5), device=device), cache_params=begun)
+    lengths = [1, 2, 3, 31, 32, 32, 32, 33, 64, 64, 90, 127, 200, 300, 520, 600]
+
+    def requests():
+        torch.manual_seed(1)
+        return [
+            Request(
+                torch.randint(1, 320, (n,)), Sampling(seed=i) if i % 3 else Sampling(0), 8,
+                state=begun if i % 5 == 4 else None, keep_state=i % 4 == 0,
+            )
+            for i, n in enumerate(lengths)
+        ]  # fmt: skip
+
+    def engine():
+        return Engine(model, 16, prefix_cache=PrefixCache(model, chunk_size=64) if cached else None)
+
+    alone = [engine().write([request])[0] for request in requests()]
+    forwards, read = [], bucket_graphs.BucketGraphs.read
+    monkeypatch.setattr(bucket_graphs.BucketGraphs, "read", lambda *a: forwards.append(tuple(a[2].shape)) or read(*a))
+    together = engine().write(requests())
+    assert [r.tokens for r in together] == [r.tokens for r in alone]
+    for one, other in zip(together, alone, strict=True):
+        if one.keep_state:
+            assert torch.equal(one.final_state.ssm_states, other.final_state.ssm_states)
+            assert one.final_state.get_seq_length() == other.final_state.get_seq_length()
+    if not cached:
+        pieces = sum(len(buckets(n, 512)) for n in lengths)
+        assert len(forwards) < pieces / 2, (len(forwards), pieces)
+    assert {shape[0] for shape in forwards} == {bucket_graphs.rows_together(shape[1]) for shape in forwards}
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@torch.no_grad()
+def test_a_bad_state_ends_its_own_text_alone(on, device):
+    model, other = made(on(device)), pair("plain")[0].to(device)
+    good = Request(torch.randint(1, 320, (16,)), max_new_tokens=3)
+    bad = Request(torch.randint(1, 320, (16,)), max_new_tokens=3, state=other.backbone.new_cache(1))
+    engine = Engine(model, 4)
+    for request in (good, bad, late := Request(torch.randint(1, 320, (16,)), max_new_tokens=3)):
+        engine.submit(request)
+    for _ in engine.run():
+        pass
+    assert "another model" in bad.error
+    assert len(good.tokens) == len(late.tokens) == 3
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
