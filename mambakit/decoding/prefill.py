@@ -1,10 +1,8 @@
 """Prefill: read many tokens into a recurrent state at once. Every prompt and document is read by the functions here.
 
-A prompt is cut into chunks, so that memory does not grow with its length. On a GPU, the chunks of a single prompt are
-powers of two tokens ("buckets"), and each bucket size becomes a CUDA graph at its second use. The forward of a short
-prompt is bound by the host that launches the kernels (130m model: 15 ms, of which the GPU computes 1.3 ms), and a CUDA
-graph serves one length only. The cut depends on the prompt's length and the chunk size alone, never on which graphs
-exist already. So a prompt's result has the same bits whatever was read before.
+A prompt is cut into chunks, so that memory does not grow with its length. On a GPU a single prompt is read by captured
+graphs (`mambakit.decoding.bucket_graphs`). How it is cut depends on its length and the chunk size alone, never on which
+graphs exist already. So a prompt's result has the same bits whatever was read before.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.bucket_graphs import bucket_graphs, reads_in_buckets
-from mambakit.decoding.chunks import Prompts, buckets, chunks, row_count, size_of_chunks, texts_of
+from mambakit.decoding.chunks import Prompts, chunks, parts, row_count, size_of_chunks, texts_of
 from mambakit.decoding.logits import last_logits
 from mambakit.modules import StateCache
 from mambakit.modules.interception import is_ours
@@ -99,9 +97,10 @@ def prefill_parts(
             graphs = bucket_graphs(model)
             graphs.load(cache)
             done = 0
-            for part in ids.split(buckets(ids.shape[1], size), 1):  # without a yield: the graphs share one state
-                hidden = graphs.read(model, part)
-                done += part.shape[1]
+            ids = ids[0]
+            for part in ids.split(parts(len(ids), size)):  # without a yield: the graphs share one state
+                hidden = graphs.read(model, [part], 1)
+                done += len(part)
                 if progress is not None:
                     progress(done)
             graphs.store(cache, done)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.decoding.bucket_graphs import MOST_ROWS, reads_in_buckets, rows_together
+from mambakit.decoding.bucket_graphs import reads_in_buckets, rows_together
+from mambakit.decoding.chunks import bucket_of
 from mambakit.decoding.parameters import NEW_TOKENS
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampler import Sampler
@@ -40,7 +41,6 @@ class PromptReader:
         self._share, self._schedule = share, schedule
         self._held: OrderedDict[Path, tuple[StateCache, Tensor]] = OrderedDict()
         self._sampler = Sampler()
-        self._wave: list[Text] = []  # short prompts that are read together
 
     def text_of(self, request: Request, chunk_size: int, prefix_cache: PrefixCache | None) -> Text:
         """A text for the request, its prompt unread, to be read in chunks of ``chunk_size`` tokens.
@@ -70,9 +70,8 @@ class PromptReader:
         )
 
     def drop_held(self) -> None:
-        """Drop what is held for other texts, once there are none."""
+        """Drop the states held for other texts."""
         self._held.clear()
-        self._wave = []
 
     def _read_part(
         self, text: Text, read: Callable[[Text, int], None], failed: Callable[[Text, Exception], None]
@@ -101,31 +100,20 @@ class PromptReader:
         return part
 
     def _group(self, text: Text, failed: Callable[[Text, Exception], None]) -> list[Text]:
-        """The texts whose next buckets are read by one forward: ``text`` alone, or some of the wave that it is in.
-
-        A wave is made of the texts with the shortest prompts, which are read from their largest buckets to their
-        smallest, so that buckets of one length meet.
-        """
-        if not text.reading.is_short:
-            text.reading.next_bucket()
-            return [text]
-        self._wave = [one for one in self._wave if one in self._schedule.unread]
-        if not self._wave:
-            able = [one for one in self._schedule.may_be_read() if one is not text and self._is_short(one)]
-            able.sort(key=lambda one: one.reading.left)
-            self._wave = [text, *able[: MOST_ROWS - 1]]
-        by_length: dict[int, list[Text]] = {}
-        for one in self._wave:
+        """The texts whose next tokens are read by one forward: ``text``, and others of the same bucket."""
+        bucket = bucket_of(len(text.reading.next_tokens()))
+        group, most = [text], rows_together(bucket)
+        for other in list(self._schedule.may_be_read()) if most > 1 else []:
+            if len(group) == most:
+                break
+            if other is text or not self._is_short(other):
+                continue
             try:
-                by_length.setdefault(len(one.reading.next_bucket()), []).append(one)
+                if bucket_of(len(other.reading.next_tokens())) == bucket:
+                    group.append(other)
             except Exception as error:  # a state that was given may be of another model
-                if one is text:
-                    raise
-                failed(one, error)
-        if not by_length:  # none of an earlier wave can be read
-            return self._group(text, failed)
-        longest = max(by_length)
-        return by_length[longest][: rows_together(longest)]
+                failed(other, error)
+        return group
 
     def _is_short(self, text: Text) -> bool:
         return text.reading.is_short and (text.reading.begun or text.prompt not in self._held)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.bucket_graphs import LARGEST_GROUPED, read_together, rows_together
-from mambakit.decoding.chunks import LARGEST_BUCKET, buckets
+from mambakit.decoding.chunks import LARGEST_BUCKET, bucket_of, parts
 from mambakit.decoding.prefill import prefill_parts
 from mambakit.generation.prefix_cache import PrefixCache, PrefixReading
 from mambakit.modules import StateCache
@@ -115,27 +115,27 @@ class PromptReading:
             timing.end()
         return Part(read, tokens, timing)
 
-    def next_bucket(self) -> Tensor:
-        """(l,) int64, the tokens that `read_group` reads next, l a power of two. Nothing is read."""
+    def next_tokens(self) -> Tensor:
+        """(l,) int64, what `read_group` reads next. Nothing is read."""
         self._to_stop()
-        length = buckets(self._stop - self._position, LARGEST_BUCKET)[0]
-        return self._ids[self._position : self._position + length]
+        count = parts(self._stop - self._position, LARGEST_BUCKET)[0]
+        return self._ids[self._position : self._position + count]
 
     @staticmethod
     def read_group(readings: Sequence[PromptReading]) -> Part:
-        """Read the next bucket of several prompts, all of one length."""
+        """Read the next tokens of several prompts, which are of the same bucket."""
         model = readings[0]._model
-        parts = [reading.next_bucket() for reading in readings]
-        bucket = len(parts[0])
+        tokens = [reading.next_tokens() for reading in readings]
+        bucket = bucket_of(len(tokens[0]))
         work = bucket * rows_together(bucket)
         timing = PartTiming(model.device, work)
-        ends = [reading.left == bucket for reading in readings]
-        caches, logits = read_together(model, parts, [reading.cache for reading in readings], want_logits=any(ends))
+        ends = [reading.left == len(own) for reading, own in zip(readings, tokens, strict=True)]
+        caches, logits = read_together(model, tokens, [reading.cache for reading in readings], want_logits=any(ends))
         for row, (reading, cache) in enumerate(zip(readings, caches, strict=True)):
             reading.begun, reading.cache = True, cache
-            reading._reached(reading._position + bucket, None if logits is None else logits[row : row + 1])
+            reading._reached(reading._position + len(tokens[row]), None if logits is None else logits[row : row + 1])
         timing.end()
-        return Part(bucket, work, timing)
+        return Part(max(map(len, tokens)), work, timing)
 
     def _reached(self, position: int, logits: Tensor | None) -> None:
         """The prompt is read up to ``position``, with these logits after it."""

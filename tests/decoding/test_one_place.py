@@ -21,11 +21,7 @@ def files_that(found) -> set[str]:
 def test_the_backbone_is_called_by_models_and_prefill_alone():
     callers = files_that(lambda tree: any(call == "backbone" or call.endswith(".backbone") for call in calls(tree)))
     # The training step's objective is a forward with a gradient, of no prompt.
-    assert {name for name in callers if not name.startswith("models/")} == {
-        "decoding/bucket_graphs.py",
-        "decoding/prefill.py",
-        "training/step.py",
-    }
+    assert {name for name in callers if not name.startswith("models/")} == {"decoding/prefill.py", "training/step.py"}
 
 
 def test_graphs_are_captured_in_one_module():
