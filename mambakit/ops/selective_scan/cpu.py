@@ -23,6 +23,8 @@ from mambakit.ops._backends.structures import (
     row_strides,
     structure,
 )
+from mambakit.ops._layout import dense_as
+from mambakit.ops.selective_scan import selection
 
 Arguments = structure(
     "Arguments",
@@ -36,9 +38,19 @@ _Gradients = structure(
 )
 
 
+def _serves(args, u: int) -> bool:
+    if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
+        return False
+    return selection.is_plain(args[u], args[u + 1], args[u + 3], args[u + 4], args[u + 6])
+
+
 def serves(*args) -> bool:
     """float64 is the reference's."""
-    return not any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
+    return _serves(args, 0)
+
+
+def serves_backward(*args) -> bool:
+    return _serves(args, 2)
 
 
 class _Call:
@@ -104,7 +116,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, 
     else:
         checkpoints = empty(0, dtype=torch.float32)
     call.run(call.arguments(initial, None, final, checkpoints, y, checkpoint_interval))
-    return call.out(y), final, checkpoints
+    return dense_as(y, u), final, checkpoints
 
 
 def forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens):
@@ -117,7 +129,7 @@ def forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_sof
     call.run(call.arguments(pool, slots, pool, None, y, 0))
     if pool is not state:
         state.copy_(pool)
-    return call.out(y)
+    return dense_as(y, u)
 
 
 def _groups(blocks: int, b: int) -> int:
@@ -165,7 +177,8 @@ def backward(
     arguments = call.arguments(initial, None, None, None, None, interval)
     check(native.kernel("selective_scan_backward")(ctypes.byref(arguments), ctypes.byref(gradients), call.half))
     return (
-        call.out(du), call.out(ddelta), dA, call.out(dB), call.out(dC),
-        absent if dD is None else dD, call.out(absent if dz is None else dz), absent if dbias is None else dbias,
+        dense_as(du, u), dense_as(ddelta, delta), dA, call.out(dB), call.out(dC),
+        absent if dD is None else dD, call.out(absent) if dz is None else dense_as(dz, z),
+        absent if dbias is None else dbias,
         absent if dinitial is None else dinitial,
     )  # fmt: skip
