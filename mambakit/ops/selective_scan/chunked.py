@@ -273,7 +273,7 @@ def backward(
 
 
 def _add(row: _Row, total: Tensor, t: int, cs: slice, gradient: Tensor) -> None:
-    """Add the gradient of B or C at offset ``t`` of the chunks ``cs``, (b, N, g, n), to its sums where it is constant."""
+    """Add the gradient of B or C at offset ``t`` of the chunks ``cs``, (b, N, g, n): of constants, sums."""
     if total.shape[0] != row.b:
         gradient = gradient.sum(0, keepdim=True)
     if total.shape[1:3] == (row.N, row.T):

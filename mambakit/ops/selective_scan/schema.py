@@ -119,8 +119,8 @@ def _backward(ctx, dy, dfinal, _):
 torch.library.register_autograd("mambakit::selective_scan", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 implement_on_cpu("selective_scan", cpu.forward, cpu.serves)
-implement_on_cpu("selective_scan_backward", cpu.backward, cpu.serves_backward)
-implement_on_cpu("selective_scan_", cpu.forward_, cpu.serves_backward)
+implement_on_cpu("selective_scan_backward", cpu.backward, cpu.serves)
+implement_on_cpu("selective_scan_", cpu.forward_, cpu.serves)
 
 _GPU = "mambakit.ops.selective_scan.cuda"
 implement_on_cuda("selective_scan", _GPU, "forward")
