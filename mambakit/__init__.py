@@ -25,6 +25,7 @@ _HOMES = {
     "MambaMixer": "mambakit.modules.mixers.mamba",
     "ops": "mambakit.ops",
     "pipeline": "mambakit.generation.pipeline",
+    "provide": "mambakit.compat.provision",
     "register": "mambakit.models.registration",
     **public_classes(),
 }
@@ -33,6 +34,7 @@ __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from mambakit import ops
+    from mambakit.compat.provision import provide
     from mambakit.errors import CheckpointError
     from mambakit.generation.pipeline import pipeline
     from mambakit.models.auto import (

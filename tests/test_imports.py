@@ -1,5 +1,5 @@
 """Imports point one way: commands -> serving, training -> evaluation -> generation -> models -> decoding -> modules ->
-ops -> torch."""
+ops -> torch; and compat -> modules, ops."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ LAYERS = [
     "number",
     "ops",
     "modules",
+    "compat",
     "decoding",
     "models",
     "assets",
@@ -48,8 +49,11 @@ OUTSIDE = {
     "threads": set(),
     "ops": {"torch", "triton", "numpy", "cuda"},
     "modules": {"torch", "safetensors", "transformers"},
+    "compat": {"torch", "huggingface_hub"},
     "decoding": {"torch", "transformers", "numpy"},
 }
+# Layers that only these import.
+IMPORTERS = {"compat": {"compat", "commands"}}
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
@@ -80,6 +84,7 @@ def test_direction(path):
         if top == "mambakit":
             target = rest.split(".")[0]
             assert not target or target in allowed, f"{path.name}:{line}: {layer} imports {module}"
+            assert layer in IMPORTERS.get(target, {layer}), f"{path.name}:{line}: {layer} imports {module}"
         elif layer in OUTSIDE and top not in sys.stdlib_module_names:
             assert top in OUTSIDE[layer], f"{path.name}:{line}: {layer} imports {module}"
 
@@ -157,6 +162,16 @@ def test_the_ops_need_torch_alone():
     loaded = loaded_by("import mambakit.ops")
     assert "torch" in loaded
     assert not {"transformers", "safetensors", "triton"} & loaded
+
+
+def test_compat_needs_no_transformers():
+    """Every module of mamba_ssm, causal_conv1d and their extensions that mambakit gives."""
+    loaded = loaded_by(
+        "import importlib, mambakit\nmambakit.provide()\nfrom mambakit.compat.surface import MODULES\n"
+        "for name in MODULES: importlib.import_module(name)"
+    )
+    assert {"torch", "mamba_ssm", "causal_conv1d"} <= loaded
+    assert not {"transformers", "huggingface_hub"} & loaded
 
 
 def test_every_public_name_resolves():
