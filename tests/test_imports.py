@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mambakit"
 # From the bottom up: a layer may import itself and the layers before it.
 LAYERS = [
+    "errors",
     "_versions",
     "_lazy",
-    "errors",
     "quoting",
     "threads",
     "output",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 
+from mambakit.commands.loading import hide_progress_bars
 from mambakit.commands.options import check_output_folder
 from mambakit.output import say, terminal
 
@@ -22,13 +23,12 @@ def run(args: argparse.Namespace) -> int:
     check_output_folder("target", args.target, new=True)
 
     import torch
-    import transformers
 
     from mambakit.models.auto import AutoConfig
     from mambakit.models.checkpoints import convert
     from mambakit.models.quantization import is_quantized
 
-    transformers.utils.logging.disable_progress_bar()
+    hide_progress_bars()
     folder = convert(args.source, args.target, args.to, None if args.dtype is None else getattr(torch, args.dtype))
     config = AutoConfig.from_pretrained(args.source)
     if is_quantized(config):

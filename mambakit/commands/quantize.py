@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from mambakit.commands.loading import hide_progress_bars
 from mambakit.commands.options import check_output_folder
 from mambakit.output import say, terminal
 
@@ -24,13 +25,11 @@ def run(args: argparse.Namespace) -> int:
 
     from pathlib import Path
 
-    import transformers
-
     from mambakit.models.auto import AutoModelForCausalLM
     from mambakit.models.checkpoints import copy_tokenizer, resolve
     from mambakit.models.quantization import is_quantized
 
-    transformers.utils.logging.disable_progress_bar()
+    hide_progress_bars()
     target = Path(args.target)
     if args.to == "lossless" and args.group is not None:  # before anything is loaded
         raise ValueError(

@@ -7,6 +7,7 @@ are first used.
 from typing import TYPE_CHECKING
 
 from mambakit._lazy import lazy_names
+from mambakit._versions import check_models
 
 if TYPE_CHECKING:
     from mambakit.errors import CheckpointError
@@ -28,6 +29,7 @@ __all__ = [
     "save_pretrained",
 ]
 
+check_models()
 __getattr__, __dir__ = lazy_names(
     __name__,
     {

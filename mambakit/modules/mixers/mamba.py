@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambakit.errors import RequirementError
 from mambakit.modules.convolution import convolve, convolve_
 from mambakit.modules.initialization import TimeSteps, initial_a_log
 from mambakit.modules.interception import untouched
@@ -130,6 +132,11 @@ class MambaMixer(Mixer):
             self.conv_activation: str | None = "silu"
             self.act: Callable | None = None
             return
+        if importlib.util.find_spec("transformers") is None:
+            raise RequirementError(
+                f'hidden_act is {brief(name)}, which is transformers\' to compute: pip install "mambakit[hf]", or '
+                'choose "silu", Mamba\'s own'
+            )
         from transformers.activations import ACT2FN
 
         if name not in ACT2FN:

@@ -8,6 +8,7 @@ from torch import Tensor
 from mambakit.ops import _checks
 from mambakit.ops._autocast import no_autocast
 from mambakit.ops._backends.memory import in_functorch
+from mambakit.ops._releases import is_exporting
 from mambakit.ops.selective_scan import chunked, selection
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL, state_dtype
 
@@ -87,7 +88,7 @@ def selective_scan(
     # An exported program is for inference (its gradient still works: it recomputes the checkpoints).
     needs_grad = (
         torch.is_grad_enabled()
-        and not torch.compiler.is_exporting()
+        and not is_exporting()
         and any(t is not None and t.requires_grad for t in differentiable)
     )
     y, final_state, _ = torch.ops.mambakit.selective_scan(
