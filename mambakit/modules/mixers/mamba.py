@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mambakit.modules.convolution import convolve, convolve_
 from mambakit.modules.initialization import TimeSteps, initial_a_log
 from mambakit.modules.interception import untouched
+from mambakit.modules.mixers import fused_layer
 from mambakit.modules.mixers.mixer import Mixer
 from mambakit.modules.packing import Packing
 from mambakit.modules.placement import CacheHandle, opened
@@ -147,6 +148,10 @@ class MambaMixer(Mixer):
         Returns:
             (b, l, h).
         """
+        if cache_params is None and packing is None and fused_layer.on_gpu(hidden_states):
+            found = fused_layer.run(self, None, self, hidden_states)
+            if found is not None:
+                return found[0]
         cache = opened(cache_params, self.layer_idx, hidden_states.device)
         if packing is not None:
             packing = packing.on(hidden_states.device)
