@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mambakit.modules.interception import Watch, untouched
 from mambakit.modules.norm import RMSNorm
-from mambakit.ops.fused_mixer.layer import fused_layer, on_gpu
+from mambakit.ops.fused_mixer.layer import fused_layer
+from mambakit.ops.fused_mixer.layer import on_gpu as on_gpu
 from mambakit.ops.fused_mixer.plan import LayerWeights
 
 # Where the parameters of `LayerWeights` are, behind the norm's: a child of the mixer, or the mixer itself, and a name.

@@ -62,7 +62,7 @@ class PreparedTriton:
     def __call__(self, stream: int, *addresses: int) -> None:
         """Launch with ``addresses`` in the order of the arguments that were dtypes."""
         with self._lock:
-            self._addresses[: self._count] = addresses
+            self._addresses[: self._count] = list(addresses)
             self._launch(stream, self._at)
 
 

@@ -83,7 +83,7 @@ _COUNT = len(LayerWeights._fields)
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, x: Tensor, residual: Tensor | None, *weights: Tensor | None):
-        out, total, kept = plan.forward(x, residual, LayerWeights(*weights))
+        out, total, kept = plan.forward(x, residual, LayerWeights(*weights))  # type: ignore[arg-type]
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*weights, *kept)
@@ -96,7 +96,8 @@ class _Layer(torch.autograd.Function):
         with torch.no_grad():
             if dy is None:
                 dy = torch.zeros(plan.signature.shape, dtype=plan.dtype, device=plan.device)
-            dtotal_read = None if dtotal is None else _dense(dtotal)
-            found = plan.backward(_dense(dy).view(plan.rows, plan.h), dtotal_read, kept, weights, ctx.needs_input_grad[1:])
+            rows = _dense(dy).view(plan.rows, plan.h)
+            read = None if dtotal is None else _dense(dtotal)
+            found = plan.backward(rows, read, kept, weights, ctx.needs_input_grad[1:])
         # The input and the stream are among what was kept.
         return (None, *differentiated_once("fused_mixer", found, (dy, dtotal, *kept[:2], *weights)))

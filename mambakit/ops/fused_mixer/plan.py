@@ -70,7 +70,8 @@ def unavailable() -> str | None:
 
 def unserved(signature: Signature) -> str | None:
     """Why no plan serves a signature, or None; the op `mambakit::fused_mixer` serves it."""
-    s, kinds = signature, dict(zip(LayerWeights._fields, signature.weights, strict=True))
+    s = signature
+    kinds: dict[str, Any] = dict(zip(LayerWeights._fields, s.weights, strict=True))
     if s.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"layers that compute in {s.dtype} run op by op"
     for name, kind in kinds.items():
@@ -79,9 +80,7 @@ def unserved(signature: Signature) -> str | None:
         allowed = (torch.float32,) if name in _FLOAT32 else (torch.float32, s.dtype)
         if kind[0] not in allowed:
             return f"{name} is {kind[0]}"
-    A_log, conv = kinds["A_log"], kinds["conv"]
-    assert A_log is not None and conv is not None  # noqa: PT018
-    d, n = A_log[1]
+    (d, n), conv = kinds["A_log"][1], kinds["conv"]
     if not 0 < n <= 256 or d == 0 or 0 in s.shape:
         return "a layer without elements, or with more than 256 states"
     if d * s.dtype.itemsize % _ALIGNED or s.shape[2] * s.dtype.itemsize % _ALIGNED:
@@ -121,16 +120,16 @@ class Plan:
         from mambakit.ops.rms_norm import prepared as norm
 
         self.signature = s = signature
-        kinds = dict(zip(LayerWeights._fields, s.weights, strict=True))
+        kinds: dict[str, Any] = dict(zip(LayerWeights._fields, s.weights, strict=True))
         self.b, self.length, self.h = b, length, h = s.shape
-        self.d, self.n = d, n = kinds["A_log"][1]  # type: ignore[index]
-        self.r, k = kinds["dt_proj"][1][1], kinds["conv"][1][2]  # type: ignore[index]
+        self.d, self.n = d, n = kinds["A_log"][1]
+        self.r = kinds["dt_proj"][1][1]
         self.rows, self.size, self.dtype, self.device = b * length, s.dtype.itemsize, s.dtype, s.device
         self.normed = kinds["norm"] is not None
         self._index, self._interval = s.device.index, CHECKPOINT_INTERVAL if s.gradient else 0
         self._rounded = [name for name in _PRODUCTS if (kind := kinds[name]) is not None and kind[0] != s.dtype]
-        counts = {name: kinds[name][1].numel() for name in self._rounded}  # type: ignore[index]
-        self._shapes = {name: tuple(kinds[name][1]) for name in self._rounded}  # type: ignore[index]
+        counts = {name: kinds[name][1].numel() for name in self._rounded}
+        self._shapes = {name: tuple(kinds[name][1]) for name in self._rounded}
 
         def empty(*shape: int, dtype: torch.dtype = s.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=s.device)
@@ -154,8 +153,8 @@ class Plan:
         kept = _Memory(self.size)  # until the backward pass
         if self.normed:
             self._norm = norm.PreparedForward(
-                self.rows, h, s.eps, s.x, kinds["norm"][0], s.residual, s.kept, s.dtype  # type: ignore[index]
-            )
+                self.rows, h, s.eps, s.x, kinds["norm"][0], s.residual, s.kept, s.dtype,
+            )  # fmt: skip
             self._at_normed = kept.add(self.rows * h)
         self._at_u, self._at_y = kept.add(self.rows * d), kept.add(self.rows * d)
         self._at_rounded = {name: kept.add(count) for name, count in counts.items()}
@@ -183,7 +182,7 @@ class Plan:
         if self.normed:
             self._norm_backward = {
                 has_dkept: norm.PreparedBackward(
-                    self.rows, h, s.eps, s.device, s.dtype, kinds["norm"][0], s.kept, s.x,  # type: ignore[index]
+                    self.rows, h, s.eps, s.device, s.dtype, kinds["norm"][0], s.kept, s.x,
                     has_dkept, s.residual is not None,
                 )
                 for has_dkept in (True, False)

@@ -31,23 +31,6 @@ class Inputs(NamedTuple):
     bias: Tensor | None
 
 
-class ForwardAddresses(NamedTuple):
-    """Of one call. ``initial`` and ``final`` may be one pool of states; ``checkpoints`` is 0 where none are kept."""
-
-    u: int
-    delta: int
-    A: int
-    B: int
-    C: int
-    D: int
-    z: int
-    bias: int
-    initial: int
-    y: int
-    final: int
-    checkpoints: int
-
-
 class PreparedForward:
     """The forward scan.
 
@@ -74,7 +57,9 @@ class PreparedForward:
         self.checkpoint_count = b * -(-length // interval) * d * A.shape[1] if interval else 0
         self._lock = threading.Lock()
 
-    def __call__(self, stream: int, at: ForwardAddresses, scratch: int) -> None:
+    def __call__(self, stream: int, at: tuple[int, ...], scratch: int) -> None:
+        """Launch with the addresses of u, delta, A, B, C, D, z, bias, initial (0: zeros; it may be ``final``), y, final
+        and checkpoints (0: none)."""
         tickets = cuda_launch.new_tickets(self._chains, self._device) if self._chains else None
         with self._lock:
             p = self._parameters
@@ -86,30 +71,6 @@ class PreparedForward:
             for phase in self._kernel.phases:
                 p.phase = phase
                 self._kernel.launch(stream, p)
-
-
-class BackwardAddresses(NamedTuple):
-    """Of one call; the results from ``du`` on."""
-
-    dy: int
-    u: int
-    delta: int
-    A: int
-    B: int
-    C: int
-    D: int
-    z: int
-    bias: int
-    checkpoints: int
-    du: int
-    ddelta: int
-    dz: int
-    dA: int
-    dB: int
-    dC: int
-    dD: int
-    dbias: int
-    dA_scale: int  # (d, n) that dA is multiplied by, or 0
 
 
 class PreparedBackward:
@@ -138,7 +99,9 @@ class PreparedBackward:
         ]
         self._lock = threading.Lock()
 
-    def __call__(self, stream: int, at: BackwardAddresses, scratch: int) -> None:
+    def __call__(self, stream: int, at: tuple[int, ...], scratch: int) -> None:
+        """Launch with the addresses of dy, u, delta, A, B, C, D, z, bias and checkpoints, and of the results: du,
+        ddelta, dz, dA, dB, dC, dD, dbias; last (d, n) that dA is multiplied by, or 0."""
         tickets = cuda_launch.new_tickets(self._chains, self._device) if self._chains else None
         partial, dA_parts, dD_parts, dbias_parts, carries, sums = [scratch + offset for offset in self._scratch]
         with self._lock:

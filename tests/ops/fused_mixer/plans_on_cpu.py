@@ -1,5 +1,7 @@
-"""Runs plans of whole layers (`mambakit.ops.fused_mixer.plan`) on CPU tensors: the CUDA C++ kernels compiled by g++, the
-Triton kernels in Triton's interpreter, each given addresses alone as on a GPU.
+"""Runs plans of whole layers (`mambakit.ops.fused_mixer.plan`) on CPU tensors.
+
+The CUDA C++ kernels are compiled by g++, the Triton kernels run in Triton's interpreter, and each is given addresses
+alone, as on a GPU.
 
 What it covers is all but the launches themselves.
 """
@@ -85,18 +87,18 @@ def install(monkeypatch, folder: Path) -> None:
     cuda_on_cpu.forget()
     parameters._module.cache_clear()
     scan_module = nvrtc.Module
-    monkeypatch.setattr(
-        nvrtc, "Module",
-        lambda where, source, macros, device: (
-            ParametersModule(folder, macros) if source == "parameters.cu" else scan_module(where, source, macros, device)
-        ),
-    )  # fmt: skip
-    for module in (prepared_triton, conv, norm):
-        monkeypatch.setattr(module, "PreparedTriton", InterpretedTriton)
+
+    def module(where, source, macros, device):
+        own = source == "parameters.cu"
+        return ParametersModule(folder, macros) if own else scan_module(where, source, macros, device)
+
+    monkeypatch.setattr(nvrtc, "Module", module)
+    for user in (prepared_triton, conv, norm):
+        monkeypatch.setattr(user, "PreparedTriton", InterpretedTriton)
     monkeypatch.setattr(plan, "unavailable", lambda: None)
     monkeypatch.setattr(layer, "_plans", {})
-    for module in (layer, fused_layer):
-        monkeypatch.setattr(module, "on_gpu", lambda x: x.device.type == "cpu")
+    for user in (layer, fused_layer):
+        monkeypatch.setattr(user, "on_gpu", lambda x: x.device.type == "cpu")
 
 
 def forget() -> None:
