@@ -45,8 +45,8 @@ class MambaBlock(nn.Module):
         """
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         residual_dtype = wide if self.residual_in_fp32 else self.norm.weight.dtype
-        if cache_params is None and packing is None and fused_layer.on_gpu(x):
-            found = fused_layer.run(self, self.norm, self.mixer, x, residual, residual_dtype)
+        if packing is None and not isinstance(cache_params, CacheHandle) and fused_layer.on_gpu(x):
+            found = fused_layer.run(self, self.norm, self.mixer, x, residual, residual_dtype, cache_params)
             if found is not None:
                 return found  # type: ignore[return-value]
         y, residual = self.norm(x, residual, residual_dtype)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from mambakit.modules.interception import Watch, untouched
 from mambakit.modules.norm import RMSNorm
+from mambakit.modules.state_cache import StateCache
 from mambakit.ops.fused_mixer.layer import fused_layer
 from mambakit.ops.fused_mixer.layer import on_gpu as on_gpu
-from mambakit.ops.fused_mixer.plan import LayerWeights
+from mambakit.ops.fused_mixer.signature import LayerWeights
 
 # Where the parameters of `LayerWeights` are, behind the norm's: a child of the mixer, or the mixer itself, and a name.
 _PARAMETERS = (
@@ -69,14 +70,17 @@ def _setting(mixer: Any) -> tuple:
 
 def run(
     owner: nn.Module, norm: Any, mixer: Any, x: Tensor, residual: Tensor | None = None,
-    residual_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None, cache: StateCache | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """The layer's output and the residual stream, or None where the layer's modules are to be called.
 
     Args:
         owner: the module that calls: a block, or the mixer itself without ``norm``.
         x, residual: as the norm takes them, on a GPU, and residual_dtype.
+        cache: read and updated in place; there is no plan for that with gradients.
     """
+    if cache is not None and torch.is_grad_enabled():
+        return None
     layer = _layers.get(owner)
     if layer is None or not layer.holds(norm, mixer):
         if not _can_fuse(norm, mixer):
@@ -85,7 +89,8 @@ def run(
     weights = layer.weights()
     if weights is None:
         return None
-    return fused_layer(x, residual, weights, 0.0 if norm is None else norm.eps, residual_dtype)
+    states: Any = None if cache is None else cache.memory(mixer.layer_idx)
+    return fused_layer(x, residual, weights, 0.0 if norm is None else norm.eps, residual_dtype, states)
 
 
 def _can_fuse(norm: Any, mixer: Any) -> bool:

@@ -148,11 +148,11 @@ class MambaMixer(Mixer):
         Returns:
             (b, l, h).
         """
-        if cache_params is None and packing is None and fused_layer.on_gpu(hidden_states):
-            found = fused_layer.run(self, None, self, hidden_states)
+        cache = opened(cache_params, self.layer_idx, hidden_states.device)
+        if packing is None and fused_layer.on_gpu(hidden_states):
+            found = fused_layer.run(self, None, self, hidden_states, cache=cache)
             if found is not None:
                 return found[0]
-        cache = opened(cache_params, self.layer_idx, hidden_states.device)
         if packing is not None:
             packing = packing.on(hidden_states.device)
         xz = project(self.in_proj, hidden_states)  # (b, l, 2 d)

@@ -18,6 +18,16 @@ from mambakit.ops._backends import nvrtc
 _SCRATCH = 2  # pointers that Triton appends to a kernel's parameters for scratch memory, where it does
 
 
+class Unaligned:
+    """Stands for an address of any element of ``dtype``, as a dtype stands for one where 16 bytes can be read."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def data_ptr(self) -> int:
+        return self.dtype.itemsize
+
+
 class PreparedTriton:
     """One kernel for one set of sizes on the current GPU.
 
@@ -25,7 +35,7 @@ class PreparedTriton:
         kernel: the `triton.jit` function.
         grid: programs, one to three numbers.
         arguments: the kernel's own, by name and in its order. A dtype stands for an address, which a launch gives, at
-            which 16 bytes can be read at once; None for no tensor.
+            which 16 bytes can be read at once, `Unaligned` for any other; None for no tensor.
         options: its constants, and what Triton takes beside them (``num_warps``).
 
     Raises:
@@ -37,7 +47,7 @@ class PreparedTriton:
         compiled.run  # noqa: B018, loads the machine code
         kinds = dict(compiled.src.signature)
         passed = [name for name in arguments if kinds[name] != "constexpr" and not _is_constant(compiled, name)]
-        places = [name for name in arguments if isinstance(arguments[name], torch.dtype)]
+        places = [name for name in arguments if isinstance(arguments[name], (torch.dtype, Unaligned))]
         if any(name not in passed for name in places):
             raise RuntimeError(f"Triton's {kernel.__name__} does not take the addresses {places} as parameters")
         order = [*places, *(name for name in passed if name not in places)]
@@ -60,7 +70,7 @@ class PreparedTriton:
         self._kept = compiled  # its machine code stays loaded
 
     def __call__(self, stream: int, *addresses: int) -> None:
-        """Launch with ``addresses`` in the order of the arguments that were dtypes."""
+        """Launch with ``addresses`` in the order of the arguments that stand for some."""
         with self._lock:
             self._addresses[: self._count] = list(addresses)
             self._launch(stream, self._at)

@@ -58,6 +58,72 @@ class PreparedForward:
             self._launch(stream, x, weight, y, final)
 
 
+class PreparedInPlace:
+    """`forward_` on a pool of contiguous states (slots, d, k - 1), of which row i has slot i.
+
+    Args:
+        x: (b, l, d) of the layout that later calls have. state: the pool's dtype.
+
+    Attributes:
+        final_count: elements of the pool's dtype of scratch memory that a call needs.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, state: torch.dtype):
+        b, length, d = x.shape
+        k = weight.shape[1]
+        self._has_bias, bias_dtype = bias is not None, None if bias is None else bias.dtype
+        strides = {"stride_s": d * (k - 1), "stride_d": k - 1, "stride_k": 1}
+        inputs = {
+            "stride_xb": x.stride(0) if b > 1 else 0, "stride_xt": x.stride(1) if length > 1 else 0,
+            "stride_wd": weight.stride(0), "stride_wk": weight.stride(1),
+        }  # fmt: skip
+        flags = {"SILU": True, "HAS_BIAS": self._has_bias, "HAS_SLOTS": False, "PACKED": False}
+        self._scatter, self.final_count = None, 0
+        if length <= launches._DECODE_STEPS:
+            self._launch = PreparedTriton(
+                kernels.decode_kernel,
+                (b * triton.cdiv(d, 128),),
+                {
+                    "state": state, "slots": None, "x": x.dtype, "weight": weight.dtype, "bias": bias_dtype,
+                    "cu_seqlens": None, "y": x.dtype, "length": length, "channels": d, **inputs, **strides,
+                },
+                {"K": k, "BLOCK_D": 128, "UNROLL": 1 if length == 1 else 4, **flags, "num_warps": 1},
+            )  # fmt: skip
+            return
+        tile = launches.forward_tile(x, k, restarts=False)
+        chunks = triton.cdiv(length, tile.steps)
+        programs = triton.cdiv(b * chunks, tile.rows)
+        self._launch = PreparedTriton(
+            kernels.forward_kernel,
+            ((programs + b) * triton.cdiv(d, tile.block_d),),
+            {
+                "x": x.dtype, "weight": weight.dtype, "bias": bias_dtype, "initial": state, "slots": None,
+                "starts": None, "ids": None, "cu_seqlens": None, "y": x.dtype, "final": state, "length": length,
+                "channels": d, "chunks": chunks, "walks": b * chunks, "programs": programs, **inputs, **strides,
+            },
+            {
+                "K": k, "ROWS": tile.rows, "STEPS": tile.steps, "BLOCK_D": tile.block_d, "UNROLL": tile.unroll,
+                "KP": triton.next_power_of_2(k - 1), "HAS_INITIAL": True, **flags, "num_warps": tile.num_warps,
+            },
+        )  # fmt: skip
+        # Two walks may read one state, so it is written only after all of them, from a copy.
+        self._scatter = PreparedTriton(
+            kernels.scatter_kernel,
+            (b, triton.cdiv(d * (k - 1), 1024)),
+            {"final": state, "state": state, "slots": None, "channels": d, **strides},
+            {"K": k, "BLOCK": 1024, "HAS_SLOTS": False},
+        )
+        self.final_count = b * d * (k - 1)
+
+    def __call__(self, stream: int, x: int, weight: int, bias: int, y: int, state: int, scratch: int) -> None:
+        given = (weight, bias) if self._has_bias else (weight,)
+        if self._scatter is None:
+            self._launch(stream, state, x, *given, y)
+        else:
+            self._launch(stream, x, *given, state, y, scratch)
+            self._scatter(stream, scratch, state)
+
+
 class PreparedBackward:
     """`backward_kernel` and `sum_partials_kernel`, from zeros and without a gradient of the final state.
 

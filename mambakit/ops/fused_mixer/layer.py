@@ -10,7 +10,8 @@ from torch import Tensor
 from mambakit.ops._autocast import autocast_dtype
 from mambakit.ops._backends.memory import is_plain, observed, transformed
 from mambakit.ops._once import differentiated_once
-from mambakit.ops.fused_mixer.plan import _ALIGNED, LayerWeights, Plan, Signature, unserved
+from mambakit.ops.fused_mixer.plan import Plan
+from mambakit.ops.fused_mixer.signature import ALIGNED, LayerWeights, Signature, unserved
 
 # Plans, and None for signatures that none serves.
 _plans: dict[Signature, Plan | None] = {}
@@ -22,9 +23,10 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def fused_layer(
-    x: Tensor, residual: Tensor | None, weights: LayerWeights, eps: float = 0.0, kept: torch.dtype | None = None
-) -> tuple[Tensor, Tensor | None] | None:
-    """A layer on whole rows from a zero state, on an NVIDIA GPU, without torch's dispatcher between its parts.
+    x: Tensor, residual: Tensor | None, weights: LayerWeights, eps: float = 0.0, kept: torch.dtype | None = None,
+    states: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
+    """A layer on whole rows, on an NVIDIA GPU, without torch's dispatcher between its parts.
 
     Args:
         x: (b, l, h).
@@ -32,6 +34,8 @@ def fused_layer(
         weights: without a norm, x enters the mixer as it is.
         eps: the norm's.
         kept: the dtype of the residual stream that is returned; that of x when absent.
+        states: (slots, d, k - 1) and (slots, d, n) float32, from which the first b rows continue and which are updated
+            in place, without gradients. Rows begin from zeros when absent.
 
     Returns:
         (b, l, h) in the dtype that linear layers compute in, and the residual stream (b, l, h), None without a norm.
@@ -44,14 +48,17 @@ def fused_layer(
     if device.index != torch._C._cuda_getDevice():  # kernels are launched in the current device's context
         return None
     dtype = autocast_dtype(device) or weights.in_proj.dtype
-    tensors = (x, residual, *weights)
-    if not all(_readable(t, device) for t in tensors):
+    tensors = (x, residual, *weights) if states is None else (x, residual, *weights, *states)
+    if not all(_readable(t, device) for t in tensors) or (residual is not None and residual.shape != x.shape):
         return None
     normed = weights.norm is not None
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if gradient and states is not None:
+        return None
     signature = Signature(
         x.shape, x.dtype, None if residual is None else residual.dtype, kept or x.dtype, dtype,
         tuple(None if t is None else (t.dtype, t.shape) for t in weights), eps, device, gradient,
+        None if states is None else ((states[0].dtype, states[0].shape), (states[1].dtype, states[1].shape)),
     )  # fmt: skip
     if signature not in _plans:
         _plans[signature] = Plan(signature) if unserved(signature) is None else None
@@ -61,7 +68,7 @@ def fused_layer(
     if not normed and x.dtype != dtype:
         x = x.to(dtype)
     if not gradient:
-        return plan.forward(x, residual, weights)[:2]
+        return plan.forward(x, residual, weights, states)[:2]
     return _Layer.apply(plan, x, residual, *weights)
 
 
@@ -69,12 +76,12 @@ def _readable(t: Tensor | None, device: torch.device) -> bool:
     """Whether a kernel may read the tensor by its address, as the plan's kernels do."""
     if t is None:
         return True
-    return is_plain(t) and t.device == device and t.is_contiguous() and not t.data_ptr() % _ALIGNED
+    return is_plain(t) and t.device == device and t.is_contiguous() and not t.data_ptr() % ALIGNED
 
 
 def _dense(t: Tensor) -> Tensor:
     """A gradient as the kernels read it."""
-    return t if t.is_contiguous() and not t.data_ptr() % _ALIGNED else t.clone(memory_format=torch.contiguous_format)
+    return t if t.is_contiguous() and not t.data_ptr() % ALIGNED else t.clone(memory_format=torch.contiguous_format)
 
 
 _COUNT = len(LayerWeights._fields)

@@ -7,95 +7,18 @@ allocation for all that the kernels write. The arithmetic is that of the ops one
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mambakit.ops._backends import nvrtc
 from mambakit.ops._products import product
 from mambakit.ops.fused_mixer.parameters import PreparedParameters
-from mambakit.ops.selective_scan import cuda_launch
-from mambakit.ops.selective_scan.plan import backward_plan
+from mambakit.ops.fused_mixer.signature import LayerWeights, Signature
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
-
-
-class LayerWeights(NamedTuple):
-    """A layer's parameters: (h,), (2 d, h), (2 d,), (d, 1, k), (d,), (r + 2 n, d), (d, r), (d,), (d, n), (d,), (h, d),
-    (h,)."""
-
-    norm: Tensor | None
-    in_proj: Tensor
-    in_bias: Tensor | None
-    conv: Tensor
-    conv_bias: Tensor | None
-    x_proj: Tensor
-    dt_proj: Tensor
-    dt_bias: Tensor
-    A_log: Tensor
-    D: Tensor
-    out_proj: Tensor
-    out_bias: Tensor | None
-
-
-class Signature(NamedTuple):
-    """What a plan depends on."""
-
-    shape: torch.Size  # (b, l, h)
-    x: torch.dtype
-    residual: torch.dtype | None  # None: the layer is the first one, or without its norm
-    kept: torch.dtype  # of the residual stream
-    dtype: torch.dtype  # that the layer computes in
-    weights: tuple[tuple[torch.dtype, torch.Size] | None, ...]
-    eps: float
-    device: torch.device
-    gradient: bool
-
 
 # Weights that the products take, which are rounded to the dtype that the layer computes in.
 _PRODUCTS = ("in_proj", "x_proj", "dt_proj", "out_proj", "in_bias", "out_bias")
-_FLOAT32 = ("dt_bias", "A_log", "D")
-_ALIGNED = 16  # bytes that the kernels read at once
-
-
-@functools.cache
-def unavailable() -> str | None:
-    """Why no layer can run as a plan on this machine, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return nvrtc.available()
-
-
-def unserved(signature: Signature) -> str | None:
-    """Why no plan serves a signature, or None; the op `mambakit::fused_mixer` serves it."""
-    s = signature
-    kinds: dict[str, Any] = dict(zip(LayerWeights._fields, s.weights, strict=True))
-    if s.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"layers that compute in {s.dtype} run op by op"
-    for name, kind in kinds.items():
-        if kind is None:
-            continue
-        allowed = (torch.float32,) if name in _FLOAT32 else (torch.float32, s.dtype)
-        if kind[0] not in allowed:
-            return f"{name} is {kind[0]}"
-    (d, n), conv = kinds["A_log"][1], kinds["conv"]
-    if not 0 < n <= 256 or d == 0 or 0 in s.shape:
-        return "a layer without elements, or with more than 256 states"
-    if d * s.dtype.itemsize % _ALIGNED or s.shape[2] * s.dtype.itemsize % _ALIGNED:
-        return f"rows of {d} channels or of {s.shape[2]} do not begin at multiples of {_ALIGNED} bytes"
-    if not 2 <= conv[1][2] <= 8:
-        return f"a filter of {conv[1][2]} taps"
-    if s.residual not in (None, s.kept):
-        return f"the residual stream changes from {s.residual} to {s.kept}"
-    return unavailable() or (_too_large(s, d, n) if s.gradient else None)
-
-
-def _too_large(s: Signature, d: int, n: int) -> str | None:
-    shared, multiprocessors = nvrtc.shared_memory(s.device.index), cuda_launch.multiprocessors(s.device.index)
-    needed = backward_plan(*s.shape[:2], d, n, multiprocessors, shared).backward_bytes
-    return f"the gradient of {n} states takes {needed} bytes of shared memory of {shared}" if needed > shared else None
 
 
 class _Memory:
@@ -148,8 +71,14 @@ class Plan:
 
         inputs = scan.Inputs(u, delta, A, B, C, D, z, dt_bias)
         self._parameters = PreparedParameters(list(counts.values()), d * n, s.dtype, s.device.index)
-        self._conv = conv.PreparedForward(before, filter_.squeeze(1), filter_bias)
-        self._scan = scan.PreparedForward(inputs, self._interval)
+        self._conv: Any = conv.PreparedForward(before, filter_.squeeze(1), filter_bias)
+        self._scan: Any = scan.PreparedForward(inputs, self._interval)
+        if s.states is not None:
+            self._conv = conv.PreparedInPlace(before, filter_.squeeze(1), filter_bias, s.states[0][0])
+            if length == 1:
+                from mambakit.ops.selective_scan.prepared_token import PreparedToken
+
+                self._scan = PreparedToken(inputs)
         kept = _Memory(self.size)  # until the backward pass
         if self.normed:
             self._norm = norm.PreparedForward(
@@ -162,7 +91,7 @@ class Plan:
         self._at_checkpoints = kept.add(self._scan.checkpoint_count, 4)
         self._kept_count = kept.count
         passing = _Memory(self.size)  # of the forward alone
-        self._at_conv_final = passing.add(self._conv.final_count)
+        self._at_conv_final = passing.add(self._conv.final_count, s.dtype.itemsize if s.states is None else 4)
         self._at_scan_final = passing.add(b * d * n, 4)
         self._at_scan_scratch = passing.add(self._scan.scratch_bytes, 1)
         self._passing_count = passing.count
@@ -203,10 +132,13 @@ class Plan:
             return torch.addmm(self._weight(kept, w, bias), x, weight)
         return torch.mm(x, weight)
 
-    def forward(self, x: Tensor, residual: Tensor | None, w: LayerWeights) -> tuple[Tensor, Tensor | None, tuple]:
+    def forward(
+        self, x: Tensor, residual: Tensor | None, w: LayerWeights, states: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None, tuple]:
         """(b, l, h) of the layer, the residual stream (None without the norm), and what `backward` reads.
 
         ``x`` (b, l, h) and ``residual`` (b, l, h) are contiguous; without the norm x has the dtype of the plan.
+        ``states`` (slots, d, k - 1) and (slots, d, n), read and written, where the signature has them.
         """
         device, dtype, size, rows, d = self.device, self.dtype, self.size, self.rows, self.d
         stream = torch._C._cuda_getCurrentRawStream(self._index)
@@ -230,10 +162,13 @@ class Plan:
         xz = self._product(entering, kept, w, "in_proj", "in_bias")  # (b l, 2 d)
         u, y = at + self._at_u * size, at + self._at_y * size
         xz_at = xz.data_ptr()
-        self._conv(
-            stream, xz_at, w.conv.data_ptr(), 0 if w.conv_bias is None else w.conv_bias.data_ptr(), u,
-            beside + self._at_conv_final * size,
-        )  # fmt: skip
+        conv_final, initial, final = beside + self._at_conv_final * size, 0, beside + self._at_scan_final * size
+        filter_ = w.conv.data_ptr(), 0 if w.conv_bias is None else w.conv_bias.data_ptr()
+        if states is None:
+            self._conv(stream, xz_at, *filter_, u, conv_final)
+        else:
+            self._conv(stream, xz_at, *filter_, u, states[0].data_ptr(), conv_final)
+            initial = final = states[1].data_ptr()
         selected = self._product(kept.as_strided((rows, d), (d, 1), self._at_u), kept, w, "x_proj")  # (b l, r + 2 n)
         delta = self._product(selected.narrow(1, 0, self.r), kept, w, "dt_proj")  # (b l, d)
         dt, width = selected.data_ptr(), self.r * size
@@ -241,7 +176,7 @@ class Plan:
             stream,
             (
                 u, delta.data_ptr(), at + self._at_A * size, dt + width, dt + width + self.n * size, w.D.data_ptr(),
-                xz_at + d * size, w.dt_bias.data_ptr(), 0, y, beside + self._at_scan_final * size,
+                xz_at + d * size, w.dt_bias.data_ptr(), initial, y, final,
                 at + self._at_checkpoints * size if self._interval else 0,
             ),
             beside + self._at_scan_scratch * size,

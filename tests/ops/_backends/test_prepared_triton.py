@@ -56,9 +56,11 @@ class Card:
         self.sizes = [_BYTES[kind] for kind in re.findall(r"\.param \.(\w+)", entry)]
 
     def _launch(self, function, *call):
-        *shape, stream, parameters, _ = call
+        *shape, _, parameters, _ = call
         addresses = (ctypes.c_void_p * len(self.sizes)).from_address(parameters)
-        self.launched.append((tuple(shape), [ctypes.string_at(a, s) for a, s in zip(addresses, self.sizes, strict=True)]))
+        self.launched.append(
+            (tuple(shape), [ctypes.string_at(a, s) for a, s in zip(addresses, self.sizes, strict=True)])
+        )
         return 0
 
 

@@ -19,8 +19,9 @@ import torch
 from mambakit.modules.mixers import fused_layer
 from mambakit.ops._backends import nvrtc, prepared_triton
 from mambakit.ops.causal_conv1d import prepared as conv
-from mambakit.ops.fused_mixer import layer, parameters, plan
+from mambakit.ops.fused_mixer import layer, parameters, signature
 from mambakit.ops.rms_norm import prepared as norm
+from mambakit.ops.selective_scan import prepared_token as token
 from tests.ops.selective_scan import cuda_on_cpu
 
 _REPLACEMENTS = {
@@ -41,16 +42,22 @@ class InterpretedTriton:
 
     def __call__(self, stream: int, *addresses: int) -> None:
         left = list(addresses)
-        values = [_memory(left.pop(0), v) if isinstance(v, torch.dtype) else v for v in self.arguments.values()]
+        values = [_memory(left, v) for v in self.arguments.values()]
         assert not left
         self.kernel[self.grid](*values, **self.options)
 
 
-def _memory(address: int, dtype: torch.dtype) -> torch.Tensor:
-    assert address % 16 == 0
+def _memory(addresses: list[int], value: Any) -> Any:
+    """An argument: memory from the next address on where it stands for one."""
+    aligned = isinstance(value, torch.dtype)
+    if not aligned and not isinstance(value, prepared_triton.Unaligned):
+        return value
+    address, dtype = addresses.pop(0), value if aligned else value.dtype
+    assert not (aligned and address % 16)
     if address == 0:
         return torch.empty(0, dtype=dtype)
-    return torch.frombuffer((ctypes.c_byte * 2**30).from_address(address), dtype=dtype)
+    # The interpreter reads and writes by address, whatever the tensor's size.
+    return torch.frombuffer((ctypes.c_byte * 16).from_address(address), dtype=dtype)
 
 
 class ParametersModule:
@@ -93,9 +100,9 @@ def install(monkeypatch, folder: Path) -> None:
         return ParametersModule(folder, macros) if own else scan_module(where, source, macros, device)
 
     monkeypatch.setattr(nvrtc, "Module", module)
-    for user in (prepared_triton, conv, norm):
+    for user in (conv, norm, token):
         monkeypatch.setattr(user, "PreparedTriton", InterpretedTriton)
-    monkeypatch.setattr(plan, "unavailable", lambda: None)
+    monkeypatch.setattr(signature, "unavailable", lambda: None)
     monkeypatch.setattr(layer, "_plans", {})
     for user in (layer, fused_layer):
         monkeypatch.setattr(user, "on_gpu", lambda x: x.device.type == "cpu")
