@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mambakit.ops._autocast import autocast_dtype
-from mambakit.ops._backends.memory import is_plain, observed, transformed
+from mambakit.ops._autocast import autocast_dtype, no_autocast
+from mambakit.ops._backends.memory import PLAIN_TYPES, is_plain, observed, transformed
 from mambakit.ops._once import differentiated_once
+from mambakit.ops.fused_mixer.api import MixerWeights, fused_mixer
 from mambakit.ops.fused_mixer.plan import Plan
 from mambakit.ops.fused_mixer.signature import ALIGNED, LayerWeights, Signature, unserved
+from mambakit.ops.rms_norm.api import rms_norm
 
 # Plans, and None for signatures that none serves.
 _plans: dict[Signature, Plan | None] = {}
@@ -44,12 +47,14 @@ def fused_layer(
     """
     if not on_gpu(x) or transformed() or observed():
         return None
-    device = x.device
+    device, index = x.device, x.get_device()
     if device.index != torch._C._cuda_getDevice():  # kernels are launched in the current device's context
         return None
     dtype = autocast_dtype(device) or weights.in_proj.dtype
     tensors = (x, residual, *weights) if states is None else (x, residual, *weights, *states)
-    if not all(_readable(t, device) for t in tensors) or (residual is not None and residual.shape != x.shape):
+    if not all(t is None or _readable(t, index) for t in tensors):
+        return None
+    if residual is not None and residual.shape != x.shape:
         return None
     normed = weights.norm is not None
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -72,16 +77,44 @@ def fused_layer(
     return _Layer.apply(plan, x, residual, *weights)
 
 
-def _readable(t: Tensor | None, device: torch.device) -> bool:
-    """Whether a kernel may read the tensor by its address, as the plan's kernels do."""
-    if t is None:
-        return True
-    return is_plain(t) and t.device == device and t.is_contiguous() and not t.data_ptr() % ALIGNED
+def _readable(t: Tensor, device: int) -> bool:
+    """Whether a kernel may read the tensor by its address, as the plan's kernels do.
+
+    As `memory.is_plain`, for calls that no transform of torch's wraps.
+    """
+    if not (type(t) in PLAIN_TYPES and t.get_device() == device and t.layout is torch.strided and t.is_contiguous()):
+        return False
+    address = t.data_ptr()  # 0: sharded training frees the memory of weights between uses
+    return address != 0 and not address % ALIGNED and not t.is_neg() and not t.is_nested
 
 
 def _dense(t: Tensor) -> Tensor:
     """A gradient as the kernels read it."""
     return t if t.is_contiguous() and not t.data_ptr() % ALIGNED else t.clone(memory_format=torch.contiguous_format)
+
+
+def _gradients_by_parts(
+    plan: Plan, dy: Tensor, dtotal: Tensor | None, kept: tuple, w: LayerWeights, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """`Plan.backward` by autograd through the ops, for gradients of several outputs at once: vmap wraps ``dy``."""
+    normed, dtype, signature = plan.normed, plan.dtype, plan.signature
+    with torch.enable_grad(), no_autocast(plan.device):
+        entering = (kept[1] if normed else kept[0]).detach().requires_grad_()
+        w = LayerWeights(*(None if t is None else t.detach().requires_grad_() for t in w))  # type: ignore[arg-type]
+        y = rms_norm(entering, w.norm, signature.eps, out_dtype=dtype)[0] if normed else entering
+        in_bias, out_bias = (None if t is None else t.to(dtype) for t in (w.in_bias, w.out_bias))
+        middle = MixerWeights(w.conv.squeeze(1), w.conv_bias, w.x_proj, w.dt_proj, w.A_log, w.D, w.dt_bias)
+        y, _, _ = fused_mixer(F.linear(y, w.in_proj.to(dtype), in_bias), middle)
+        y = F.linear(y, w.out_proj.to(dtype), out_bias)
+    given = [t for t in (entering, *w) if t is not None]
+    found = iter(torch.autograd.grad(y, given, dy, allow_unused=True))
+    dentering: Any = next(found)
+    dweights = [None if t is None else next(found) for t in w]
+    if dtotal is not None:
+        dentering = dentering + dtotal
+    has_residual = signature.residual is not None
+    gradients = (dentering.to(signature.x), dentering if has_residual else None, *dweights)
+    return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
 
 
 _COUNT = len(LayerWeights._fields)
@@ -103,8 +136,11 @@ class _Layer(torch.autograd.Function):
         with torch.no_grad():
             if dy is None:
                 dy = torch.zeros(plan.signature.shape, dtype=plan.dtype, device=plan.device)
-            rows = _dense(dy).view(plan.rows, plan.h)
-            read = None if dtotal is None else _dense(dtotal)
-            found = plan.backward(rows, read, kept, weights, ctx.needs_input_grad[1:])
+            if is_plain(dy) and is_plain(dtotal):
+                rows = _dense(dy).view(plan.rows, plan.h)
+                read = None if dtotal is None else _dense(dtotal)
+                found = plan.backward(rows, read, kept, weights, ctx.needs_input_grad[1:])
+            else:
+                found = _gradients_by_parts(plan, dy, dtotal, kept[:2], weights, ctx.needs_input_grad[1:])
         # The input and the stream are among what was kept.
         return (None, *differentiated_once("fused_mixer", found, (dy, dtotal, *kept[:2], *weights)))

@@ -206,7 +206,7 @@ def test_states_in_place(device, half, planned):
     states = [t.clone() for t in cache.memory(0)]
     with torch.no_grad():
         for part, wanted in zip(x.split([37, 9, 1], 1), whole.split([37, 9, 1], 1), strict=True):
-            y, _ = block(part.to(device, dtype), None, cache)
+            y, _ = block(part.contiguous().to(device, dtype), None, cache)
             assert y.dtype == dtype
             assert relative_error(y, wanted) < (0.05 if half else 1e-5)
     assert passes == ["forward"] * 3
@@ -261,6 +261,25 @@ def test_a_second_derivative_raises(device, planned):
     (dx,) = torch.autograd.grad(y.sum() + stream.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="fused_mixer has no second derivative"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("alone", [False, True], ids=["block", "mixer"])
+def test_gradients_of_several_outputs_at_once(device, alone, planned):
+    """vmap in the backward pass: no kernel may read the address of its wrapped tensors."""
+    shape, fields = CASES[0]
+    passes = planned(device)
+    block = block_of(fields, device)
+    x = torch.randn(*shape, 32, device=device, requires_grad=True)
+    y = block.mixer(x) if alone else block(x)[0]
+    dy = torch.randn(3, *y.shape, device=device)
+    wanted = (x, *(block.mixer if alone else block).parameters())
+    found = torch.autograd.grad(y, wanted, dy, is_grads_batched=True, retain_graph=True)
+    assert passes == ["forward"]
+    for i, each in enumerate(dy):
+        for t, expected in zip(found, torch.autograd.grad(y, wanted, each, retain_graph=True), strict=True):
+            assert relative_error(t[i], expected) < 1e-5
+    assert passes == ["forward", *["backward"] * 3]
 
 
 @pytest.mark.parametrize("device", DEVICES)
