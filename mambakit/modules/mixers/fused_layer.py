@@ -76,6 +76,7 @@ def run(
 
     Args:
         owner: the module that calls: a block, or the mixer itself without ``norm``.
+        mixer: a `MambaMixer`.
         x, residual: as the norm takes them, on a GPU, and residual_dtype.
         cache: read and updated in place; there is no plan for that with gradients.
     """
@@ -95,10 +96,8 @@ def run(
 
 def _can_fuse(norm: Any, mixer: Any) -> bool:
     """Whether the layer is made of the norm and the mixer of this package, and nothing is on them."""
-    from mambakit.modules.mixers.mamba import MambaMixer  # which imports this module
-
-    if type(mixer) is not MambaMixer or mixer.recompute_selection:
+    if mixer.recompute_selection:
         return False
-    if norm is not None and not (untouched(norm, RMSNorm) and untouched(mixer, MambaMixer)):
+    if norm is not None and not (untouched(norm, RMSNorm) and untouched(mixer, type(mixer))):
         return False
     return untouched(mixer.in_proj, nn.Linear) and untouched(mixer.out_proj, nn.Linear) and mixer.can_fuse()

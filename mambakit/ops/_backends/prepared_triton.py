@@ -18,6 +18,10 @@ from mambakit.ops._backends import nvrtc
 _SCRATCH = 2  # pointers that Triton appends to a kernel's parameters for scratch memory, where it does
 
 
+class NotPreparedError(RuntimeError):
+    """A kernel that this release of Triton, or this driver, does not let one launch by addresses."""
+
+
 class Unaligned:
     """Stands for an address of any element of ``dtype``, as a dtype stands for one where 16 bytes can be read."""
 
@@ -39,7 +43,7 @@ class PreparedTriton:
         options: its constants, and what Triton takes beside them (``num_warps``).
 
     Raises:
-        RuntimeError: this release of Triton passes parameters in a way that is not known here.
+        NotPreparedError: this release of Triton passes parameters in a way that is not known here.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, Any]):
@@ -49,7 +53,7 @@ class PreparedTriton:
         passed = [name for name in arguments if kinds[name] != "constexpr" and not _is_constant(compiled, name)]
         places = [name for name in arguments if isinstance(arguments[name], (torch.dtype, Unaligned))]
         if any(name not in passed for name in places):
-            raise RuntimeError(f"Triton's {kernel.__name__} does not take the addresses {places} as parameters")
+            raise NotPreparedError(f"Triton's {kernel.__name__} does not take the addresses {places} as parameters")
         order = [*places, *(name for name in passed if name not in places)]
         self._count, self._addresses = len(places), (ctypes.c_uint64 * (len(order) + _SCRATCH))()
         for i, name in enumerate(order[self._count :], self._count):
@@ -59,7 +63,7 @@ class PreparedTriton:
         self._parameters = (ctypes.c_void_p * len(slots))(*(start + 8 * slot for slot in slots))
         metadata = compiled.metadata
         if metadata.num_ctas != 1 or getattr(metadata, "global_scratch_size", 0):
-            raise RuntimeError(f"Triton's {kernel.__name__} asks for clusters or scratch memory")
+            raise NotPreparedError(f"Triton's {kernel.__name__} asks for clusters or scratch memory")
         _check_parameters(compiled.function, [8 if kinds[name].startswith("*") else _SIZES[kinds[name]][0]
                                               for name in passed])  # fmt: skip
         threads = 32 * metadata.num_warps
@@ -89,13 +93,16 @@ _SIZES = {"i32": (4, "<i"), "i64": (8, "<q"), "fp32": (4, "<f")}
 
 def _bits(kind: str, value: Any) -> int:
     if kind not in _SIZES:
-        raise RuntimeError(f"a parameter of Triton's type {kind!r} is not known")
+        raise NotPreparedError(f"a parameter of Triton's type {kind!r} is not known")
     return int.from_bytes(struct.pack(_SIZES[kind][1], value), "little")
 
 
 def _check_parameters(function: int, sizes: list[int]) -> None:
     """Whether the machine code takes parameters of these sizes, then at most pointers to scratch memory."""
-    found = nvrtc.parameter_sizes(function)
+    try:
+        found = nvrtc.parameter_sizes(function)
+    except RuntimeError as error:
+        raise NotPreparedError(f"the driver does not tell a kernel's parameters ({error}); update it to 550") from error
     extra = found[len(sizes) :]
     if found[: len(sizes)] != sizes or len(extra) > _SCRATCH or any(size != 8 for size in extra):
-        raise RuntimeError(f"the kernel's parameters have {found} bytes, expected {sizes}")
+        raise NotPreparedError(f"the kernel's parameters have {found} bytes, expected {sizes}")

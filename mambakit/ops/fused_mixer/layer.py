@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from mambakit.ops._autocast import autocast_dtype, no_autocast
 from mambakit.ops._backends.memory import PLAIN_TYPES, is_plain, observed, transformed
+from mambakit.ops._backends.prepared_triton import NotPreparedError
 from mambakit.ops._once import differentiated_once
 from mambakit.ops.fused_mixer.api import MixerWeights, fused_mixer
 from mambakit.ops.fused_mixer.plan import Plan
@@ -66,7 +69,7 @@ def fused_layer(
         None if states is None else ((states[0].dtype, states[0].shape), (states[1].dtype, states[1].shape)),
     )  # fmt: skip
     if signature not in _plans:
-        _plans[signature] = Plan(signature) if unserved(signature) is None else None
+        _plans[signature] = _new_plan(signature)
     plan = _plans[signature]
     if plan is None:
         return None
@@ -75,6 +78,21 @@ def fused_layer(
     if not gradient:
         return plan.forward(x, residual, weights, states)[:2]
     return _Layer.apply(plan, x, residual, *weights)
+
+
+def _new_plan(signature: Signature) -> Plan | None:
+    if unserved(signature) is not None:
+        return None
+    try:
+        return Plan(signature)
+    except NotPreparedError as error:
+        _warn(str(error))
+        return None
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    warnings.warn(f"mambakit: layers run op by op, with more work for the host: {reason}", UserWarning, stacklevel=2)
 
 
 def _readable(t: Tensor, device: int) -> bool:

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from mambakit.ops._backends import nvrtc
-from mambakit.ops._backends.prepared_triton import PreparedTriton
+from mambakit.ops._backends.prepared_triton import NotPreparedError, PreparedTriton
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are compiled here")
 _BYTES = {"u64": 8, "u32": 4, "b32": 4, "f32": 4}
@@ -72,10 +72,9 @@ def card(monkeypatch, tmp_path):
     kernel.device_caches.clear()
 
 
-def arguments(**changed):
-    given = {"x": torch.float32, "absent": None, "y": torch.bfloat16, "n": 100, "odd": 7, "one": 1, "even": 32,
-             "far": 2**40, "eps": 0.5}  # fmt: skip
-    return given | changed
+def arguments():
+    return {"x": torch.float32, "absent": None, "y": torch.bfloat16, "n": 100, "odd": 7, "one": 1, "even": 32,
+            "far": 2**40, "eps": 0.5}  # fmt: skip
 
 
 def test_parameters_are_where_the_machine_code_reads_them(card):
@@ -94,8 +93,15 @@ def test_parameters_are_where_the_machine_code_reads_them(card):
 
 def test_an_unknown_way_of_passing_parameters_is_refused(card, monkeypatch):
     monkeypatch.setattr(nvrtc, "parameter_sizes", lambda function: [*card.sizes, 4])
-    with pytest.raises(RuntimeError, match=r"the kernel's parameters have \[8, .*, 4\] bytes, expected \[8, "):
+    with pytest.raises(NotPreparedError, match=r"the kernel's parameters have \[8, .*, 4\] bytes, expected \[8, "):
         PreparedTriton(kernel, (1,), arguments(), {"BLOCK": 128})
     monkeypatch.setattr(nvrtc, "parameter_sizes", lambda function: card.sizes[1:])
-    with pytest.raises(RuntimeError, match="the kernel's parameters have"):
+    with pytest.raises(NotPreparedError, match="the kernel's parameters have"):
+        PreparedTriton(kernel, (1,), arguments(), {"BLOCK": 128})
+
+    def old_driver(function):
+        raise RuntimeError("cuFuncGetParamInfo not found")
+
+    monkeypatch.setattr(nvrtc, "parameter_sizes", old_driver)
+    with pytest.raises(NotPreparedError, match="the driver does not tell .* not found"):
         PreparedTriton(kernel, (1,), arguments(), {"BLOCK": 128})

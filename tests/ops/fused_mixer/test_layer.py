@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from mambakit import MambaConfig
 from mambakit.modules import Packing, StateCache
 from mambakit.modules.block import MambaBlock
 from mambakit.modules.mixers import fused_layer
+from mambakit.modules.mixers.fused_layer import FusedLayer
+from mambakit.ops._backends.prepared_triton import NotPreparedError
 from mambakit.ops.fused_mixer import layer
 from tests.ops.closeness import relative_error
 from tests.ops.fused_mixer import plans_on_cpu
@@ -339,6 +342,28 @@ def test_what_is_no_plain_layer_is_called(device, planned):
         plain.mixer.recompute_selection = True
         plain(x)
     assert passes == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernels_that_cannot_be_prepared_warn_once(device, planned, monkeypatch):
+    passes = planned(device)
+    monkeypatch.setattr(layer, "_plans", {})
+    layer._warn.cache_clear()
+
+    def refuse(signature):
+        raise NotPreparedError("another release of Triton")
+
+    monkeypatch.setattr(layer, "Plan", refuse)
+    x = torch.randn(1, 3, 32, device=device)
+    weights = FusedLayer(None, block_of(CASES[0][1], device).mixer).weights()
+    with pytest.warns(UserWarning, match="layers run op by op, .*: another release of Triton"):
+        assert layer.fused_layer(x, None, weights) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert layer.fused_layer(x, None, weights) is None
+        assert layer.fused_layer(x[:, :2].contiguous(), None, weights) is None
+    assert passes == []
+    layer._warn.cache_clear()
 
 
 @pytest.mark.parametrize("device", DEVICES)
