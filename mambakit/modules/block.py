@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.modules.left_padding import LeftPadding
-from mambakit.modules.mixers import mixer_class
+from mambakit.modules.mixers import MambaMixer, fused_layer, mixer_class
 from mambakit.modules.norm import RMSNorm
 from mambakit.modules.packing import Packing
 from mambakit.modules.placement import CacheHandle, is_dispatched
@@ -46,6 +46,12 @@ class MambaBlock(nn.Module):
         """
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         residual_dtype = wide if self.residual_in_fp32 else self.norm.weight.dtype
+        if packing is None and not isinstance(cache_params, CacheHandle) and fused_layer.on_gpu(x):
+            mixer: Any = self.mixer
+            if isinstance(mixer, MambaMixer):
+                found = fused_layer.run(self, self.norm, mixer, x, residual, residual_dtype, cache_params)
+                if found is not None:
+                    return found  # type: ignore[return-value]
         y, residual = self.norm(x, residual, residual_dtype)
         if cache_params is not None and is_dispatched(self.mixer) and not isinstance(cache_params, CacheHandle):
             cache_params = CacheHandle(cache_params)

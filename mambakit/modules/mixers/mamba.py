@@ -15,6 +15,7 @@ from mambakit.modules.convolution import convolve, convolve_
 from mambakit.modules.initialization import TimeSteps, initial_a_log
 from mambakit.modules.interception import untouched
 from mambakit.modules.left_padding import LeftPadding
+from mambakit.modules.mixers import fused_layer
 from mambakit.modules.mixers.mixer import Mixer
 from mambakit.modules.packing import Packing
 from mambakit.modules.placement import CacheHandle, opened
@@ -163,6 +164,10 @@ class MambaMixer(Mixer):
         cache = opened(cache_params, self.layer_idx, hidden_states.device)
         if isinstance(packing, LeftPadding):
             return self._forward_padded(hidden_states, cache, packing)
+        if packing is None and fused_layer.on_gpu(hidden_states):
+            found = fused_layer.run(self, None, self, hidden_states, cache=cache)
+            if found is not None:
+                return found[0]
         if packing is not None:
             packing = packing.on(hidden_states.device)
         xz = project(self.in_proj, hidden_states)  # (b, l, 2 d)
