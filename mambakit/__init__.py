@@ -23,6 +23,7 @@ _HOMES = {
     "CheckpointError": "mambakit.errors",
     "MambaCache": "mambakit.modules.cache",
     "MambaMixer": "mambakit.modules.mixers.mamba",
+    "nn": "mambakit.nn",
     "ops": "mambakit.ops",
     "pipeline": "mambakit.generation.pipeline",
     "register": "mambakit.models.registration",
@@ -32,7 +33,7 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
-    from mambakit import ops
+    from mambakit import nn, ops
     from mambakit.errors import CheckpointError
     from mambakit.generation.pipeline import pipeline
     from mambakit.models.auto import (

@@ -28,6 +28,7 @@ LAYERS = [
     "number",
     "ops",
     "modules",
+    "nn",
     "decoding",
     "models",
     "assets",
@@ -48,6 +49,7 @@ OUTSIDE = {
     "threads": set(),
     "ops": {"torch", "triton", "numpy", "cuda"},
     "modules": {"torch", "safetensors", "transformers"},
+    "nn": {"torch"},
     "decoding": {"torch", "transformers", "numpy"},
 }
 
@@ -156,6 +158,11 @@ def test_importing_the_package_is_light():
 def test_the_ops_need_torch_alone():
     loaded = loaded_by("import mambakit.ops")
     assert "torch" in loaded
+    assert not {"transformers", "safetensors", "triton"} & loaded
+
+
+def test_the_layers_need_torch_alone():
+    loaded = loaded_by("import mambakit\nimport torch\nmambakit.nn.MambaStack(3, 8)(torch.zeros(2, 1, 3))")
     assert not {"transformers", "safetensors", "triton"} & loaded
 
 
