@@ -25,6 +25,7 @@ _HOMES = {
     "CheckpointError": "mambakit.errors",
     "MambaCache": "mambakit.modules.cache",
     "MambaMixer": "mambakit.modules.mixers.mamba",
+    "nn": "mambakit.nn",
     "ops": "mambakit.ops",
     "pipeline": "mambakit.generation.pipeline",
     "provide": "mambakit.compat.provision",
@@ -35,7 +36,7 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
-    from mambakit import ops
+    from mambakit import nn, ops
     from mambakit.compat.provision import provide
     from mambakit.errors import CheckpointError
     from mambakit.generation.pipeline import pipeline

@@ -29,6 +29,7 @@ LAYERS = [
     "ops",
     "modules",
     "compat",
+    "nn",
     "decoding",
     "models",
     "assets",
@@ -50,6 +51,7 @@ OUTSIDE = {
     "ops": {"torch", "triton", "numpy", "cuda"},
     "modules": {"torch", "safetensors", "transformers"},
     "compat": {"torch", "huggingface_hub"},
+    "nn": {"torch"},
     "decoding": {"torch", "transformers", "numpy"},
 }
 # Layers that only these import.
@@ -172,6 +174,11 @@ def test_compat_needs_no_transformers():
     )
     assert {"torch", "mamba_ssm", "causal_conv1d"} <= loaded
     assert not {"transformers", "huggingface_hub"} & loaded
+
+
+def test_the_layers_need_torch_alone():
+    loaded = loaded_by("import mambakit\nimport torch\nmambakit.nn.MambaStack(3, 8)(torch.zeros(2, 1, 3))")
+    assert not {"transformers", "safetensors", "triton"} & loaded
 
 
 def test_every_public_name_resolves():
