@@ -216,7 +216,7 @@ def test_a_folder_exports_its_public_names(package):
 def test_the_table_alone_knows_each_checkpoint_format():
     """Everything else asks the table, so that a new format is a line there."""
     folder = "mambakit.models.checkpoints"
-    formats = {f"{folder}.{name}" for name in ("original", "packed", "transformers")}
+    formats = {f"{folder}.{name}" for name in ("gguf.format", "original", "packed", "transformers")}
     graph = import_graph(module_names())
     assert formats <= graph.keys()
     assert {module for module, targets in graph.items() if targets & formats} == {f"{folder}.table"}
