@@ -1,10 +1,12 @@
-// The causal depthwise convolution on a CPU: a vector is W neighbouring channels, the filter's window stays in registers.
+// The causal depthwise convolution on a CPU: a vector is W neighbouring channels, the filter's window stays in
+// registers.
 #include "parallel.h"
 #include "simd.h"
 
 namespace {
 
-constexpr int64_t kTile = 32;    // tokens of one vector before the next vector: a tile's rows stay in cache and in the TLB
+// tokens of one vector before the next vector: a tile's rows stay in cache and in the TLB
+constexpr int64_t kTile = 32;
 constexpr int64_t kVectors = 4;  // vectors of channels per item
 
 struct Arguments {
@@ -30,8 +32,8 @@ Sequence sequence_at(const Arguments& a, int64_t i) {
   return s;
 }
 
-// `N` numbers of each of `lanes` channels, side by side in memory, as N vectors of channels. By way of memory: inserting
-// into a lane of a register costs several instructions.
+// `N` numbers of each of `lanes` channels, side by side in memory, as N vectors of channels. By way of memory:
+// inserting into a lane of a register costs several instructions.
 template <int N, class S>
 void columns_in(V* columns, const S* source, int64_t lanes) {
   alignas(64) float numbers[N][W];
@@ -73,7 +75,8 @@ void convolve(const Arguments& a, const Sequence& s, int64_t channel) {
       const V bias = a.bias ? load(a.bias + c, lanes) : splat(0.0f);
       for (int64_t t = t0; t < t1; ++t) {
         const T* x = static_cast<const T*>(a.x) + s.row * a.x_b + t * a.x_l + c;
-        __builtin_prefetch(x + min64(kTile, s.end - 1 - t) * a.x_l);  // rows are pages apart: no processor foresees them
+        // rows are pages apart: no processor foresees them
+        __builtin_prefetch(x + min64(kTile, s.end - 1 - t) * a.x_l);
         window[K - 1] = load(x, lanes);
         V y = bias;
         for (int j = 0; j < K; ++j) y += w[j] * window[j];

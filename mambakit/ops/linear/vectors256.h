@@ -1,4 +1,5 @@
-// What the packed formats share: vectors of 256 bits on every processor, so that sums have the same order on all of them.
+// What the packed formats share: vectors of 256 bits on every processor, so that sums have the same order on all of
+// them.
 #pragma once
 
 #include "simd.h"
