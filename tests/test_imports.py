@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mambakit"
 # From the bottom up: a layer may import itself and the layers before it.
 LAYERS = [
+    "errors",
     "_versions",
     "_lazy",
-    "errors",
     "quoting",
     "threads",
     "output",
@@ -29,6 +29,7 @@ LAYERS = [
     "ops",
     "modules",
     "compat",
+    "nn",
     "decoding",
     "models",
     "assets",
@@ -50,6 +51,7 @@ OUTSIDE = {
     "ops": {"torch", "triton", "numpy", "cuda"},
     "modules": {"torch", "safetensors", "transformers"},
     "compat": {"torch", "huggingface_hub"},
+    "nn": {"torch"},
     "decoding": {"torch", "transformers", "numpy"},
 }
 # Layers that only these import.
@@ -174,6 +176,11 @@ def test_compat_needs_no_transformers():
     assert not {"transformers", "huggingface_hub"} & loaded
 
 
+def test_the_layers_need_torch_alone():
+    loaded = loaded_by("import mambakit\nimport torch\nmambakit.nn.MambaStack(3, 8)(torch.zeros(2, 1, 3))")
+    assert not {"transformers", "safetensors", "triton"} & loaded
+
+
 def test_every_public_name_resolves():
     import mambakit
 
@@ -209,7 +216,7 @@ def test_a_folder_exports_its_public_names(package):
 def test_the_table_alone_knows_each_checkpoint_format():
     """Everything else asks the table, so that a new format is a line there."""
     folder = "mambakit.models.checkpoints"
-    formats = {f"{folder}.{name}" for name in ("original", "packed", "transformers")}
+    formats = {f"{folder}.{name}" for name in ("gguf.format", "original", "packed", "transformers")}
     graph = import_graph(module_names())
     assert formats <= graph.keys()
     assert {module for module, targets in graph.items() if targets & formats} == {f"{folder}.table"}
