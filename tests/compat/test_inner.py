@@ -49,7 +49,7 @@ def test_mamba_inner_fn(norms):
         )  # fmt: skip
 
     compare(run(*mine), mine, out(inner(*exact[:8], exact[10:], 1e-4), *exact[8:10]), exact, 2e-6)
-    assert torch.equal(run(*arguments), run(*mine))
+    assert error(run(*arguments), run(*mine)) < 1e-6  # without gradients
 
 
 def test_the_names_for_the_same():
