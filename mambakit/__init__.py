@@ -25,8 +25,10 @@ _HOMES = {
     "CheckpointError": "mambakit.errors",
     "MambaCache": "mambakit.modules.cache",
     "MambaMixer": "mambakit.modules.mixers.mamba",
+    "nn": "mambakit.nn",
     "ops": "mambakit.ops",
     "pipeline": "mambakit.generation.pipeline",
+    "provide": "mambakit.compat.provision",
     "register": "mambakit.models.registration",
     **public_classes(),
 }
@@ -34,7 +36,8 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
-    from mambakit import ops
+    from mambakit import nn, ops
+    from mambakit.compat.provision import provide
     from mambakit.errors import CheckpointError
     from mambakit.generation.pipeline import pipeline
     from mambakit.models.auto import (

@@ -9,7 +9,7 @@ from mambakit._versions import check_models
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="hub id or folder (default: the model that ships with mambakit)")
+    parser.add_argument("--model", help="hub id, folder or .gguf file (default: the model that ships with mambakit)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument(
         "--dtype",

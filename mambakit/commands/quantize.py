@@ -11,7 +11,8 @@ from mambakit.output import say, terminal
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", help="hub id or folder; one that is quantised already is packed anew from its rounded weights"
+        "source",
+        help="hub id, folder or .gguf file; one that is quantised already is packed anew from its rounded weights",
     )
     parser.add_argument("target", help="a new folder")
     parser.add_argument("--to", choices=("int8", "int4", "lossless"), default="int8", help="default: int8")

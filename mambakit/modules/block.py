@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambakit.modules.mixers import mixer_class
+from mambakit.modules.left_padding import LeftPadding
+from mambakit.modules.mixers import MambaMixer, fused_layer, mixer_class
 from mambakit.modules.norm import RMSNorm
 from mambakit.modules.packing import Packing
 from mambakit.modules.placement import CacheHandle, is_dispatched
@@ -37,7 +38,7 @@ class MambaBlock(nn.Module):
         x: Tensor,
         residual: Tensor | None = None,
         cache_params: StateCache | CacheHandle | None = None,
-        packing: Packing | None = None,
+        packing: Packing | LeftPadding | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(b, l, h) mixer output of the layer before, at first the embeddings, and the residual stream, at first None.
 
@@ -45,6 +46,12 @@ class MambaBlock(nn.Module):
         """
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         residual_dtype = wide if self.residual_in_fp32 else self.norm.weight.dtype
+        if packing is None and not isinstance(cache_params, CacheHandle) and fused_layer.on_gpu(x):
+            mixer: Any = self.mixer
+            if isinstance(mixer, MambaMixer):
+                found = fused_layer.run(self, self.norm, mixer, x, residual, residual_dtype, cache_params)
+                if found is not None:
+                    return found  # type: ignore[return-value]
         y, residual = self.norm(x, residual, residual_dtype)
         if cache_params is not None and is_dispatched(self.mixer) and not isinstance(cache_params, CacheHandle):
             cache_params = CacheHandle(cache_params)

@@ -9,6 +9,7 @@ import torch
 
 from mambakit.ops._backends import native, nvrtc
 from mambakit.ops.decode import cuda_persistent as persistent
+from mambakit.ops.fused_mixer.signature import unavailable
 from mambakit.ops.linear.api import MOST_ROWS
 
 OPS = (
@@ -56,7 +57,10 @@ def _on_gpu(op: str) -> Implementation:
     if op == "linear":
         return Implementation(op, "cuda", "PyTorch; packed weights are widened first")
     if op == "fused_mixer":
-        return Implementation(op, "cuda", _NOT_NATIVE[op])
+        why_not = unavailable()
+        if why_not is None:
+            return Implementation(op, "cuda", "whole layers, launches prepared once for a shape; else the ops' own")
+        return Implementation(op, "cuda", _NOT_NATIVE[op], f"whole layers are faster, but {why_not}")
     if op == "selective_scan":
         why_not = nvrtc.available()
         if why_not is None:

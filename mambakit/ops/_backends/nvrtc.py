@@ -152,6 +152,38 @@ def _use_context(device: int) -> None:
     _check(driver.cuCtxSetCurrent(_check(driver.cuDevicePrimaryCtxRetain(handle))))
 
 
+def parameter_sizes(function: int) -> list[int]:
+    """Bytes of each parameter of a kernel, as its machine code has them.
+
+    Raises:
+        RuntimeError: a driver before CUDA 12.4, which does not tell.
+    """
+    driver, _ = _bindings()
+    sizes: list[int] = []
+    while True:
+        error, *found = driver.cuFuncGetParamInfo(driver.CUfunction(int(function)), len(sizes))
+        if int(error) == 1:  # CUDA_ERROR_INVALID_VALUE: there is no parameter of this number
+            return sizes
+        _check((error, *found))
+        sizes.append(int(found[1]))
+
+
+class Launch:
+    """A launch of which only what is at its parameters' addresses changes."""
+
+    def __init__(self, function: int, grid: tuple[int, int, int], threads: int, shared_bytes: int):
+        self._function, self._shape, self._launch = function, (*grid, threads, 1, 1, shared_bytes), _launcher(False)
+
+    def __call__(self, stream: int, parameters: int) -> None:
+        """``parameters``: where the addresses of the kernel's parameters are."""
+        error = self._launch(self._function, *self._shape, stream, parameters, None)
+        if error == _INVALID_CONTEXT:
+            _use_context(torch.cuda.current_device())
+            error = self._launch(self._function, *self._shape, stream, parameters, None)
+        if error != 0:
+            raise RuntimeError(f"kernel launch failed: {_bindings()[0].CUresult(error).name}")
+
+
 class Kernel:
     """One kernel whose only parameter is a struct, which ``parameters`` mirrors; the driver copies it at the launch.
 

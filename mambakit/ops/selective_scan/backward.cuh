@@ -619,6 +619,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
 // order.
 struct ReduceParams {  // cuda_parameters.py mirrors it
     const float *partial, *dA_parts, *dD_parts, *dbias_parts;
+    const float* dA_scale;  // (d, n), or null: dA is multiplied by it, A for the gradient of log(-A)
     T *dB, *dC;
     float *dA, *dD, *dbias;
     i64 rows, channel_tiles, n, d, parts;
@@ -660,5 +661,5 @@ extern "C" __global__ void __launch_bounds__(256) selective_scan_reduce(const __
     double total = 0.;
 #pragma unroll 8
     for (i64 i = 0; i < p.parts; i++) total += from[i * stride];
-    *to = (float)total;
+    *to = p.dA_scale && item < states ? (float)total * p.dA_scale[item] : (float)total;
 }

@@ -22,6 +22,6 @@ BackwardParams = structure(
     " first_chunk rows interval",
 )
 ReduceParams = structure(
-    "ReduceParams", "partial dA_parts dD_parts dbias_parts dB dC dA dD dbias", "rows channel_tiles n d parts"
+    "ReduceParams", "partial dA_parts dD_parts dbias_parts dA_scale dB dC dA dD dbias", "rows channel_tiles n d parts"
 )
 SequencesParams = structure("SequencesParams", "cu ids source target", "state_size")

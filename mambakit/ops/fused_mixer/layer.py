@@ -1,0 +1,164 @@
+"""A whole Mamba layer, its norm included, as one autograd function over a `Plan`."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambakit.ops._autocast import autocast_dtype, no_autocast
+from mambakit.ops._backends.memory import PLAIN_TYPES, is_plain, observed, transformed
+from mambakit.ops._backends.prepared_triton import NotPreparedError
+from mambakit.ops._once import differentiated_once
+from mambakit.ops.fused_mixer.api import MixerWeights, fused_mixer
+from mambakit.ops.fused_mixer.plan import Plan
+from mambakit.ops.fused_mixer.signature import ALIGNED, LayerWeights, Signature, unserved
+from mambakit.ops.rms_norm.api import rms_norm
+
+# Plans, and None for signatures that none serves.
+_plans: dict[Signature, Plan | None] = {}
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether x is where layers run as plans."""
+    return x.is_cuda
+
+
+def fused_layer(
+    x: Tensor, residual: Tensor | None, weights: LayerWeights, eps: float = 0.0, kept: torch.dtype | None = None,
+    states: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
+    """A layer on whole rows, on an NVIDIA GPU, without torch's dispatcher between its parts.
+
+    Args:
+        x: (b, l, h).
+        residual: (b, l, h), added to x before the norm, or None.
+        weights: without a norm, x enters the mixer as it is.
+        eps: the norm's.
+        kept: the dtype of the residual stream that is returned; that of x when absent.
+        states: (slots, d, k - 1) and (slots, d, n) float32, from which the first b rows continue and which are updated
+            in place, without gradients. Rows begin from zeros when absent.
+
+    Returns:
+        (b, l, h) in the dtype that linear layers compute in, and the residual stream (b, l, h), None without a norm.
+        Differentiable once in x, residual and weights. None where no plan serves the call: another device, tensors
+        that are no plain contiguous memory, a call that is traced or observed, dtypes and sizes that `unserved` names.
+    """
+    if not on_gpu(x) or transformed() or observed():
+        return None
+    device, index = x.device, x.get_device()
+    if device.index != torch._C._cuda_getDevice():  # kernels are launched in the current device's context
+        return None
+    dtype = autocast_dtype(device) or weights.in_proj.dtype
+    tensors = (x, residual, *weights) if states is None else (x, residual, *weights, *states)
+    if not all(t is None or _readable(t, index) for t in tensors):
+        return None
+    if residual is not None and residual.shape != x.shape:
+        return None
+    normed = weights.norm is not None
+    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if gradient and states is not None:
+        return None
+    signature = Signature(
+        x.shape, x.dtype, None if residual is None else residual.dtype, kept or x.dtype, dtype,
+        tuple(None if t is None else (t.dtype, t.shape) for t in weights), eps, device, gradient,
+        None if states is None else ((states[0].dtype, states[0].shape), (states[1].dtype, states[1].shape)),
+    )  # fmt: skip
+    if signature not in _plans:
+        _plans[signature] = _new_plan(signature)
+    plan = _plans[signature]
+    if plan is None:
+        return None
+    if not normed and x.dtype != dtype:
+        x = x.to(dtype)
+    if not gradient:
+        return plan.forward(x, residual, weights, states)[:2]
+    return _Layer.apply(plan, x, residual, *weights)
+
+
+def _new_plan(signature: Signature) -> Plan | None:
+    if unserved(signature) is not None:
+        return None
+    try:
+        return Plan(signature)
+    except NotPreparedError as error:
+        _warn(str(error))
+        return None
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    warnings.warn(f"mambakit: layers run op by op, with more work for the host: {reason}", UserWarning, stacklevel=2)
+
+
+def _readable(t: Tensor, device: int) -> bool:
+    """Whether a kernel may read the tensor by its address, as the plan's kernels do.
+
+    As `memory.is_plain`, for calls that no transform of torch's wraps.
+    """
+    if not (type(t) in PLAIN_TYPES and t.get_device() == device and t.layout is torch.strided and t.is_contiguous()):
+        return False
+    address = t.data_ptr()  # 0: sharded training frees the memory of weights between uses
+    return address != 0 and not address % ALIGNED and not t.is_neg() and not t.is_nested
+
+
+def _dense(t: Tensor) -> Tensor:
+    """A gradient as the kernels read it."""
+    return t if t.is_contiguous() and not t.data_ptr() % ALIGNED else t.clone(memory_format=torch.contiguous_format)
+
+
+def _gradients_by_parts(
+    plan: Plan, dy: Tensor, dtotal: Tensor | None, kept: tuple, w: LayerWeights, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """`Plan.backward` by autograd through the ops, for gradients of several outputs at once: vmap wraps ``dy``."""
+    normed, dtype, signature = plan.normed, plan.dtype, plan.signature
+    with torch.enable_grad(), no_autocast(plan.device):
+        entering = (kept[1] if normed else kept[0]).detach().requires_grad_()
+        w = LayerWeights(*(None if t is None else t.detach().requires_grad_() for t in w))  # type: ignore[arg-type]
+        y = rms_norm(entering, w.norm, signature.eps, out_dtype=dtype)[0] if normed else entering
+        in_bias, out_bias = (None if t is None else t.to(dtype) for t in (w.in_bias, w.out_bias))
+        middle = MixerWeights(w.conv.squeeze(1), w.conv_bias, w.x_proj, w.dt_proj, w.A_log, w.D, w.dt_bias)
+        y, _, _ = fused_mixer(F.linear(y, w.in_proj.to(dtype), in_bias), middle)
+        y = F.linear(y, w.out_proj.to(dtype), out_bias)
+    given = [t for t in (entering, *w) if t is not None]
+    found = iter(torch.autograd.grad(y, given, dy, allow_unused=True))
+    dentering: Any = next(found)
+    dweights = [None if t is None else next(found) for t in w]
+    if dtotal is not None:
+        dentering = dentering + dtotal
+    has_residual = signature.residual is not None
+    gradients = (dentering.to(signature.x), dentering if has_residual else None, *dweights)
+    return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
+
+
+_COUNT = len(LayerWeights._fields)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, x: Tensor, residual: Tensor | None, *weights: Tensor | None):
+        out, total, kept = plan.forward(x, residual, LayerWeights(*weights))  # type: ignore[arg-type]
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*weights, *kept)
+        return out, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None):
+        plan, saved = ctx.plan, ctx.saved_tensors  # asked for once: activation checkpointing unpacks each tensor once
+        weights, kept = LayerWeights(*saved[:_COUNT]), saved[_COUNT:]
+        with torch.no_grad():
+            if dy is None:
+                dy = torch.zeros(plan.signature.shape, dtype=plan.dtype, device=plan.device)
+            if is_plain(dy) and is_plain(dtotal):
+                rows = _dense(dy).view(plan.rows, plan.h)
+                read = None if dtotal is None else _dense(dtotal)
+                found = plan.backward(rows, read, kept, weights, ctx.needs_input_grad[1:])
+            else:
+                found = _gradients_by_parts(plan, dy, dtotal, kept[:2], weights, ctx.needs_input_grad[1:])
+        # The input and the stream are among what was kept.
+        return (None, *differentiated_once("fused_mixer", found, (dy, dtotal, *kept[:2], *weights)))

@@ -1,0 +1,112 @@
+"""What a plan of a whole Mamba layer depends on, and which calls have one."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mambakit.ops._backends import nvrtc
+from mambakit.ops.selective_scan import cuda_launch
+from mambakit.ops.selective_scan.plan import backward_plan
+
+
+class LayerWeights(NamedTuple):
+    """A layer's parameters: (h,), (2 d, h), (2 d,), (d, 1, k), (d,), (r + 2 n, d), (d, r), (d,), (d, n), (d,), (h, d),
+    (h,)."""
+
+    norm: Tensor | None
+    in_proj: Tensor
+    in_bias: Tensor | None
+    conv: Tensor
+    conv_bias: Tensor | None
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    out_proj: Tensor
+    out_bias: Tensor | None
+
+
+class Signature(NamedTuple):
+    """What a plan depends on."""
+
+    shape: torch.Size  # (b, l, h)
+    x: torch.dtype
+    residual: torch.dtype | None  # None: the layer is the first one, or without its norm
+    kept: torch.dtype  # of the residual stream
+    dtype: torch.dtype  # that the layer computes in
+    weights: tuple[tuple[torch.dtype, torch.Size] | None, ...]
+    eps: float
+    device: torch.device
+    gradient: bool
+    # Dtype and shape of the states (convolution, scan) that are updated in place; None: rows begin from zeros.
+    states: tuple[tuple[torch.dtype, torch.Size], tuple[torch.dtype, torch.Size]] | None
+
+
+_FLOAT32 = ("dt_bias", "A_log", "D")
+ALIGNED = 16  # bytes that the kernels read at once
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why no layer can run as a plan on this machine, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return nvrtc.available()
+
+
+def unserved(signature: Signature) -> str | None:
+    """Why no plan serves a signature, or None; the op `mambakit::fused_mixer` serves it."""
+    s = signature
+    kinds: dict[str, Any] = dict(zip(LayerWeights._fields, s.weights, strict=True))
+    if s.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"layers that compute in {s.dtype} run op by op"
+    for name, kind in kinds.items():
+        if kind is None:
+            continue
+        allowed = (torch.float32,) if name in _FLOAT32 else (torch.float32, s.dtype)
+        if kind[0] not in allowed:
+            return f"{name} is {kind[0]}"
+    fault = _shapes(s, kinds)
+    if fault is not None:
+        return fault
+    (d, n), conv = kinds["A_log"][1], kinds["conv"]
+    if not 0 < n <= 256 or d == 0 or 0 in s.shape:
+        return "a layer without elements, or with more than 256 states"
+    if d * s.dtype.itemsize % ALIGNED or s.shape[2] * s.dtype.itemsize % ALIGNED:
+        return f"rows of {d} channels or of {s.shape[2]} do not begin at multiples of {ALIGNED} bytes"
+    if not 2 <= conv[1][2] <= 8:
+        return f"a filter of {conv[1][2]} taps"
+    if s.residual not in (None, s.kept):
+        return f"the residual stream changes from {s.residual} to {s.kept}"
+    return unavailable() or (_too_large(s, d, n) if s.gradient else None)
+
+
+def _shapes(s: Signature, kinds: dict[str, Any]) -> str | None:
+    """Which tensor's shape does not fit the others', or None. The modules' own calls raise for it."""
+    if len(s.shape) != 3 or len(kinds["A_log"][1]) != 2 or len(kinds["dt_proj"][1]) != 2 or len(kinds["conv"][1]) != 3:
+        return "a tensor of another number of dimensions"
+    (b, _, h), (d, n), r, k = s.shape, kinds["A_log"][1], kinds["dt_proj"][1][1], kinds["conv"][1][2]
+    expected: list[tuple[int, ...]] = [
+        (h,), (2 * d, h), (2 * d,), (d, 1, k), (d,), (r + 2 * n, d), (d, r), (d,), (d, n), (d,), (h, d), (h,)
+    ]  # fmt: skip
+    for (name, kind), shape in zip(kinds.items(), expected, strict=True):
+        if kind is not None and tuple(kind[1]) != shape:
+            return f"{name} has shape {tuple(kind[1])}"
+    if s.states is not None:
+        (dtype, conv), (wide, ssm) = s.states
+        fits = tuple(conv[1:]) == (d, k - 1) and tuple(ssm[1:]) == (d, n) and min(conv[0], ssm[0]) >= b
+        if not fits or wide != torch.float32 or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"states of {dtype} {tuple(conv)} and {wide} {tuple(ssm)}"
+    return None
+
+
+def _too_large(s: Signature, d: int, n: int) -> str | None:
+    shared, multiprocessors = nvrtc.shared_memory(s.device.index), cuda_launch.multiprocessors(s.device.index)
+    needed = backward_plan(*s.shape[:2], d, n, multiprocessors, shared).backward_bytes
+    return f"the gradient of {n} states takes {needed} bytes of shared memory of {shared}" if needed > shared else None
