@@ -341,8 +341,8 @@ def test_a_hook_sends_the_layer_to_its_modules(device, planned):
     x = torch.randn(*shape, 32, device=device)
     expected = block(x)[0]
     seen = []
-    for module in (block.norm, block.mixer, block.mixer.in_proj, block.mixer.conv1d, block.mixer.x_proj,
-                   block.mixer.dt_proj, block.mixer.out_proj):  # fmt: skip
+    inner = (block.mixer.conv1d, block.mixer.x_proj, block.mixer.dt_proj)
+    for module in (block.norm, block.mixer, block.mixer.in_proj, block.mixer.out_proj, *inner):
         passes.clear()
         handle = module.register_forward_hook(lambda *a: seen.append(1))
         with pytest.MonkeyPatch.context() as patch:
@@ -353,7 +353,9 @@ def test_a_hook_sends_the_layer_to_its_modules(device, planned):
             assert relative_error(block(x)[0], expected) < 1e-5
         handle.remove()
         assert seen.pop()
-        assert passes == []
+        # What lies between the projections is still one function where nothing in it is hooked.
+        assert passes == ([] if module in inner else ["forward"])
+        passes.clear()
         block(x)
         assert passes == ["forward"]
 
