@@ -2,21 +2,22 @@
 
     python benchmarks/gpu_ops.py                   # check, then the table
     python benchmarks/gpu_ops.py --sweep           # and other layouts than the ones plan.py chooses
-    python benchmarks/gpu_ops.py --peer mamba      # mamba-ssm, from a checkout of it, in the same run
     python benchmarks/gpu_ops.py --json out.json
 
 A scan that is wrong is not timed. `ms` is the median of CUDA-graph replays between CUDA events (no launch gaps),
 `eager` the same calls launched one by one. Data is random, with a trained model's step sizes (0.001 to 0.1) and A = -1
 .. -16. An element is one (b, l, d). The floor is the special-function unit: forward 20 operations per element (16
 exponentials, softplus, the gate), 4.0e12 per second measured on an H100, so 200 G elements per second; forward +
-backward at least twice the exponentials and the gates again, 40. `peer` is mamba-ssm (CUDA extension, sm_90): with
---peer built and measured in this run, its errors too; else RECORDED at commit e9594ce on the same kind of card on
+backward at least twice the exponentials and the gates again, 40. `peer` is mamba-ssm's CUDA extension: where it is
+installed it is measured in this run, its errors too; else RECORDED at commit e9594ce on the same kind of card on
 2026-11-23.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import itertools
 import math
 import statistics
@@ -27,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import peer, record
+from benchmarks import record
 from mambakit.ops.selective_scan import chunked, cuda, cuda_backward, cuda_forward
 from mambakit.ops.selective_scan import plan as plans
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
@@ -47,8 +48,36 @@ SHAPES = {
     (64, 1536, 512): (0.793, 4.018),
 }
 INTERVAL = CHECKPOINT_INTERVAL
+PEER = "selective_scan_cuda"  # mamba-ssm's extension
 RESULTS: list[dict] = []
 WORST: list[dict] = []
+
+
+class PeerScan:
+    """mamba-ssm's forward and backward on our channels-last operands, laid out as it wants them beforehand."""
+
+    def __init__(self, module, u, delta, A, B, C, D, z, delta_bias, softplus, dy):
+        def turned(t):
+            return t.transpose(1, 2).contiguous()
+
+        self._module, self._softplus = module, softplus
+        self._operands = [turned(u), turned(delta), A, turned(B)[:, None], turned(C)[:, None], D, turned(z), delta_bias]
+        self._dy = turned(dy)
+
+    def forward(self):
+        """(b, d, l)"""
+        return self._module.fwd(*self._operands, self._softplus)[2]
+
+    def both(self):
+        """Gradients of u, delta, A, B, C, D, delta_bias, z, in its layout."""
+        out, x, _ = self._module.fwd(*self._operands, self._softplus)
+        return self._module.bwd(*self._operands, self._dy, x, out, None, self._softplus, False)
+
+    def results(self):
+        """What both passes give, in our layout."""
+        du, ddelta, dA, dB, dC, dD, dbias, dz = self.both()
+        rows = {"y": self.forward(), "du": du, "ddelta": ddelta, "dB": dB.squeeze(1), "dC": dC.squeeze(1), "dz": dz}
+        return {name: t.transpose(1, 2) for name, t in rows.items()} | {"dA": dA, "dD": dD, "dbias": dbias}
 
 
 def inputs(b, d, length, n=16, dtype=torch.bfloat16):
@@ -87,7 +116,7 @@ def replayed(run, repeats, inner):
 
 def time_shape(shape, interval, variant="", kinds=("forward", "both"), repeats=20, eager=True, module=None):
     arguments, dy = inputs(*shape)
-    theirs = None if module is None else peer.Scan(module, *arguments[:9], dy)
+    theirs = None if module is None else PeerScan(module, *arguments[:9], dy)
     elements = shape[0] * shape[1] * shape[2]
     inner = 20 if elements < 1e7 else 1
 
@@ -128,7 +157,7 @@ def compare_errors(module, interval):
         )
         y, _, checkpoints = cuda.forward(*arguments, interval)
         ours = {"y": y} | dict(zip(names, cuda.backward(dy, None, *arguments, checkpoints, interval), strict=False))
-        theirs = peer.Scan(module, *arguments[:9], dy).results()
+        theirs = PeerScan(module, *arguments[:9], dy).results()
         for name, e in exact.items():
             mine, his = (float((t[name].double() - e).norm() / e.norm()) for t in (ours, theirs))
             RESULTS.append({"shape": shape, "error": name, "ours": mine, "peer": his})
@@ -256,14 +285,11 @@ def main():
     parser.add_argument("--chained", action="store_true", help="time chained scans of other layouts too")
     parser.add_argument("--quick", action="store_true", help="check every fourth case only")
     parser.add_argument("--interval", type=int, default=INTERVAL, help="tokens between checkpoints")
-    parser.add_argument(
-        "--peer", type=Path, metavar="CHECKOUT", help="of github.com/state-spaces/mamba: measure it too"
-    )
-    parser.add_argument("--peer-build", type=Path, help="keep what is built of it here")
     record.add_argument(parser)
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    module = peer.build(options.peer, options.peer_build) if options.peer else None
+    installed = importlib.util.find_spec(PEER) is not None
+    module = importlib.import_module(PEER) if installed else None
     green = check(test_cuda.CASES[:: 4 if options.quick else 1])
     if green:
         if module is not None:

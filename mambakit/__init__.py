@@ -1,6 +1,8 @@
 """mambakit: run, train and serve Mamba (selective state space) models.
 
 The public names are resolved when they are first used: importing mambakit imports neither torch nor transformers.
+`ops`, `modules` and what they export need torch alone; every other name needs transformers, which the extra ``hf``
+brings, and its first use says so where that is missing.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mambakit._lazy import lazy_names
-from mambakit._versions import check_versions
+from mambakit._versions import check_ops
 from mambakit.models.families import public_classes
 
 __version__ = "0.1.0"
@@ -23,8 +25,10 @@ _HOMES = {
     "CheckpointError": "mambakit.errors",
     "MambaCache": "mambakit.modules.cache",
     "MambaMixer": "mambakit.modules.mixers.mamba",
+    "nn": "mambakit.nn",
     "ops": "mambakit.ops",
     "pipeline": "mambakit.generation.pipeline",
+    "provide": "mambakit.compat.provision",
     "register": "mambakit.models.registration",
     **public_classes(),
 }
@@ -32,7 +36,8 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
-    from mambakit import ops
+    from mambakit import nn, ops
+    from mambakit.compat.provision import provide
     from mambakit.errors import CheckpointError
     from mambakit.generation.pipeline import pipeline
     from mambakit.models.auto import (
@@ -54,6 +59,6 @@ if TYPE_CHECKING:
     from mambakit.modules.mixers.mamba import MambaMixer
 
 
-check_versions()
+check_ops()
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

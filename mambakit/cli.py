@@ -10,6 +10,7 @@ import sys
 from typing import Any, NoReturn
 
 from mambakit.commands.options import Parser
+from mambakit.commands.run import split
 from mambakit.errors import MambakitError
 from mambakit.output import error_line
 from mambakit.threads import bound_spinning
@@ -24,6 +25,7 @@ COMMANDS = {
     "info": "what a checkpoint is, from its headers alone",
     "convert": "rewrite a checkpoint in another format",
     "quantize": "rewrite a checkpoint with int8, int4 or losslessly packed weights",
+    "run": "run a script that needs mamba_ssm or causal_conv1d, neither of which need be installed",
     "env": "versions, devices, and what serves each op",
 }
 # Errors that the user can correct end with status 2, all others with 1.
@@ -45,6 +47,7 @@ def _parser() -> Parser:
 
 
 def _parse(argv: list[str]) -> Any:
+    argv, of_program = split(argv)
     parser = _parser()
     commands = parser.commands
     before = next((i for i, a in enumerate(argv) if a in commands), len(argv))
@@ -58,6 +61,7 @@ def _parse(argv: list[str]) -> Any:
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         args.parser.unknown(unknown)
+    args.program_arguments = of_program
     return args
 
 

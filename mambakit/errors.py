@@ -18,5 +18,9 @@ class CheckpointError(MambakitError, ValueError):
     """A checkpoint's file that cannot be used; the message names the file, what is wrong in it, and the remedy."""
 
 
+class RequirementError(MambakitError, ImportError):
+    """A package that is missing, or installed in a release that does not do; the message is the command that helps."""
+
+
 class LogitsError(MambakitError, RuntimeError):
     """The model's logits are NaN or infinite, because of its weights or of the dtype that it computes in."""

@@ -1,5 +1,5 @@
 """Imports point one way: commands -> serving, training -> evaluation -> generation -> models -> decoding -> modules ->
-ops -> torch."""
+ops -> torch; and compat -> modules, ops."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mambakit"
 # From the bottom up: a layer may import itself and the layers before it.
 LAYERS = [
+    "errors",
     "_versions",
     "_lazy",
-    "errors",
     "quoting",
     "threads",
     "output",
@@ -28,6 +28,8 @@ LAYERS = [
     "number",
     "ops",
     "modules",
+    "compat",
+    "nn",
     "decoding",
     "models",
     "assets",
@@ -48,8 +50,12 @@ OUTSIDE = {
     "threads": set(),
     "ops": {"torch", "triton", "numpy", "cuda"},
     "modules": {"torch", "safetensors", "transformers"},
+    "compat": {"torch", "huggingface_hub"},
+    "nn": {"torch"},
     "decoding": {"torch", "transformers", "numpy"},
 }
+# Layers that only these import.
+IMPORTERS = {"compat": {"compat", "commands"}}
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
@@ -80,6 +86,7 @@ def test_direction(path):
         if top == "mambakit":
             target = rest.split(".")[0]
             assert not target or target in allowed, f"{path.name}:{line}: {layer} imports {module}"
+            assert layer in IMPORTERS.get(target, {layer}), f"{path.name}:{line}: {layer} imports {module}"
         elif layer in OUTSIDE and top not in sys.stdlib_module_names:
             assert top in OUTSIDE[layer], f"{path.name}:{line}: {layer} imports {module}"
 
@@ -159,6 +166,21 @@ def test_the_ops_need_torch_alone():
     assert not {"transformers", "safetensors", "triton"} & loaded
 
 
+def test_compat_needs_no_transformers():
+    """Every module of mamba_ssm, causal_conv1d and their extensions that mambakit gives."""
+    loaded = loaded_by(
+        "import importlib, mambakit\nmambakit.provide()\nfrom mambakit.compat.surface import MODULES\n"
+        "for name in MODULES: importlib.import_module(name)"
+    )
+    assert {"torch", "mamba_ssm", "causal_conv1d"} <= loaded
+    assert not {"transformers", "huggingface_hub"} & loaded
+
+
+def test_the_layers_need_torch_alone():
+    loaded = loaded_by("import mambakit\nimport torch\nmambakit.nn.MambaStack(3, 8)(torch.zeros(2, 1, 3))")
+    assert not {"transformers", "safetensors", "triton"} & loaded
+
+
 def test_every_public_name_resolves():
     import mambakit
 
@@ -194,7 +216,7 @@ def test_a_folder_exports_its_public_names(package):
 def test_the_table_alone_knows_each_checkpoint_format():
     """Everything else asks the table, so that a new format is a line there."""
     folder = "mambakit.models.checkpoints"
-    formats = {f"{folder}.{name}" for name in ("original", "packed", "transformers")}
+    formats = {f"{folder}.{name}" for name in ("gguf.format", "original", "packed", "transformers")}
     graph = import_graph(module_names())
     assert formats <= graph.keys()
     assert {module for module, targets in graph.items() if targets & formats} == {f"{folder}.table"}

@@ -117,7 +117,7 @@ def test_every_hint_to_install_an_extra_is_printed_with_its_brackets():
         assert hint.replace("\n", " ").strip() in error_line(ValueError(hint)) or "  " in hint or "\n" in hint
         named |= set(re.findall(r"mambakit\[(\w+)\]", hint))
     assert named <= set(extras)
-    assert {"train", "serve", "peft", "eval", "constrain", "gpu"} <= named
+    assert {"hf", "train", "serve", "peft", "eval", "constrain", "gpu"} <= named
 
 
 def test_the_curve_s_hint(monkeypatch, tmp_path):

@@ -1,38 +1,50 @@
-"""Rewrite a checkpoint: between transformers' format and the original state-spaces format, to another dtype, or from
-packed weights (`mambakit quantize`) to plain ones."""
+"""Rewrite a checkpoint: between transformers' format, the original state-spaces format and llama.cpp's GGUF, to another
+dtype, or from packed weights (`mambakit quantize`, GGUF's Q8_0 and Q4_0) to plain ones."""
 
 from __future__ import annotations
 
 import argparse
 
+from mambakit.commands.loading import hide_progress_bars
 from mambakit.commands.options import check_output_folder
 from mambakit.output import say, terminal
 
+_BLOCKS = ("q8_0", "q4_0")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="hub id or folder, in either format; packed weights are unpacked")
-    parser.add_argument("target", help="a new folder")
+    parser.add_argument("source", help="hub id, folder or .gguf file, in any format; packed weights are unpacked")
+    parser.add_argument("target", help="a new folder, or a new .gguf file")
     parser.add_argument(
-        "--to", choices=("transformers", "original"), default="transformers", help="default: transformers"
+        "--to", choices=("transformers", "original", "gguf"), help="default: transformers; gguf for a .gguf target"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the source's")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", *_BLOCKS),
+        help="default: the source's; q8_0 and q4_0 for GGUF alone",
+    )
+    parser.add_argument("--no-tokenizer", action="store_true", help="write the weights alone")
 
 
 def run(args: argparse.Namespace) -> int:
-    check_output_folder("target", args.target, new=True)
+    to = args.to or ("gguf" if args.target.endswith(".gguf") else "transformers")
+    if args.dtype in _BLOCKS and to != "gguf":
+        raise ValueError(f"--dtype {args.dtype} is GGUF's; give a target that ends with .gguf, or another dtype")
+    if to != "gguf":
+        check_output_folder("target", args.target, new=True)
 
     import torch
-    import transformers
 
     from mambakit.models.auto import AutoConfig
     from mambakit.models.checkpoints import convert
     from mambakit.models.quantization import is_quantized
 
-    transformers.utils.logging.disable_progress_bar()
-    folder = convert(args.source, args.target, args.to, None if args.dtype is None else getattr(torch, args.dtype))
+    hide_progress_bars()
+    dtype = args.dtype if args.dtype in _BLOCKS or args.dtype is None else getattr(torch, args.dtype)
+    place = convert(args.source, args.target, to, dtype, tokenizer=not args.no_tokenizer)
     config = AutoConfig.from_pretrained(args.source)
     if is_quantized(config):
         format = config.quantization_config["format"]
         say(terminal(stderr=True), f"{args.source} is quantised ({format}): dequantised to plain weights")
-    say(terminal(), str(folder))
+    say(terminal(), str(place))
     return 0

@@ -1,10 +1,11 @@
-"""Versions, devices, which implementation serves each op on each of them, and which decoder serves a model."""
+"""Versions, devices, what serves each op on each of them, what `mambakit run` would give, and a model's decoders."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from mambakit.commands.options import integer
 from mambakit.output import table, terminal
 
 if TYPE_CHECKING:
+    from mambakit.compat import Row as Given
     from mambakit.decoding.registry import Row
 
 
@@ -29,13 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
+    from mambakit.compat import rows as of_mamba_ssm
     from mambakit.ops.implementations import implementations
 
     versions, devices, rows = _versions(), _devices(), implementations()
+    given = of_mamba_ssm()
     decoders = _decoders(args)
     if args.json:
         report: dict[str, Any] = {
-            "versions": versions, "devices": devices, "implementations": [asdict(row) for row in rows]
+            "versions": versions, "devices": devices, "implementations": [asdict(row) for row in rows],
+            "mamba_ssm": [asdict(row) for row in given],
         }  # fmt: skip
         if decoders:
             report["decoders"] = [asdict(row) for row in decoders]
@@ -46,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         ("Versions", ("package", "version"), list(versions.items())),
         ("Devices", ("device", "what it is"), list(devices.items())),
         ("Ops", ("op", "device", "served by", "remedy"), [(r.op, r.device, r.serves, r.remedy) for r in rows]),
+        ("With mambakit.provide() or `mambakit run`", ("module", "given by", "why"), _given(given)),
     ):
         table(columns, lines, title, console)
     if decoders:
@@ -54,6 +60,21 @@ def run(args: argparse.Namespace) -> int:
         title = f"Decoders of {args.rows or 1} row{'s' * ((args.rows or 1) > 1)}"
         table(("decoder", "serves, or why not"), [(row.decoder, describe(row)) for row in decoders], title, console)
     return 0
+
+
+def _given(rows: Sequence[Given]) -> list[tuple[str, str, str]]:
+    """A line for each module; one for a package of which all has the same source."""
+    lines: list[tuple[str, str, str]] = []
+    whole = ""
+    for row in rows:
+        if whole and row.module.startswith(whole):
+            continue
+        by = "mambakit" if row.given else str(row.place)
+        inside = [r for r in rows if r.module.startswith(f"{row.module}.")]
+        same = bool(inside) and all((r.given, r.why) == (row.given, row.why) for r in inside)
+        whole = f"{row.module}." if same else ""
+        lines.append((f"{row.module}.*" if same else row.module, by, row.why))
+    return lines
 
 
 def _decoders(args: argparse.Namespace) -> list[Row]:

@@ -9,7 +9,9 @@ from mambakit.output import table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help="hub id or folder (default: the model that ships with mambakit)")
+    parser.add_argument(
+        "model", nargs="?", help="hub id, folder or .gguf file (default: the model that ships with mambakit)"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
@@ -28,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         ("weights", ", ".join(f"{count:,} {dtype}" for dtype, count in info.dtypes.items())),
         *(("file", f"{file}, {size / 2**20:,.1f} MiB") for file, size in info.files.items()),
         ("state of one sequence", f"{info.state_bytes / 2**20:.2f} MiB, whatever its length"),
-        ("tokenizer", "in the folder" if info.tokenizer else "not in the folder"),
+        ("tokenizer", "with the weights" if info.tokenizer else "none with the weights"),
         *((field, str(value)) for field, value in info.config.items()),
     ]
     table(("", ""), rows)

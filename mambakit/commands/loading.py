@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from mambakit._versions import check_models
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="hub id or folder (default: the model that ships with mambakit)")
+    parser.add_argument("--model", help="hub id, folder or .gguf file (default: the model that ships with mambakit)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument(
         "--dtype",
@@ -16,15 +18,25 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """(model in eval mode on its device, tokenizer)."""
+def hide_progress_bars() -> None:
+    """transformers shows none of its own from here on.
+
+    Raises:
+        RequirementError: it is missing, or too old.
+    """
+    check_models()
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(model in eval mode on its device, tokenizer)."""
+    hide_progress_bars()
     from mambakit.assets import default_model_path
     from mambakit.models.auto import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from mambakit.models.devices import default_device, default_dtype, usable_device
 
-    transformers.utils.logging.disable_progress_bar()
     name = default_model_path() if args.model is None else args.model
     device = default_device() if args.device is None else usable_device(args.device, "--device")
     dtype = args.dtype or default_dtype(device)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from mambakit.commands.loading import hide_progress_bars
 from mambakit.commands.options import check_output_folder
 from mambakit.output import say, terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", help="hub id or folder; one that is quantised already is packed anew from its rounded weights"
+        "source",
+        help="hub id, folder or .gguf file; one that is quantised already is packed anew from its rounded weights",
     )
     parser.add_argument("target", help="a new folder")
     parser.add_argument("--to", choices=("int8", "int4", "lossless"), default="int8", help="default: int8")
@@ -24,13 +26,11 @@ def run(args: argparse.Namespace) -> int:
 
     from pathlib import Path
 
-    import transformers
-
     from mambakit.models.auto import AutoModelForCausalLM
     from mambakit.models.checkpoints import copy_tokenizer, resolve
     from mambakit.models.quantization import is_quantized
 
-    transformers.utils.logging.disable_progress_bar()
+    hide_progress_bars()
     target = Path(args.target)
     if args.to == "lossless" and args.group is not None:  # before anything is loaded
         raise ValueError(

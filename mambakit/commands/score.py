@@ -1,5 +1,5 @@
 """Log-likelihood, perplexity and bits per character of text files, read as a stream at constant memory; or of choices
-after a prefix, which is read once; or of every token of a text."""
+after a prefix, which is read once; or of every token of a text; or of every line of a log as it comes (--follow)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mambakit.commands import following
 from mambakit.commands.loading import add_model_arguments, load
 from mambakit.commands.options import integer, require_with, text
 from mambakit.commands.texts import opened_text, require_file
@@ -16,12 +17,14 @@ from mambakit.errors import UsageError
 from mambakit.opening import COMPRESSED
 from mambakit.output import description_column, table, terminal
 
+_CHUNK_SIZE = 1024
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="*", metavar="FILE", help='UTF-8 text files; "-" is standard input')
     add_model_arguments(parser)
     parser.add_argument(
-        "--chunk-size", type=integer(1), default=1024, help="tokens per forward; memory is proportional to it"
+        "--chunk-size", type=integer(1), metavar="N", help="tokens per forward; memory grows with it (default 1024)"
     )
     parser.add_argument("--per-token", action="store_true", help="every token's log-probability (with --json)")
     parser.add_argument("--json", action="store_true", help="one JSON object for each file, choice or text")
@@ -36,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--echo", type=text, metavar="TEXT", help="this text's tokens, with the log-probability of each"
     )
     parser.add_argument("--top", type=integer(0), metavar="K", help="with --echo: the K likeliest tokens in each place")
+    following.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         return _choices(args, model, tokenizer)
     if args.echo is not None:
         return _echo(args, model, tokenizer)
-    return _files(args, model, tokenizer)
+    return following.follow(args, model, tokenizer) if args.follow else _files(args, model, tokenizer)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -58,6 +62,10 @@ def _check(args: argparse.Namespace) -> None:
     require_with("--top", args.top is not None, "--echo", args.echo is not None)
     if args.per_token and not args.json:
         raise UsageError("--per-token lists every token; add --json")
+    if args.follow and args.chunk_size is not None:
+        raise UsageError("--chunk-size has no effect with --follow, which reads lines as they come; drop it")
+    args.chunk_size = args.chunk_size or _CHUNK_SIZE
+    following.check(args)
     for name in (*args.files, *([args.choices] if args.choices else [])):
         if name != "-":
             require_file(name, "text")

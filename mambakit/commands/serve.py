@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
                 load_seconds=args.load_seconds,
             ),
             devices=_devices(args),
-            name=args.served_model_name or (Path(model).resolve().name if Path(model).is_dir() else model),
+            name=args.served_model_name or _own_name(model),
             host=args.host,
             port=args.port,
             max_waiting=args.max_waiting,
@@ -198,9 +198,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _own_name(model: str) -> str:
+    """A folder's name, a GGUF file's without its ending, or the hub id."""
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return path.stem
+    return path.resolve().name if path.is_dir() else model
+
+
 def _check_model(name: str) -> None:
     """Refuse a folder that is missing or holds no model before the port is open; the replica checks the rest."""
     folder = Path(name)
+    if folder.suffix == ".gguf" and folder.is_file():
+        return
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise CheckpointError(

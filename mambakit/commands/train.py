@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 
+from mambakit.commands.loading import hide_progress_bars
 from mambakit.commands.options import check_output_folder
 from mambakit.errors import UsageError
 from mambakit.output import say, terminal
@@ -22,8 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import transformers
-
     from mambakit.training.config import load_config
     from mambakit.training.loop import RunInterrupted, train
 
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     if not config.train_files:
         raise UsageError("train_files is empty; name files: 'train_files=[\"my_text.txt\"]'")
     check_output_folder("out", config.out)
-    transformers.utils.logging.disable_progress_bar()  # the run has its own
+    hide_progress_bars()  # the run has its own
     try:
         train(config, terminal(stderr=True), terminal())
     except RunInterrupted as stop:

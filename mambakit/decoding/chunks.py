@@ -26,6 +26,8 @@ class ChunkSizes:
 
 
 CHUNK_SIZES = {"cpu": ChunkSizes(512, 2**10, 512), "cuda": ChunkSizes(LARGEST_BUCKET, 2**14, 2**11)}
+LARGEST_PADDED = 512  # tokens of a bucket that a shorter part shares; above it the padding would take time
+_SMALLEST_BUCKET = 16  # a shorter one takes the same time
 SNAPSHOT_CHUNK = 512  # tokens between two snapshots of a prefix cache, and between two steps of an engine
 SCORING_CHUNK = 1024  # tokens whose hidden states are all kept until they are scored
 
@@ -107,9 +109,21 @@ def chunks(texts: Prompts, attention_mask: Tensor | None, size: int) -> Iterator
         yield Chunk(torch.cat(parts)[None], marks, lengths, ends, positions, done, done == total)
 
 
-def buckets(length: int, longest: int) -> list[int]:
-    """Powers of two, in descending order, that sum to ``length``; none is above ``longest`` or `LARGEST_BUCKET`."""
-    most = 1 << (max(1, min(longest, LARGEST_BUCKET)).bit_length() - 1)
-    sizes = [most] * (length // most)
-    rest = length % most
-    return sizes + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
+def parts(length: int, longest: int) -> list[int]:
+    """The tokens of each forward by which captured graphs read a prompt (`mambakit.decoding.bucket_graphs`).
+
+    Above `LARGEST_PADDED` they are powers of two, in descending order; the rest, last, is any number up to it. None is
+    above ``longest`` or `LARGEST_BUCKET`.
+    """
+    size, rest, found = min(longest, LARGEST_BUCKET), length, []
+    if size > LARGEST_PADDED:
+        size = 1 << (size.bit_length() - 1)
+    while size > LARGEST_PADDED:
+        found += [size] * (rest // size)
+        size, rest = size // 2, rest % size
+    return found + [size] * (rest // size) + [rest % size] * (rest % size > 0)
+
+
+def bucket_of(tokens: int) -> int:
+    """The length of the graph that reads so many tokens: a power of two; up to `LARGEST_PADDED` the rest is padding."""
+    return max(_SMALLEST_BUCKET, 1 << (tokens - 1).bit_length())

@@ -7,9 +7,11 @@ prompt, and takes about 0.1 ms.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from operator import is_
 from typing import Any, Generic, Literal, TypeVar
@@ -59,12 +61,27 @@ class CapturedGraph(Generic[T]):
                 torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             pool = None if shared is None else shared._graph.pool()
-            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode=error_mode):
+            with (
+                _without_garbage_collection(),
+                torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode=error_mode),
+            ):
                 self.result = run()
 
     def replay(self) -> None:
         """Launch the captured work on the current stream; does not wait for it."""
         self._graph.replay()
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Another graph that the collector frees during a capture would make the capture fail."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 # -- whether a model's forward can be captured -------------------------------------------------------------------------

@@ -1,7 +1,10 @@
-"""Detection of NaN logits, and the error messages for users."""
+"""The logits of a chunk's last tokens, detection of NaN in logits, and the error messages for users."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from mambakit.errors import LogitsError
@@ -35,3 +38,9 @@ def are_numbers(logits: Tensor, tokens: Tensor) -> Tensor:
     end the token may be padding, even a negative one.
     """
     return ~logits.gather(-1, tokens.clamp(min=0)[:, None])[:, 0].isnan()
+
+
+def last_logits(model: Any, hidden: Tensor) -> Tensor:
+    """(b, v) logits of (b, 1, h), float32 (float64 in a float64 model)."""
+    logits: Tensor = model.lm_head(hidden)[:, -1]
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -149,15 +149,19 @@ class SlotLoop:
         if not self._seated:
             self.sampler.seat([None if text is None else text.sampled for text in self.pool.occupants])
             self._seated = True
-        plain = self.sampler.plain
-        tokens, _ = self._loop.write(1 if self.sampler.must_look else count)
-        if plain:  # a NaN stays in the state, so checking the last logits is enough
-            wrong = ~self.pool.are_numbers(tokens[:, -1])
-            tokens[:, -1].masked_fill_(wrong, NO_TOKEN)
+        if self.sampler.plain:  # the decoder chooses; its argmax of NaN is a token
+            tokens = torch.cat([self._likeliest() for _ in range(count)], 1)
+        else:
+            tokens, _ = self._loop.write(1 if self.sampler.must_look else count)
         found: list[list[int]] = tokens.tolist()
         if self.sampler.must_look:
             return [[token] for token in self.sampler.accept([token for (token,) in found])]
         return found
+
+    def _likeliest(self) -> Tensor:
+        """(size, 1) the most probable tokens; `NO_TOKEN` where the logits are NaN."""
+        tokens, _ = self._loop.write()
+        return tokens.masked_fill(~self.pool.are_numbers(tokens[:, 0])[:, None], NO_TOKEN)
 
     def verify(self, drafts: Sequence[Draft]) -> list[list[int]]:
         """Verify one draft per slot. Returns each slot's accepted guesses and one more token. Call `keep` next."""

@@ -1,10 +1,8 @@
 """Prefill: read many tokens into a recurrent state at once. Every prompt and document is read by the functions here.
 
-A prompt is cut into chunks, so that memory does not grow with its length. On a GPU, the chunks of a single prompt are
-powers of two tokens ("buckets"), and each bucket size becomes a CUDA graph at its second use. The forward of a short
-prompt is bound by the host that launches the kernels (130m model: 15 ms, of which the GPU computes 1.3 ms), and a CUDA
-graph serves one length only. The cut depends on the prompt's length and the chunk size alone, never on which graphs
-exist already. So a prompt's result has the same bits whatever was read before.
+A prompt is cut into chunks, so that memory does not grow with its length. On a GPU a single prompt is read by captured
+graphs (`mambakit.decoding.bucket_graphs`). How it is cut depends on its length and the chunk size alone, never on which
+graphs exist already. So a prompt's result has the same bits whatever was read before.
 """
 
 from __future__ import annotations
@@ -15,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.decoding.chunks import Prompts, buckets, chunks, row_count, size_of_chunks, texts_of
-from mambakit.decoding.cuda_graph import CapturedGraph, graphs_serve, kept_with
+from mambakit.decoding.bucket_graphs import bucket_graphs, reads_in_buckets
+from mambakit.decoding.chunks import Prompts, chunks, parts, row_count, size_of_chunks, texts_of
+from mambakit.decoding.logits import last_logits
 from mambakit.modules import StateCache
 from mambakit.modules.interception import is_ours
 
@@ -95,16 +94,17 @@ def prefill_parts(
     if attention_mask is None and reads_in_buckets(model, row_count(texts)):
         ids = texts if isinstance(texts, Tensor) else texts[0][None]
         with torch.cuda.device(model.device):
-            graphs: _BucketGraphs = kept_with(model, ("prefill",), lambda: _BucketGraphs(model))
+            graphs = bucket_graphs(model)
             graphs.load(cache)
             done = 0
-            for part in ids.split(buckets(ids.shape[1], size), 1):  # without a yield: the graphs share one state
-                hidden = graphs.read(model, part)
-                done += part.shape[1]
+            ids = ids[0]
+            for part in ids.split(parts(len(ids), size)):  # without a yield: the graphs share one state
+                hidden = graphs.read(model, [part], 1)
+                done += len(part)
                 if progress is not None:
                     progress(done)
             graphs.store(cache, done)
-        return _head(model, hidden) if want_logits else None
+        return last_logits(model, hidden) if want_logits else None
     found: list[Tensor] = []
     order: list[int] = []
     # A model with a hook or a replaced forward is itself called for every chunk if logits are wanted.
@@ -185,13 +185,7 @@ def _by_layer(model: Any, ids: Tensor, cache: StateCache, want_logits: bool) -> 
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     x, _ = backbone.norm_f(x, residual, wide if model.config.residual_in_fp32 else None)
     cache.advance(ids.shape[1])
-    return _head(model, x[:, -1:]) if want_logits else x
-
-
-def _head(model: Any, hidden: Tensor) -> Tensor:
-    """(b, v) logits of (b, 1, h)."""
-    logits = model.lm_head(hidden)[:, -1]
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return last_logits(model, x[:, -1:]) if want_logits else x
 
 
 def _finish(parts: Generator[None, None, Tensor | None]) -> Tensor | None:
@@ -200,48 +194,3 @@ def _finish(parts: Generator[None, None, Tensor | None]) -> Tensor | None:
             next(parts)
         except StopIteration as end:
             return end.value
-
-
-def reads_in_buckets(model: Any, rows: int) -> bool:
-    """Whether a prompt is cut into powers of two and read by CUDA graphs: one row, on a GPU, without gradients."""
-    return rows == 1 and not torch.is_grad_enabled() and graphs_serve(model)
-
-
-class _BucketGraphs:
-    """The prefill graphs of one model. They share one state and one memory pool, so only one runs at a time."""
-
-    def __init__(self, model: Any):
-        self.states: Any = model.backbone.new_cache(1)
-        self._used: set[int] = set()
-        self._graphs: dict[int, tuple[CapturedGraph[Tensor], Tensor]] = {}  # by length, with its input ids
-
-    def load(self, cache: StateCache) -> None:
-        """Start from a copy of this state."""
-        self.states.load_(cache)
-
-    def store(self, cache: StateCache, tokens: int) -> None:
-        """Copy the state into ``cache``, and count ``tokens`` more as seen there."""
-        seen = cache.get_seq_length()
-        cache.load_(self.states)
-        cache.advance(seen + tokens - cache.get_seq_length())
-
-    def _forward(self, model: Any, ids: Tensor) -> Tensor:
-        return model.backbone(ids, cache_params=self.states).last_hidden_state[:, -1:]
-
-    @torch.inference_mode(False)  # a graph's tensors outlive the call
-    @torch.no_grad()
-    def read(self, model: Any, ids: Tensor) -> Tensor:
-        """(1, 1, h) after the last token. The result of a graph is valid until the next bucket is read."""
-        length = ids.shape[1]
-        if length not in self._graphs:
-            if length not in self._used:  # eager once: kernels are compiled now, since a capture cannot
-                self._used.add(length)
-                return self._forward(model, ids)
-            held = ids.clone()
-            shared = next(iter(self._graphs.values()), (None,))[0]
-            graph = CapturedGraph(lambda: self._forward(model, held), model.device, shared=shared)
-            self._graphs[length] = graph, held
-        graph, held = self._graphs[length]
-        held.copy_(ids)
-        graph.replay()
-        return graph.result

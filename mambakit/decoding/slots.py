@@ -83,6 +83,11 @@ class SlotPool:
         return self.states.max_batch_size
 
     @property
+    def captured(self) -> bool:
+        """Whether a step of the current slots is launched without the host waiting for it."""
+        return self._decoder is not None and self._kind.captured and self._watch.holds()
+
+    @property
     def by_forward(self) -> bool:
         """Whether a step of the current slots is a plain call of the model."""
         return (isinstance(self._decoder, ForwardDecoder | None) and not self.elastic) or not self._watch.holds()

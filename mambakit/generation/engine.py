@@ -33,6 +33,7 @@ from mambakit.decoding.loop import SlotLoop
 from mambakit.decoding.parameters import CHUNK_SIZE, INT64, Number
 from mambakit.decoding.slots import SlotPool
 from mambakit.errors import LogitsError
+from mambakit.generation.engine_looks import Looks
 from mambakit.generation.engine_prompts import PromptReader
 from mambakit.generation.engine_schedule import Schedule
 from mambakit.generation.prefix_cache import PrefixCache
@@ -42,8 +43,6 @@ from mambakit.generation.stream import _end_tokens
 from mambakit.modules import StateCache
 from mambakit.ops.sampling.api import NO_TOKEN
 from mambakit.quoting import brief, cut
-
-_MOST_PER_LOOK = 64  # a graph keeps no more tokens
 
 
 class Engine:
@@ -60,7 +59,8 @@ class Engine:
         slice_tokens: how many tokens a text writes at least before it makes room for one of another share.
         tokens_per_look: tokens that each slot writes between two device-to-host syncs, where no constraint needs one
             and no state is kept. More than 1 leaves the host behind the device; the texts are the same, but `step`
-            gives several tokens of a text at once, and a text that is cancelled has had up to so many more.
+            gives several tokens of a text at once, and a text that is cancelled has had up to so many more. None: 1,
+            and with a captured decoder as many as take 10 ms, up to 8.
         clock: gives the time in seconds.
         rows: the earlier name of ``slots``.
 
@@ -77,7 +77,7 @@ class Engine:
         prefix_cache: PrefixCache | None = None,
         read_seconds: float = 0.02,
         slice_tokens: int = 32,
-        tokens_per_look: int = 1,
+        tokens_per_look: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
         rows: int | None = None,
     ):
@@ -91,9 +91,8 @@ class Engine:
         chunk_size = replace(CHUNK_SIZE, default=SNAPSHOT_CHUNK).read("chunk_size", chunk_size)
         slice_tokens = Number(32, 1, INT64[1], whole=True).read("slice_tokens", slice_tokens)
         read_seconds = Number(0.02, 0, math.inf).read("read_seconds", read_seconds)
-        tokens_per_look = Number(1, 1, _MOST_PER_LOOK, whole=True).read("tokens_per_look", tokens_per_look)
         self.model, self.slots, self.chunk_size, self.slice_tokens = model, slots, chunk_size, slice_tokens
-        self.tokens_per_look = tokens_per_look
+        self._looks = Looks(tokens_per_look, clock)
         self.prefix_cache = prefix_cache
         self._ends = _end_tokens(model)
         self._vocab_size = model.config.vocab_size
@@ -219,14 +218,12 @@ class Engine:
 
     def _write(self, chosen: list[tuple[Request, int]]) -> None:
         """The next tokens of every text that has a slot."""
-        count = self.tokens_per_look
         held: list[Text | None] = list(self._pool.occupants)
-        if count > 1:  # what is read beyond a text's end would be in its state
-            texts = [text for text in held if text is not None]
-            kept = self.prefix_cache is not None or any(text.request.keep_state for text in texts)
-            count = 1 if kept else min(count, *(text.most - len(text.written) for text in texts))
+        texts = [text for text in held if text is not None]
+        count = self._looks.count(self._pool, texts, states_are_kept=self.prefix_cache is not None)
+        found = self._looks.timed(self._loop.look, count)
         vocab_size, ends = self._vocab_size, self._ends
-        for text, tokens in zip(held, self._loop.look(count), strict=True):
+        for text, tokens in zip(held, found, strict=True):
             if text is None:
                 continue
             request, written = text.request, text.written

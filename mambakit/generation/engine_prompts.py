@@ -7,13 +7,17 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from mambakit.decoding.bucket_graphs import reads_in_buckets, rows_together
+from mambakit.decoding.chunks import bucket_of
 from mambakit.decoding.parameters import NEW_TOKENS
+from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampler import Sampler
 from mambakit.generation.engine_schedule import Schedule
 from mambakit.generation.prefix_cache import PrefixCache
-from mambakit.generation.reading import PromptReading, ReadingShare
+from mambakit.generation.reading import Part, PromptReading, ReadingShare
 from mambakit.generation.request import Request, Text
 from mambakit.generation.token_ids import require_in_vocabulary
 from mambakit.generation.turns import Path
@@ -71,30 +75,78 @@ class PromptReader:
 
     def _read_part(
         self, text: Text, read: Callable[[Text, int], None], failed: Callable[[Text, Exception], None]
-    ) -> int:
-        reading, tokens = text.reading, 0
-        left = reading.left
+    ) -> Part:
+        """Read the smallest part of a text's prompt, or of a group of short prompts."""
+        group, part = [text], Part(0, 0)
+        left = {text: text.reading.left}
         try:
-            if text.prompt in self._held and not reading.begun:
+            if text.prompt in self._held and not text.reading.begun:
                 assert text.prompt is not None
-                reading.finish(*self._held[text.prompt])
+                text.reading.finish(*self._held[text.prompt])
+                part = Part(left[text], 0)
+            elif reads_in_buckets(self._model, 1):
+                group = self._group(text, failed)
+                left = {one: one.reading.left for one in group}
+                part = PromptReading.read_group([one.reading for one in group])
             else:
-                tokens = reading.part()
-            self._schedule.count_read(text, left - reading.left)
-            if not reading.done:
-                return tokens
-            text.request.cached_tokens = reading.cached
-            assert reading.logits is not None
-            sampled = text.begin(self._vocab_size, self._model.device)
-            (token,) = self._sampler.choose(reading.logits, [sampled])
+                part = text.reading.part()
         except Exception as error:
-            failed(text, error)
-            return tokens
-        self._schedule.was_read(text)
-        text.state = reading.cache
-        if text.prompt is not None and reading.cache is not None:
-            self._held[text.prompt] = reading.cache, reading.logits
-            while len(self._held) > _PROMPTS_HELD:
-                self._held.popitem(last=False)
-        read(text, token)
-        return tokens
+            for one in group:
+                failed(one, error)
+            return part
+        for one in group:
+            self._schedule.count_read(one, left[one] - one.reading.left)
+        self._begin_texts([one for one in group if one.reading.done], read, failed)
+        return part
+
+    def _group(self, text: Text, failed: Callable[[Text, Exception], None]) -> list[Text]:
+        """The texts whose next tokens are read by one forward: ``text``, and others of the same bucket."""
+        bucket = bucket_of(len(text.reading.next_tokens()))
+        group, most = [text], rows_together(bucket)
+        for other in list(self._schedule.may_be_read()) if most > 1 else []:
+            if len(group) == most:
+                break
+            if other is text or not self._is_short(other):
+                continue
+            try:
+                if bucket_of(len(other.reading.next_tokens())) == bucket:
+                    group.append(other)
+            except Exception as error:  # a state that was given may be of another model
+                failed(other, error)
+        return group
+
+    def _is_short(self, text: Text) -> bool:
+        return text.reading.is_short and (text.reading.begun or text.prompt not in self._held)
+
+    def _begin_texts(
+        self, texts: list[Text], read: Callable[[Text, int], None], failed: Callable[[Text, Exception], None]
+    ) -> None:
+        """Choose the first token of texts whose prompts are read, with one device-to-host sync."""
+        begun: list[Text] = []
+        sampled: list[SampledText] = []
+        for text in texts:
+            text.request.cached_tokens = text.reading.cached
+            try:
+                sampled.append(text.begin(self._vocab_size, self._model.device))
+            except Exception as error:
+                failed(text, error)
+            else:
+                begun.append(text)
+        if not begun:
+            return
+        logits = [text.reading.logits for text in begun if text.reading.logits is not None]
+        try:
+            tokens = self._sampler.choose(torch.cat(logits), sampled)
+        except Exception as error:
+            for text in begun:
+                failed(text, error)
+            return
+        for text, token in zip(begun, tokens, strict=True):
+            self._schedule.was_read(text)
+            text.state = text.reading.cache
+            if text.prompt is not None and text.state is not None:
+                assert text.reading.logits is not None
+                self._held[text.prompt] = text.state, text.reading.logits
+                while len(self._held) > _PROMPTS_HELD:
+                    self._held.popitem(last=False)
+            read(text, token)

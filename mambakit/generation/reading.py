@@ -1,15 +1,18 @@
-"""Prefill between the steps of an engine: one prompt in parts that can be interrupted, and several prompts within a
-time budget."""
+"""Prefill between the steps of an engine: one prompt in parts that can be interrupted, buckets of several prompts
+together, and all of it within a time budget."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from mambakit.decoding.bucket_graphs import LARGEST_GROUPED, read_together, rows_together
+from mambakit.decoding.chunks import LARGEST_BUCKET, bucket_of, parts
 from mambakit.decoding.prefill import prefill_parts
 from mambakit.generation.prefix_cache import PrefixCache, PrefixReading
 from mambakit.modules import StateCache
@@ -35,6 +38,21 @@ class PartTiming:
         return self._began.elapsed_time(self._ended) / 1000 if self._ended.query() else None
 
 
+@dataclass(frozen=True)
+class Part:
+    """What was read without an interruption.
+
+    Attributes:
+        read: how many tokens further a prompt is. 0 within a chunk.
+        work: the tokens of the forward: of the whole chunk, or of several prompts with their padding.
+        timing: on a GPU.
+    """
+
+    read: int
+    work: int
+    timing: PartTiming | None = None
+
+
 class PromptReading:
     """The prefill of one prompt, a part at a time. Chunks depend on the prompt and the chunk size alone, and so do the
     result's bits.
@@ -50,7 +68,6 @@ class PromptReading:
         begun, done: whether the first part has been read, and whether all of the prompt has.
         left: the number of tokens that are still to be read.
         cached: the number of tokens whose state was in the prefix cache.
-        timing: of the last part, on a GPU.
         cache, logits: once ``done``, the state after the prompt, and the logits (1, v).
     """
 
@@ -60,9 +77,10 @@ class PromptReading:
         self._model, self._ids, self._chunk_size = model, ids, chunk_size
         self._state, self._prefix_cache = state, prefix_cache if state is None else None
         self._parts: Generator[None, None, Tensor | None] | None = None
+        self._known: PrefixReading | None = None
+        self._stops: Iterator[int] | None = None  # ends of the chunks that are not begun; None: nothing is known yet
         self._position = self._stop = 0
         self.begun = self.done = False
-        self.timing: PartTiming | None = None  # of the last part, on a GPU
         self.cached = 0
         self.cache: StateCache | None = None
         self.logits: Tensor | None = None
@@ -71,30 +89,61 @@ class PromptReading:
     def left(self) -> int:
         return self._ids.shape[0] - self._position
 
-    def part(self) -> int:
-        """Read the smallest part: a layer of a chunk, or a whole chunk. Returns the chunk's number of tokens."""
+    @property
+    def is_short(self) -> bool:
+        """Whether a group may read it. A long prompt looks for its prefix only when it is read, when others may have
+        read that."""
+        return self.begun or len(self._ids) <= LARGEST_GROUPED
+
+    def part(self) -> Part:
+        """Read the smallest part: a layer of a chunk, or a whole chunk."""
+        self._to_stop()
+        self.begun = True
         if self.cache is None:
-            self._begin()
-        assert self.cache is not None
+            self.cache = self._model.backbone.new_cache(1)
         if self._parts is None:
-            self._stop = next(self._stops)
             part = self._ids[None, self._position : self._stop].to(self._model.device)
             self._parts = prefill_parts(self._model, part, self.cache)
-        tokens = self._stop - self._position
-        self.timing, on_gpu = None, self._model.device.type == "cuda"
-        timing = PartTiming(self._model.device, tokens) if on_gpu else None
+        tokens, read = self._stop - self._position, 0
+        timing = PartTiming(self._model.device, tokens) if self._model.device.type == "cuda" else None
         try:
             next(self._parts)
         except StopIteration as end:
-            self._parts, self._position = None, self._stop
-            if self._known is not None:
-                self._known.reached(self._position)
-            if self._position == self._ids.shape[0]:
-                self.done, self.logits = True, end.value
+            self._parts, read = None, tokens
+            self._reached(self._stop, end.value)
         if timing is not None:
             timing.end()
-            self.timing = timing
-        return tokens
+        return Part(read, tokens, timing)
+
+    def next_tokens(self) -> Tensor:
+        """(l,) int64, what `read_group` reads next. Nothing is read."""
+        self._to_stop()
+        count = parts(self._stop - self._position, LARGEST_BUCKET)[0]
+        return self._ids[self._position : self._position + count]
+
+    @staticmethod
+    def read_group(readings: Sequence[PromptReading]) -> Part:
+        """Read the next tokens of several prompts, which are of the same bucket."""
+        model = readings[0]._model
+        tokens = [reading.next_tokens() for reading in readings]
+        bucket = bucket_of(len(tokens[0]))
+        work = bucket * rows_together(bucket)
+        timing = PartTiming(model.device, work)
+        ends = [reading.left == len(own) for reading, own in zip(readings, tokens, strict=True)]
+        caches, logits = read_together(model, tokens, [reading.cache for reading in readings], want_logits=any(ends))
+        for row, (reading, cache) in enumerate(zip(readings, caches, strict=True)):
+            reading.begun, reading.cache = True, cache
+            reading._reached(reading._position + len(tokens[row]), None if logits is None else logits[row : row + 1])
+        timing.end()
+        return Part(max(map(len, tokens)), work, timing)
+
+    def _reached(self, position: int, logits: Tensor | None) -> None:
+        """The prompt is read up to ``position``, with these logits after it."""
+        self._position = position
+        if position == self._stop and self._known is not None:
+            self._known.reached(position)
+        if position == self._ids.shape[0]:
+            self.done, self.logits = True, logits
 
     def finish(self, cache: StateCache, logits: Tensor) -> None:
         """Take the state and the logits of another request with the same prompt."""
@@ -102,20 +151,25 @@ class PromptReading:
         self._position = self._ids.shape[0]
         self.cache, self.logits = cache.clone(), logits
 
-    def _begin(self) -> None:
-        self.begun = True
-        length, self._known = self._ids.shape[0], None
+    def _to_stop(self) -> None:
+        """Find the end of the chunk that is read next; at first, what is known of the prompt."""
+        if self._stops is None:
+            self._stops = self._begin()
+        if self._position == self._stop:
+            self._stop = next(self._stops)
+
+    def _begin(self) -> Iterator[int]:
+        length = self._ids.shape[0]
         if self._prefix_cache is not None:
-            known: PrefixReading = self._prefix_cache.begin(self._ids)
-            self._known, self.cache = known, known.cache
-            self._position = self.cached = known.position
-            self._stops: Iterator[int] = iter([*known.stops(), length])  # the last token is a chunk, for its logits
-            return
-        self.cache = self._model.backbone.new_cache(1)
+            self._known = self._prefix_cache.begin(self._ids)
+            self.cache = self._known.cache
+            self._position = self._stop = self.cached = self._known.position
+            return iter([*self._known.stops(), length])  # the last token is a chunk, for its logits
         if self._state is not None:
-            self.cache.copy_(self._state, [0], [0])  # raises at once for a state of another model
+            cache = self._model.backbone.new_cache(1)
+            cache.copy_(self._state, [0], [0])  # raises at once for a state of another model
             self.cache = self._state.clone()
-        self._stops = iter([*range(self._chunk_size, length, self._chunk_size), length])
+        return iter([*range(self._chunk_size, length, self._chunk_size), length])
 
 
 class ReadingShare(Generic[T]):
@@ -137,14 +191,14 @@ class ReadingShare(Generic[T]):
         self._launched: deque[PartTiming] = deque()  # parts that may still be running
 
     def step(
-        self, candidates: Callable[[], Iterable[T]], reading: Callable[[T], PromptReading], part: Callable[[T], int]
+        self, candidates: Callable[[], Iterable[T]], reading: Callable[[T], PromptReading], part: Callable[[T], Part]
     ) -> None:
         """Read prompts until the limits of a step are reached.
 
         Args:
             candidates: the prompts that may be read now, oldest first.
             reading: the `PromptReading` of one.
-            part: reads a part of one, and returns its number of tokens.
+            part: reads a part of one, or of other short prompts that are read before it.
         """
         began, budget, some = self._clock(), self.tokens, False
         queued = 0.0  # expected GPU seconds of the parts launched in this step
@@ -155,17 +209,17 @@ class ReadingShare(Generic[T]):
             left = reading(chosen).left
             if some and max(now - began, queued) + self._expected(min(left, self.tokens)) > self.seconds:
                 return
-            tokens, some = part(chosen), True
-            if (timing := reading(chosen).timing) is None:
+            done, some = part(chosen), True
+            if done.timing is None:
                 spent = self._clock() - now
-                self._note(spent, tokens)
+                self._note(spent, done.work)
             else:  # the clock measures the launch, not the GPU's work
-                self._launched.append(timing)
-                spent = self._expected(tokens)
+                self._launched.append(done.timing)
+                spent = self._expected(done.work)
                 queued += spent
             self._owed += spent / 3 if chosen is not able[0] else -spent
             self._owed = max(self._owed, -self.seconds)
-            budget -= max(0, left - reading(chosen).left)
+            budget -= done.read
 
     def _choose(self, able: list[T], reading: Callable[[T], PromptReading]) -> T:
         if able[0] is not self._first:

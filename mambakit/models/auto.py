@@ -8,7 +8,7 @@ from typing import Any
 
 from mambakit.errors import CheckpointError
 from mambakit.models.checkpoints.configuration import read_configuration, read_fields
-from mambakit.models.checkpoints.storage import HUB_ARGUMENTS, resolve, small_files
+from mambakit.models.checkpoints.storage import HUB_ARGUMENTS, is_gguf, resolve, small_files
 from mambakit.models.checkpoints.table import format_of
 from mambakit.models.families import CAUSAL_LM, CLASSIFIER, CONFIG, FAMILIES, MODEL
 from mambakit.models.options import check_loading
@@ -92,7 +92,14 @@ class AutoTokenizer:
     def from_pretrained(name: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         import transformers
 
-        folder = small_files(name, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        folder = small_files(name, **hub)
+        if is_gguf(folder):
+            from mambakit.models.checkpoints.gguf.container import read_header
+            from mambakit.models.checkpoints.gguf.vocabulary import read_tokenizer
+
+            read_any_configuration(folder)
+            return read_tokenizer(read_header(folder), **{k: v for k, v in kwargs.items() if k not in hub})
         fields = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
         found = [folder / file for file in _TOKENIZER_FILES if (folder / file).exists()]
         if fields:

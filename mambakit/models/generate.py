@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
+from mambakit.decoding.bucket_graphs import reads_in_buckets
 from mambakit.decoding.chunks import chunk_sizes
 from mambakit.decoding.cuda_graph import graphs_serve
-from mambakit.decoding.prefill import prefill, reads_in_buckets
+from mambakit.decoding.prefill import prefill
 from mambakit.decoding.scaling import widened
 from mambakit.decoding.transformers_steps import TransformersSteps
 from mambakit.models.generate_prompt import (

@@ -16,7 +16,6 @@ _NO_ADAPTERS = "load the base model, then mambakit.training.lora.load_adapters o
 _LOADING = {
     "load_in_8bit": 'use quantization="int8"', "load_in_4bit": 'use quantization="int4"',
     "quantization_config": 'use quantization="int8", "int4" or "lossless"',
-    "gguf_file": "it reads safetensors and .bin; convert the file first",
     "variant": "it reads model.safetensors or pytorch_model.bin; give the file that name in a folder of its own",
     "from_tf": "it reads PyTorch's weights; convert them first",
     "from_flax": "it reads PyTorch's weights; convert them first",

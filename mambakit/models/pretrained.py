@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mambakit.models.checkpoints.loading import load_pretrained
-from mambakit.models.checkpoints.saving import save_original, save_pretrained
+from mambakit.models.checkpoints.saving import save_gguf, save_original, save_pretrained
 from mambakit.models.mamba.configuration import MambaConfig
 from mambakit.models.mamba.initialization import initialize, initialize_in_turn
 from mambakit.models.options import check_loading
@@ -71,7 +71,8 @@ class MambaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint of any format (`mambakit.models.checkpoints`), from a folder or a hub id.
+        """Load a checkpoint of any format (`mambakit.models.checkpoints`), from a folder, a hub id or a GGUF file
+        (``gguf_file`` names one in a folder or on the hub).
 
         ``quantization`` ("int8", "int4" or "lossless") packs the weights once they are loaded; a checkpoint saved after
         `quantize` needs no argument. The other arguments are transformers' (``dtype``, "auto" for the checkpoint's own;
@@ -134,3 +135,11 @@ class MambaPreTrainedModel(PreTrainedModel):
     def save_original(self, folder: str | os.PathLike) -> None:
         """Save in state-spaces' original format. Packed weights: `dequantize` first."""
         save_original(self, folder)
+
+    def save_gguf(self, file: str | os.PathLike, type: str | None = None, tokenizer: Any = None) -> None:
+        """Save as a GGUF file, for llama.cpp. Packed weights: `dequantize` first.
+
+        ``type`` is the large weights': F32, F16, BF16, Q8_0 or Q4_0; the model's own dtype when None. ``tokenizer`` is
+        written with them.
+        """
+        save_gguf(self, file, type, tokenizer)

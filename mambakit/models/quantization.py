@@ -87,7 +87,8 @@ def dequantize(model: Any, dtype: torch.dtype | str | None = None) -> Any:
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or embeddings.weight.dtype
     tied = shares_table(model)
     for parent, name in targets_of(model):
-        setattr(parent, name, getattr(parent, name).dequantized(dtype))
+        if isinstance(layer := getattr(parent, name), QuantizedLinear):
+            setattr(parent, name, layer.dequantized(dtype))
     if tied:
         embeddings.weight = model.lm_head.weight
     elif has_head(model) and model.config.tie_word_embeddings:
@@ -133,16 +134,18 @@ def _learning(module: nn.Module, prefix: str = "") -> str | None:
 def packed_numbers(model: Any) -> int:
     """The number of weights in packed layers, without a head whose rows are the embeddings."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    if shares_table(model):
+    if shares_table(model) and isinstance(model.lm_head, QuantizedLinear):
         layers.remove(model.lm_head)
     return sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def shares_table(model: Any) -> bool:
-    """Whether the embeddings equal the packed head's rows, so that a checkpoint needs the head alone."""
-    if not model.config.tie_word_embeddings or not isinstance(getattr(model, "lm_head", None), QuantizedLinear):
+    """Whether the embeddings equal the head's rows, so that a checkpoint needs one of them alone."""
+    if not model.config.tie_word_embeddings or not has_head(model):
         return False
     weight = model.get_input_embeddings().weight
+    if not isinstance(model.lm_head, QuantizedLinear):
+        return model.lm_head.weight is weight
     return torch.equal(weight, model.lm_head.packed.dequantized().to(weight.dtype))
 
 
@@ -156,10 +159,27 @@ def _lossless_format(dtypes: set[torch.dtype]) -> str:
     )
 
 
+def format_of_layer(config: Any, name: str) -> str:
+    """The packed format of a layer, or "plain".
+
+    Args:
+        name: in a causal language model ("backbone.layers.0.mixer.in_proj", "lm_head").
+    """
+    settings = config.quantization_config
+    return settings.get("layers", {}).get(name, settings["format"])
+
+
 def targets_of(model: Any) -> list[tuple[Any, str]]:
     backbone = getattr(model, "backbone", model)
     targets = [(block.mixer, name) for block in backbone.layers for name in LAYERS]
     return [*targets, (model, "lm_head")] if has_head(model) else targets
+
+
+def named_targets(model: Any) -> list[tuple[str, Any, str]]:
+    """(name in a causal language model, parent, name in it) of every layer that may be packed."""
+    backbone = getattr(model, "backbone", model)
+    layers = {id(block.mixer): f"backbone.layers.{index}.mixer." for index, block in enumerate(backbone.layers)}
+    return [(layers.get(id(parent), "") + name, parent, name) for parent, name in targets_of(model)]
 
 
 def has_head(model: Any) -> bool:

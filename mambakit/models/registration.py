@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import transformers
-
+from mambakit._versions import check_models
 from mambakit.models.families import CAUSAL_LM, CLASSIFIER, CONFIG, FAMILIES, MODEL
 
+# transformers' names.
 _AUTO_CLASSES = {
-    MODEL: transformers.AutoModel,
-    CAUSAL_LM: transformers.AutoModelForCausalLM,
-    CLASSIFIER: transformers.AutoModelForSequenceClassification,
+    MODEL: "AutoModel",
+    CAUSAL_LM: "AutoModelForCausalLM",
+    CLASSIFIER: "AutoModelForSequenceClassification",
 }
 
 
@@ -18,9 +18,12 @@ def register() -> None:
 
     It changes transformers' registries for the whole process. A second call changes nothing.
     """
+    check_models()
+    import transformers
+
     for model_type, family in FAMILIES.items():
         config_class = family.load(CONFIG)
         transformers.AutoConfig.register(model_type, config_class, exist_ok=True)
         for ending, theirs in _AUTO_CLASSES.items():
             if ending in family.endings:
-                theirs.register(config_class, family.load(ending), exist_ok=True)
+                getattr(transformers, theirs).register(config_class, family.load(ending), exist_ok=True)

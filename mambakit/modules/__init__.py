@@ -2,6 +2,7 @@
 
 from mambakit.modules.block import MambaBlock
 from mambakit.modules.cache import MambaCache, new_cache
+from mambakit.modules.layer_config import LayerConfig
 from mambakit.modules.mixers.mamba import MambaMixer
 from mambakit.modules.norm import RMSNorm
 from mambakit.modules.packing import Packing
@@ -9,6 +10,7 @@ from mambakit.modules.state_cache import StateCache
 from mambakit.modules.state_spec import StateSpec, StateTensor
 
 __all__ = [
+    "LayerConfig",
     "MambaBlock",
     "MambaCache",
     "MambaMixer",

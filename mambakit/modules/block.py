@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mambakit.modules.left_padding import LeftPadding
 from mambakit.modules.mixers import MambaMixer, fused_layer, mixer_class
 from mambakit.modules.norm import RMSNorm
 from mambakit.modules.packing import Packing
@@ -37,7 +38,7 @@ class MambaBlock(nn.Module):
         x: Tensor,
         residual: Tensor | None = None,
         cache_params: StateCache | CacheHandle | None = None,
-        packing: Packing | None = None,
+        packing: Packing | LeftPadding | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(b, l, h) mixer output of the layer before, at first the embeddings, and the residual stream, at first None.
 

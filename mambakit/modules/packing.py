@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mambakit.modules.tracing import values_are_hidden
+from mambakit.ops._releases import is_exporting
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,11 @@ class Packing:
             return _by_values(keep, starts, continues, shape)
         if starts is None:
             return _by_shape(given, shape)
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            return _outside_the_graph(keep, starts, continues, shape)  # raises under fullgraph=True
-        raise ValueError(_NOT_TRACED)
+        from mambakit.modules.untraced import NOT_TRACED, between_graphs
+
+        if torch.compiler.is_compiling() and not is_exporting():
+            return between_graphs(_by_values, keep, starts, continues, shape)
+        raise ValueError(NOT_TRACED)
 
     def on(self, device: torch.device) -> Packing:
         """This packing on the device of a layer, for a model on several devices."""
@@ -140,13 +143,6 @@ def _by_shape(keep: Tensor, shape: tuple[int, int]) -> Packing:
     rows = ones[:, 0].cumsum(0)
     rows = torch.cat([rows - 1, -rows[:1]])  # 0, ..., b - 1, and -1
     return Packing(cu_seqlens, rows, rows, tokens, shape, True, keep)
-
-
-_NOT_TRACED = (
-    "position_ids, seq_idx, cu_seq_lens_q and cu_seq_lens_k: how many documents begin in a row is a matter of values, "
-    "which a trace cannot follow; give cu_seqlens, whose shape says it, or none of them where every row is one document"
-)
-_outside_the_graph = torch.compiler.disable(_by_values, reason=_NOT_TRACED)
 
 
 def document_starts(position_ids: Tensor, keep: Tensor | None = None) -> Tensor:

@@ -66,6 +66,17 @@ class StateCache:
         """A zero state for a model of configuration ``config`` and of ``dtype`` (the configuration's when None)."""
         return cls(config.state_spec(dtype), max_batch_size, device)
 
+    @classmethod
+    def over(cls, spec: StateSpec, tensors: Mapping[str, Tensor]) -> StateCache:
+        """A cache whose memory is ``tensors`` (by `Stack.key`, (layers, b, *shape), of the specification's dtypes).
+
+        Nothing is copied: inference writes into them, and where gradients flow they flow through them.
+        """
+        cache = StateCache(spec, 0, "meta")
+        cache._memory = cache._memory.mapped(lambda t: t, next((t.shape[1] for t in tensors.values()), 0))
+        cache._memory.replace(tensors)
+        return cache
+
     def tensors(self) -> dict[str, Any]:
         """The live memory, by `Stack.key`: (layers, b, *shape) each, a `LayeredTensor` on several devices."""
         return dict(self._memory.tensors())
@@ -184,6 +195,12 @@ class StateCache:
             self._seen_tokens, self._tail = 0, None
         else:
             self._memory.zero_(rows)
+
+    def zero_(self) -> None:
+        """Zero every slot in place: the tensors stay where they are."""
+        for tensor in self.tensors().values():
+            tensor.zero_()
+        self._seen_tokens, self._tail = 0, None
 
     def copy_(self: _Cache, source: StateCache, from_slots: Tensor | list[int], to_slots: Tensor | list[int]) -> _Cache:
         """Copy slots ``from_slots`` of ``source`` into slots ``to_slots`` of this cache; the other slots stay.

@@ -57,6 +57,10 @@ class StateMemory:
         other._stacks = {key: function(t) for key, t in self.tensors().items()}
         return other
 
+    def replace(self, tensors: Mapping[str, Any]) -> None:
+        """Take these tensors themselves as the memory."""
+        self._stacks, self._replaced = {key: tensors[key] for key in self._stacks}, {}
+
     def fill_(self, tensors: Mapping[str, Any]) -> None:
         """Copy these values, in place and without their gradients."""
         for key, stacked in self.tensors().items():

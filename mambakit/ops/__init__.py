@@ -16,8 +16,10 @@ Dimension glossary, used in every comment and docstring of the project:
     b  batch                h  hidden size (d_model)     k  convolution width
     l  length               d  inner channels (expand*h) v  vocabulary
     s  packed sequences     n  state size                r  time-step rank
+    g  groups of channels of B and C
 
-Layout at every public boundary is channels last: ``(b, l, d)``.
+Layout at every public boundary is channels last: ``(b, l, d)``; transposed views of ``(b, d, l)`` memory are read and
+written in place (`mambakit/ops/_layout.py`).
 """
 
 from mambakit.ops.causal_conv1d.api import causal_conv1d, causal_conv1d_

@@ -11,7 +11,7 @@ class WorkerOptions:
     """What a replica's process needs to start.
 
     Attributes:
-        model: hub id or folder.
+        model: hub id, folder or GGUF file.
         device: "cpu", "cuda:0", ...
         dtype: of the weights: "auto", "float32", ...; None is float32 on a CPU, the checkpoint's elsewhere.
         slots: texts that one replica decodes together.

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from mambakit.decoding import cuda_graph, graph_step
+from mambakit.decoding.bucket_graphs import BucketGraphs
 from mambakit.decoding.cuda_graph import CapturedGraph, kept_with, placement_of, why_not_captured
-from mambakit.decoding.prefill import _BucketGraphs
 from tests.models.configurations import pair
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -78,7 +78,7 @@ def test_only_the_last_few_are_kept(model):
 
 def test_what_is_kept_goes_with_the_model():
     model = pair("plain")[0]  # nobody else's
-    kept = weakref.ref(kept_with(model, ("prefill",), functools.partial(_BucketGraphs, model)))
+    kept = weakref.ref(kept_with(model, ("prefill",), functools.partial(BucketGraphs, model)))
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -122,5 +122,5 @@ def test_reasons_on_a_gpu():
     assert "hook" in why_not_captured(model)
     hook.remove()
     assert why_not_captured(model) is None
-    model.lm_head.cpu()
+    model.backbone.layers[0].cpu()
     assert "not all tensors" in why_not_captured(model)

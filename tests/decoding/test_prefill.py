@@ -5,11 +5,13 @@ import contextlib
 import pytest
 import torch
 
-from mambakit import MambaConfig, MambaForCausalLM
-from mambakit.decoding import cuda_graph
+from mambakit import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
+from mambakit.decoding import bucket_graphs, cuda_graph
 from mambakit.decoding import prefill as prompt
-from mambakit.decoding.chunks import LARGEST_BUCKET, buckets
+from mambakit.decoding.chunks import LARGEST_BUCKET, LARGEST_PADDED, bucket_of, parts
+from mambakit.generation import engine_prompts, reading
 from mambakit.generation.engine import Engine, Request
+from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.stream import Sampling
 from mambakit.models import generate
 from mambakit.models.outputs import MambaCausalLMOutput
@@ -17,6 +19,29 @@ from tests.models.configurations import pair
 
 CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 GPU = pytest.param("cuda", marks=CUDA)
+
+
+class NoTiming:
+    """A part's time on a GPU, where there is none."""
+
+    def __init__(self, device, tokens):
+        self.tokens = tokens
+
+    def end(self):
+        pass
+
+    def seconds(self):
+        return 0.0
+
+
+class EagerGraph:
+    """A captured graph's control flow: each replay runs the function again."""
+
+    def __init__(self, run, device, shared=None):
+        self._run = run
+
+    def replay(self):
+        self.result = self._run()
 
 
 @pytest.fixture
@@ -28,21 +53,54 @@ def on(monkeypatch):
             monkeypatch.setattr(prompt, "reads_in_buckets", lambda model, rows: rows == 1)
             monkeypatch.setattr(generate, "reads_in_buckets", lambda model, rows: rows == 1)
             monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-            monkeypatch.setattr(prompt._BucketGraphs, "read", prompt._BucketGraphs._forward)
+            monkeypatch.setattr(engine_prompts, "reads_in_buckets", lambda model, rows: rows == 1)
+            monkeypatch.setattr(reading, "PartTiming", NoTiming)
+            monkeypatch.setattr(bucket_graphs, "CapturedGraph", EagerGraph)
         return device
 
     return serve
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 64, 1000, 4095, 4096, 4097, 20_000])
-@pytest.mark.parametrize("longest", [1, 3, 64, 4096, 10**6])
-def test_pieces_are_powers_of_two_that_add_up(length, longest):
-    found = buckets(length, longest)
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 511, 512, 1000, 4095, 4096, 4097, 20_000])
+@pytest.mark.parametrize("longest", [1, 3, 64, 511, 600, 4096, 10**6])
+def test_parts_add_up(length, longest):
+    found = parts(length, longest)
     assert sum(found) == length
     assert found == sorted(found, reverse=True)
-    assert all(size & (size - 1) == 0 and size <= min(longest, LARGEST_BUCKET) for size in found)
-    least = min(1 << (longest.bit_length() - 1), LARGEST_BUCKET)
-    assert len(found) <= length // least + least.bit_length()
+    assert all(0 < size <= min(longest, LARGEST_BUCKET) for size in found)
+    assert all(size & (size - 1) == 0 for size in found if size > LARGEST_PADDED)
+    assert len(found) <= length // min(longest, LARGEST_PADDED) + 1
+    for size in found:
+        bucket = bucket_of(size)
+        assert bucket & (bucket - 1) == 0
+        assert size <= bucket < 2 * size or bucket == 16
+        assert bucket == size or bucket <= LARGEST_PADDED
+
+
+@pytest.mark.parametrize("kind", ["plain", "falcon"])
+@pytest.mark.parametrize("kernel", [2, 4])
+@torch.no_grad()
+def test_padding_on_the_left_changes_no_state(on, kind, kernel):
+    """Any padding, behind any state: the tokens' own logits and states, whatever stands in the padding."""
+    on("cpu")
+    torch.manual_seed(0)
+    own = (MambaConfig, MambaForCausalLM) if kind == "plain" else (FalconMambaConfig, FalconMambaForCausalLM)
+    model = own[1](own[0](hidden_size=32, num_hidden_layers=2, vocab_size=64, conv_kernel=kernel)).eval()
+    graphs = bucket_graphs.BucketGraphs(model)
+    states = graphs.states(model, 1)
+    for count in (1, 2, 3, 5, 15, 16):
+        ids, junk = torch.randint(0, 64, (count,)), torch.randint(0, 64, (16 - count,))
+        for start in (0, 1, 2, 7):
+            cache = model.backbone.new_cache(1)
+            if start:
+                model(torch.randint(0, 64, (1, start)), cache_params=cache)
+            states.load_(cache)
+            hidden = graphs._forward(model, torch.cat([junk, ids, torch.tensor([16 - count])])[None])
+            expected = model(ids[None], cache_params=cache).logits[:, -1]
+            assert torch.allclose(model.lm_head(hidden)[:, -1], expected, atol=1e-5)
+            for name, tensor in states.tensors().items():
+                assert torch.allclose(tensor, cache.tensors()[name], atol=1e-5), (name, count, start)
+            assert torch.equal(states.conv_states, cache.conv_states) or count < 16
 
 
 def test_on_a_cpu_it_is_the_models_forward():
@@ -113,7 +171,7 @@ def test_generate_reads_its_prompt_in_pieces(on, device, sampled, monkeypatch):
         assert torch.equal(model.generate(ids, prefill_chunk_size=16, **options), expected)
     if device == "cuda":
         reader = cuda_graph._kept[model].things["prefill",]
-        assert sorted(reader._graphs) == [1, 4, 8, 16, 32]  # 45, also in pieces of 16
+        assert sorted(reader._graphs) == [(1, 16), (1, 64)]  # 45, also in parts of 16
     hooked = []
     handle = model.register_forward_hook(lambda module, inputs, output: hooked.append(output.logits.shape))
     assert torch.equal(model.generate(ids, **options), expected)
@@ -174,6 +232,103 @@ def test_the_engine_reads_by_graphs(on, device):
         engine = Engine(model, slots=2, chunk_size=64)
         done = engine.write([Request(ids, Sampling(temperature=0), max_new_tokens=8) for _ in range(3)])
         assert [request.tokens for request in done] == [expected] * 3
+
+
+@pytest.mark.parametrize("length", [1, 16, 31, 64, 200, 512])
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@torch.no_grad()
+def test_a_part_of_several_prompts(on, device, length):
+    """Each prompt has the bits that it has alone, in any row beside any others, and what its own forward gives."""
+    model = made(on(device), torch.bfloat16 if device == "cuda" else torch.float32)
+    bucket = bucket_of(length)
+    rows = bucket_graphs.rows_together(bucket)
+    assert rows * bucket <= 512
+    begun = model.backbone.new_cache(1)
+    model(torch.randint(0, 320, (1, 5), device=device), cache_params=begun)
+    mine = torch.randint(0, 320, (length,))
+    least = bucket // 2 + 1 if bucket > 16 else 1
+    for start in (None, begun):
+        expected = None
+        for row in [0, 0, 0, rows - 1, rows // 2]:  # eager, captured, replayed, elsewhere
+            count = int(torch.randint(row + 1, rows + 1, ()))
+            lengths = torch.randint(least, bucket + 1, (count,)).tolist()
+            tokens = [mine if i == row else torch.randint(0, 320, (lengths[i],)) for i in range(count)]
+            caches = [None if i % 2 else begun.clone() for i in range(count)]
+            caches[row] = None if start is None else start.clone()
+            given = caches[row]
+            seen = [0 if cache is None else 5 for cache in caches]
+            found, logits = bucket_graphs.read_together(model, tokens, caches, want_logits=True)
+            assert given is None or found[row] is given
+            assert [c.get_seq_length() for c in found] == [s + len(t) for s, t in zip(seen, tokens, strict=True)]
+            result = logits[row], *found[row].tensors().values()
+            expected = expected or [t.clone() for t in result]
+            for one, other in zip(result, expected, strict=True):
+                assert torch.equal(one, other), row
+        alone = model.backbone.new_cache(1) if start is None else start.clone()
+        whole = model(mine[None].to(device), cache_params=alone).logits[0, -1]
+        tolerance = 1e-4 if device == "cpu" else 0.05  # bfloat16: products of other shapes round otherwise
+        assert torch.allclose(whole, expected[0], atol=tolerance, rtol=tolerance)
+        assert torch.allclose(alone.ssm_states, expected[2], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("cached", [False, True])
+@torch.no_grad()
+def test_an_engines_prompts_are_read_together(on, device, cached, monkeypatch):
+    """Prompts of many lengths, with states and without: each text as alone, in few forwards."""
+    model = made(on(device))
+    model.generation_config.eos_token_id = None
+    begun = model.backbone.new_cache(1)
+    model(torch.randint(0, 320, (1, 5), device=device), cache_params=begun)
+    lengths = [1, 2, 3, 31, 32, 32, 32, 33, 64, 64, 90, 127, 200, 300, 520, 600]
+
+    def requests():
+        torch.manual_seed(1)
+        return [
+            Request(
+                torch.randint(1, 320, (n,)), Sampling(seed=i) if i % 3 else Sampling(0), 8,
+                state=begun if i % 5 == 4 else None, keep_state=i % 4 == 0,
+            )
+            for i, n in enumerate(lengths)
+        ]  # fmt: skip
+
+    def engine():
+        return Engine(model, 16, prefix_cache=PrefixCache(model, chunk_size=64) if cached else None)
+
+    alone = [engine().write([request])[0] for request in requests()]
+    forwards, read = [], bucket_graphs.BucketGraphs.read
+
+    def counted(graphs, model, tokens, rows):
+        forwards.append((rows, bucket_of(len(tokens[0]))))
+        return read(graphs, model, tokens, rows)
+
+    monkeypatch.setattr(bucket_graphs.BucketGraphs, "read", counted)
+    together = engine().write(requests())
+    assert [r.tokens for r in together] == [r.tokens for r in alone]
+    for one, other in zip(together, alone, strict=True):
+        if one.keep_state:
+            assert torch.equal(one.final_state.ssm_states, other.final_state.ssm_states)
+            assert one.final_state.get_seq_length() == other.final_state.get_seq_length()
+    if not cached:
+        # 1 to 3; 31 to 32; 33 to 64; 90 and 127; 200; 300 and what begins 520 and 600; later the rests of these.
+        one_each = [(16, 16), (16, 32), (8, 64), (4, 128), (2, 256), (1, 512), (1, 512), (1, 512)]
+        assert sorted(forwards) == sorted([*one_each, (16, 16), (4, 128)])
+    assert all(rows == bucket_graphs.rows_together(bucket) for rows, bucket in forwards)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@torch.no_grad()
+def test_a_bad_state_ends_its_own_text_alone(on, device):
+    model, other = made(on(device)), pair("plain")[0].to(device)
+    good = Request(torch.randint(1, 320, (16,)), max_new_tokens=3)
+    bad = Request(torch.randint(1, 320, (16,)), max_new_tokens=3, state=other.backbone.new_cache(1))
+    engine = Engine(model, 4)
+    for request in (good, bad, late := Request(torch.randint(1, 320, (16,)), max_new_tokens=3)):
+        engine.submit(request)
+    for _ in engine.run():
+        pass
+    assert "another model" in bad.error
+    assert len(good.tokens) == len(late.tokens) == 3
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])

@@ -159,7 +159,7 @@ def test_a_text_without_numbers_ends_alone(model, temperature):
 
 
 def test_cancelled_and_submitted_meanwhile(model):
-    engine = Engine(model, 2)
+    engine = Engine(model, 2, tokens_per_look=1)
     long, waiting = (engine.submit(Request(p, max_new_tokens=50)) for p in prompts(2))
     waiting.cancel()
     late = None
@@ -176,7 +176,7 @@ def test_cancelled_and_submitted_meanwhile(model):
 
 def test_a_long_prompt_does_not_hold_up_those_who_write(model):
     long_prompt = tokens(1, 40)[0].random_(1, 61, generator=torch.Generator().manual_seed(6))
-    engine = Engine(model, 3, chunk_size=4, read_seconds=math.inf)  # however slow this machine is
+    engine = Engine(model, 3, chunk_size=4, read_seconds=math.inf, tokens_per_look=1)  # however slow this machine is
     writing = engine.submit(Request(prompts(1)[0], max_new_tokens=30))
     assert [request for request, _ in engine.step()] == [writing, writing]
     long, gone = (engine.submit(Request(long_prompt, max_new_tokens=5)) for _ in range(2))

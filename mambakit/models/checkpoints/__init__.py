@@ -7,13 +7,14 @@ are first used.
 from typing import TYPE_CHECKING
 
 from mambakit._lazy import lazy_names
+from mambakit._versions import check_models
 
 if TYPE_CHECKING:
     from mambakit.errors import CheckpointError
     from mambakit.models.checkpoints.conversion import convert, copy_tokenizer
     from mambakit.models.checkpoints.description import CheckpointInfo, describe
     from mambakit.models.checkpoints.loading import load_pretrained
-    from mambakit.models.checkpoints.saving import save_original, save_pretrained
+    from mambakit.models.checkpoints.saving import save_gguf, save_original, save_pretrained
     from mambakit.models.checkpoints.storage import resolve
 
 __all__ = [
@@ -24,10 +25,12 @@ __all__ = [
     "describe",
     "load_pretrained",
     "resolve",
+    "save_gguf",
     "save_original",
     "save_pretrained",
 ]
 
+check_models()
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
@@ -38,6 +41,7 @@ __getattr__, __dir__ = lazy_names(
         "describe": "mambakit.models.checkpoints.description",
         "load_pretrained": "mambakit.models.checkpoints.loading",
         "resolve": "mambakit.models.checkpoints.storage",
+        "save_gguf": "mambakit.models.checkpoints.saving",
         "save_original": "mambakit.models.checkpoints.saving",
         "save_pretrained": "mambakit.models.checkpoints.saving",
     },

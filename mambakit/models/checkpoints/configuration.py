@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 
 from mambakit.errors import CheckpointError
 from mambakit.models.checkpoints.fields import check_config, check_generation, shown
+from mambakit.models.checkpoints.storage import read_config
 from mambakit.models.checkpoints.table import format_of
 from mambakit.models.families import FAMILIES
 from mambakit.reading import read_json
@@ -23,8 +24,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: another architecture, or a value that the format does not allow.
     """
-    path = folder / "config.json"
-    config_json = read_json(path)
+    config_json, path = read_config(folder)
     fields = format_of(folder, config_json).read_configuration(config_json, path)
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -47,7 +47,7 @@ def read_configuration(folder: Path, config_class: Any, **overrides: Any) -> tup
     Raises:
         CheckpointError: config.json or generation_config.json cannot be used as it is.
     """
-    path = folder / "config.json"
+    _, path = read_config(folder)
     fields = read_fields(folder)
     if fields["model_type"] != config_class.model_type:
         raise CheckpointError(

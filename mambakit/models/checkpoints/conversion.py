@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from mambakit.errors import CheckpointError, UsageError
-from mambakit.models.auto import AutoModelForCausalLM, read_any_configuration
-from mambakit.models.checkpoints.storage import read_headers, resolve, weight_files
+from mambakit.models.auto import AutoModelForCausalLM, AutoTokenizer, read_any_configuration
+from mambakit.models.checkpoints.storage import has_tokenizer, is_gguf, read_headers, resolve, weight_files
 from mambakit.models.checkpoints.table import format_named
 from mambakit.models.quantization import is_quantized
 
@@ -21,15 +21,21 @@ _TOKENIZER_FILES = (
 
 
 def convert(
-    source: str | os.PathLike, target: str | os.PathLike, format: str, dtype: torch.dtype | None = None
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    format: str,
+    dtype: torch.dtype | str | None = None,
+    tokenizer: bool = True,
 ) -> Path:
-    """Write the checkpoint ``source`` to the folder ``target`` in ``format``; packed weights are unpacked.
+    """Write the checkpoint ``source`` to ``target`` in ``format``; packed weights are unpacked.
 
     Args:
-        source: hub id or folder, in any format.
-        target: a folder that is new or empty.
-        format: "transformers" or "original".
-        dtype: of the weights; the source's when None. A_log, D and dt_proj.bias stay float32.
+        source: hub id, folder or GGUF file, in any format.
+        target: a folder that is new or empty; for "gguf" a new file.
+        format: "transformers", "original" or "gguf".
+        dtype: of the weights; the source's when None. A_log, D and dt_proj.bias stay float32. A GGUF file's may be
+            "q8_0" or "q4_0", too.
+        tokenizer: whether to write the source's tokenizer, where it has one.
 
     Raises:
         ValueError: an unknown format, or a target that is not empty.
@@ -37,27 +43,52 @@ def convert(
     """
     target_format = format_named(format)
     target = Path(target)
-    if not str(target).strip():
-        raise UsageError("target is empty; name a new folder")
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"{target} is a file; name a new folder")
-    if target.exists() and any(target.iterdir()):
-        raise UsageError(f"{target} is not empty; name a new folder")
+    _require_new(target, format)
+    if isinstance(dtype, str) and format != "gguf":
+        raise ValueError(f"dtype is {dtype!r}, which a GGUF file alone has; give a torch.dtype, or format 'gguf'")
     folder = resolve(source)
     read_any_configuration(folder)
     heads = [name for name in read_headers(weight_files(folder)) if name.startswith("score.")]
     if heads:
         raise CheckpointError(f"{folder} holds a classifier ({heads[0]}), which convert would lose; load and save it")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    plain = dtype if isinstance(dtype, torch.dtype) else "auto"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=plain)
     if is_quantized(model.config):
         model.dequantize()
+    if format == "gguf":
+        type = dtype if isinstance(dtype, str) else None
+        loaded = AutoTokenizer.from_pretrained(folder) if tokenizer and has_tokenizer(folder) else None
+        target_format.write(model, target, type=type, tokenizer=loaded)
+        return target
     target_format.write(model, target)
-    copy_tokenizer(folder, target)
+    if tokenizer:
+        copy_tokenizer(folder, target)
     return target
 
 
+def _require_new(target: Path, format: str) -> None:
+    """UsageError unless ``target`` can be written without replacing anything."""
+    if not str(target).strip() or str(target) == ".":
+        raise UsageError("target is empty; name a new folder")
+    if format == "gguf":
+        if target.suffix != ".gguf":
+            raise UsageError(f"{target} is to be a GGUF file; give it a name that ends with .gguf")
+        if target.exists():
+            raise UsageError(f"{target} exists; name a new file")
+    elif target.suffix == ".gguf":
+        raise UsageError(f"{target} has a GGUF file's name; name a new folder, or convert to 'gguf'")
+    elif target.exists() and not target.is_dir():
+        raise UsageError(f"{target} is a file; name a new folder")
+    elif target.exists() and any(target.iterdir()):
+        raise UsageError(f"{target} is not empty; name a new folder")
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files between two folders."""
+    """Copy the tokenizer's files between two folders, or write those of a GGUF file's."""
+    if is_gguf(source):
+        if has_tokenizer(source):
+            AutoTokenizer.from_pretrained(source).save_pretrained(target)
+        return
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mambakit.models.auto import read_any_configuration
-from mambakit.models.checkpoints.storage import read_headers, resolve, weight_files
+from mambakit.models.checkpoints.storage import has_tokenizer, read_config, read_headers, resolve, weight_files
 from mambakit.models.checkpoints.table import format_of
 from mambakit.models.families import FAMILIES
-from mambakit.reading import read_json
 
 _SHOWN = (
     "hidden_size", "num_hidden_layers", "state_size", "expand", "conv_kernel", "time_step_rank", "vocab_size",
@@ -44,7 +43,7 @@ def describe(name: str | os.PathLike, **hub: Any) -> CheckpointInfo:
     """Read what a checkpoint is without loading its weights.
 
     Args:
-        name: hub id or folder.
+        name: hub id, folder or GGUF file.
         hub: where it is on the hub, as of `storage.resolve`.
 
     Raises:
@@ -52,7 +51,7 @@ def describe(name: str | os.PathLike, **hub: Any) -> CheckpointInfo:
     """
     folder = resolve(name, **hub)
     config, _ = read_any_configuration(folder)
-    format = format_of(folder, read_json(folder / "config.json"))
+    format = format_of(folder, read_config(folder)[0])
     files = weight_files(folder)
     found = read_headers(files)
     embeddings = any(format.name_in_model(stored).endswith("embeddings.weight") for stored in found)
@@ -68,5 +67,5 @@ def describe(name: str | os.PathLike, **hub: Any) -> CheckpointInfo:
         name=str(name), folder=str(folder), format=format.name, architecture=FAMILIES[config.model_type].prefix,
         config={field: getattr(config, field) for field in _SHOWN},
         parameters=sum(dtypes.values()), dtypes=dtypes, files={f.name: f.stat().st_size for f in files},
-        state_bytes=config.state_spec(format.dtype(found)).nbytes, tokenizer=(folder / "tokenizer.json").is_file(),
+        state_bytes=config.state_spec(format.dtype(found)).nbytes, tokenizer=has_tokenizer(folder),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,10 @@ _HEADS = ("lm_head.", "score.")
 
 def load_plain(loading: Loading, format: CheckpointFormat) -> Any:
     """`CheckpointFormat.load` of plain weights. A weight that the files do not hold raises: none stays random."""
-    cls, config, folder = loading.cls, loading.config, loading.folder
-    kwargs = dict(loading.kwargs)
-    if loading.dtype is not None:
-        kwargs["dtype"] = loading.dtype
-    load = super(_definer(cls, "from_pretrained"), cls).from_pretrained
-    if getattr(config, "quantization_config", None) is not None or kwargs.get("state_dict") is not None:
+    config, folder = loading.config, loading.folder
+    if getattr(config, "quantization_config", None) is not None or loading.kwargs.get("state_dict") is not None:
         # Names and shapes are those of the quantiser, or of the caller.
-        return load(str(folder), *loading.args, config=config, **kwargs)
+        return _load(loading, str(folder), **_with_dtype(loading))
     files = weight_files(folder)
     safe = loading.use_safetensors
     if safe is not None and safe != (files[0].suffix == ".safetensors"):
@@ -36,15 +32,45 @@ def load_plain(loading: Loading, format: CheckpointFormat) -> Any:
         )
     found = read_headers(files)
     mapping = _mapping(loading, format, found)
-    if kwargs.get("dtype") in (None, "auto"):
-        # transformers would take the first tensor's, which may be A_log's float32.
-        declared = getattr(config, "dtype", None)
-        kwargs["dtype"] = declared if isinstance(declared, torch.dtype) else format.dtype(found)
     if files[0].suffix == ".safetensors" and all(stored == name for stored, name in mapping.items()):
-        return load(str(folder), *loading.args, config=config, **kwargs)
+        return _load(loading, str(folder), **_with_dtype(loading, format.dtype(found)))
     tensors = read_tensors(files)
     state = {name: tensors[stored] for stored, name in mapping.items()}
-    return load(None, *loading.args, config=config, state_dict=state, **kwargs)
+    return _load(loading, None, state_dict=state, **_with_dtype(loading, format.dtype(found)))
+
+
+def load_tensors(
+    loading: Loading, format: CheckpointFormat, found: dict[str, StoredTensor], read: Callable[[], dict[str, Tensor]]
+) -> Any:
+    """`load_plain` of tensors that are stored in another form.
+
+    Args:
+        found: the tensors as `read` will give them, under the names of a causal language model.
+        read: gives them; called once names and shapes are checked.
+    """
+    mapping = _mapping(loading, format, found)
+    tensors = read()
+    state = {name: tensors[stored] for stored, name in mapping.items()}
+    return _load(loading, None, state_dict=state, **_with_dtype(loading, format.dtype(found)))
+
+
+def _with_dtype(loading: Loading, stored: torch.dtype | None = None) -> dict[str, Any]:
+    """transformers' arguments with the dtype that the caller asks for: "auto" is the configuration's, or ``stored``.
+
+    transformers would take the first tensor's, which may be A_log's float32.
+    """
+    kwargs = dict(loading.kwargs)
+    if loading.dtype is not None:
+        kwargs["dtype"] = loading.dtype
+    if stored is not None and kwargs.get("dtype") in (None, "auto"):
+        declared = getattr(loading.config, "dtype", None)
+        kwargs["dtype"] = declared if isinstance(declared, torch.dtype) else stored
+    return kwargs
+
+
+def _load(loading: Loading, folder: str | None, **kwargs: Any) -> Any:
+    load = super(_definer(loading.cls, "from_pretrained"), loading.cls).from_pretrained
+    return load(folder, *loading.args, config=loading.config, **kwargs)
 
 
 def write_by_transformers(

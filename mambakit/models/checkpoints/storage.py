@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,12 @@ from mambakit.quoting import brief
 from mambakit.reading import open_safetensors, read_bin, read_file, read_header, read_json
 
 __all__ = [
-    "HUB_ARGUMENTS", "CheckpointError", "StoredTensor", "read_bin", "read_headers", "read_json", "read_tensor",
-    "read_tensors", "resolve", "small_files", "weight_files",
+    "HUB_ARGUMENTS", "CheckpointError", "StoredTensor", "has_tokenizer", "is_gguf", "read_bin", "read_config",
+    "read_headers", "read_json", "read_tensor", "read_tensors", "resolve", "small_files", "weight_files",
 ]  # fmt: skip
 
 # The arguments of from_pretrained that say where a checkpoint is.
-HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
+HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder", "gguf_file")
 _SMALL = ["*.json", "*.txt", "*.model"]
 _PATTERNS = [*_SMALL, "*.safetensors"]
 
@@ -32,15 +34,26 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path
+    kind: str = ""
+    """GGUF's name of how the numbers are stored."""
+
+
+def is_gguf(place: str | os.PathLike) -> bool:
+    """Whether a checkpoint's place is a GGUF file, which stands where the others' folders do."""
+    return Path(place).suffix == ".gguf" and not Path(place).is_dir()
 
 
 def resolve(name: str | os.PathLike, **hub: Any) -> Path:
     """The local folder of a checkpoint: a folder itself, or a hub id through huggingface_hub's cache.
 
     Args:
-        name: a folder, or a hub id ("state-spaces/mamba-130m-hf").
-        hub: revision, cache_dir, token, local_files_only, force_download, subfolder.
+        name: a folder, or a hub id ("state-spaces/mamba-130m-hf"); or a GGUF file, here or on the hub
+            ("owner/name/file.gguf").
+        hub: revision, cache_dir, token, local_files_only, force_download, subfolder; ``gguf_file``, the name of a GGUF
+            file in the folder or on the hub.
     """
+    if (file := _gguf(name, hub)) is not None:
+        return file
     _require_names(name, hub)
     subfolder = hub.pop("subfolder", None) or ""
     folder = Path(name)
@@ -48,8 +61,50 @@ def resolve(name: str | os.PathLike, **hub: Any) -> Path:
         folder = _download(str(name), {k: v for k, v in hub.items() if v is not None})
     folder = folder / subfolder
     if not (folder / "config.json").exists():
-        raise CheckpointError(f"there is no config.json in {folder}; give a folder that holds a model, or a hub id")
+        files = sorted(file.name for file in folder.glob("*.gguf"))
+        remedy = f"name the file ({folder / files[0]})" if files else "give a folder that holds a model, or a hub id"
+        raise CheckpointError(f"there is no config.json in {folder}; {remedy}")
     return folder
+
+
+def read_config(place: Path) -> tuple[dict[str, Any], Path]:
+    """What a checkpoint's config.json holds (a GGUF file's metadata), and the file that it is in."""
+    if is_gguf(place):
+        from mambakit.models.checkpoints.gguf.container import read_header
+
+        return read_header(place).metadata, place
+    return read_json(place / "config.json"), place / "config.json"
+
+
+def _gguf(name: Any, hub: dict[str, Any]) -> Path | None:
+    """The GGUF file that a checkpoint's name and ``gguf_file`` mean; None where they mean none.
+
+    Raises:
+        CheckpointError: it is neither here nor on the hub.
+    """
+    file = hub.pop("gguf_file", None)
+    if not isinstance(name, (str, os.PathLike)) or not str(name).strip():
+        return None  # `_require_names` refuses it
+    if file is not None and not (isinstance(file, (str, os.PathLike)) and str(file).strip()):
+        raise UsageError(f"gguf_file is {brief(file)}; give the name of a file in the folder or on the hub")
+    if file is None and Path(name).suffix != ".gguf":
+        return None
+    if file is None and Path(name).is_dir():
+        return None
+    path = Path(name) if file is None else Path(name) / (hub.get("subfolder") or "") / file
+    if path.is_file():
+        return path
+    if Path(name).is_absolute() or Path(name).is_dir() or str(name).startswith((".", "~")):
+        raise CheckpointError(f"there is no file {path}; give a .gguf file, a folder that holds a model, or a hub id")
+    if file is None:
+        owner, _, rest = str(name).partition("/")
+        repository, _, file = rest.partition("/")
+        name = f"{owner}/{repository}"
+        if not file:
+            raise CheckpointError(
+                f"there is no file {path}; give one that is here, or one on the hub (owner/name/file.gguf)"
+            )
+    return _fetched(str(name), {k: v for k, v in hub.items() if v is not None}, str(file))
 
 
 def _require_names(name: Any, hub: dict[str, Any]) -> None:
@@ -68,6 +123,8 @@ def _require_names(name: Any, hub: dict[str, Any]) -> None:
 
 def small_files(name: str | os.PathLike, **hub: Any) -> Path:
     """The local folder of a checkpoint's configuration and tokenizer: like `resolve`, but no weights are fetched."""
+    if (file := _gguf(name, hub)) is not None:
+        return file
     _require_names(name, hub)
     subfolder = hub.pop("subfolder", None) or ""
     folder = Path(name)
@@ -78,12 +135,29 @@ def small_files(name: str | os.PathLike, **hub: Any) -> Path:
 
 def _download(name: str, hub: dict[str, Any], weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
+    with _named_by_hub(name, hub):
         folder = Path(snapshot_download(name, allow_patterns=_PATTERNS if weights else _SMALL, **hub))
         if weights and not list(folder.rglob("*.safetensors")) and not list(folder.rglob("*.bin")):
             folder = Path(snapshot_download(name, allow_patterns=[*_PATTERNS, "*.bin"], **hub))
+    return folder
+
+
+def _fetched(name: str, hub: dict[str, Any], file: str) -> Path:
+    """One file of the hub's ``name``."""
+    from huggingface_hub import hf_hub_download
+
+    with _named_by_hub(name, hub):
+        return Path(hf_hub_download(name, file, **hub))
+
+
+@contextmanager
+def _named_by_hub(name: str, hub: dict[str, Any]) -> Iterator[None]:
+    """What the hub's library raises within becomes a `CheckpointError` that names the checkpoint and the remedy."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
     except HFValidationError as error:
         raise CheckpointError(f"{brief(name)} is neither a folder here nor a hub id (owner/name)") from error
     except LocalEntryNotFoundError as error:
@@ -96,11 +170,19 @@ def _download(name: str, hub: dict[str, Any], weights: bool = True) -> Path:
         raise CheckpointError(
             f"the hub has no readable {brief(name)} ({error}); check the id, the revision and your token"
         ) from error
-    return folder
+
+
+def has_tokenizer(place: Path) -> bool:
+    """Whether a checkpoint holds a tokenizer."""
+    if is_gguf(place):
+        return read_config(place)[0].get("tokenizer.ggml.model") not in (None, "none", "no_vocab")
+    return (place / "tokenizer.json").is_file()
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: safetensors before .bin, shards in the index's order."""
+    """The files that hold the weights: safetensors before .bin, shards in the index's order; a GGUF file itself."""
+    if is_gguf(folder):
+        return [folder]
     for single, index in (
         ("model.safetensors", "model.safetensors.index.json"),
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -127,6 +209,9 @@ def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
     """Name -> shape, dtype and file of every stored tensor, without reading safetensors' data."""
     found: dict[str, StoredTensor] = {}
     for file in files:
+        if is_gguf(file):
+            found.update(_gguf_headers(file))
+            continue
         for name, (shape, dtype) in read_header(file).items():
             if name in found:
                 raise CheckpointError(
@@ -134,6 +219,15 @@ def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
                 )
             found[name] = StoredTensor(shape, dtype, file)
     return found
+
+
+def _gguf_headers(file: Path) -> dict[str, StoredTensor]:
+    from mambakit.models.checkpoints.gguf.container import read_header as read_gguf
+
+    return {
+        name: StoredTensor(place.shape, place.type.dtype or torch.uint8, file, place.type.name)
+        for name, place in read_gguf(file).tensors.items()
+    }
 
 
 def read_tensors(files: list[Path]) -> dict[str, Tensor]:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from mambakit.models.checkpoints.format import CheckpointFormat
+from mambakit.models.checkpoints.gguf.format import GGUFFormat
 from mambakit.models.checkpoints.original import OriginalFormat
 from mambakit.models.checkpoints.packed import PackedFormat
 from mambakit.models.checkpoints.transformers import TransformersFormat
 from mambakit.quoting import brief
 
 # In the order in which they are tried; the last one takes what no other does, so that its errors name what is missing.
-FORMATS: tuple[CheckpointFormat, ...] = (OriginalFormat(), PackedFormat(), TransformersFormat())
+FORMATS: tuple[CheckpointFormat, ...] = (GGUFFormat(), OriginalFormat(), PackedFormat(), TransformersFormat())
 PLAIN = tuple(format.name for format in FORMATS if not format.packed)[::-1]
 """Names of the formats that `convert` writes; the default first."""
 

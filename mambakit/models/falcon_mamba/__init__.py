@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from mambakit._lazy import lazy_names
+from mambakit._versions import check_models
 
 if TYPE_CHECKING:
     from mambakit.models.falcon_mamba.configuration import FalconMambaConfig
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FalconMambaConfig", "FalconMambaForCausalLM", "FalconMambaForSequenceClassification", "FalconMambaModel"]
 
+check_models()
 __getattr__, __dir__ = lazy_names(
     __name__,
     {

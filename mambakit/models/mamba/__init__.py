@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from mambakit._lazy import lazy_names
+from mambakit._versions import check_models
 
 if TYPE_CHECKING:
     from mambakit.models.mamba.classification import MambaForSequenceClassification
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MambaConfig", "MambaForCausalLM", "MambaForSequenceClassification", "MambaModel"]
 
+check_models()
 __getattr__, __dir__ = lazy_names(
     __name__,
     {

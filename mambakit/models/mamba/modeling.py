@@ -19,6 +19,7 @@ from mambakit.modules import MambaBlock, RMSNorm, StateCache, new_cache
 from mambakit.modules.interception import is_ours
 from mambakit.modules.placement import CacheHandle, computing_device, is_dispatched
 from mambakit.ops._backends.memory import in_functorch
+from mambakit.ops._releases import is_exporting
 
 
 class MambaModel(MambaPreTrainedModel):
@@ -139,7 +140,7 @@ class MambaModel(MambaPreTrainedModel):
         """The caller that takes tensors only, to which no state can be returned; "" where there is none."""
         if getattr(self, "_is_replica", False):
             return "a replica of DataParallel"
-        return "an exported program" if torch.compiler.is_exporting() or torch.jit.is_tracing() else ""
+        return "an exported program" if is_exporting() or torch.jit.is_tracing() else ""
 
 
 class MambaForCausalLM(GenerativeMambaModel):

@@ -50,6 +50,12 @@ def state_spec(config: Any, dtype: torch.dtype | str | None = None) -> StateSpec
     return StateSpec(layers, kind, {field: getattr(config, field, None) for field in (*_STATE_FIELDS, *own)})
 
 
+def padded_window(config: Any) -> int | None:
+    """`Mixer.padded_window` of a model whose layers agree on it; None where one of them takes no `LeftPadding`."""
+    windows = {mixer.padded_window(config) for mixer in _mixers(config)}
+    return windows.pop() if len(windows) == 1 else None
+
+
 def computation_fields(config: Any) -> dict[str, Any]:
     """What changes a model's results besides its weights and their shapes."""
     own = [field for mixer in dict.fromkeys(_mixers(config)) for field in mixer.COMPUTATION_FIELDS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambakit.errors import RequirementError
 from mambakit.modules.convolution import convolve, convolve_
 from mambakit.modules.initialization import TimeSteps, initial_a_log
 from mambakit.modules.interception import untouched
+from mambakit.modules.left_padding import LeftPadding
 from mambakit.modules.mixers import fused_layer
 from mambakit.modules.mixers.mixer import Mixer
 from mambakit.modules.packing import Packing
@@ -87,6 +90,10 @@ class MambaMixer(Mixer):
             StateTensor("ssm", (d, config.state_size), wide),
         )
 
+    @staticmethod
+    def padded_window(config: Any) -> int | None:
+        return config.conv_kernel - 1
+
     def __init__(self, config: Any, layer_idx: int = 0):
         super().__init__()
         h, d, n = config.hidden_size, config.intermediate_size, config.state_size
@@ -126,6 +133,11 @@ class MambaMixer(Mixer):
             self.conv_activation: str | None = "silu"
             self.act: Callable | None = None
             return
+        if importlib.util.find_spec("transformers") is None:
+            raise RequirementError(
+                f'hidden_act is {brief(name)}, which is transformers\' to compute: pip install "mambakit[hf]", or '
+                'choose "silu", Mamba\'s own'
+            )
         from transformers.activations import ACT2FN
 
         if name not in ACT2FN:
@@ -136,19 +148,22 @@ class MambaMixer(Mixer):
         self,
         hidden_states: Tensor,
         cache_params: StateCache | CacheHandle | None = None,
-        packing: Packing | None = None,
+        packing: Packing | LeftPadding | None = None,
     ) -> Tensor:
         """Mix over time.
 
         Args:
             hidden_states: (b, l, h), or the packed row (1, total, h) with ``packing``.
             cache_params: read as the state before the first token and left as the state after the last.
-            packing: where the sequences of a packed row start, and their slots.
+            packing: where the sequences of a packed row start, and their slots; or, in inference with a cache, the
+                padding on the left of each row.
 
         Returns:
             (b, l, h).
         """
         cache = opened(cache_params, self.layer_idx, hidden_states.device)
+        if isinstance(packing, LeftPadding):
+            return self._forward_padded(hidden_states, cache, packing)
         if packing is None and fused_layer.on_gpu(hidden_states):
             found = fused_layer.run(self, None, self, hidden_states, cache=cache)
             if found is not None:
@@ -164,6 +179,18 @@ class MambaMixer(Mixer):
         else:
             y = self._mix(x, z, cache, packing)
         return project(self.out_proj, y)
+
+    def _forward_padded(self, hidden_states: Tensor, cache: StateCache | None, padding: LeftPadding) -> Tensor:
+        """Inference: as `forward`, and padding on the left changes no state."""
+        assert cache is not None
+        x, z = project(self.in_proj, hidden_states).chunk(2, -1)
+        window, ssm_state = cache.memory(self.layer_idx)
+        x, before = padding.move(x, window)
+        x, after = self._convolve(x, before, None)
+        window.copy_(after)
+        u, delta, *rest = self._scan_inputs(x, z)
+        y, _ = selective_scan_(u, padding.without_steps(delta), *rest, state=ssm_state)
+        return project(self.out_proj, y.to(z.dtype))
 
     def can_fuse(self) -> bool:
         """Whether what lies between the projections may run as one op, `mambakit.ops.fused_mixer`."""
@@ -204,13 +231,7 @@ class MambaMixer(Mixer):
         """States go in and come out as values, and gradients flow through them."""
         conv_state, ssm_state = self._states(cache, packing)
         cu_seqlens = None if packing is None else packing.cu_seqlens
-        if untouched(self.conv1d, nn.Conv1d):
-            x, conv_state = self.causal_conv1d(x, *self._filter(), initial_state=conv_state, cu_seqlens=cu_seqlens)
-        else:
-            self._require_whole_rows()
-            x, conv_state = convolve(
-                self.conv1d, self.conv_kernel_size, x, self.conv_activation, conv_state, cu_seqlens
-            )
+        x, conv_state = self._convolve(x, conv_state, cu_seqlens)
         y, ssm_state = self.selective_scan(*self._scan_inputs(x, z), initial_state=ssm_state, cu_seqlens=cu_seqlens)
         self._keep(cache, packing, conv_state, ssm_state)
         return y.to(z.dtype)
@@ -228,6 +249,13 @@ class MambaMixer(Mixer):
             x = convolve_(self.conv1d, self.conv_kernel_size, x, self.conv_activation, conv_state, rows, cu_seqlens)
         y, _ = selective_scan_(*self._scan_inputs(x, z), state=ssm_state, slot_indices=slots, cu_seqlens=cu_seqlens)
         return y.to(z.dtype)
+
+    def _convolve(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(the convolution's output, its state after it), out of place."""
+        if untouched(self.conv1d, nn.Conv1d):
+            return self.causal_conv1d(x, *self._filter(), initial_state=state, cu_seqlens=cu_seqlens)
+        self._require_whole_rows()
+        return convolve(self.conv1d, self.conv_kernel_size, x, self.conv_activation, state, cu_seqlens)
 
     def _filter(self) -> tuple[Tensor, Tensor | None, str | None]:
         """(d, k), (d,) and the activation that runs inside the convolution."""

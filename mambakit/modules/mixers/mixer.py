@@ -33,6 +33,12 @@ class Mixer(nn.Module):
     def state_tensors(config: Any, dtype: torch.dtype) -> tuple[StateTensor, ...]:
         """One layer's state in a model of this dtype, in the order of `StateCache.layer` and `StateCache.update`."""
 
+    @staticmethod
+    def padded_window(config: Any) -> int | None:
+        """How many past inputs the mixer's convolution reads, where ``forward`` takes a `LeftPadding` in place of a
+        `Packing` in inference; None where it does not take one."""
+        return None
+
     def initial_values(self) -> dict[str, Tensor]:
         """What the mixer's own parameters (not its children's) start from, by name; drawn anew at each call."""
         return {}

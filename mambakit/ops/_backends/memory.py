@@ -18,6 +18,8 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from mambakit.ops._releases import dispatch_bits
+
 PLAIN_TYPES = (Tensor, nn.Parameter)
 FLOAT32 = (torch.float32,)
 INT32 = (torch.int32,)
@@ -25,9 +27,9 @@ FLOAT32_OR_BFLOAT16 = (torch.float32, torch.bfloat16)
 _CPU = torch.device("cpu")
 # What torch's dispatcher knows of a plain tensor on a CPU, on a GPU, and on either one in inference mode; anything more
 # is special.
-_PLAIN_KEYS = torch._C._dispatch_keys(torch.empty(0, dtype=torch.float32, device="cpu")).raw_repr()
+_PLAIN_KEYS = dispatch_bits(torch._C._dispatch_keys(torch.empty(0, dtype=torch.float32, device="cpu")))
 for _key in ("CUDA", "AutogradCUDA", "AutocastCUDA"):
-    _PLAIN_KEYS |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
+    _PLAIN_KEYS |= dispatch_bits(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)))
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device | str = _CPU) -> Tensor:
@@ -44,7 +46,7 @@ def is_plain(tensor: Tensor | None) -> bool:
     """Whether this is plain memory, or None: whether its address says all there is to know of it."""
     if tensor is None:
         return True
-    if type(tensor) not in PLAIN_TYPES or torch._C._dispatch_keys(tensor).raw_repr() & ~_PLAIN_KEYS:
+    if type(tensor) not in PLAIN_TYPES or dispatch_bits(torch._C._dispatch_keys(tensor)) & ~_PLAIN_KEYS:
         return False
     return tensor.data_ptr() != 0 or tensor.numel() == 0  # sharded training frees the memory of weights between uses
 

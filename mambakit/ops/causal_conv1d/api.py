@@ -27,7 +27,7 @@ def causal_conv1d(
         y_t = act(bias + sum_j weight[:, j] x_{t-k+1+j})
 
     Args:
-        x: (b, l, d), any floating dtype.
+        x: (b, l, d), any floating dtype. A transposed view of (b, d, l) memory is read in place.
         weight: (d, k), any floating dtype; the last column multiplies the current token.
         bias: (d,), any floating dtype.
         activation: "silu" or None.
@@ -35,7 +35,8 @@ def causal_conv1d(
         cu_seqlens: (s + 1,) int32: the batch is one row of s packed sequences; states are then (s, d, k - 1).
 
     Returns:
-        y (b, l, d) in the dtype of ``x``, and the last k - 1 inputs, (b, d, k - 1) or (s, d, k - 1), dtype of ``x``.
+        y (b, l, d) in the dtype and layout of ``x``, and the last k - 1 inputs, (b, d, k - 1) or (s, d, k - 1), in its
+        dtype.
 
     Differentiable in every floating input and through the final state. Arithmetic is float32 (float64 for float64).
 

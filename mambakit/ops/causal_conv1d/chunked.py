@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambakit.ops._layout import dense_as
+
 
 class _Extended:
     """(b, l, d) inputs with k - 1 earlier inputs before every sequence: (b, L, d)."""
@@ -69,7 +71,7 @@ def forward(x, weight, bias, activation, initial_state, cu_seqlens):
     y = _preactivation(ext, weight, bias)
     if activation == "silu":
         y = F.silu(y)
-    return y.to(x.dtype).contiguous(), ext.states(ext.last, ext.values).to(x.dtype).contiguous()
+    return dense_as(y, x), ext.states(ext.last, ext.values).to(x.dtype).contiguous()
 
 
 def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens):
@@ -94,7 +96,7 @@ def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens)
     if dfinal is not None and k > 1:
         dvalues.index_put_((ext.state_rows, ext.last), dfinal.transpose(1, 2).to(dtype), accumulate=True)
     return (
-        dvalues[:, ext.tokens].to(x.dtype).contiguous(),
+        dense_as(dvalues[:, ext.tokens], x),
         dweight.to(weight.dtype),
         weight.new_empty(0) if bias is None else grad.sum((0, 1)).to(bias.dtype),
         x.new_empty(0)

@@ -23,6 +23,7 @@ from mambakit.ops._backends.structures import (
     row_strides,
     structure,
 )
+from mambakit.ops._layout import dense_as
 
 Arguments = structure(
     "Arguments",
@@ -99,7 +100,7 @@ def forward(x, weight, bias, activation, initial_state, cu_seqlens):
     y = empty(*call.x.shape, dtype=call.x.dtype)
     final = empty(call.sequences, call.d, call.k - 1, dtype=call.x.dtype)
     call.run(call.arguments(call.initial, None, final, y))
-    return y.to(call.dtype), final.to(call.dtype)
+    return dense_as(y, x), final.to(call.dtype)
 
 
 def forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens):
@@ -113,7 +114,7 @@ def forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens):
     call.run(call.arguments(pool, slots, pool, y))
     if pool is not state:
         state.copy_(pool)
-    return y.to(call.dtype)
+    return dense_as(y, x)
 
 
 def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens):
@@ -137,7 +138,7 @@ def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens)
     arguments = call.arguments(call.initial, None, None, None)
     check(native.kernel("causal_conv1d_backward")(ctypes.byref(arguments), ctypes.byref(gradients), call.half))
     return (
-        dx.to(call.dtype),
+        dense_as(dx, x),
         dweight.to(weight.dtype),
         weight.new_empty(0) if dbias is None else dbias.to(bias.dtype),
         x.new_empty(0) if dinitial is None else dinitial.to(initial_state.dtype),

@@ -1,7 +1,8 @@
 """`mambakit::causal_conv1d`, its gradient and its in-place form, as torch.library ops.
 
-Implementations take exactly these positional arguments and return fresh contiguous tensors. ``activation`` is "" or
-"silu". Gradients of absent arguments are empty tensors.
+Implementations take exactly these positional arguments and return fresh dense tensors: y and the gradient of x in the
+layout of x (`mambakit/ops/_layout.py`), all others contiguous. ``activation`` is "" or "silu". Gradients of absent
+arguments are empty tensors.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from mambakit.ops._backends.dispatch import LIBRARY, define, implement_on_cpu, implement_on_cuda
+from mambakit.ops._layout import empty_as
 from mambakit.ops._once import differentiated_once
 from mambakit.ops.causal_conv1d import chunked, cpu
 
@@ -17,12 +19,12 @@ _INPUTS = "Tensor x, Tensor weight, Tensor? bias, str activation"
 
 def _fake(x, weight, bias, activation, initial_state, cu_seqlens):
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return x.new_empty(x.shape), x.new_empty((rows, x.shape[2], weight.shape[1] - 1))
+    return empty_as(x), x.new_empty((rows, x.shape[2], weight.shape[1] - 1))
 
 
 def _backward_fake(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens):
     return (
-        x.new_empty(x.shape),
+        empty_as(x),
         weight.new_empty(weight.shape),
         weight.new_empty((0,)) if bias is None else bias.new_empty(bias.shape),
         x.new_empty((0,)) if initial_state is None else initial_state.new_empty(initial_state.shape),
@@ -30,7 +32,7 @@ def _backward_fake(dy, dfinal, x, weight, bias, activation, initial_state, cu_se
 
 
 def _forward_fake_(state, slot_indices, x, *rest):
-    return x.new_empty(x.shape)
+    return empty_as(x)
 
 
 define(

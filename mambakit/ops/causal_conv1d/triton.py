@@ -25,6 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mambakit.ops._layout import dense_as
 from mambakit.ops.causal_conv1d import chunked
 from mambakit.ops.causal_conv1d import triton_kernels as kernels
 
@@ -131,7 +132,8 @@ def forward(x, weight, bias, activation, initial_state, cu_seqlens):
         return chunked.forward(x, weight, bias, activation, initial_state, cu_seqlens)
     with torch.cuda.device_of(x):
         bias = None if bias is None else bias.contiguous()
-        return _convolve(x, weight, bias, activation, initial_state, None, cu_seqlens, x.dtype)
+        y, final = _convolve(x, weight, bias, activation, initial_state, None, cu_seqlens, x.dtype)
+    return dense_as(y, x), final
 
 
 def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens, dx=None):
@@ -148,6 +150,8 @@ def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens,
     with torch.cuda.device_of(x):
         bias = None if bias is None else bias.contiguous()
         dfinal = None if dfinal is None else dfinal.contiguous()
+        given = x
+        in_place = dx is not None
         if dx is None:
             dx = torch.empty((b, length, d), dtype=x.dtype, device=x.device)
         dweight = torch.empty((d, k), dtype=weight.dtype, device=x.device)
@@ -178,7 +182,7 @@ def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens,
             kernels.sum_partials_kernel[(triton.cdiv(d, 32), k + (bias is not None))](
                 partials, dweight, dbias, programs, d, K=k, HAS_BIAS=bias is not None, ROWS=128, BLOCK_D=32
             )
-    return dx, dweight, dbias, dinitial
+    return dx if in_place else dense_as(dx, given), dweight, dbias, dinitial
 
 
 def forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens):
@@ -199,7 +203,8 @@ def forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens):
                 kernels.scatter_kernel[(sequences, triton.cdiv(d * (k - 1), 1024))](
                     final, state, slots, d, *state.stride(), K=k, BLOCK=1024, HAS_SLOTS=slots is not None
                 )
-            return y
+            return dense_as(y, x)
+        given = x
         y = torch.empty((b, length, d), dtype=x.dtype, device=x.device)
         x, stride_b, stride_t = _rows_in_place(x)
         grid = sequences * triton.cdiv(d, 128)
@@ -211,4 +216,4 @@ def forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens):
                 HAS_BIAS=bias is not None, HAS_SLOTS=slots is not None, PACKED=cu_seqlens is not None,
                 num_warps=1,
             )  # fmt: skip
-    return y
+    return dense_as(y, given)

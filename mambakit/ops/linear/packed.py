@@ -3,7 +3,8 @@
 Formats of a weight (out, in), named by their precision:
 
     "float32", "bfloat16"   the numbers themselves, (out, in)
-    "int8"   int8 (out, in), and one float32 scale per `group` neighbours of a row: w = q * scale, q in [-127, 127]
+    "int8"   int8 (out, in), and one float32 scale per `group` neighbours of a row: w = q * scale; `pack` makes q in
+             [-127, 127], other quantisers' integers may be -128
     "int4"   int16 (out, padded / 4), and one float32 scale per `group`: w = q * scale, q in [-8, 7]. A block of 64
              columns is 16 words of 4 nibbles; nibble s of word i (bits 4s to 4s+3, two's complement) is column 16 s + i
              of the block, so that a register of words gives 16 neighbouring columns with one shift. Rows are padded
@@ -125,12 +126,40 @@ def pack(weight: Tensor, format: str, group: int = GROUP) -> PackedWeight:
     # The number furthest from 0 becomes -8 exactly: the 16 levels are not symmetric, and this uses all of them.
     extreme = padded.gather(-1, padded.abs().argmax(-1, keepdim=True)).squeeze(-1)
     scales = extreme / -8
-    q = torch.round(padded / _divisor(scales)).clamp(-8, 7).flatten(1).to(torch.int32)
-    nibbles = (q & 15).unflatten(1, (-1, 4, WORDS))  # (out, blocks, s, word)
+    q = torch.round(padded / _divisor(scales)).clamp(-8, 7).flatten(1)
+    return PackedWeight(format, _words_of(q), scales.contiguous(), columns, group)
+
+
+def pack_integers(q: Tensor, scales: Tensor, format: str, group: int) -> PackedWeight:
+    """The weight ``q * scales`` in int8 or int4: integers that another quantiser has rounded, exactly.
+
+    Args:
+        q: (out, in) int8; from -8 to 7 for int4.
+        scales: (out, ceil(in / group)) float32.
+        format: "int8" or "int4".
+
+    Raises:
+        ValueError: sizes that do not fit.
+    """
+    out, columns = q.shape
+    if tuple(scales.shape) != (out, -(-columns // group)):
+        raise ValueError(
+            f"pack_integers: scales have shape {tuple(scales.shape)}; ({out}, {columns}) integers in groups of {group} "
+            f"need {(out, -(-columns // group))}"
+        )
+    if format == "int8":
+        return PackedWeight(format, q.contiguous(), scales.contiguous(), columns, group)
+    padding = _padded(columns, group) - columns
+    scales = F.pad(scales, (0, (columns + padding) // group - scales.shape[1]))
+    return PackedWeight(format, _words_of(F.pad(q, (0, padding))), scales.contiguous(), columns, group)
+
+
+def _words_of(q: Tensor) -> Tensor:
+    """Integers (out, padded) from -8 to 7 as int16 words of four (out, padded / 4)."""
+    nibbles = (q.to(torch.int32) & 15).unflatten(1, (-1, 4, WORDS))  # (out, blocks, s, word)
     shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=q.device)[:, None]
     words = (nibbles << shifts).sum(2)  # (out, blocks, word), as unsigned 16-bit numbers
-    data = torch.where(words >= 2**15, words - 2**16, words).to(torch.int16).flatten(1)
-    return PackedWeight(format, data.contiguous(), scales.contiguous(), columns, group)
+    return torch.where(words >= 2**15, words - 2**16, words).to(torch.int16).flatten(1).contiguous()
 
 
 def _divisor(scales: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambakit.ops._layout import dense_as
+
 # The gradient holds the states of one group of chunks at a time: 2^24 float32 elements are 64 MiB.
 _GROUP_ELEMENTS = 2**24
 
@@ -39,16 +41,20 @@ def _chunk_length(length: int) -> int:
 class _Row:
     """The inputs of one call, in the arithmetic's dtype and cut into chunks: (b, l, ...) -> (b, N, T, ...).
 
-    The last chunk is padded with delta = 0: its decay is 1 and its input 0, so the state passes through.
+    B and C get a dimension of groups, (b, N, T, g, n); b, or N and T, are 1 where they are constant. The last chunk is
+    padded with delta = 0: its decay is 1 and its input 0, so the state passes through.
     """
 
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens):
-        self.dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+        given = (u, delta, A, B, C, z)
+        wide = any(t is not None and t.dtype in (torch.float64, torch.complex128) for t in given)
+        self.dtype = torch.float64 if wide else torch.float32
+        self.state_dtype = self.dtype.to_complex() if A.is_complex() else self.dtype
         self.b, self.l, self.d = u.shape
         self.n = A.shape[1]
         self.T = _chunk_length(self.l)
         self.N = -(-self.l // self.T)
-        self.A = A.to(self.dtype)
+        self.A = A.to(self.state_dtype)
         self.D = None if D is None else D.to(self.dtype)
         raw = delta.to(self.dtype)
         self.raw = raw if delta_bias is None else raw + delta_bias.to(self.dtype)  # (b, l, d)
@@ -56,13 +62,39 @@ class _Row:
         step = F.softplus(self.raw) if delta_softplus else self.raw
         self.u = self.chunk(u)
         self.delta = self.chunk(step)
-        self.B, self.C = self.chunk(B), self.chunk(C)
+        self.B, self.C = self.chunk_groups(B), self.chunk_groups(C)
         self.z = None if z is None else self.chunk(z)
         self._place_sequences(initial_state, cu_seqlens)
 
     def chunk(self, x: Tensor) -> Tensor:
         x = F.pad(x.to(self.dtype), (0, 0, 0, self.N * self.T - self.l))
         return x.view(self.b, self.N, self.T, x.shape[-1])
+
+    def chunk_groups(self, x: Tensor) -> Tensor:
+        x = (x[:, :, None] if x.dim() == 3 else x).to(self.state_dtype)
+        if x.shape[1] != self.l:
+            return x[:, None]  # constant over time
+        x = F.pad(x, (0, 0, 0, 0, 0, self.N * self.T - self.l))
+        return x.view(x.shape[0], self.N, self.T, *x.shape[2:])
+
+    def at(self, x: Tensor, t: int, cs: slice) -> Tensor:
+        """B or C at offset ``t`` of the chunks ``cs``, (b, N, g, n); b and N may be 1."""
+        return x[:, cs, t] if x.shape[1:3] == (self.N, self.T) else x[:, :, 0]
+
+    def of_channels(self, x: Tensor) -> Tensor:
+        """(b, N, g, n) -> (b, N, d, n), or (b, N, 1, n) of one group."""
+        g = x.shape[2]
+        return x if g in (1, self.d) else x.repeat_interleave(self.d // g, 2)
+
+    def over_states(self, h: Tensor, x: Tensor) -> Tensor:
+        """The products of states (b, N, d, n) with B or C (b, N, g, n), summed over n: (b, N, d)."""
+        g = x.shape[2]
+        return (h.unflatten(2, (g, self.d // g)) @ x[..., None]).squeeze(-1).flatten(2)
+
+    def over_channels(self, x: Tensor, h: Tensor, g: int) -> Tensor:
+        """The products of (b, N, d) with states (b, N, d, n), summed over the channels of each group: (b, N, g, n)."""
+        shape = (g, self.d // g)
+        return (x.unflatten(2, shape)[..., None, :] @ h.unflatten(2, shape)).squeeze(-2)
 
     def unchunk(self, x: Tensor) -> Tensor:
         return x.reshape(self.b, self.N * self.T, x.shape[-1])[:, : self.l]
@@ -77,9 +109,9 @@ class _Row:
         self.s = len(bounds)
         device = self.A.device
         if initial_state is None:
-            self.initial = torch.zeros(self.s, self.d, self.n, dtype=self.dtype, device=device)
+            self.initial = torch.zeros(self.s, self.d, self.n, dtype=self.state_dtype, device=device)
         else:
-            self.initial = initial_state.to(self.dtype)
+            self.initial = initial_state.to(self.state_dtype)
         starts: dict[int, list] = defaultdict(list)
         ends: dict[int, list] = defaultdict(list)
         self.has_start = torch.zeros(self.b, self.N, 1, 1, dtype=torch.bool, device=device)
@@ -114,7 +146,7 @@ class _Row:
         return torch.exp(self.delta[:, cs, t, :, None] * self.A)  # (b, N, d, n)
 
     def inputs(self, t: int, cs: slice) -> Tensor:
-        return (self.delta[:, cs, t] * self.u[:, cs, t])[..., None] * self.B[:, cs, t, None, :]
+        return (self.delta[:, cs, t] * self.u[:, cs, t])[..., None] * self.of_channels(self.at(self.B, t, cs))
 
     def chunk_decay(self) -> Tensor:
         """What a chunk does to the state that enters it: exp(A sum(delta)), or nothing passes where a sequence
@@ -147,7 +179,8 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, 
     h = entering
     for t in range(row.T if row.N else 0):
         h = row.decay(t, every) * row.begin(h, t, 0) + row.inputs(t, every)
-        ys.append((h @ row.C[:, :, t, :, None]).squeeze(-1))  # C_t . h_t
+        y = row.over_states(h, row.at(row.C, t, every))  # C_t . h_t
+        ys.append(2 * y.real if y.is_complex() else y)  # a complex state stands for itself and its conjugate
         if t in row.ends:
             rows, chunks, sequences = row.ends[t]
             final = final.index_put((sequences,), h[rows, chunks])  # not in place: vmap may have batched h alone
@@ -156,7 +189,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, 
         y = y + row.D * row.u
     if row.z is not None:
         y = y * F.silu(row.z)
-    return row.unchunk(y).to(u.dtype).contiguous(), final, _checkpoints(row, entering, checkpoint_interval)
+    return dense_as(row.unchunk(y), u), final, _checkpoints(row, entering, checkpoint_interval)
 
 
 def _checkpoints(row: _Row, entering: Tensor, interval: int) -> Tensor:
@@ -198,16 +231,17 @@ def backward(
             after.append(h)
         g = arriving[:, cs]  # the gradient of h_t that comes from the right
         for t in reversed(range(row.T)):
-            g = _add_ends(row, g, dfinal, t, c0) + dy_scan[:, cs, t, :, None] * row.C[:, cs, t, None, :]
+            C_t, B_t = (row.at(x, t, cs) for x in (row.C, row.B))
+            g = _add_ends(row, g, dfinal, t, c0) + dy_scan[:, cs, t, :, None] * row.of_channels(C_t)
             a, step, u_t = row.decay(t, cs), row.delta[:, cs, t], row.u[:, cs, t]
-            dC[:, cs, t] = (dy_scan[:, cs, t, None, :] @ after[t]).squeeze(-2)
+            _add(row, dC, t, cs, row.over_channels(dy_scan[:, cs, t], after[t], dC.shape[3]))
             if row.z is not None:
-                y = (after[t] @ row.C[:, cs, t, :, None]).squeeze(-1)
+                y = row.over_states(after[t], C_t)
                 y = y if row.D is None else y + row.D * u_t
                 sigmoid = torch.sigmoid(row.z[:, cs, t])
                 dz[:, cs, t] = dy[:, cs, t] * y * sigmoid * (1 + row.z[:, cs, t] * (1 - sigmoid))
-            gB = (g @ row.B[:, cs, t, :, None]).squeeze(-1)
-            dB[:, cs, t] = ((step * u_t)[..., None, :] @ g).squeeze(-2)
+            gB = row.over_states(g, B_t)
+            _add(row, dB, t, cs, row.over_channels(step * u_t, g, dB.shape[3]))
             ga_h = g * a * before[t]
             ddelta[:, cs, t] = (ga_h * row.A).sum(-1) + gB * u_t
             du[:, cs, t] = gB * step
@@ -226,16 +260,32 @@ def backward(
     if row.softplus:
         ddelta = ddelta * torch.sigmoid(row.raw)
     return (
-        row.unchunk(du).to(u.dtype).contiguous(),
-        ddelta.to(u.dtype).contiguous(),
+        dense_as(row.unchunk(du), u),
+        dense_as(ddelta, delta),
         dA,
-        row.unchunk(dB).to(u.dtype).contiguous(),
-        row.unchunk(dC).to(u.dtype).contiguous(),
+        _unchunk_groups(row, dB, B),
+        _unchunk_groups(row, dC, C),
         dD,
-        empty.to(u.dtype) if z is None else row.unchunk(dz).to(u.dtype).contiguous(),
+        empty.to(u.dtype) if z is None else dense_as(row.unchunk(dz), z),
         empty if delta_bias is None else ddelta.sum((0, 1)),
         empty if initial_state is None else dinitial,
     )
+
+
+def _add(row: _Row, total: Tensor, t: int, cs: slice, gradient: Tensor) -> None:
+    """Add the gradient of B or C at offset ``t`` of the chunks ``cs``, (b, N, g, n): of constants, sums."""
+    if total.shape[0] != row.b:
+        gradient = gradient.sum(0, keepdim=True)
+    if total.shape[1:3] == (row.N, row.T):
+        total[:, cs, t] = gradient
+    else:
+        total[:, 0, 0] += gradient.sum(1)
+
+
+def _unchunk_groups(row: _Row, gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of B or C, (b, N, T, g, n), in the shape and dtype of ``x``."""
+    gradient = gradient.flatten(1, 2)[:, : x.shape[1]]
+    return (gradient.squeeze(2) if x.dim() == 3 else gradient).to(x.dtype).contiguous()
 
 
 def _add_ends(row: _Row, g: Tensor, dfinal: Tensor, t: int, c0: int) -> Tensor:
@@ -253,7 +303,8 @@ def _arriving_gradients(row: _Row, dy_scan: Tensor, dfinal: Tensor) -> Tensor:
     if row.N <= 1:
         return g
     for t in reversed(range(row.T)):
-        g = _add_ends(row, g, dfinal, t, 0) + dy_scan[:, :, t, :, None] * row.C[:, :, t, None, :]
+        C_t = row.of_channels(row.at(row.C, t, every))
+        g = _add_ends(row, g, dfinal, t, 0) + dy_scan[:, :, t, :, None] * C_t
         g = g * row.decay(t, every)
         if t in row.starts:
             rows, chunks, _ = row.starts[t]

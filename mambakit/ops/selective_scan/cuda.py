@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mambakit.ops._backends import nvrtc
-from mambakit.ops.selective_scan import chunked, cuda_launch
+from mambakit.ops._layout import dense_as
+from mambakit.ops.selective_scan import chunked, cuda_launch, selection
 from mambakit.ops.selective_scan.cuda_backward import BackwardLaunch
 from mambakit.ops.selective_scan.cuda_forward import ForwardLaunch, new_outputs
 from mambakit.ops.selective_scan.plan import backward_plan
@@ -53,8 +54,10 @@ def _one_token():
     return triton
 
 
-def other_implementation(u: Tensor, A: Tensor):
-    """The module that serves this call instead of CUDA C++, or None."""
+def other_implementation(u: Tensor, A: Tensor, *operands):
+    """The module that serves this call instead of CUDA C++, or None; ``operands`` are delta, B, C and z."""
+    if operands and not selection.is_plain(u, *operands):
+        return chunked
     if u.dtype == torch.float64 or u.numel() == 0 or A.shape[1] == 0:
         return chunked
     fallback = _fallback()
@@ -63,9 +66,9 @@ def other_implementation(u: Tensor, A: Tensor):
     return fallback
 
 
-def _other_gradient(u: Tensor, A: Tensor):
+def _other_gradient(u: Tensor, A: Tensor, *operands):
     """As `other_implementation`; many states need more shared memory than a CTA has on cards before Hopper."""
-    other = other_implementation(u, A)
+    other = other_implementation(u, A, *operands)
     if other is not None:
         return other
     shared = nvrtc.shared_memory(u.device.index)
@@ -107,33 +110,35 @@ def _launch_forward(u, delta, A, B, C, D, z, delta_bias, softplus, cu_seqlens, i
 @_on_its_device
 def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoint_interval):
     """`mambakit::selective_scan`."""
-    other = other_implementation(u, A)
+    other = other_implementation(u, A, delta, B, C, z)
     if other is not None:
-        return other.forward(
+        y, final, checkpoints = other.forward(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoint_interval
         )
+        return dense_as(y, u), final, checkpoints
     sequences = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = torch.empty((sequences, u.shape[2], A.shape[1]), dtype=torch.float32, device=u.device)
     y, checkpoints = _launch_forward(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, cuda_launch.dense_or_none(initial_state),
         final, None, checkpoint_interval,
     )  # fmt: skip
-    return y, final, checkpoints
+    return dense_as(y, u), final, checkpoints
 
 
 @_on_its_device
 def forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens):
     """`mambakit::selective_scan_`."""
-    other = other_implementation(u, A)
+    other = other_implementation(u, A, delta, B, C, z)
     if other is None and u.shape[1] == 1 and cu_seqlens is None:
         other = _one_token()
     if other is not None:
-        return other.forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens)
+        y = other.forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens)
+        return dense_as(y, u)
     pool = cuda_launch.dense(state)
     y, _ = _launch_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, pool, pool, slot_indices, 0)
     if pool is not state:
         state.copy_(pool)
-    return y
+    return dense_as(y, u)
 
 
 @_on_its_device
@@ -146,13 +151,13 @@ def backward(
     Its channels are adjacent and its tokens less than 2**26 elements apart. Where d is a multiple of 4, so are its
     other strides and its offset in memory.
     """
-    other = _other_gradient(u, A)
+    other = _other_gradient(u, A, delta, B, C, z)
     if other is not None:
         found = other.backward(
             dy, dfinal, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints,
             interval,
         )  # fmt: skip
-        return found if dz is None else (*found[:6], dz.copy_(found[6]), *found[7:])
+        return _in_layouts(found, u, delta, z) if dz is None else (*found[:6], dz.copy_(found[6]), *found[7:])
     launch = BackwardLaunch(
         dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval,
         False, dz,
@@ -161,4 +166,10 @@ def backward(
     launch.number_sequences(dfinal)
     if launch.kernel.chunks > 1 and not launch.kernel.chained:
         launch.launch_carries(dfinal)
-    return launch.gradients(dfinal)
+    found = launch.gradients(dfinal)
+    return _in_layouts(found, u, delta, z) if dz is None else found
+
+
+def _in_layouts(found, u, delta, z):
+    du, ddelta, dA, dB, dC, dD, dz, *rest = found
+    return dense_as(du, u), dense_as(ddelta, delta), dA, dB, dC, dD, dz if z is None else dense_as(dz, z), *rest

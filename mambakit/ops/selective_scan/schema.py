@@ -1,8 +1,11 @@
 """`mambakit::selective_scan`, its gradient and its in-place form, as torch.library ops.
 
-Implementations take exactly these positional arguments and return fresh contiguous tensors. ``checkpoints`` are the
-states that enter every ``checkpoint_interval``-th token, float32 (b, ceil(l / interval), d, n), kept for the gradient;
-an interval of 0 keeps none (an empty tensor). Gradients of absent arguments are empty tensors.
+Implementations take exactly these positional arguments and return fresh dense tensors: y in the dtype and layout of u,
+the gradients of u, delta and z in theirs (`mambakit/ops/_layout.py`), those of B and C in their shapes and dtypes
+(`selection.py`: groups, and 1 for b or l in constants), all others contiguous. A, D, delta_bias and states have the
+computation's dtype, float32 or float64. ``checkpoints`` are the states that enter every ``checkpoint_interval``-th
+token, (b, ceil(l / interval), d, n), kept for the gradient; an interval of 0 keeps none (an empty tensor). Gradients of
+absent arguments are empty tensors.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from mambakit.ops._backends.dispatch import LIBRARY, define, implement_on_cpu, implement_on_cuda
+from mambakit.ops._layout import empty_as
 from mambakit.ops._once import differentiated_once
 from mambakit.ops.selective_scan import chunked, cpu
 
@@ -28,34 +32,36 @@ def _state_shape(u, A, cu_seqlens):
     return rows, u.shape[2], A.shape[1]
 
 
-def _state_dtype(u):
-    return torch.float64 if u.dtype == torch.float64 else torch.float32
+def state_dtype(*tensors):
+    """The dtype of the computation on u, delta, B, C and z (or None): float64 as soon as one of them is."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoint_interval):
-    dtype = _state_dtype(u)
+    dtype = state_dtype(u, delta, B, C, z)
     b, length, d = u.shape
     if checkpoint_interval == 0:
         checkpoints = u.new_empty((0,), dtype=dtype)
     else:
         count = (length + checkpoint_interval - 1) // checkpoint_interval
         checkpoints = u.new_empty((b, count, d, A.shape[1]), dtype=dtype)
-    return u.new_empty(u.shape), u.new_empty(_state_shape(u, A, cu_seqlens), dtype=dtype), checkpoints
+    return empty_as(u), u.new_empty(_state_shape(u, A, cu_seqlens), dtype=dtype), checkpoints
 
 
 def _backward_fake(
     dy, dfinal, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval
 ):
-    dtype = _state_dtype(u)
+    dtype = state_dtype(u, delta, B, C, z)
     like = lambda x, dt: u.new_empty((0,), dtype=dt) if x is None else x.new_empty(x.shape, dtype=dt)  # noqa: E731
     return (
-        like(u, u.dtype), like(delta, u.dtype), like(A, dtype), like(B, u.dtype), like(C, u.dtype),
-        like(D, dtype), like(z, u.dtype), like(delta_bias, dtype), like(initial_state, dtype),
+        empty_as(u), empty_as(delta), like(A, dtype), like(B, B.dtype), like(C, C.dtype),
+        like(D, dtype), like(z, u.dtype) if z is None else empty_as(z), like(delta_bias, dtype),
+        like(initial_state, dtype),
     )  # fmt: skip
 
 
 def _forward_fake_(state, slot_indices, u, *rest):
-    return u.new_empty(u.shape)
+    return empty_as(u)
 
 
 define(

@@ -237,8 +237,8 @@ def test_convert_loses_nothing_in_silence(tmp_path):
     pair("falcon")[0].save_pretrained(tmp_path / "f")
     with pytest.raises(CheckpointError, match="Mamba models only, not 'falcon_mamba'"):
         convert(tmp_path / "f", tmp_path / "c", "original")
-    with pytest.raises(ValueError, match="format is 'gguf'; choose"):
-        convert(tmp_path / "a", tmp_path / "c", "gguf")
+    with pytest.raises(ValueError, match="format is 'ggml'; choose"):
+        convert(tmp_path / "a", tmp_path / "c", "ggml")
     assert not (tmp_path / "c").exists()
     shutil.copytree(tmp_path / "a", tmp_path / "c")
     with pytest.raises(ValueError, match="is not empty; name a new folder"):

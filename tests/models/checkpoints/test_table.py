@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import mambakit
 from mambakit.models.checkpoints import convert, describe, table
 from mambakit.models.checkpoints.plain import common_dtype, dtype_and_count, load_plain
+from mambakit.models.checkpoints.storage import read_config
 from tests.models.configurations import pair, tokens
 
 FORMATS = {format.name: format for format in table.FORMATS}
@@ -27,15 +28,20 @@ def write(name: str, folder: Path):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_a_format_writes_it_detects_and_reads(name, tmp_path):
-    written = write(name, tmp_path)
-    config_json = json.loads((tmp_path / "config.json").read_text())
-    assert table.format_of(tmp_path, config_json) is FORMATS[name]
-    assert describe(tmp_path).format == name
-    assert describe(tmp_path).parameters == written.num_parameters()
-    loaded = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path)
+    place = tmp_path / ("model.gguf" if name == "gguf" else "model")
+    written = write(name, place)
+    config_json, _ = read_config(place)
+    assert table.format_of(place, config_json) is FORMATS[name]
+    assert describe(place).format == name
+    assert describe(place).parameters == written.num_parameters()
+    loaded = mambakit.AutoModelForCausalLM.from_pretrained(place)
     ids = tokens(1, 7)
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, written.eval()(ids).logits)
+        logits, expected = loaded(ids).logits, written.eval()(ids).logits
+    if name == "gguf":  # it holds A, not its logarithm, which is not the same float32 again
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    else:
+        assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -46,8 +52,8 @@ def test_names_both_ways(name):
 
 
 def test_plain_formats_alone_are_converted_to(tmp_path):
-    assert table.PLAIN == ("transformers", "original")
-    with pytest.raises(ValueError, match="format is 'packed'; choose 'transformers' or 'original'"):
+    assert table.PLAIN == ("transformers", "original", "gguf")
+    with pytest.raises(ValueError, match="format is 'packed'; choose 'transformers' or 'original' or 'gguf'"):
         convert(tmp_path, tmp_path / "out", "packed")
 
 

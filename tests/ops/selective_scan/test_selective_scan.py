@@ -294,10 +294,11 @@ def test_shapes_are_checked(change, message):
 
 def test_dtypes_and_packed_bounds_are_checked():
     inputs = make(1, 5, 3, 4, dtype=torch.float32, initial_state=None)
-    with pytest.raises(TypeError, match="delta is torch.float16"):
-        selective_scan(**{**inputs, "delta": inputs["delta"].half()})
-    with pytest.raises(TypeError, match="A is torch.bfloat16"):
-        selective_scan(**{**inputs, "A": inputs["A"].bfloat16()})
+    for name in ("u", "delta", "A", "B", "D"):
+        with pytest.raises(TypeError, match=f"{name} is torch.int64"):
+            selective_scan(**{**inputs, name: inputs[name].long()})
+    with pytest.raises(TypeError, match="B is torch.complex64, expected float32"):
+        selective_scan(**{**inputs, "B": inputs["B"].to(torch.complex64)})
     for bad in ([0, 3], [1, 5], [0, 4, 3, 5]):
         with pytest.raises(ValueError, match="rise from 0"):
             selective_scan(**inputs, cu_seqlens=torch.tensor(bad, dtype=torch.int32))

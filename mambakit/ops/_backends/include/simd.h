@@ -257,4 +257,51 @@ inline float sum(V x) {
 #endif
 }
 
+// -- transposition -----------------------------------------------------------------------------------------------------
+
+// Lane i of the result is a's where bit S of i is clear, else b's lane i - S.
+template <int S>
+inline V upper_from(V a, V b) {
+#if defined(__clang__)
+#define MAMBAKIT_LOW(i) (((i) & S) ? W + (i) - S : (i))
+  return MAMBAKIT_PICK(a, b, MAMBAKIT_LOW);
+#else
+  I pick;
+  for (int i = 0; i < W; ++i) pick[i] = (i & S) ? W + i - S : i;
+  return __builtin_shuffle(a, b, pick);
+#endif
+}
+// Lane i of the result is b's where bit S of i is set, else a's lane i + S.
+template <int S>
+inline V lower_from(V a, V b) {
+#if defined(__clang__)
+#define MAMBAKIT_HIGH(i) (((i) & S) ? W + (i) : (i) + S)
+  return MAMBAKIT_PICK(a, b, MAMBAKIT_HIGH);
+#else
+  I pick;
+  for (int i = 0; i < W; ++i) pick[i] = (i & S) ? W + i : i + S;
+  return __builtin_shuffle(a, b, pick);
+#endif
+}
+template <int S>
+inline void transpose_by(V* v) {
+  for (int i = 0; i < W; ++i) {
+    if (i & S) continue;
+    const V a = v[i], b = v[i + S];
+    v[i] = upper_from<S>(a, b);
+    v[i + S] = lower_from<S>(a, b);
+  }
+}
+// W vectors as the rows of a matrix become its columns.
+inline void transpose(V* v) {
+  transpose_by<1>(v);
+  transpose_by<2>(v);
+#if MAMBAKIT_WIDTH >= 8
+  transpose_by<4>(v);
+#endif
+#if MAMBAKIT_WIDTH >= 16
+  transpose_by<8>(v);
+#endif
+}
+
 }  // namespace

@@ -1,0 +1,55 @@
+"""Run a script or a module that imports mamba_ssm or causal_conv1d: what is missing of them is mambakit's."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from mambakit.errors import UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--override", action="store_true", help="mambakit's come first, whatever is installed or lies beside the script"
+    )
+    parser.add_argument("-m", dest="module", metavar="MODULE", help="a module to run, as `python -m` does")
+    parser.add_argument("script", nargs="?", help="a script to run; what follows it, or the module, are its arguments")
+
+
+def split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The command line up to the program that `mambakit run` names, and the program's own arguments."""
+    if argv[:1] != ["run"]:
+        return argv, []
+    for i, argument in enumerate(argv[1:], 1):
+        if argument == "-m":
+            return argv[: i + 2], argv[i + 2 :]
+        if argument.startswith("-m") or not argument.startswith("-") or argument == "-":
+            return argv[: i + 1], argv[i + 1 :]
+    return argv, []
+
+
+def run(args: argparse.Namespace) -> int:
+    from mambakit.compat.children import environment
+
+    if args.module is not None:
+        command = ["-m", args.module]
+    elif args.script is None:
+        raise UsageError("run has nothing to run; name a script: mambakit run train.py, or mambakit run -m MODULE")
+    elif args.script != "-" and not Path(args.script).exists():
+        raise UsageError(f"there is no script {args.script!r}; for a module use mambakit run -m MODULE")
+    else:
+        command = [args.script]
+    return _become([sys.executable, *command, *args.program_arguments], environment(args.override, os.environ))
+
+
+def _become(command: list[str], variables: dict[str, str]) -> int:
+    """This process goes on as another: signals and the exit status are that program's."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.name == "posix":
+        os.execve(command[0], command, variables)
+    import subprocess
+
+    return subprocess.run(command, env=variables).returncode

@@ -1,0 +1,42 @@
+"""mamba_ssm's gated MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GatedMLP(nn.Module):
+    """``fc2(y * activation(gate))`` with y and gate from ``fc1``.
+
+    Args:
+        hidden_features: 8/3 of ``in_features`` when None; rounded up to ``multiple_of``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        activation: Callable[[Tensor], Tensor] = F.silu,
+        bias: bool = False,
+        multiple_of: int = 128,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        hidden = int(8 * in_features / 3) if hidden_features is None else hidden_features
+        hidden = -(-hidden // multiple_of) * multiple_of
+        self.fc1 = nn.Linear(in_features, 2 * hidden, bias=bias, device=device, dtype=dtype)
+        self.activation = activation
+        self.fc2 = nn.Linear(
+            hidden, in_features if out_features is None else out_features, bias=bias, device=device, dtype=dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, gate = self.fc1(x).chunk(2, -1)
+        return self.fc2(y * self.activation(gate))

@@ -1,0 +1,61 @@
+"""Padding before the tokens of each row, whose amount the host need not know: one captured forward serves any lengths.
+
+`mambakit.modules.packing` removes padding, for which the host must know where it is. Here the padding is computed like
+tokens and changes no state: the convolution's window is moved next to the first token, and a time step of zero leaves
+the SSM state as it is, with the same bits (exp(0 A) h + 0 B u = h).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_NO_STEP = -30_000.0  # softplus of it, with any bias, is exactly 0 in float32; float16 can hold it
+
+
+@dataclass(frozen=True)
+class LeftPadding:
+    """The padding of a (b, l) batch.
+
+    Attributes:
+        mask: (b, l, 1) bool, the padding.
+        order: (b, k - 1 + l, 1) int64: in a row of the convolution's window (k - 1) and all l columns, which of them
+            stands in each place once the window is moved behind the padding.
+    """
+
+    mask: Tensor
+    order: Tensor
+
+    @staticmethod
+    def of(pads: Tensor, length: int, window: int) -> LeftPadding:
+        """
+        Args:
+            pads: (b,) int64, columns of padding of each row, 0 to ``length``.
+            length: l.
+            window: k - 1.
+        """
+        columns = torch.arange(window + length, dtype=torch.int64, device=pads.device)[None]
+        pads = pads[:, None]
+        moved = torch.where(columns >= window + pads, columns, (columns - pads).clamp(min=0, max=window - 1))
+        return LeftPadding((columns[:, window:] < window + pads)[..., None], moved[..., None])
+
+    def move(self, x: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the window next to the first token of each row.
+
+        Args:
+            x: (b, l, d), the convolution's input; its padding is overwritten.
+            window: (b, d, k - 1), the inputs before ``x``.
+
+        Returns:
+            (b, l, d) and (b, d, k - 1), to be convolved in their place.
+        """
+        size = window.shape[-1]
+        row = torch.cat([window.transpose(1, 2), x], 1)
+        row = row.gather(1, self.order.expand(-1, -1, row.shape[-1]))
+        return row[:, size:], row[:, :size].transpose(1, 2).contiguous()
+
+    def without_steps(self, delta: Tensor) -> Tensor:
+        """The time steps (b, l, d) before their softplus, whose softplus is 0 at padding."""
+        return delta.masked_fill(self.mask, _NO_STEP)

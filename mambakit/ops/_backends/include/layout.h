@@ -1,0 +1,96 @@
+// Operands that a kernel does not read as its own vectors: of another number format, or with their tokens adjacent in
+// memory instead of their channels ((b, d, l) memory). A tile of them is copied to float32 rows of channels, and back.
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+// `tokens` neighbouring tokens of each channel become rows of a tile, `pitch` floats apart. Where a row has room for more
+// channels than there are, the rest of a vector is 0.
+template <class T>
+void tokens_in(float* tile, int64_t pitch, const T* p, int64_t channel_stride, int64_t tokens, int64_t channels) {
+  for (int64_t c = 0; c < channels; c += W)
+    for (int64_t t = 0; t < tokens; t += W) {
+      V v[W];
+      const int64_t rows = min64(W, channels - c), count = min64(W, tokens - t);
+      const T* at = p + c * channel_stride + t;
+      if (rows == W && count == W)
+        for (int64_t j = 0; j < W; ++j) v[j] = load(at + j * channel_stride);
+      else
+        for (int64_t j = 0; j < W; ++j) v[j] = j < rows ? load(at + j * channel_stride, count) : splat(0.0f);
+      transpose(v);
+      if (rows == W && count == W)
+        for (int64_t j = 0; j < W; ++j) store(tile + (t + j) * pitch + c, v[j]);
+      else
+        for (int64_t j = 0; j < count; ++j) store(tile + (t + j) * pitch + c, v[j], pitch - c);
+    }
+}
+// The way back.
+template <class T>
+void tokens_out(T* p, int64_t channel_stride, const float* tile, int64_t pitch, int64_t tokens, int64_t channels) {
+  for (int64_t c = 0; c < channels; c += W)
+    for (int64_t t = 0; t < tokens; t += W) {
+      V v[W];
+      const int64_t rows = min64(W, channels - c), count = min64(W, tokens - t);
+      for (int64_t j = 0; j < W; ++j) v[j] = j < count ? load(tile + (t + j) * pitch + c, rows) : splat(0.0f);
+      transpose(v);
+      T* at = p + c * channel_stride + t;
+      if (count == W)
+        for (int64_t j = 0; j < rows; ++j) store(at + j * channel_stride, v[j]);
+      else
+        for (int64_t j = 0; j < rows; ++j) store(at + j * channel_stride, v[j], count);
+    }
+}
+
+// A (b, l, d) operand in memory, of float32 or bfloat16, whose channels or whose tokens are adjacent.
+struct Operand {
+  void* p;
+  int64_t b, l, c, half;  // strides over rows, tokens and channels
+
+  bool is_vectors(int64_t of_half) const { return c == 1 && half == of_half; }
+
+  // `tokens` tokens of `channels` channels to rows of the tile.
+  void in(float* tile, int64_t pitch, int64_t row, int64_t token, int64_t channel, int64_t tokens, int64_t channels) const {
+    half ? in_as<bfloat16>(tile, pitch, row, token, channel, tokens, channels)
+         : in_as<float>(tile, pitch, row, token, channel, tokens, channels);
+  }
+  void out(const float* tile, int64_t pitch, int64_t row, int64_t token, int64_t channel, int64_t tokens,
+           int64_t channels) const {
+    half ? out_as<bfloat16>(tile, pitch, row, token, channel, tokens, channels)
+         : out_as<float>(tile, pitch, row, token, channel, tokens, channels);
+  }
+  // Asks for a tile where tokens are adjacent: its channels are pages apart, which no processor foresees.
+  void prefetch(int64_t row, int64_t token, int64_t channel, int64_t tokens, int64_t channels) const {
+    const int64_t size = half ? 2 : 4;
+    const char* from = static_cast<const char*>(p) + (row * b + token * l + channel * c) * size;
+    for (int64_t i = 0; i < channels; ++i)
+      for (int64_t at = 0; at < tokens * size; at += 64) __builtin_prefetch(from + i * c * size + at);
+  }
+  template <class T>
+  T* at(int64_t row, int64_t token, int64_t channel) const {
+    return static_cast<T*>(p) + row * b + token * l + channel * c;
+  }
+
+ private:
+  template <class T>
+  void in_as(float* tile, int64_t pitch, int64_t row, int64_t token, int64_t channel, int64_t tokens,
+             int64_t channels) const {
+    const T* from = at<T>(row, token, channel);
+    if (c != 1) return tokens_in(tile, pitch, from, c, tokens, channels);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t i = 0; i < channels; i += W)
+        store(tile + t * pitch + i, load(from + t * l + i, channels - i), pitch - i);
+  }
+  template <class T>
+  void out_as(const float* tile, int64_t pitch, int64_t row, int64_t token, int64_t channel, int64_t tokens,
+              int64_t channels) const {
+    T* to = at<T>(row, token, channel);
+    if (c != 1) return tokens_out(to, c, tile, pitch, tokens, channels);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t i = 0; i < channels; i += W)
+        store(to + t * l + i, load(tile + t * pitch + i, channels - i), channels - i);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,62 @@
+"""Where releases of torch differ in what ops and modules use of them; nothing else asks for torch's version.
+
+The oldest release is that of `mambakit._versions.TESTED`. A branch here names the first release that needs no branch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def release_of(version: str) -> tuple[int, int]:
+    """(major, minor) of a version such as "2.13.0+cpu".
+
+    Raises:
+        ValueError: it does not begin with two numbers.
+    """
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None:
+        raise ValueError(f"torch.__version__ is {version!r}, which does not begin with two numbers")
+    return int(found[1]), int(found[2])
+
+
+RELEASE = release_of(torch.__version__)
+
+
+def _bits(keys: Any) -> int:
+    return keys.raw_repr()
+
+
+def _bits_by_name(keys: Any) -> int:
+    """2.4 gives a set's members as text alone."""
+    names = repr(keys)[len("DispatchKeySet(") : -1].split(", ")
+    return sum(1 << _numbers.setdefault(name, len(_numbers)) for name in names)
+
+
+_numbers: dict[str, int] = {}
+
+# An int with a bit for each dispatch key of a DispatchKeySet.
+dispatch_bits: Callable[[Any], int] = _bits if RELEASE >= (2, 5) else _bits_by_name
+
+
+def _never_exporting() -> bool:
+    """Before 2.7 torch does not say so: an exported program then keeps the scan's checkpoints, which costs memory."""
+    return False
+
+
+# Whether torch.export traces this call.
+is_exporting: Callable[[], bool] = torch.compiler.is_exporting if RELEASE >= (2, 7) else _never_exporting
+
+
+def outside_graphs(function: Callable, reason: str) -> Callable:
+    """``function`` as a break of the graph where torch.compile meets it; ``reason`` is shown by 2.8 and newer.
+
+    It imports torch._dynamo, which takes a second: call it in a module that only a trace imports.
+    """
+    if RELEASE >= (2, 8):
+        return torch.compiler.disable(function, reason=reason)
+    return torch.compiler.disable(function)

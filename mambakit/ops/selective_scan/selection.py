@@ -1,0 +1,93 @@
+"""B and C of the selective scan: groups of channels, constants over the batch or over time, and their shapes.
+
+The op takes B and C as (b, l, n), one group, or (b, l, g, n): group i serves channels i d / g to (i + 1) d / g.
+Of both, b and l may be 1: then they do not depend on the batch, or on time. Gradients have those shapes, so they are
+sums over what was not told apart, made in the kernel: nothing of b * l * d * n elements exists for constants.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mambakit.ops import _checks
+
+
+def check(op: str, b: int, length: int, d: int, n: int, B: Tensor, C: Tensor) -> None:
+    """Raise ValueError for shapes outside the contract."""
+    for name, x in (("B", B), ("C", C)):
+        shape = tuple(x.shape)
+        fits = x.dim() in (3, 4) and all(s == size or s == 1 for s, size in zip(shape, (b, length), strict=False))
+        _checks.require(
+            fits and shape[-1] == n,
+            f"{op}: {name} has shape {shape}, expected (b, l, n) = {(b, length, n)} or (b, l, g, n) with g groups of "
+            "channels; b and l may be 1, for a constant. Transpose (b, n, l); pass a constant (d, n) as x[None, None]",
+        )
+        g = groups(x)
+        _checks.require(
+            g >= 1 and d % g == 0,
+            f"{op}: {name} has {g} groups, and the {d} channels of u are no multiple of them; pass a number of groups "
+            "that divides d",
+        )
+
+
+def groups(x: Tensor) -> int:
+    """Groups of channels of B or C."""
+    return 1 if x.dim() == 3 else x.shape[2]
+
+
+def varies(x: Tensor, length: int) -> bool:
+    """Whether B or C depends on time."""
+    return x.shape[1] == length
+
+
+def compact(x: Tensor) -> Tensor:
+    """B or C with an expanded dimension (stride 0) as one element of it, and without its groups where it has one.
+
+    Its gradient is expanded again: each of the elements that are one in memory has an equal share of the sum, so that
+    the gradient of the tensor that was expanded is right, and takes no memory. Shares are rounded to the dtype: where
+    that matters (float16), pass the tensor before it is expanded.
+    """
+    axes = tuple(i for i in range(x.dim() - 1) if x.stride(i) == 0 and x.shape[i] > 1)
+    if axes:
+        x = _Compact.apply(x, axes) if torch.is_grad_enabled() and x.requires_grad else _first(x, axes)
+    return x.squeeze(2) if x.dim() == 4 and x.shape[2] == 1 else x
+
+
+def check_groups(op: str, length: int, B: Tensor, C: Tensor) -> None:
+    """Raise ValueError where B and C, made compact, have different numbers of groups."""
+    both = groups(B), groups(C)
+    _checks.require(
+        both[0] == both[1] or both[0] == 1 or both[1] == 1 or varies(B, length) != varies(C, length),
+        f"{op}: B has {both[0]} groups and C has {both[1]}, expected the same number or 1; repeat_interleave "
+        "one over its dimension 2",
+    )
+
+
+def _first(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    for axis in axes:
+        x = x.narrow(axis, 0, 1)
+    return x
+
+
+class _Compact(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+        return _first(x, axes)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, axes = inputs
+        ctx.shape, ctx.count = x.shape, 1
+        for axis in axes:
+            ctx.count *= x.shape[axis]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient / ctx.count).expand(ctx.shape), None
+
+
+def is_plain(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> bool:
+    """Whether B and C are (b, l, n) and all have one dtype."""
+    given = (delta, B, C) if z is None else (delta, B, C, z)
+    return all(x.dtype == u.dtype for x in given) and all(x.shape[:-1] == u.shape[:2] for x in (B, C))
