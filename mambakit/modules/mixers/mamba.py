@@ -25,7 +25,7 @@ from mambakit.modules.state_cache import StateCache
 from mambakit.modules.state_spec import StateTensor
 from mambakit.ops import causal_conv1d, causal_conv1d_, rms_norm, selective_scan, selective_scan_
 from mambakit.ops._backends.memory import all_plain
-from mambakit.ops.fused_mixer import MixerWeights, fused_mixer
+from mambakit.ops.fused_mixer import MixerWeights, fused_mixer, mix_rows
 from mambakit.quoting import brief
 
 
@@ -211,6 +211,8 @@ class MambaMixer(Mixer):
         """As `_mix`, as one op."""
         cu_seqlens = None if packing is None else packing.cu_seqlens
         before = self._states(cache, packing)
+        if cache is None and packing is None and not self.recompute_selection:
+            return mix_rows(xz, self._mixer_weights())
         y, *states = fused_mixer(xz, self._mixer_weights(), *before, cu_seqlens, self.recompute_selection)
         self._keep(cache, packing, *states)
         return y
