@@ -1,4 +1,4 @@
-"""What a model does with a text: which tokens surprise it, which layers open for which, and what is read of the past."""
+"""What a model does with a text: which tokens surprise it, which layers open for which, what is read of the past."""
 
 import argparse
 
