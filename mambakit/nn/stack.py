@@ -120,22 +120,16 @@ class MambaStack(nn.Module):
     @torch.no_grad()
     def _scale_ends(self) -> None:
         """Each residual branch starts smaller, so that the stream's variance does not grow with the layers."""
-        layer: Any
-        for layer in self.layers:
-            for mixer in layer.mixers:
-                mixer.out_proj.weight /= math.sqrt(self.settings.num_hidden_layers)
+        for module in self.modules():
+            if isinstance(module, MambaMixer):
+                module.out_proj.weight /= math.sqrt(self.settings.num_hidden_layers)
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew."""
         self.in_proj.reset_parameters()
-        layer: Any
-        norm: Any
-        for layer in self.layers:
-            layer.norm.reset_parameters()
-            for mixer in layer.mixers:
-                mixer.reset_parameters()
-        for norm in self.norms:
-            norm.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, (RMSNorm, MambaMixer)):
+                module.reset_parameters()
         self._scale_ends()
 
     def zero_state(self, batch_size: int) -> State:
@@ -185,7 +179,7 @@ class MambaStack(nn.Module):
             read: Callable[..., Any] = segments_of
             if torch.compiler.is_compiling():
                 from mambakit.nn.untraced import segments_between_graphs as read
-            segments = read(torch.full((b,), length, device=x.device), mask.reshape(-1))
+            segments = read(torch.full((b,), length, dtype=torch.int64, device=x.device), mask.reshape(-1))
             rows = rows.reshape(1, b * length, -1)
         y, after = self._run(rows, state, segments)
         y = y.reshape(b, length, -1)
