@@ -24,6 +24,7 @@ COMMANDS = {
     "info": "what a checkpoint is, from its headers alone",
     "convert": "rewrite a checkpoint in another format",
     "quantize": "rewrite a checkpoint with int8, int4 or losslessly packed weights",
+    "export": "write a model for another runtime: ONNX or PyTorch's pt2",
     "env": "versions, devices, and what serves each op",
 }
 # Errors that the user can correct end with status 2, all others with 1.

@@ -33,6 +33,7 @@ LAYERS = [
     "assets",
     "generation",
     "evaluation",
+    "export",
     "training",
     "serving",
     "commands",
