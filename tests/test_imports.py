@@ -36,6 +36,7 @@ LAYERS = [
     "generation",
     "inspection",
     "evaluation",
+    "export",
     "training",
     "serving",
     "commands",

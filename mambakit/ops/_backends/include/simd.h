@@ -17,6 +17,8 @@
 #else
 #if defined(__SSE2__)
 #include <emmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #define MAMBAKIT_WIDTH 4
 #endif
@@ -24,7 +26,11 @@
 #define MAMBAKIT_JOIN_(name, isa) name##_##isa
 #define MAMBAKIT_JOIN(name, isa) MAMBAKIT_JOIN_(name, isa)
 // The exported name of a kernel: one symbol per instruction set.
+#if defined(_WIN32)
+#define MAMBAKIT_EXPORT(name) extern "C" __declspec(dllexport) int MAMBAKIT_JOIN(name, MAMBAKIT_ISA)
+#else
 #define MAMBAKIT_EXPORT(name) extern "C" __attribute__((visibility("default"))) int MAMBAKIT_JOIN(name, MAMBAKIT_ISA)
+#endif
 
 namespace {
 
@@ -51,6 +57,8 @@ inline V multiply_add(V a, V b, V c) {
   return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__)
   return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
