@@ -14,10 +14,12 @@ from mambakit.ops._autocast import autocast_dtype, no_autocast
 from mambakit.ops._backends.memory import PLAIN_TYPES, is_plain, observed, transformed
 from mambakit.ops._backends.prepared_triton import NotPreparedError
 from mambakit.ops._once import differentiated_once
+from mambakit.ops.causal_conv1d.api import causal_conv1d
 from mambakit.ops.fused_mixer.api import MixerWeights, fused_mixer
 from mambakit.ops.fused_mixer.plan import Plan
 from mambakit.ops.fused_mixer.signature import ALIGNED, LayerWeights, Signature, unserved
 from mambakit.ops.rms_norm.api import rms_norm
+from mambakit.ops.selective_scan.api import selective_scan
 
 # Plans, and None for signatures that none serves.
 _plans: dict[Signature, Plan | None] = {}
@@ -30,21 +32,23 @@ def on_gpu(x: Tensor) -> bool:
 
 def fused_layer(
     x: Tensor, residual: Tensor | None, weights: LayerWeights, eps: float = 0.0, kept: torch.dtype | None = None,
-    states: tuple[Tensor, Tensor] | None = None,
+    states: tuple[Tensor, Tensor] | None = None, log: bool = True,
 ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """A layer on whole rows, on an NVIDIA GPU, without torch's dispatcher between its parts.
 
     Args:
-        x: (b, l, h).
+        x: (b, l, h); in_proj's output (b, l, 2 d) where ``weights`` have none.
         residual: (b, l, h), added to x before the norm, or None.
         weights: without a norm, x enters the mixer as it is.
         eps: the norm's.
         kept: the dtype of the residual stream that is returned; that of x when absent.
         states: (slots, d, k - 1) and (slots, d, n) float32, from which the first b rows continue and which are updated
             in place, without gradients. Rows begin from zeros when absent.
+        log: ``weights.A_log`` is log(-A), else A.
 
     Returns:
-        (b, l, h) in the dtype that linear layers compute in, and the residual stream (b, l, h), None without a norm.
+        (b, l, h), or (b, l, d) without out_proj, in the dtype that linear layers compute in, that of x without
+        in_proj; and the residual stream (b, l, h), None without a norm.
         Differentiable once in x, residual and weights. None where no plan serves the call: another device, tensors
         that are no plain contiguous memory, a call that is traced or observed, dtypes and sizes that `unserved` names.
     """
@@ -53,7 +57,10 @@ def fused_layer(
     device, index = x.device, x.get_device()
     if device.index != torch._C._cuda_getDevice():  # kernels are launched in the current device's context
         return None
-    dtype = autocast_dtype(device) or weights.in_proj.dtype
+    half = autocast_dtype(device)
+    dtype = x.dtype if weights.in_proj is None else half or weights.in_proj.dtype
+    if weights.in_proj is None and weights.out_proj is not None and dtype != (half or weights.out_proj.dtype):
+        return None  # out_proj computes in another dtype
     tensors = (x, residual, *weights) if states is None else (x, residual, *weights, *states)
     if not all(t is None or _readable(t, index) for t in tensors):
         return None
@@ -65,7 +72,7 @@ def fused_layer(
         return None
     signature = Signature(
         x.shape, x.dtype, None if residual is None else residual.dtype, kept or x.dtype, dtype,
-        tuple(None if t is None else (t.dtype, t.shape) for t in weights), eps, device, gradient,
+        tuple(None if t is None else (t.dtype, t.shape) for t in weights), eps, device, gradient, log,
         None if states is None else ((states[0].dtype, states[0].shape), (states[1].dtype, states[1].shape)),
     )  # fmt: skip
     if signature not in _plans:
@@ -78,6 +85,14 @@ def fused_layer(
     if not gradient:
         return plan.forward(x, residual, weights, states)[:2]
     return _Layer.apply(plan, x, residual, *weights)
+
+
+def mix_rows(xz: Tensor, weights: MixerWeights) -> Tensor:
+    """`fused_mixer`'s y alone, (b, l, d), of rows that begin from zero states."""
+    conv, conv_bias, x_proj, dt_proj, A_log, D, dt_bias = weights
+    parts = LayerWeights(None, None, None, conv, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, None, None)
+    found = fused_layer(xz, None, parts)
+    return fused_mixer(xz, weights)[0] if found is None else found[0]
 
 
 def _new_plan(signature: Signature) -> Plan | None:
@@ -115,15 +130,22 @@ def _gradients_by_parts(
     plan: Plan, dy: Tensor, dtotal: Tensor | None, kept: tuple, w: LayerWeights, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """`Plan.backward` by autograd through the ops, for gradients of several outputs at once: vmap wraps ``dy``."""
-    normed, dtype, signature = plan.normed, plan.dtype, plan.signature
-    with torch.enable_grad(), no_autocast(plan.device):
+    normed, signature = plan.layout.normed, plan.signature
+    dtype = signature.dtype
+    with torch.enable_grad(), no_autocast(signature.device):
         entering = (kept[1] if normed else kept[0]).detach().requires_grad_()
         w = LayerWeights(*(None if t is None else t.detach().requires_grad_() for t in w))  # type: ignore[arg-type]
         y = rms_norm(entering, w.norm, signature.eps, out_dtype=dtype)[0] if normed else entering
         in_bias, out_bias = (None if t is None else t.to(dtype) for t in (w.in_bias, w.out_bias))
-        middle = MixerWeights(w.conv.squeeze(1), w.conv_bias, w.x_proj, w.dt_proj, w.A_log, w.D, w.dt_bias)
-        y, _, _ = fused_mixer(F.linear(y, w.in_proj.to(dtype), in_bias), middle)
-        y = F.linear(y, w.out_proj.to(dtype), out_bias)
+        if w.in_proj is not None:
+            y = F.linear(y, w.in_proj.to(dtype), in_bias)
+        u, z = y.chunk(2, -1)
+        u, _ = causal_conv1d(u, w.conv.view(w.D.shape[0], -1), w.conv_bias)
+        dt, B, C = F.linear(u, w.x_proj.to(dtype)).split([plan.layout.r, plan.layout.n, plan.layout.n], -1)
+        A = -torch.exp(w.A_log) if signature.log else w.A_log
+        y, _ = selective_scan(u, F.linear(dt, w.dt_proj.to(dtype)), A, B, C, w.D, z, w.dt_bias, True)
+        if w.out_proj is not None:
+            y = F.linear(y, w.out_proj.to(dtype), out_bias)
     given = [t for t in (entering, *w) if t is not None]
     found = iter(torch.autograd.grad(y, given, dy, allow_unused=True))
     dentering: Any = next(found)
@@ -152,10 +174,12 @@ class _Layer(torch.autograd.Function):
         plan, saved = ctx.plan, ctx.saved_tensors  # asked for once: activation checkpointing unpacks each tensor once
         weights, kept = LayerWeights(*saved[:_COUNT]), saved[_COUNT:]
         with torch.no_grad():
+            layout, signature = plan.layout, plan.signature
             if dy is None:
-                dy = torch.zeros(plan.signature.shape, dtype=plan.dtype, device=plan.device)
+                shape = layout.b, layout.length, layout.out
+                dy = torch.zeros(shape, dtype=signature.dtype, device=signature.device)
             if is_plain(dy) and is_plain(dtotal):
-                rows = _dense(dy).view(plan.rows, plan.h)
+                rows = _dense(dy).view(layout.rows, layout.out)
                 read = None if dtotal is None else _dense(dtotal)
                 found = plan.backward(rows, read, kept, weights, ctx.needs_input_grad[1:])
             else:
