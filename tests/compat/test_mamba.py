@@ -16,16 +16,9 @@ from mambakit.modules import MambaMixer
 from tests.compat.oracles import error, inner
 
 NINE = [
-    "A_log",
-    "D",
-    "in_proj.weight",
-    "conv1d.weight",
-    "conv1d.bias",
-    "x_proj.weight",
-    "dt_proj.weight",
-    "dt_proj.bias",
+    "A_log", "D", "in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias",
     "out_proj.weight",
-]
+]  # fmt: skip
 
 
 def exact(layer: Mamba, x: torch.Tensor) -> torch.Tensor:
