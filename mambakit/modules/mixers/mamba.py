@@ -219,6 +219,14 @@ class MambaMixer(Mixer):
             and untouched(self.conv1d, nn.Conv1d) and all_plain(self._mixer_weights())
         )  # fmt: skip
 
+    def fusion_setting(self) -> tuple:
+        return self.act, self.mixer_rms_eps, self.causal_conv1d, self.selective_scan, self.recompute_selection
+
+    def can_fuse_whole(self) -> bool:
+        """Whether the projections, too, may run as one function with it: `mambakit.ops.fused_mixer.layer`."""
+        projections = untouched(self.in_proj, nn.Linear) and untouched(self.out_proj, nn.Linear)
+        return projections and not self.recompute_selection and self.can_fuse()
+
     def _mixer_weights(self) -> MixerWeights:
         filter, bias, _ = self._filter()
         steps = self.dt_proj

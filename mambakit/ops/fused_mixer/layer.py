@@ -17,12 +17,16 @@ from mambakit.ops._once import differentiated_once
 from mambakit.ops.causal_conv1d.api import causal_conv1d
 from mambakit.ops.fused_mixer.api import MixerWeights, fused_mixer
 from mambakit.ops.fused_mixer.plan import Plan
-from mambakit.ops.fused_mixer.signature import ALIGNED, LayerWeights, Signature, unserved
+from mambakit.ops.fused_mixer.signature import ALIGNED, Kinds, LayerWeights, Signature, kinds_of, unserved
 from mambakit.ops.rms_norm.api import rms_norm
 from mambakit.ops.selective_scan.api import selective_scan
 
 # Plans, and None for signatures that none serves.
-_plans: dict[Signature, Plan | None] = {}
+_plans: dict[Signature, Any] = {}
+_ABSENT = object()
+# What a layer computes has its gradient here, in the dtypes that the code names: torch's own machinery for both is
+# passed over, which is a third of the host's time of a product.
+_BelowAutograd, _NoAutocast = torch._C._AutoDispatchBelowAutograd, torch._C._DisableAutocast
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -30,9 +34,32 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
+class KnownWeights:
+    """What the last call's weights were, so that the next one's are compared with it and not looked up."""
+
+    def __init__(self) -> None:
+        self._kinds: Kinds | None = None
+
+    def kinds(self, weights: LayerWeights, device: int) -> Kinds | None:
+        """Dtypes and shapes of the weights, or None where a kernel may not read one of them."""
+        if self._kinds is not None:
+            for t, kind in zip(weights, self._kinds.each, strict=True):
+                if t is None or kind is None:
+                    if t is not kind:
+                        break
+                elif t.dtype is not kind[0] or t.shape != kind[1] or not _readable(t, device):
+                    break
+            else:
+                return self._kinds
+        if not all(t is None or _readable(t, device) for t in weights):
+            return None
+        self._kinds = kinds_of(tuple(None if t is None else (t.dtype, t.shape) for t in weights))
+        return self._kinds
+
+
 def fused_layer(
     x: Tensor, residual: Tensor | None, weights: LayerWeights, eps: float = 0.0, kept: torch.dtype | None = None,
-    states: tuple[Tensor, Tensor] | None = None, log: bool = True,
+    states: tuple[Tensor, Tensor] | None = None, log: bool = True, known: KnownWeights | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """A layer on whole rows, on an NVIDIA GPU, without torch's dispatcher between its parts.
 
@@ -45,6 +72,7 @@ def fused_layer(
         states: (slots, d, k - 1) and (slots, d, n) float32, from which the first b rows continue and which are updated
             in place, without gradients. Rows begin from zeros when absent.
         log: ``weights.A_log`` is log(-A), else A.
+        known: of a caller that calls again with the same weights.
 
     Returns:
         (b, l, h), or (b, l, d) without out_proj, in the dtype that linear layers compute in, that of x without
@@ -61,29 +89,33 @@ def fused_layer(
     dtype = x.dtype if weights.in_proj is None else half or weights.in_proj.dtype
     if weights.in_proj is None and weights.out_proj is not None and dtype != (half or weights.out_proj.dtype):
         return None  # out_proj computes in another dtype
-    tensors = (x, residual, *weights) if states is None else (x, residual, *weights, *states)
-    if not all(t is None or _readable(t, index) for t in tensors):
+    kinds = (known or KnownWeights()).kinds(weights, index)
+    if kinds is None or not _readable(x, index):
         return None
-    if residual is not None and residual.shape != x.shape:
+    if residual is not None and not (residual.shape == x.shape and _readable(residual, index)):
         return None
-    normed = weights.norm is not None
-    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if gradient and states is not None:
-        return None
+    gradient = torch.is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for t in (residual, *weights))
+    )
+    of_states = None
+    if states is not None:
+        if gradient or not all(_readable(t, index) for t in states):
+            return None
+        of_states = (states[0].dtype, states[0].shape), (states[1].dtype, states[1].shape)
     signature = Signature(
-        x.shape, x.dtype, None if residual is None else residual.dtype, kept or x.dtype, dtype,
-        tuple(None if t is None else (t.dtype, t.shape) for t in weights), eps, device, gradient, log,
-        None if states is None else ((states[0].dtype, states[0].shape), (states[1].dtype, states[1].shape)),
+        x.shape, x.dtype, None if residual is None else residual.dtype, kept or x.dtype, dtype, kinds, eps, device,
+        gradient, log, of_states,
     )  # fmt: skip
-    if signature not in _plans:
-        _plans[signature] = _new_plan(signature)
-    plan = _plans[signature]
+    plan = _plans.get(signature, _ABSENT)
+    if plan is _ABSENT:
+        plan = _plans[signature] = _new_plan(signature)
     if plan is None:
         return None
-    if not normed and x.dtype != dtype:
+    if weights.norm is None and x.dtype != dtype:
         x = x.to(dtype)
     if not gradient:
-        return plan.forward(x, residual, weights, states)[:2]
+        with _BelowAutograd(), _NoAutocast():
+            return plan.forward(x, residual, weights, states)[:2]
     return _Layer.apply(plan, x, residual, *weights)
 
 
@@ -163,7 +195,8 @@ _COUNT = len(LayerWeights._fields)
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, x: Tensor, residual: Tensor | None, *weights: Tensor | None):
-        out, total, kept = plan.forward(x, residual, LayerWeights(*weights))  # type: ignore[arg-type]
+        with _BelowAutograd(), _NoAutocast():
+            out, total, kept = plan.forward(x, residual, LayerWeights(*weights))  # type: ignore[arg-type]
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*weights, *kept)
@@ -179,9 +212,10 @@ class _Layer(torch.autograd.Function):
                 shape = layout.b, layout.length, layout.out
                 dy = torch.zeros(shape, dtype=signature.dtype, device=signature.device)
             if is_plain(dy) and is_plain(dtotal):
-                rows = _dense(dy).view(layout.rows, layout.out)
-                read = None if dtotal is None else _dense(dtotal)
-                found = plan.backward(rows, read, kept, weights, ctx.needs_input_grad[1:])
+                with _BelowAutograd(), _NoAutocast():
+                    rows = _dense(dy).view(layout.rows, layout.out)
+                    read = None if dtotal is None else _dense(dtotal)
+                    found = plan.backward(rows, read, kept, weights, ctx.needs_input_grad[1:])
             else:
                 found = _gradients_by_parts(plan, dy, dtotal, kept[:2], weights, ctx.needs_input_grad[1:])
         # The input and the stream are among what was kept.
