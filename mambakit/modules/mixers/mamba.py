@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from mambakit.modules.state_cache import StateCache
 from mambakit.modules.state_spec import StateTensor
 from mambakit.ops import causal_conv1d, causal_conv1d_, rms_norm, selective_scan, selective_scan_
 from mambakit.ops._backends.memory import all_plain
-from mambakit.ops.fused_mixer import MixerWeights, fused_mixer
+from mambakit.ops.fused_mixer import MixerWeights, fused_mixer, mix_rows
 from mambakit.quoting import brief
 
 
@@ -63,6 +63,23 @@ class TimeStepProjection(nn.Linear):
 
     def _apply(self, fn: Callable, recurse: bool = True):
         return super()._apply(lambda t: keep_float32(fn, t) if t.dim() == 1 else fn(t), recurse)
+
+
+class Selection(NamedTuple):
+    """What a layer's scan was given for l tokens of b rows (arXiv 2312.00752, algorithm 2), in float32 or float64."""
+
+    u: Tensor
+    """(b, l, d), the convolution's output."""
+    delta: Tensor
+    """(b, l, d), the step sizes, after the softplus."""
+    A: Tensor
+    """(d, n), negative."""
+    B: Tensor
+    """(b, l, n)."""
+    C: Tensor
+    """(b, l, n)."""
+    D: Tensor
+    """(d,)."""
 
 
 class MambaMixer(Mixer):
@@ -202,6 +219,14 @@ class MambaMixer(Mixer):
             and untouched(self.conv1d, nn.Conv1d) and all_plain(self._mixer_weights())
         )  # fmt: skip
 
+    def fusion_setting(self) -> tuple:
+        return self.act, self.mixer_rms_eps, self.causal_conv1d, self.selective_scan, self.recompute_selection
+
+    def can_fuse_whole(self) -> bool:
+        """Whether the projections, too, may run as one function with it: `mambakit.ops.fused_mixer.layer`."""
+        projections = untouched(self.in_proj, nn.Linear) and untouched(self.out_proj, nn.Linear)
+        return projections and not self.recompute_selection and self.can_fuse()
+
     def _mixer_weights(self) -> MixerWeights:
         filter, bias, _ = self._filter()
         steps = self.dt_proj
@@ -211,6 +236,8 @@ class MambaMixer(Mixer):
         """As `_mix`, as one op."""
         cu_seqlens = None if packing is None else packing.cu_seqlens
         before = self._states(cache, packing)
+        if cache is None and packing is None and not self.recompute_selection:
+            return mix_rows(xz, self._mixer_weights())
         y, *states = fused_mixer(xz, self._mixer_weights(), *before, cu_seqlens, self.recompute_selection)
         self._keep(cache, packing, *states)
         return y
@@ -233,6 +260,22 @@ class MambaMixer(Mixer):
         y, ssm_state = self.selective_scan(*self._scan_inputs(x, z), initial_state=ssm_state, cu_seqlens=cu_seqlens)
         self._keep(cache, packing, conv_state, ssm_state)
         return y.to(z.dtype)
+
+    @torch.no_grad()
+    def traced(self, hidden_states: Tensor, cache: StateCache) -> tuple[Tensor, Selection]:
+        """`forward` without gradients or packing, and what it chose to let in, to keep and to read at each token."""
+        x, z = project(self.in_proj, hidden_states).chunk(2, -1)
+        conv_state, ssm_state = self._states(cache, None)
+        u, conv_state = self._convolve(x, conv_state, None)
+        inputs = self._scan_inputs(u, z)
+        y, ssm_state = self.selective_scan(*inputs, initial_state=ssm_state)
+        self._keep(cache, None, conv_state, ssm_state)
+        u, delta, A, B, C, D, _, bias, _ = inputs
+        wide = A.dtype
+        delta = delta.to(wide) if bias is None else delta.to(wide) + bias
+        delta = F.softplus(delta, threshold=40)  # the default, 20, shows in float64
+        selection = Selection(u.to(wide), delta, A, B.to(wide), C.to(wide), D)
+        return project(self.out_proj, y.to(z.dtype)), selection
 
     def _mix_in_place(self, x: Tensor, z: Tensor, cache: StateCache, packing: Packing | None) -> Tensor:
         """Inference: the ops read and write the cache's own memory."""

@@ -2,5 +2,7 @@
 own."""
 
 from mambakit.ops.fused_mixer.api import MixerWeights, fused_mixer
+from mambakit.ops.fused_mixer.layer import fused_layer, mix_rows
+from mambakit.ops.fused_mixer.signature import LayerWeights
 
-__all__ = ["MixerWeights", "fused_mixer"]
+__all__ = ["LayerWeights", "MixerWeights", "fused_layer", "fused_mixer", "mix_rows"]

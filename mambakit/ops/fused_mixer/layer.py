@@ -14,13 +14,19 @@ from mambakit.ops._autocast import autocast_dtype, no_autocast
 from mambakit.ops._backends.memory import PLAIN_TYPES, is_plain, observed, transformed
 from mambakit.ops._backends.prepared_triton import NotPreparedError
 from mambakit.ops._once import differentiated_once
+from mambakit.ops.causal_conv1d.api import causal_conv1d
 from mambakit.ops.fused_mixer.api import MixerWeights, fused_mixer
 from mambakit.ops.fused_mixer.plan import Plan
-from mambakit.ops.fused_mixer.signature import ALIGNED, LayerWeights, Signature, unserved
+from mambakit.ops.fused_mixer.signature import ALIGNED, Kinds, LayerWeights, Signature, kinds_of, unserved
 from mambakit.ops.rms_norm.api import rms_norm
+from mambakit.ops.selective_scan.api import selective_scan
 
 # Plans, and None for signatures that none serves.
-_plans: dict[Signature, Plan | None] = {}
+_plans: dict[Signature, Any] = {}
+_ABSENT = object()
+# What a layer computes has its gradient here, in the dtypes that the code names: torch's own machinery for both is
+# passed over, which is a third of the host's time of a product.
+_BelowAutograd, _NoAutocast = torch._C._AutoDispatchBelowAutograd, torch._C._DisableAutocast
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -28,23 +34,49 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
+class KnownWeights:
+    """What the last call's weights were, so that the next one's are compared with it and not looked up."""
+
+    def __init__(self) -> None:
+        self._kinds: Kinds | None = None
+
+    def kinds(self, weights: LayerWeights, device: int) -> Kinds | None:
+        """Dtypes and shapes of the weights, or None where a kernel may not read one of them."""
+        if self._kinds is not None:
+            for t, kind in zip(weights, self._kinds.each, strict=True):
+                if t is None or kind is None:
+                    if t is not kind:
+                        break
+                elif t.dtype is not kind[0] or t.shape != kind[1] or not _readable(t, device):
+                    break
+            else:
+                return self._kinds
+        if not all(t is None or _readable(t, device) for t in weights):
+            return None
+        self._kinds = kinds_of(tuple(None if t is None else (t.dtype, t.shape) for t in weights))
+        return self._kinds
+
+
 def fused_layer(
     x: Tensor, residual: Tensor | None, weights: LayerWeights, eps: float = 0.0, kept: torch.dtype | None = None,
-    states: tuple[Tensor, Tensor] | None = None,
+    states: tuple[Tensor, Tensor] | None = None, log: bool = True, known: KnownWeights | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """A layer on whole rows, on an NVIDIA GPU, without torch's dispatcher between its parts.
 
     Args:
-        x: (b, l, h).
+        x: (b, l, h); in_proj's output (b, l, 2 d) where ``weights`` have none.
         residual: (b, l, h), added to x before the norm, or None.
         weights: without a norm, x enters the mixer as it is.
         eps: the norm's.
         kept: the dtype of the residual stream that is returned; that of x when absent.
         states: (slots, d, k - 1) and (slots, d, n) float32, from which the first b rows continue and which are updated
             in place, without gradients. Rows begin from zeros when absent.
+        log: ``weights.A_log`` is log(-A), else A.
+        known: of a caller that calls again with the same weights.
 
     Returns:
-        (b, l, h) in the dtype that linear layers compute in, and the residual stream (b, l, h), None without a norm.
+        (b, l, h), or (b, l, d) without out_proj, in the dtype that linear layers compute in, that of x without
+        in_proj; and the residual stream (b, l, h), None without a norm.
         Differentiable once in x, residual and weights. None where no plan serves the call: another device, tensors
         that are no plain contiguous memory, a call that is traced or observed, dtypes and sizes that `unserved` names.
     """
@@ -53,31 +85,46 @@ def fused_layer(
     device, index = x.device, x.get_device()
     if device.index != torch._C._cuda_getDevice():  # kernels are launched in the current device's context
         return None
-    dtype = autocast_dtype(device) or weights.in_proj.dtype
-    tensors = (x, residual, *weights) if states is None else (x, residual, *weights, *states)
-    if not all(t is None or _readable(t, index) for t in tensors):
+    half = autocast_dtype(device)
+    dtype = x.dtype if weights.in_proj is None else half or weights.in_proj.dtype
+    if weights.in_proj is None and weights.out_proj is not None and dtype != (half or weights.out_proj.dtype):
+        return None  # out_proj computes in another dtype
+    kinds = (known or KnownWeights()).kinds(weights, index)
+    if kinds is None or not _readable(x, index):
         return None
-    if residual is not None and residual.shape != x.shape:
+    if residual is not None and not (residual.shape == x.shape and _readable(residual, index)):
         return None
-    normed = weights.norm is not None
-    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if gradient and states is not None:
-        return None
+    gradient = torch.is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for t in (residual, *weights))
+    )
+    of_states = None
+    if states is not None:
+        if gradient or not all(_readable(t, index) for t in states):
+            return None
+        of_states = (states[0].dtype, states[0].shape), (states[1].dtype, states[1].shape)
     signature = Signature(
-        x.shape, x.dtype, None if residual is None else residual.dtype, kept or x.dtype, dtype,
-        tuple(None if t is None else (t.dtype, t.shape) for t in weights), eps, device, gradient,
-        None if states is None else ((states[0].dtype, states[0].shape), (states[1].dtype, states[1].shape)),
+        x.shape, x.dtype, None if residual is None else residual.dtype, kept or x.dtype, dtype, kinds, eps, device,
+        gradient, log, of_states,
     )  # fmt: skip
-    if signature not in _plans:
-        _plans[signature] = _new_plan(signature)
-    plan = _plans[signature]
+    plan = _plans.get(signature, _ABSENT)
+    if plan is _ABSENT:
+        plan = _plans[signature] = _new_plan(signature)
     if plan is None:
         return None
-    if not normed and x.dtype != dtype:
+    if weights.norm is None and x.dtype != dtype:
         x = x.to(dtype)
     if not gradient:
-        return plan.forward(x, residual, weights, states)[:2]
+        with _BelowAutograd(), _NoAutocast():
+            return plan.forward(x, residual, weights, states)[:2]
     return _Layer.apply(plan, x, residual, *weights)
+
+
+def mix_rows(xz: Tensor, weights: MixerWeights) -> Tensor:
+    """`fused_mixer`'s y alone, (b, l, d), of rows that begin from zero states."""
+    conv, conv_bias, x_proj, dt_proj, A_log, D, dt_bias = weights
+    parts = LayerWeights(None, None, None, conv, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, None, None)
+    found = fused_layer(xz, None, parts)
+    return fused_mixer(xz, weights)[0] if found is None else found[0]
 
 
 def _new_plan(signature: Signature) -> Plan | None:
@@ -115,15 +162,22 @@ def _gradients_by_parts(
     plan: Plan, dy: Tensor, dtotal: Tensor | None, kept: tuple, w: LayerWeights, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """`Plan.backward` by autograd through the ops, for gradients of several outputs at once: vmap wraps ``dy``."""
-    normed, dtype, signature = plan.normed, plan.dtype, plan.signature
-    with torch.enable_grad(), no_autocast(plan.device):
+    normed, signature = plan.layout.normed, plan.signature
+    dtype = signature.dtype
+    with torch.enable_grad(), no_autocast(signature.device):
         entering = (kept[1] if normed else kept[0]).detach().requires_grad_()
         w = LayerWeights(*(None if t is None else t.detach().requires_grad_() for t in w))  # type: ignore[arg-type]
         y = rms_norm(entering, w.norm, signature.eps, out_dtype=dtype)[0] if normed else entering
         in_bias, out_bias = (None if t is None else t.to(dtype) for t in (w.in_bias, w.out_bias))
-        middle = MixerWeights(w.conv.squeeze(1), w.conv_bias, w.x_proj, w.dt_proj, w.A_log, w.D, w.dt_bias)
-        y, _, _ = fused_mixer(F.linear(y, w.in_proj.to(dtype), in_bias), middle)
-        y = F.linear(y, w.out_proj.to(dtype), out_bias)
+        if w.in_proj is not None:
+            y = F.linear(y, w.in_proj.to(dtype), in_bias)
+        u, z = y.chunk(2, -1)
+        u, _ = causal_conv1d(u, w.conv.view(w.D.shape[0], -1), w.conv_bias)
+        dt, B, C = F.linear(u, w.x_proj.to(dtype)).split([plan.layout.r, plan.layout.n, plan.layout.n], -1)
+        A = -torch.exp(w.A_log) if signature.log else w.A_log
+        y, _ = selective_scan(u, F.linear(dt, w.dt_proj.to(dtype)), A, B, C, w.D, z, w.dt_bias, True)
+        if w.out_proj is not None:
+            y = F.linear(y, w.out_proj.to(dtype), out_bias)
     given = [t for t in (entering, *w) if t is not None]
     found = iter(torch.autograd.grad(y, given, dy, allow_unused=True))
     dentering: Any = next(found)
@@ -141,7 +195,8 @@ _COUNT = len(LayerWeights._fields)
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, x: Tensor, residual: Tensor | None, *weights: Tensor | None):
-        out, total, kept = plan.forward(x, residual, LayerWeights(*weights))  # type: ignore[arg-type]
+        with _BelowAutograd(), _NoAutocast():
+            out, total, kept = plan.forward(x, residual, LayerWeights(*weights))  # type: ignore[arg-type]
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*weights, *kept)
@@ -152,12 +207,15 @@ class _Layer(torch.autograd.Function):
         plan, saved = ctx.plan, ctx.saved_tensors  # asked for once: activation checkpointing unpacks each tensor once
         weights, kept = LayerWeights(*saved[:_COUNT]), saved[_COUNT:]
         with torch.no_grad():
+            layout, signature = plan.layout, plan.signature
             if dy is None:
-                dy = torch.zeros(plan.signature.shape, dtype=plan.dtype, device=plan.device)
+                shape = layout.b, layout.length, layout.out
+                dy = torch.zeros(shape, dtype=signature.dtype, device=signature.device)
             if is_plain(dy) and is_plain(dtotal):
-                rows = _dense(dy).view(plan.rows, plan.h)
-                read = None if dtotal is None else _dense(dtotal)
-                found = plan.backward(rows, read, kept, weights, ctx.needs_input_grad[1:])
+                with _BelowAutograd(), _NoAutocast():
+                    rows = _dense(dy).view(layout.rows, layout.out)
+                    read = None if dtotal is None else _dense(dtotal)
+                    found = plan.backward(rows, read, kept, weights, ctx.needs_input_grad[1:])
             else:
                 found = _gradients_by_parts(plan, dy, dtotal, kept[:2], weights, ctx.needs_input_grad[1:])
         # The input and the stream are among what was kept.

@@ -15,11 +15,15 @@ from mambakit.ops.selective_scan.plan import backward_plan
 
 
 class LayerWeights(NamedTuple):
-    """A layer's parameters: (h,), (2 d, h), (2 d,), (d, 1, k), (d,), (r + 2 n, d), (d, r), (d,), (d, n), (d,), (h, d),
-    (h,)."""
+    """A layer's parameters: (h,), (2 d, h), (2 d,), (d, 1, k) or (d, k), (d,), (r + 2 n, d), (d, r), (d,), (d, n),
+    (d,), (h, d), (h,).
+
+    Without in_proj (and norm) the layer begins with its output, without out_proj it ends with its input. A_log is
+    log(-A), or A itself (`Signature.log`).
+    """
 
     norm: Tensor | None
-    in_proj: Tensor
+    in_proj: Tensor | None
     in_bias: Tensor | None
     conv: Tensor
     conv_bias: Tensor | None
@@ -28,23 +32,35 @@ class LayerWeights(NamedTuple):
     dt_bias: Tensor
     A_log: Tensor
     D: Tensor
-    out_proj: Tensor
+    out_proj: Tensor | None
     out_bias: Tensor | None
+
+
+class Kinds:
+    """Dtype and shape of each of a layer's weights, None where there is none. Equal ones are one object (`kinds_of`),
+    so that a signature is found without looking at them."""
+
+    def __init__(self, each: tuple[tuple[torch.dtype, torch.Size] | None, ...]):
+        self.each = each
+
+
+kinds_of = functools.cache(Kinds)
 
 
 class Signature(NamedTuple):
     """What a plan depends on."""
 
-    shape: torch.Size  # (b, l, h)
+    shape: torch.Size  # (b, l, h), or (b, l, 2 d) without in_proj
     x: torch.dtype
     residual: torch.dtype | None  # None: the layer is the first one, or without its norm
     kept: torch.dtype  # of the residual stream
     dtype: torch.dtype  # that the layer computes in
-    weights: tuple[tuple[torch.dtype, torch.Size] | None, ...]
+    weights: Kinds
     eps: float
     device: torch.device
     gradient: bool
     # Dtype and shape of the states (convolution, scan) that are updated in place; None: rows begin from zeros.
+    log: bool  # A_log is log(-A)
     states: tuple[tuple[torch.dtype, torch.Size], tuple[torch.dtype, torch.Size]] | None
 
 
@@ -63,7 +79,7 @@ def unavailable() -> str | None:
 def unserved(signature: Signature) -> str | None:
     """Why no plan serves a signature, or None; the op `mambakit::fused_mixer` serves it."""
     s = signature
-    kinds: dict[str, Any] = dict(zip(LayerWeights._fields, s.weights, strict=True))
+    kinds: dict[str, Any] = dict(zip(LayerWeights._fields, s.weights.each, strict=True))
     if s.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"layers that compute in {s.dtype} run op by op"
     for name, kind in kinds.items():
@@ -78,10 +94,10 @@ def unserved(signature: Signature) -> str | None:
     (d, n), conv = kinds["A_log"][1], kinds["conv"]
     if not 0 < n <= 256 or d == 0 or 0 in s.shape:
         return "a layer without elements, or with more than 256 states"
-    if d * s.dtype.itemsize % ALIGNED or s.shape[2] * s.dtype.itemsize % ALIGNED:
+    if d * s.dtype.itemsize % ALIGNED or s.shape[-1] * s.dtype.itemsize % ALIGNED:
         return f"rows of {d} channels or of {s.shape[2]} do not begin at multiples of {ALIGNED} bytes"
-    if not 2 <= conv[1][2] <= 8:
-        return f"a filter of {conv[1][2]} taps"
+    if not 2 <= conv[1][-1] <= 8:
+        return f"a filter of {conv[1][-1]} taps"
     if s.residual not in (None, s.kept):
         return f"the residual stream changes from {s.residual} to {s.kept}"
     return unavailable() or (_too_large(s, d, n) if s.gradient else None)
@@ -89,11 +105,21 @@ def unserved(signature: Signature) -> str | None:
 
 def _shapes(s: Signature, kinds: dict[str, Any]) -> str | None:
     """Which tensor's shape does not fit the others', or None. The modules' own calls raise for it."""
-    if len(s.shape) != 3 or len(kinds["A_log"][1]) != 2 or len(kinds["dt_proj"][1]) != 2 or len(kinds["conv"][1]) != 3:
+    filter_ = kinds["conv"][1]
+    two = [len(kinds[name][1]) == 2 for name in ("A_log", "dt_proj", "out_proj") if kinds[name] is not None]
+    if len(s.shape) != 3 or not all(two) or len(filter_) not in (2, 3):
         return "a tensor of another number of dimensions"
-    (b, _, h), (d, n), r, k = s.shape, kinds["A_log"][1], kinds["dt_proj"][1][1], kinds["conv"][1][2]
+    if kinds["in_proj"] is None and (kinds["norm"] is not None or kinds["in_bias"] is not None):
+        return "a norm, or in_proj's bias, without in_proj"
+    if kinds["out_proj"] is None and kinds["out_bias"] is not None:
+        return "out_proj's bias without out_proj"
+    (b, _, h), (d, n), r, k = s.shape, kinds["A_log"][1], kinds["dt_proj"][1][1], filter_[-1]
+    if kinds["in_proj"] is None and h != 2 * d:
+        return f"{h} channels, where in_proj gives {2 * d}"
+    out = h if kinds["out_proj"] is None or kinds["norm"] is not None else kinds["out_proj"][1][0]
     expected: list[tuple[int, ...]] = [
-        (h,), (2 * d, h), (2 * d,), (d, 1, k), (d,), (r + 2 * n, d), (d, r), (d,), (d, n), (d,), (h, d), (h,)
+        (h,), (2 * d, h), (2 * d,), (d, 1, k) if len(filter_) == 3 else (d, k), (d,), (r + 2 * n, d), (d, r), (d,),
+        (d, n), (d,), (out, d), (out,),
     ]  # fmt: skip
     for (name, kind), shape in zip(kinds.items(), expected, strict=True):
         if kind is not None and tuple(kind[1]) != shape:

@@ -18,7 +18,7 @@ from mambakit.modules.block import MambaBlock
 from mambakit.modules.mixers import fused_layer
 from mambakit.modules.mixers.fused_layer import FusedLayer
 from mambakit.ops._backends.prepared_triton import NotPreparedError
-from mambakit.ops.fused_mixer import layer
+from mambakit.ops.fused_mixer import LayerWeights, MixerWeights, fused_mixer, layer, mix_rows
 from tests.ops.closeness import relative_error
 from tests.ops.fused_mixer import plans_on_cpu
 from tests.ops.interpreter import DEVICES, INTERPRETED, run_interpreted
@@ -145,6 +145,54 @@ def test_under_autocast_it_is_as_exact_as_the_modules(device, alone, planned):
         # Triton's interpreter truncates where it rounds to bfloat16.
         limit = (4 if INTERPRETED else 1.3) * relative_error(theirs[name], wanted[name])
         assert relative_error(value, wanted[name]) < max(limit, 4e-3), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("log", [True, False], ids=["A_log", "A"])
+@pytest.mark.parametrize("projected", [True, False], ids=["out_proj", "inner"])
+@pytest.mark.parametrize("batched", [False, True], ids=["one", "vmap"])
+def test_parts_of_a_layer(device, log, projected, batched, planned):
+    """What `mamba_inner_fn` computes: from in_proj's output, with A itself, to out_proj's output or its input."""
+    generator = torch.Generator().manual_seed(0)
+    b, length, d, n, r, h = 2, 37, 64, 16, 3, 24
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    weights = LayerWeights(
+        None, None, None, draw(d, 4), draw(d), draw(r + 2 * n, d) / 8, draw(d, r), draw(d) - 3,
+        draw(d, n) / 4 if log else -draw(d, n).exp(), draw(d), draw(h, d) / 8 if projected else None, None,
+    )  # fmt: skip
+    xz, dy = draw(b, length, 2 * d), draw(3, b, length, h if projected else d)
+    given = [t for t in (xz, *weights) if t is not None]
+
+    def prepared(dtype, place):
+        leaves = iter(t.to(place, dtype).requires_grad_() for t in given)
+        return next(leaves), LayerWeights(*(None if t is None else next(leaves) for t in weights))
+
+    def gradients(y, x, w):
+        wanted = [t for t in (x, *w) if t is not None]
+        each = dy.to(y.device, y.dtype)
+        if batched:
+            return torch.autograd.grad(y, wanted, each, is_grads_batched=True)
+        return torch.autograd.grad(y, wanted, each[0])
+
+    x, w = prepared(torch.float64, "cpu")
+    middle = MixerWeights(
+        w.conv, w.conv_bias, w.x_proj, w.dt_proj, w.A_log if log else torch.log(-w.A_log), w.D, w.dt_bias
+    )
+    wanted = fused_mixer(x, middle)[0]
+    wanted = wanted if w.out_proj is None else wanted @ w.out_proj.T
+    expected = gradients(wanted, x, w)
+    passes = planned(device)
+    x, w = prepared(F32, device)
+    y, stream = layer.fused_layer(x, None, w, log=log)
+    assert stream is None
+    assert relative_error(y, wanted) < 1e-5
+    for found, each in zip(gradients(y, x, w), expected, strict=True):
+        assert found.dtype == F32
+        assert relative_error(found, each) < 2e-5
+    assert passes == ["forward"] + ["backward"] * (not batched)
+    if log and not projected:
+        middle = MixerWeights(w.conv, w.conv_bias, w.x_proj, w.dt_proj, w.A_log, w.D, w.dt_bias)
+        assert torch.equal(mix_rows(x, middle), y)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -293,8 +341,8 @@ def test_a_hook_sends_the_layer_to_its_modules(device, planned):
     x = torch.randn(*shape, 32, device=device)
     expected = block(x)[0]
     seen = []
-    for module in (block.norm, block.mixer, block.mixer.in_proj, block.mixer.conv1d, block.mixer.x_proj,
-                   block.mixer.dt_proj, block.mixer.out_proj):  # fmt: skip
+    inner = (block.mixer.conv1d, block.mixer.x_proj, block.mixer.dt_proj)
+    for module in (block.norm, block.mixer, block.mixer.in_proj, block.mixer.out_proj, *inner):
         passes.clear()
         handle = module.register_forward_hook(lambda *a: seen.append(1))
         with pytest.MonkeyPatch.context() as patch:
@@ -305,7 +353,9 @@ def test_a_hook_sends_the_layer_to_its_modules(device, planned):
             assert relative_error(block(x)[0], expected) < 1e-5
         handle.remove()
         assert seen.pop()
-        assert passes == []
+        # What lies between the projections is still one function where nothing in it is hooked.
+        assert passes == ([] if module in inner else ["forward"])
+        passes.clear()
         block(x)
         assert passes == ["forward"]
 
