@@ -27,7 +27,8 @@ ALLOWED = {
     # transformers' and huggingface_hub's
     "regex", "tqdm", "fsspec", "hf_xet", "requests", "urllib3", "charset_normalizer", "idna", "certifi", "PIL",
     "httpx", "httpx2", "httpcore", "httpcore2", "h11", "h2", "anyio", "sniffio", "click", "truststore", "typer",
-    "shellingham", "cython_runtime", "defusedxml", "psutil", "socksio", "zstandard", "brotli", "brotlicffi", "hpack", "hyperframe",
+    "shellingham", "cython_runtime", "defusedxml", "psutil", "socksio", "zstandard", "brotli", "brotlicffi", "hpack",
+    "hyperframe",
 }  # fmt: skip
 
 
