@@ -1,8 +1,8 @@
 """mambakit: run, train and serve Mamba (selective state space) models.
 
 The public names are resolved when they are first used: importing mambakit imports neither torch nor transformers.
-`ops`, `modules` and what they export need torch alone; every other name needs transformers, which the extra ``hf``
-brings, and its first use says so where that is missing.
+`ops`, `modules`, `nn`, `compat` and what they export need torch alone; every other name needs transformers, which the
+extra ``hf`` brings, and its first use says so where that is missing.
 """
 
 from __future__ import annotations
