@@ -294,9 +294,10 @@ def measure_engine(options: Options, clock: Clock, record: dict) -> None:
         for how, values in SAMPLINGS.items():
             greedy = values["temperature"] == 0
 
-            def by_engine(m=model, i=ids, v=values):
-                requests = [Request(p, Sampling(**v, seed=seed), new) for seed, p in enumerate(i.cpu())]
-                Engine(m, rows).write(requests)
+            engine = Engine(model, rows)  # made once, as a server does; `generate` keeps its graphs with the model
+
+            def by_engine(e=engine, i=ids, v=values):
+                e.write([Request(p, Sampling(**v, seed=seed), new) for seed, p in enumerate(i.cpu())])
 
             def by_generate(m=model, i=ids, v=values, g=greedy):
                 choice = {"do_sample": False} if g else {"do_sample": True, "top_k": 0, **v}

@@ -9,6 +9,7 @@ images/scan.png        a CTA's round and tiles in the CUDA scan
 images/persistent.png  a layer of the persistent decode kernel
 images/cpu_scan.png    a tile of the CPU's scan
 images/generate.png    tokens a second by batch, from the records in docs/benchmarks
+images/inspection.png  what `mambakit inspect` shows of a text
 images/length.png      time to read a prompt by its length, from the records
 """
 
@@ -303,6 +304,20 @@ def length():
     )
 
 
+def inspection():
+    import mambakit
+    from mambakit.assets import default_model_path
+    from mambakit.inspection import draw, inspect, summarize
+
+    text = TEXT[: TEXT.index(" gust")] + (
+        " gust of wind which swept up the streets. Mr. Darcy looked at the sea. Then Mr. Darcy said: 'I shall not come "
+        "again.'"
+    )
+    tokenizer = mambakit.AutoTokenizer.from_pretrained(default_model_path())
+    model = mambakit.AutoModelForCausalLM.from_pretrained(default_model_path(), dtype="float32").eval()
+    draw(summarize(inspect(model, tokenizer, text)), IMAGES / "inspection.png", "the embedded model", dpi=60)
+
+
 def lines(rows, x, y, label, title, name):
     """A line for each contender, both axes logarithmic; what ran out of memory is left out."""
     figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
@@ -318,7 +333,7 @@ def lines(rows, x, y, label, title, name):
 
 FIGURES = {
     figure.__name__: figure
-    for figure in (block, memory, chunks, decoding, kernels, scan, persistent, cpu_scan, generate, length)
+    for figure in (block, memory, chunks, decoding, kernels, scan, persistent, cpu_scan, generate, length, inspection)
 }
 
 

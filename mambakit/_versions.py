@@ -19,7 +19,7 @@ Release = tuple[int, int]
 # Layer -> package -> the oldest and the newest minor release tested. pyproject.toml asks for the same.
 TESTED: dict[str, dict[str, tuple[Release, Release]]] = {
     "ops": {"torch": ((2, 4), (2, 13))},
-    "models": {"torch": ((2, 9), (2, 13)), "transformers": ((5, 17), (5, 24))},
+    "models": {"transformers": ((5, 17), (5, 24)), "torch": ((2, 9), (2, 13))},
 }
 _NEEDED_BY = {
     "ops": "mambakit",

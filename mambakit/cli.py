@@ -22,9 +22,11 @@ COMMANDS = {
     "serve": "serve a model over HTTP (OpenAI's completions API), on any number of GPUs",
     "train": "train or fine-tune a model on your own text, DNA or sound",
     "evaluate": "BLiMP, LAMBADA, bits per byte, and the lm-evaluation-harness",
+    "inspect": "what a model does with a text: surprise, step sizes, memory, implicit attention, as a page",
     "info": "what a checkpoint is, from its headers alone",
     "convert": "rewrite a checkpoint in another format",
     "quantize": "rewrite a checkpoint with int8, int4 or losslessly packed weights",
+    "export": "write a model for another runtime: ONNX or PyTorch's pt2",
     "run": "run a script that needs mamba_ssm or causal_conv1d, neither of which need be installed",
     "env": "versions, devices, and what serves each op",
 }

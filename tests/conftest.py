@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mambakit.threads import bound_spinning
+from tests.requirements import needs_transformers
 
 # A shell's background job ignores interrupts, and so would the processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -20,6 +22,13 @@ import torch  # noqa: E402
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Where transformers is not installed, the files that need it are left out; CI runs the others so."""
+    if collection_path.suffix != ".py" or importlib.util.find_spec("transformers") is not None:
+        return None
+    return needs_transformers(collection_path) or None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -17,6 +17,8 @@ TABLES: dict[str, Callable[[Records], Content]] = {
     "decode-steps": gpu.decode_steps,
     "generate": gpu.generate,
     "engine": gpu.engine,
+    "first-token": gpu.first_token,
+    "serving-sampled": gpu.serving_sampled,
     "sampling": gpu.sampling,
     "draft": gpu.draft,
     "prompt-lengths": gpu.prompt_lengths,

@@ -75,14 +75,39 @@ def generate(records: Records) -> Content:
 
 
 def engine(records: Records) -> Content:
-    rows = records.rows("2026-11-28-h200-engine", "engine")
-    lines = [[r["shape"], r["how"], f"{r['engine']:,.0f}", f"{r['generate']:,.0f}"] for r in rows]
-    return ["shape", "choice", "`Engine`", "`generate`"], lines
+    rows = records.rows("2026-11-29-h200-engine", "engine")
+    lines = [
+        [r["shape"], r["how"], f"{r['engine']:,.0f}", f"{r['generate']:,.0f}", f"{r['engine'] / r['generate']:.2f}"]
+        for r in rows
+    ]
+    return ["shape", "choice", "`Engine`", "`generate`", "ratio"], lines
+
+
+def first_token(records: Records) -> Content:
+    found = records.rows("2026-11-29-h200-first-token", "first_token")
+    sizes = list(dict.fromkeys((row["shape"], row["tokens"]) for row in found))
+    lines = [
+        [who, *(f"{select(found, shape=shape, tokens=n, who=who)[0]['ms']:.1f}" for shape, n in sizes)]
+        for who in dict.fromkeys(row["who"] for row in found)
+    ]
+    return ["ms", *(f"{shape}, {n} tokens" for shape, n in sizes)], lines
+
+
+def serving_sampled(records: Records) -> Content:
+    rows = records.rows("2026-11-29-h200-serving", "serving")
+    lines = [
+        [
+            r["sampling"], f"{r['requests_per_second']:.0f}", f"{r['tokens_per_second']:,.0f}",
+            f"{r['first_token_p50'] * 1e3:.0f}, {r['first_token_p99'] * 1e3:.0f} ms",
+        ]
+        for r in rows
+    ]  # fmt: skip
+    return ["choice", "requests/s", "tokens/s", "first token, median and 99th percentile"], lines
 
 
 def sampling(records: Records) -> Content:
     keys = ("op", "choose", "transformers")
-    rows = records.rows("2026-11-28-h200-sampling", "sampling", rows=128)
+    rows = records.rows("2026-11-29-h200-sampling", "sampling", rows=128)
     lines = [[r["how"], *(f"{r[key] * 1e6:,.0f}" for key in keys)] for r in rows]
     return ["choice", "op, us", "`Sampler.choose`, us", "transformers, us"], lines
 

@@ -38,19 +38,21 @@ class Loader(importlib.abc.Loader):
         module.__file__ = str(Path(__file__).with_name("__init__.py"))
         if "." not in name:
             module.__dict__["__version__"] = VERSIONS.get(name, VERSIONS["mamba_ssm"])
-        for theirs, home in names.items():
-            place, _, ours = home.partition(":")
-            module.__dict__[theirs] = getattr(importlib.import_module(place), ours)
         module.__dict__["__all__"] = sorted(n for n in names if not n.startswith("_"))
-        if is_package(name):
-            module.__dict__["__getattr__"] = _submodules(name)
+        module.__dict__["__getattr__"] = _attributes(module, names)
 
 
-def _submodules(package: str) -> Any:
-    """A package's ``__getattr__``: submodules are imported when they are first asked for, as upstream's are at once."""
+def _attributes(module: ModuleType, names: dict[str, str]) -> Any:
+    """A module's ``__getattr__``: names, and a package's submodules, are imported when they are first asked for."""
+    package = module.__name__
 
-    def __getattr__(name: str) -> ModuleType:  # noqa: N807, the hook that Python looks for
+    def __getattr__(name: str) -> Any:  # noqa: N807, the hook that Python looks for
         whole = f"{package}.{name}"
+        if name in names:
+            place, _, ours = names[name].partition(":")
+            value = getattr(importlib.import_module(place), ours)
+            module.__dict__[name] = value
+            return value
         if whole in MODULES:
             return importlib.import_module(whole)
         if whole in ABSENT:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambakit.compat.forms import as_complex, grouped, require, scan
-from mambakit.ops import causal_conv1d, rms_norm
+from mambakit.compat.forms import as_complex, grouped, require
+from mambakit.ops import causal_conv1d, rms_norm, selective_scan
 
 
 def mamba_inner_fn(
@@ -138,12 +138,12 @@ def _inner(
     C = _selection("C", C, selected[..., -states:], C_proj_bias, c_norm, eps, A, (b, d, n, length))
     if delta_norm is not None:
         delta, _ = rms_norm(delta, delta_norm, eps)
-    y, _ = scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    y, _ = selective_scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
     if backwards is None:
         return y
     flipped = (t.flip(1) for t in (x, delta, B, C, z))
     x, delta, B, C, z = flipped
-    other, _ = scan(x, delta, backwards, B, C, D, z, delta_bias, delta_softplus)
+    other, _ = selective_scan(x, delta, backwards, B, C, D, z, delta_bias, delta_softplus)
     return y + other.flip(1)
 
 

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambakit.compat.convolution import causal_conv1d_update
-from mambakit.compat.forms import parameter_dtype, require, scan, wide_dtype
+from mambakit.compat.forms import parameter_dtype, require
 from mambakit.compat.state_update import selective_state_update
 from mambakit.modules.interception import untouched
+from mambakit.modules.mixers import fused_layer
 from mambakit.modules.projection import project
-from mambakit.ops import causal_conv1d
+from mambakit.ops import causal_conv1d, selective_scan
 from mambakit.ops._backends.memory import all_plain, transformed
 from mambakit.ops.fused_mixer import MixerWeights, fused_mixer
 
@@ -41,6 +42,9 @@ class Mamba(nn.Module):
 
     # What a layer has that was pickled whole by mamba_ssm itself.
     bimamba_type, if_divide_out, init_layer_scale, nslices = "none", False, None, 5
+    # What a `MambaMixer` may have in other ways; `mambakit.modules.mixers.fused_layer` asks for it.
+    mixer_rms_eps, recompute_selection = None, False
+    causal_conv1d, selective_scan = staticmethod(causal_conv1d), staticmethod(selective_scan)
 
     def __init__(
         self,
@@ -117,10 +121,19 @@ class Mamba(nn.Module):
             states = self._get_states_from_cache(inference_params, hidden_states.shape[0])
             if inference_params.seqlen_offset > 0:
                 return self.step(hidden_states, *states)[0]
+        if states is None and fused_layer.on_gpu(hidden_states):
+            found = fused_layer.run(self, None, self, hidden_states)
+            if found is not None:
+                return self._scaled(found[0])
         xz = project(self.in_proj, hidden_states)  # (b, l, 2 d)
-        y = self._mixed(xz, states)
-        out = project(self.out_proj, y)
+        return self._scaled(project(self.out_proj, self._mixed(xz, states)))
+
+    def _scaled(self, out: Tensor) -> Tensor:
         return out if self.init_layer_scale is None else out * self.gamma
+
+    def can_fuse(self) -> bool:
+        """Whether the layer reads in one direction, and nothing between the projections is replaced or hooked."""
+        return self.bimamba_type == "none" and self._can_fuse("")
 
     def _mixed(self, xz: Tensor, states: tuple[Tensor, Tensor] | None) -> Tensor:
         """All directions' sum, (b, l, d)."""
@@ -204,8 +217,7 @@ class Mamba(nn.Module):
 
     @staticmethod
     def _scan(u, delta, A_log, B, C, D, z, bias) -> tuple[Tensor, Tensor]:
-        wide = parameter_dtype(wide_dtype(u, delta, B, C, z))
-        return scan(u, delta, -torch.exp(A_log.to(wide)), B, C, D, z, bias, True)
+        return selective_scan(u, delta, _decay(A_log), B, C, D, z, bias, True)
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Continue from the states, which are updated in place, with one token or several.
@@ -230,17 +242,15 @@ class Mamba(nn.Module):
             x = self._convolved("", window)[:, before.shape[1] :]
         operands, bias = self._selected("", x)
         u, delta, B, C = operands
-        dtype = parameter_dtype(wide_dtype(u, delta, B, C, z))
-        A = -torch.exp(self.A_log.to(dtype))
+        A = _decay(self.A_log)
         if hidden_states.shape[1] == 1:
             y = selective_state_update(
                 ssm_state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0], bias, True
             )[:, None]
         else:
-            y, last = scan(u, delta, A, B, C, self.D, z, bias, True, ssm_state.to(dtype, copy=True))
+            y, last = selective_scan(u, delta, A, B, C, self.D, z, bias, True, initial_state=ssm_state.clone())
             ssm_state.copy_(last)
-        out = project(self.out_proj, y)
-        return (out if self.init_layer_scale is None else out * self.gamma), conv_state, ssm_state
+        return self._scaled(project(self.out_proj, y)), conv_state, ssm_state
 
     def _require_one_direction(self, what: str) -> None:
         require(
@@ -278,6 +288,11 @@ class Mamba(nn.Module):
             for state in kept[self.layer_idx]:
                 state.zero_()
         return kept[self.layer_idx]
+
+
+def _decay(A_log: Tensor) -> Tensor:
+    """A in float32 (float64) whatever the parameter was cast to."""
+    return -torch.exp(A_log.to(parameter_dtype(A_log.dtype)))
 
 
 def _start_steps(dt_proj: nn.Linear, low: float, high: float, scheme: str, scale: float, floor: float) -> None:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambakit.compat.forms import as_complex, grouped, parameter_dtype, require, scan
+from mambakit.compat.forms import alike, as_complex, grouped, parameter_dtype, require
+from mambakit.ops import selective_scan
 
 
 def selective_scan_fn(
@@ -62,10 +63,9 @@ def channels_first_scan(
             )
     if A.is_complex():
         B, C = as_complex(B), as_complex(C)
-    y, state = scan(
-        u.transpose(1, 2), delta.transpose(1, 2), A, grouped(op, "B", B, b, d, n, length),
-        grouped(op, "C", C, b, d, n, length), D, None if z is None else z.transpose(1, 2), delta_bias, delta_softplus,
-    )  # fmt: skip
+    B, C = alike(grouped(op, "B", B, b, d, n, length), grouped(op, "C", C, b, d, n, length))
+    z = None if z is None else z.transpose(1, 2)
+    y, state = selective_scan(u.transpose(1, 2), delta.transpose(1, 2), A, B, C, D, z, delta_bias, delta_softplus)
     return y.transpose(1, 2).contiguous(), state  # callers view (b, d, l) in other shapes
 
 
@@ -93,7 +93,8 @@ def selective_scan_ref(
         B, C = as_complex(B), as_complex(C)
     wide = torch.promote_types(dtype, A.dtype)
     A = A.to(wide)
-    by_time = [_each_channel(grouped("selective_scan_ref", "B or C", t, b, d, n, length), d).to(wide) for t in (B, C)]
+    B, C = (_each_channel(grouped("selective_scan_ref", "B or C", t, b, d, n, length), length, d) for t in (B, C))
+    by_time = [t.to(wide) for t in (B, C)]
     steps = delta.to(dtype) if delta_bias is None else delta.to(dtype) + delta_bias.to(dtype)[:, None]
     if delta_softplus:
         steps = F.softplus(steps)
@@ -113,6 +114,7 @@ def selective_scan_ref(
     return (out, state) if return_last_state else out
 
 
-def _each_channel(value: Tensor, d: int) -> Tensor:
-    """(b, l, n) or (b, l, g, n) as (b, l, d or 1, n)."""
-    return value[:, :, None] if value.dim() == 3 else value.repeat_interleave(d // value.shape[2], 2)
+def _each_channel(value: Tensor, length: int, d: int) -> Tensor:
+    """(b, l, n), (b, l, g, n) or (1, 1, d, n) as (b or 1, l, d or 1, n)."""
+    value = value[:, :, None] if value.dim() == 3 else value.repeat_interleave(d // value.shape[2], 2)
+    return value.expand(-1, length, -1, -1)

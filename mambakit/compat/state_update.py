@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mambakit.compat.forms import parameter_dtype, require, scan, wide_dtype
-from mambakit.ops import selective_scan_
+from mambakit.compat.forms import require
+from mambakit.ops import selective_scan, selective_scan_
+from mambakit.ops.selective_scan.schema import state_dtype
 
 
 def selective_state_update(
@@ -70,27 +73,22 @@ def selective_state_update(
     recorded = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (pool, u, delta, A, B, C, D, gate, dt_bias)
     )
-    dtype = wide_dtype(u, delta, B, C, gate)
-    wide = parameter_dtype(dtype)
+    wide = state_dtype(u, delta, B, C, gate)
+    operands: Any = (u, delta, A, B, C, D, gate, dt_bias, dt_softplus)
     if state_batch_indices is not None:
         rows = state_batch_indices.long()
-        held = pool[rows.clamp(min=0)].to(wide)
-        y, after = scan(u, delta, A, B, C, D, gate, dt_bias, dt_softplus, held)
+        y, after = selective_scan(*operands, initial_state=pool[rows.clamp(min=0)])
         kept = rows >= 0
         pool[rows[kept]] = after[kept].to(pool.dtype)
         y = y.masked_fill(~kept[:, None, None], 0)
-    elif recorded or pool.dtype != wide or B.dim() == 4 or C.dim() == 4:
-        y, after = scan(u, delta, A, B, C, D, gate, dt_bias, dt_softplus, pool[:b].to(wide, copy=True))
+    elif recorded or pool.dtype != wide:
+        y, after = selective_scan(*operands, initial_state=pool[:b].clone())  # the pool is written below
         pool[:b] = after.to(pool.dtype)
     else:
-        gate, D, dt_bias = (None if t is None else t.to(to) for t, to in ((gate, dtype), (D, wide), (dt_bias, wide)))
-        y, _ = selective_scan_(
-            u.to(dtype), delta.to(dtype), A.to(wide), B.to(dtype), C.to(dtype), D, gate, dt_bias, dt_softplus,
-            state=pool[:b],
-        )  # fmt: skip
+        y, _ = selective_scan_(*operands, state=pool[:b])
     if pool.data_ptr() != state.data_ptr():  # heads and channels of this state do not lie side by side
         state.copy_(pool.view(state.shape))
-    return y.to(x.dtype).reshape(x.shape)
+    return y.reshape(x.shape)
 
 
 def selective_state_update_ref(
@@ -106,7 +104,7 @@ def selective_state_update_ref(
     dt_softplus: bool = False,
 ) -> Tensor:
     """`selective_state_update` in plain PyTorch; arguments as there."""
-    dtype = parameter_dtype(wide_dtype(x, dt, state))
+    dtype = state_dtype(x, dt, B, C, z)
     heads = x.shape[1] if x.dim() == 3 else 1
 
     def by_head(t: Tensor) -> Tensor:  # (b, n) or (b, g, n) as (b, [heads, 1,] n)

@@ -92,7 +92,9 @@ class StreamScorer:
             if tokenizer is None:
                 raise ValueError("nothing says what stands before a stream's first token; give first_token")
             first_token = start_token(tokenizer)
-        require_in_vocabulary("first_token", torch.tensor([first_token], device="cpu"), model.config.vocab_size)
+        require_in_vocabulary(
+            "first_token", torch.tensor([first_token], dtype=torch.int64, device="cpu"), model.config.vocab_size
+        )
         self.model, self.tokenizer, self.first_token = model, tokenizer, first_token
         self.notes: dict[str, Any] = {}
         self._slots: dict[str, int] = {}

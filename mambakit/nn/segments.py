@@ -49,7 +49,9 @@ def segments_of(lengths: Tensor, starts: Tensor | None) -> Segments:
     carried = first if starts is None else first & ~starts[at]
     cu_seqlens = torch.cat([at, at.new_tensor([total])])
     number = begins.cumsum(0) - 1  # of each token's segment
-    reversal = cu_seqlens[number] + cu_seqlens[number + 1] - 1 - torch.arange(total, device=at.device)
+    reversal = (
+        cu_seqlens[number] + cu_seqlens[number + 1] - 1 - torch.arange(total, dtype=torch.int64, device=at.device)
+    )
 
     def packing(read: Tensor, write: Tensor) -> Packing:
         slots = torch.where(read, owner, -1), torch.where(write, owner, -1)

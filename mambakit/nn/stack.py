@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,19 +120,16 @@ class MambaStack(nn.Module):
     @torch.no_grad()
     def _scale_ends(self) -> None:
         """Each residual branch starts smaller, so that the stream's variance does not grow with the layers."""
-        for layer in self.layers:
-            for mixer in layer.mixers:
-                mixer.out_proj.weight /= math.sqrt(self.settings.num_hidden_layers)
+        for module in self.modules():
+            if isinstance(module, MambaMixer):
+                module.out_proj.weight /= math.sqrt(self.settings.num_hidden_layers)
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew."""
         self.in_proj.reset_parameters()
-        for layer in self.layers:
-            layer.norm.reset_parameters()
-            for mixer in layer.mixers:
-                mixer.reset_parameters()
-        for norm in self.norms:
-            norm.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, (RMSNorm, MambaMixer)):
+                module.reset_parameters()
         self._scale_ends()
 
     def zero_state(self, batch_size: int) -> State:
@@ -178,7 +176,10 @@ class MambaStack(nn.Module):
         segments = None
         if mask is not None:
             mask = mask if self.batch_first else mask.transpose(0, 1)
-            segments = _outside_the_graph(torch.full((b,), length, device=x.device), mask.reshape(-1))
+            read: Callable[..., Any] = segments_of
+            if torch.compiler.is_compiling():
+                from mambakit.nn.untraced import segments_between_graphs as read
+            segments = read(torch.full((b,), length, dtype=torch.int64, device=x.device), mask.reshape(-1))
             rows = rows.reshape(1, b * length, -1)
         y, after = self._run(rows, state, segments)
         y = y.reshape(b, length, -1)
@@ -270,10 +271,3 @@ def _batched(stack: MambaStack, starts: Any) -> Any:
     return (
         starts.unsqueeze(0 if stack.batch_first else 1) if isinstance(starts, Tensor) and starts.dim() == 1 else starts
     )
-
-
-@torch.compiler.disable(
-    reason="MambaStack: how many episodes start in a row is a matter of values, which a graph lacks"
-)
-def _outside_the_graph(lengths: Tensor, starts: Tensor) -> Segments | None:
-    return segments_of(lengths, starts)

@@ -60,3 +60,15 @@ def outside_graphs(function: Callable, reason: str) -> Callable:
     if RELEASE >= (2, 8):
         return torch.compiler.disable(function, reason=reason)
     return torch.compiler.disable(function)
+
+
+def count_flops(op: Any, formula: Callable[..., int]) -> None:
+    """torch's FlopCounterMode counts calls of ``op`` by ``formula`` of its arguments, shapes in the place of tensors.
+
+    2.4 registers a formula for the overload and looks for it by the packet of overloads.
+    """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    register_flop_formula(op)(formula)
+    if RELEASE < (2, 5):
+        flop_registry[op] = flop_registry.pop(op.default)

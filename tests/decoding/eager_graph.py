@@ -3,12 +3,15 @@ again."""
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
-from mambakit.decoding import batch, native_step, registry
+from mambakit.decoding import batch, bucket_graphs, native_step, prefill, registry
 from mambakit.decoding.graph_step import GraphDecoder
 from mambakit.decoding.registry import DECODERS, FORWARD, DecoderKind
+from mambakit.generation import engine_prompts, reading
 from mambakit.models import generate
 from mambakit.ops._backends import native
 
@@ -53,3 +56,35 @@ def decode_by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(registry, "DECODERS", (eager, FORWARD))
         monkeypatch.setattr(generate, "graphs_serve", lambda *_: True)
         monkeypatch.setitem(batch._TOKENS_PER_LOOK, "cpu", 16)
+
+
+class _NoTiming:
+    """A part's time on a GPU, where there is none."""
+
+    def __init__(self, device, tokens):
+        self.tokens = tokens
+
+    def end(self):
+        pass
+
+    def seconds(self):
+        return 0.0
+
+
+class _EagerReplay:
+    """A captured graph's control flow: each replay runs the function again."""
+
+    def __init__(self, run, device, shared=None):
+        self._run = run
+
+    def replay(self):
+        self.result = self._run()
+
+
+def read_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have single prompts, and those of engines, be read as by captured graphs."""
+    for module in (prefill, generate, engine_prompts):
+        monkeypatch.setattr(module, "reads_in_buckets", lambda model, rows: rows == 1 and model.is_its_layers())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(reading, "PartTiming", _NoTiming)
+    monkeypatch.setattr(bucket_graphs, "CapturedGraph", _EagerReplay)

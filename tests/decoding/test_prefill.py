@@ -1,7 +1,5 @@
 """Prompts of one text on a GPU: cut into powers of two, read by graphs from their second use on."""
 
-import contextlib
-
 import pytest
 import torch
 
@@ -9,39 +7,15 @@ from mambakit import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, Mam
 from mambakit.decoding import bucket_graphs, cuda_graph
 from mambakit.decoding import prefill as prompt
 from mambakit.decoding.chunks import LARGEST_BUCKET, LARGEST_PADDED, bucket_of, parts
-from mambakit.generation import engine_prompts, reading
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.stream import Sampling
-from mambakit.models import generate
 from mambakit.models.outputs import MambaCausalLMOutput
+from tests.decoding.eager_graph import read_in_buckets
 from tests.models.configurations import pair
 
 CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 GPU = pytest.param("cuda", marks=CUDA)
-
-
-class NoTiming:
-    """A part's time on a GPU, where there is none."""
-
-    def __init__(self, device, tokens):
-        self.tokens = tokens
-
-    def end(self):
-        pass
-
-    def seconds(self):
-        return 0.0
-
-
-class EagerGraph:
-    """A captured graph's control flow: each replay runs the function again."""
-
-    def __init__(self, run, device, shared=None):
-        self._run = run
-
-    def replay(self):
-        self.result = self._run()
 
 
 @pytest.fixture
@@ -50,12 +24,7 @@ def on(monkeypatch):
 
     def serve(device: str) -> str:
         if device == "cpu":
-            monkeypatch.setattr(prompt, "reads_in_buckets", lambda model, rows: rows == 1)
-            monkeypatch.setattr(generate, "reads_in_buckets", lambda model, rows: rows == 1)
-            monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-            monkeypatch.setattr(engine_prompts, "reads_in_buckets", lambda model, rows: rows == 1)
-            monkeypatch.setattr(reading, "PartTiming", NoTiming)
-            monkeypatch.setattr(bucket_graphs, "CapturedGraph", EagerGraph)
+            read_in_buckets(monkeypatch)
         return device
 
     return serve

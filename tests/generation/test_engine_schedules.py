@@ -12,7 +12,7 @@ from mambakit.generation.engine import Engine, Request
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.stream import Sampling
 from tests.decoding.choose_one import raising
-from tests.decoding.eager_graph import WAYS, decode_by
+from tests.decoding.eager_graph import WAYS, decode_by, read_in_buckets
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -176,10 +176,13 @@ SCHEDULES = 25
 
 
 @pytest.mark.parametrize("part", range(4))
-@pytest.mark.parametrize("way", [*WAYS, "falcon"])
+@pytest.mark.parametrize("way", [*WAYS, "falcon", "buckets"])
 def test_random_schedules(way, part, monkeypatch):
     model = MODELS["falcon" if way == "falcon" else "native"]
-    if way != "falcon":
+    if way == "buckets":
+        decode_by("graph", monkeypatch)
+        read_in_buckets(monkeypatch)
+    elif way != "falcon":
         decode_by(way, monkeypatch)
     with torch.no_grad():
         for seed in range(part * SCHEDULES, (part + 1) * SCHEDULES):

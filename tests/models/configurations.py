@@ -6,6 +6,7 @@ import torch
 import transformers
 
 import mambakit
+from tests.ops.closeness import worst as worst
 
 BASE = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.1}
 
@@ -68,12 +69,3 @@ def pair(name: str):
 
 def tokens(b: int, length: int, vocab: int = 61) -> torch.Tensor:
     return torch.randint(1, vocab, (b, length))
-
-
-def worst(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest error, relative to the expected tensor's largest value."""
-    assert actual.shape == expected.shape, f"{tuple(actual.shape)} != {tuple(expected.shape)}"
-    if expected.numel() == 0:
-        return 0.0
-    actual, expected = actual.detach().double(), expected.detach().double()
-    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mambakit import MambaConfig, MambaMixer
-from mambakit.modules import Packing
+from mambakit.modules import LayerConfig, MambaMixer, Packing
 from mambakit.ops.fused_mixer import fused_mixer, reference
-from tests.models.configurations import worst
+from tests.ops.closeness import worst
 
 # The dynamic-shape check draws graphs for minutes; the other three are fast.
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -17,7 +16,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 def layer(device: str, dtype: torch.dtype = torch.float64, **fields) -> MambaMixer:
     torch.manual_seed(0)
-    mixer = MambaMixer(MambaConfig(hidden_size=20, state_size=5, time_step_rank=3, num_hidden_layers=1, **fields))
+    mixer = MambaMixer(LayerConfig(hidden_size=20, state_size=5, time_step_rank=3, num_hidden_layers=1, **fields))
     return mixer.to(device, dtype).train()
 
 

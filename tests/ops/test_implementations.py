@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+import mambakit.modules  # noqa: F401, defines the ops of layers
 from mambakit.ops._backends import dispatch, native
 from mambakit.ops.implementations import OPS, implementations
 from mambakit.ops.sampling import schema  # noqa: F401, defines it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,23 @@ class TimeStepProjection(nn.Linear):
 
     def _apply(self, fn: Callable, recurse: bool = True):
         return super()._apply(lambda t: keep_float32(fn, t) if t.dim() == 1 else fn(t), recurse)
+
+
+class Selection(NamedTuple):
+    """What a layer's scan was given for l tokens of b rows (arXiv 2312.00752, algorithm 2), in float32 or float64."""
+
+    u: Tensor
+    """(b, l, d), the convolution's output."""
+    delta: Tensor
+    """(b, l, d), the step sizes, after the softplus."""
+    A: Tensor
+    """(d, n), negative."""
+    B: Tensor
+    """(b, l, n)."""
+    C: Tensor
+    """(b, l, n)."""
+    D: Tensor
+    """(d,)."""
 
 
 class MambaMixer(Mixer):
@@ -244,6 +261,22 @@ class MambaMixer(Mixer):
         y, ssm_state = self.selective_scan(*self._scan_inputs(x, z), initial_state=ssm_state, cu_seqlens=cu_seqlens)
         self._keep(cache, packing, conv_state, ssm_state)
         return y.to(z.dtype)
+
+    @torch.no_grad()
+    def traced(self, hidden_states: Tensor, cache: StateCache) -> tuple[Tensor, Selection]:
+        """`forward` without gradients or packing, and what it chose to let in, to keep and to read at each token."""
+        x, z = project(self.in_proj, hidden_states).chunk(2, -1)
+        conv_state, ssm_state = self._states(cache, None)
+        u, conv_state = self._convolve(x, conv_state, None)
+        inputs = self._scan_inputs(u, z)
+        y, ssm_state = self.selective_scan(*inputs, initial_state=ssm_state)
+        self._keep(cache, None, conv_state, ssm_state)
+        u, delta, A, B, C, D, _, bias, _ = inputs
+        wide = A.dtype
+        delta = delta.to(wide) if bias is None else delta.to(wide) + bias
+        delta = F.softplus(delta, threshold=40)  # the default, 20, shows in float64
+        selection = Selection(u.to(wide), delta, A, B.to(wide), C.to(wide), D)
+        return project(self.out_proj, y.to(z.dtype)), selection
 
     def _mix_in_place(self, x: Tensor, z: Tensor, cache: StateCache, packing: Packing | None) -> Tensor:
         """Inference: the ops read and write the cache's own memory."""

@@ -14,10 +14,12 @@ import torch
 
 # Best first. A kernel's symbol is its name and the instruction set: selective_scan_avx512.
 INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
-_NAMES = ("libmambakit_native.so", "libmambakit_native.dylib")
+# Of Linux, macOS and Windows: with the MinGW toolchain's prefix, and without.
+_NAMES = ("libmambakit_native.so", "libmambakit_native.dylib", "libmambakit_native.dll", "mambakit_native.dll")
 _REMEDY = (
     "mambakit's native CPU kernels are not installed, so plain PyTorch serves the ops; it is slower. "
-    "Install a C++ compiler (GCC or Clang) and reinstall: pip install --force-reinstall --no-deps mambakit"
+    "Install a C++ compiler (GCC or Clang), then mambakit again from its sources: in a clone of the repository "
+    "`pip install --force-reinstall --no-deps .`"
 )
 
 
@@ -61,15 +63,18 @@ def _torch_team() -> ctypes.c_void_p | None:
     With it the kernels run on torch's own threads. A second pool would compete with them for the same cores: an idle
     OpenMP thread spins for milliseconds.
     """
-    folder = Path(torch.__file__).parent / "lib"
-    for name in (
-        None,
-        *sorted(str(p) for pattern in ("libgomp*", "libomp*", "libiomp*") for p in folder.glob(pattern)),
-    ):
+    for name in (None, *map(str, _runtimes(Path(torch.__file__).parent))):
         team = _team_of(name)
         if team is not None:
             return team
     return None
+
+
+def _runtimes(package: Path) -> list[Path]:
+    """The OpenMP runtimes of a wheel of torch: in its own ``lib``, or beside it in ``torch.libs`` (aarch64)."""
+    folders = (package / "lib", package.with_name(f"{package.name}.libs"))
+    patterns = ("libgomp*", "libomp*", "libiomp*")
+    return [path for folder in folders for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
 def _team_of(runtime: str | None) -> ctypes.c_void_p | None:

@@ -8,7 +8,12 @@
 
 #include "parallel.h"
 
+#if defined(_WIN32)
+#include <malloc.h>
+#define EXPORT extern "C" __declspec(dllexport)
+#else
 #define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
 
 // Counters shared by the threads of one loop. Its items are split into as many runs as there are threads, up to kRuns.
 // A thread takes the items of its own run first (the same channels in every loop of a step, which stay in its cache,
@@ -137,15 +142,24 @@ EXPORT void mambakit_done(MambakitWork* work, int64_t items) {
 }
 
 EXPORT float* mambakit_scratch(MambakitWork* work, int64_t count) {
+  const size_t size = static_cast<size_t>(count) * sizeof(float);
+#if defined(_WIN32)
+  void* memory = _aligned_malloc(size, 64);
+#else
   void* memory = nullptr;
-  if (posix_memalign(&memory, 64, static_cast<size_t>(count) * sizeof(float)) != 0) {
-    work->failed->store(1);
-    return nullptr;
-  }
+  if (posix_memalign(&memory, 64, size) != 0) memory = nullptr;
+#endif
+  if (!memory) work->failed->store(1);
   return static_cast<float*>(memory);
 }
 
-EXPORT void mambakit_release(float* scratch) { free(scratch); }
+EXPORT void mambakit_release(float* scratch) {
+#if defined(_WIN32)
+  _aligned_free(scratch);
+#else
+  free(scratch);
+#endif
+}
 
 // Runs kernel calls whose arguments stay in place, one after the other, with the threads started once. Each kernel has
 // at most one loop. Returns 0, or 1 when memory ran out.

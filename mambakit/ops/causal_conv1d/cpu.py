@@ -23,14 +23,14 @@ from mambakit.ops._backends.structures import (
     row_strides,
     structure,
 )
-from mambakit.ops._layout import dense_as
+from mambakit.ops._layout import dense_as, empty_as, is_transposed
 
 Arguments = structure(
     "Arguments",
     "x weight bias initial slots cu final_state y",
-    "b l d k sequences silu state_half threads x_b x_l",
+    "b l d k sequences silu state_half threads x_b x_l x_c",
 )
-_Gradients = structure("_Gradients", "dy dfinal dx dweight dbias dinitial dweight_rows dbias_rows", "dy_b dy_l")
+_Gradients = structure("_Gradients", "dy dfinal dx dweight dbias dinitial dweight_rows dbias_rows", "dy_b dy_l dy_c")
 
 
 def _serves(weight: Tensor, *tensors: Tensor | None) -> bool:
@@ -56,6 +56,17 @@ def _without_float16(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
+def _address(x: Tensor) -> int | None:
+    """Of a (b, l, d) tensor whose channels, or whose tokens, are adjacent."""
+    rows = x.transpose(1, 2) if is_transposed(x) else x
+    return address_of_rows(rows, FLOAT32_OR_BFLOAT16, tuple(rows.shape))
+
+
+def _channel_stride(x: Tensor) -> int:
+    """0 where channels are adjacent."""
+    return x.stride(2) if is_transposed(x) else 0
+
+
 class _Call:
     """The inputs of one call as the kernels take them; float16 becomes float32."""
 
@@ -63,7 +74,8 @@ class _Call:
         if cu_seqlens is not None:  # the kernel reads where it says, and not every caller comes through the op's checks
             _checks.cu_seqlens("causal_conv1d", cu_seqlens, x.shape[0], x.shape[1])
         self.dtype = x.dtype
-        self.x = channels_adjacent(_without_float16(x))
+        x = _without_float16(x)
+        self.x = x if is_transposed(x) else channels_adjacent(x)
         self.weight, self.bias = as_float32(weight), as_float32(bias)
         self.initial = None if initial is None else _without_float16(initial).contiguous()
         self.cu = None if cu_seqlens is None else cu_seqlens.contiguous()
@@ -77,15 +89,16 @@ class _Call:
         state = final_state if initial is None else initial
         # In place the states are a pool, of which there may be more than rows.
         rows = initial.shape[0] if initial is not None and initial is final_state else self.sequences
-        states, dtype = rows * self.d * (self.k - 1), (self.x.dtype,)
+        states = rows * self.d * (self.k - 1)
         state_dtype = FLOAT32_OR_BFLOAT16 if state is None else (state.dtype,)
         return Arguments(
-            address_of_rows(self.x, FLOAT32_OR_BFLOAT16, (self.b, self.l, self.d)),
+            _address(self.x),
             address(self.weight, FLOAT32, self.d * self.k), address(self.bias, FLOAT32, self.d),
             address(initial, FLOAT32_OR_BFLOAT16, states), address(slots, INT32, self.sequences),
             address(self.cu, INT32, self.sequences + 1), address(final_state, state_dtype, states),
-            address(y, dtype, self.b * self.l * self.d), self.b, self.l, self.d, self.k, self.sequences,
+            None if y is None else _address(y), self.b, self.l, self.d, self.k, self.sequences,
             self.silu, state is not None and is_half(state), native.threads(), *row_strides(self.x),
+            _channel_stride(self.x),
         )  # fmt: skip
 
     def run(self, arguments) -> None:
@@ -97,10 +110,10 @@ def forward(x, weight, bias, activation, initial_state, cu_seqlens):
     # The kernel reads and writes states of one dtype; the final state is x's.
     initial = None if initial_state is None else initial_state.to(x.dtype)
     call = _Call(x, weight, bias, activation, initial, cu_seqlens)
-    y = empty(*call.x.shape, dtype=call.x.dtype)
+    y = empty_as(call.x)
     final = empty(call.sequences, call.d, call.k - 1, dtype=call.x.dtype)
     call.run(call.arguments(call.initial, None, final, y))
-    return dense_as(y, x), final.to(call.dtype)
+    return y.to(call.dtype), final.to(call.dtype)
 
 
 def forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens):
@@ -110,35 +123,38 @@ def forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens):
     assert pool is not None
     _checks.slots("causal_conv1d_", slot_indices, call.sequences, pool.shape[0])
     slots = None if slot_indices is None else slot_indices.contiguous()
-    y = empty(*call.x.shape, dtype=call.x.dtype)
+    y = empty_as(call.x)
     call.run(call.arguments(pool, slots, pool, y))
     if pool is not state:
         state.copy_(pool)
-    return dense_as(y, x)
+    return y.to(call.dtype)
 
 
 def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens):
     """`mambakit::causal_conv1d_backward`."""
     call = _Call(x, weight, bias, activation, initial_state, cu_seqlens)
     b, d, k = call.b, call.d, call.k
-    dy = channels_adjacent(dy.to(call.x.dtype))
+    # Both have one layout: a gradient that arrives in the other one is copied.
+    dy = dy.to(call.x.dtype)
+    dy = dense_as(dy, call.x) if is_transposed(dy) != is_transposed(call.x) else dy
+    dy = dy if is_transposed(dy) else channels_adjacent(dy)
     dfinal = None if dfinal is None else dfinal.to(call.x.dtype).contiguous()
-    dx = empty(*call.x.shape, dtype=call.x.dtype)
+    dx = empty_as(call.x)
     wide = torch.float32
     dweight, dweight_rows = empty(d, k, dtype=wide), empty(b, d, k, dtype=wide)
     dbias, dbias_rows = None if bias is None else empty(d, dtype=wide), empty(b, d, dtype=wide)
     dinitial = None if call.initial is None else empty(*call.initial.shape, dtype=call.initial.dtype)
     states, kernel_dtype = call.sequences * d * (k - 1), (call.x.dtype,)
     gradients = _Gradients(
-        address_of_rows(dy, kernel_dtype, call.x.shape), address(dfinal, kernel_dtype, states),
-        address(dx, kernel_dtype, dx.numel()), address(dweight, FLOAT32, d * k), address(dbias, FLOAT32, d),
+        _address(dy), address(dfinal, kernel_dtype, states),
+        _address(dx), address(dweight, FLOAT32, d * k), address(dbias, FLOAT32, d),
         address(dinitial, FLOAT32_OR_BFLOAT16, states), address(dweight_rows, FLOAT32, b * d * k),
-        address(dbias_rows, FLOAT32, b * d), *row_strides(dy),
+        address(dbias_rows, FLOAT32, b * d), *row_strides(dy), _channel_stride(dy),
     )  # fmt: skip
     arguments = call.arguments(call.initial, None, None, None)
     check(native.kernel("causal_conv1d_backward")(ctypes.byref(arguments), ctypes.byref(gradients), call.half))
     return (
-        dense_as(dx, x),
+        dx.to(call.dtype),
         dweight.to(weight.dtype),
         weight.new_empty(0) if dbias is None else dbias.to(bias.dtype),
         x.new_empty(0) if dinitial is None else dinitial.to(initial_state.dtype),

@@ -1,4 +1,5 @@
 // The causal depthwise convolution on a CPU: a vector is W neighbouring channels, the filter's window stays in registers.
+// Of (b, d, l) memory, whose tokens are neighbours, it is W tokens of one channel.
 #include "parallel.h"
 #include "simd.h"
 
@@ -6,6 +7,7 @@ namespace {
 
 constexpr int64_t kTile = 32;    // tokens of one vector before the next vector: a tile's rows stay in cache and in the TLB
 constexpr int64_t kVectors = 4;  // vectors of channels per item
+constexpr int64_t kLongTile = 512, kChannels = 16;  // of (b, d, l) memory: tokens per tile, channels per item
 
 struct Arguments {
   const void* x;
@@ -15,6 +17,7 @@ struct Arguments {
   void *final_state, *y;
   int64_t b, l, d, k, sequences, silu, state_half, threads;
   int64_t x_b, x_l;
+  int64_t x_c;  // stride over channels where tokens are adjacent, of x and y; 0 where channels are
 };
 
 struct Sequence {
@@ -88,8 +91,38 @@ void convolve(const Arguments& a, const Sequence& s, int64_t channel) {
     columns_out<K - 1>(static_cast<S*>(a.final_state) + (s.slot * a.d + c) * (K - 1), windows[v], min64(W, end - c));
 }
 
+// One channel of (b, d, l) memory. `window` has room for K - 1 inputs before a tile, the tile, and a vector.
+template <class T, class S, int K>
+void convolve_channel(const Arguments& a, const Sequence& s, int64_t channel, float* window) {
+  const float *w = a.weight + channel * K, bias = a.bias ? a.bias[channel] : 0.0f;
+  const int64_t state = (s.slot * a.d + channel) * (K - 1);
+  const bool begins = a.initial && s.slot >= 0;
+  for (int i = 0; i < K - 1; ++i) window[i] = begins ? to_float(static_cast<const S*>(a.initial)[state + i]) : 0.0f;
+  const T* x = static_cast<const T*>(a.x) + s.row * a.x_b + channel * a.x_c;
+  T* y = static_cast<T*>(a.y) + (s.row * a.d + channel) * a.l;
+  for (int64_t t0 = s.start; t0 < s.end; t0 += kLongTile) {
+    const int64_t tokens = min64(s.end - t0, kLongTile);
+    for (int64_t t = 0; t < tokens; t += W) store(window + K - 1 + t, load(x + t0 + t, tokens - t));
+    for (int64_t t = 0; t < tokens; t += W) {
+      V out = splat(bias);
+      for (int j = 0; j < K; ++j) out += w[j] * load(window + t + j);
+      store(y + t0 + t, a.silu ? silu(out) : out, tokens - t);
+    }
+    for (int i = 0; i < K - 1; ++i) window[i] = window[tokens + i];
+  }
+  if (s.slot < 0) return;
+  for (int i = 0; i < K - 1; ++i) from_float(static_cast<S*>(a.final_state) + state + i, window[i]);
+}
+
 template <class T, class S, int K>
 int run(const Arguments& a) {
+  if (a.x_c) {
+    const int64_t blocks = ceil_div(a.d, kChannels);
+    return for_each(a.sequences * blocks, a.threads, kLongTile + K + W, [&](int64_t item, float* window) {
+      const int64_t first = item % blocks * kChannels, end = min64(a.d, first + kChannels);
+      for (int64_t c = first; c < end; ++c) convolve_channel<T, S, K>(a, sequence_at(a, item / blocks), c, window);
+    });
+  }
   const int64_t blocks = ceil_div(a.d, kVectors * W);
   return for_each(a.sequences * blocks, a.threads, 0, [&](int64_t item, float*) {
     convolve<T, S, K>(a, sequence_at(a, item / blocks), item % blocks * kVectors * W);
@@ -103,6 +136,7 @@ struct Gradients {
   void* dinitial;  // the dtype of `initial`
   float *dweight_rows, *dbias_rows;  // (b, d, k), (b, d)
   int64_t dy_b, dy_l;
+  int64_t dy_c;  // as x_c
 };
 
 template <class T, class S, int K>
@@ -150,6 +184,66 @@ void differentiate_sequence(const Arguments& a, const Gradients& o, const Sequen
   if (o.dinitial) columns_out<K - 1>(static_cast<S*>(o.dinitial) + state, dinitial, lanes);
 }
 
+// The same of one channel of (b, d, l) memory. `window` and `slopes`, the gradients before the activation, have room for
+// K - 1 numbers before a tile, the tile, and a vector.
+template <class T, class S, int K>
+void differentiate_channel(const Arguments& a, const Gradients& o, const Sequence& s, int64_t channel, V* dw, V& dbias,
+                           float* window, float* slopes) {
+  const float *w = a.weight + channel * K, bias = a.bias ? a.bias[channel] : 0.0f;
+  const int64_t state = (s.slot * a.d + channel) * (K - 1), length = s.end - s.start;
+  for (int i = 0; i < K - 1; ++i) {
+    window[i] = a.initial ? to_float(static_cast<const S*>(a.initial)[state + i]) : 0.0f;
+    slopes[i] = 0.0f;
+  }
+  const T* x = static_cast<const T*>(a.x) + s.row * a.x_b + channel * a.x_c + s.start;
+  const T* dy = static_cast<const T*>(o.dy) + s.row * o.dy_b + channel * o.dy_c + s.start;
+  T* dx = static_cast<T*>(o.dx) + (s.row * a.d + channel) * a.l + s.start;
+  // The gradient of the input `at` tokens into the sequence; negative: in the initial state.
+  auto emit = [&](int64_t at, float gradient) {
+    if (at >= 0)
+      from_float(dx + at, gradient);
+    else if (o.dinitial)
+      from_float(static_cast<S*>(o.dinitial) + state + at + K - 1, gradient);
+  };
+  for (int64_t t0 = 0; t0 < length; t0 += kLongTile) {
+    const int64_t tokens = min64(length - t0, kLongTile);
+    for (int64_t t = 0; t < tokens; t += W) store(window + K - 1 + t, load(x + t0 + t, tokens - t));
+    for (int64_t t = 0; t < tokens; t += W) {
+      V g = load(dy + t0 + t, tokens - t);
+      if (a.silu) {
+        V y = splat(bias);
+        for (int j = 0; j < K; ++j) y += w[j] * load(window + t + j);
+        V open = sigmoid(y);
+        g *= open * (1.0f + y * (1.0f - open));
+      }
+      if (tokens - t < W) g = first_lanes(g, tokens - t);  // the window has old numbers there
+      store(slopes + K - 1 + t, g);
+      dbias += g;
+      for (int j = 0; j < K; ++j) dw[j] += g * load(window + t + j);
+    }
+    // The inputs that have all of their gradient: up to K - 1 before this tile's last one.
+    for (int64_t t = 0; t < tokens; t += W) {
+      V gradient = splat(0.0f);
+      for (int j = 0; j < K; ++j) gradient += w[j] * load(slopes + K - 1 + t - j);
+      const int64_t at = t0 + t - (K - 1), count = min64(W, tokens - t);
+      if (at >= 0)
+        store(dx + at, gradient, count);
+      else
+        for (int64_t i = 0; i < count; ++i) emit(at + i, gradient[i]);
+    }
+    for (int i = 0; i < K - 1; ++i) {
+      window[i] = window[tokens + i];
+      slopes[i] = slopes[tokens + i];
+    }
+  }
+  // What is left are the last K - 1 inputs: they are the final state, too.
+  for (int i = 0; i < K - 1; ++i) {
+    float gradient = o.dfinal ? to_float(static_cast<const T*>(o.dfinal)[state + i]) : 0.0f;
+    for (int j = i + 1; j < K; ++j) gradient += w[j] * slopes[K - 1 + i - j];
+    emit(length - (K - 1) + i, gradient);
+  }
+}
+
 void sum_rows(float* target, const float* rows, int64_t count, int64_t size) {
   for (int64_t i = 0; i < size; i += W) {
     V total = splat(0.0f);
@@ -160,9 +254,22 @@ void sum_rows(float* target, const float* rows, int64_t count, int64_t size) {
 
 template <class T, class S, int K>
 int differentiate(const Arguments& a, const Gradients& o) {
-  const int64_t blocks = ceil_div(a.d, W);
-  const int failed = for_each(a.b * blocks, a.threads, 0, [&](int64_t item, float*) {
+  const int64_t blocks = ceil_div(a.d, W), room = kLongTile + K + W;
+  const int64_t scratch = a.x_c ? 2 * room : 0;
+  const int failed = for_each(a.b * blocks, a.threads, scratch, [&](int64_t item, float* memory) {
     const int64_t row = item / blocks, c = item % blocks * W, lanes = min64(W, a.d - c);
+    if (a.x_c) {
+      for (int64_t channel = c; channel < c + lanes; ++channel) {
+        V dw[K], dbias = splat(0.0f);
+        for (int j = 0; j < K; ++j) dw[j] = splat(0.0f);
+        const int64_t first = a.cu ? 0 : row, last = a.cu ? a.sequences : row + 1, at = row * a.d + channel;
+        for (int64_t i = first; i < last; ++i)
+          differentiate_channel<T, S, K>(a, o, sequence_at(a, i), channel, dw, dbias, memory, memory + room);
+        for (int j = 0; j < K; ++j) o.dweight_rows[at * K + j] = sum(dw[j]);
+        o.dbias_rows[at] = sum(dbias);
+      }
+      return;
+    }
     V dw[K], dbias = splat(0.0f);
     for (int j = 0; j < K; ++j) dw[j] = splat(0.0f);
     const int64_t first = a.cu ? 0 : row, last = a.cu ? a.sequences : row + 1;

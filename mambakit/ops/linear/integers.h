@@ -37,7 +37,8 @@ struct Rounded {
   int64_t columns, groups;
 };
 
-// The number of the group that is furthest from 0 becomes +-32767. A group with a NaN or an infinity has a NaN for its scale.
+// The number of the group that is furthest from 0 becomes +-32767. A group with a NaN or an infinity has a NaN for its
+// scale.
 void round_group(const float* x, int64_t count, int64_t group, int16_t* numbers, float* scale) {
   V peak = splat(0.0f), faults = splat(0.0f);
   for (int64_t i = 0; i < count; i += W) {
@@ -166,7 +167,8 @@ int run_integers(const Arguments& a) {
                     mine.numbers + b * x.columns + g * Group, mine.scales + b * x.groups + g);
       }
   };
-  return for_each(ceil_div(a.out, rows), a.threads, floats + a.b * x.groups, prepare, [&](int64_t item, float* scratch) {
+  return for_each(ceil_div(a.out, rows), a.threads, floats + a.b * x.groups, prepare,
+                  [&](int64_t item, float* scratch) {
     const Rounded mine = place(scratch);
     for (int64_t row = item * rows; row < min64(a.out, (item + 1) * rows); ++row) {
       int64_t b = 0;

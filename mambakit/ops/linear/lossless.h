@@ -36,7 +36,8 @@ inline void unpack_block(const uint8_t* block, const uint8_t* table, V8* w) {
       const int lane = i / 16, k = i % 16, column = 8 * (k / 4) + 4 * lane + k % 4;
       uint16_t lower = 0;
       if (Wide) memcpy(&lower, block + 96 + 64 * half + 2 * (16 * (k / 8) + 8 * lane + k % 8), sizeof lower);
-      const uint32_t bits = (uint32_t)table[block[i] >> (4 * half) & 15] << 24 | (uint32_t)block[32 + 32 * half + i] << 16 | lower;
+      const uint32_t bits = (uint32_t)table[block[i] >> (4 * half) & 15] << 24 |
+                            (uint32_t)block[32 + 32 * half + i] << 16 | lower;
       memcpy(numbers + 32 * half + column, &bits, sizeof bits);
     }
   memcpy(w, numbers, sizeof numbers);

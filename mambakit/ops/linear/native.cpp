@@ -1,16 +1,16 @@
 // Matrix times a few vectors, for decoding: y = x W^T + bias for 1 to 16 rows of x, bound by reading W once.
 //
-// Sums are float32. float32 and bfloat16 weights, stored as they are or in fewer bits without loss (lossless.h), are widened in
-// registers and multiplied by x as it is. int8 and int4 weights are multiplied as integers by x rounded to 16 bits
-// (integers.h): widening them would take longer than reading them. Every (row of x, row of W) pair is summed in the same order whatever the batch, so a row's bits do not depend on its
-// neighbours.
+// Sums are float32. float32 and bfloat16 weights, stored as they are or in fewer bits without loss (lossless.h), are
+// widened in registers and multiplied by x as it is. int8 and int4 weights are multiplied as integers by x rounded to
+// 16 bits (integers.h): widening them would take longer than reading them. Every (row of x, row of W) pair is summed in
+// the same order whatever the batch, so a row's bits do not depend on its neighbours.
 #include "integers.h"
 #include "lossless.h"
 #include "product.h"
 
 namespace {
 
-// -- float32 and bfloat16 ----------------------------------------------------------------------------------------------
+// -- float32 and bfloat16 ---------------------------------------------------------------------------------------------
 
 constexpr int kSums = 4;  // independent sums per row of W: they hide the latency of an addition
 

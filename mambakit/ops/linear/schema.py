@@ -10,10 +10,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from mambakit.ops._autocast import no_autocast
 from mambakit.ops._backends.dispatch import LIBRARY, define, implement_on_cpu
+from mambakit.ops._releases import count_flops
 from mambakit.ops.linear import chunked, cpu
 from mambakit.ops.linear.packed import PackedWeight
 
@@ -93,6 +93,8 @@ implement_on_cpu("linear", _linear_on_cpu, lambda x, *_: x.dtype != torch.float6
 implement_on_cpu("dequantize", _dequantize_on_cpu, lambda *_: True)
 
 
-@register_flop_formula(torch.ops.mambakit.linear)
 def _flops(x_shape, data_shape, *_, out_shape=None, **__) -> int:
     return 2 * math.prod(x_shape) * data_shape[0]
+
+
+count_flops(torch.ops.mambakit.linear, _flops)

@@ -1,4 +1,5 @@
-// What the packed formats share: vectors of 256 bits on every processor, so that sums have the same order on all of them.
+// What the packed formats share: vectors of 256 bits on every processor, so that sums have the same order on all of
+// them.
 #pragma once
 
 #include "simd.h"
@@ -9,18 +10,26 @@ typedef int16_t S16 __attribute__((vector_size(32)));
 typedef int32_t I8 __attribute__((vector_size(32)));
 typedef float V8 __attribute__((vector_size(32)));
 
-inline V8 multiply_add(V8 a, float b, V8 c) {
+inline V8 multiply_add_lanes(V8 a, V8 b, V8 c) {
 #if defined(__AVX2__)
-  return (V8)_mm256_fmadd_ps((__m256)a, _mm256_set1_ps(b), (__m256)c);
+  return (V8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  float32x4_t x[2], y[2], z[2];
+  memcpy(x, &a, sizeof a);
+  memcpy(y, &b, sizeof b);
+  memcpy(z, &c, sizeof c);
+  for (int i = 0; i < 2; ++i) z[i] = vfmaq_f32(z[i], x[i], y[i]);
+  memcpy(&c, z, sizeof c);
+  return c;
 #else
   return a * b + c;
 #endif
 }
-inline V8 multiply_add_lanes(V8 a, V8 b, V8 c) {
+inline V8 multiply_add(V8 a, float b, V8 c) {
 #if defined(__AVX2__)
-  return (V8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  return (V8)_mm256_fmadd_ps((__m256)a, _mm256_set1_ps(b), (__m256)c);
 #else
-  return a * b + c;
+  return multiply_add_lanes(a, V8{} + b, c);
 #endif
 }
 // The first `count` of eight numbers, and zeros.

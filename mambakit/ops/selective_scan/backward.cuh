@@ -26,18 +26,37 @@ struct BackwardParams {  // cuda_parameters.py mirrors it
     float *carries, *delta_sums;               // (b, chunks, d, n): aggregates, or carries; (b, chunks, d)
     float* partial;                            // (channel tiles, b * l, dB and dC, NP): partial sums of dB and dC
     float *dA_parts, *dD_parts, *dbias_parts;  // (b * chunks, ...)
+    float *dB_parts, *dC_parts;                // of constants, (b * chunks, d, n)
     int* tickets;                              // of a chained scan
     i64 dy_b, u_b, delta_b, z_b, B_b, C_b, dy_t, u_t, delta_t, z_t, B_t, C_t;  // strides over rows and over tokens
     i64 dz_b, dz_t, l, d, n, channel_tiles, chunk_length, chunks, first_chunk, rows, interval;
+    i64 dy_c, u_c, delta_c, z_c;                // strides over channels, of transposed inputs
+    i64 B_g, C_g, group_tiles, group_channels;  // strides over groups; a group's channel tiles and channels
 };
+
+constexpr bool U_TRANSPOSED = TRANSPOSED & 1, DELTA_TRANSPOSED = TRANSPOSED & 2, Z_TRANSPOSED = TRANSPOSED & 4,
+               DY_TRANSPOSED = TRANSPOSED & 8;
+
+// The stride that an operand is read by. As an expression where it is used it takes no register.
+template <bool APART> DEVICE i64 step_of(const i64& token_stride, const i64& channel_stride) {
+    return APART ? channel_stride : token_stride;
+}
 
 // This lane's elements of one tensor: a tile's address, which is uniform over the warp and changes, and the lane's
 // offset in a tile, which does not. Registers limit occupancy, and a uniform address takes none of a lane's.
-template <typename E> struct LanePointer {
+template <typename E, bool APART> struct LanePointer {
     E* tile;
     u32 offset[VECS];  // bytes; cuda_launch.py bounds the strides
 
+    // `stride` is that over tokens or, where tokens are adjacent (APART), over channels.
     DEVICE void set(E* base, i64 t, i64 stride, int first_channel, const Elements& mine) {
+        if constexpr (APART) {
+            tile = base + t + first_channel * stride;
+#pragma unroll
+            for (int v = 0; v < VECS; v++)
+                offset[v] = (u32)(sizeof(E) * (mine.token[v] + mine.column[v] * (u32)stride));
+            return;
+        }
         tile = base + t * stride;
 #pragma unroll
         for (int v = 0; v < VECS; v++)
@@ -45,17 +64,31 @@ template <typename E> struct LanePointer {
     }
 
     DEVICE E* at(int v) const { return (E*)((char*)tile + offset[v]); }
+    DEVICE void move(i64 tokens, i64 stride) { tile += APART ? tokens : tokens * stride; }
+
+    DEVICE void store_at(int v, i64 stride, const float* values, int count) const {
+        if constexpr (APART) store_apart<VEC>(at(v), stride, values, count);
+        else store<VEC>(at(v), values, count);
+    }
 };
 
-// The same of an input, with the values of the tile that was loaded last.
-struct LaneStream : LanePointer<const T> {
-    Raw<VEC> next[VECS];
+template <bool APART> struct LaneValues { typedef Raw<VEC> type; };
+template <> struct LaneValues<true> { typedef Apart<VEC> type; };
 
-    // Loads a tile of which `left` tokens exist, and advances by `move` elements.
-    DEVICE void fetch(int left, i64 move, const Elements& mine) {
+// The same of an input, with the values of the tile that was loaded last.
+template <bool APART> struct LaneStream : LanePointer<const T, APART> {
+    typedef typename LaneValues<APART>::type Values;
+    Values next[VECS];
+
+    // Loads a tile of which `left` tokens exist, and advances by `tokens`.
+    DEVICE void fetch(int left, i64 tokens, i64 stride, const Elements& mine) {
 #pragma unroll
-        for (int v = 0; v < VECS; v++) next[v].load(at(v), mine.token[v] < left ? mine.count[v] : 0);
-        tile += move;
+        for (int v = 0; v < VECS; v++) {
+            const int count = mine.token[v] < left ? mine.count[v] : 0;
+            if constexpr (APART) next[v].load(this->at(v), stride, count);
+            else next[v].load(this->at(v), count);
+        }
+        this->move(tokens, stride);
     }
 };
 
@@ -85,11 +118,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_backward_ca
     const int count = (int)(p.chunks - p.first_chunk);
     const int chunk = (int)p.first_chunk + (int)(block % count), row = (int)(block / count);
     const int t0 = chunk * (int)p.chunk_length, t1 = min(l, t0 + (int)p.chunk_length);
-    const int warp_channel = channel_tile * CTA_CHANNELS + warp * WARP_CHANNELS;
-    const StateSlice states{warp_channel + group * K, d, n, part * NS};
+    const ChannelTile channels(channel_tile, (int)p.group_tiles, (int)p.group_channels, d);
+    const int warp_channel = channels.first + warp * WARP_CHANNELS, end = channels.end;
+    const StateSlice states{warp_channel + group * K, end, n, part * NS};
 
-    float A[K][NS], g[K][NS], sum[K];
+    float A[K][NS], g[K][NS], sum[K], own_C[K][NS];
     states.load(A, p.A);
+    if constexpr (CONSTANT & 2) states.load(own_C, (const float*)p.C + row * p.C_b);
     clear(g);
 #pragma unroll
     for (int k = 0; k < K; k++) {
@@ -104,12 +139,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_backward_ca
     if (!PACKED && t1 == l) load_dfinal(row);
 
     Elements mine;
-    mine.set(lane, warp_channel, d);
-    LaneStream dy, delta, z;
+    mine.set(lane, warp_channel, end);
+    LaneStream<DY_TRANSPOSED> dy;
+    LaneStream<DELTA_TRANSPOSED> delta;
+    LaneStream<Z_TRANSPOSED> z;
     int t = t0 + (t1 - t0 - 1) / TILE * TILE;
-    dy.set(p.dy + row * p.dy_b, t, p.dy_t, warp_channel, mine);
-    delta.set(p.delta + row * p.delta_b, t, p.delta_t, warp_channel, mine);
-    if (HAS_Z) z.set(p.z + row * p.z_b, t, p.z_t, warp_channel, mine);
+    dy.set(p.dy + row * p.dy_b, t, step_of<DY_TRANSPOSED>(p.dy_t, p.dy_c), warp_channel, mine);
+    delta.set(p.delta + row * p.delta_b, t, step_of<DELTA_TRANSPOSED>(p.delta_t, p.delta_c), warp_channel, mine);
+    if (HAS_Z) z.set(p.z + row * p.z_b, t, step_of<Z_TRANSPOSED>(p.z_t, p.z_c), warp_channel, mine);
     float bias[VECS][VEC];
 #pragma unroll
     for (int v = 0; v < VECS; v++)
@@ -118,23 +155,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_backward_ca
             bias[v][i] = p.bias && i < mine.count[v] ? p.bias[warp_channel + mine.column[v] + i] : 0.f;
     auto fetch = [&](int t) {
         int left = t < t0 ? 0 : t1 - t;
-        dy.fetch(left, -TILE * p.dy_t, mine);
-        delta.fetch(left, -TILE * p.delta_t, mine);
-        if (HAS_Z) z.fetch(left, -TILE * p.z_t, mine);
+        dy.fetch(left, -TILE, step_of<DY_TRANSPOSED>(p.dy_t, p.dy_c), mine);
+        delta.fetch(left, -TILE, step_of<DELTA_TRANSPOSED>(p.delta_t, p.delta_c), mine);
+        if (HAS_Z) z.fetch(left, -TILE, step_of<Z_TRANSPOSED>(p.z_t, p.z_c), mine);
     };
-    const T* C = p.C + row * p.C_b;
+    const T* C = p.C + row * p.C_b + channels.group * p.C_g;
     Rows<CARRY_ROWS, 1> rows;
 
     int tb = t0 + (t1 - t0 - 1) / CARRY_ROWS * CARRY_ROWS;
     fetch(t);
     int next_ids = Starts::fetch(p.ids, t, l, lane);
-    rows.set(C, C, p.C_t, p.C_t, tb, -1);
-    rows.fetch(t1 - tb, n);
+    if constexpr (!(CONSTANT & 2)) {
+        rows.set(C, C, p.C_t, p.C_t, tb, -1);
+        rows.fetch(t1 - tb, n);
+    }
     int buffer = 0;
     for (; tb >= t0; tb -= CARRY_ROWS, buffer ^= 1) {
-        rows.put(shared.rows[buffer]);
-        __syncthreads();
-        rows.fetch(tb > t0 ? CARRY_ROWS : 0, n);
+        if constexpr (!(CONSTANT & 2)) {
+            rows.put(shared.rows[buffer]);
+            __syncthreads();
+            rows.fetch(tb > t0 ? CARRY_ROWS : 0, n);
+        }
         for (; t >= tb; t -= TILE) {
 #pragma unroll
             for (int v = 0; v < VECS; v++) {
@@ -164,13 +205,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_backward_ca
                 if (PACKED && starts.ends(j) && t + j < t1) load_dfinal(starts.of(j));
                 float step[2 * K], Cs[NS];
                 read_floats<2 * K>(step, (const float*)&shared.steps[warp][j][group * K]);
-                read_floats<NS>(Cs, shared.rows[buffer] + (t - tb + j) * NP + part * NS);
+                if (!(CONSTANT & 2)) read_floats<NS>(Cs, shared.rows[buffer] + (t - tb + j) * NP + part * NS);
 #pragma unroll
                 for (int k = 0; k < K; k++) {
                     sum[k] += step[2 * k];
 #pragma unroll
                     for (int i = 0; i < NS; i++)
-                        g[k][i] = fmaf(step[2 * k + 1], Cs[i], g[k][i]) * ex2(step[2 * k] * A[k][i]);
+                        g[k][i] = fmaf(step[2 * k + 1], CONSTANT & 2 ? own_C[k][i] : Cs[i], g[k][i]) *
+                                  ex2(step[2 * k] * A[k][i]);
                 }
                 if (PACKED && starts.starts(j) && t + j > 0) clear(g);  // only the row's first sequence has a carry out
             }
@@ -181,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_backward_ca
     if (part == 0)
 #pragma unroll
         for (int k = 0; k < K; k++)
-            if (states.first + k < d) p.delta_sums[((i64)row * p.chunks + chunk) * d + states.first + k] = sum[k];
+            if (states.first + k < end) p.delta_sums[((i64)row * p.chunks + chunk) * d + states.first + k] = sum[k];
 }
 
 // dB and dC are summed over a warp's groups, two tokens at a time: [token][group][dB or dC][NP]. Odd groups have dC
@@ -219,15 +261,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
     const int chunk = (int)(block % p.chunks), row = (int)(block / p.chunks);
 #endif
     const int t0 = chunk * (int)p.chunk_length, t1 = min(l, t0 + (int)p.chunk_length);
-    const int warp_channel = channel_tile * CTA_CHANNELS + warp * WARP_CHANNELS;
-    const StateSlice states{warp_channel + group * K, d, n, part * NS};
+    const ChannelTile channels(channel_tile, (int)p.group_tiles, (int)p.group_channels, d);
+    const int warp_channel = channels.first + warp * WARP_CHANNELS, end = channels.end;
+    const StateSlice states{warp_channel + group * K, end, n, part * NS};
     const int interval = (int)p.interval, segment = min(SEGMENT, interval);
     const i64 check_row = (i64)row * ((l + interval - 1) / interval);
 
-    float A[K][NS], g[K][NS], dA[K][NS], h[K][NS];
+    float A[K][NS], g[K][NS], dA[K][NS], h[K][NS], own_B[K][NS], own_C[K][NS], own_dB[K][NS], own_dC[K][NS];
     states.load(A, p.A);
     clear(g);
     clear(dA);
+    if constexpr (CONSTANT & 1) states.load(own_B, (const float*)p.B + row * p.B_b), clear(own_dB);
+    if constexpr (CONSTANT & 2) states.load(own_C, (const float*)p.C + row * p.C_b), clear(own_dC);
 #pragma unroll
     for (int k = 0; k < K; k++)
 #pragma unroll
@@ -262,7 +307,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
 #pragma unroll
             for (int k = 0; k < K; k++) {
                 float delta =
-                    states.first + k < d ? p.delta_sums[((i64)row * p.chunks + c) * d + states.first + k] : 0.f;
+                    states.first + k < end ? p.delta_sums[((i64)row * p.chunks + c) * d + states.first + k] : 0.f;
 #pragma unroll
                 for (int i = 0; i < NS; i++)
                     g[k][i] = c == last && p.first_chunk ? add[k][i] : fmaf(ex2(delta * A[k][i]), g[k][i], add[k][i]);
@@ -271,8 +316,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
     }
 
     Elements mine;
-    mine.set(lane, warp_channel, d);
-    LaneStream dy, u, delta, z;
+    mine.set(lane, warp_channel, end);
+    LaneStream<DY_TRANSPOSED> dy;
+    LaneStream<U_TRANSPOSED> u;
+    LaneStream<DELTA_TRANSPOSED> delta;
+    LaneStream<Z_TRANSPOSED> z;
     float D[VECS][VEC], bias[VECS][VEC], dD[VEC], dbias[VEC], sum_D[VEC], lost_D[VEC];
 #pragma unroll
     for (int v = 0; v < VECS; v++)
@@ -283,7 +331,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
             bias[v][i] = p.bias && i < mine.count[v] ? p.bias[c] : 0.f;
             dD[i] = dbias[i] = sum_D[i] = lost_D[i] = 0.f;
         }
-    const T *B = p.B + row * p.B_b, *C = p.C + row * p.C_b;
+    // Where one of them is constant, the other one stands in for its rows, which nobody reads.
+    const T *B = p.B + row * p.B_b + channels.group * p.B_g, *C = p.C + row * p.C_b + channels.group * p.C_g;
+    if (CONSTANT == 1) B = C;
+    if (CONSTANT == 2) C = B;
 
     // (delta, delta u) of tile t, from the prefetched values, to shared memory.
     auto put_steps = [&](int t, int to) {
@@ -326,14 +377,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
             if (PACKED && starts.starts(j) && starts.of(j) >= 0) load_initial(starts.of(j));
             float step[2 * K], Bs[NS];
             read_floats<2 * K>(step, (const float*)&shared.steps[now][warp][j][group * K]);
-            read_floats<NS>(Bs, rows + j * 2 * NP + part * NS);
+            if (!(CONSTANT & 1)) read_floats<NS>(Bs, rows + j * 2 * NP + part * NS);
 #pragma unroll
             for (int k = 0; k < K; k++)
 #pragma unroll
                 for (int i = 0; i < NS; i++) {
                     float a = ex2(step[2 * k] * A[k][i]);
                     keep(jj, k, i, h[k][i], a);
-                    h[k][i] = fmaf(a, h[k][i], step[2 * k + 1] * Bs[i]);
+                    h[k][i] = fmaf(a, h[k][i], step[2 * k + 1] * (CONSTANT & 1 ? own_B[k][i] : Bs[i]));
                 }
         }
     };
@@ -349,16 +400,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
         int base = ts / interval * interval;
         states.load(h, p.checkpoints + (check_row + base / interval) * d * n);
         const int last_tile = ts + (te - ts - 1) / TILE * TILE;
-        u.set(p.u + row * p.u_b, base, p.u_t, warp_channel, mine);
-        delta.set(p.delta + row * p.delta_b, base, p.delta_t, warp_channel, mine);
-        u.fetch(t1 - base, TILE * p.u_t, mine);
-        delta.fetch(t1 - base, TILE * p.delta_t, mine);
+        u.set(p.u + row * p.u_b, base, step_of<U_TRANSPOSED>(p.u_t, p.u_c), warp_channel, mine);
+        delta.set(p.delta + row * p.delta_b, base, step_of<DELTA_TRANSPOSED>(p.delta_t, p.delta_c), warp_channel, mine);
+        u.fetch(t1 - base, TILE, step_of<U_TRANSPOSED>(p.u_t, p.u_c), mine);
+        delta.fetch(t1 - base, TILE, step_of<DELTA_TRANSPOSED>(p.delta_t, p.delta_c), mine);
         int next_ids = Starts::fetch(p.ids, base, l, lane);
         for (; base <= ts; base += segment) {
             __syncthreads();  // the last readers of the rows
+            if constexpr (CONSTANT != 3)
             for (int item = threadIdx.x; item < segment * 2 * QUADS; item += THREADS) {
                 int t = base + item / (2 * QUADS), rest = item % (2 * QUADS), s = rest % QUADS * 4;
-                const T* from = rest < QUADS ? B + t * p.B_t : C + t * p.C_t;
+                const T* from = rest < QUADS ? B + t * (CONSTANT == 1 ? p.C_t : p.B_t)
+                                             : C + t * (CONSTANT == 2 ? p.B_t : p.C_t);
                 Raw<4> raw;
                 raw.load(from + s, t < t1 ? min(4, n - s) : 0);
                 *(float4*)(shared.rows + item * 4) = make_float4(raw.get(0), raw.get(1), raw.get(2), raw.get(3));
@@ -373,8 +426,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
                     starts.set(next_ids, lane);
                     next_ids = Starts::fetch(p.ids, t + TILE, l, lane);
                 }
-                u.fetch(t1 - t - TILE, TILE * p.u_t, mine);
-                delta.fetch(t1 - t - TILE, TILE * p.delta_t, mine);
+                u.fetch(t1 - t - TILE, TILE, step_of<U_TRANSPOSED>(p.u_t, p.u_c), mine);
+                delta.fetch(t1 - t - TILE, TILE, step_of<DELTA_TRANSPOSED>(p.delta_t, p.delta_c), mine);
                 __syncwarp();  // all lanes have read the tile before last, whose buffer is written next
 #pragma unroll
                 for (int j = 0; j < TILE; j += SUB) {
@@ -383,18 +436,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
                 }
             }
         }
-        dy.set(p.dy + row * p.dy_b, last_tile, p.dy_t, warp_channel, mine);
-        if (HAS_Z) z.set(p.z + row * p.z_b, last_tile, p.z_t, warp_channel, mine);
-        dy.fetch(t1 - last_tile, -TILE * p.dy_t, mine);
-        if (HAS_Z) z.fetch(t1 - last_tile, -TILE * p.z_t, mine);
-        u.tile -= 2 * TILE * p.u_t;
-        delta.tile -= 2 * TILE * p.delta_t;
+        dy.set(p.dy + row * p.dy_b, last_tile, step_of<DY_TRANSPOSED>(p.dy_t, p.dy_c), warp_channel, mine);
+        if (HAS_Z) z.set(p.z + row * p.z_b, last_tile, step_of<Z_TRANSPOSED>(p.z_t, p.z_c), warp_channel, mine);
+        dy.fetch(t1 - last_tile, -TILE, step_of<DY_TRANSPOSED>(p.dy_t, p.dy_c), mine);
+        if (HAS_Z) z.fetch(t1 - last_tile, -TILE, step_of<Z_TRANSPOSED>(p.z_t, p.z_c), mine);
+        u.move(-2 * TILE, step_of<U_TRANSPOSED>(p.u_t, p.u_c));
+        delta.move(-2 * TILE, step_of<DELTA_TRANSPOSED>(p.delta_t, p.delta_c));
         put_steps(last_tile, now);
         put_gradients(now);
-        LanePointer<T> du_at, ddelta_at, dz_at;
-        du_at.set(p.du + (i64)row * l * d, last_tile, d, warp_channel, mine);
-        ddelta_at.set(p.ddelta + (i64)row * l * d, last_tile, d, warp_channel, mine);
-        if (HAS_Z) dz_at.set(p.dz + row * p.dz_b, last_tile, p.dz_t, warp_channel, mine);
+        LanePointer<T, U_TRANSPOSED> du_at;
+        LanePointer<T, DELTA_TRANSPOSED> ddelta_at;
+        LanePointer<T, Z_TRANSPOSED> dz_at;
+        du_at.set(p.du + (i64)row * l * d, last_tile, U_TRANSPOSED ? l : d, warp_channel, mine);
+        ddelta_at.set(p.ddelta + (i64)row * l * d, last_tile, DELTA_TRANSPOSED ? l : d, warp_channel, mine);
+        if (HAS_Z) dz_at.set(p.dz + row * p.dz_b, last_tile, Z_TRANSPOSED ? (i64)l : p.dz_t, warp_channel, mine);
         float* exchanged = shared.exchanged[warp];
         float* partial_to = p.partial + ((i64)channel_tile * p.rows + (i64)row * l + last_tile) * 2 * NP;
         __syncwarp();
@@ -415,7 +470,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
         // t, and u_now, delta_now, z_now and dy_now hold tile t.
 #pragma unroll 1
         for (int t = last_tile; t >= ts; t -= TILE, now ^= 1, partial_to -= TILE * 2 * NP) {
-            Raw<VEC> u_now[VECS], delta_now[VECS], z_now[VECS], dy_now[VECS];
+            typename LaneStream<U_TRANSPOSED>::Values u_now[VECS];
+            typename LaneStream<DELTA_TRANSPOSED>::Values delta_now[VECS];
+            typename LaneStream<Z_TRANSPOSED>::Values z_now[VECS];
+            typename LaneStream<DY_TRANSPOSED>::Values dy_now[VECS];
 #pragma unroll
             for (int v = 0; v < VECS; v++) {
                 u_now[v] = u.next[v], delta_now[v] = delta.next[v], dy_now[v] = dy.next[v];
@@ -424,10 +482,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
             Starts starts;
             if (PACKED) starts.set(next_ids, lane);
             if (t > ts) {
-                u.fetch(TILE, -TILE * p.u_t, mine);
-                delta.fetch(TILE, -TILE * p.delta_t, mine);
-                dy.fetch(TILE, -TILE * p.dy_t, mine);
-                if (HAS_Z) z.fetch(TILE, -TILE * p.z_t, mine);
+                u.fetch(TILE, -TILE, step_of<U_TRANSPOSED>(p.u_t, p.u_c), mine);
+                delta.fetch(TILE, -TILE, step_of<DELTA_TRANSPOSED>(p.delta_t, p.delta_c), mine);
+                dy.fetch(TILE, -TILE, step_of<DY_TRANSPOSED>(p.dy_t, p.dy_c), mine);
+                if (HAS_Z) z.fetch(TILE, -TILE, step_of<Z_TRANSPOSED>(p.z_t, p.z_c), mine);
                 next_ids = Starts::fetch(p.ids, t - TILE, l, lane);
             }
             const float* rows = shared.rows + (t - ts) * 2 * NP;
@@ -454,27 +512,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
                         float step[2 * K], out[K], Bs[NS], Cs[NS];
                         read_floats<2 * K>(step, (const float*)&shared.steps[now][warp][j][group * K]);
                         read_floats<K>(out, &shared.dy[now][warp][j][group * K]);
-                        read_floats<NS>(Bs, rows + j * 2 * NP + part * NS);
-                        read_floats<NS>(Cs, rows + j * 2 * NP + NP + part * NS);
+                        if (!(CONSTANT & 1)) read_floats<NS>(Bs, rows + j * 2 * NP + part * NS);
+                        if (!(CONSTANT & 2)) read_floats<NS>(Cs, rows + j * 2 * NP + NP + part * NS);
                         float over_channels[2 * NS];
 #pragma unroll
                         for (int k = 0; k < K; k++) {
                             float y = 0.f, gB = 0.f, gA = 0.f;
 #pragma unroll
                             for (int i = 0; i < NS; i++) {
+                                const float B_i = CONSTANT & 1 ? own_B[k][i] : Bs[i];
+                                const float C_i = CONSTANT & 2 ? own_C[k][i] : Cs[i];
                                 float state;  // h_t
-                                if (PACKED) state = fmaf(decay[jj][k][i], before[jj][k][i], step[2 * k + 1] * Bs[i]);
+                                if (PACKED) state = fmaf(decay[jj][k][i], before[jj][k][i], step[2 * k + 1] * B_i);
                                 else state = jj + 1 < SUB ? before[jj + 1 < SUB ? jj + 1 : jj][k][i] : h[k][i];
-                                g[k][i] = fmaf(out[k], Cs[i], g[k][i]);
+                                g[k][i] = fmaf(out[k], C_i, g[k][i]);
                                 if (k == 0) {
-                                    over_channels[i] = step[2 * k + 1] * g[k][i];
-                                    over_channels[NS + i] = out[k] * state;
+                                    over_channels[i] = CONSTANT & 1 ? 0.f : step[2 * k + 1] * g[k][i];
+                                    over_channels[NS + i] = CONSTANT & 2 ? 0.f : out[k] * state;
                                 } else {
-                                    over_channels[i] = fmaf(step[2 * k + 1], g[k][i], over_channels[i]);
-                                    over_channels[NS + i] = fmaf(out[k], state, over_channels[NS + i]);
+                                    if (!(CONSTANT & 1))
+                                        over_channels[i] = fmaf(step[2 * k + 1], g[k][i], over_channels[i]);
+                                    if (!(CONSTANT & 2))
+                                        over_channels[NS + i] = fmaf(out[k], state, over_channels[NS + i]);
                                 }
-                                y = i == 0 ? Cs[i] * state : fmaf(Cs[i], state, y);
-                                gB = i == 0 ? g[k][i] * Bs[i] : fmaf(g[k][i], Bs[i], gB);
+                                if (CONSTANT & 1) own_dB[k][i] = fmaf(step[2 * k + 1], g[k][i], own_dB[k][i]);
+                                if (CONSTANT & 2) own_dC[k][i] = fmaf(out[k], state, own_dC[k][i]);
+                                y = i == 0 ? C_i * state : fmaf(C_i, state, y);
+                                gB = i == 0 ? g[k][i] * B_i : fmaf(g[k][i], B_i, gB);
                                 g[k][i] *= decay[jj][k][i];
                                 float gah = g[k][i] * before[jj][k][i];
                                 gA = i == 0 ? gah * A[k][i] : fmaf(gah, A[k][i], gA);
@@ -489,14 +553,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
                             clear(g);
                         }
 #pragma unroll
-                        for (int which = 0; which < 2; which++) {
+                        for (int which = 0; which < (CONSTANT == 3 ? 0 : 2); which++) {
                             float* to = GROUPS > 1
                                 ? exchanged + (jj - pair) * TOKEN_SUMS + exchange_offset(group, which)
                                 : shared.partial[now][warp][j] + which * NP;
                             write_floats<NS>(to + part * NS, over_channels + which * NS);
                         }
                     }
-                    if (GROUPS > 1) {
+                    if (GROUPS > 1 && CONSTANT != 3) {
                         constexpr int RUN = NP >= 32 ? 4 : NP >= 16 ? 2 : 1;  // neighbouring sums of a lane
                         __syncwarp();
 #pragma unroll
@@ -538,7 +602,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
             __syncthreads();
             // Every reader of this buffer of partial sums passes the next tile's barrier before it is written again.
             constexpr int RUN = NP >= 16 ? 2 : 1;  // neighbouring sums of a thread
-            const int sums = min(TILE, t1 - t) * 2 * NP;
+            const int sums = CONSTANT == 3 ? 0 : min(TILE, t1 - t) * 2 * NP;
 #pragma unroll
             for (int first = 0; first < TILE * 2 * NP; first += THREADS * RUN) {
                 int i = first + threadIdx.x * RUN;
@@ -578,13 +642,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
                     dD[i] = fmaf(out[i], u_i, dD[i]);  // zero past the end: dy is
                     if (exists) dbias[i] += ddelta[i];
                 }
-                store<VEC>(du_at.at(v), du, count);
-                store<VEC>(ddelta_at.at(v), ddelta, count);
-                if (HAS_Z) store<VEC>(dz_at.at(v), dz, count);
+                du_at.store_at(v, l, du, count);
+                ddelta_at.store_at(v, l, ddelta, count);
+                if (HAS_Z) dz_at.store_at(v, l, dz, count);
             }
-            du_at.tile -= (i64)TILE * d;
-            ddelta_at.tile -= (i64)TILE * d;
-            if (HAS_Z) dz_at.tile -= TILE * p.dz_t;
+            du_at.move(-TILE, d);
+            ddelta_at.move(-TILE, d);
+            if (HAS_Z) dz_at.move(-TILE, p.dz_t);
             __syncwarp();
         }
         // Kahan summation of dD over segments: one float32 sum over a whole chunk would add up a rounding error per
@@ -602,6 +666,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
         publish_carry(p.tickets + 1 + row * p.channel_tiles + channel_tile, (int)p.chunks - chunk);
     }
     states.store(p.dA_parts + at * d * n, dA);
+    if constexpr (CONSTANT & 1) states.store(p.dB_parts + at * d * n, own_dB);
+    if constexpr (CONSTANT & 2) states.store(p.dC_parts + at * d * n, own_dC);
 #pragma unroll
     for (int i = 0; i < VEC; i++) {
         double all_D = (double)sum_D[i] - lost_D[i];
@@ -611,7 +677,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
             dbias[i] += __shfl_xor_sync(ALL, dbias[i], w);
         }
         const int c = warp_channel + mine.column[0] + i;
-        if (lane < ROW_VECS && c < d) p.dD_parts[at * d + c] = (float)all_D, p.dbias_parts[at * d + c] = dbias[i];
+        if (lane < ROW_VECS && c < end) p.dD_parts[at * d + c] = (float)all_D, p.dbias_parts[at * d + c] = dbias[i];
     }
 }
 
@@ -623,15 +689,18 @@ struct ReduceParams {  // cuda_parameters.py mirrors it
     T *dB, *dC;
     float *dA, *dD, *dbias;
     i64 rows, channel_tiles, n, d, parts;
+    i64 groups;  // of channels, each with so many channel tiles
 };
 
 extern "C" __global__ void __launch_bounds__(256) selective_scan_reduce(const __grid_constant__ ReduceParams p) {
     i64 item = (i64)blockIdx.x * 256 + threadIdx.x;
-    const i64 items = p.rows * 2 * QUADS;
-    const i64 padded = (items + 255) / 256 * 256;
+    const i64 items = p.rows * 2 * QUADS, all = GROUPED ? items * p.groups : items;
+    const i64 padded = (all + 255) / 256 * 256;
     if (item < padded) {
-        if (item >= items) return;
-        const float4* from = (const float4*)p.partial + item;
+        if (item >= all) return;
+        const i64 group = GROUPED ? item / items : 0;
+        if (GROUPED) item %= items;
+        const float4* from = (const float4*)p.partial + group * p.channel_tiles * items + item;
         float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 8
         for (i64 channel_tile = 0; channel_tile < p.channel_tiles; channel_tile++) {
@@ -641,6 +710,8 @@ extern "C" __global__ void __launch_bounds__(256) selective_scan_reduce(const __
         i64 row = item / (2 * QUADS);
         int rest = (int)(item % (2 * QUADS)), s = rest % QUADS * 4;
         float out[4] = {total.x, total.y, total.z, total.w};
+        if (CONSTANT & (rest < QUADS ? 1 : 2)) return;
+        if (GROUPED) row = row * p.groups + group;
         store<4>((rest < QUADS ? p.dB : p.dC) + row * p.n + s, out, min(4, (int)p.n - s));
         return;
     }

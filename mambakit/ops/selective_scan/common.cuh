@@ -12,6 +12,9 @@
 //   CHAINED   1: chunks of a row pass their carry from CTA to CTA (a chained scan, below)
 //   ALIGNED   8, 4 or 0: the number of neighbouring elements that one load may read. Strides, d and n are multiples of
 //             it, and addresses of as many elements. 0: element by element
+//   GROUPED   1: B and C have groups of neighbouring channels, a multiple of ALIGNED of them. A CTA's are of one group
+//   CONSTANT  bit 0: B, bit 1: C does not depend on time, and each channel has its own states, in float32 as of A
+//   TRANSPOSED  bits 0 to 3: u (and y, du), delta (ddelta), z (dz), dy are (b, d, l) in memory: tokens are adjacent
 //
 // A group of LANES lanes serves K channels, a warp 32 / LANES groups. Each thread steps through time with NS states of
 // K channels in registers, in tiles of 8 tokens. A warp first computes the step size of every (token, channel) of a
@@ -199,6 +202,47 @@ template <int N> DEVICE void store(T* p, const float* v, int count) {
 #endif
 }
 
+DEVICE T to_element(float x) {
+#if DTYPE == 0
+    return x;
+#else
+    return (T)to_half_pair(x, 0.f);
+#endif
+}
+
+// N elements that are `stride` elements apart, one word each: a load is not waited for before its value is used.
+template <int N> struct Apart {
+    u32 w[N];
+
+    DEVICE float get(int i) const {
+#if DTYPE == 0
+        return __uint_as_float(w[i]);
+#else
+        return from_half(w[i], false);
+#endif
+    }
+
+    DEVICE void load(const T* p, i64 stride, int count) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            w[i] = 0;
+            if (i < count) {
+#if DTYPE == 0
+                w[i] = __ldg((const u32*)(p + i * stride));
+#else
+                w[i] = __ldg((const unsigned short*)(p + i * stride));
+#endif
+            }
+        }
+    }
+};
+
+template <int N> DEVICE void store_apart(T* p, i64 stride, const float* v, int count) {
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        if (i < count) p[i * stride] = to_element(v[i]);
+}
+
 // Sums M values over the lanes that differ only in the bits from LOW (inclusive) to HIGH (exclusive): a reduce-scatter.
 // Each shuffle halves the values that a lane holds, M - 1 shuffles instead of M log2. Afterwards lane `bits = (lane %
 // HIGH) / LOW` holds the sums bits * (M * LOW / HIGH) + i in v[i] or, with fewer values than lanes, the sum bits /
@@ -248,6 +292,21 @@ template <int N> DEVICE void write_floats(float* p, const float* v) {
         for (int i = 0; i < N; i++) p[i] = v[i];
     }
 }
+
+// The channels of a CTA: from `first` to `end`, those of a group or what is left of them, for the tile of channels.
+struct ChannelTile {
+    int group, first, end;
+
+    DEVICE ChannelTile(int tile, int tiles, int group_channels, int d) {
+        if constexpr (GROUPED) {
+            group = tile / tiles;
+            first = group * group_channels + tile % tiles * CTA_CHANNELS;
+            end = (group + 1) * group_channels;
+        } else {
+            group = 0, first = tile * CTA_CHANNELS, end = d;
+        }
+    }
+};
 
 // This thread's states of (..., d, n) in memory: K channels of NS states, zero where there is no channel or no state.
 struct StateSlice {

@@ -96,7 +96,7 @@ class _Selection:
         self.groups, self.constant = selection.groups(x), not selection.varies(x, length)
         n = x.shape[-1]
         if self.constant:
-            x = x.reshape(x.shape[0], self.groups, n).float().repeat_interleave(d // self.groups, 1).contiguous()
+            x = selection.of_channels(x, d)
             self.held, self.other, self.strides = x, 0, (d * n if x.shape[0] > 1 else 0, 0, 0, 0)
             self.place = address(x, FLOAT32, x.numel())
             return
@@ -118,16 +118,6 @@ class _Selection:
         whole = self.groups == groups and self.shape[0] == b and self.dtype != torch.float16
         return empty(b, length, groups, n, dtype=self.dtype if whole else torch.float32)
 
-    def reduced(self, gradient: Tensor) -> Tensor:
-        """The gradient of B or C from what the kernel made."""
-        if self.constant:  # (b, d, n): over the channels of a group
-            gradient = gradient.view(gradient.shape[0], 1, self.groups, -1, self.shape[-1]).sum(3)
-        elif gradient.shape[2] != self.groups:
-            gradient = gradient.sum(2, keepdim=True)
-        if gradient.shape[0] != self.shape[0]:
-            gradient = gradient.sum(0, keepdim=True)
-        return gradient.reshape(self.shape).to(self.dtype)
-
 
 class _Call:
     """The inputs of one call as the kernels take them; float16 becomes float32."""
@@ -140,10 +130,7 @@ class _Call:
         self.n = A.shape[1]
         self.u, self.delta, self.z = (_Channels(x, self.dtype, self.shape) for x in (u, delta, z))
         self.B, self.C = (_Selection(x, self.dtype, *self.shape) for x in (B, C))
-        varying = {x.groups for x in (self.B, self.C) if not x.constant}
-        self.groups = max(varying, default=1)
-        if not varying <= {1, self.groups}:
-            raise ValueError(f"selective_scan: B has {self.B.groups} groups and C has {self.C.groups}")
+        self.groups = selection.common_groups(B, C, self.l)
         # Held here: a structure of addresses keeps no tensor alive.
         self.A, self.D, self.bias = A.contiguous(), as_float32(D), as_float32(delta_bias)
         self.cu = None if cu_seqlens is None else cu_seqlens.contiguous()
@@ -253,7 +240,7 @@ def backward(
     arguments = call.arguments(initial, None, None, None, None, interval)
     check(native.kernel("selective_scan_backward")(ctypes.byref(arguments), ctypes.byref(gradients), call.half))
     return (
-        du.to(u.dtype), ddelta.to(delta.dtype), dA, call.B.reduced(dB), call.C.reduced(dC),
+        du.to(u.dtype), ddelta.to(delta.dtype), dA, selection.reduced(dB, B), selection.reduced(dC, C),
         absent if dD is None else dD, absent.to(u.dtype) if dz is None else dz.to(z.dtype),
         absent if dbias is None else dbias, absent if dinitial is None else dinitial,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from mambakit.ops._backends import nvrtc
 from mambakit.ops._layout import dense_as
 from mambakit.ops.selective_scan import chunked, cuda_launch, selection
 from mambakit.ops.selective_scan.cuda_backward import BackwardLaunch
-from mambakit.ops.selective_scan.cuda_forward import ForwardLaunch, new_outputs
+from mambakit.ops.selective_scan.cuda_forward import ForwardLaunch
 from mambakit.ops.selective_scan.plan import backward_plan
 
 
@@ -56,11 +56,12 @@ def _one_token():
 
 def other_implementation(u: Tensor, A: Tensor, *operands):
     """The module that serves this call instead of CUDA C++, or None; ``operands`` are delta, B, C and z."""
-    if operands and not selection.is_plain(u, *operands):
-        return chunked
-    if u.dtype == torch.float64 or u.numel() == 0 or A.shape[1] == 0:
+    given = (u, *operands)
+    if any(x is not None and x.dtype == torch.float64 for x in given) or u.numel() == 0 or A.shape[1] == 0:
         return chunked
     fallback = _fallback()
+    if operands and not selection.is_plain(u, *operands) and (fallback is not None or A.shape[1] > 256):
+        return chunked  # Triton's kernels take one group and one dtype
     if fallback is None and A.shape[1] > 256:
         return _slower(f"A has {A.shape[1]} states, the CUDA C++ kernels take 256")
     return fallback
@@ -95,16 +96,27 @@ def _on_its_device(function):
     return call
 
 
+def _of_one_dtype(u, delta, B, C, z, *more):
+    """The kernels read one dtype: where operands differ, float32. Constants of B and C may have any."""
+    length = u.shape[1]
+    rows = (delta, z, *more, *(x for x in (B, C) if selection.varies(x, length)))
+    if all(x is None or x.dtype == u.dtype for x in rows):
+        return (u, delta, B, C, z, *more)
+    return tuple(None if x is None else x.float() for x in (u, delta, B, C, z, *more))
+
+
 def _launch_forward(u, delta, A, B, C, D, z, delta_bias, softplus, cu_seqlens, initial, final, slots, interval):
+    given = u
+    u, delta, B, C, z = _of_one_dtype(u, delta, B, C, z)
     # In place, another chunk of a packed row may overwrite an initial state before it is read.
     one_chunk = cu_seqlens is not None and initial is final
     launch = ForwardLaunch(
         u, delta, A, B, C, D, z, delta_bias, softplus, cu_seqlens, slots, interval, one_chunk, False
     )  # fmt: skip
-    y, checkpoints = new_outputs(u, A.shape[1], interval)
+    y, checkpoints = launch.new_outputs(A.shape[1], interval)
     launch.number_sequences(initial, None if initial is final else final)
     launch.launch(launch.kernel.phases, initial, y, final, checkpoints)
-    return y, checkpoints
+    return dense_as(y, given), checkpoints
 
 
 @_on_its_device
@@ -115,21 +127,21 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, 
         y, final, checkpoints = other.forward(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoint_interval
         )
-        return dense_as(y, u), final, checkpoints
+        return dense_as(y, u), final, checkpoints  # Triton's is channels-last
     sequences = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = torch.empty((sequences, u.shape[2], A.shape[1]), dtype=torch.float32, device=u.device)
     y, checkpoints = _launch_forward(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, cuda_launch.dense_or_none(initial_state),
         final, None, checkpoint_interval,
     )  # fmt: skip
-    return dense_as(y, u), final, checkpoints
+    return y, final, checkpoints
 
 
 @_on_its_device
 def forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens):
     """`mambakit::selective_scan_`."""
     other = other_implementation(u, A, delta, B, C, z)
-    if other is None and u.shape[1] == 1 and cu_seqlens is None:
+    if other is None and u.shape[1] == 1 and cu_seqlens is None and selection.is_plain(u, delta, B, C, z):
         other = _one_token()
     if other is not None:
         y = other.forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens)
@@ -138,7 +150,7 @@ def forward_(state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_sof
     y, _ = _launch_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, pool, pool, slot_indices, 0)
     if pool is not state:
         state.copy_(pool)
-    return dense_as(y, u)
+    return y
 
 
 @_on_its_device
@@ -157,7 +169,10 @@ def backward(
             dy, dfinal, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints,
             interval,
         )  # fmt: skip
-        return _in_layouts(found, u, delta, z) if dz is None else (*found[:6], dz.copy_(found[6]), *found[7:])
+        found = _as_given(found, u, delta, B, C, z)
+        return found if dz is None else (*found[:6], dz.copy_(found[6]), *found[7:])
+    given = u, delta, B, C, z
+    u, delta, B, C, z, dy = _of_one_dtype(*given, dy)
     launch = BackwardLaunch(
         dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, checkpoints, interval,
         False, dz,
@@ -167,9 +182,11 @@ def backward(
     if launch.kernel.chunks > 1 and not launch.kernel.chained:
         launch.launch_carries(dfinal)
     found = launch.gradients(dfinal)
-    return _in_layouts(found, u, delta, z) if dz is None else found
+    return found if dz is not None else _as_given(found, *given)
 
 
-def _in_layouts(found, u, delta, z):
+def _as_given(found, u, delta, B, C, z):
+    """The gradients in the layouts and dtypes of their operands; usually they are."""
     du, ddelta, dA, dB, dC, dD, dz, *rest = found
-    return dense_as(du, u), dense_as(ddelta, delta), dA, dB, dC, dD, dz if z is None else dense_as(dz, z), *rest
+    du, ddelta, dz = dense_as(du, u), dense_as(ddelta, delta), dz.to(u.dtype) if z is None else dense_as(dz, z)
+    return du, ddelta, dA, dB.to(B.dtype), dC.to(C.dtype), dD, dz, *rest

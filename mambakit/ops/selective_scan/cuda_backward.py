@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mambakit.ops._backends import memory, nvrtc
 from mambakit.ops._backends.memory import FLOAT32, INT32
-from mambakit.ops.selective_scan import cuda_launch
+from mambakit.ops.selective_scan import cuda_launch, selection
 from mambakit.ops.selective_scan.cuda_parameters import BackwardParams, ReduceParams
-from mambakit.ops.selective_scan.plan import backward_plan
+from mambakit.ops.selective_scan.plan import PLAIN, backward_plan
 
 
 class BackwardKernel:
@@ -23,14 +23,18 @@ class BackwardKernel:
     Args:
         aligned: as `cuda_launch.Operands` has it, at most 4.
         split: for a split scan, which needs the aggregates of all chunks.
+        groups, variant: as `cuda_launch.Operands` has them.
 
     Raises:
         RuntimeError: a split scan of so many states that a CTA's shared memory does not suffice.
     """
 
-    def __init__(self, b, length, d, n, dtype, gated, softplus, packed, aligned, device, interval, split):
-        shared = nvrtc.shared_memory(device)
-        plan = backward_plan(b, length, d, n, cuda_launch.multiprocessors(device), shared, not (packed or split))
+    def __init__(
+        self, b, length, d, n, dtype, gated, softplus, packed, aligned, device, interval, split, groups=1, variant=PLAIN
+    ):  # fmt: skip
+        shared, chained = nvrtc.shared_memory(device), not (packed or split)
+        multiprocessors = cuda_launch.multiprocessors(device)
+        plan = backward_plan(b * groups, length, d // groups, n, multiprocessors, shared, chained)
         self.shared_bytes = plan.backward_bytes
         if self.shared_bytes > shared:  # only a split scan: `cuda.backward` serves others by Triton
             raise RuntimeError(
@@ -40,15 +44,18 @@ class BackwardKernel:
         self.chunk_length = cuda_launch.chunk_length(length, plan.chunks, interval)
         self.chunks = -(-length // self.chunk_length)
         self.first_chunk = 0 if split else 1  # of those whose aggregates the look-back needs
-        self.channel_tiles = -(-d // plan.cta_channels)
+        self.group_tiles = -(-d // groups // plan.cta_channels)
+        self.channel_tiles = groups * self.group_tiles
         self.padded_states = plan.lanes * plan.states
         self.chained = plan.resident > 0
         self.threads = 32 * plan.warps
         chains = b * self.channel_tiles
         self.grid, self.carries_grid = chains * self.chunks, chains * (self.chunks - self.first_chunk)
         # Quads of dB and dC, then single elements of dA, dD and ddelta_bias.
-        self.reduce_grid = -(-b * length * self.padded_states // 2 // 256) + -(-(d * n + 2 * d) // 256)
-        module = cuda_launch.compiled(plan.backward_macros(dtype, gated, softplus, packed, aligned), device)
+        self.rows = 0 if variant.constant == 3 else b * length  # that have a gradient of B or C
+        quads = groups * self.rows * self.padded_states // 2
+        self.reduce_grid = -(-quads // 256) + -(-(d * n + 2 * d) // 256)
+        module = cuda_launch.compiled(plan.backward_macros(dtype, gated, softplus, packed, aligned, variant), device)
         self._scan = module.kernel("selective_scan_backward", self.shared_bytes)
         self._carries = module.kernel("selective_scan_backward_carries")
         self._reduce = module.kernel("selective_scan_reduce")
@@ -83,18 +90,19 @@ class BackwardLaunch:
         device, at = u.device, u.get_device()
         b, length, d = u.shape
         n = A.shape[1]
-        inputs = cuda_launch.operands(d, n, u.itemsize, dy=dy, u=u, delta=delta, z=z, B=B, C=C)
+        inputs = cuda_launch.operands(d, n, u.itemsize, B, C, dy=dy, u=u, delta=delta, z=z)
         A, D, delta_bias, initial = map(cuda_launch.dense_or_none, (A, D, delta_bias, initial_state))
         self.kernel = kernel = backward_kernel(
             b, length, d, n, u.dtype, z is not None, delta_softplus, cu_seqlens is not None, min(inputs.aligned, 4),
-            device.index, interval, split,
+            device.index, interval, split, inputs.groups, inputs.variant,
         )  # fmt: skip
         self.stream = torch._C._cuda_getCurrentRawStream(device.index)
-        self._results(u, A, D, delta_bias, initial, z, dz, b if cu_seqlens is None else cu_seqlens.shape[0] - 1)
         parts = b * kernel.chunks  # of the sums over rows and time
+        sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self._results(u, A, D, delta_bias, initial, z, dz, sequences, inputs, parts)
         carried = parts if kernel.chunks > 1 or split else 0
         self.scratch, places = cuda_launch.scratch(
-            device, kernel.channel_tiles * b * length * 2 * kernel.padded_states, parts * d * n, parts * d, parts * d,
+            device, kernel.channel_tiles * kernel.rows * 2 * kernel.padded_states, parts * d * n, parts * d, parts * d,
             carried * d * n, carried * d,
         )  # fmt: skip
         names = ("partial", "dA_parts", "dD_parts", "dbias_parts", "carries", "delta_sums")
@@ -102,28 +110,35 @@ class BackwardLaunch:
         self.carries_start = scratch["carries"] - self.scratch.data_ptr()
         tickets = cuda_launch.new_tickets(b * kernel.channel_tiles, device) if kernel.chained else None
         self._packed = cuda_launch.PackedRow(cu_seqlens, length, device)
+        self._selection, self._rows, self._length = (B, C), b, length
         self._kept = inputs, A, D, delta_bias, initial, checkpoints, tickets  # alive until the launches
         self._device, self._state_size = at, d * n
         address, half = nvrtc.address, (u.dtype,)
+        constant = inputs.variant.constant
+        B_parts, C_parts = self.dB if constant & 1 else None, self.dC if constant & 2 else None
+        B_rows, C_rows = None if constant & 1 else self.dB, None if constant & 2 else self.dC
         dz_b, dz_t = (0, 0) if z is None else self.dz.stride()[:2]
+        dz_rows = self.dz.transpose(1, 2) if inputs.variant.transposed & 4 else self.dz
         self._parameters = BackwardParams(
             **inputs.fields, **scratch, A=address(A, FLOAT32, at), D=address(D, FLOAT32, at),
             bias=address(delta_bias, FLOAT32, at), initial=address(initial, FLOAT32, at),
             checkpoints=address(checkpoints, FLOAT32, at), ids=self._packed.ids, cu=self._packed.cu,
-            du=address(self.du, half, at), ddelta=address(self.ddelta, half, at),
+            du=cuda_launch.dense_address(self.du, half, at), ddelta=cuda_launch.dense_address(self.ddelta, half, at),
             # dz may be half of a wider tensor.
-            dz=memory.address_of_rows(self.dz, half, self.dz.shape, at), dz_b=dz_b, dz_t=dz_t,
+            dz=memory.address_of_rows(dz_rows, half, dz_rows.shape, at), dz_b=dz_b, dz_t=dz_t,
+            dB_parts=address(B_parts, FLOAT32, at), dC_parts=address(C_parts, FLOAT32, at),
             dinitial=0 if initial is None else address(self.dinitial, FLOAT32, at), tickets=address(tickets, INT32, at),
             l=length, d=d, n=n, channel_tiles=kernel.channel_tiles, chunk_length=kernel.chunk_length,
             chunks=kernel.chunks, first_chunk=kernel.first_chunk, rows=b * length, interval=interval,
+            group_tiles=kernel.group_tiles, group_channels=d // inputs.groups,
         )  # fmt: skip
         self._reduce_parameters = ReduceParams(
-            **{name: scratch[name] for name in names[:4]}, dB=address(self.dB, half, at), dC=address(self.dC, half, at),
+            **{name: scratch[name] for name in names[:4]}, dB=address(B_rows, half, at), dC=address(C_rows, half, at),
             dA=address(self.dA, FLOAT32, at), dD=address(self.dD, FLOAT32, at), dbias=address(self.dbias, FLOAT32, at),
-            rows=b * length, channel_tiles=kernel.channel_tiles, n=n, d=d, parts=parts,
+            rows=kernel.rows, channel_tiles=kernel.group_tiles, n=n, d=d, parts=parts, groups=inputs.groups,
         )  # fmt: skip
 
-    def _results(self, u, A, D, delta_bias, initial, z, dz, sequences: int) -> None:
+    def _results(self, u, A, D, delta_bias, initial, z, dz, sequences: int, inputs, parts: int) -> None:
         """Memory for the gradients."""
         (b, length, d), (_, n), device = u.shape, A.shape, u.device
 
@@ -133,15 +148,28 @@ class BackwardLaunch:
         def float32(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
-        self.du, self.ddelta = like_u(b, length, d), like_u(b, length, d)
+        transposed, constant = inputs.variant.transposed, inputs.variant.constant
+        self.du, self.ddelta = (cuda_launch.memory_of(u, bool(transposed & bit)) for bit in (1, 2))
         if z is None:
             self.dz = like_u(0)
         else:
-            self.dz = like_u(b, length, d) if dz is None else dz
-        self.dB, self.dC = like_u(b, length, n), like_u(b, length, n)
+            self.dz = cuda_launch.memory_of(u, bool(transposed & 4)) if dz is None else dz
+        groups = () if inputs.groups == 1 else (inputs.groups,)
+        self.dB, self.dC = (
+            float32(parts, d, n) if constant & bit else like_u(b, length, *groups, n) for bit in (1, 2)
+        )  # fmt: skip
         self.dA, self.dD, self.dbias = float32(d, n), float32(d), float32(d)
         self.dinitial = float32(0) if initial is None else float32(sequences, d, n)
         self._has_D, self._has_bias = D is not None, delta_bias is not None
+
+    def _selected(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """The gradient of B or C from what the kernels made: rows, or parts of a constant's."""
+        if gradient.shape == x.shape and selection.varies(x, self._length):
+            return gradient
+        if not selection.varies(x, self._length):
+            rows = self._rows
+            return selection.reduced(gradient.view(rows, -1, *gradient.shape[1:]).sum(1), x)
+        return selection.reduced(gradient if gradient.dim() == 4 else gradient[:, :, None], x)
 
     def number_sequences(self, dfinal: Tensor | None) -> None:
         """Before the launches of a packed call; the gradient of a sequence without a token is copied through."""
@@ -159,7 +187,8 @@ class BackwardLaunch:
         self.kernel.launch(self.stream, self._parameters)
         self.kernel.launch_reduce(self.stream, self._reduce_parameters)
         empty = self.dA.new_empty(0)
+        dB, dC = (self._selected(*pair) for pair in zip((self.dB, self.dC), self._selection, strict=True))
         return (
-            self.du, self.ddelta, self.dA, self.dB, self.dC, self.dD if self._has_D else empty, self.dz,
+            self.du, self.ddelta, self.dA, dB, dC, self.dD if self._has_D else empty, self.dz,
             self.dbias if self._has_bias else empty, self.dinitial,
         )  # fmt: skip

@@ -10,13 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mambakit.ops import _layout
 from mambakit.ops._backends import memory, nvrtc
 from mambakit.ops._backends.memory import FLOAT32, INT32
+from mambakit.ops.selective_scan import selection
 from mambakit.ops.selective_scan.cuda_parameters import SequencesParams
+from mambakit.ops.selective_scan.plan import Variant
 
 _FOLDER = Path(__file__).parent
 _STEP = 32  # a chunk has a multiple of this many tokens
-_FARTHEST = 2**26  # elements from one token to the next: within a tile the gradient's offsets are 32 bits of bytes
+# Elements from one token to the next, or from one channel: within a tile the gradient's offsets are 32 bits of bytes.
+_FARTHEST, _FARTHEST_CHANNELS = 2**26, 2**24
 
 
 @functools.cache
@@ -42,31 +46,71 @@ def dense_or_none(t: Tensor | None) -> Tensor | None:
 class Operands(NamedTuple):
     """The inputs of (b, l, ...), which the kernels read by stride."""
 
-    # Kept alive until the launch: copies of those whose channels were not adjacent, or whose tokens were too far apart.
+    # Kept alive until the launch: copies of those that are not adjacent, or whose tokens or channels are too far apart.
     tensors: list[Tensor | None]
-    fields: dict[str, int]  # of the parameter structure: address, stride over rows (_b) and over tokens (_t) of each
+    fields: dict[str, int]  # of the parameter structure: addresses and strides
     aligned: int  # elements that one load may read: 8, 4, or 0 for one by one
+    variant: Variant
+    groups: int  # of channels that B and C tell apart
 
 
-def operands(d: int, n: int, itemsize: int, **given: Tensor | None) -> Operands:
-    """The tensors by their names in the parameter structure; the first one says shape, dtype and device."""
+_BITS = {"u": 1, "delta": 2, "z": 4, "dy": 8}
+
+
+def operands(d: int, n: int, itemsize: int, B: Tensor, C: Tensor, **given: Tensor | None) -> Operands:
+    """The tensors by their names in the parameter structure; the first of ``given`` says shape, dtype and device."""
     first = next(iter(given.values()))
     assert first is not None
     (b, length, _), dtypes, device = first.shape, (first.dtype,), first.get_device()
+    groups = selection.common_groups(B, C, length)
     tensors: list[Tensor | None] = []
-    fields, odd = {}, d | n
+    fields: dict[str, int] = {}
+    odd, transposed, constant = d // groups | n, 0, 0
     for name, t in given.items():
-        address = row = token = 0
-        if t is not None:
+        address = row = token = element = 0
+        if t is not None and _layout.is_transposed(t) and t.stride(2) < _FARTHEST_CHANNELS:
+            address = memory.address_of_rows(t.transpose(1, 2), dtypes, (b, d, length), device)
+            row, token, element = t.stride()
+            transposed |= _BITS[name]
+        elif t is not None:
             row, token, element = t.stride()
             if element != 1 or token >= _FARTHEST:
                 t = t.contiguous()
                 row, token, _ = t.stride()
-            address = memory.address_of_rows(t, dtypes, (b, length, d if t.shape[2] == d else n), device)
+            address, element = memory.address_of_rows(t, dtypes, (b, length, d), device), 0
             odd |= row | token | address // itemsize
         tensors.append(t)
-        fields[name], fields[f"{name}_b"], fields[f"{name}_t"] = address, row, token
-    return Operands(tensors, fields, 0 if odd & 3 else 4 if odd & 7 else 8)
+        fields |= {name: address, f"{name}_b": row, f"{name}_t": token, f"{name}_c": element}
+    for name, x, bit in (("B", B, 1), ("C", C, 2)):
+        if selection.varies(x, length):
+            x = x[:, :, None] if x.dim() == 3 else x
+            if x.stride(3) != 1 or x.stride(1) >= _FARTHEST:
+                x = x.contiguous()
+            row, token, group, _ = x.stride()
+            row, group = row if x.shape[0] == b else 0, group if x.shape[2] > 1 else 0
+            address = memory.address_of_rows(x, dtypes, tuple(x.shape), device)
+            odd |= row | token | group | address // itemsize
+        else:
+            x = selection.of_channels(x, d)
+            address, row, token, group = memory.address(x, FLOAT32, x.numel(), device), 0, 0, 0
+            row, constant = d * n if x.shape[0] == b else 0, constant | bit
+        tensors.append(x)
+        fields |= {name: address, f"{name}_b": row, f"{name}_t": token, f"{name}_g": group}
+    variant = Variant(groups > 1, constant, transposed)
+    return Operands(tensors, fields, 0 if odd & 3 else 4 if odd & 7 else 8, variant, groups)
+
+
+def memory_of(like: Tensor, transposed: bool) -> Tensor:
+    """Memory for a result (b, l, d), (b, d, l) in memory where ``transposed``."""
+    b, length, d = like.shape
+    if transposed:
+        return torch.empty((b, d, length), dtype=like.dtype, device=like.device).transpose(1, 2)
+    return torch.empty((b, length, d), dtype=like.dtype, device=like.device)
+
+
+def dense_address(t: Tensor, dtypes: tuple[torch.dtype, ...], device: int) -> int:
+    """The address of what `memory_of` made."""
+    return nvrtc.address(t if t.is_contiguous() else t.transpose(1, 2), dtypes, device)
 
 
 def scratch(device: torch.device, *sizes: int) -> tuple[Tensor, list[int]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mambakit.ops.selective_scan import cuda, cuda_launch
 from mambakit.ops.selective_scan.cuda_backward import BackwardLaunch
-from mambakit.ops.selective_scan.cuda_forward import ForwardLaunch, Phase, new_outputs
+from mambakit.ops.selective_scan.cuda_forward import ForwardLaunch, Phase
 
 
 def serves(u: Tensor, A: Tensor) -> bool:
@@ -33,7 +33,7 @@ class Forward:
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, interval):
         b, length, d = u.shape
         n = A.shape[1]
-        self._u, self._interval = u, interval
+        self._interval = interval
         self._sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
         with torch.cuda.device_of(u):
             launch = ForwardLaunch(
@@ -65,7 +65,7 @@ class Forward:
         initial = cuda_launch.dense(initial)
         with torch.cuda.device_of(initial):
             final = torch.empty_like(initial)
-            y, checkpoints = new_outputs(self._u, initial.shape[2], self._interval)
+            y, checkpoints = self._launch.new_outputs(initial.shape[2], self._interval)
             self._launch.number_sequences(initial, final)
             self._launch.launch((Phase.SPLIT_CHUNKS,), initial, y, final, checkpoints)
         return y, final, checkpoints

@@ -21,6 +21,8 @@ struct ForwardParams {  // cuda_parameters.py mirrors it
     int* tickets;                 // of a chained scan
     i64 u_b, delta_b, z_b, B_b, C_b, u_t, delta_t, z_t, B_t, C_t;  // strides over rows and over tokens, in elements
     i64 l, d, n, channel_tiles, chunk_length, chunks, phase, interval;
+    i64 u_c, delta_c, z_c;                            // strides over channels, of transposed inputs
+    i64 B_g, C_g, group_tiles, group_channels;        // strides over groups; a group's channel tiles and channels
 };
 
 // Tokens go by in rounds of ROUND (a macro, 8 to 32). Inputs are double-buffered in shared memory: the next round's are
@@ -29,19 +31,66 @@ constexpr int ASYNC_VEC = ALIGNED == 8 && WARP_CHANNELS % 8 == 0 && sizeof(T) ==
 constexpr int ROW_LOADS = WARP_CHANNELS / ASYNC_VEC;
 constexpr int STEP = 32 / ROW_LOADS;              // tokens that one copy of every lane covers
 constexpr int LOADS = (ROUND + STEP - 1) / STEP;  // copies of a lane in one round, of one tensor
-constexpr int INPUT = WARPS * ROUND * WARP_CHANNELS;
+// Where tokens are adjacent, a channel's are copied in pieces of 16 bytes, from the last 16-byte boundary before the
+// first one: any length of a row will do. PITCH: elements from one channel to the next in shared memory.
+constexpr int PIECE = 16 / sizeof(T);
+constexpr int PITCH = ROUND + PIECE;
+constexpr int PIECES = PITCH / PIECE;
+constexpr int SPACE = TRANSPOSED & 7 ? WARP_CHANNELS * PITCH : ROUND * WARP_CHANNELS;  // of a warp
+constexpr int INPUT = WARPS * SPACE;
 // Outputs are sums over a channel's lanes. With few lanes each writes its partial sum, and the lane that stores the
 // output adds them. A token's row of partial sums lies 16 banks from the one before.
 constexpr int PARTIALS = LANES <= 4 ? LANES : 1;
 constexpr int PARTIALS_ROW = PARTIALS * WARP_CHANNELS + (PARTIALS > 1 ? 16 : 0);
 
 struct ForwardShared {  // plan.py counts its bytes
-    T inputs[2][2 + HAS_Z][WARPS][ROUND][WARP_CHANNELS];
+    T inputs[2][2 + HAS_Z][WARPS][SPACE];  // [ROUND][WARP_CHANNELS] or, transposed, [WARP_CHANNELS][PITCH]
     float rows[2][ROUND * 2 * NP];
     float2 steps[WARPS][ROUND][STEPS_ROW];  // delta, delta * u
     float y[WARPS][TILE][PARTIALS_ROW];
 };
 static_assert(sizeof(ForwardShared) == SHARED, "plan.py counts other bytes of shared memory");
+
+// The copies of a warp's transposed input: `left` tokens exist from `base` on, of `channels` channels.
+DEVICE void copy_piece(T* shared, const T* p, int count) {
+    constexpr int BYTES = 16;
+    u32 to = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(p), "n"(BYTES),
+                 "r"(count > 0 ? BYTES : 0));
+}
+
+DEVICE int past_boundary(const T* p) { return (int)((size_t)p / sizeof(T)) & (PIECE - 1); }
+
+DEVICE void fetch_tokens(T* shared, const T* base, i64 stride, int left, int channels, int lane) {
+    constexpr int ITEMS = WARP_CHANNELS * PIECES;
+#pragma unroll
+    for (int first = 0; first < ITEMS; first += 32) {
+        const int item = first + lane, c = item / PIECES, piece = item % PIECES * PIECE;
+        if (ITEMS % 32 != 0 && item >= ITEMS) break;
+        const T* from = base + c * stride;
+        const int before = past_boundary(from);
+        const bool exists = left > 0 && c < channels && piece - before < min(left, ROUND);
+        copy_piece(shared + c * PITCH + piece, from - before + piece, exists);
+    }
+}
+
+// N neighbouring channels at one token of what `fetch_tokens` has copied.
+template <int N> DEVICE Raw<N> read_tokens(const T* shared, const T* base, i64 stride, int token, int column) {
+    Raw<N> raw;
+    raw.clear();
+    const int first = past_boundary(base), step = (int)stride;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const int c = column + i, before = (first + c * step) & (PIECE - 1);
+        const T* at = shared + c * PITCH + before + token;
+#if DTYPE == 0
+        raw.w[i] = __float_as_uint(*at);
+#else
+        raw.w[i / 2] |= (u32)*at << (i & 1 ? 16 : 0);
+#endif
+    }
+    return raw;
+}
 
 // FULL: outputs and states; else the aggregate of the chunk only.
 template <bool FULL>
@@ -50,12 +99,15 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
     const int part = lane % LANES, group = lane / LANES;
     const int l = (int)p.l, d = (int)p.d, n = (int)p.n;
     const int t0 = chunk * (int)p.chunk_length, t1 = min(l, t0 + (int)p.chunk_length);
-    const int warp_channel = channel_tile * CTA_CHANNELS + warp * WARP_CHANNELS;
-    const StateSlice states{warp_channel + group * K, d, n, part * NS};
-    const StateSlice padded{states.first, d, NP, part * NS};  // of p.carries
+    const ChannelTile channels(channel_tile, (int)p.group_tiles, (int)p.group_channels, d);
+    const int warp_channel = channels.first + warp * WARP_CHANNELS, end = channels.end;
+    const StateSlice states{warp_channel + group * K, end, n, part * NS};
+    const StateSlice padded{states.first, end, NP, part * NS};  // of p.carries
 
-    float A[K][NS], h[K][NS], sum[K];
+    float A[K][NS], h[K][NS], sum[K], own_B[K][NS], own_C[K][NS];
     states.load(A, p.A);
+    if constexpr (CONSTANT & 1) states.load(own_B, (const float*)p.B + row * p.B_b);
+    if constexpr (CONSTANT & 2) states.load(own_C, (const float*)p.C + row * p.C_b);
 #pragma unroll
     for (int k = 0; k < K; k++) {
         sum[k] = 0.f;
@@ -108,11 +160,16 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
 
     // This lane loads, and computes the step sizes of, ASYNC_VEC channels of every STEP-th token.
     const int token = lane / ROW_LOADS, column = lane % ROW_LOADS * ASYNC_VEC;
-    const int count = min(ASYNC_VEC, d - warp_channel - column);
+    const int count = min(ASYNC_VEC, end - warp_channel - column);
     const i64 at = t0 + token;
-    const T* u_at = p.u + row * p.u_b + at * p.u_t + warp_channel + column;
-    const T* delta_at = p.delta + row * p.delta_b + at * p.delta_t + warp_channel + column;
-    const T* z_at = HAS_Z && FULL ? p.z + row * p.z_b + at * p.z_t + warp_channel + column : nullptr;
+    // Of a transposed input, the warp's first channel at the first token of the round.
+    auto place = [&](const T* base, bool transposed, i64 row_stride, i64 token_stride, i64 channel_stride) {
+        return transposed ? base + row * row_stride + t0 + warp_channel * channel_stride
+                          : base + row * row_stride + at * token_stride + warp_channel + column;
+    };
+    const T* u_at = place(p.u, TRANSPOSED & 1, p.u_b, p.u_t, p.u_c);
+    const T* delta_at = place(p.delta, TRANSPOSED & 2, p.delta_b, p.delta_t, p.delta_c);
+    const T* z_at = HAS_Z && FULL ? place(p.z, TRANSPOSED & 4, p.z_b, p.z_t, p.z_c) : nullptr;
     float bias[ASYNC_VEC];
 #pragma unroll
     for (int i = 0; i < ASYNC_VEC; i++) bias[i] = p.bias && i < count ? p.bias[warp_channel + column + i] : 0.f;
@@ -122,22 +179,35 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
         for (int v = 0; v < LOADS; v++) {
             if (STEP > ROUND && token >= ROUND) break;
             int exist = t + v * STEP < last ? count : 0;
-            T* shared_at = &shared.inputs[to][0][warp][token + v * STEP][column];
-            load_async<ASYNC_VEC>(shared_at, u_at + v * STEP * p.u_t, exist);
-            load_async<ASYNC_VEC>(shared_at + INPUT, delta_at + v * STEP * p.delta_t, exist);
-            if (HAS_Z && FULL) load_async<ASYNC_VEC>(shared_at + 2 * INPUT, z_at + v * STEP * p.z_t, exist);
+            T* shared_at = &shared.inputs[to][0][warp][(token + v * STEP) * WARP_CHANNELS + column];
+            if (!(TRANSPOSED & 1)) load_async<ASYNC_VEC>(shared_at, u_at + v * STEP * p.u_t, exist);
+            if (!(TRANSPOSED & 2)) load_async<ASYNC_VEC>(shared_at + INPUT, delta_at + v * STEP * p.delta_t, exist);
+            if (HAS_Z && FULL && !(TRANSPOSED & 4))
+                load_async<ASYNC_VEC>(shared_at + 2 * INPUT, z_at + v * STEP * p.z_t, exist);
         }
-        u_at += ROUND * p.u_t;
-        delta_at += ROUND * p.delta_t;
-        if (HAS_Z && FULL) z_at += ROUND * p.z_t;
+        T* slot = shared.inputs[to][0][warp];
+        if (TRANSPOSED & 1) fetch_tokens(slot, u_at, p.u_c, t1 - t, end - warp_channel, lane);
+        if (TRANSPOSED & 2) fetch_tokens(slot + INPUT, delta_at, p.delta_c, t1 - t, end - warp_channel, lane);
+        if (HAS_Z && FULL && (TRANSPOSED & 4))
+            fetch_tokens(slot + 2 * INPUT, z_at, p.z_c, t1 - t, end - warp_channel, lane);
+        u_at += TRANSPOSED & 1 ? ROUND : ROUND * p.u_t;
+        delta_at += TRANSPOSED & 2 ? ROUND : ROUND * p.delta_t;
+        if (HAS_Z && FULL) z_at += TRANSPOSED & 4 ? ROUND : ROUND * p.z_t;
         commit_group();
     };
     auto put_steps = [&](int from, int left) {
 #pragma unroll
         for (int v = 0; v < LOADS; v++) {
             if (STEP > ROUND && token >= ROUND) break;
-            const T* shared_at = &shared.inputs[from][0][warp][token + v * STEP][column];
-            Raw<ASYNC_VEC> u = read_async<ASYNC_VEC>(shared_at), delta = read_async<ASYNC_VEC>(shared_at + INPUT);
+            const T* slot = shared.inputs[from][0][warp];
+            const T* shared_at = slot + (token + v * STEP) * WARP_CHANNELS + column;
+            Raw<ASYNC_VEC> u, delta;
+            // A round has whole pieces: what is past the boundary in the next one is also past it in this one.
+            if constexpr (TRANSPOSED & 1) u = read_tokens<ASYNC_VEC>(slot, u_at, p.u_c, token + v * STEP, column);
+            else u = read_async<ASYNC_VEC>(shared_at);
+            if constexpr (TRANSPOSED & 2)
+                delta = read_tokens<ASYNC_VEC>(slot + INPUT, delta_at, p.delta_c, token + v * STEP, column);
+            else delta = read_async<ASYNC_VEC>(shared_at + INPUT);
             float2 steps[ASYNC_VEC];
 #pragma unroll
             for (int e = 0; e < ASYNC_VEC; e++) {
@@ -160,26 +230,32 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
 
     // The elements of a tile that this lane gates and stores.
     Elements mine;
-    mine.set(lane, warp_channel, d);
+    mine.set(lane, warp_channel, end);
     float D[VECS][VEC];
     T* y_at[VECS];
 #pragma unroll
     for (int v = 0; v < VECS; v++) {
         int c = warp_channel + mine.column[v];
-        y_at[v] = FULL ? p.y + ((i64)row * l + t0 + mine.token[v]) * d + c : nullptr;
+        if (TRANSPOSED & 1) y_at[v] = FULL ? p.y + ((i64)row * d + c) * l + t0 + mine.token[v] : nullptr;
+        else y_at[v] = FULL ? p.y + ((i64)row * l + t0 + mine.token[v]) * d + c : nullptr;
 #pragma unroll
         for (int i = 0; i < VEC; i++) D[v][i] = FULL && p.D && i < mine.count[v] ? p.D[c + i] : 0.f;
     }
     // An output is (C . h + D u) silu(z); u and silu(z) are read before the scan of the tile.
     float factor[VECS][VEC];
     Raw<VEC> skipped[VECS];
-    auto prepare_outputs = [&](const T* inputs) {
+    auto prepare_outputs = [&](const T* inputs, const T* slot, int tile) {
 #pragma unroll
         for (int v = 0; v < VECS; v++) {
             const T* shared_at = inputs + mine.token[v] % TILE * WARP_CHANNELS + mine.column[v];
-            skipped[v] = read_async<VEC>(shared_at);
+            const int token = tile + mine.token[v] % TILE;
+            if constexpr (TRANSPOSED & 1) skipped[v] = read_tokens<VEC>(slot, u_at, p.u_c, token, mine.column[v]);
+            else skipped[v] = read_async<VEC>(shared_at);
             if (HAS_Z) {
-                Raw<VEC> z = read_async<VEC>(shared_at + 2 * INPUT);
+                Raw<VEC> z;
+                if constexpr (TRANSPOSED & 4)
+                    z = read_tokens<VEC>(slot + 2 * INPUT, z_at, p.z_c, token, mine.column[v]);
+                else z = read_async<VEC>(shared_at + 2 * INPUT);
 #pragma unroll
                 for (int e = 0; e < VEC; e++) factor[v][e] = z.get(e) * sigmoid(z.get(e));
             }
@@ -203,19 +279,26 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
                 y[e] = fmaf(D[v][e], skipped[v].get(e), y[e]);
                 if (HAS_Z) y[e] *= factor[v][e];
             }
-            store<VEC>(y_at[v], y, t < t1 - mine.token[v] ? mine.count[v] : 0);
-            y_at[v] += (i64)TILE * d;
+            const int exist = t < t1 - mine.token[v] ? mine.count[v] : 0;
+            if constexpr (TRANSPOSED & 1) store_apart<VEC>(y_at[v], l, y, exist);
+            else store<VEC>(y_at[v], y, exist);
+            y_at[v] += TRANSPOSED & 1 ? TILE : (i64)TILE * d;
         }
     };
 
     Rows<ROUND, FULL ? 2 : 1> rows;
     constexpr int TOKEN = (FULL ? 2 : 1) * NP;
-    const T *B = p.B + row * p.B_b, *C = p.C + row * p.C_b;
+    // Where one of them is constant, the other one stands in for its rows, which nobody reads.
+    const T *B = p.B + row * p.B_b + channels.group * p.B_g, *C = p.C + row * p.C_b + channels.group * p.C_g;
+    if (CONSTANT == 1) B = C;
+    if (CONSTANT == 2) C = B;
 
     Starts starts;
     int next_ids = Starts::fetch(p.ids, t0, l, lane);
-    rows.set(B, C, p.B_t, p.C_t, t0, 1);
-    rows.fetch(t1 - t0, n);
+    if constexpr (CONSTANT != 3) {
+        rows.set(B, C, CONSTANT == 1 ? p.C_t : p.B_t, CONSTANT == 2 ? p.B_t : p.C_t, t0, 1);
+        rows.fetch(t1 - t0, n);
+    }
     fetch(0, t0);
     int buffer = 0;
     int check = FULL && p.interval ? t0 : t1;  // token of the next checkpoint
@@ -226,16 +309,16 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
     }
     if (check < t1) check_at += ((i64)row * ((l + p.interval - 1) / p.interval) + t0 / (int)p.interval) * d * n;
     for (int tb = t0; tb < t1; tb += ROUND, buffer ^= 1) {
-        rows.put(shared.rows[buffer]);
+        if constexpr (CONSTANT != 3) rows.put(shared.rows[buffer]);
         wait_groups<0>();
         __syncwarp();  // all lanes have read the last round's steps
         put_steps(buffer, t1 - tb);
         __syncthreads();  // all warps have finished the last round: its buffer is free
-        rows.fetch(t1 - tb - ROUND, n);
+        if constexpr (CONSTANT != 3) rows.fetch(t1 - tb - ROUND, n);
         fetch(buffer ^ 1, tb + ROUND);
         const float* row_at = shared.rows[buffer] + part * NS;
         const float2* step_at = &shared.steps[warp][0][group * K];
-        const T* inputs = &shared.inputs[buffer][0][warp][0][0];
+        const T *slot = shared.inputs[buffer][0][warp], *inputs = slot;
         const int stop = min(tb + ROUND, t1);
 #pragma unroll 1
         for (int t = tb; t < stop; t += TILE) {
@@ -249,7 +332,7 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
                 check += (int)p.interval;
                 check_at += (i64)d * n;
             }
-            if (FULL) prepare_outputs(inputs);
+            if (FULL) prepare_outputs(inputs, slot, t - tb);
             constexpr int BATCH = PARTIALS == LANES ? TILE : 4;  // tokens unrolled together; fewer is slower
 #pragma unroll
             for (int j0 = 0; j0 < TILE; j0 += BATCH) {
@@ -260,15 +343,16 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
                     if (PACKED && starts.starts(j) && t + j < t1) load_initial(starts.of(j));
                     float step[2 * K], Bs[NS], Cs[NS];
                     read_floats<2 * K>(step, (const float*)(step_at + j * STEPS_ROW));
-                    read_floats<NS>(Bs, row_at + j * TOKEN);
-                    if (FULL) read_floats<NS>(Cs, row_at + j * TOKEN + NP);
+                    if (!(CONSTANT & 1)) read_floats<NS>(Bs, row_at + j * TOKEN);
+                    if (FULL && !(CONSTANT & 2)) read_floats<NS>(Cs, row_at + j * TOKEN + NP);
 #pragma unroll
                     for (int k = 0; k < K; k++) {
                         float total = 0.f;
 #pragma unroll
                         for (int i = 0; i < NS; i++) {
-                            h[k][i] = fmaf(ex2(step[2 * k] * A[k][i]), h[k][i], step[2 * k + 1] * Bs[i]);
-                            if (FULL) total = fmaf(Cs[i], h[k][i], total);
+                            const float B_i = CONSTANT & 1 ? own_B[k][i] : Bs[i];
+                            h[k][i] = fmaf(ex2(step[2 * k] * A[k][i]), h[k][i], step[2 * k + 1] * B_i);
+                            if (FULL) total = fmaf(CONSTANT & 2 ? own_C[k][i] : Cs[i], h[k][i], total);
                         }
                         y[jj * K + k] = total;
                         if (!FULL) sum[k] += step[2 * k];
@@ -313,7 +397,7 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
     if (part == 0)
 #pragma unroll
         for (int k = 0; k < K; k++)
-            if (states.first + k < d) p.delta_sums[((i64)row * p.chunks + chunk) * d + states.first + k] = sum[k];
+            if (states.first + k < end) p.delta_sums[((i64)row * p.chunks + chunk) * d + states.first + k] = sum[k];
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_forward(

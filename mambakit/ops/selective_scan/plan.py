@@ -17,6 +17,17 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Macros = tuple[tuple[str, int], ...]
 
 
+class Variant(NamedTuple):
+    """Operands other than channels-last rows with one B and C; the macros of common.cuh explain each."""
+
+    grouped: bool = False
+    constant: int = 0
+    transposed: int = 0
+
+
+PLAIN = Variant()
+
+
 class Plan(NamedTuple):
     """The layout of a kernel: what it is compiled with, and how many CTAs share a row."""
 
@@ -40,10 +51,11 @@ class Plan(NamedTuple):
         """Tokens of a round of the forward kernel."""
         return _TILE if self.lanes * self.states > 32 else max(_TILE, self.round * 2 // itemsize)
 
-    def forward_bytes(self, itemsize: int, gated: bool) -> int:
+    def forward_bytes(self, itemsize: int, gated: bool, transposed: int = 0) -> int:
         """Bytes of shared memory of the forward kernel, which compares them with sizeof(ForwardShared)."""
         tokens = self.round_tokens(itemsize)
-        inputs = 2 * (2 + gated) * tokens * self.cta_channels * itemsize
+        pitch = tokens + 16 // itemsize if transposed & 7 else tokens
+        inputs = 2 * (2 + gated) * pitch * self.cta_channels * itemsize
         rows = 2 * tokens * 2 * self.lanes * self.states
         steps = 2 * tokens * (self.cta_channels + 2 * self.warps)
         partials = self.lanes if self.lanes <= 4 else 1
@@ -66,27 +78,34 @@ class Plan(NamedTuple):
         exchanged = self.warps * (2 * 2 * 32 * self.states if self.lanes < 32 else 4)
         return 4 * (rows + saved + partial + exchanged + (2 * (2 + 1) + 3) * elements + padding)
 
-    def forward_macros(self, dtype: torch.dtype, gated: bool, softplus: bool, packed: bool, aligned: int) -> Macros:
+    def forward_macros(
+        self, dtype: torch.dtype, gated: bool, softplus: bool, packed: bool, aligned: int, variant: Variant = PLAIN
+    ) -> Macros:
         """What `kernel.cu` is compiled with for the forward kernel.
 
         ``aligned``: elements that one load may read, or 0.
         """
         itemsize = dtype.itemsize
-        macros = {"FORWARD": 1, "ROUND": self.round_tokens(itemsize), "SHARED": self.forward_bytes(itemsize, gated)}
-        return self._macros(macros, dtype, gated, softplus, packed, aligned)
+        shared = self.forward_bytes(itemsize, gated, variant.transposed)
+        macros = {"FORWARD": 1, "ROUND": self.round_tokens(itemsize), "SHARED": shared}
+        return self._macros(macros, dtype, gated, softplus, packed, aligned, variant)
 
-    def backward_macros(self, dtype: torch.dtype, gated: bool, softplus: bool, packed: bool, aligned: int) -> Macros:
+    def backward_macros(
+        self, dtype: torch.dtype, gated: bool, softplus: bool, packed: bool, aligned: int, variant: Variant = PLAIN
+    ) -> Macros:
         """The same for the gradient's kernels."""
         macros = {"SEGMENT": self.segment, "SUB": self.sub, "SAVE": self.save, "SHARED": self.backward_bytes}
-        return self._macros(macros, dtype, gated, softplus, packed, aligned)
+        return self._macros(macros, dtype, gated, softplus, packed, aligned, variant)
 
     def _macros(
-        self, macros: dict[str, int], dtype: torch.dtype, gated: bool, softplus: bool, packed: bool, aligned: int
-    ) -> Macros:
+        self, macros: dict[str, int], dtype: torch.dtype, gated: bool, softplus: bool, packed: bool, aligned: int,
+        variant: Variant,
+    ) -> Macros:  # fmt: skip
         macros |= {
             "DTYPE": _DTYPES[dtype], "LANES": self.lanes, "NS": self.states, "K": self.channels, "WARPS": self.warps,
             "HAS_Z": int(gated), "SOFTPLUS": int(softplus), "PACKED": int(packed), "ALIGNED": aligned,
             "MIN_CTAS": self.min_ctas, "CHAINED": int(self.resident > 0),
+            "GROUPED": int(variant.grouped), "CONSTANT": variant.constant, "TRANSPOSED": variant.transposed,
         }  # fmt: skip
         return tuple(macros.items())
 

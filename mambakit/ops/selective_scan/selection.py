@@ -87,6 +87,29 @@ class _Compact(torch.autograd.Function):
         return (gradient / ctx.count).expand(ctx.shape), None
 
 
+def common_groups(B: Tensor, C: Tensor, length: int) -> int:
+    """Groups of channels that a kernel tells apart: of constants every channel has its own states."""
+    return max((groups(x) for x in (B, C) if varies(x, length)), default=1)
+
+
+def of_channels(x: Tensor, d: int) -> Tensor:
+    """A constant B or C, (b, 1, g, n), as float32 (b, d, n): the states of each channel. b may be 1."""
+    g, n = groups(x), x.shape[-1]
+    return x.reshape(x.shape[0], g, n).float().repeat_interleave(d // g, 1).contiguous()
+
+
+def reduced(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of B or C from what a kernel makes: (b, l, groups, n), or (b, d, n) of a constant."""
+    g = groups(x)
+    if gradient.dim() == 3:  # over the channels of a group
+        gradient = gradient.unflatten(1, (g, -1)).sum(2)[:, None]
+    elif gradient.shape[2] != g:
+        gradient = gradient.sum(2, keepdim=True)
+    if gradient.shape[0] != x.shape[0]:
+        gradient = gradient.sum(0, keepdim=True)
+    return gradient.reshape(x.shape).to(x.dtype)
+
+
 def is_plain(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> bool:
     """Whether B and C are (b, l, n) and all have one dtype."""
     given = (delta, B, C) if z is None else (delta, B, C, z)

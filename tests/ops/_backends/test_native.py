@@ -52,3 +52,21 @@ def test_a_forked_child_computes(isa):
     if child == 0:
         os._exit(0 if norm.forward(*arguments)[0].numpy().tobytes() == y.numpy().tobytes() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_openmp_runtimes_are_found_where_wheels_of_torch_have_them(tmp_path):
+    """PyTorch's aarch64 wheels keep libgomp beside the package: a second pool of threads would compete with it."""
+    for name in ("torch/lib/libgomp-1.so", "torch.libs/libgomp-a49a47f9.so.1.0.0", "torch.libs/libopenblas.so"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = native._runtimes(tmp_path / "torch")
+    assert [str(p.relative_to(tmp_path)) for p in found] == [
+        "torch/lib/libgomp-1.so", "torch.libs/libgomp-a49a47f9.so.1.0.0",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["libmambakit_native.so", "libmambakit_native.dylib", "libmambakit_native.dll"])
+def test_the_library_of_every_platform_is_looked_for_beside_the_package(name, tmp_path, monkeypatch):
+    (tmp_path / name).touch()
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    assert native._path() == tmp_path / name

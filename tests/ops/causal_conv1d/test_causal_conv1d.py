@@ -166,3 +166,25 @@ def test_empty():
 def test_arguments_are_checked(change, message):
     with pytest.raises(ValueError, match=message):
         causal_conv1d(**{**make(2, 5, 3, 4, dtype=torch.float32), **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradient", [False, True], ids=["", "dy"])
+def test_a_view_of_b_d_l_memory_gives_results_in_its_layout(dtype, gradient):
+    inputs = make(2, 37, 6, 4, dtype=dtype)
+    x, dy = (torch.randn(2, 6, 37).to(dtype).transpose(1, 2) for _ in range(2))
+    dense = {**inputs, "x": x.contiguous()}
+
+    def call(given, weight):
+        leaves = [given["x"].detach().requires_grad_(), inputs["weight"].detach().requires_grad_()]
+        y, final = causal_conv1d(**{**given, "x": leaves[0], "weight": leaves[1]})
+        return y, final, *torch.autograd.grad((y, final), leaves, (weight, torch.ones_like(final)))
+
+    found = call({**inputs, "x": x}, dy if gradient else dy.contiguous())
+    assert all(t.stride(1) == 1 and t.transpose(1, 2).is_contiguous() for t in (found[0], found[2]))
+    for ours, theirs in zip(found, call(dense, dy.contiguous()), strict=True):
+        assert ours.dtype == dtype
+        assert relative_error(ours, theirs) < {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    torch.library.opcheck(
+        torch.ops.mambakit.causal_conv1d, (x.requires_grad_(), inputs["weight"], inputs["bias"], "silu", None, None)
+    )

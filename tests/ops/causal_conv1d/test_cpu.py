@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from mambakit.ops._layout import is_transposed
 from mambakit.ops.causal_conv1d import chunked
 from mambakit.ops.causal_conv1d import cpu as conv
 from tests.ops.closeness import relative_error
@@ -91,3 +92,46 @@ def test_empty(isa):
     inputs = make(2, 0, 3, 4)
     y, final = conv.forward(*inputs, None)
     assert torch.equal(final, inputs[-1])
+
+
+def transposed(x):
+    """The same values as a view of (b, d, l) memory, which has room between its channels."""
+    b, length, d = x.shape
+    wide = torch.full((b, d, length + 5), float("nan"), dtype=x.dtype)
+    wide[..., 3 : 3 + length] = x.transpose(1, 2)
+    return wide[..., 3 : 3 + length].transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_tokens_that_are_adjacent(isa, k, dtype):
+    for b, length, d, options in (
+        (2, 3, 17, {}), (1, 33, 131, {}), (3, 70, 16, {"optional": False}), (1, 1100, 5, {}), (2, 512, 3, {}),
+        (2, 2, 9, {"activation": ""}),
+    ):  # fmt: skip
+        inputs = make(b, length, d, k, dtype, **options)
+        inputs[0] = transposed(inputs[0])
+        assert_close(inputs)
+        assert is_transposed(conv.forward(*inputs, None)[0])
+        dy = torch.randn(b, length, d).to(dtype)
+        found = conv.backward(transposed(dy), None, *inputs, None)  # of either layout
+        for ours, theirs in zip(found, conv.backward(dy, None, *inputs, None), strict=True):
+            assert torch.equal(ours, theirs)
+        assert is_transposed(found[0])
+
+
+def test_packed_tokens_that_are_adjacent(isa):
+    cu = torch.tensor([0, 0, 3, 64, 64, 65, 701], dtype=torch.int32)
+    inputs = make(1, 701, 19, 4, rows=6)
+    inputs[0] = transposed(inputs[0])
+    assert_close(inputs, cu)
+
+
+def test_in_place_where_tokens_are_adjacent(isa):
+    x, weight, bias, activation, _ = make(3, 9, 19, 4)
+    ours, slots = torch.randn(5, 19, 3), torch.tensor([4, -1, 0], dtype=torch.int32)
+    theirs = ours.clone()
+    y = conv.forward_(ours, slots, transposed(x), weight, bias, activation, None)
+    want = chunked.forward_(theirs, slots, x, weight, bias, activation, None)
+    assert relative_error(y, want) < 1e-6
+    assert torch.equal(ours, theirs)

@@ -1,9 +1,10 @@
 """GGUF's container: a header of metadata and of tensors' places, then the tensors' bytes, memory-mapped.
 
-The layout (ggml's docs/gguf.md), little endian: magic, version, number of tensors, number of metadata values; each
-value a key, a type and its bytes; each tensor a name, its dimensions (the fastest first), a type and an offset into the
-data, which begins at the next multiple of ``general.alignment``. Every length is checked against what is left of the
-file before anything of that size is made, so a damaged or hostile file raises a `CheckpointError`.
+The layout (ggml's specification of GGUF), little endian: magic, version, number of tensors, number of metadata values;
+each value a key, a type and its bytes; each tensor a name, its dimensions (the fastest first), a type and an offset
+into the data, which begins at the next multiple of ``general.alignment``.
+Every length is checked against what is left of the file before anything of that size is made, so a damaged or hostile
+file raises a `CheckpointError`.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 
 namespace {
 
-// `tokens` neighbouring tokens of each channel become rows of a tile, `pitch` floats apart. Where a row has room for more
-// channels than there are, the rest of a vector is 0.
+// `tokens` neighbouring tokens of each channel become rows of a tile, `pitch` floats apart. Where a row has room for
+// more channels than there are, the rest of a vector is 0.
 template <class T>
 void tokens_in(float* tile, int64_t pitch, const T* p, int64_t channel_stride, int64_t tokens, int64_t channels) {
   for (int64_t c = 0; c < channels; c += W)
@@ -51,7 +51,8 @@ struct Operand {
   bool is_vectors(int64_t of_half) const { return c == 1 && half == of_half; }
 
   // `tokens` tokens of `channels` channels to rows of the tile.
-  void in(float* tile, int64_t pitch, int64_t row, int64_t token, int64_t channel, int64_t tokens, int64_t channels) const {
+  void in(float* tile, int64_t pitch, int64_t row, int64_t token, int64_t channel, int64_t tokens,
+          int64_t channels) const {
     half ? in_as<bfloat16>(tile, pitch, row, token, channel, tokens, channels)
          : in_as<float>(tile, pitch, row, token, channel, tokens, channels);
   }

@@ -12,7 +12,8 @@ int mambakit_parallel(int64_t items, int64_t threads, void (*worker)(void*, Mamb
 int64_t mambakit_next(MambakitWork* work);
 // So many more items are finished: what they wrote may be read by others.
 void mambakit_done(MambakitWork* work, int64_t items);
-// `count` floats on a 64-byte boundary, freed by the caller with mambakit_release; null, and the call fails, without memory.
+// `count` floats on a 64-byte boundary, freed by the caller with mambakit_release; null, and the call fails, without
+// memory.
 float* mambakit_scratch(MambakitWork* work, int64_t count);
 void mambakit_release(float* scratch);
 }

@@ -1,8 +1,8 @@
 // Vectors of float for one instruction set, and the elementary functions the kernels need.
 //
-// A kernel file is compiled once per instruction set. Everything here is in an unnamed namespace: an inline function with
-// external linkage would be merged across those objects by the linker, and AVX-512 code would run on any processor.
-// For the same reason kernels use no standard library templates.
+// A kernel file is compiled once per instruction set. Everything here is in an unnamed namespace: an inline function
+// with external linkage would be merged across those objects by the linker, and AVX-512 code would run on any
+// processor. For the same reason kernels use no standard library templates.
 #pragma once
 
 #include <stdint.h>
@@ -17,6 +17,8 @@
 #else
 #if defined(__SSE2__)
 #include <emmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #define MAMBAKIT_WIDTH 4
 #endif
@@ -24,7 +26,11 @@
 #define MAMBAKIT_JOIN_(name, isa) name##_##isa
 #define MAMBAKIT_JOIN(name, isa) MAMBAKIT_JOIN_(name, isa)
 // The exported name of a kernel: one symbol per instruction set.
+#if defined(_WIN32)
+#define MAMBAKIT_EXPORT(name) extern "C" __declspec(dllexport) int MAMBAKIT_JOIN(name, MAMBAKIT_ISA)
+#else
 #define MAMBAKIT_EXPORT(name) extern "C" __attribute__((visibility("default"))) int MAMBAKIT_JOIN(name, MAMBAKIT_ISA)
+#endif
 
 namespace {
 
@@ -44,18 +50,21 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline V splat(float x) { return x - V{}; }
 inline V as_float(U x) { return (V)x; }
 
-// a b + c with the same bits wherever it is written: what the compiler contracts on its own differs from place to place.
+// a b + c with the same bits wherever it is written: what the compiler contracts on its own differs from place to
+// place.
 inline V multiply_add(V a, V b, V c) {
 #if defined(__AVX512F__)
   return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__)
   return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
 }
 
-// -- memory ------------------------------------------------------------------------------------------------------------
+// -- memory -----------------------------------------------------------------------------------------------------------
 
 inline V load(const float* p) { return *reinterpret_cast<const UnalignedV*>(p); }
 inline void store(float* p, V x) { *reinterpret_cast<UnalignedV*>(p) = x; }
@@ -122,7 +131,7 @@ inline void from_float(bfloat16* p, float x) {
   p->bits = x == x ? (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : (uint16_t)((bits >> 16) | 0x40u);
 }
 
-// -- elementary functions ----------------------------------------------------------------------------------------------
+// -- elementary functions ---------------------------------------------------------------------------------------------
 
 // Adding this rounds a float below 2^22 to the nearest integer, which is then in the low bits.
 constexpr float kRound = 12582912.0f;
@@ -154,8 +163,8 @@ struct Power {
 };
 #endif
 
-// 2^x. 2^0 is exactly 1 and the error near 0 is proportional to |x|: decays close to 1 compound over a row. At most 2 ulp;
-// results below 2^-126 may be 0, those above 2^127.5 may be infinite; NaN propagates.
+// 2^x. 2^0 is exactly 1 and the error near 0 is proportional to |x|: decays close to 1 compound over a row. At most 2
+// ulp; results below 2^-126 may be 0, those above 2^127.5 may be infinite; NaN propagates.
 inline V exp2(V x) {
   x = clamp(x, -127.0f, 128.0f);
   const Power power(x);
@@ -203,7 +212,7 @@ inline V softplus(V x) {
 inline V sigmoid(V x) { return 1.0f / (exp(-x) + 1.0f); }
 inline V silu(V x) { return x / (exp(-x) + 1.0f); }
 
-// -- sums over lanes ---------------------------------------------------------------------------------------------------
+// -- sums over lanes --------------------------------------------------------------------------------------------------
 
 #if defined(__clang__)
 #define MAMBAKIT_PICK(a, b, f)                                                                             \
@@ -257,7 +266,7 @@ inline float sum(V x) {
 #endif
 }
 
-// -- transposition -----------------------------------------------------------------------------------------------------
+// -- transposition ----------------------------------------------------------------------------------------------------
 
 // Lane i of the result is a's where bit S of i is clear, else b's lane i - S.
 template <int S>

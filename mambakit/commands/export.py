@@ -1,0 +1,48 @@
+"""Export a model for another runtime: ONNX (onnxruntime), or PyTorch's pt2 (torch.export). What is written is run
+beside the model and compared."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mambakit.commands.options import check_output_folder
+from mambakit.output import say, table, terminal
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="hub id, folder or .gguf file; packed weights are unpacked")
+    parser.add_argument("target", help="a new folder for onnx, a new .pt2 file for pt2")
+    parser.add_argument("--to", choices=("onnx", "pt2"), required=True)
+    parser.add_argument("--no-speed", action="store_true", help="compare results, not speeds")
+
+
+def run(args: argparse.Namespace) -> int:
+    target = Path(args.target)
+    if args.to == "onnx":
+        check_output_folder("target", args.target, new=True)
+    elif target.suffix != ".pt2" or target.exists():
+        raise ValueError(f"target is {args.target!r}; give a new file whose name ends with .pt2")
+
+    import transformers
+
+    from mambakit.export import onnx, pt2
+    from mambakit.models.auto import AutoModelForCausalLM
+    from mambakit.models.quantization import is_quantized
+
+    if args.to == "onnx":
+        onnx.require_packages()
+    transformers.utils.logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(args.source, dtype="float32").eval()
+    if is_quantized(model.config):
+        model.dequantize()
+    if args.to == "pt2":
+        pt2.to_pt2(model, target)
+        say(terminal(), f"{target}: differs from the model by {pt2.check(model, target):.1e} at most")
+        return 0
+    onnx.to_onnx(model, target)
+    report = onnx.check(model, target, speed=not args.no_speed)
+    say(terminal(), f"{target}: onnxruntime differs from the model by {report.error:.1e} at most")
+    if report.speeds:
+        table(("tokens/s, batch 1", ""), [(name, f"{rate:,.0f}") for name, rate in report.speeds.items()])
+    return 0

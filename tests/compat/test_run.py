@@ -1,0 +1,89 @@
+"""`mambakit run`: scripts and modules as Python runs them, and the processes that they start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mambakit.commands.run import split
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import multiprocessing, subprocess, sys
+import mamba_ssm
+
+def child(queue):
+    import causal_conv1d
+    queue.put((mamba_ssm.__version__, causal_conv1d.__version__))
+
+if __name__ == "__main__":
+    print(sys.argv[1:], sys.path[0] == {folder!r}, __file__, mamba_ssm.__version__, "torch" in sys.modules)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=child, args=(queue,))
+    process.start()
+    print(queue.get())
+    process.join()
+    code = "import selective_scan_cuda, sitecustomize; print(selective_scan_cuda.fwd.__name__, sitecustomize.__file__)"
+    print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    sys.exit(7)
+"""
+
+
+def run(folder: Path, *arguments: str, path: str = "") -> subprocess.CompletedProcess:
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [path, str(ROOT)]))}
+    command = [sys.executable, "-m", "mambakit", "run", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=variables)
+
+
+def test_a_script_and_its_children(tmp_path):
+    """Arguments, paths and the exit status are the script's; an installation's own sitecustomize still runs."""
+    (tmp_path / "train.py").write_text(SCRIPT.format(folder=str(tmp_path)))
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "sitecustomize.py").write_text("import sys; sys.custom = True")
+    done = run(tmp_path, "train.py", "--override", "-m", "x", path=str(own))
+    first, second, third, *_ = done.stdout.splitlines()
+    assert done.returncode == 7, done.stderr
+    assert first.startswith("['--override', '-m', 'x'] True")
+    assert first.endswith("train.py 1.2.2+mambakit False")
+    assert second == "('1.2.2+mambakit', '1.5.2+mambakit')"
+    assert third == f"scan_fwd {own / 'sitecustomize.py'}"
+
+
+def test_a_module(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__main__.py").write_text("import sys, mamba_ssm; print(sys.argv[1:], __package__)")
+    done = run(tmp_path, "-m", "package", "--foo", "1")
+    assert done.stdout == "['--foo', '1'] package\n", done.stderr
+
+
+def test_override(tmp_path):
+    (tmp_path / "mamba_ssm.py").write_text("__version__ = 'vendored'")
+    (tmp_path / "show.py").write_text("import mamba_ssm; print(mamba_ssm.__version__)")
+    assert run(tmp_path, "show.py").stdout == "vendored\n"
+    assert run(tmp_path, "--override", "show.py").stdout == "1.2.2+mambakit\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((), "run has nothing to run"), (("nothing.py",), "there is no script 'nothing.py'"),
+     (("--what", "x.py"), "unrecognized arguments: --what")],
+)  # fmt: skip
+def test_what_cannot_be_run(tmp_path, arguments, message):
+    done = run(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [(["run", "a.py", "--debug", "run"], 2), (["run", "-m", "a", "-m"], 3), (["run", "-ma", "b"], 2),
+     (["run", "--override", "-", "x"], 3), (["run", "--override"], 2), (["env", "--json"], 2), (["run", "-m"], 2)],
+)  # fmt: skip
+def test_whose_arguments_they_are(given, own):
+    assert split(given) == (given[:own], given[own:])
