@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mambakit.ops._autocast import autocast_dtype
-from mambakit.ops._backends.memory import PLAIN_TYPES, is_plain, observed, transformed
+from mambakit.ops._backends.memory import PLAIN_TYPES, observed, transformed
 from mambakit.ops._backends.prepared_triton import NotPreparedError
 from mambakit.ops._once import differentiated_once
 from mambakit.ops.fused_mixer.api import MixerWeights, fused_mixer
@@ -23,6 +23,7 @@ from mambakit.ops.fused_mixer.signature import ALIGNED, Kinds, LayerWeights, Sig
 # Plans, and None for signatures that none serves.
 _plans: dict[Signature, Any] = {}
 _ABSENT = object()
+_MISALIGNED = ALIGNED - 1
 # What a layer computes has its gradient here, in the dtypes that the code names: torch's own machinery for both is
 # passed over, which is a third of the host's time of a product.
 _BelowAutograd, _NoAutocast = torch._C._AutoDispatchBelowAutograd, torch._C._DisableAutocast
@@ -52,6 +53,12 @@ class KnownWeights:
             for t, kind in zip(weights, self._kinds.each, strict=True):
                 if t is None or kind is None:
                     if t is not kind:
+                        break
+                elif type(t) is nn.Parameter:  # which stays what it is but for its .data
+                    if not (
+                        t.dtype is kind[0] and t.shape == kind[1] and t.get_device() == device and t.is_contiguous()
+                        and (address := t.data_ptr()) and not address & _MISALIGNED
+                    ):  # fmt: skip
                         break
                 elif t.dtype is not kind[0] or t.shape != kind[1] or not _readable(t, device):
                     break
@@ -120,7 +127,7 @@ def fused_layer(
     if not gradient:
         with _BelowAutograd(), _NoAutocast():
             return plan.forward(x, residual, weights, states)[:2]
-    return _Layer.apply(plan, x, residual, *weights)
+    return _apply(plan, x, residual, *weights)
 
 
 def mix_rows(xz: Tensor, weights: MixerWeights) -> Tensor:
@@ -162,7 +169,15 @@ def _readable(t: Tensor, device: int) -> bool:
     if not (type(t) in PLAIN_TYPES and t.get_device() == device and t.layout is torch.strided and t.is_contiguous()):
         return False
     address = t.data_ptr()  # 0: sharded training frees the memory of weights between uses
-    return address != 0 and not address % ALIGNED and not t.is_neg() and not t.is_nested
+    return address != 0 and not address & _MISALIGNED and not t.is_neg() and not t.is_nested
+
+
+def _unwrapped(t: Tensor) -> bool:
+    """Whether a gradient is one tensor in memory: under vmap it is many."""
+    try:
+        return type(t) is Tensor and t.data_ptr() != 0
+    except RuntimeError:  # what torch answers where there is no memory
+        return False
 
 
 def dense(t: Tensor) -> Tensor:
@@ -203,7 +218,7 @@ class _Layer(torch.autograd.Function):
             if dy is None:
                 shape = layout.b, layout.length, layout.out
                 dy = torch.zeros(shape, dtype=signature.dtype, device=signature.device)
-            if is_plain(dy) and is_plain(dtotal):
+            if _unwrapped(dy) and (dtotal is None or _unwrapped(dtotal)):
                 with _BelowAutograd(), _NoAutocast():
                     rows = dense(dy).view(layout.rows, layout.out)
                     read = None if dtotal is None else dense(dtotal)
@@ -212,3 +227,7 @@ class _Layer(torch.autograd.Function):
                 found = _by_parts(plan, dy, dtotal, kept[:2], weights, ctx.needs_input_grad[1:])
         # The input and the stream are among what was kept.
         return (None, *differentiated_once("fused_mixer", found, (dy, dtotal, *kept[:2], *weights)))
+
+
+# `_Layer.apply` without the look through its arguments for functorch's wrappers, of which `fused_layer` finds none.
+_apply = super(torch.autograd.Function, _Layer).apply
