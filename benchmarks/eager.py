@@ -276,9 +276,7 @@ def profile_step(name: str, step: Callable[[], object], count: int = 20, most: i
         alone = (time.perf_counter() - begin) / count * 1e3
         torch.cuda.synchronize()
     enqueued, total = enqueued / count * 1e3, total / count * 1e3
-    print(
-        f"\n{name}: ms until the host returns {enqueued:.3f}, with one thread {alone:.3f}; until all is done {total:.3f}"
-    )
+    print(f"\n{name}: ms until the host returns {enqueued:.3f} (one thread {alone:.3f}), until all is done {total:.3f}")
     # One thread: the backward pass too, whose thread cProfile would not see.
     with torch.autograd.set_multithreading_enabled(False):
         profiler = cProfile.Profile()

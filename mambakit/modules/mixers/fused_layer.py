@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from mambakit.modules.interception import Watch, untouched
 from mambakit.modules.state_cache import StateCache
+from mambakit.ops._releases import is_exporting
 from mambakit.ops.fused_mixer.layer import KnownWeights, fused_layer
-from mambakit.ops.fused_mixer.layer import on_gpu as on_gpu
 from mambakit.ops.fused_mixer.signature import LayerWeights
 
 # Where the parameters of `LayerWeights` are, behind the norm's: a child of the mixer, or the mixer itself, and a name.
@@ -76,6 +76,11 @@ class FusedLayer:
 _layers: WeakKeyDictionary[nn.Module, FusedLayer | None] = WeakKeyDictionary()
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether x is where layers run as one function."""
+    return x.is_cuda
+
+
 def run(
     owner: nn.Module, norm: Any, mixer: Any, x: Tensor, residual: Tensor | None = None,
     residual_dtype: torch.dtype | None = None, cache: StateCache | None = None,
@@ -90,6 +95,8 @@ def run(
     """
     if cache is not None and torch.is_grad_enabled():
         return None
+    if torch.compiler.is_compiling():
+        return _run_traced(norm, mixer, x, residual, residual_dtype) if cache is None else None
     layer = _layers.get(owner)
     if layer is None or not layer.holds(norm, mixer):
         if not _can_fuse(norm, mixer):
@@ -101,6 +108,22 @@ def run(
     states: Any = None if cache is None else cache.memory(mixer.layer_idx)
     eps = 0.0 if norm is None else norm.eps
     return fused_layer(x, residual, weights, eps, residual_dtype, states, known=layer.known)
+
+
+def _run_traced(
+    norm: Any, mixer: Any, x: Tensor, residual: Tensor | None, residual_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None] | None:
+    """As one op of the graph. The graph's guards see to it that the modules stay what they are."""
+    if is_exporting() or not _can_fuse(norm, mixer):
+        return None
+    from mambakit.ops.fused_mixer import traced
+
+    m = mixer
+    weights = LayerWeights(
+        None if norm is None else norm.weight, m.in_proj.weight, m.in_proj.bias, m.conv1d.weight, m.conv1d.bias,
+        m.x_proj.weight, m.dt_proj.weight, m.dt_proj.bias, m.A_log, m.D, m.out_proj.weight, m.out_proj.bias,
+    )  # fmt: skip
+    return traced.fused_layer(x, residual, weights, 0.0 if norm is None else norm.eps, residual_dtype)
 
 
 def _can_fuse(norm: Any, mixer: Any) -> bool:

@@ -61,6 +61,7 @@ class Gradient:
         self._conv = conv.PreparedBackward(before, dbefore, filter_, filter_bias)
         scratch = Memory(o.size)
         self._at_du, self._at_ddelta = scratch.add(o.rows * o.d), scratch.add(o.rows * o.d)
+        self._at_dxz = scratch.add(2 * o.rows * o.d)
         self._at_dB, self._at_dC = scratch.add(o.rows * o.n), scratch.add(o.rows * o.n)
         self._at_scan = scratch.add(self._scan.scratch_bytes, 1)
         self._at_conv = scratch.add(self._conv.partial_count, 4)
@@ -76,6 +77,7 @@ class Gradient:
         self._count = scratch.count
         # Arguments of as_strided.
         self._du, self._ddelta = (((o.rows, o.d), (o.d, 1), at) for at in (self._at_du, self._at_ddelta))
+        self._dxz = (o.rows, 2 * o.d), (2 * o.d, 1), self._at_dxz
         self._steps = (o.d, o.rows), (1, o.d), self._at_ddelta
         self._dB, self._dC = (((o.rows, o.n), (o.n, 1), at) for at in (self._at_dB, self._at_dC))
         self._results: dict[tuple[bool, ...], _Results] = {}
@@ -106,9 +108,13 @@ class Gradient:
             if needed["out_bias"]:
                 found["out_bias"] = dy.sum(0, dtype=w.out_bias.dtype)  # type: ignore[union-attr]
             dgated = torch.mm(dy, o.weight(kept, w, "out_proj"))
-        dxz = torch.empty((rows, 2 * d), dtype=dtype, device=device)
+        if w.in_proj is None:
+            dxz = torch.empty((rows, 2 * d), dtype=dtype, device=device)
+            dxz_at = dxz.data_ptr()
+        else:
+            dxz, dxz_at = scratch.as_strided(*self._dxz), work + self._at_dxz * size
         u, du, ddelta = at + o.at_u * size, work + self._at_du * size, work + self._at_ddelta * size
-        xz_at, dxz_at, selected_at = xz.data_ptr(), dxz.data_ptr(), selected.data_ptr()
+        xz_at, selected_at = xz.data_ptr(), selected.data_ptr()
         A_at = at + o.at_A * size if s.log else w.A_log.data_ptr()
         self._scan(
             stream,

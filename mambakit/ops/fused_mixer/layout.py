@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.ops.fused_mixer.signature import LayerWeights, Signature
+from mambakit.ops.fused_mixer.signature import Kinds, LayerWeights, Signature
 from mambakit.ops.selective_scan.prepared import Inputs
+from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
 
 # Weights that the products take, which are rounded to the dtype that the layer computes in.
 _PRODUCTS = ("in_proj", "x_proj", "dt_proj", "out_proj", "in_bias", "out_bias")
@@ -108,3 +109,21 @@ class Layout:
     def entering(self, x: Tensor, kept: Tensor) -> Tensor:
         """in_proj's input (b l, h)."""
         return kept.as_strided(*self._entering) if self.normed else x.view(self.rows, self.h)
+
+
+def signature_of(
+    x: Tensor, has_residual: bool, w: LayerWeights, eps: float, kept: torch.dtype, dtype: torch.dtype, gradient: bool
+) -> Signature:
+    """Of `mambakit::fused_layer`; its kinds are no interned ones, as sizes may be symbols."""
+    kinds = Kinds(tuple(None if t is None else (t.dtype, t.shape) for t in w))
+    residual = kept if has_residual else None
+    return Signature(x.shape, x.dtype, residual, kept, dtype, kinds, eps, x.device, gradient, True, None)
+
+
+def memory_sizes(signature: Signature) -> tuple[tuple[int, ...], ...]:
+    """Of what a layer keeps for its gradient: `Layout`'s memory, xz, x_proj's output, delta; empty without one."""
+    if not signature.gradient:
+        return ((0,),) * 4
+    o = Layout(signature)
+    o.keep(o.b * ((o.length + CHECKPOINT_INTERVAL - 1) // CHECKPOINT_INTERVAL) * o.d * o.n)
+    return (o.kept_count,), (o.rows, 2 * o.d), (o.rows, o.r + 2 * o.n), (o.rows, o.d)
