@@ -80,10 +80,10 @@ def test_both_nets_are_reset_where_episodes_begin(kind):
 
 def test_recurrent(tmp_path):
     file = tmp_path / "record.json"
-    recurrent.main(
-        ["--seeds", "0", "--rates", "3e-3", "--width", "8", "--layers", "1", "--steps", "4", "--batch", "2",
-         "--length", "40", "--updates", "2", "--poles", "4", "--horizon", "8", "--epochs", "1", "--points", "2", "--json", str(file)]
-    )  # fmt: skip
+    series = ["--steps", "4", "--batch", "2", "--length", "40"]
+    poles = ["--updates", "2", "--poles", "4", "--horizon", "8", "--epochs", "1"]
+    common = ["--seeds", "0", "--rates", "3e-3", "--width", "8", "--layers", "1", "--points", "2", "--json", str(file)]
+    recurrent.main([*common, *series, *poles])
     results = json.loads(file.read_text())["results"]
     assert [row["task"] for row in results["summary"]] == ["series", "series", "cartpole", "cartpole"]
     for a, b in (results["summary"][:2], results["summary"][2:]):
