@@ -234,7 +234,9 @@ class MambaStack(nn.Module):
         """(b, l, input_size), or the row (1, total, input_size) of ``segments`` -> y and the state after it."""
         spec = state_spec(self.settings, self.in_proj.weight.dtype)
         if not torch.is_grad_enabled():
-            state = state[0].clone(), state[1].clone()  # inference writes into the cache's memory
+            # Inference writes into the cache's memory, which must be dense whatever slices the caller made.
+            conv, ssm = (t.clone(memory_format=torch.contiguous_format) for t in state)
+            state = conv, ssm
         cache = StateCache.over(spec, {"conv_states": state[0], "ssm_states": state[1]})
         x, residual = self.in_proj(rows), None
         outputs = [x]
