@@ -189,8 +189,9 @@ class StreamScorer:
         for name, ids in chunks.items():
             if not isinstance(name, str):
                 raise TypeError(f"a stream's name is {brief(name)}; it must be text")
-            plain = isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.dim() == 1
-            given[name] = ids.cpu() if plain else token_ids(f"the chunk of {brief(name)}", ids, least=0).cpu()
+            if not (isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.dim() == 1):
+                ids = token_ids(f"the chunk of {brief(name)}", ids, least=0)
+            given[name] = ids.cpu()
         whole = torch.cat(list(given.values())) if given else torch.empty(0, dtype=torch.int64, device="cpu")
         if len(whole) and not 0 <= int(whole.min()) <= int(whole.max()) < self.model.config.vocab_size:
             for name, ids in given.items():
