@@ -21,6 +21,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     import transformers
 
     from mambakit.assets import default_model_path
+    from mambakit.models.adapters import merge_adapters
     from mambakit.models.auto import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from mambakit.models.devices import default_device, default_dtype, usable_device
 
@@ -30,5 +31,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     dtype = args.dtype or default_dtype(device)
     AutoConfig.from_pretrained(name)  # what the checkpoint is comes before what it lacks
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-    return model, tokenizer
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    if hasattr(model, "peft_config"):
+        merge_adapters(model)  # plain layers: the decoders read their weights
+    return model.to(device).eval(), tokenizer
