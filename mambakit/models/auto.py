@@ -18,7 +18,7 @@ from mambakit.models.checkpoints.storage import (
     small_files,
 )
 from mambakit.models.checkpoints.table import format_of
-from mambakit.models.families import CAUSAL_LM, CLASSIFIER, CONFIG, FAMILIES, MODEL
+from mambakit.models.families import CAUSAL_LM, CLASSIFIER, CONFIG, FAMILIES, MODEL, TOKEN_CLASSIFIER
 from mambakit.models.options import check_loading
 from mambakit.quoting import brief
 from mambakit.reading import read_json, require_whole
@@ -99,6 +99,12 @@ class AutoModelForSequenceClassification(_AutoModel):
     """`MambaForSequenceClassification` or `FalconMambaForSequenceClassification`."""
 
     _ending = CLASSIFIER
+
+
+class AutoModelForTokenClassification(_AutoModel):
+    """`MambaForTokenClassification` or `FalconMambaForTokenClassification`."""
+
+    _ending = TOKEN_CLASSIFIER
 
 
 class AutoTokenizer:
