@@ -21,10 +21,12 @@ _HOMES = {
     "AutoModel": "mambakit.models.auto",
     "AutoModelForCausalLM": "mambakit.models.auto",
     "AutoModelForSequenceClassification": "mambakit.models.auto",
+    "AutoModelForTokenClassification": "mambakit.models.auto",
     "AutoTokenizer": "mambakit.models.auto",
     "CheckpointError": "mambakit.errors",
     "MambaCache": "mambakit.modules.cache",
     "MambaMixer": "mambakit.modules.mixers.mamba",
+    "embed": "mambakit.generation.embed",
     "nn": "mambakit.nn",
     "ops": "mambakit.ops",
     "pipeline": "mambakit.generation.pipeline",
@@ -39,21 +41,30 @@ if TYPE_CHECKING:
     from mambakit import nn, ops
     from mambakit.compat.provision import provide
     from mambakit.errors import CheckpointError
+    from mambakit.generation.embed import embed
     from mambakit.generation.pipeline import pipeline
     from mambakit.models.auto import (
         AutoConfig,
         AutoModel,
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
         AutoTokenizer,
     )
     from mambakit.models.falcon_mamba import (
         FalconMambaConfig,
         FalconMambaForCausalLM,
         FalconMambaForSequenceClassification,
+        FalconMambaForTokenClassification,
         FalconMambaModel,
     )
-    from mambakit.models.mamba import MambaConfig, MambaForCausalLM, MambaForSequenceClassification, MambaModel
+    from mambakit.models.mamba import (
+        MambaConfig,
+        MambaForCausalLM,
+        MambaForSequenceClassification,
+        MambaForTokenClassification,
+        MambaModel,
+    )
     from mambakit.models.registration import register
     from mambakit.modules.cache import MambaCache
     from mambakit.modules.mixers.mamba import MambaMixer

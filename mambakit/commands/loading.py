@@ -40,6 +40,7 @@ def load(args: argparse.Namespace, inference: bool = False) -> tuple[Any, Any]:
     hide_progress_bars()
     from mambakit.assets import default_model_path
     from mambakit.models.auto import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from mambakit.models.checkpoints.storage import holds_adapters, locate
     from mambakit.models.devices import default_device, default_dtype, usable_device
     from mambakit.models.mamba.inference import InferenceCausalLM
 
@@ -48,8 +49,11 @@ def load(args: argparse.Namespace, inference: bool = False) -> tuple[Any, Any]:
     dtype = args.dtype or default_dtype(device)
     config = AutoConfig.from_pretrained(name)  # what the checkpoint is comes before what it lacks
     tokenizer = AutoTokenizer.from_pretrained(name)
-    if inference and InferenceCausalLM.loads(config):
-        model = InferenceCausalLM.from_pretrained(name, config=config, dtype=dtype).to(device)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-    return model, tokenizer
+    if inference and InferenceCausalLM.loads(config) and not holds_adapters(locate(name)):
+        return InferenceCausalLM.from_pretrained(name, config=config, dtype=dtype).to(device), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    if hasattr(model, "peft_config"):
+        from mambakit.models.adapters import merge_adapters
+
+        merge_adapters(model)  # plain layers: the decoders read their weights
+    return model.to(device).eval(), tokenizer

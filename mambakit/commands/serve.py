@@ -218,7 +218,7 @@ def _check_model(name: str) -> None:
     if folder.suffix == ".gguf" and folder.is_file():
         return
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise CheckpointError(
                 f"there is no config.json in {brief(name)}; give a folder that holds a model, or a hub id"
             )

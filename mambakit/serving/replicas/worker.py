@@ -60,6 +60,7 @@ def _load(options: WorkerOptions) -> tuple[Any, Any]:
     import torch
     import transformers
 
+    from mambakit.models.adapters import merge_adapters
     from mambakit.models.auto import AutoModelForCausalLM, AutoTokenizer
     from mambakit.models.devices import default_dtype
 
@@ -69,8 +70,10 @@ def _load(options: WorkerOptions) -> tuple[Any, Any]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = options.dtype or default_dtype(device)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    if hasattr(model, "peft_config"):
+        merge_adapters(model)  # plain layers: the decoders read their weights
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(options.model)
 
 
 def _state(path: str | None, model: Any) -> Any:
