@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import transformers
 
-from mambakit.models.families import CAUSAL_LM, CLASSIFIER, CONFIG, FAMILIES, MODEL, TOKEN_CLASSIFIER
+from mambakit.models.families import CAUSAL_LM, CLASSIFIER, CONFIG, FAMILIES, MASKED_LM, MODEL, TOKEN_CLASSIFIER
 
 _AUTO_CLASSES = {
     MODEL: transformers.AutoModel,
     CAUSAL_LM: transformers.AutoModelForCausalLM,
     CLASSIFIER: transformers.AutoModelForSequenceClassification,
+    MASKED_LM: transformers.AutoModelForMaskedLM,
     TOKEN_CLASSIFIER: transformers.AutoModelForTokenClassification,
 }
 
