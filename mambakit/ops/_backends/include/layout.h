@@ -6,7 +6,8 @@
 
 namespace {
 
-// A block of W channels and W tokens. Functions of their own: in a loop, GCC keeps all W addresses of rows on the stack.
+// A block of W channels and W tokens. Functions of their own: in a loop, GCC keeps all W addresses of rows on the
+// stack.
 template <class T>
 __attribute__((noinline)) void block_in(float* tile, int64_t pitch, const T* p, int64_t channel_stride) {
   V v[W];
@@ -22,8 +23,8 @@ __attribute__((noinline)) void block_out(T* p, int64_t channel_stride, const flo
   for (int j = 0; j < W; ++j, p += channel_stride) store(p, v[j]);
 }
 
-// `tokens` neighbouring tokens of each channel become rows of a tile, `pitch` floats apart. Where a row has room for more
-// channels than there are, the rest of a vector is 0.
+// `tokens` neighbouring tokens of each channel become rows of a tile, `pitch` floats apart. Where a row has room for
+// more channels than there are, the rest of a vector is 0.
 template <class T>
 void tokens_in(float* tile, int64_t pitch, const T* p, int64_t channel_stride, int64_t tokens, int64_t channels) {
   for (int64_t c = 0; c < channels; c += W)
