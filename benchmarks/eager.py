@@ -7,8 +7,9 @@
     python benchmarks/eager.py --json out.json
 
 Training: float32 parameters, bfloat16 autocast, forward and backward, gradients set to None before each. `ms` is wall
-time, host included, of calls that follow each other without synchronisation; `card ms` is a replay of the same calls
-from a CUDA graph. Inference: bfloat16 weights, no autocast, no gradient.
+time, host included, of calls that follow each other without synchronisation; in brackets `card_ms`, a replay of the
+same calls from a CUDA graph, and `one_thread_ms`, wall time where autograd runs the backward pass in the calling thread
+(torch.autograd.set_multithreading_enabled(False)). Inference: bfloat16 weights, no autocast, no gradient.
 
 Each path runs in a process of its own:
     ordinary   mambakit, each op through torch's dispatcher
@@ -64,6 +65,11 @@ def wall(call: Callable[[], object], seconds: float = 0.6) -> float:
         torch.cuda.synchronize()
         times.append((time.perf_counter() - begin) / count * 1e3)
     return statistics.median(times)
+
+
+def one_thread(call: Callable[[], object]) -> float:
+    with torch.autograd.set_multithreading_enabled(False):
+        return wall(call, 0.3)
 
 
 def captured(call: Callable[[], object]) -> float:
@@ -182,12 +188,14 @@ def run_path(path: str, arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     for h, b, length in MIXERS:
         step = mixer_step(ours, h, b, length)
-        results["mixers"].append({"h": h, "b": b, "l": length, "path": path, "ms": wall(step)})
+        row = {"h": h, "b": b, "l": length, "path": path, "ms": wall(step), "one_thread_ms": one_thread(step)}
+        results["mixers"].append(row)
         steps.append((results["mixers"][-1], step))
         keep()
     for h, layers, b, length in MODELS:
         step = model_step(ours, h, layers, b, length)
-        results["models"].append({"h": h, "layers": layers, "b": b, "l": length, "path": path, "ms": wall(step)})
+        row = {"h": h, "layers": layers, "b": b, "l": length, "path": path, "ms": wall(step)}
+        results["models"].append(row | {"one_thread_ms": one_thread(step)})
         steps.append((results["models"][-1], step))
         keep()
     for h, layers, b, length in INFERENCE if ours else []:
@@ -261,8 +269,14 @@ def profile_step(name: str, step: Callable[[], object], count: int = 20, most: i
     enqueued = time.perf_counter() - begin
     torch.cuda.synchronize()
     total = time.perf_counter() - begin
+    with torch.autograd.set_multithreading_enabled(False):
+        begin = time.perf_counter()
+        for _ in range(count):
+            step()
+        alone = (time.perf_counter() - begin) / count * 1e3
+        torch.cuda.synchronize()
     enqueued, total = enqueued / count * 1e3, total / count * 1e3
-    print(f"\n{name}: the host returns after {enqueued:.3f} ms, all is done after {total:.3f}")
+    print(f"\n{name}: ms until the host returns {enqueued:.3f} (one thread {alone:.3f}), until all is done {total:.3f}")
     # One thread: the backward pass too, whose thread cProfile would not see.
     with torch.autograd.set_multithreading_enabled(False):
         profiler = cProfile.Profile()
@@ -314,18 +328,19 @@ def run_in_process(path: str, options: list[str]) -> tuple[bool, dict[str, list[
 def show(results: dict[str, list[dict]], paths: list[str]) -> None:
     for part, rows in results.items():
         names = [name for name in ("h", "layers", "b", "l", "mode") if rows and name in rows[0]]
-        print(f"\n{part}: ms, host included (card alone)")
-        print("  " + " ".join(f"{name:>7}" for name in names) + "  " + " ".join(f"{path:>22}" for path in paths))
+        print(f"\n{part}: ms, host included (card alone, and with autograd in the calling thread)")
+        print("  " + " ".join(f"{name:>7}" for name in names) + "  " + " ".join(f"{path:>26}" for path in paths))
         for case in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
             cells, best = [], {}
             for path in paths:
                 found = [row for row in rows if row["path"] == path and tuple(row[name] for name in names) == case]
                 if not found:
-                    cells.append(f"{'-':>22}")
+                    cells.append(f"{'-':>26}")
                     continue
                 best[path] = found[0]["ms"]
-                card = f" ({found[0]['card_ms']:.3f})" if "card_ms" in found[0] else ""
-                cells.append(f"{found[0]['ms']:.3f}{card}".rjust(22))
+                more = [f"{found[0][key]:.3f}" for key in ("card_ms", "one_thread_ms") if key in found[0]]
+                beside = f" ({', '.join(more)})" if more else ""
+                cells.append(f"{found[0]['ms']:.3f}{beside}".rjust(26))
             peer = best.get("mamba-ssm")
             ratio = f"  mamba-ssm / prepared {peer / best['prepared']:.2f}" if peer and "prepared" in best else ""
             print("  " + " ".join(f"{value:>7}" for value in case) + "  " + " ".join(cells) + ratio, flush=True)

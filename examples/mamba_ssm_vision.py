@@ -1,4 +1,4 @@
-"""Vision: a small Vim written for mamba_ssm, trained to say where a faint bar lies; no mamba_ssm installed."""
+"""Vision: a small Vim written for mamba_ssm learns to tell where a faint bar lies in noise; no mamba_ssm installed."""
 
 import mambakit
 

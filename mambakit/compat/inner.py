@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambakit.compat.forms import as_complex, grouped, require
+from mambakit.modules.mixers.fused_layer import on_gpu
 from mambakit.ops import causal_conv1d, rms_norm, selective_scan
+from mambakit.ops.fused_mixer import LayerWeights, fused_layer
 
 
 def mamba_inner_fn(
@@ -53,9 +55,17 @@ def mamba_inner_fn(
     Returns:
         (b, l, h).
     """
+    norms = (b_rms_weight, c_rms_weight, dt_rms_weight)
+    if delta_softplus and all(t is None for t in (B, C, B_proj_bias, C_proj_bias, *norms)):
+        found = _planned(
+            xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, D, delta_bias, out_proj_weight,
+            out_proj_bias,
+        )  # fmt: skip
+        if found is not None:
+            return found
     y = _inner(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias,
-        C_proj_bias, delta_softplus, checkpoint_lvl, (b_rms_weight, c_rms_weight, dt_rms_weight), b_c_dt_rms_eps,
+        C_proj_bias, delta_softplus, checkpoint_lvl, norms, b_c_dt_rms_eps,
     )  # fmt: skip
     return _projected(y, out_proj_weight, out_proj_bias)
 
@@ -77,10 +87,14 @@ def mamba_inner_fn_no_out_proj(
     checkpoint_lvl: int = 1,
 ) -> Tensor:
     """`mamba_inner_fn` without the output projection (Vim's): (b, d, l)."""
-    y = _inner(
-        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias,
-        C_proj_bias, delta_softplus, checkpoint_lvl,
-    )  # fmt: skip
+    y = None
+    if delta_softplus and all(t is None for t in (B, C, B_proj_bias, C_proj_bias)):
+        y = _planned(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, D, delta_bias)
+    if y is None:
+        y = _inner(
+            xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias,
+            C_proj_bias, delta_softplus, checkpoint_lvl,
+        )  # fmt: skip
     return y.transpose(1, 2).contiguous()
 
 
@@ -112,6 +126,19 @@ def bimamba_inner_fn(
         C_proj_bias, delta_softplus, checkpoint_lvl, backwards=A_b,
     )  # fmt: skip
     return _projected(y, out_proj_weight, out_proj_bias)
+
+
+def _planned(
+    xz, conv_weight, conv_bias, x_proj, delta_proj, A, D, delta_bias, out_proj=None, out_bias=None
+) -> Tensor | None:  # fmt: skip
+    """The usual form on a GPU as one function over launches that are prepared once for a shape, or None."""
+    if D is None or delta_bias is None or A.is_complex() or xz.dim() != 3 or not on_gpu(xz):
+        return None
+    weights = LayerWeights(
+        None, None, None, conv_weight, conv_bias, x_proj, delta_proj, delta_bias, A, D, out_proj, out_bias
+    )
+    found = fused_layer(xz.transpose(1, 2).contiguous(), None, weights, log=False)
+    return None if found is None else found[0]
 
 
 def _inner(

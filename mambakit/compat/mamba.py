@@ -17,7 +17,7 @@ from mambakit.modules.mixers import fused_layer
 from mambakit.modules.projection import project
 from mambakit.ops import causal_conv1d, selective_scan
 from mambakit.ops._backends.memory import all_plain, transformed
-from mambakit.ops.fused_mixer import MixerWeights, fused_mixer
+from mambakit.ops.fused_mixer import MixerWeights, mix_rows
 
 # bimamba_type -> what each direction's parameters end in; "v1" shares all but A.
 _DIRECTIONS = {"none": (), "v1": ("_b",), "v2": ("_b",), "v3": ("_b", "_s")}
@@ -42,9 +42,6 @@ class Mamba(nn.Module):
 
     # What a layer has that was pickled whole by mamba_ssm itself.
     bimamba_type, if_divide_out, init_layer_scale, nslices = "none", False, None, 5
-    # What a `MambaMixer` may have in other ways; `mambakit.modules.mixers.fused_layer` asks for it.
-    mixer_rms_eps, recompute_selection = None, False
-    causal_conv1d, selective_scan = staticmethod(causal_conv1d), staticmethod(selective_scan)
 
     def __init__(
         self,
@@ -131,9 +128,13 @@ class Mamba(nn.Module):
     def _scaled(self, out: Tensor) -> Tensor:
         return out if self.init_layer_scale is None else out * self.gamma
 
-    def can_fuse(self) -> bool:
-        """Whether the layer reads in one direction, and nothing between the projections is replaced or hooked."""
-        return self.bimamba_type == "none" and self._can_fuse("")
+    def fusion_setting(self) -> tuple:
+        return (self.bimamba_type,)
+
+    def can_fuse_whole(self) -> bool:
+        """Whether the layer reads in one direction, and nothing in it is replaced or hooked."""
+        projections = untouched(self.in_proj, nn.Linear) and untouched(self.out_proj, nn.Linear)
+        return self.bimamba_type == "none" and projections and self._can_fuse("")
 
     def _mixed(self, xz: Tensor, states: tuple[Tensor, Tensor] | None) -> Tensor:
         """All directions' sum, (b, l, d)."""
@@ -167,7 +168,7 @@ class Mamba(nn.Module):
     def _direction(self, suffix: str, xz: Tensor, states: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Convolution, selection, scan and gate with the parameters of one direction: (b, l, 2 d) -> (b, l, d)."""
         if states is None and self._can_fuse(suffix):
-            return fused_mixer(xz, self._weights(suffix, xz))[0]
+            return mix_rows(xz, self._weights(suffix, xz))
         x, z = xz.chunk(2, -1)
         operands, bias = self._selected(suffix, self._convolved(suffix, x))
         u, delta, B, C = operands

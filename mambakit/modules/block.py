@@ -48,7 +48,7 @@ class MambaBlock(nn.Module):
         residual_dtype = wide if self.residual_in_fp32 else self.norm.weight.dtype
         if packing is None and not isinstance(cache_params, CacheHandle) and fused_layer.on_gpu(x):
             mixer: Any = self.mixer
-            if isinstance(mixer, MambaMixer):
+            if isinstance(mixer, MambaMixer) and type(self.norm) is RMSNorm:
                 found = fused_layer.run(self, self.norm, mixer, x, residual, residual_dtype, cache_params)
                 if found is not None:
                     return found  # type: ignore[return-value]

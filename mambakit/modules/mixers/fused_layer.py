@@ -7,17 +7,16 @@ called.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from mambakit.modules.interception import Watch, untouched
-from mambakit.modules.norm import RMSNorm
 from mambakit.modules.state_cache import StateCache
-from mambakit.ops.fused_mixer.layer import fused_layer
-from mambakit.ops.fused_mixer.layer import on_gpu as on_gpu
+from mambakit.ops._releases import is_exporting
+from mambakit.ops.fused_mixer.layer import KnownWeights, fused_layer
 from mambakit.ops.fused_mixer.signature import LayerWeights
 
 # Where the parameters of `LayerWeights` are, behind the norm's: a child of the mixer, or the mixer itself, and a name.
@@ -27,45 +26,59 @@ _PARAMETERS = (
 )  # fmt: skip
 
 
+class Fusable(Protocol):
+    """A mixer with the layers and parameters of a Mamba layer under their usual names."""
+
+    _modules: dict[str, Any]
+
+    def fusion_setting(self) -> tuple:
+        """What decides, beside the modules and what is on them, whether the mixer may run as one function."""
+
+    def can_fuse_whole(self) -> bool:
+        """Whether it may: every layer is of its usual class, and nothing is on it."""
+
+
 class FusedLayer:
     """A mixer, and the norm that a block calls before it or None, as they were when this was made.
 
     For a mixer alone it holds the children only, so that it can be kept with the mixer as its key.
     """
 
-    def __init__(self, norm: Any, mixer: Any):
+    def __init__(self, norm: Any, mixer: Fusable):
         children = mixer._modules
         self._children, self._norm = list(children.values()), norm
-        self._watch = Watch(self._children if norm is None else [norm, mixer, *self._children])
-        self._setting = _setting(mixer)
-        places = [(mixer if not child else children[child], name) for child, name in _PARAMETERS]
+        watched: list[Any] = [*self._children] if norm is None else [norm, mixer, *self._children]
+        self._watch = Watch(watched)
+        self._setting = mixer.fusion_setting()
+        self.known = KnownWeights()
+        places: list[Any] = [(mixer if not child else children[child], name) for child, name in _PARAMETERS]
         if norm is not None:
             places.insert(0, (norm, "weight"))
         # A dictionary each: a module finds its parameters the slow way.
         self._parameters = [(module._parameters, name) for module, name in places]
 
-    def holds(self, norm: Any, mixer: Any) -> bool:
+    def holds(self, norm: Any, mixer: Fusable) -> bool:
         """Whether the modules are the same, and a call of them runs their classes' forwards and nothing else."""
         return (
-            norm is self._norm and _setting(mixer) == self._setting
+            norm is self._norm and mixer.fusion_setting() == self._setting
             and list(mixer._modules.values()) == self._children and self._watch.holds()
         )  # fmt: skip
 
     def weights(self) -> LayerWeights | None:
         """None where a parameter is no parameter any more, as in sharded training that flattens them."""
-        found = [parameters.get(name, _ABSENT) for parameters, name in self._parameters]
-        if any(t is _ABSENT for t in found):
+        try:
+            found = [parameters[name] for parameters, name in self._parameters]
+        except KeyError:
             return None
         return LayerWeights(*found) if self._norm is not None else LayerWeights(None, *found)
 
 
-_ABSENT: Any = object()
 _layers: WeakKeyDictionary[nn.Module, FusedLayer | None] = WeakKeyDictionary()
 
 
-def _setting(mixer: Any) -> tuple:
-    """What decides, beside its modules, whether a mixer can be fused."""
-    return mixer.act, mixer.mixer_rms_eps, mixer.causal_conv1d, mixer.selective_scan, mixer.recompute_selection
+def on_gpu(x: Tensor) -> bool:
+    """Whether x is where layers run as one function."""
+    return x.is_cuda
 
 
 def run(
@@ -76,12 +89,14 @@ def run(
 
     Args:
         owner: the module that calls: a block, or the mixer itself without ``norm``.
-        mixer: a `MambaMixer`.
+        norm: an RMS norm with ``weight`` and ``eps``.
         x, residual: as the norm takes them, on a GPU, and residual_dtype.
         cache: read and updated in place; there is no plan for that with gradients.
     """
     if cache is not None and torch.is_grad_enabled():
         return None
+    if torch.compiler.is_compiling():
+        return _run_traced(norm, mixer, x, residual, residual_dtype) if cache is None else None
     layer = _layers.get(owner)
     if layer is None or not layer.holds(norm, mixer):
         if not _can_fuse(norm, mixer):
@@ -91,13 +106,28 @@ def run(
     if weights is None:
         return None
     states: Any = None if cache is None else cache.memory(mixer.layer_idx)
-    return fused_layer(x, residual, weights, 0.0 if norm is None else norm.eps, residual_dtype, states)
+    eps = 0.0 if norm is None else norm.eps
+    return fused_layer(x, residual, weights, eps, residual_dtype, states, known=layer.known)
+
+
+def _run_traced(
+    norm: Any, mixer: Any, x: Tensor, residual: Tensor | None, residual_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None] | None:
+    """As one op of the graph. The graph's guards see to it that the modules stay what they are."""
+    if is_exporting() or not _can_fuse(norm, mixer):
+        return None
+    from mambakit.ops.fused_mixer import traced
+
+    m = mixer
+    weights = LayerWeights(
+        None if norm is None else norm.weight, m.in_proj.weight, m.in_proj.bias, m.conv1d.weight, m.conv1d.bias,
+        m.x_proj.weight, m.dt_proj.weight, m.dt_proj.bias, m.A_log, m.D, m.out_proj.weight, m.out_proj.bias,
+    )  # fmt: skip
+    return traced.fused_layer(x, residual, weights, 0.0 if norm is None else norm.eps, residual_dtype)
 
 
 def _can_fuse(norm: Any, mixer: Any) -> bool:
-    """Whether the layer is made of the norm and the mixer of this package, and nothing is on them."""
-    if mixer.recompute_selection:
+    """Whether nothing is on the modules."""
+    if norm is not None and not (untouched(norm, type(norm)) and untouched(mixer, type(mixer))):
         return False
-    if norm is not None and not (untouched(norm, RMSNorm) and untouched(mixer, type(mixer))):
-        return False
-    return untouched(mixer.in_proj, nn.Linear) and untouched(mixer.out_proj, nn.Linear) and mixer.can_fuse()
+    return mixer.can_fuse_whole()

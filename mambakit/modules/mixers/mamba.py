@@ -51,7 +51,7 @@ class TimeStepProjection(nn.Linear):
         nn.init.uniform_(self.weight, -bound, bound)  # for a constant, too: what is drawn after it is the same
         if self.steps.scheme == "constant":
             nn.init.constant_(self.weight, bound)
-        if self.bias is not None:
+        if self.bias is not None and not self.bias.is_meta:  # see `Mixer.reset_own_parameters`
             self.bias.copy_(self.steps.bias(self.bias))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -216,8 +216,17 @@ class MambaMixer(Mixer):
             and self.dt_proj.bias is not None
             and self.causal_conv1d is causal_conv1d and self.selective_scan is selective_scan
             and untouched(self.x_proj, nn.Linear) and untouched(self.dt_proj, TimeStepProjection)
-            and untouched(self.conv1d, nn.Conv1d) and all_plain(self._mixer_weights())
+            and untouched(self.conv1d, nn.Conv1d)
+            and (torch.compiler.is_compiling() or all_plain(self._mixer_weights()))
         )  # fmt: skip
+
+    def fusion_setting(self) -> tuple:
+        return self.act, self.mixer_rms_eps, self.causal_conv1d, self.selective_scan, self.recompute_selection
+
+    def can_fuse_whole(self) -> bool:
+        """Whether the projections, too, may run as one function with it: `mambakit.ops.fused_mixer.layer`."""
+        projections = untouched(self.in_proj, nn.Linear) and untouched(self.out_proj, nn.Linear)
+        return projections and not self.recompute_selection and self.can_fuse()
 
     def _mixer_weights(self) -> MixerWeights:
         filter, bias, _ = self._filter()

@@ -97,7 +97,8 @@ class _Call:
             address(initial, FLOAT32_OR_BFLOAT16, states), address(slots, INT32, self.sequences),
             address(self.cu, INT32, self.sequences + 1), address(final_state, state_dtype, states),
             None if y is None else _address(y), self.b, self.l, self.d, self.k, self.sequences,
-            self.silu, state is not None and is_half(state), native.threads(), *row_strides(self.x), _channel_stride(self.x),
+            self.silu, state is not None and is_half(state), native.threads(), *row_strides(self.x),
+            _channel_stride(self.x),
         )  # fmt: skip
 
     def run(self, arguments) -> None:

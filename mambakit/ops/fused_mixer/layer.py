@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from mambakit.ops._autocast import autocast_dtype, no_autocast
-from mambakit.ops._backends.memory import PLAIN_TYPES, is_plain, observed, transformed
+from mambakit.ops._autocast import autocast_dtype
+from mambakit.ops._backends.memory import PLAIN_TYPES, observed, transformed
 from mambakit.ops._backends.prepared_triton import NotPreparedError
 from mambakit.ops._once import differentiated_once
-from mambakit.ops.causal_conv1d.api import causal_conv1d
 from mambakit.ops.fused_mixer.api import MixerWeights, fused_mixer
+from mambakit.ops.fused_mixer.by_parts import gradients
 from mambakit.ops.fused_mixer.plan import Plan
-from mambakit.ops.fused_mixer.signature import ALIGNED, LayerWeights, Signature, unserved
-from mambakit.ops.rms_norm.api import rms_norm
-from mambakit.ops.selective_scan.api import selective_scan
+from mambakit.ops.fused_mixer.signature import ALIGNED, Kinds, LayerWeights, Signature, kinds_of, unserved
 
 # Plans, and None for signatures that none serves.
-_plans: dict[Signature, Plan | None] = {}
+_plans: dict[Signature, Any] = {}
+_ABSENT = object()
+_MISALIGNED = ALIGNED - 1
+# What a layer computes has its gradient here, in the dtypes that the code names: torch's own machinery for both is
+# passed over, which is a third of the host's time of a product.
+_BelowAutograd, _NoAutocast = torch._C._AutoDispatchBelowAutograd, torch._C._DisableAutocast
+
+
+@contextlib.contextmanager
+def without_dispatch() -> Iterator[None]:
+    """Autograd's and autocast's dispatch off."""
+    with _BelowAutograd(), _NoAutocast():
+        yield
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -30,9 +41,38 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
+class KnownWeights:
+    """What the last call's weights were, so that the next one's are compared with it and not looked up."""
+
+    def __init__(self) -> None:
+        self._kinds: Kinds | None = None
+
+    def kinds(self, weights: LayerWeights, device: int) -> Kinds | None:
+        """Dtypes and shapes of the weights, or None where a kernel may not read one of them."""
+        if self._kinds is not None:
+            for t, kind in zip(weights, self._kinds.each, strict=True):
+                if t is None or kind is None:
+                    if t is not kind:
+                        break
+                elif type(t) is nn.Parameter:  # which stays what it is but for its .data
+                    if not (
+                        t.dtype is kind[0] and t.shape == kind[1] and t.get_device() == device and t.is_contiguous()
+                        and (address := t.data_ptr()) and not address & _MISALIGNED
+                    ):  # fmt: skip
+                        break
+                elif t.dtype is not kind[0] or t.shape != kind[1] or not _readable(t, device):
+                    break
+            else:
+                return self._kinds
+        if not all(t is None or _readable(t, device) for t in weights):
+            return None
+        self._kinds = kinds_of(tuple(None if t is None else (t.dtype, t.shape) for t in weights))
+        return self._kinds
+
+
 def fused_layer(
     x: Tensor, residual: Tensor | None, weights: LayerWeights, eps: float = 0.0, kept: torch.dtype | None = None,
-    states: tuple[Tensor, Tensor] | None = None, log: bool = True,
+    states: tuple[Tensor, Tensor] | None = None, log: bool = True, known: KnownWeights | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """A layer on whole rows, on an NVIDIA GPU, without torch's dispatcher between its parts.
 
@@ -45,6 +85,7 @@ def fused_layer(
         states: (slots, d, k - 1) and (slots, d, n) float32, from which the first b rows continue and which are updated
             in place, without gradients. Rows begin from zeros when absent.
         log: ``weights.A_log`` is log(-A), else A.
+        known: of a caller that calls again with the same weights.
 
     Returns:
         (b, l, h), or (b, l, d) without out_proj, in the dtype that linear layers compute in, that of x without
@@ -61,30 +102,32 @@ def fused_layer(
     dtype = x.dtype if weights.in_proj is None else half or weights.in_proj.dtype
     if weights.in_proj is None and weights.out_proj is not None and dtype != (half or weights.out_proj.dtype):
         return None  # out_proj computes in another dtype
-    tensors = (x, residual, *weights) if states is None else (x, residual, *weights, *states)
-    if not all(t is None or _readable(t, index) for t in tensors):
+    kinds = (known or KnownWeights()).kinds(weights, index)
+    if kinds is None or not _readable(x, index):
         return None
-    if residual is not None and residual.shape != x.shape:
+    if residual is not None and not (residual.shape == x.shape and _readable(residual, index)):
         return None
-    normed = weights.norm is not None
-    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if gradient and states is not None:
-        return None
+    gradient = torch.is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for t in (residual, *weights))
+    )
+    of_states = None
+    if states is not None:
+        if gradient or not all(_readable(t, index) for t in states):
+            return None
+        of_states = (states[0].dtype, states[0].shape), (states[1].dtype, states[1].shape)
     signature = Signature(
-        x.shape, x.dtype, None if residual is None else residual.dtype, kept or x.dtype, dtype,
-        tuple(None if t is None else (t.dtype, t.shape) for t in weights), eps, device, gradient, log,
-        None if states is None else ((states[0].dtype, states[0].shape), (states[1].dtype, states[1].shape)),
+        x.shape, x.dtype, None if residual is None else residual.dtype, kept or x.dtype, dtype, kinds, eps, device,
+        gradient, log, of_states,
     )  # fmt: skip
-    if signature not in _plans:
-        _plans[signature] = _new_plan(signature)
-    plan = _plans[signature]
+    plan = plan_of(signature)
     if plan is None:
         return None
-    if not normed and x.dtype != dtype:
+    if weights.norm is None and x.dtype != dtype:
         x = x.to(dtype)
     if not gradient:
-        return plan.forward(x, residual, weights, states)[:2]
-    return _Layer.apply(plan, x, residual, *weights)
+        with _BelowAutograd(), _NoAutocast():
+            return plan.forward(x, residual, weights, states)[:2]
+    return _apply(plan, x, residual, *weights)
 
 
 def mix_rows(xz: Tensor, weights: MixerWeights) -> Tensor:
@@ -93,6 +136,14 @@ def mix_rows(xz: Tensor, weights: MixerWeights) -> Tensor:
     parts = LayerWeights(None, None, None, conv, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, None, None)
     found = fused_layer(xz, None, parts)
     return fused_mixer(xz, weights)[0] if found is None else found[0]
+
+
+def plan_of(signature: Signature) -> Plan | None:
+    """The plan for a signature, or None where none serves it."""
+    plan = _plans.get(signature, _ABSENT)
+    if plan is _ABSENT:
+        plan = _plans[signature] = _new_plan(signature)
+    return plan
 
 
 def _new_plan(signature: Signature) -> Plan | None:
@@ -118,43 +169,31 @@ def _readable(t: Tensor, device: int) -> bool:
     if not (type(t) in PLAIN_TYPES and t.get_device() == device and t.layout is torch.strided and t.is_contiguous()):
         return False
     address = t.data_ptr()  # 0: sharded training frees the memory of weights between uses
-    return address != 0 and not address % ALIGNED and not t.is_neg() and not t.is_nested
+    return address != 0 and not address & _MISALIGNED and not t.is_neg() and not t.is_nested
 
 
-def _dense(t: Tensor) -> Tensor:
-    """A gradient as the kernels read it."""
+def _unwrapped(t: Tensor) -> bool:
+    """Whether a gradient is one tensor in memory: under vmap it is many."""
+    try:
+        return type(t) is Tensor and t.data_ptr() != 0
+    except RuntimeError:  # what torch answers where there is no memory
+        return False
+
+
+def dense(t: Tensor) -> Tensor:
+    """A tensor as the kernels read it."""
     return t if t.is_contiguous() and not t.data_ptr() % ALIGNED else t.clone(memory_format=torch.contiguous_format)
 
 
-def _gradients_by_parts(
+def _by_parts(
     plan: Plan, dy: Tensor, dtotal: Tensor | None, kept: tuple, w: LayerWeights, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """`Plan.backward` by autograd through the ops, for gradients of several outputs at once: vmap wraps ``dy``."""
-    normed, signature = plan.layout.normed, plan.signature
-    dtype = signature.dtype
-    with torch.enable_grad(), no_autocast(signature.device):
-        entering = (kept[1] if normed else kept[0]).detach().requires_grad_()
-        w = LayerWeights(*(None if t is None else t.detach().requires_grad_() for t in w))  # type: ignore[arg-type]
-        y = rms_norm(entering, w.norm, signature.eps, out_dtype=dtype)[0] if normed else entering
-        in_bias, out_bias = (None if t is None else t.to(dtype) for t in (w.in_bias, w.out_bias))
-        if w.in_proj is not None:
-            y = F.linear(y, w.in_proj.to(dtype), in_bias)
-        u, z = y.chunk(2, -1)
-        u, _ = causal_conv1d(u, w.conv.view(w.D.shape[0], -1), w.conv_bias)
-        dt, B, C = F.linear(u, w.x_proj.to(dtype)).split([plan.layout.r, plan.layout.n, plan.layout.n], -1)
-        A = -torch.exp(w.A_log) if signature.log else w.A_log
-        y, _ = selective_scan(u, F.linear(dt, w.dt_proj.to(dtype)), A, B, C, w.D, z, w.dt_bias, True)
-        if w.out_proj is not None:
-            y = F.linear(y, w.out_proj.to(dtype), out_bias)
-    given = [t for t in (entering, *w) if t is not None]
-    found = iter(torch.autograd.grad(y, given, dy, allow_unused=True))
-    dentering: Any = next(found)
-    dweights = [None if t is None else next(found) for t in w]
-    if dtotal is not None:
-        dentering = dentering + dtotal
-    has_residual = signature.residual is not None
-    gradients = (dentering.to(signature.x), dentering if has_residual else None, *dweights)
-    return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
+    s = plan.signature
+    entering = kept[1] if plan.layout.normed else kept[0]
+    dentering, dweights = gradients(dy, dtotal, entering, w, s.eps, s.dtype, s.log)
+    found = (dentering.to(s.x), dentering if s.residual is not None else None, *dweights)
+    return tuple(g if needed else None for g, needed in zip(found, needs, strict=True))
 
 
 _COUNT = len(LayerWeights._fields)
@@ -163,7 +202,8 @@ _COUNT = len(LayerWeights._fields)
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, x: Tensor, residual: Tensor | None, *weights: Tensor | None):
-        out, total, kept = plan.forward(x, residual, LayerWeights(*weights))  # type: ignore[arg-type]
+        with _BelowAutograd(), _NoAutocast():
+            out, total, kept = plan.forward(x, residual, LayerWeights(*weights))  # type: ignore[arg-type]
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*weights, *kept)
@@ -178,11 +218,16 @@ class _Layer(torch.autograd.Function):
             if dy is None:
                 shape = layout.b, layout.length, layout.out
                 dy = torch.zeros(shape, dtype=signature.dtype, device=signature.device)
-            if is_plain(dy) and is_plain(dtotal):
-                rows = _dense(dy).view(layout.rows, layout.out)
-                read = None if dtotal is None else _dense(dtotal)
-                found = plan.backward(rows, read, kept, weights, ctx.needs_input_grad[1:])
+            if _unwrapped(dy) and (dtotal is None or _unwrapped(dtotal)):
+                with _BelowAutograd(), _NoAutocast():
+                    rows = dense(dy).view(layout.rows, layout.out)
+                    read = None if dtotal is None else dense(dtotal)
+                    found = plan.backward(rows, read, kept, weights, ctx.needs_input_grad[1:])
             else:
-                found = _gradients_by_parts(plan, dy, dtotal, kept[:2], weights, ctx.needs_input_grad[1:])
+                found = _by_parts(plan, dy, dtotal, kept[:2], weights, ctx.needs_input_grad[1:])
         # The input and the stream are among what was kept.
         return (None, *differentiated_once("fused_mixer", found, (dy, dtotal, *kept[:2], *weights)))
+
+
+# `_Layer.apply` without the look through its arguments for functorch's wrappers, of which `fused_layer` finds none.
+_apply = super(torch.autograd.Function, _Layer).apply

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.ops.fused_mixer.signature import LayerWeights, Signature
+from mambakit.ops.fused_mixer.signature import Kinds, LayerWeights, Signature
 from mambakit.ops.selective_scan.prepared import Inputs
+from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
 
 # Weights that the products take, which are rounded to the dtype that the layer computes in.
 _PRODUCTS = ("in_proj", "x_proj", "dt_proj", "out_proj", "in_bias", "out_bias")
@@ -41,7 +42,7 @@ class Layout:
 
     def __init__(self, signature: Signature):
         s = signature
-        self.kinds: dict[str, Any] = dict(zip(LayerWeights._fields, s.weights, strict=True))
+        self.kinds: dict[str, Any] = dict(zip(LayerWeights._fields, s.weights.each, strict=True))
         self.b, self.length, self.h = s.shape
         self.d, self.n = self.kinds["A_log"][1]
         self.r, self.k = self.kinds["dt_proj"][1][1], self.kinds["conv"][1][-1]
@@ -57,10 +58,17 @@ class Layout:
         self.at_rounded = [kept.add(self.count(name)) for name in self.rounded]
         self.at_A = kept.add(self.d * self.n if s.log else 0, 4)
         self.at_checkpoints = self.kept_count = kept.count
-        self._rounded = {
-            name: (tuple(self.kinds[name][1]), (*self.kinds[name][1][1:], 1), at)
-            for name, at in zip(self.rounded, self.at_rounded, strict=True)
-        }
+        # Arguments of as_strided: views are made of few calls.
+        self._rounded, self._transposed = {}, {}
+        for name, at in zip(self.rounded, self.at_rounded, strict=True):
+            shape = tuple(self.kinds[name][1])
+            self._rounded[name] = shape, (*shape[1:], 1), at
+            self._transposed[name] = shape[::-1], (1, *shape[1:]), at
+        rows, d, h = self.rows, self.d, self.h
+        self.u, self.y = ((rows, d), (d, 1), self.at_u), ((rows, d), (d, 1), self.at_y)
+        self._entering = (rows, h), (h, 1), self.at_normed
+        # dt among x_proj's output (b l, r + 2 n).
+        self.dt = (rows, self.r), (self.r + 2 * self.n, 1), 0
 
     def keep(self, checkpoints: int) -> None:
         """Make room for so many elements of checkpoints."""
@@ -92,13 +100,30 @@ class Layout:
 
     def product(self, x: Tensor, kept: Tensor, w: LayerWeights, name: str, bias: str = "") -> Tensor:
         """x (b l, in) times a weight, and the bias where there is one: (b l, out)."""
-        weight = self.weight(kept, w, name).t()
+        place = self._transposed.get(name)
+        weight = getattr(w, name).t() if place is None else kept.as_strided(*place)
         if bias and getattr(w, bias) is not None:
             return torch.addmm(self.weight(kept, w, bias), x, weight)
         return torch.mm(x, weight)
 
     def entering(self, x: Tensor, kept: Tensor) -> Tensor:
         """in_proj's input (b l, h)."""
-        if self.normed:
-            return kept.as_strided((self.rows, self.h), (self.h, 1), self.at_normed)
-        return x.view(self.rows, self.h)
+        return kept.as_strided(*self._entering) if self.normed else x.view(self.rows, self.h)
+
+
+def signature_of(
+    x: Tensor, has_residual: bool, w: LayerWeights, eps: float, kept: torch.dtype, dtype: torch.dtype, gradient: bool
+) -> Signature:
+    """Of `mambakit::fused_layer`; its kinds are no interned ones, as sizes may be symbols."""
+    kinds = Kinds(tuple(None if t is None else (t.dtype, t.shape) for t in w))
+    residual = kept if has_residual else None
+    return Signature(x.shape, x.dtype, residual, kept, dtype, kinds, eps, x.device, gradient, True, None)
+
+
+def memory_sizes(signature: Signature) -> tuple[tuple[int, ...], ...]:
+    """Of what a layer keeps for its gradient: `Layout`'s memory, xz, x_proj's output, delta; empty without one."""
+    if not signature.gradient:
+        return ((0,),) * 4
+    o = Layout(signature)
+    o.keep(o.b * ((o.length + CHECKPOINT_INTERVAL - 1) // CHECKPOINT_INTERVAL) * o.d * o.n)
+    return (o.kept_count,), (o.rows, 2 * o.d), (o.rows, o.r + 2 * o.n), (o.rows, o.d)

@@ -49,11 +49,13 @@ class Plan:
                 o.rows, o.h, s.eps, s.x, o.kinds["norm"][0], s.residual, s.kept, s.dtype
             )  # fmt: skip
         o.keep(self._scan.checkpoint_count)
-        passing = Memory(o.size)  # of the forward alone
+        # What the forward alone needs lies behind what is kept where it is small, or nothing is kept.
+        passing = Memory(o.size)
         self._at_conv_final = passing.add(self._conv.final_count, s.dtype.itemsize if s.states is None else 4)
         self._at_scan_final = passing.add(o.b * o.d * o.n, 4)
         self._at_scan_scratch = passing.add(self._scan.scratch_bytes, 1)
         self._passing_count = passing.count
+        self._together = not s.gradient or passing.count * 32 < o.kept_count
         if s.gradient:
             self._gradient = Gradient(signature, o, inputs, before, filter_, filter_bias, self.interval)
 
@@ -66,11 +68,16 @@ class Plan:
         k - 1) and (slots, d, n), read and written, where the signature has them.
         """
         o, s = self.layout, self.signature
-        device, dtype, size, rows, d = s.device, s.dtype, o.size, o.rows, o.d
+        device, dtype, size, d = s.device, s.dtype, o.size, o.d
         stream = torch._C._cuda_getCurrentRawStream(device.index)
-        kept = torch.empty(o.kept_count, dtype=dtype, device=device)
-        passing = torch.empty(self._passing_count, dtype=dtype, device=device)
-        at, beside = kept.data_ptr(), passing.data_ptr()
+        if self._together:
+            kept = torch.empty(o.kept_count + self._passing_count, dtype=dtype, device=device)
+            at = kept.data_ptr()
+            beside = at + o.kept_count * size
+        else:
+            kept = torch.empty(o.kept_count, dtype=dtype, device=device)
+            passing = torch.empty(self._passing_count, dtype=dtype, device=device)
+            at, beside = kept.data_ptr(), passing.data_ptr()
         total, y = None, None
         if o.normed:
             total = torch.empty(s.shape, dtype=s.kept, device=device)
@@ -95,8 +102,8 @@ class Plan:
         else:
             self._conv(stream, xz_at, *filter_, u, states[0].data_ptr(), conv_final)
             initial = final = states[1].data_ptr()
-        selected = o.product(kept.as_strided((rows, d), (d, 1), o.at_u), kept, w, "x_proj")  # (b l, r + 2 n)
-        delta = o.product(selected.narrow(1, 0, o.r), kept, w, "dt_proj")  # (b l, d)
+        selected = o.product(kept.as_strided(*o.u), kept, w, "x_proj")  # (b l, r + 2 n)
+        delta = o.product(selected.as_strided(*o.dt), kept, w, "dt_proj")  # (b l, d)
         if w.out_proj is None:
             y = torch.empty((o.b, o.length, d), dtype=dtype, device=device)
         dt, width = selected.data_ptr(), o.r * size
@@ -111,8 +118,7 @@ class Plan:
         )  # fmt: skip
         saved = (None if o.normed else x, total, kept, None if xz is x else xz, selected, delta)
         if y is None:
-            gated = kept.as_strided((rows, d), (d, 1), o.at_y)
-            y = o.product(gated, kept, w, "out_proj", "out_bias").view(o.b, o.length, o.out)
+            y = o.product(kept.as_strided(*o.y), kept, w, "out_proj", "out_bias").view(o.b, o.length, o.out)
         return y, total, saved
 
     def backward(

@@ -36,6 +36,17 @@ class LayerWeights(NamedTuple):
     out_bias: Tensor | None
 
 
+class Kinds:
+    """Dtype and shape of each of a layer's weights, None where there is none. Equal ones are one object (`kinds_of`),
+    so that a signature is found without looking at them."""
+
+    def __init__(self, each: tuple[tuple[torch.dtype, torch.Size] | None, ...]):
+        self.each = each
+
+
+kinds_of = functools.cache(Kinds)
+
+
 class Signature(NamedTuple):
     """What a plan depends on."""
 
@@ -44,7 +55,7 @@ class Signature(NamedTuple):
     residual: torch.dtype | None  # None: the layer is the first one, or without its norm
     kept: torch.dtype  # of the residual stream
     dtype: torch.dtype  # that the layer computes in
-    weights: tuple[tuple[torch.dtype, torch.Size] | None, ...]
+    weights: Kinds
     eps: float
     device: torch.device
     gradient: bool
@@ -68,7 +79,7 @@ def unavailable() -> str | None:
 def unserved(signature: Signature) -> str | None:
     """Why no plan serves a signature, or None; the op `mambakit::fused_mixer` serves it."""
     s = signature
-    kinds: dict[str, Any] = dict(zip(LayerWeights._fields, s.weights, strict=True))
+    kinds: dict[str, Any] = dict(zip(LayerWeights._fields, s.weights.each, strict=True))
     if s.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"layers that compute in {s.dtype} run op by op"
     for name, kind in kinds.items():

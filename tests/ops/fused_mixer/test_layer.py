@@ -13,6 +13,8 @@ from torch import nn
 pytest.importorskip("triton")
 
 from mambakit import MambaConfig
+from mambakit.compat.inner import mamba_inner_fn, mamba_inner_fn_no_out_proj
+from mambakit.compat.mamba import Mamba
 from mambakit.modules import Packing, StateCache
 from mambakit.modules.block import MambaBlock
 from mambakit.modules.mixers import fused_layer
@@ -223,6 +225,40 @@ def test_a_gradient_of_one_result(device, through, planned):
             assert value is None or not value.any(), name
         else:
             assert relative_error(value, expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["none", "v2", "inner", "inner without out_proj"])
+def test_the_layer_and_the_functions_of_mamba_ssm(device, kind, planned):
+    """`mambakit.compat` takes the same plans."""
+    torch.manual_seed(0)
+    mixer = Mamba(32, dt_rank=3, bimamba_type="v2" if kind == "v2" else "none")
+    x, dy = torch.randn(2, 2, 37, 32), torch.randn(2, 2, 37, 64)
+
+    def run(m, x, dy):
+        x = x.clone().requires_grad_()
+        if not kind.startswith("inner"):
+            y = m(x)
+        else:
+            xz = (m.in_proj.weight @ x.permute(2, 0, 1).reshape(32, -1)).view(128, 2, 37).transpose(0, 1)
+            given = (xz, m.conv1d.weight, m.conv1d.bias, m.x_proj.weight, m.dt_proj.weight)
+            A, rest = -torch.exp(m.A_log), {"D": m.D, "delta_bias": m.dt_proj.bias}
+            if kind == "inner":
+                y = mamba_inner_fn(*given, m.out_proj.weight, m.out_proj.bias, A, **rest)
+            else:
+                y = mamba_inner_fn_no_out_proj(*given, A, **rest).transpose(1, 2)
+        y.backward(dy[..., : y.shape[-1]])
+        found = {"y": y.detach(), "dx": x.grad} | {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
+        m.zero_grad()
+        return found
+
+    expected = run(copy.deepcopy(mixer).double(), x[0].double(), dy[0].double())
+    passes = planned(device)
+    found = run(mixer.to(device), x[0].to(device), dy[0].to(device))
+    assert passes == ["forward"] * (1 + (kind == "v2")) + ["backward"] * (1 + (kind == "v2"))
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert relative_error(value, expected[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("device", DEVICES)

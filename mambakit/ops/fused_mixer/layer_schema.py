@@ -1,0 +1,88 @@
+"""`mambakit::fused_layer` and its gradient: a whole layer as one op of a graph that torch.compile makes.
+
+Eagerly `layer.py` runs the same plans without an op. After the layer's output and the residual stream the op returns
+what its gradient reads (`Layout` says how it is arranged); without a gradient these are empty tensors, and so is the
+stream without a norm. Gradients of absent arguments, and of weights that need none, are empty tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambakit.ops._backends.dispatch import LIBRARY, define, implement_on_cuda
+from mambakit.ops._once import differentiated_once
+from mambakit.ops.fused_mixer import by_parts
+from mambakit.ops.fused_mixer.layout import memory_sizes, signature_of
+from mambakit.ops.fused_mixer.signature import LayerWeights
+
+_WEIGHTS = (
+    "Tensor? norm, Tensor in_proj, Tensor? in_bias, Tensor conv, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, "
+    "Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_proj, Tensor? out_bias"
+)
+COUNT = len(LayerWeights._fields)
+
+
+def _fake(x, residual, *rest):
+    *weights, eps, kept, dtype, gradient = rest
+    w: Any = LayerWeights(*weights)
+    y = x.new_empty((*x.shape[:2], w.out_proj.shape[0]), dtype=dtype)
+    total = x.new_empty((0,) if w.norm is None else x.shape, dtype=kept)
+    sizes = memory_sizes(signature_of(x, residual is not None, w, eps, kept, dtype, gradient))
+    return y, total, *(x.new_empty(size, dtype=dtype) for size in sizes)
+
+
+def _backward_fake(dy, dtotal, x, has_residual, *rest):
+    *weights, total, _, _, _, _, _, kept, _, x_dtype, needs = rest
+    like = total if weights[0] is not None else x
+    dx = like.new_empty(like.shape, dtype=x_dtype)
+    dresidual = like.new_empty(like.shape if has_residual else (0,), dtype=kept)
+    gradients = (
+        like.new_empty((0,)) if t is None or not needed else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t, needed in zip(weights, needs[2:], strict=True)
+    )
+    return dx, dresidual, *gradients
+
+
+define(
+    f"fused_layer(Tensor x, Tensor? residual, {_WEIGHTS}, float eps, ScalarType kept, ScalarType dtype, bool gradient)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    by_parts.forward,
+    _fake,
+)
+define(
+    f"fused_layer_backward(Tensor? dy, Tensor? dtotal, Tensor? x, bool has_residual, {_WEIGHTS}, Tensor total,"
+    " Tensor memory, Tensor xz, Tensor selected, Tensor delta, float eps, ScalarType kept, ScalarType dtype,"
+    " ScalarType x_dtype, bool[] needs) -> (" + ", ".join(["Tensor"] * (2 + COUNT)) + ")",
+    by_parts.backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, residual, *weights, ctx.eps, ctx.kept, ctx.dtype, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.has_residual, ctx.x_dtype = residual is not None, x.dtype
+    ctx.save_for_backward(x if weights[0] is None else None, *weights, *output[1:])
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any):
+    x, *rest = ctx.saved_tensors
+    weights, kept = rest[:COUNT], rest[COUNT:]
+    needs = list(ctx.needs_input_grad[: 2 + COUNT])
+    found = torch.ops.mambakit.fused_layer_backward(
+        dy, dtotal, x, ctx.has_residual, *weights, *kept, ctx.eps, ctx.kept, ctx.dtype, ctx.x_dtype, needs
+    )
+    found = tuple(g if needed else None for g, needed in zip(found, needs, strict=True))
+    found = differentiated_once("fused_mixer", found, (dy, dtotal, x, kept[0], *weights))
+    return *found, None, None, None, None
+
+
+torch.library.register_autograd("mambakit::fused_layer", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+_GPU = "mambakit.ops.fused_mixer.layer_op"
+implement_on_cuda("fused_layer", _GPU, "forward")
+implement_on_cuda("fused_layer_backward", _GPU, "backward")
