@@ -18,9 +18,10 @@ from types import ModuleType
 from typing import Any
 
 from mambakit.compat import installed
-from mambakit.compat.surface import ABSENT, DISTRIBUTIONS, MODULES, VERSIONS, is_package
+from mambakit.compat.surface import ABSENT, DISTRIBUTIONS, MODULES, UNUSABLE, VERSIONS, absent_message, is_package
 
 _ORIGIN = "mambakit"
+_NAMES = MODULES | UNUSABLE
 
 
 class Loader(importlib.abc.Loader):
@@ -32,8 +33,8 @@ class Loader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         if name in ABSENT:
-            raise ImportError(absent_message(name), name=name)
-        names = MODULES[name]
+            raise ImportError(absent_message(name, ABSENT[name]), name=name)
+        names = _NAMES[name]
         module.__doc__ = f"{name}, given by mambakit (docs/guides/dropin.md)."
         module.__file__ = str(Path(__file__).with_name("__init__.py"))
         if "." not in name:
@@ -53,20 +54,13 @@ def _attributes(module: ModuleType, names: dict[str, str]) -> Any:
             value = getattr(importlib.import_module(place), ours)
             module.__dict__[name] = value
             return value
-        if whole in MODULES:
+        if whole in _NAMES:
             return importlib.import_module(whole)
         if whole in ABSENT:
-            raise AttributeError(absent_message(whole))
+            raise AttributeError(absent_message(whole, ABSENT[whole]))
         raise AttributeError(f"module {package!r} (mambakit's) has no attribute {name!r}")
 
     return __getattr__
-
-
-def absent_message(name: str) -> str:
-    return (
-        f"{name} is {ABSENT[name]}, which mambakit does not have; it gives the Mamba-1 part of mamba_ssm. Install "
-        "mamba-ssm for it, or leave that model out"
-    )
 
 
 def _spec(name: str, folders: Sequence[str] = ()) -> importlib.machinery.ModuleSpec:
@@ -83,7 +77,7 @@ class MissingFinder(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if fullname in MODULES:
             return _spec(fullname)
-        if fullname in ABSENT and _is_ours(fullname.rpartition(".")[0]):
+        if (fullname in ABSENT or fullname in UNUSABLE) and _is_ours(fullname.rpartition(".")[0]):
             return _spec(fullname)
         return None
 
@@ -123,7 +117,7 @@ class FrontFinder(importlib.abc.MetaPathFinder):
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if self.override:
-            return _spec(fullname) if fullname in MODULES or fullname in ABSENT else None
+            return _spec(fullname) if fullname in _NAMES or fullname in ABSENT else None
         if fullname not in (*DISTRIBUTIONS, *installed.EXTENSIONS, *installed.TRITON):
             return None
         spec = installed.locate_in(fullname, path)

@@ -105,20 +105,30 @@ EXTENSIONS = ("selective_scan_cuda", "causal_conv1d_cuda", "selective_scan_cuda_
 # Written in Triton: where there is no CUDA device they are replaced, though they may be installed.
 TRITON = tuple(f"mamba_ssm.ops.triton.{name}" for name in ("layer_norm", "layernorm", "selective_state_update"))
 
+# Modules whose one name can be imported, and raises when it is made: copies of upstream's model file import them all.
+UNUSABLE = {
+    "mamba_ssm.modules.mamba2": _from("absent", "Mamba2"),
+    "mamba_ssm.modules.mamba3": _from("absent", "Mamba3"),
+    "mamba_ssm.modules.mha": _from("absent", "MHA"),
+}
 _SSD = "ssd_bmm ssd_chunk_scan ssd_chunk_state ssd_combined ssd_state_passing layernorm_gated k_activations mamba3"
-# What cannot be given, though mamba_ssm has it -> what it is.
+# What cannot even be imported, though mamba_ssm has it -> what it is.
 ABSENT: dict[str, str] = {
     **dict.fromkeys(
-        ["mamba_ssm.Mamba2", "mamba_ssm.modules.mamba2", "mamba_ssm.modules.mamba2_simple",
-         "mamba_ssm.modules.ssd_minimal", "mamba_ssm.distributed"],
+        ["mamba_ssm.Mamba2", "mamba_ssm.modules.mamba2_simple", "mamba_ssm.modules.ssd_minimal",
+         "mamba_ssm.distributed"],
         "Mamba-2",
     ),
-    **dict.fromkeys(
-        ["mamba_ssm.Mamba3", "mamba_ssm.modules.mamba3", "mamba_ssm.ops.cute", "mamba_ssm.ops.tilelang"], "Mamba-3"
-    ),
+    **dict.fromkeys(["mamba_ssm.Mamba3", "mamba_ssm.ops.cute", "mamba_ssm.ops.tilelang"], "Mamba-3"),
     **dict.fromkeys([f"mamba_ssm.ops.triton.{name}" for name in _SSD.split()], "Mamba-2 and 3"),
-    "mamba_ssm.modules.mha": "attention",
 }  # fmt: skip
+
+
+def absent_message(name: str, kind: str) -> str:
+    return (
+        f"{name} is {kind}, which mambakit does not have; it gives the Mamba-1 part of mamba_ssm. Install mamba-ssm "
+        "for it, or leave that model out"
+    )
 
 
 def is_package(module: str) -> bool:

@@ -85,10 +85,18 @@ def test_what_cannot_be_given_says_so(tmp_path):
         mambakit.provide()
         import mamba_ssm
         messages = []
-        for statement in ("from mamba_ssm import Mamba2", "import mamba_ssm.modules.mamba3",
+        for statement in ("from mamba_ssm import Mamba2",
                           "from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined"):
             try:
                 exec(statement)
+            except ImportError as error:
+                messages.append(str(error))
+        from mamba_ssm.modules.mamba2 import Mamba2
+        from mamba_ssm.modules.mamba3 import Mamba3
+        from mamba_ssm.modules.mha import MHA
+        for layer in (Mamba2, Mamba3, MHA):
+            try:
+                layer(d_model=8)
             except ImportError as error:
                 messages.append(str(error))
         failed = 0
@@ -102,8 +110,11 @@ def test_what_cannot_be_given_says_so(tmp_path):
         tmp_path,
     )
     messages, failed, *attributes = found
-    assert len(messages) == 3
-    assert all("mambakit does not have" in message and "Mamba-" in message for message in messages)
+    assert len(messages) == 5
+    assert all("which mambakit does not have" in message for message in messages)
+    assert [message.partition(",")[0] for message in messages[2:]] == [
+        "Mamba2 is Mamba-2", "Mamba3 is Mamba-3", "MHA is attention",
+    ]  # fmt: skip
     assert failed == len(ABSENT)
     assert attributes == [False, False]
 
