@@ -1,8 +1,8 @@
 """mambakit: run, train and serve Mamba (selective state space) models.
 
 The public names are resolved when they are first used: importing mambakit imports neither torch nor transformers.
-`ops`, `modules` and what they export need torch alone; every other name needs transformers, which the extra ``hf``
-brings, and its first use says so where that is missing.
+`ops`, `modules`, `nn`, `compat` and what they export need torch alone; every other name needs transformers, which the
+extra ``hf`` brings, and its first use says so where that is missing.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ _HOMES = {
     "AutoModel": "mambakit.models.auto",
     "AutoModelForCausalLM": "mambakit.models.auto",
     "AutoModelForSequenceClassification": "mambakit.models.auto",
+    "AutoModelForTokenClassification": "mambakit.models.auto",
     "AutoTokenizer": "mambakit.models.auto",
     "CheckpointError": "mambakit.errors",
     "MambaCache": "mambakit.modules.cache",
     "MambaMixer": "mambakit.modules.mixers.mamba",
+    "embed": "mambakit.generation.embed",
     "nn": "mambakit.nn",
     "ops": "mambakit.ops",
     "pipeline": "mambakit.generation.pipeline",
@@ -39,21 +41,30 @@ if TYPE_CHECKING:
     from mambakit import nn, ops
     from mambakit.compat.provision import provide
     from mambakit.errors import CheckpointError
+    from mambakit.generation.embed import embed
     from mambakit.generation.pipeline import pipeline
     from mambakit.models.auto import (
         AutoConfig,
         AutoModel,
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
         AutoTokenizer,
     )
     from mambakit.models.falcon_mamba import (
         FalconMambaConfig,
         FalconMambaForCausalLM,
         FalconMambaForSequenceClassification,
+        FalconMambaForTokenClassification,
         FalconMambaModel,
     )
-    from mambakit.models.mamba import MambaConfig, MambaForCausalLM, MambaForSequenceClassification, MambaModel
+    from mambakit.models.mamba import (
+        MambaConfig,
+        MambaForCausalLM,
+        MambaForSequenceClassification,
+        MambaForTokenClassification,
+        MambaModel,
+    )
     from mambakit.models.registration import register
     from mambakit.modules.cache import MambaCache
     from mambakit.modules.mixers.mamba import MambaMixer

@@ -1,8 +1,8 @@
 """Which releases of torch and transformers each layer was tested with, checked by what is installed; nothing is
 imported.
 
-`mambakit.ops`, `mambakit.modules` and `mambakit.compat` need torch alone. All else (models, generation, evaluation,
-training, serving, the command line) needs transformers, too, which the extra ``hf`` brings.
+`mambakit.ops`, `modules`, `nn` and `compat` need torch alone. All else (models, generation, evaluation, training,
+serving, the command line) needs transformers, too, which the extra ``hf`` brings.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ TESTED: dict[str, dict[str, tuple[Release, Release]]] = {
 }
 _NEEDED_BY = {
     "ops": "mambakit",
-    "models": "mambakit's models, generation, training, serving and commands (all but mambakit.ops, mambakit.modules "
-    "and mambakit.compat)",
+    "models": "mambakit's models, generation, training, serving and commands (all but mambakit.ops, modules, nn "
+    "and compat)",
 }
 
 

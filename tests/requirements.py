@@ -8,7 +8,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of mambakit, what torch alone suffices for.
-_BARE = ("ops", "modules", "compat", "errors", "quoting", "provide", "MambaCache", "MambaMixer", "CheckpointError")
+_BARE = (
+    "ops",
+    "modules",
+    "compat",
+    "nn",
+    "errors",
+    "quoting",
+    "provide",
+    "MambaCache",
+    "MambaMixer",
+    "CheckpointError",
+)
 
 
 @functools.cache

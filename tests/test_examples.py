@@ -32,6 +32,9 @@ def run(name: str, *arguments: str) -> str:
         ("06_speculative.py", (), "a draft model: the same text"),
         ("07_constrained.py", (), "a JSON text: {"),
         ("08_serve.py", (), "both replicas wrote"),
+        ("mamba_ssm_vision.py", (), "accuracy on new images: 0.9"),
+        ("mamba_ssm_time_series.py", (), "squared error of the forecast: 0.0"),
+        ("mamba_ssm_genomics.py", (), "0.0"),
     ],
 )
 def test_example(name, arguments, promise):

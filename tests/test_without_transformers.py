@@ -60,7 +60,7 @@ def test_every_module_imports_or_names_the_extra():
     A module of `mambakit.models` that holds no public name may end with Python's own: the table of families lies there,
     which `import mambakit` reads.
     """
-    below = [name for name in modules_of("ops", "modules", "compat") if "triton" not in name]
+    below = [name for name in modules_of("ops", "modules", "compat", "nn") if "triton" not in name]
     above = modules_of("decoding", "models", "generation", "evaluation", "training", "serving", "commands")
     above = [name for name in above if name != "mambakit.commands.__main__"]
     out = run(f"""
@@ -88,7 +88,7 @@ def test_public_names():
 import mambakit
 from mambakit import MambaCache, MambaMixer, ops
 assert {"MambaConfig", "AutoModelForCausalLM", "MambaMixer", "ops", "pipeline"} <= set(dir(mambakit))
-kept = {"CheckpointError", "MambaCache", "MambaMixer", "ops", "__version__", "provide"}
+kept = {"CheckpointError", "MambaCache", "MambaMixer", "nn", "ops", "__version__", "provide"}
 for name in set(mambakit.__all__) - kept:
     try:
         value = getattr(mambakit, name)

@@ -83,7 +83,7 @@ def _decoders(args: argparse.Namespace) -> list[Row]:
         return []
     from mambakit.decoding.registry import table_of
 
-    model, _ = load(args)
+    model, _ = load(args, inference=True)
     return table_of(model, args.rows or 1)
 
 

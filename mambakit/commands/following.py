@@ -14,6 +14,7 @@ from typing import Any
 from mambakit.commands.options import check_output_file, integer, real, require_with
 from mambakit.commands.tail import StandardInput, Tail
 from mambakit.errors import UsageError
+from mambakit.opening import COMPRESSED
 from mambakit.output import printable, say, terminal
 
 # Seconds between two looks at files that have not grown.
@@ -74,6 +75,11 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError('--follow needs a FILE, or "-" for standard input')
     if "-" in args.files and len(args.files) > 1:
         raise UsageError("standard input is followed alone; name files, or -")
+    for name in args.files:
+        if Path(name).suffix in COMPRESSED:
+            raise UsageError(
+                f"{name} is compressed: what is appended to it cannot be read as it comes; name the log itself"
+            )
     if len(set(args.files)) < len(args.files):
         raise UsageError("--follow was given a file twice; each is a stream of its own: name it once")
     if args.state:

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
     from mambakit.generation.state import State
 
-    model, tokenizer = load(args)
+    model, tokenizer = load(args, inference=True)
     loaded = None
     if args.load_state:
         loaded = State.load(args.load_state, model)

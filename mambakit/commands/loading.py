@@ -30,17 +30,30 @@ def hide_progress_bars() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """(model in eval mode on its device, tokenizer)."""
+def load(args: argparse.Namespace, inference: bool = False) -> tuple[Any, Any]:
+    """(model in eval mode on its device, tokenizer).
+
+    Args:
+        inference: what is done with the model needs nothing of transformers' classes: one is loaded without them, in
+            half the time.
+    """
     hide_progress_bars()
     from mambakit.assets import default_model_path
     from mambakit.models.auto import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from mambakit.models.checkpoints.storage import holds_adapters, locate
     from mambakit.models.devices import default_device, default_dtype, usable_device
+    from mambakit.models.mamba.inference import InferenceCausalLM
 
     name = default_model_path() if args.model is None else args.model
     device = default_device() if args.device is None else usable_device(args.device, "--device")
     dtype = args.dtype or default_dtype(device)
-    AutoConfig.from_pretrained(name)  # what the checkpoint is comes before what it lacks
+    config = AutoConfig.from_pretrained(name)  # what the checkpoint is comes before what it lacks
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-    return model, tokenizer
+    if inference and InferenceCausalLM.loads(config) and not holds_adapters(locate(name)):
+        return InferenceCausalLM.from_pretrained(name, config=config, dtype=dtype).to(device), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    if hasattr(model, "peft_config"):
+        from mambakit.models.adapters import merge_adapters
+
+        merge_adapters(model)  # plain layers: the decoders read their weights
+    return model.to(device).eval(), tokenizer

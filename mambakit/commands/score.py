@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
-    model, tokenizer = load(args)
+    model, tokenizer = load(args, inference=True)
     if args.prefix is not None:
         return _choices(args, model, tokenizer)
     if args.echo is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mambakit.commands.loading import add_model_arguments
 from mambakit.commands.options import require_with
+from mambakit.commands.texts import require_file
 from mambakit.errors import CheckpointError
 from mambakit.quoting import brief
 
@@ -105,6 +106,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a site whose pages may send requests, as https://example.org (default: none); * for any",
     )  # fmt: skip
 
+    parser.add_argument(
+        "--load-state", metavar="FILE", help="start every text from this saved state (of a prompt, or a tuned one)"
+    )
+
     replicas = parser.add_argument_group("replicas: processes with a model each")
     replicas.add_argument(
         "--devices",
@@ -159,6 +164,7 @@ def run(args: argparse.Namespace) -> int:
                 dtype=args.dtype,
                 slots=args.slots,
                 chunk_size=args.prefill_chunk_size,
+                state=args.load_state,
                 prefix_cache_bytes=(args.prefix_cache_mb or _CACHE_MB) << 20 if args.prefix_cache else 0,
                 heartbeat_seconds=args.heartbeat_seconds,
                 progress_seconds=args.progress_seconds,
@@ -212,7 +218,7 @@ def _check_model(name: str) -> None:
     if folder.suffix == ".gguf" and folder.is_file():
         return
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise CheckpointError(
                 f"there is no config.json in {brief(name)}; give a folder that holds a model, or a hub id"
             )
@@ -234,6 +240,12 @@ def _check(args: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} is empty, as an unset variable is; leave it out, or give a value"
             )
     require_with("--prefix-cache-mb", args.prefix_cache_mb is not None, "--prefix-cache", args.prefix_cache)
+    if args.load_state is not None:
+        require_file(args.load_state, "state", 'make one with mambakit generate --save-state, or tune = "state"')
+        if args.prefix_cache:
+            raise ValueError(
+                "--prefix-cache finds a prompt by all of its tokens, which a saved state does not hold; drop one"
+            )
     if args.device and args.devices:
         raise ValueError("--device and --devices both say where; give one")
     if args.max_unfinished_mb < args.max_body_mb:

@@ -72,7 +72,7 @@ class Writer:
         if self.args.prompt_lookup:
             return PromptLookup()
         small = argparse.Namespace(model=self.args.draft_model, device=self.args.device, dtype=self.args.dtype)
-        return DraftModel(load(small)[0])
+        return DraftModel(load(small, inference=True)[0])
 
     def _prefix_cache(self) -> Any:
         if not self.args.prefix_cache:

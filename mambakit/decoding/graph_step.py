@@ -18,6 +18,7 @@ from mambakit.modules import MambaCache
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops.decode import cuda_persistent
 from mambakit.ops.decode.weights import LayerWeights, ModelWeights
+from mambakit.ops.sampling.api import NO_TOKEN
 
 # Above this rows * hidden_size, Triton's kernels are faster than the persistent one (docs/kernels/decode.md).
 _MOST_PERSISTENT = 12800
@@ -186,13 +187,22 @@ class GraphDecoder:
         self()
         return self.logits
 
-    def likeliest(self, tokens: Tensor, count: int) -> Tensor:
-        """(rows, count) the most probable tokens after ``tokens`` (rows,), without a sync; count <= ``capacity``."""
+    def likeliest(self, tokens: Tensor, count: int, check: bool = False) -> Tensor:
+        """(rows, count) the most probable tokens after ``tokens`` (rows,), without a sync; count <= ``capacity``.
+
+        With ``check``, `NO_TOKEN` stands where the logits were NaN: one launch more per token, as more would leave a
+        small model waiting for the host.
+        """
         assert count <= self.capacity
         self.tokens.copy_(tokens)
         self.position.zero_()
-        for _ in range(count):
+        chosen = self.logits.new_empty(count if check else 0, self.rows, 1)
+        for i in range(count):
             self()
+            if check:
+                torch.gather(self.logits, 1, self.tokens[:, None], out=chosen[i])
+        if check:
+            return self.history[:, :count].masked_fill(chosen[..., 0].t().isnan(), NO_TOKEN)
         return self.history[:, :count].clone()
 
     def __call__(self) -> None:

@@ -19,7 +19,6 @@ from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampler import Chooser, Sampler
 from mambakit.decoding.slots import SlotPool
 from mambakit.modules import StateCache
-from mambakit.ops.sampling.api import NO_TOKEN
 
 
 class TokenLoop:
@@ -42,18 +41,19 @@ class TokenLoop:
         self.ends, self.padding = ends, padding
         self.ended = self._are_ends(tokens)
 
-    def write(self, count: int = 1, *, as_likeliest: bool = True) -> tuple[Tensor, Tensor]:
+    def write(self, count: int = 1, *, as_likeliest: bool = True, check: bool = False) -> tuple[Tensor, Tensor]:
         """Choose the next ``count`` tokens of every slot, without a device-to-host sync.
 
         Args:
             as_likeliest: let the decoder itself choose tokens if the sampler is plain. Slots whose texts have ended
                 then keep reading their own tokens instead of padding.
+            check: have `NO_TOKEN` where a slot's logits are NaN also where the decoder chooses, as samplers have it.
 
         Returns:
             (size, count) int64 tokens, and (size, count) bool whether the text has ended at or before each.
         """
         if as_likeliest and self.sampler.plain:
-            tokens = self.pool.likeliest(self.tokens, count)
+            tokens = self.pool.likeliest(self.tokens, count, check)
             ended = self._are_ends(tokens)
             if self.ends is not None:
                 ended = ended.cummax(1).values | self.ended[:, None]
@@ -149,19 +149,11 @@ class SlotLoop:
         if not self._seated:
             self.sampler.seat([None if text is None else text.sampled for text in self.pool.occupants])
             self._seated = True
-        if self.sampler.plain:  # the decoder chooses; its argmax of NaN is a token
-            tokens = torch.cat([self._likeliest() for _ in range(count)], 1)
-        else:
-            tokens, _ = self._loop.write(1 if self.sampler.must_look else count)
+        tokens, _ = self._loop.write(1 if self.sampler.must_look else count, check=True)
         found: list[list[int]] = tokens.tolist()
         if self.sampler.must_look:
             return [[token] for token in self.sampler.accept([token for (token,) in found])]
         return found
-
-    def _likeliest(self) -> Tensor:
-        """(size, 1) the most probable tokens; `NO_TOKEN` where the logits are NaN."""
-        tokens, _ = self._loop.write()
-        return tokens.masked_fill(~self.pool.are_numbers(tokens[:, 0])[:, None], NO_TOKEN)
 
     def verify(self, drafts: Sequence[Draft]) -> list[list[int]]:
         """Verify one draft per slot. Returns each slot's accepted guesses and one more token. Call `keep` next."""

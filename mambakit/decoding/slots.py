@@ -16,6 +16,7 @@ from mambakit.decoding.verify import PackedVerifier, Verifier
 from mambakit.modules import StateCache
 from mambakit.modules.interception import Watch
 from mambakit.ops.linear.api import MOST_ROWS
+from mambakit.ops.sampling.api import NO_TOKEN
 
 
 class SlotPool:
@@ -102,22 +103,23 @@ class SlotPool:
         self._last = self._decoder_now().step(tokens)
         return self._last
 
-    def likeliest(self, tokens: Tensor, count: int) -> Tensor:
+    def likeliest(self, tokens: Tensor, count: int, check: bool = False) -> Tensor:
         """Greedy decoding: (size, count) int64, each token the most probable one after the token before it.
 
         Slots start with ``tokens`` (size,), and read all of the result but the last column. A decoder with a
-        ``capacity`` chooses the tokens on the device, without a device-to-host sync.
+        ``capacity`` chooses the tokens on the device, without a device-to-host sync. With ``check``, `NO_TOKEN` stands
+        where a slot's logits were NaN.
         """
         decoder: Any = self._decoder_now()
         if not decoder.capacity:
             found = []
             for _ in range(count):
                 tokens = self.step(tokens).argmax(-1)
-                found.append(tokens)
+                found.append(tokens.masked_fill(~self.are_numbers(tokens), NO_TOKEN) if check else tokens)
             return torch.stack(found, 1)
         self._steps += count
         self._states_changed()
-        chosen: Tensor = decoder.likeliest(tokens, count)
+        chosen: Tensor = decoder.likeliest(tokens, count, check)
         self._last = decoder.logits
         return chosen
 

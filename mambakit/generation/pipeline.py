@@ -9,7 +9,12 @@ import torch
 import transformers
 
 from mambakit.assets import default_model_path
-from mambakit.models.auto import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from mambakit.models.auto import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 from mambakit.models.devices import default_dtype
 from mambakit.models.options import check_loading
 from mambakit.quoting import brief
@@ -18,6 +23,8 @@ _MODELS = {
     "text-generation": AutoModelForCausalLM,
     "text-classification": AutoModelForSequenceClassification,
     "sentiment-analysis": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "ner": AutoModelForTokenClassification,
 }
 
 
@@ -39,7 +46,7 @@ def pipeline(
     """transformers' `pipeline` for Mamba models.
 
     Args:
-        task: "text-generation" (the default) or "text-classification".
+        task: "text-generation" (the default), "text-classification" or "token-classification".
         model: hub id, folder or model object; the model that ships with mambakit when absent.
         tokenizer: id, folder or object; the model's own when absent.
         device, dtype, device_map, revision, token, model_kwargs: as in transformers. ``dtype`` is "auto" when absent,
@@ -80,8 +87,8 @@ def pipeline(
         tokenizer = AutoTokenizer.from_pretrained(tokenizer, **hub)
     if device is not None:
         kwargs["device"] = device
-    if _MODELS[task] is AutoModelForSequenceClassification:
-        kwargs.setdefault("pipeline_class", _TextClassification)
+    if _MODELS[task] in _PIPELINES:
+        kwargs.setdefault("pipeline_class", _PIPELINES[_MODELS[task]])
     return transformers.pipeline(task, model=model, tokenizer=tokenizer, **kwargs)
 
 
@@ -90,6 +97,19 @@ class _TextClassification(transformers.TextClassificationPipeline):
 
     def check_model_type(self, supported_models: Any) -> None:
         pass
+
+
+class _TokenClassification(transformers.TokenClassificationPipeline):
+    """The same for tokens."""
+
+    def check_model_type(self, supported_models: Any) -> None:
+        pass
+
+
+_PIPELINES = {
+    AutoModelForSequenceClassification: _TextClassification,
+    AutoModelForTokenClassification: _TokenClassification,
+}
 
 
 def _device_of(device: Any, device_map: Any) -> torch.device:

@@ -66,11 +66,12 @@ class TokenScorer:
     Args:
         model: a causal language model.
         first_token: what stands before the document's first token, so that it is scored too (end-of-text).
+        state: of one row, before the first token; it is copied. None: zeros.
     """
 
-    def __init__(self, model: Any, first_token: int):
+    def __init__(self, model: Any, first_token: int, state: StateCache | None = None):
         self.model = model
-        self.cache: StateCache = model.backbone.new_cache(1)
+        self.cache: StateCache = model.backbone.new_cache(1) if state is None else state.clone()
         self.last = torch.tensor([first_token], dtype=torch.int64, device=model.device)
 
     @torch.no_grad()

@@ -163,9 +163,13 @@ class State:
 
     def save(self, path: str | os.PathLike, model: Any) -> None:
         """Write the state to a safetensors file, bound to ``model``'s configuration and weights."""
+        self.save_for(path, fingerprint(model))
+
+    def save_for(self, path: str | os.PathLike, mark: str) -> None:
+        """`save` for the model of this `fingerprint`."""
         metadata = {
             "format": _FORMAT,
-            "fingerprint": fingerprint(model),
+            "fingerprint": mark,
             "seen_tokens": str(self.cache.get_seq_length()),
         }
         write_tensors(path, self.tensors(), metadata)

@@ -170,11 +170,7 @@ class StreamScorer:
             ValueError: tokens outside of the vocabulary; nothing is read then.
             LogitsError: the model's log-probabilities are NaN. The streams have been read on: `load` them again.
         """
-        given = {name: token_ids(f"the chunk of {brief(name)}", ids, least=0).cpu() for name, ids in chunks.items()}
-        for name, ids in given.items():
-            if not isinstance(name, str):
-                raise TypeError(f"a stream's name is {brief(name)}; it must be text")
-            require_in_vocabulary(f"the chunk of {brief(name)}", ids, self.model.config.vocab_size)
+        given = self._checked(chunks)
         self._begin(list(given))
         texts = {name: ids for name, ids in given.items() if len(ids)}
         size = chunk_sizes(self.model.device).batch
@@ -186,6 +182,21 @@ class StreamScorer:
         whole = require_numbers(torch.cat(found).cpu()) if found else torch.empty(0, dtype=torch.float32, device="cpu")
         results = dict(zip(texts, whole.split(lengths) if lengths else (), strict=True))
         return {name: results.get(name, whole[:0]) for name in given}
+
+    def _checked(self, chunks: Mapping[str, Tensor | Sequence[int]]) -> dict[str, Tensor]:
+        """The chunks as (l,) int64 on the CPU. Their tokens are compared with the vocabulary all at once."""
+        given: dict[str, Tensor] = {}
+        for name, ids in chunks.items():
+            if not isinstance(name, str):
+                raise TypeError(f"a stream's name is {brief(name)}; it must be text")
+            if not (isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.dim() == 1):
+                ids = token_ids(f"the chunk of {brief(name)}", ids, least=0)
+            given[name] = ids.cpu()
+        whole = torch.cat(list(given.values())) if given else torch.empty(0, dtype=torch.int64, device="cpu")
+        if len(whole) and not 0 <= int(whole.min()) <= int(whole.max()) < self.model.config.vocab_size:
+            for name, ids in given.items():
+                require_in_vocabulary(f"the chunk of {brief(name)}", ids, self.model.config.vocab_size)
+        return given
 
     def _read(self, names: list[str], texts: list[Tensor], size: int) -> list[Tensor]:
         """One group of streams: the surprise of each one's tokens, on the device."""

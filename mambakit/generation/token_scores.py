@@ -98,17 +98,21 @@ def score_after(
         yield [TokenScores(require_numbers(log_probs), likeliest) for log_probs, likeliest in whole]
 
 
-def score_packed(model: Any, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[TokenScores]:
-    """Scores of continuations after their contexts: whole texts packed into one forward, each from a zero state.
+def score_packed(
+    model: Any, pairs: Sequence[tuple[Tensor, Tensor]], state: StateCache | None = None
+) -> list[TokenScores]:
+    """Scores of continuations after their contexts: whole texts packed into one forward, each from the same state.
 
     Args:
         pairs: (context, continuation), (l_i,) int64 of one token or more each.
+        state: of one row, before each text; it is not changed. None: zeros.
 
     Returns:
         The scores of each continuation.
     """
     texts = [torch.cat([context, continuation[:-1]]).to(model.device) for context, continuation in pairs]
-    (hidden,) = hidden_states(model, texts, chunk_size=sum(map(len, texts)))
+    copies = None if state is None else state.select([0] * len(texts))
+    (hidden,) = hidden_states(model, texts, copies, chunk_size=sum(map(len, texts)))
     predicting = [h[len(context) - 1 :] for h, (context, _) in zip(hidden, pairs, strict=True)]
     targets = torch.cat([continuation for _, continuation in pairs])
     found, lengths = score_tokens(model, torch.cat(predicting), targets), [len(c) for _, c in pairs]

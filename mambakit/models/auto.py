@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from mambakit.errors import CheckpointError
+from mambakit.models.adapter_config import base_of
 from mambakit.models.checkpoints.configuration import read_configuration, read_fields
-from mambakit.models.checkpoints.storage import HUB_ARGUMENTS, is_gguf, resolve, small_files
+from mambakit.models.checkpoints.storage import (
+    HUB_ARGUMENTS,
+    holds_adapters,
+    is_gguf,
+    locate,
+    resolve,
+    small_files,
+)
 from mambakit.models.checkpoints.table import format_of
-from mambakit.models.families import CAUSAL_LM, CLASSIFIER, CONFIG, FAMILIES, MODEL
+from mambakit.models.families import CAUSAL_LM, CLASSIFIER, CONFIG, FAMILIES, MODEL, TOKEN_CLASSIFIER
 from mambakit.models.options import check_loading
 from mambakit.quoting import brief
 from mambakit.reading import read_json, require_whole
@@ -26,13 +34,21 @@ def read_any_configuration(folder: Path, **overrides: Any) -> tuple[Any, dict[st
     return read_configuration(folder, family.load(CONFIG), **overrides)
 
 
+def _model_of(name: str | os.PathLike, hub: dict[str, Any]) -> Path:
+    """The folder or file of a model; of adapters their base model's."""
+    place = locate(name, **hub)
+    if not holds_adapters(place):
+        return resolve(name, **hub)
+    return resolve(base_of(place), **{k: v for k, v in hub.items() if k not in ("revision", "subfolder")})
+
+
 class AutoConfig:
     """The configuration of a checkpoint."""
 
     @staticmethod
     def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> Any:
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-        config, unused = read_any_configuration(resolve(name, **hub), **check_loading(kwargs))
+        config, unused = read_any_configuration(_model_of(name, hub), **check_loading(kwargs))
         if unused:
             raise TypeError(f"AutoConfig.from_pretrained: {sorted(unused)} are not fields of {type(config).__name__}")
         config.name_or_path = str(name)
@@ -48,7 +64,7 @@ class _AutoModel:
     def from_pretrained(cls, name: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         if config is None:
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-            model_type = read_any_configuration(resolve(name, **hub))[0].model_type
+            model_type = read_any_configuration(_model_of(name, hub))[0].model_type
         elif isinstance(config, (str, os.PathLike)):
             config = AutoConfig.from_pretrained(config)
             model_type = config.model_type
@@ -85,6 +101,12 @@ class AutoModelForSequenceClassification(_AutoModel):
     _ending = CLASSIFIER
 
 
+class AutoModelForTokenClassification(_AutoModel):
+    """`MambaForTokenClassification` or `FalconMambaForTokenClassification`."""
+
+    _ending = TOKEN_CLASSIFIER
+
+
 class AutoTokenizer:
     """transformers' AutoTokenizer; where a checkpoint holds no tokenizer, the error says where its format's is."""
 
@@ -100,6 +122,8 @@ class AutoTokenizer:
 
             read_any_configuration(folder)
             return read_tokenizer(read_header(folder), **{k: v for k, v in kwargs.items() if k not in hub})
+        if holds_adapters(folder) and not any((folder / file).exists() for file in _TOKENIZER_FILES):
+            return AutoTokenizer.from_pretrained(base_of(folder), *args, **kwargs)
         fields = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
         found = [folder / file for file in _TOKENIZER_FILES if (folder / file).exists()]
         if fields:

@@ -1,7 +1,8 @@
 """The table of model families: one line for each. Auto classes, registration and public names are made from it.
 
 A family is a folder ``mambakit/models/<model_type>/`` whose ``__init__`` names its classes as transformers does:
-``<prefix>Config``, ``<prefix>Model``, ``<prefix>ForCausalLM``, ``<prefix>ForSequenceClassification``.
+``<prefix>Config``, ``<prefix>Model``, ``<prefix>ForCausalLM``, ``<prefix>ForSequenceClassification``,
+``<prefix>ForTokenClassification``.
 This module imports nothing heavy: `import mambakit` reads it.
 """
 
@@ -11,7 +12,8 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-CONFIG, MODEL, CAUSAL_LM, CLASSIFIER = "Config", "Model", "ForCausalLM", "ForSequenceClassification"
+CONFIG, MODEL, CAUSAL_LM = "Config", "Model", "ForCausalLM"
+CLASSIFIER, TOKEN_CLASSIFIER = "ForSequenceClassification", "ForTokenClassification"
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Family:
 
     model_type: str
     prefix: str
-    endings: tuple[str, ...] = (CONFIG, MODEL, CAUSAL_LM, CLASSIFIER)
+    endings: tuple[str, ...] = (CONFIG, MODEL, CAUSAL_LM, CLASSIFIER, TOKEN_CLASSIFIER)
 
     @property
     def package(self) -> str:

@@ -101,3 +101,14 @@ class MambaSequenceClassifierOutput(_WithCache):
     logits: Tensor | None = None
     cache: StateCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+
+
+@_takes_each_name
+@dataclass
+class MambaTokenClassifierOutput(_WithCache):
+    """Output of `MambaForTokenClassification`: ``loss`` (), ``logits`` (b, l, labels), and fields of `MambaOutput`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache: StateCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None

@@ -7,14 +7,18 @@ between releases.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mambakit.models.adapter_config import base_of
+from mambakit.models.adapters import load_adapters
 from mambakit.models.checkpoints.loading import load_pretrained
 from mambakit.models.checkpoints.saving import save_gguf, save_original, save_pretrained
+from mambakit.models.checkpoints.storage import HUB_ARGUMENTS, holds_adapters, locate
 from mambakit.models.mamba.configuration import MambaConfig
 from mambakit.models.mamba.initialization import initialize, initialize_in_turn
 from mambakit.models.options import check_loading
@@ -72,7 +76,8 @@ class MambaPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint of any format (`mambakit.models.checkpoints`), from a folder, a hub id or a GGUF file
-        (``gguf_file`` names one in a folder or on the hub).
+        (``gguf_file`` names one in a folder or on the hub). PEFT's adapters, in a folder or on the hub, are loaded on
+        their base model.
 
         ``quantization`` ("int8", "int4" or "lossless") packs the weights once they are loaded; a checkpoint saved after
         `quantize` needs no argument. The other arguments are transformers' (``dtype``, "auto" for the checkpoint's own;
@@ -84,8 +89,24 @@ class MambaPreTrainedModel(PreTrainedModel):
             CheckpointError: a file is missing, damaged, holds code, or does not fit the configuration.
         """
         quantization = kwargs.pop("quantization", None)
-        model = load_pretrained(cls, pretrained_model_name_or_path, *args, **check_loading(kwargs))
+        name = pretrained_model_name_or_path
+        place = locate(name, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
+        if holds_adapters(place):
+            model = cls._with_adapters(place, *args, **kwargs)
+        else:
+            model = load_pretrained(cls, name, *args, **check_loading(kwargs))
         return model if quantization is None else model.quantize(quantization)
+
+    @classmethod
+    def _with_adapters(cls, folder: Path, *args: Any, **kwargs: Any) -> Any:
+        """The base model of a folder of PEFT's adapters, with them on its layers.
+
+        ``cache_dir``, ``token``, ``local_files_only`` and ``force_download`` are the base model's, too.
+        """
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("revision", "subfolder")}
+        model = cls.from_pretrained(base_of(folder), *args, **kwargs)
+        load_adapters(model, folder)
+        return model
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:

@@ -135,8 +135,8 @@ class MambaStack(nn.Module):
     def zero_state(self, batch_size: int) -> State:
         """The state before the first token: zeros, on the parameters' device."""
         weight = self.in_proj.weight
-        tensors = StateCache(state_spec(self.settings, weight.dtype), batch_size, weight.device).tensors()
-        return tensors["conv_states"], tensors["ssm_states"]
+        conv, ssm = StateCache(state_spec(self.settings, weight.dtype), batch_size, weight.device).tensors().values()
+        return conv, ssm
 
     def forward(
         self, x: Tensor | PackedSequence, state: State | None = None, starts: Any = None
@@ -236,8 +236,10 @@ class MambaStack(nn.Module):
         """(b, l, input_size), or the row (1, total, input_size) of ``segments`` -> y and the state after it."""
         spec = state_spec(self.settings, self.in_proj.weight.dtype)
         if not torch.is_grad_enabled():
-            state = state[0].clone(), state[1].clone()  # inference writes into the cache's memory
-        cache = StateCache.over(spec, {"conv_states": state[0], "ssm_states": state[1]})
+            # Inference writes into the cache's memory, which must be dense whatever slices the caller made.
+            conv, ssm = (t.clone(memory_format=torch.contiguous_format) for t in state)
+            state = conv, ssm
+        cache = StateCache.over(spec, dict(zip([stack.key for stack in spec.stacks], state, strict=True)))
         x, residual = self.in_proj(rows), None
         outputs = [x]
         for index, layer in enumerate(self.layers):
@@ -247,9 +249,9 @@ class MambaStack(nn.Module):
                 x = nn.functional.dropout(x, self.dropout, self.training)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         found = [norm(output, residual, wide)[0] for norm, output in zip(self.norms, outputs, strict=True)]
-        after = cache.tensors()
+        conv, ssm = cache.tensors().values()
         y = found[0] if self.directions == 1 else torch.cat(found, -1)
-        return y, (after["conv_states"], after["ssm_states"])
+        return y, (conv, ssm)
 
     def extra_repr(self) -> str:
         options = {"bidirectional": self.bidirectional, "dropout": self.dropout, "batch_first": self.batch_first}

@@ -18,6 +18,7 @@ class WorkerOptions:
         sharers: replicas that compute on this machine's CPU; each takes its part of the threads.
         chunk_size: prompt tokens per forward; None is 512 on a CPU and 2,048 elsewhere.
         prefix_cache_bytes: budget of the prefix cache; 0 disables it.
+        state: a file of one row's state that every text starts from; None: zeros.
         heartbeat_seconds: a replica that sends nothing for longer is killed and restarted.
         progress_seconds: the same for one that has work and completes no step.
         load_seconds: the same for one that is not ready in this time.
@@ -30,6 +31,7 @@ class WorkerOptions:
     sharers: int = 1
     chunk_size: int | None = None
     prefix_cache_bytes: int = 0
+    state: str | None = None
     heartbeat_seconds: float = 20.0
     progress_seconds: float = 300.0
     load_seconds: float = 1800.0

@@ -72,6 +72,9 @@ class TrainConfig:
     init_from: str = ""
     """Checkpoint (id or folder) to start from instead of new weights; the model fields above are then the checkpoint's.
     Packed weights are unpacked."""
+    tune: str = "all"
+    """What learns. "state": of `init_from` the initial state of each layer, and nothing else; the run writes a state
+    file, which `--load-state`, `State.load` and the server take. "all": the weights, or the adapters of `lora_rank`."""
     lora_rank: int = 0
     """Fine-tune `init_from` through low-rank adapters of this rank, merged at the end. 0: train all parameters."""
     lora_alpha: float = 0.0
@@ -159,6 +162,7 @@ class TrainConfig:
             ("format", ("auto", "text", "jsonl", "parquet", "fasta", "wav")),
             ("ambiguous", ("mask", "predict", "split")),
             ("parallel", ("none", "ddp", "fsdp")),
+            ("tune", ("all", "state")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {brief(getattr(self, name))}; choose one of {', '.join(choices)}")
@@ -191,6 +195,8 @@ class TrainConfig:
             raise ValueError("export_only writes the model of a run's latest checkpoint; add resume=true")
         if self.lora_rank and not self.init_from:
             raise ValueError(f"lora_rank is {self.lora_rank} but init_from is empty; adapters need a checkpoint")
+        if self.tune == "state":
+            self._check_state_tuning()
         if self.stateful and self.activation_checkpointing:
             raise ValueError(
                 "stateful and activation_checkpointing exclude each other: a layer computed again would move the state "
@@ -200,6 +206,19 @@ class TrainConfig:
             raise ValueError("recompute_selection has no effect with activation_checkpointing; drop one of them")
         if self.recompute_selection and self.context_parallel > 1:
             raise ValueError("recompute_selection has no effect with context_parallel; drop one of them")
+
+    def _check_state_tuning(self) -> None:
+        if not self.init_from:
+            raise ValueError('tune is "state" but init_from is empty; an initial state is learned for a checkpoint')
+        for name, given, why in (
+            ("lora_rank", self.lora_rank, "adapters are weights"),
+            ("stateful", self.stateful, "carried rows start from other states than the learned one"),
+            ("activation_checkpointing", self.activation_checkpointing, "a layer run twice would move its state twice"),
+            ("context_parallel", self.context_parallel > 1, "only the first shard of a row has an initial state"),
+            ("parallel=fsdp", self.parallel == "fsdp", "the state is small, and is not sharded: parallel=ddp"),
+        ):
+            if given:
+                raise ValueError(f'{name} does not go with tune="state": {why}; drop one of them')
 
     def _check_lengths(self) -> None:
         if not self.initial_length:

@@ -35,7 +35,7 @@ _DIARY = ("train_config.json", "environment.json", "metrics.jsonl", "loss.png")
 _EVENTS = "tensorboard/events.out.tfevents.*"
 # Patterns of all that a run writes. In a folder without run.json, files of these names belong to the user.
 _WRITTEN = (
-    *_DIARY, "checkpoints", "tensorboard", "adapter", "summary.json", "README.md", "config.json",
+    *_DIARY, "checkpoints", "tensorboard", "adapter", "state.safetensors", "summary.json", "README.md", "config.json",
     "generation_config.json", "model.safetensors", "model.safetensors.index.json",
     "model-*-of-*.safetensors", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",

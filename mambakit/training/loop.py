@@ -22,6 +22,7 @@ from mambakit.training.model import make_model
 from mambakit.training.prepare import prepare
 from mambakit.training.report import announce, interrupted, say_end
 from mambakit.training.run import Run
+from mambakit.training.state_export import export_state
 from mambakit.training.telemetry import record_environment
 
 
@@ -91,7 +92,12 @@ def _train(
         raise RunInterrupted(interrupted(run.step, run.saved) if mesh.first else "") from error
     summary: dict[str, Any] | None = None
     whole = mesh.whole(model)
-    if whole is not None and folder is not None:
+    if whole is not None and folder is not None and config.tune == "state":
+        summary = export_state(
+            whole, data, config, folder, steps=run.step, seconds=run.seconds, training_loss=run.final_loss()
+        )
+        say_end(summary, config, data.vocabulary, report)
+    elif whole is not None and folder is not None:
         if config.lora_rank:
             folder.place("adapter", lambda temporary: save_adapters(whole, temporary / "adapter"))
             merge_adapters(whole)

@@ -17,12 +17,15 @@ from mambakit.modules import MambaMixer
 from mambakit.output import say
 from mambakit.training.config import TrainConfig
 from mambakit.training.lora import add_adapters
+from mambakit.training.state_tuning import add_initial_state, freeze_weights
 from mambakit.training.tokenizer import Vocabulary
 
 
 def make_model(config: TrainConfig, vocabulary: Vocabulary, console: Console) -> Any:
     """The model in training mode on the CPU, its parameters float32; packed weights are unpacked."""
     model = _load(config, vocabulary, console) if config.init_from else _new(config, vocabulary)
+    if config.tune == "state":
+        freeze_weights(model)
     if config.lora_rank:
         add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
     if config.activation_checkpointing:
@@ -52,6 +55,8 @@ def recompute_selection(model: Any) -> None:
 
 def _load(config: TrainConfig, vocabulary: Vocabulary, console: Console) -> Any:
     model = AutoModelForCausalLM.from_pretrained(config.init_from, dtype=torch.float32)
+    if config.tune == "state":
+        add_initial_state(model)
     if is_quantized(model.config):
         packing = model.config.quantization_config["format"]
         model.dequantize()

@@ -9,16 +9,18 @@ from torch import nn
 
 # A_log and D are parameters of the recurrence, not weights: decay would pull every channel to one time scale.
 _NEVER_DECAYED = ("A_log", "D", "embeddings.weight", "embedding.weight")
+# Nor is a learned initial state (`mambakit.training.state_tuning`), by its place in the model.
+INITIAL_STATE = "initial_state"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices, decayed; and A_log, D, biases, norms, convolutions' biases and embeddings, not decayed."""
+    """Two groups: matrices, decayed; and A_log, D, biases, norms, convolutions, embeddings and a learned state, not."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        spared = parameter.dim() < 2 or name.endswith(_NEVER_DECAYED)
+        spared = parameter.dim() < 2 or name.endswith(_NEVER_DECAYED) or name.startswith(f"{INITIAL_STATE}.")
         (free if spared else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 

@@ -50,6 +50,16 @@ def generate_command(config: TrainConfig, vocabulary: Vocabulary) -> str:
     return f"mambakit generate --model {folder} {'-- ' if prompt.startswith('-') else ''}{_quoted(prompt)}"
 
 
+def state_command(config: TrainConfig, vocabulary: Vocabulary, file: str) -> str:
+    """The command line that writes from a tuned state."""
+    prompt = "ACGTACGT" if vocabulary.kind == "nucleotides" else config.sample_prompt.strip() or "Once upon a time"
+    state = shlex.quote(f"{config.out}/{file}")
+    return (
+        f"mambakit generate --model {shlex.quote(config.init_from)} --load-state {state} "
+        f"{'-- ' if prompt.startswith('-') else ''}{_quoted(prompt)}"
+    )
+
+
 def _quoted(text: str) -> str:
     """In double quotes where that is safe, as one writes a prompt by hand."""
     return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
@@ -74,7 +84,8 @@ def say_end(summary: dict[str, Any], config: TrainConfig, vocabulary: Vocabulary
             "of "
             f"{summary[f'heldout_{unit}s']:,} {unit}s",
         )
-    say(console, f"model written to {config.out}")
+    what = "state" if config.tune == "state" else "model"
+    say(console, f"{what} written to {summary.get('state', config.out)}")
     say(console, f"write with it: {summary['generate']}")
 
 

@@ -17,6 +17,7 @@ from mambakit.ops import linear_cross_entropy
 from mambakit.ops._backends.memory import PLAIN_TYPES
 from mambakit.training.distributed import ProcessMesh, full, shard_cu_seqlens
 from mambakit.training.guard import UpdateGuard
+from mambakit.training.state_tuning import initial_state_of
 
 _IGNORE = -100
 
@@ -27,12 +28,17 @@ class Objective(nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         self.model = model
+        self.initial = initial_state_of(model)
 
     def forward(self, tokens: Tensor, targets: Tensor, num_items: Tensor, **inputs: Any) -> Tensor:
         """Loss of tokens against targets, (b, l) int64 both, summed and divided by ``num_items``.
 
-        ``inputs`` are further arguments of the backbone.
+        ``inputs`` are further arguments of the backbone. Each row, or sequence of ``cu_seqlens``, starts from the
+        model's learned initial state where it has one.
         """
+        if self.initial is not None:
+            packed = inputs.get("cu_seqlens")
+            inputs["cache_params"] = self.initial.cache(len(tokens) if packed is None else len(packed) - 1)
         hidden = self.model.backbone(tokens, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
         head, targets = self.model.get_output_embeddings(), targets.flatten().contiguous()
         if untouched(head, nn.Linear) and head.bias is None and type(head.weight) in PLAIN_TYPES:
@@ -68,6 +74,7 @@ class TrainingStep:
         self.device = next(model.parameters()).device
         self.half = autocast == "bfloat16" and self.device.type == "cuda"
         self.respect_documents = respect_documents
+        self.tunes_state = initial_state_of(model) is not None
         self.accumulate, self.ignored_token = accumulate, ignored_token
         self.guard = UpdateGuard(self.device, spike_factor)
         optimizer.found_inf = self.guard.skip  # type: ignore[attr-defined]  # the fused step's own way to skip
@@ -86,7 +93,7 @@ class TrainingStep:
     def targets(self, rows: Tensor, begins: Tensor) -> Tensor:
         """(b, l) int64: the target of each of a row's first l tokens, -100 for none."""
         targets = rows[:, 1:]
-        if self.respect_documents:
+        if self.respect_documents and not self.tunes_state:  # whose documents begin with the end token before them
             targets = targets.masked_fill(begins[:, 1:], _IGNORE)
         if self.ignored_token is not None:
             targets = targets.masked_fill(targets == self.ignored_token, _IGNORE)
@@ -109,6 +116,7 @@ class TrainingStep:
         """
         mesh = self.processes
         targets = mesh.rows(self.targets(rows, begins), _IGNORE)
+        following = mesh.rows(begins[:, 1:])  # whether the next token begins a document
         tokens, begins = mesh.rows(rows[:, :-1]), mesh.rows(begins[:, :-1])
         inputs: dict[str, Any] = {}
         if mesh.context_size > 1:
@@ -120,6 +128,9 @@ class TrainingStep:
             tokens, targets = tokens[:, part], targets[:, part]
             if self.respect_documents:
                 inputs["cu_seqlens"] = shard_cu_seqlens(begins.flatten().nonzero().squeeze(1), part)
+        elif self.respect_documents and self.tunes_state:
+            inputs["cu_seqlens"] = _from_end_tokens(following)
+            tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
         elif self.respect_documents:
             inputs["position_ids"] = _positions(begins, cache is not None)
         if cache is not None:
@@ -259,6 +270,15 @@ class _Graph:
         self.graph.replay()
         loss, norm = self.graph.result
         return loss.clone(), norm.clone()
+
+
+def _from_end_tokens(following: Tensor) -> Tensor:
+    """(s + 1,) int32: where sequences start in the row of all rows (b, l), one after another: at each row's start, and
+    at the end token before each document, from which its first token is predicted."""
+    starts = following.clone()
+    starts[:, 0] = True
+    at = starts.flatten().nonzero().squeeze(1)
+    return torch.cat([at, at.new_tensor([following.numel()])]).to(torch.int32)
 
 
 def _positions(begins: Tensor, continues: bool = False) -> Tensor:

@@ -209,6 +209,7 @@ def test_mistakes(folder, tmp_path, capsys):
         (["--follow", str(log), "--quantile", "0.99", "--window", "9"], "needs 100 values"),
         (["--follow", str(log), "--chunk-size", "9"], "--chunk-size has no effect with --follow"),
         (["--follow", str(tmp_path)], "is a folder"),
+        (["--follow", "app.log.gz"], "is compressed"),
         (["--follow", str(log), "--state", str(tmp_path)], "is a folder"),
         (["--follow", str(log), "--once", "--state", str(log)], "truncated or damaged"),
     ):

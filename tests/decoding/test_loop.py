@@ -258,7 +258,7 @@ def test_what_was_read_too_much_is_taken_back_only_where_it_shows(model, monkeyp
     options = {"max_new_tokens": 40, "eos_token_id": free[:, 9].tolist(), "pad_token_id": 0, "seed": 2}
     by_rows = []
     likeliest = rows.SlotPool.likeliest
-    monkeypatch.setattr(rows.SlotPool, "likeliest", lambda self, t, n: by_rows.append(n) or likeliest(self, t, n))
+    monkeypatch.setattr(rows.SlotPool, "likeliest", lambda self, t, n, c: by_rows.append(n) or likeliest(self, t, n, c))
     model.generate(ids, do_sample=False, **options)
     assert not back, "greedy, and nobody sees the state"
     assert by_rows == [16], "the graph chose for itself"

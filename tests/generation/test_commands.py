@@ -10,6 +10,7 @@ import torch
 
 import mambakit
 from mambakit import cli
+from mambakit.models.mamba.inference import InferenceBackbone
 from tests.models.tiny import save_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -52,13 +53,13 @@ PROMPT = "The cat sat on the mat, and the dog"
 def read_tokens(monkeypatch):
     """Counts of the tokens of a text that each forward of the backbone reads."""
     counts: list[int] = []
-    forward = mambakit.MambaModel.forward
+    forward = InferenceBackbone.forward
 
     def counted(self, input_ids=None, *args, **kwargs):
         counts.append(input_ids.shape[1])
         return forward(self, input_ids, *args, **kwargs)
 
-    monkeypatch.setattr(mambakit.MambaModel, "forward", counted)
+    monkeypatch.setattr(InferenceBackbone, "forward", counted)
     return counts
 
 

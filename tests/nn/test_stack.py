@@ -148,6 +148,18 @@ def test_chunks_and_steps_are_the_whole(grad):
         assert after[0].dim() == 3
 
 
+def test_states_may_be_slices():
+    stack, x = make(), torch.randn(3, 2, 5)
+    state = tuple(torch.randn(*t.shape[:2], t.shape[3], t.shape[2]).transpose(2, 3) for t in stack.zero_state(4))
+    some = tuple(t[:, 1::2] for t in state)
+    expected = stack(x, tuple(t.contiguous() for t in some))
+    with torch.no_grad():
+        torch.testing.assert_close(stack(x, some), expected, **CLOSE)
+        one = tuple(t[:, :1].expand(-1, 2, -1, -1) for t in state)
+        torch.testing.assert_close(stack(x, one), stack(x, tuple(t.contiguous() for t in one)), **CLOSE)
+        torch.testing.assert_close(stack.step(x[0], some), stack.step(x[0], tuple(t.clone() for t in some)), **CLOSE)
+
+
 def test_gradients_flow_through_chunks():
     stack, x = make(), torch.randn(6, 2, 5, requires_grad=True)
     stack(x)[0].square().sum().backward()

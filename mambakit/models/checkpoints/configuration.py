@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
-from transformers.activations import ACT2FN
 
 from mambakit.errors import CheckpointError
 from mambakit.models.checkpoints.fields import check_config, check_generation, shown
@@ -59,13 +58,22 @@ def read_configuration(folder: Path, config_class: Any, **overrides: Any) -> tup
         config, unused = config_class.from_dict(fields, return_unused_kwargs=True, **overrides)
     except Exception as error:  # a value that the configuration refuses: transformers raises any type
         raise CheckpointError(f"{path}: {' '.join(str(error).split())}; {_REMEDY}") from error
-    if config.hidden_act not in ACT2FN:
+    if not _is_activation(config.hidden_act):
         raise CheckpointError(
             f"{path}: hidden_act is {shown(config.hidden_act)}; it must be an activation of transformers' (silu, say); "
             f"{_REMEDY}"
         )
     read_generation_config(folder)
     return config, unused
+
+
+def _is_activation(name: Any) -> bool:
+    """Whether transformers has this activation; its table takes a second to import, which Mamba's own need not wait."""
+    if name in ("silu", "swish"):
+        return True
+    from transformers.activations import ACT2FN
+
+    return name in ACT2FN
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:

@@ -17,8 +17,9 @@ from mambakit.quoting import brief
 from mambakit.reading import open_safetensors, read_bin, read_file, read_header, read_json
 
 __all__ = [
-    "HUB_ARGUMENTS", "CheckpointError", "StoredTensor", "has_tokenizer", "is_gguf", "read_bin", "read_config",
-    "read_headers", "read_json", "read_tensor", "read_tensors", "resolve", "small_files", "weight_files",
+    "HUB_ARGUMENTS", "CheckpointError", "StoredTensor", "has_tokenizer", "holds_adapters", "is_gguf", "locate",
+    "read_bin", "read_config", "read_headers", "read_json", "read_tensor", "read_tensors", "resolve", "small_files",
+    "weight_files",
 ]  # fmt: skip
 
 # The arguments of from_pretrained that say where a checkpoint is.
@@ -52,6 +53,22 @@ def resolve(name: str | os.PathLike, **hub: Any) -> Path:
         hub: revision, cache_dir, token, local_files_only, force_download, subfolder; ``gguf_file``, the name of a GGUF
             file in the folder or on the hub.
     """
+    folder = locate(name, **hub)
+    if is_gguf(folder):
+        return folder
+    if holds_adapters(folder):
+        raise CheckpointError(
+            f"{folder} holds adapters, not a model; AutoModelForCausalLM.from_pretrained loads them on their base model"
+        )
+    if not (folder / "config.json").exists():
+        files = sorted(file.name for file in folder.glob("*.gguf"))
+        remedy = f"name the file ({folder / files[0]})" if files else "give a folder that holds a model, or a hub id"
+        raise CheckpointError(f"there is no config.json in {folder}; {remedy}")
+    return folder
+
+
+def locate(name: str | os.PathLike, **hub: Any) -> Path:
+    """As `resolve`, of a folder with any contents."""
     if (file := _gguf(name, hub)) is not None:
         return file
     _require_names(name, hub)
@@ -59,12 +76,12 @@ def resolve(name: str | os.PathLike, **hub: Any) -> Path:
     folder = Path(name)
     if not folder.is_dir():
         folder = _download(str(name), {k: v for k, v in hub.items() if v is not None})
-    folder = folder / subfolder
-    if not (folder / "config.json").exists():
-        files = sorted(file.name for file in folder.glob("*.gguf"))
-        remedy = f"name the file ({folder / files[0]})" if files else "give a folder that holds a model, or a hub id"
-        raise CheckpointError(f"there is no config.json in {folder}; {remedy}")
-    return folder
+    return folder / subfolder
+
+
+def holds_adapters(folder: Path) -> bool:
+    """Whether a folder holds PEFT's adapters and no model."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists()
 
 
 def read_config(place: Path) -> tuple[dict[str, Any], Path]:

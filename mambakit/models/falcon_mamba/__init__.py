@@ -10,10 +10,17 @@ if TYPE_CHECKING:
     from mambakit.models.falcon_mamba.modeling import (
         FalconMambaForCausalLM,
         FalconMambaForSequenceClassification,
+        FalconMambaForTokenClassification,
         FalconMambaModel,
     )
 
-__all__ = ["FalconMambaConfig", "FalconMambaForCausalLM", "FalconMambaForSequenceClassification", "FalconMambaModel"]
+__all__ = [
+    "FalconMambaConfig",
+    "FalconMambaForCausalLM",
+    "FalconMambaForSequenceClassification",
+    "FalconMambaForTokenClassification",
+    "FalconMambaModel",
+]
 
 check_models()
 __getattr__, __dir__ = lazy_names(
@@ -22,6 +29,7 @@ __getattr__, __dir__ = lazy_names(
         "FalconMambaConfig": "mambakit.models.falcon_mamba.configuration",
         "FalconMambaForCausalLM": "mambakit.models.falcon_mamba.modeling",
         "FalconMambaForSequenceClassification": "mambakit.models.falcon_mamba.modeling",
+        "FalconMambaForTokenClassification": "mambakit.models.falcon_mamba.modeling",
         "FalconMambaModel": "mambakit.models.falcon_mamba.modeling",
     },
 )

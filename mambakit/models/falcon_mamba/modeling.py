@@ -5,6 +5,7 @@ from __future__ import annotations
 from mambakit.models.falcon_mamba.configuration import FalconMambaConfig
 from mambakit.models.mamba.classification import MambaForSequenceClassification
 from mambakit.models.mamba.modeling import MambaForCausalLM, MambaModel
+from mambakit.models.mamba.token_classification import MambaForTokenClassification
 
 
 class FalconMambaModel(MambaModel):
@@ -16,4 +17,8 @@ class FalconMambaForCausalLM(MambaForCausalLM):
 
 
 class FalconMambaForSequenceClassification(MambaForSequenceClassification):
+    config_class = FalconMambaConfig
+
+
+class FalconMambaForTokenClassification(MambaForTokenClassification):
     config_class = FalconMambaConfig

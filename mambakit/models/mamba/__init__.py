@@ -9,8 +9,15 @@ if TYPE_CHECKING:
     from mambakit.models.mamba.classification import MambaForSequenceClassification
     from mambakit.models.mamba.configuration import MambaConfig
     from mambakit.models.mamba.modeling import MambaForCausalLM, MambaModel
+    from mambakit.models.mamba.token_classification import MambaForTokenClassification
 
-__all__ = ["MambaConfig", "MambaForCausalLM", "MambaForSequenceClassification", "MambaModel"]
+__all__ = [
+    "MambaConfig",
+    "MambaForCausalLM",
+    "MambaForSequenceClassification",
+    "MambaForTokenClassification",
+    "MambaModel",
+]
 
 check_models()
 __getattr__, __dir__ = lazy_names(
@@ -19,6 +26,7 @@ __getattr__, __dir__ = lazy_names(
         "MambaConfig": "mambakit.models.mamba.configuration",
         "MambaForCausalLM": "mambakit.models.mamba.modeling",
         "MambaForSequenceClassification": "mambakit.models.mamba.classification",
+        "MambaForTokenClassification": "mambakit.models.mamba.token_classification",
         "MambaModel": "mambakit.models.mamba.modeling",
     },
 )

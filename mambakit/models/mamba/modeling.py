@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
-
-import torch
 from torch import Tensor, nn
 
 from mambakit.decoding.transformers_steps import TransformersSteps
 from mambakit.models.documents import Marks
 from mambakit.models.generate import GenerativeMambaModel
-from mambakit.models.inputs import one_cache, packing_of, shifted_labels
+from mambakit.models.inputs import one_cache
 from mambakit.models.mamba.configuration import MambaConfig
+from mambakit.models.mamba.forward import backbone_forward, cache_of, language_model_forward, only_calls_its_layers
 from mambakit.models.outputs import MambaCausalLMOutput, MambaOutput
 from mambakit.models.pretrained import MambaPreTrainedModel
-from mambakit.models.quantization import require_learning
-from mambakit.modules import MambaBlock, RMSNorm, StateCache, new_cache
-from mambakit.modules.interception import is_ours
-from mambakit.modules.placement import CacheHandle, computing_device, is_dispatched
-from mambakit.ops._backends.memory import in_functorch
-from mambakit.ops._releases import is_exporting
+from mambakit.modules import MambaBlock, RMSNorm, StateCache
 
 
 class MambaModel(MambaPreTrainedModel):
@@ -35,10 +28,7 @@ class MambaModel(MambaPreTrainedModel):
 
     def new_cache(self, batch_size: int) -> StateCache:
         """A zero state for ``batch_size`` rows, in this model's dtype, where its layers compute."""
-        weight = next(self.norm_f.parameters())  # norm_f may be wrapped by another library's module
-        devices = [computing_device(block) for block in self.layers]
-        place = devices if len(set(devices)) > 1 else next(iter(devices), weight.device)
-        return new_cache(self.config, batch_size, place, weight.dtype)
+        return cache_of(self, batch_size)
 
     def forward(
         self,
@@ -81,66 +71,13 @@ class MambaModel(MambaPreTrainedModel):
         Returns:
             `MambaOutput`, or its fields that are not None as a tuple.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if output_attentions:
-            raise ValueError("output_attentions=True: a Mamba model has no attentions; ask for output_hidden_states")
-        cache = one_cache(cache=cache, cache_params=cache_params, past_key_values=past_key_values)
-        config = self.config
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return_dict = config.return_dict if return_dict is None else return_dict
-        if self.training and torch.is_grad_enabled():
-            require_learning(self)
-        # Without gradients there is no backward pass that recomputes: `generate` in train mode keeps its state.
-        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        only_tensors = self._returns_only_tensors()
-        if use_cache and cache is None and (checkpointing or only_tensors):
-            why = "gradient checkpointing keeps no state" if checkpointing else f"{only_tensors} returns tensors alone"
-            warnings.warn(f"use_cache=True: {why}, cache_params is None", stacklevel=2)
-        if use_cache is None:
-            # torch.func transforms functions of tensors: vmap cannot write into memory from outside of it.
-            use_cache = config.use_cache and not self.training and not in_functorch()
-        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        b, length = x.shape[:2]
-        marks = Marks(position_ids, cu_seqlens, seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        packing = packing_of((b, length), x.device, attention_mask, marks, cache)
-        if checkpointing and cache is not None:
-            raise ValueError(
-                "gradient checkpointing runs layers twice and would move the state twice; drop the cache, or call "
-                "gradient_checkpointing_disable()"
-            )
-        if cache is None and use_cache and not (checkpointing or only_tensors):
-            cache = self.new_cache(b if cu_seqlens is None else len(cu_seqlens) - 1)
-
-        if packing is not None:
-            x = packing.pack(x)
-        unpack = (lambda t: t) if packing is None else (lambda t: packing.on(t.device).unpack(t))
-        streams: list[Tensor] = []  # the residual stream that enters each layer; the first is the embeddings
-        residual = None
-        for block in self.layers:
-            if checkpointing:
-                x, residual = self._gradient_checkpointing_func(block.__call__, x, residual, None, packing)
-            else:
-                state = CacheHandle(cache) if cache is not None and is_dispatched(block) else cache
-                x, residual = block(x, residual, state, packing)
-            if output_hidden_states:  # else they would stay alive: 4 h bytes for each token and layer
-                streams.append(residual)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x, residual = self.norm_f(x, residual, wide if config.residual_in_fp32 else None)
-        x = unpack(x)
-        if cache is not None:
-            cache.advance(length)
-        hidden_states = None
-        if output_hidden_states:
-            hidden_states = (*(unpack(t) for t in [*streams[1:], residual][: len(streams)]), x)
-        output = MambaOutput(last_hidden_state=x, cache=None if only_tensors else cache, hidden_states=hidden_states)
-        return output if return_dict else output.to_tuple()
-
-    def _returns_only_tensors(self) -> str:
-        """The caller that takes tensors only, to which no state can be returned; "" where there is none."""
-        if getattr(self, "_is_replica", False):
-            return "a replica of DataParallel"
-        return "an exported program" if is_exporting() or torch.jit.is_tracing() else ""
+        return backbone_forward(
+            self, input_ids, inputs_embeds,
+            one_cache(cache=cache, cache_params=cache_params, past_key_values=past_key_values),
+            use_cache, output_hidden_states, return_dict, attention_mask,
+            Marks(position_ids, cu_seqlens, seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k),
+            output_attentions,
+        )  # fmt: skip
 
 
 class MambaForCausalLM(GenerativeMambaModel):
@@ -190,54 +127,15 @@ class MambaForCausalLM(GenerativeMambaModel):
         Returns:
             `MambaCausalLMOutput` with ``logits`` (b, l, v) in float32.
         """
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        cache = one_cache(cache=cache, cache_params=cache_params, past_key_values=past_key_values)
-        marks = Marks(position_ids, cu_seqlens, seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        others = (attention_mask, inputs_embeds, labels)
-        if all(t is None for t in others) and not (marks.given or output_hidden_states or output_attentions):
-            logits = None if steps is None else steps.logits(input_ids, cache)
-            if logits is not None:
-                result = MambaCausalLMOutput(logits=logits[:, None], cache=cache)
-                return result if return_dict else result.to_tuple()
-        output = self.backbone(
-            input_ids,
-            inputs_embeds=inputs_embeds,
-            cache_params=cache,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            attention_mask=attention_mask,
-            output_attentions=output_attentions,
-            **marks.given,
-        )
-        hidden = output.last_hidden_state
-        if isinstance(logits_to_keep, Tensor):
-            hidden = hidden[:, logits_to_keep]
-        elif logits_to_keep:
-            hidden = hidden[:, -logits_to_keep:]
-        logits = self.lm_head(hidden)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        loss = None
-        if labels is not None:
-            if logits.shape[1] != labels.shape[1]:
-                raise ValueError(
-                    f"labels cover {labels.shape[1]} positions but logits_to_keep left {logits.shape[1]}; "
-                    "leave logits_to_keep at 0 when training"
-                )
-            targets = shifted_labels(labels.to(logits.device), attention_mask, marks)
-            loss = nn.functional.cross_entropy(
-                logits.flatten(0, 1), targets.flatten(), reduction="mean" if num_items_in_batch is None else "sum"
-            )
-            if num_items_in_batch is not None:
-                loss = loss / num_items_in_batch
-        result = MambaCausalLMOutput(loss=loss, logits=logits, cache=output.cache, hidden_states=output.hidden_states)
-        return result if return_dict else result.to_tuple()
+        return language_model_forward(
+            self, input_ids, attention_mask, inputs_embeds,
+            one_cache(cache=cache, cache_params=cache_params, past_key_values=past_key_values),
+            labels, output_hidden_states, return_dict, use_cache, logits_to_keep,
+            Marks(position_ids, cu_seqlens, seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k),
+            output_attentions, num_items_in_batch, steps,
+        )  # fmt: skip
 
     def is_its_layers(self) -> bool:
         """Whether a call of the model only calls its layers in order, so that a caller may pause between them."""
-        backbone = self.backbone
-        ours = type(self).forward is MambaForCausalLM.forward and type(backbone).forward is MambaModel.forward
-        return (
-            ours and is_ours(self) and is_ours(backbone) and not self.training and len(backbone.layers) > 0
-            and all(isinstance(block, MambaBlock) for block in backbone.layers)
-        )  # fmt: skip
+        ours = type(self).forward is MambaForCausalLM.forward and type(self.backbone).forward is MambaModel.forward
+        return ours and only_calls_its_layers(self)

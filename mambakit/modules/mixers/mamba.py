@@ -51,7 +51,7 @@ class TimeStepProjection(nn.Linear):
         nn.init.uniform_(self.weight, -bound, bound)  # for a constant, too: what is drawn after it is the same
         if self.steps.scheme == "constant":
             nn.init.constant_(self.weight, bound)
-        if self.bias is not None:
+        if self.bias is not None and not self.bias.is_meta:  # see `Mixer.reset_own_parameters`
             self.bias.copy_(self.steps.bias(self.bias))
 
     def forward(self, input: Tensor) -> Tensor:

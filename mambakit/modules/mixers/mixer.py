@@ -52,6 +52,11 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def reset_own_parameters(self) -> None:
-        """Draw the mixer's own parameters anew."""
+        """Draw the mixer's own parameters anew.
+
+        On meta there is nothing to draw, and torch would load sympy and torch._dynamo, a second's work, to say so.
+        """
+        if any(parameter.is_meta for parameter in self.parameters(recurse=False)):
+            return
         for name, value in self.initial_values().items():
             getattr(self, name).copy_(value)

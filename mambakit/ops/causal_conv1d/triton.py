@@ -14,6 +14,8 @@ saved and read), keeps the k - 1 unfinished values of dx in registers, and runs 
 dx there still needs them. dweight and dbias are summed over a program's walks, written as one partial per program and
 added in a fixed order by a second kernel: no atomics, so the same inputs give the same bits.
 
+(b, d, l) memory has kernels of its own (`triton_tokens_kernels.py`): a warp's lanes are tokens of one channel there.
+
 Packed sequences: one small kernel writes, for every position, where its sequence starts and which sequence it is (found
 on the device, so the op can be captured in a CUDA graph); walks then reset their window at a start.
 """
@@ -25,9 +27,10 @@ import torch
 import triton
 from torch import Tensor
 
-from mambakit.ops._layout import dense_as
+from mambakit.ops._layout import dense_as, empty_as, is_transposed
 from mambakit.ops.causal_conv1d import chunked
 from mambakit.ops.causal_conv1d import triton_kernels as kernels
+from mambakit.ops.causal_conv1d import triton_tokens_kernels as tokens_kernels
 
 
 class Tile(NamedTuple):
@@ -101,7 +104,83 @@ def _on_kernels(x: Tensor, k: int) -> bool:
     return 2 <= k <= 8 and x.dtype != torch.float64
 
 
+_PROGRAM = 1024  # elements of a program of (b, d, l) memory, of 4 warps
+_STATES = 64  # channels of a program that writes states
+
+
+def _run(length: int) -> tuple[int, int]:
+    """(channels, tokens) of a program of (b, d, l) memory."""
+    tokens = min(max(triton.next_power_of_2(length), 64), _PROGRAM)
+    return _PROGRAM // tokens, tokens
+
+
+def _convolve_tokens(x, weight, bias, activation, state, slots, cu_seqlens, final_dtype) -> tuple[Tensor, Tensor]:
+    """`_convolve` of (b, d, l) memory."""
+    b, length, d = x.shape
+    k = weight.shape[1]
+    sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    y = empty_as(x)
+    final = torch.empty((sequences, d, k - 1), dtype=final_dtype, device=x.device)
+    rows, tokens = _run(length)
+    starts, ids = _sequences(cu_seqlens, length)
+    chunks = triton.cdiv(length, tokens)
+    programs = triton.cdiv(b * d, rows) * chunks
+    grid = programs + sequences * triton.cdiv(d, _STATES)
+    if grid:
+        tokens_kernels.forward_kernel[(grid,)](
+            x, weight, bias, state, slots, starts, ids, cu_seqlens, y, final,
+            length, d, chunks, b * d, programs, x.stride(0), x.stride(2), *weight.stride(),
+            *((0, 0, 0) if state is None else state.stride()),
+            K=k, ROWS=rows, TOKENS=tokens, KP=triton.next_power_of_2(k - 1), BLOCK_D=_STATES,
+            SILU=activation == "silu", HAS_BIAS=bias is not None, HAS_INITIAL=state is not None,
+            HAS_SLOTS=slots is not None, PACKED=cu_seqlens is not None, num_warps=4,
+        )  # fmt: skip
+    return y, final
+
+
+def _differentiate_tokens(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens):
+    """`backward` of (b, d, l) memory."""
+    b, length, d = x.shape
+    k = weight.shape[1]
+    sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dy = dy if is_transposed(dy) else dense_as(dy, x)
+    dx = empty_as(x)
+    dweight = torch.empty((d, k), dtype=weight.dtype, device=x.device)
+    dbias = weight.new_empty(0) if bias is None else torch.empty(d, dtype=bias.dtype, device=x.device)
+    dinitial = x.new_empty(0)
+    if initial_state is not None:
+        dinitial = torch.empty((sequences, d, k - 1), dtype=initial_state.dtype, device=x.device)
+    rows, tokens = 8, 64  # a lane has 4 elements: the sums of dweight take k + 1 registers for each
+    own, steps, wanted = tokens - (k - 1), 16, 8 * _processors(x.device)
+    while steps > 1 and (
+        own * steps >= 2 * length or triton.cdiv(b * d, rows) * triton.cdiv(length, own * steps) < wanted
+    ):
+        steps //= 2
+    starts, ids = _sequences(cu_seqlens, length)
+    chunks = triton.cdiv(length, own * steps)
+    programs = triton.cdiv(b * d, rows) * chunks
+    partials = torch.empty((b * chunks, k + 1, d), dtype=torch.float32, device=x.device)
+    grid = programs + (0 if initial_state is None else sequences * triton.cdiv(d, _STATES))
+    if grid:
+        tokens_kernels.backward_kernel[(grid,)](
+            dy, dfinal, x, weight, bias, initial_state, starts, ids, cu_seqlens, dx, partials, dinitial,
+            length, d, chunks, b * d, programs, dy.stride(0), dy.stride(2), x.stride(0), x.stride(2),
+            *weight.stride(), *((0, 0, 0) if initial_state is None else initial_state.stride()),
+            K=k, ROWS=rows, TOKENS=tokens, STEPS=steps, BLOCK_D=_STATES, SILU=activation == "silu",
+            HAS_BIAS=bias is not None,
+            HAS_INITIAL=initial_state is not None, HAS_DFINAL=dfinal is not None, PACKED=cu_seqlens is not None,
+            num_warps=4,
+        )  # fmt: skip
+    if d:
+        kernels.sum_partials_kernel[(triton.cdiv(d, 32), k + (bias is not None))](
+            partials, dweight, dbias, b * chunks, d, K=k, HAS_BIAS=bias is not None, ROWS=128, BLOCK_D=32
+        )
+    return dx, dweight, dbias, dinitial
+
+
 def _convolve(x, weight, bias, activation, state, slots, cu_seqlens, final_dtype) -> tuple[Tensor, Tensor]:
+    if is_transposed(x):
+        return _convolve_tokens(x, weight, bias, activation, state, slots, cu_seqlens, final_dtype)
     b, length, d = x.shape
     k = weight.shape[1]
     sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -132,8 +211,7 @@ def forward(x, weight, bias, activation, initial_state, cu_seqlens):
         return chunked.forward(x, weight, bias, activation, initial_state, cu_seqlens)
     with torch.cuda.device_of(x):
         bias = None if bias is None else bias.contiguous()
-        y, final = _convolve(x, weight, bias, activation, initial_state, None, cu_seqlens, x.dtype)
-    return dense_as(y, x), final
+        return _convolve(x, weight, bias, activation, initial_state, None, cu_seqlens, x.dtype)
 
 
 def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens, dx=None):
@@ -150,8 +228,8 @@ def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens,
     with torch.cuda.device_of(x):
         bias = None if bias is None else bias.contiguous()
         dfinal = None if dfinal is None else dfinal.contiguous()
-        given = x
-        in_place = dx is not None
+        if dx is None and is_transposed(x):
+            return _differentiate_tokens(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens)
         if dx is None:
             dx = torch.empty((b, length, d), dtype=x.dtype, device=x.device)
         dweight = torch.empty((d, k), dtype=weight.dtype, device=x.device)
@@ -182,7 +260,7 @@ def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens,
             kernels.sum_partials_kernel[(triton.cdiv(d, 32), k + (bias is not None))](
                 partials, dweight, dbias, programs, d, K=k, HAS_BIAS=bias is not None, ROWS=128, BLOCK_D=32
             )
-    return dx if in_place else dense_as(dx, given), dweight, dbias, dinitial
+    return dx, dweight, dbias, dinitial
 
 
 def forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens):
@@ -196,15 +274,15 @@ def forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens):
         bias = None if bias is None else bias.contiguous()
         slots = None if slot_indices is None else slot_indices.contiguous()
         # The lengths of packed sequences are known on the device only: decide by their mean.
-        if length > (_DECODE_STEPS if cu_seqlens is None else _DECODE_STEPS + 4 * sequences):
+        longest = _DECODE_STEPS if cu_seqlens is None else _DECODE_STEPS + 4 * sequences
+        if length > longest or is_transposed(x):
             # Two walks may read one state, so it is written only after all of them, from a copy.
             y, final = _convolve(x, weight, bias, activation, state, slots, cu_seqlens, state.dtype)
             if final.numel():
                 kernels.scatter_kernel[(sequences, triton.cdiv(d * (k - 1), 1024))](
                     final, state, slots, d, *state.stride(), K=k, BLOCK=1024, HAS_SLOTS=slots is not None
                 )
-            return dense_as(y, x)
-        given = x
+            return y
         y = torch.empty((b, length, d), dtype=x.dtype, device=x.device)
         x, stride_b, stride_t = _rows_in_place(x)
         grid = sequences * triton.cdiv(d, 128)
@@ -216,4 +294,4 @@ def forward_(state, slot_indices, x, weight, bias, activation, cu_seqlens):
                 HAS_BIAS=bias is not None, HAS_SLOTS=slots is not None, PACKED=cu_seqlens is not None,
                 num_warps=1,
             )  # fmt: skip
-    return dense_as(y, given)
+    return y

@@ -60,6 +60,7 @@ def _load(options: WorkerOptions) -> tuple[Any, Any]:
     import torch
     import transformers
 
+    from mambakit.models.adapters import merge_adapters
     from mambakit.models.auto import AutoModelForCausalLM, AutoTokenizer
     from mambakit.models.devices import default_dtype
 
@@ -69,8 +70,22 @@ def _load(options: WorkerOptions) -> tuple[Any, Any]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = options.dtype or default_dtype(device)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    if hasattr(model, "peft_config"):
+        merge_adapters(model)  # plain layers: the decoders read their weights
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(options.model)
+
+
+def _state(path: str | None, model: Any) -> Any:
+    """The state that every text starts from, of one row; None without a file."""
+    if path is None:
+        return None
+    from mambakit.generation.state import State
+
+    state = State.load(path, model)
+    if state.rows != 1:
+        raise ValueError(f"{path} holds {state.rows} rows; select one and save it alone")
+    return state
 
 
 class _Worker:
@@ -96,6 +111,7 @@ class _Worker:
             if options.prefix_cache_bytes
             else None
         )
+        self.state = _state(options.state, self.model)
         self.inbox, self.outbox = inbox, Outbox(channel, inbox)
         self.progress = progress or _Progress()
         self.running: dict[Any, Text] = {}  # by `Request`
@@ -156,8 +172,11 @@ class _Worker:
         from mambakit.decoding.sampling_params import SamplingParams
         from mambakit.generation.engine import Request
 
-        ids = torch.frombuffer(bytearray(task.prompt_ids), dtype=torch.int64)
-        return self.engine.submit(Request(ids, SamplingParams(**task.sampling), task.max_new_tokens, share=task.share))
+        ids, cache = torch.frombuffer(bytearray(task.prompt_ids), dtype=torch.int64), None
+        if self.state is not None:  # with its unread token, if it has one
+            ids, cache = torch.cat([self.state.pending[0].cpu(), ids]), self.state.cache
+        sampling = SamplingParams(**task.sampling)
+        return self.engine.submit(Request(ids, sampling, task.max_new_tokens, state=cache, share=task.share))
 
     def _step(self) -> None:
         self.progress.steps += 1

@@ -7,9 +7,11 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from mambakit.ops._layout import is_transposed  # noqa: E402
 from mambakit.ops.causal_conv1d import chunked  # noqa: E402
 from mambakit.ops.causal_conv1d import triton as conv  # noqa: E402
 from mambakit.ops.causal_conv1d import triton_kernels as kernels  # noqa: E402
+from mambakit.ops.causal_conv1d import triton_tokens_kernels as tokens_kernels  # noqa: E402
 from tests.ops.interpreter import DEVICES, INTERPRETED, run_interpreted  # noqa: E402
 
 # Rounding y to bfloat16 costs 1.7e-3 at most in this norm. Triton's interpreter truncates instead: twice that.
@@ -85,7 +87,7 @@ def exact(value):
 
 def assert_close(got, expected, dtype, name):
     assert got.shape == expected.shape, name
-    assert got.is_contiguous(), name
+    assert got.is_contiguous() or got.transpose(1, 2).is_contiguous(), name
     error = (got.double() - expected).norm() / expected.norm().clamp(min=1e-30)
     assert expected.numel() == 0 or error <= TOLERANCE[dtype], f"{name}: relative error {error:.1e}"
 
@@ -110,6 +112,47 @@ def test_matches_reference(device, case, dtype):
     check(case, dtype, device)
 
 
+def check_tokens(case, dtype, device, gradient_too=True):
+    """Where the tokens of x, and of the gradient, are adjacent."""
+    dy, dfinal, x, *rest = inputs(case, dtype, device).values()
+    x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    dy = dy.transpose(1, 2).contiguous().transpose(1, 2) if gradient_too else dy
+    y, final = conv.forward(x, *rest)
+    for name, got, want in zip(("y", "final"), (y, final), chunked.forward(*map(exact, (x, *rest))), strict=True):
+        assert_close(got, want, dtype, name)
+    found = conv.backward(dy, dfinal, x, *rest)
+    expected = chunked.backward(*map(exact, (dy, dfinal, x, *rest)))
+    for name, got, want in zip(("dx", "dweight", "dbias", "dinitial"), found, expected, strict=True):
+        assert_close(got, want, dtype, name)
+    assert is_transposed(y) == is_transposed(x) == is_transposed(found[0])
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in (2, 5, 6, 9, 10)], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_tokens_that_are_adjacent(device, case):
+    check_tokens(case, torch.float32, device)
+    if case == CASES[2]:
+        check_tokens(case, torch.bfloat16, device, gradient_too=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_tokens_that_are_adjacent_on_large_shapes(device, case, dtype):
+    check_tokens(case, dtype, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_row_of_several_programs(device, monkeypatch):
+    monkeypatch.setattr(conv, "_PROGRAM", 64)
+    monkeypatch.setattr(conv, "_processors", lambda device: 1000)  # as many programs as there are tiles
+    for case in (
+        (2, 150, 3, 4, False, True, True, True, "silu", False),
+        (1, 150, 3, 8, True, True, True, True, "", False),
+    ):
+        check_tokens(case, torch.float32, device)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", LARGE, ids=str)
 @pytest.mark.parametrize("device", DEVICES[1:])
@@ -123,9 +166,15 @@ def test_matches_reference_on_large_shapes(device, case, dtype):
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("has_slots", [False, True])
 def test_in_place(device, packed, length, state_dtype, has_slots):
+    check_in_place(device, packed, length, state_dtype, has_slots, False)
+
+
+def check_in_place(device, packed, length, state_dtype, has_slots, tokens):
     d, k = 40, 4
     b = 1 if packed else 3
     x = torch.randn(b, length, d).to(torch.bfloat16)
+    if tokens:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
     weight, bias = torch.randn(d, k), torch.randn(d)
     cu = torch.tensor([0, 0, length - length // 3, length], dtype=torch.int32) if packed else None
     slots = torch.tensor([5, -1, 0], dtype=torch.int32) if has_slots else None
@@ -143,6 +192,12 @@ def test_in_place(device, packed, length, state_dtype, has_slots):
     assert torch.equal(pool.cpu().double(), expected_pool)  # states are copies of inputs: no rounding
     if has_slots:
         assert torch.equal(pool.cpu()[[1, 2, 3, 4]], before[[1, 2, 3, 4]])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_in_place_where_tokens_are_adjacent(device, packed):
+    check_in_place(device, packed, 4, torch.float32, True, True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -228,6 +283,20 @@ def test_kernels_compile(k, packed, states):
         (kernels.scatter_kernel, {"K": k, "BLOCK": 1024, "HAS_SLOTS": states}),
     ):
         constants |= {name: value for name, value in absent.items() if name in kernel.arg_names}
+        compile_for_hopper(kernel, constants, **POINTERS)
+    tokens = {
+        "K": k,
+        "ROWS": 8,
+        "TOKENS": 64,
+        "STEPS": 4,
+        "BLOCK_D": 64,
+        "HAS_INITIAL": states,
+        "SILU": True,
+        "HAS_BIAS": states,
+    }
+    tokens |= {"PACKED": packed, "KP": triton.next_power_of_2(k - 1), "HAS_SLOTS": states, "HAS_DFINAL": states}
+    for kernel in (tokens_kernels.forward_kernel, tokens_kernels.backward_kernel):
+        constants = {name: value for name, value in {**tokens, **absent}.items() if name in kernel.arg_names}
         compile_for_hopper(kernel, constants, **POINTERS)
     compile_for_hopper(kernels.sequences_kernel, {"BLOCK": 256}, **POINTERS)
 

@@ -1,0 +1,76 @@
+"""Embeddings of texts: one vector for each, from the states after its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mambakit.quoting import brief
+
+Pooling = Literal["last", "mean"]
+_POOLINGS = ("last", "mean")
+
+
+@torch.inference_mode()
+def embed(
+    model: Any,
+    tokenizer: Any,
+    texts: str | Sequence[str],
+    pooling: Pooling = "mean",
+    normalize: bool = True,
+    batch_size: int = 32,
+) -> Tensor:
+    """One vector for each text.
+
+    Texts of a batch have nearly the same length and are padded; padding changes nothing.
+
+    Args:
+        model: `MambaModel`, or a model with one as its backbone.
+        tokenizer: transformers'.
+        texts: one text, or several.
+        pooling: "mean" of the last hidden states of a text's tokens, or the "last" token's, which has read them all.
+        normalize: to length 1, so that a product is the cosine.
+        batch_size: texts that are read together.
+
+    Returns:
+        (texts, h) float32, on the model's device.
+
+    Raises:
+        ValueError: an unknown pooling, or a text without tokens.
+    """
+    if pooling not in _POOLINGS:
+        raise ValueError(f"pooling is {brief(pooling)}; choose one of {', '.join(_POOLINGS)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+    given = [texts] if isinstance(texts, str) else list(texts)
+    rows = [tokenizer(text)["input_ids"] for text in given]
+    for index, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"text {index} ({brief(given[index])}) has no tokens, and so no state to pool; drop it")
+    backbone = model.base_model
+    vectors: list[Tensor] = [torch.empty(0, device="cpu", dtype=torch.float32)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        for index, vector in zip(chosen, _pooled(backbone, [rows[i] for i in chosen], pooling), strict=True):
+            vectors[index] = vector
+    if not vectors:
+        return torch.empty(0, model.config.hidden_size, dtype=torch.float32, device=model.device)
+    result = torch.stack(vectors)
+    return torch.nn.functional.normalize(result, dim=-1) if normalize else result
+
+
+def _pooled(backbone: Any, rows: list[list[int]], pooling: str) -> Tensor:
+    """(b, h) float32."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64, device="cpu")
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device="cpu")
+    mask = (torch.arange(longest, dtype=torch.int64, device="cpu") < lengths[:, None]).to(torch.int64)
+    ids, mask, lengths = ids.to(backbone.device), mask.to(backbone.device), lengths.to(backbone.device)
+    hidden = backbone(ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
+    if pooling == "last":
+        return hidden[torch.arange(len(rows), dtype=torch.int64, device=hidden.device), lengths - 1]
+    return (hidden * mask[..., None]).sum(1) / lengths[:, None]
