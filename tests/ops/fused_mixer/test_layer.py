@@ -327,6 +327,27 @@ def test_weights_written_without_a_version_are_seen(device, planned):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_images_as_tokens_and_shapes_without_end(device, planned, monkeypatch):
+    """(b, h, l) that is transposed is copied; plans of too many shapes are dropped and made again."""
+    _, fields = CASES[0]
+    passes = planned(device)
+    monkeypatch.setattr(layer, "_plans", {})
+    monkeypatch.setattr(layer, "_MOST", 2)
+    block = block_of(fields, device)
+    image = torch.randn(2, 32, 5, 7, device=device, requires_grad=True)
+    y = block.mixer(image.flatten(2).transpose(1, 2))
+    (found,) = torch.autograd.grad(y.sum(), image)
+    row = image.detach().flatten(2).transpose(1, 2).contiguous().requires_grad_()
+    (expected,) = torch.autograd.grad(block.mixer(row).sum(), row)
+    assert torch.equal(found.flatten(2).transpose(1, 2), expected)
+    assert passes == ["forward", "backward"] * 2
+    for length in (35, 9, 1, 35):
+        block.mixer(torch.randn(2, length, 32, device=device))
+        assert 1 <= len(layer._plans) <= 2
+    assert passes[4:] == ["forward"] * 4
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_weight_changed_before_the_backward_pass_raises(device, planned):
     shape, fields = CASES[0]
     planned(device)
