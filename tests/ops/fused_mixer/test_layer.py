@@ -291,7 +291,7 @@ def test_states_in_place(device, half, planned):
     block = block_of(fields, device, dtype).eval()
     cache = StateCache(config.state_spec(dtype), 3, device=device)
     states = [t.clone() for t in cache.memory(0)]
-    with torch.no_grad():
+    with torch.no_grad() if half else torch.inference_mode():
         for part, wanted in zip(x.split([37, 9, 1], 1), whole.split([37, 9, 1], 1), strict=True):
             y, _ = block(part.contiguous().to(device, dtype), None, cache)
             assert y.dtype == dtype
