@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import warnings
 
@@ -13,8 +14,11 @@ from torch import nn
 pytest.importorskip("triton")
 
 from mambakit import MambaConfig
+from mambakit.compat.block import Block as CompatBlock
+from mambakit.compat.early_block import Block as EarlyBlock
 from mambakit.compat.inner import mamba_inner_fn, mamba_inner_fn_no_out_proj
 from mambakit.compat.mamba import Mamba
+from mambakit.compat.norm import RMSNorm as CompatNorm
 from mambakit.modules import Packing, StateCache
 from mambakit.modules.block import MambaBlock
 from mambakit.modules.mixers import fused_layer
@@ -259,6 +263,35 @@ def test_the_layer_and_the_functions_of_mamba_ssm(device, kind, planned):
     assert found.keys() == expected.keys()
     for name, value in found.items():
         assert relative_error(value, expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("early", [False, True], ids=["block", "early block"])
+def test_the_blocks_of_mamba_ssm(device, early, planned):
+    torch.manual_seed(0)
+    mixer = functools.partial(Mamba, dt_rank=3)
+    if early:
+        block = EarlyBlock(32, mixer, CompatNorm, True, True)
+    else:
+        block = CompatBlock(32, mixer, nn.Identity, CompatNorm, True, True)
+    x, residual, dy, dstream = torch.randn(4, 2, 37, 32)
+
+    def run(b, dtype, place):
+        leaves = [t.to(place, dtype).requires_grad_() for t in (x, residual)]
+        y, stream = b(*leaves)
+        torch.autograd.backward([y, stream], [dy.to(y), dstream.to(stream)])
+        found = [y.detach(), stream.detach(), *(t.grad for t in leaves), *(p.grad for p in b.parameters())]
+        b.zero_grad()
+        return found
+
+    expected = run(copy.deepcopy(block).double(), torch.float64, "cpu")
+    passes = planned(device)
+    for value, wanted in zip(run(block.to(device), F32, device), expected, strict=True):
+        assert relative_error(value, wanted) < 1e-5
+    assert passes == ["forward", "backward"]
+    block.norm.drop = nn.Dropout(0.5)
+    block(x.to(device))
+    assert passes[2:] == ["forward"]  # the mixer's alone
 
 
 @pytest.mark.parametrize("device", DEVICES)
