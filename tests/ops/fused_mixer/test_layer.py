@@ -470,7 +470,8 @@ def test_what_is_no_plain_layer_is_called(device, planned):
         if device == "cpu":  # its ops have no GPU to go to
             patch.setattr(layer, "on_gpu", lambda x: False)
         assert relative_error(block(x)[0], 2 * expected) < 1e-5
-        assert passes == []
+        assert passes == ([] if device == "cpu" else ["forward"])  # what lies between the projections
+        passes.clear()
         # A copy of a layer that ran as a plan has hooks of its own.
         block = copy.deepcopy(plain)
         seen = []
