@@ -48,7 +48,7 @@ def fails(capsys):
 @pytest.fixture
 def unread(monkeypatch):
     """No model may be loaded."""
-    import mambakit.models.pretrained  # it must not take the replaced name for its own
+    import mambakit.models.pretrained  # noqa: F401, it must not take the replaced name for its own
     from mambakit.models.checkpoints import loading as checkpoints
 
     def load(*args, **kwargs):
