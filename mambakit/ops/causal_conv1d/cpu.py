@@ -56,10 +56,11 @@ def _without_float16(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
-def _address(x: Tensor) -> int | None:
+def _address(x: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int, int]) -> int | None:
     """Of a (b, l, d) tensor whose channels, or whose tokens, are adjacent."""
-    rows = x.transpose(1, 2) if is_transposed(x) else x
-    return address_of_rows(rows, FLOAT32_OR_BFLOAT16, tuple(rows.shape))
+    if is_transposed(x):
+        return address_of_rows(x.transpose(1, 2), dtypes, (shape[0], shape[2], shape[1]))
+    return address_of_rows(x, dtypes, shape)
 
 
 def _channel_stride(x: Tensor) -> int:
@@ -89,14 +90,14 @@ class _Call:
         state = final_state if initial is None else initial
         # In place the states are a pool, of which there may be more than rows.
         rows = initial.shape[0] if initial is not None and initial is final_state else self.sequences
-        states = rows * self.d * (self.k - 1)
+        states, dtype, shape = rows * self.d * (self.k - 1), (self.x.dtype,), (self.b, self.l, self.d)
         state_dtype = FLOAT32_OR_BFLOAT16 if state is None else (state.dtype,)
         return Arguments(
-            _address(self.x),
+            _address(self.x, FLOAT32_OR_BFLOAT16, shape),
             address(self.weight, FLOAT32, self.d * self.k), address(self.bias, FLOAT32, self.d),
             address(initial, FLOAT32_OR_BFLOAT16, states), address(slots, INT32, self.sequences),
             address(self.cu, INT32, self.sequences + 1), address(final_state, state_dtype, states),
-            None if y is None else _address(y), self.b, self.l, self.d, self.k, self.sequences,
+            None if y is None else _address(y, dtype, shape), self.b, self.l, self.d, self.k, self.sequences,
             self.silu, state is not None and is_half(state), native.threads(), *row_strides(self.x),
             _channel_stride(self.x),
         )  # fmt: skip
@@ -146,8 +147,8 @@ def backward(dy, dfinal, x, weight, bias, activation, initial_state, cu_seqlens)
     dinitial = None if call.initial is None else empty(*call.initial.shape, dtype=call.initial.dtype)
     states, kernel_dtype = call.sequences * d * (k - 1), (call.x.dtype,)
     gradients = _Gradients(
-        _address(dy), address(dfinal, kernel_dtype, states),
-        _address(dx), address(dweight, FLOAT32, d * k), address(dbias, FLOAT32, d),
+        _address(dy, kernel_dtype, tuple(call.x.shape)), address(dfinal, kernel_dtype, states),
+        _address(dx, kernel_dtype, tuple(call.x.shape)), address(dweight, FLOAT32, d * k), address(dbias, FLOAT32, d),
         address(dinitial, FLOAT32_OR_BFLOAT16, states), address(dweight_rows, FLOAT32, b * d * k),
         address(dbias_rows, FLOAT32, b * d), *row_strides(dy), _channel_stride(dy),
     )  # fmt: skip

@@ -91,14 +91,14 @@ class _Selection:
         groups: of channels. constant: whether it does not depend on time.
     """
 
-    def __init__(self, x: Tensor, dtype: torch.dtype, b: int, length: int, d: int):
+    def __init__(self, x: Tensor, dtype: torch.dtype, b: int, length: int, d: int, n: int):
         self.shape, self.dtype = x.shape, x.dtype
         self.groups, self.constant = selection.groups(x), not selection.varies(x, length)
-        n = x.shape[-1]
+        rows = b if x.shape[0] == b else 1
         if self.constant:
             x = selection.of_channels(x, d)
             self.held, self.other, self.strides = x, 0, (d * n if x.shape[0] > 1 else 0, 0, 0, 0)
-            self.place = address(x, FLOAT32, x.numel())
+            self.place = address(x, FLOAT32, rows * d * n)
             return
         x = _without_float16(x)
         x = x[:, :, None] if x.dim() == 3 else x
@@ -107,8 +107,12 @@ class _Selection:
         self.held, self.other = x, x.dtype != dtype
         row, token, group, state = x.stride()
         self.strides = (row if x.shape[0] > 1 else 0, token, group if self.groups > 1 else 0, state)
-        rows = x if state == 1 else x.transpose(1, 3)
-        self.place = address_of_rows(rows, FLOAT32_OR_BFLOAT16, tuple(rows.shape))
+        shape = rows, length, self.groups, n
+        if state == 1:
+            self.place = address_of_rows(x, FLOAT32_OR_BFLOAT16, shape)
+        else:
+            shape = rows, n, self.groups, length
+            self.place = address_of_rows(x.transpose(1, 3), FLOAT32_OR_BFLOAT16, shape)
 
     def gradient(self, b: int, length: int, d: int, groups: int, dtype: torch.dtype) -> Tensor:
         """Memory for what the kernel makes: (b, l, groups, n), or float32 (b, d, n) of a constant."""
@@ -129,8 +133,8 @@ class _Call:
         self.shape = self.b, self.l, self.d = u.shape
         self.n = A.shape[1]
         self.u, self.delta, self.z = (_Channels(x, self.dtype, self.shape) for x in (u, delta, z))
-        self.B, self.C = (_Selection(x, self.dtype, *self.shape) for x in (B, C))
-        self.groups = selection.common_groups(B, C, self.l)
+        self.B, self.C = (_Selection(x, self.dtype, self.b, self.l, self.d, self.n) for x in (B, C))
+        self.groups = selection.common_groups(B, C, self.l, self.d)
         # Held here: a structure of addresses keeps no tensor alive.
         self.A, self.D, self.bias = A.contiguous(), as_float32(D), as_float32(delta_bias)
         self.cu = None if cu_seqlens is None else cu_seqlens.contiguous()

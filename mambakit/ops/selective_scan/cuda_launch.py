@@ -62,7 +62,7 @@ def operands(d: int, n: int, itemsize: int, B: Tensor, C: Tensor, **given: Tenso
     first = next(iter(given.values()))
     assert first is not None
     (b, length, _), dtypes, device = first.shape, (first.dtype,), first.get_device()
-    groups = selection.common_groups(B, C, length)
+    groups = selection.common_groups(B, C, length, d)
     tensors: list[Tensor | None] = []
     fields: dict[str, int] = {}
     odd, transposed, constant = d // groups | n, 0, 0
@@ -82,17 +82,18 @@ def operands(d: int, n: int, itemsize: int, B: Tensor, C: Tensor, **given: Tenso
         tensors.append(t)
         fields |= {name: address, f"{name}_b": row, f"{name}_t": token, f"{name}_c": element}
     for name, x, bit in (("B", B, 1), ("C", C, 2)):
+        rows = b if x.shape[0] == b else 1
         if selection.varies(x, length):
             x = x[:, :, None] if x.dim() == 3 else x
             if x.stride(3) != 1 or x.stride(1) >= _FARTHEST:
                 x = x.contiguous()
             row, token, group, _ = x.stride()
             row, group = row if x.shape[0] == b else 0, group if x.shape[2] > 1 else 0
-            address = memory.address_of_rows(x, dtypes, tuple(x.shape), device)
+            address = memory.address_of_rows(x, dtypes, (rows, length, x.shape[2], n), device)
             odd |= row | token | group | address // itemsize
         else:
             x = selection.of_channels(x, d)
-            address, row, token, group = memory.address(x, FLOAT32, x.numel(), device), 0, 0, 0
+            address, row, token, group = memory.address(x, FLOAT32, rows * d * n, device), 0, 0, 0
             row, constant = d * n if x.shape[0] == b else 0, constant | bit
         tensors.append(x)
         fields |= {name: address, f"{name}_b": row, f"{name}_t": token, f"{name}_g": group}

@@ -87,9 +87,17 @@ class _Compact(torch.autograd.Function):
         return (gradient / ctx.count).expand(ctx.shape), None
 
 
-def common_groups(B: Tensor, C: Tensor, length: int) -> int:
-    """Groups of channels that a kernel tells apart: of constants every channel has its own states."""
-    return max((groups(x) for x in (B, C) if varies(x, length)), default=1)
+def common_groups(B: Tensor, C: Tensor, length: int, d: int) -> int:
+    """Groups of channels that a kernel tells apart: of constants every channel has its own states.
+
+    Raises:
+        ValueError: groups that do not divide the channels, or of different numbers.
+    """
+    found = {groups(x) for x in (B, C) if varies(x, length)} | {1}
+    largest = max(found)
+    if len(found) > 2 or d % largest:
+        raise ValueError(f"selective_scan: B has {groups(B)} groups and C {groups(C)}, of {d} channels")
+    return largest
 
 
 def of_channels(x: Tensor, d: int) -> Tensor:
