@@ -37,9 +37,10 @@ class Marks(NamedTuple):
     max_length_q: Any = None
     max_length_k: Any = None
 
-    @property
-    def given(self) -> dict[str, Any]:
-        return {name: value for name, value in self._asdict().items() if value is not None}
+
+def given_marks(marks: Marks) -> dict[str, Any]:
+    """Those that are not None, by name. A function: torch.compile of torch 2.9 traces no property of a named tuple."""
+    return {name: value for name, value in zip(Marks._fields, marks, strict=True) if value is not None}
 
 
 class Documents(NamedTuple):
@@ -221,7 +222,9 @@ def _require_agreement(found: dict[str, Tensor], keep: Tensor | None) -> None:
 
 
 def _require_lengths(marks: Marks, starts: Tensor | None, keep: Tensor | None, shape: tuple[int, int]) -> None:
-    given = {name: int(marks.given[name]) for name in ("max_length_q", "max_length_k") if name in marks.given}
+    given = {
+        name: int(given_marks(marks)[name]) for name in ("max_length_q", "max_length_k") if name in given_marks(marks)
+    }
     if not given or shape[0] * shape[1] == 0:
         return
     if len(set(given.values())) > 1:

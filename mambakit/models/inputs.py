@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.models.documents import Marks, as_lengths, documents_of, require_cumulative
+from mambakit.models.documents import Marks, as_lengths, documents_of, given_marks, require_cumulative
 from mambakit.modules.packing import Packing
 from mambakit.modules.state_cache import StateCache
 from mambakit.modules.tracing import values_are_hidden
@@ -44,7 +44,7 @@ def packing_of(
             raise ValueError(
                 f"cu_seqlens packs sequences into one row, but the batch has {b}; flatten it to (1, {b * length})"
             )
-        if attention_mask is None and len(marks.given) == 1:
+        if attention_mask is None and len(given_marks(marks)) == 1:
             if not values_are_hidden(cu_seqlens):
                 require_cumulative("cu_seqlens", cu_seqlens, shape)
         else:
@@ -73,7 +73,7 @@ def shifted_labels(labels: Tensor, attention_mask: Tensor | None, marks: Marks) 
     mask = None if attention_mask is None else torch.as_tensor(attention_mask, device=labels.device)[:, -last:]
     cut = {
         name: torch.as_tensor(value, device=labels.device)[..., -last:]
-        for name, value in marks.given.items()
+        for name, value in given_marks(marks).items()
         if name in ("position_ids", "seq_idx")
     }
     keep, starts = documents_of((labels.shape[0], last), labels.device, mask, marks._replace(**cut), check=False)

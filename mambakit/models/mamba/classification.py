@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambakit.models.documents import Marks, begin_inside, documents_of
+from mambakit.models.documents import Marks, begin_inside, documents_of, given_marks
 from mambakit.models.inputs import one_cache
 from mambakit.models.mamba.configuration import MambaConfig
 from mambakit.models.mamba.modeling import MambaModel
@@ -66,7 +66,7 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
         marks = Marks(position_ids, cu_seqlens, seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         cache = one_cache(cache=cache, cache_params=cache_params, past_key_values=past_key_values)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if tokens is not None and (marks.given or attention_mask is not None):
+        if tokens is not None and (given_marks(marks) or attention_mask is not None):
             _require_one_document(tokens, attention_mask, marks, cache)
         output = self.backbone(
             input_ids,
@@ -77,7 +77,7 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
             return_dict=True,
             attention_mask=attention_mask,
             output_attentions=output_attentions,
-            **marks.given,
+            **given_marks(marks),
         )
         hidden = output.last_hidden_state
         b, length = hidden.shape[:2]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.decoding.transformers_steps import TransformersSteps
-from mambakit.models.documents import Marks
+from mambakit.models.documents import Marks, given_marks
 from mambakit.models.inputs import packing_of, shifted_labels
 from mambakit.models.outputs import MambaCausalLMOutput, MambaOutput
 from mambakit.models.quantization import require_learning
@@ -125,7 +125,7 @@ def language_model_forward(
     """`MambaForCausalLM.forward`, of modules ``backbone`` and ``lm_head``."""
     return_dict = model.config.return_dict if return_dict is None else return_dict
     others = (attention_mask, inputs_embeds, labels)
-    if all(t is None for t in others) and not (marks.given or output_hidden_states or output_attentions):
+    if all(t is None for t in others) and not (given_marks(marks) or output_hidden_states or output_attentions):
         logits = None if steps is None else steps.logits(input_ids, cache)
         if logits is not None:
             result = MambaCausalLMOutput(logits=logits[:, None], cache=cache)
@@ -139,7 +139,7 @@ def language_model_forward(
         return_dict=True,
         attention_mask=attention_mask,
         output_attentions=output_attentions,
-        **marks.given,
+        **given_marks(marks),
     )
     hidden = output.last_hidden_state
     if isinstance(logits_to_keep, Tensor):
