@@ -14,6 +14,7 @@ same calls from a CUDA graph, and `one_thread_ms`, wall time where autograd runs
 Each path runs in a process of its own:
     ordinary   mambakit, each op through torch's dispatcher
     prepared   mambakit's default: whole layers as one function over launches that are prepared once for a shape
+    drop-in    mambakit's classes of mamba_ssm's interface (`mambakit.compat`)
     mamba-ssm  what is installed of it, measured in the same run; left out where it is not installed
 A path whose results are wrong (beside float64 on the CPU) is not timed.
 """
@@ -40,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import record
 
-PATHS = ("ordinary", "prepared", "mamba-ssm")
+PATHS = ("ordinary", "prepared", "drop-in", "mamba-ssm")
 MIXERS = [(192, 64, 197), (96, 8, 4096), (768, 1, 512), (768, 4, 2048)]  # h, b, l
 MODELS = [(192, 24, 64, 197), (768, 24, 1, 512), (768, 24, 4, 2048)]  # h, layers, b, l
 INFERENCE = [(768, 24, 128, 32), (768, 24, 8, 1)]  # h, layers, b, l; one token continues a state
@@ -124,15 +125,19 @@ def our_model(h: int, layers: int, dtype: torch.dtype = torch.float32) -> Any:
     return mambakit.MambaModel(config).to("cuda", dtype)
 
 
-def peers_mixer(h: int) -> Any:
-    from mamba_ssm.modules.mamba_simple import Mamba
-
+def peers_mixer(path: str, h: int) -> Any:
+    if path == "drop-in":
+        from mambakit.compat.mamba import Mamba
+    else:
+        from mamba_ssm.modules.mamba_simple import Mamba
     return Mamba(h).cuda()
 
 
-def peers_model(h: int, layers: int) -> Any:
-    from mamba_ssm.models.mixer_seq_simple import MixerModel
-
+def peers_model(path: str, h: int, layers: int) -> Any:
+    if path == "drop-in":
+        from mambakit.compat.mixer_model import MixerModel
+    else:
+        from mamba_ssm.models.mixer_seq_simple import MixerModel
     return MixerModel(
         h, layers, d_intermediate=0, vocab_size=VOCABULARY, rms_norm=True, residual_in_fp32=True, fused_add_norm=True
     ).cuda()
@@ -169,7 +174,7 @@ def check(path: str) -> None:
             if error > limit:
                 raise SystemExit(f"{path}: the gradient of {name} is {error:.1e} off (half: {half}): nothing is timed")
     plans = [plan for plan in layer._plans.values() if plan is not None]
-    if (path == "prepared") != bool(plans):
+    if (path != "ordinary") != bool(plans):
         raise SystemExit(f"{path}: {len(plans)} plans were made: {list(layer._plans)}")
 
 
@@ -179,21 +184,21 @@ def run_path(path: str, arguments: argparse.Namespace) -> None:
     def keep() -> None:
         arguments.results.write_text(json.dumps(results), encoding="utf-8")
 
-    ours = path != "mamba-ssm"
-    if ours:
+    ours = path in ("ordinary", "prepared")
+    if path != "mamba-ssm":
         use_path(path)
         check(path)
     results: dict[str, list[dict]] = {"mixers": [], "models": [], "inference": []}
     steps = []
     torch.manual_seed(0)
     for h, b, length in MIXERS:
-        step = mixer_step(ours, h, b, length)
+        step = mixer_step(path, h, b, length)
         row = {"h": h, "b": b, "l": length, "path": path, "ms": wall(step), "one_thread_ms": one_thread(step)}
         results["mixers"].append(row)
         steps.append((results["mixers"][-1], step))
         keep()
     for h, layers, b, length in MODELS:
-        step = model_step(ours, h, layers, b, length)
+        step = model_step(path, h, layers, b, length)
         row = {"h": h, "layers": layers, "b": b, "l": length, "path": path, "ms": wall(step)}
         results["models"].append(row | {"one_thread_ms": one_thread(step)})
         steps.append((results["models"][-1], step))
@@ -217,13 +222,14 @@ def run_path(path: str, arguments: argparse.Namespace) -> None:
         keep()
 
 
-def mixer_step(ours: bool, h: int, b: int, length: int) -> Callable[[], object]:
-    mixer = our_mixer(h) if ours else peers_mixer(h)
+def mixer_step(path: str, h: int, b: int, length: int) -> Callable[[], object]:
+    mixer = our_mixer(h) if path in ("ordinary", "prepared") else peers_mixer(path, h)
     return training_step(mixer, torch.randn(b, length, h, device="cuda", requires_grad=True), lambda y: y)
 
 
-def model_step(ours: bool, h: int, layers: int, b: int, length: int) -> Callable[[], object]:
-    model = our_model(h, layers) if ours else peers_model(h, layers)
+def model_step(path: str, h: int, layers: int, b: int, length: int) -> Callable[[], object]:
+    ours = path in ("ordinary", "prepared")
+    model = our_model(h, layers) if ours else peers_model(path, h, layers)
     ids = torch.randint(0, VOCABULARY, (b, length), device="cuda")
     return training_step(model.train(), ids, (lambda y: y.last_hidden_state) if ours else (lambda y: y))
 
@@ -248,9 +254,9 @@ def compiled(path: str) -> list[dict]:
 def profile(ours: bool, path: str) -> None:
     """Where the host's time goes: Python's functions, and torch's calls."""
     h, b, length = MIXERS[2]
-    profile_step(f"{path}: mixer {h}, {b} x {length}", mixer_step(ours, h, b, length))
+    profile_step(f"{path}: mixer {h}, {b} x {length}", mixer_step(path, h, b, length))
     h, layers, b, length = MODELS[1]
-    profile_step(f"{path}: model {h} x {layers}, {b} x {length}", model_step(ours, h, layers, b, length))
+    profile_step(f"{path}: model {h} x {layers}, {b} x {length}", model_step(path, h, layers, b, length))
     if ours:
         h, layers, b, length = INFERENCE[0]
         model = our_model(h, layers, torch.bfloat16).eval()

@@ -30,19 +30,17 @@ class Policy(nn.Module):
         if not arguments.lstm:
             y, state = self.layer(x, state, starts)
         else:  # an LSTM has to be stopped, reset and started again
-            parts = []
+            y = []
             for t in range(x.shape[1]):
-                state = state and tuple(s * ~starts[:, t, None] for s in state)
-                part, state = self.layer(x[:, t : t + 1], state)
-                parts.append(part)
-            y = torch.cat(parts, 1)
+                part, state = self.layer(x[:, t : t + 1], state and tuple(s * ~starts[:, t, None] for s in state))
+                y.append(part)
+            y = torch.cat(y, 1)
         out = self.heads(y)
         return torch.distributions.Categorical(logits=out[..., :2]), out[..., 2], state
 
 
 torch.manual_seed(0)
-same_step = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
-envs = gymnasium.make_vec("CartPole-v1", ENVS, "sync", vector_kwargs=same_step)
+envs = gymnasium.make_vec("CartPole-v1", ENVS, "sync", vector_kwargs={"autoreset_mode": "SameStep"})
 policy, scale = Policy(), torch.tensor([2.4, 0.21])
 optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
 seen = torch.tensor(envs.reset(seed=0)[0][:, SEEN]) / scale
@@ -58,25 +56,21 @@ for update in range(arguments.updates):
         ended = torch.tensor(fell | cut)
         reward = 1 + 0.99 * value[:, 0] * torch.tensor(cut & ~fell)  # cut is not fallen: more would have come
         rows.append((seen, starts, action, choice.log_prob(action[:, None])[:, 0], value[:, 0], reward, ended))
-        length += 1
-        lengths += length[ended].tolist()
-        length, seen, starts = length * ~ended, torch.tensor(new[:, SEEN]) / scale, ended
+        lengths += (length[ended] + 1).tolist()
+        length, seen, starts = (length + 1) * ~ended, torch.tensor(new[:, SEEN]) / scale, ended
     x, begins, action, old, value, reward, ended = (torch.stack(column, 1) for column in zip(*rows, strict=True))
-    with torch.no_grad():
-        after = policy(seen[:, None], state, starts[:, None])[1][:, 0]
+    after = policy(seen[:, None], state, starts[:, None])[1][:, 0].detach()
     advantage, carried = torch.zeros_like(value), torch.zeros(ENVS)
     for t in reversed(range(STEPS)):  # generalised advantage estimation
-        following = after if t == STEPS - 1 else value[:, t + 1]
-        carried = reward[:, t] + 0.99 * following * ~ended[:, t] - value[:, t] + 0.94 * carried * ~ended[:, t]
-        advantage[:, t] = carried
+        going, following = ~ended[:, t], after if t == STEPS - 1 else value[:, t + 1]
+        advantage[:, t] = carried = reward[:, t] + going * (0.99 * following + 0.94 * carried) - value[:, t]
     target, normal = value + advantage, (advantage - advantage.mean()) / advantage.std()
-    for some in [part for _ in range(4) for part in torch.randperm(ENVS).chunk(4)]:
+    for some in (part for _ in range(4) for part in torch.randperm(ENVS).chunk(4)):
         choice, guess, _ = policy(x[some], before and tuple(s[:, some].contiguous() for s in before), begins[some])
         ratio = (choice.log_prob(action[some]) - old[some]).exp()
         gain = torch.minimum(ratio * normal[some], ratio.clamp(0.8, 1.2) * normal[some]).mean()
-        loss = -gain + 0.005 * (guess - target[some]).square().mean() - 0.01 * choice.entropy().mean()
         optimizer.zero_grad()
-        loss.backward()
+        (0.005 * (guess - target[some]).square().mean() - gain - 0.01 * choice.entropy().mean()).backward()
         nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
         optimizer.step()
     if lengths and (update + 1) % 10 == 0:

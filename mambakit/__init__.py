@@ -20,6 +20,7 @@ _HOMES = {
     "AutoConfig": "mambakit.models.auto",
     "AutoModel": "mambakit.models.auto",
     "AutoModelForCausalLM": "mambakit.models.auto",
+    "AutoModelForMaskedLM": "mambakit.models.auto",
     "AutoModelForSequenceClassification": "mambakit.models.auto",
     "AutoModelForTokenClassification": "mambakit.models.auto",
     "AutoTokenizer": "mambakit.models.auto",
@@ -47,9 +48,17 @@ if TYPE_CHECKING:
         AutoConfig,
         AutoModel,
         AutoModelForCausalLM,
+        AutoModelForMaskedLM,
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
         AutoTokenizer,
+    )
+    from mambakit.models.bimamba import (
+        BiMambaConfig,
+        BiMambaForMaskedLM,
+        BiMambaForSequenceClassification,
+        BiMambaForTokenClassification,
+        BiMambaModel,
     )
     from mambakit.models.falcon_mamba import (
         FalconMambaConfig,

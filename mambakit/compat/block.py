@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mambakit.compat.mamba import Mamba
 from mambakit.compat.norm import RMSNorm, layer_norm_fn
+from mambakit.modules.mixers.fused_layer import on_gpu, run
 
 
 def added_and_normalized(
@@ -23,6 +25,18 @@ def added_and_normalized(
     total = x if residual is None else x + residual
     y = norm(total.to(norm.weight.dtype))
     return y, total.to(torch.float32) if residual_in_fp32 and total.dtype != torch.float64 else total
+
+
+def whole(
+    owner: nn.Module, norm: Any, mixer: Any, x: Tensor, residual: Tensor | None, fused: bool, residual_in_fp32: bool
+) -> tuple[Tensor, Any] | None:
+    """A block's norm and mixer as one function on a GPU (`mambakit.modules.mixers.fused_layer`), or None."""
+    if not (fused and type(norm) is RMSNorm and norm.drop is None and type(mixer) is Mamba) or not on_gpu(x):
+        return None
+    if mixer.init_layer_scale is not None:
+        return None
+    stream = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
+    return run(owner, norm, mixer, x, residual, stream)
 
 
 def require_known_norm(norm: nn.Module) -> None:
@@ -69,8 +83,14 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The last sublayer's output, and the residual stream before it is added: (b, l, h) each."""
         how = (self.fused_add_norm, self.residual_in_fp32)
-        y, residual = added_and_normalized(self.norm, hidden_states, residual, *how)
-        y = self.mixer(y, inference_params=inference_params, **mixer_kwargs)
+        found = None
+        if inference_params is None and not mixer_kwargs:
+            found = whole(self, self.norm, self.mixer, hidden_states, residual, *how)
+        if found is not None:
+            y, residual = found
+        else:
+            y, residual = added_and_normalized(self.norm, hidden_states, residual, *how)
+            y = self.mixer(y, inference_params=inference_params, **mixer_kwargs)
         if self.mlp is None:
             return y, residual
         y, residual = added_and_normalized(self.norm2, y, residual, *how)

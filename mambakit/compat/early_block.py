@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambakit.compat.block import added_and_normalized, require_known_norm
+from mambakit.compat.block import added_and_normalized, require_known_norm, whole
 
 
 class Block(nn.Module):
@@ -39,9 +39,12 @@ class Block(nn.Module):
         self, hidden_states: Tensor, residual: Tensor | None = None, inference_params: Any = None
     ) -> tuple[Tensor, Tensor]:
         """The mixer's output, and the residual stream before it is added: (b, l, h) each."""
-        y, residual = added_and_normalized(
-            self.norm, hidden_states, residual, self.fused_add_norm, self.residual_in_fp32
-        )
+        how = (self.fused_add_norm, self.residual_in_fp32)
+        if inference_params is None:
+            found = whole(self, self.norm, self.mixer, hidden_states, residual, *how)
+            if found is not None:
+                return found
+        y, residual = added_and_normalized(self.norm, hidden_states, residual, *how)
         return self.mixer(y, inference_params=inference_params), residual
 
     def allocate_inference_cache(

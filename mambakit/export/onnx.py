@@ -14,6 +14,7 @@ import torch
 
 from mambakit.decoding.registry import token_step
 from mambakit.errors import CheckpointError, UsageError
+from mambakit.export import FAMILIES
 from mambakit.modules.cache import MambaCache
 
 LIMIT = 1e-4
@@ -45,8 +46,11 @@ def require_packages() -> None:
 def require_exportable(model: Any) -> None:
     """CheckpointError unless the graph says what the model computes."""
     config = model.config
-    if not hasattr(model, "lm_head"):
-        raise CheckpointError(f"a causal language model is exported, not a {type(model).__name__}")
+    if not hasattr(model, "lm_head") or config.model_type not in FAMILIES:
+        raise CheckpointError(
+            f"a causal language model ({', '.join(FAMILIES)}) is exported, not a {type(model).__name__} "
+            f"({config.model_type})"
+        )
     if config.hidden_act not in ("silu", "swish"):
         raise CheckpointError(f"hidden_act is {config.hidden_act!r}; the graph has silu alone")
     if not config.num_hidden_layers:

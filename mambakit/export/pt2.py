@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from mambakit.errors import CheckpointError
+from mambakit.export import FAMILIES
 from mambakit.modules.cache import MambaCache
 
 LIMIT = 1e-4
@@ -40,8 +41,12 @@ def to_pt2(model: Any, file: Path) -> None:
     Raises:
         CheckpointError: no causal language model, or one without layers.
     """
-    if not hasattr(model, "lm_head") or not model.config.num_hidden_layers:
-        raise CheckpointError(f"a causal language model with layers is exported, not a {type(model).__name__}")
+    config = model.config
+    if not hasattr(model, "lm_head") or config.model_type not in FAMILIES or not config.num_hidden_layers:
+        raise CheckpointError(
+            f"a causal language model ({', '.join(FAMILIES)}) with layers is exported, not a {type(model).__name__} "
+            f"({config.model_type})"
+        )
     module = _StateInStateOut(model.eval())
     cache = MambaCache(model.config, 2, model.device, model.dtype)
     ids = torch.zeros(2, 7, dtype=torch.int64, device=model.device)

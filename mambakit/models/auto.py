@@ -18,7 +18,7 @@ from mambakit.models.checkpoints.storage import (
     small_files,
 )
 from mambakit.models.checkpoints.table import format_of
-from mambakit.models.families import CAUSAL_LM, CLASSIFIER, CONFIG, FAMILIES, MODEL, TOKEN_CLASSIFIER
+from mambakit.models.families import CAUSAL_LM, CLASSIFIER, CONFIG, FAMILIES, MASKED_LM, MODEL, TOKEN_CLASSIFIER
 from mambakit.models.options import check_loading
 from mambakit.quoting import brief
 from mambakit.reading import read_json, require_whole
@@ -101,8 +101,14 @@ class AutoModelForSequenceClassification(_AutoModel):
     _ending = CLASSIFIER
 
 
+class AutoModelForMaskedLM(_AutoModel):
+    """`BiMambaForMaskedLM`."""
+
+    _ending = MASKED_LM
+
+
 class AutoModelForTokenClassification(_AutoModel):
-    """`MambaForTokenClassification` or `FalconMambaForTokenClassification`."""
+    """`MambaForTokenClassification`, or its like of another family."""
 
     _ending = TOKEN_CLASSIFIER
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 CONFIG, MODEL, CAUSAL_LM = "Config", "Model", "ForCausalLM"
-CLASSIFIER, TOKEN_CLASSIFIER = "ForSequenceClassification", "ForTokenClassification"
+CLASSIFIER, TOKEN_CLASSIFIER, MASKED_LM = "ForSequenceClassification", "ForTokenClassification", "ForMaskedLM"
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ FAMILIES = {
     for family in (
         Family("mamba", "Mamba"),
         Family("falcon_mamba", "FalconMamba"),
+        Family("bimamba", "BiMamba", (CONFIG, MODEL, MASKED_LM, CLASSIFIER, TOKEN_CLASSIFIER)),
     )
 }
 

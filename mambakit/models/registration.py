@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from mambakit._versions import check_models
-from mambakit.models.families import CAUSAL_LM, CLASSIFIER, CONFIG, FAMILIES, MODEL, TOKEN_CLASSIFIER
+from mambakit.models.families import CAUSAL_LM, CLASSIFIER, CONFIG, FAMILIES, MASKED_LM, MODEL, TOKEN_CLASSIFIER
 
 # transformers' names.
 _AUTO_CLASSES = {
     MODEL: "AutoModel",
     CAUSAL_LM: "AutoModelForCausalLM",
     CLASSIFIER: "AutoModelForSequenceClassification",
+    MASKED_LM: "AutoModelForMaskedLM",
     TOKEN_CLASSIFIER: "AutoModelForTokenClassification",
 }
 

@@ -34,7 +34,11 @@ def intercepted(module: nn.Module) -> bool:
     own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return True
-    if _REPLACING.isdisjoint(own):
+    # One by one, `_REPLACING`: the fastest, and what torch.compile of torch 2.9 can trace.
+    if not (
+        "forward" in own or "_compiled_call_impl" in own or "_call_impl" in own or "_slow_forward" in own
+        or "_conv_forward" in own
+    ):  # fmt: skip
         return False
     replaced = [own[name] for name in _REPLACING if own.get(name) is not None]
     # Removing a wrapper may leave the class's own method in the instance's dictionary.

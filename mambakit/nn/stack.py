@@ -18,6 +18,7 @@ from mambakit.modules.state_cache import StateCache
 from mambakit.nn.checks import check_sizes, checked_starts, checked_state, require_input
 from mambakit.nn.segments import Segments, row_order, segments_of
 from mambakit.nn.settings import StackSettings
+from mambakit.ops._releases import is_exporting
 
 State = tuple[Tensor, Tensor]
 
@@ -161,7 +162,7 @@ class MambaStack(nn.Module):
                 and `torch.export` refuses it: how many segments there are is a matter of values.
         """
         require_input(self, x)
-        if torch.compiler.is_exporting() and (starts is not None or isinstance(x, PackedSequence)):
+        if is_exporting() and (starts is not None or isinstance(x, PackedSequence)):
             raise ValueError(_NOT_EXPORTED)
         if isinstance(x, PackedSequence):
             return self._packed(x, state, starts)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 def is_transposed(x: Tensor) -> bool:
     """Whether ``x`` (b, l, d) has its tokens adjacent in memory, and not its channels."""
-    return x.shape[1] > 1 and x.shape[2] > 1 and x.stride(1) == 1 and x.stride(2) != 1
+    return x.shape[1] > 1 and x.shape[2] > 1 and x.stride(1) == 1 and x.stride(2) > 1
 
 
 def empty_as(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -48,6 +48,7 @@ def fails(capsys):
 @pytest.fixture
 def unread(monkeypatch):
     """No model may be loaded."""
+    import mambakit.models.pretrained  # noqa: F401, it must not take the replaced name for its own
     from mambakit.models.checkpoints import loading as checkpoints
 
     def load(*args, **kwargs):
@@ -61,7 +62,8 @@ def commands(folder: Path, text: Path):
     """Every command that reads a model."""
     return [
         ("generate", "x", "--model", folder), ("score", text, "--model", folder),
-        ("score", "--echo", "x", "--model", folder),
+        ("score", "--echo", "x", "--model", folder), ("score", "--follow", text, "--model", folder),
+        ("inspect", "x", "--out", text.parent / "out.html", "--model", folder),
         ("evaluate", "bpb", text, "--model", folder), ("info", folder), ("convert", folder, text.parent / "out"),
         ("quantize", folder, text.parent / "out"),
     ]  # fmt: skip

@@ -149,10 +149,11 @@ def test_no_number_outside_its_limits_gets_through(capsys, reached):
                 assert action.option_strings[0] in error.splitlines()[-1]
                 assert len(error.splitlines()[-1]) < 200
                 continue
-            number = getattr(reached[0], action.dest)
-            assert math.isfinite(number)
-            assert action.type.low <= number <= action.type.high
-            assert number >= 0
+            found = getattr(reached[0], action.dest)
+            for number in found if isinstance(found, list) else [found]:
+                assert math.isfinite(number)
+                assert action.type.low <= number <= action.type.high
+                assert number >= 0
     assert refusals > 100
 
 

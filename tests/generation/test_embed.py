@@ -54,12 +54,13 @@ def test_what_has_no_embedding(loaded):
 def test_sentence_transformers(loaded, tmp_path):
     """Its own modules read our models once `register` has been called."""
     sentence_transformers = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
     model, tokenizer = loaded
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     mambakit.register()
-    words = sentence_transformers.models.Transformer(str(tmp_path))
-    pooling = sentence_transformers.models.Pooling(32, pooling_mode="mean")
+    words = modules.Transformer(str(tmp_path))
+    pooling = modules.Pooling(32, pooling_mode="mean")
     encoder = sentence_transformers.SentenceTransformer(modules=[words, pooling], device="cpu")
     assert (
         worst(torch.from_numpy(encoder.encode(TEXTS)), mambakit.embed(model, tokenizer, TEXTS, normalize=False)) < 1e-4

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -53,7 +51,7 @@ def cut(ids: torch.Tensor, draw: random.Random, longest: int) -> list[torch.Tens
     return parts
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_any_chunking_and_order_is_the_whole(both, seed, monkeypatch, tmp_path):
     model, tokenizer = both
     draw = random.Random(seed)
@@ -207,11 +205,3 @@ def test_on_a_gpu(both):
     scorer = StreamScorer(gpu.cuda(), tokenizer)
     found = [scorer.score_tokens({"a": part, "b": part[:2]})["a"] for part in ids.split([7, 1, 100, 92])]
     torch.testing.assert_close(torch.cat(found), expected, rtol=0, atol=1e-3)  # other kernels, TensorFloat-32 off
-
-
-def test_importing_needs_no_command_line():
-    done = subprocess.run(
-        [sys.executable, "-c", "import mambakit.generation.stream_scorer, sys; assert 'rich' not in sys.modules"],
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr

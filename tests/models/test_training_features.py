@@ -140,6 +140,29 @@ def test_transformers_trainer(tmp_path):
     assert torch.equal(again.backbone.norm_f.weight, model.backbone.norm_f.weight)
 
 
+def test_transformers_trainer_compiles(tmp_path):
+    """``torch_compile_mode``: on a CPU the mode captures nothing, and the step is the same."""
+    pytest.importorskip("accelerate")
+    import transformers
+
+    rows = [{"input_ids": row, "labels": row} for row in tokens(8, 9)]
+    losses = {}
+    for mode in (None, "reduce-overhead"):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        config = mambakit.MambaConfig(vocab_size=61, hidden_size=8, state_size=4, num_hidden_layers=1)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
+            report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, torch_compile_mode=mode, seed=1,
+        )  # fmt: skip
+        trainer = transformers.Trainer(mambakit.MambaForCausalLM(config), arguments, train_dataset=rows)
+        trainer.train()
+        losses[mode] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert arguments.torch_compile
+    assert losses["reduce-overhead"] == pytest.approx(losses[None], rel=1e-4)
+    torch._dynamo.reset()
+
+
 def test_compile_fullgraph():
     model = pair("plain")[0]
     ids = tokens(2, 13)

@@ -14,9 +14,14 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
 from mambakit.nn import MambaStack
+from mambakit.ops._releases import RELEASE
 
 # float32 beside float64, or sums in another order: values are of order 1.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+# Older releases' torch.compile cannot trace how a state is laid out; eagerly a stack runs from 2.4 on.
+traced = pytest.mark.skipif(RELEASE < (2, 9), reason="torch.compile traces a stack from torch 2.9 on")
 
 
 def make(bidirectional=False, layers=3, **options) -> MambaStack:
@@ -289,6 +294,7 @@ def test_half_precision():
     torch.testing.assert_close(y.float(), wide(x)[0], rtol=0.05, atol=0.1)  # bfloat16 keeps 8 bits
 
 
+@traced
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_compile(bidirectional):
     stack, x = make(bidirectional, layers=1), torch.randn(6, 2, 5)
@@ -305,6 +311,7 @@ def test_compile(bidirectional):
         torch.testing.assert_close(compiled(x, state), stack(x, state), **CLOSE)
 
 
+@traced
 def test_compiling_a_step_and_resets():
     stack, x = make(layers=1), torch.randn(6, 2, 5)
     state = stack.zero_state(2)
@@ -321,6 +328,7 @@ def test_compiling_a_step_and_resets():
         whole(x, None, starts)
 
 
+@traced
 def test_export():
     stack, x = make(layers=1).eval(), torch.randn(6, 2, 5)
     state = stack.zero_state(2)

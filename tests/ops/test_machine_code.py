@@ -16,7 +16,7 @@ from mambakit.decoding.graph_step import gpu_weights
 from mambakit.ops._backends import nvrtc
 from mambakit.ops.decode import persistent_plan
 from mambakit.ops.selective_scan import cuda_launch
-from mambakit.ops.selective_scan.plan import backward_plan, forward_plan
+from mambakit.ops.selective_scan.plan import PLAIN, Variant, backward_plan, forward_plan
 
 # Where the dev extra brings NVRTC it has to be found, so that these tests do not stay away unnoticed.
 pytestmark = pytest.mark.skipif(
@@ -51,6 +51,7 @@ def compile_scan(
     gated=True,
     shape=(16, 2048, 1536),
     chained=False,
+    variant=PLAIN,
 ):
     multiprocessors, shared = CARDS[arch]
     plan = (
@@ -59,10 +60,10 @@ def compile_scan(
         else backward_plan(*shape, n, multiprocessors, shared)
     )
     assert plan.resident or not chained
-    taken = plan.forward_bytes(dtype.itemsize, gated) if kind == "forward" else plan.backward_bytes
+    taken = plan.forward_bytes(dtype.itemsize, gated, variant.transposed) if kind == "forward" else plan.backward_bytes
     assert taken <= shared
     macros = plan.forward_macros if kind == "forward" else plan.backward_macros
-    compiled_with = dict(macros(dtype, gated, True, packed, aligned))
+    compiled_with = dict(macros(dtype, gated, True, packed, aligned, variant))
     return nvrtc.machine_code(cuda_launch._FOLDER, "kernel.cu", compiled_with, arch)
 
 
@@ -81,6 +82,9 @@ def test_the_scan(kind, n, arch):
         (16, {"aligned": 4, "packed": True, "dtype": F32}),
         (16, {"shape": (4, 4096, 5120), "chained": True}),
         (200, {"packed": True}),
+        (16, {"variant": Variant(True, 0, 15)}),
+        (4, {"variant": Variant(True, 1, 8), "aligned": 0}),
+        (1, {"variant": Variant(False, 3, 0), "dtype": F32}),
     ],
     ids=str,
 )

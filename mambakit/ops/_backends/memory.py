@@ -140,7 +140,7 @@ def address_of_rows(tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tupl
             and tensor.dtype in dtypes
             and tensor.get_device() == device
             and tensor.shape == shape
-            and (tensor.stride(-1) == 1 or shape[-1] <= 1)
+            and (tensor.stride(-1) == 1 or shape[-1] <= 1 or not tensor.numel())
             and not tensor.is_neg()
             and not tensor.is_nested
         ):

@@ -172,14 +172,16 @@ class Launch:
     """A launch of which only what is at its parameters' addresses changes."""
 
     def __init__(self, function: int, grid: tuple[int, int, int], threads: int, shared_bytes: int):
-        self._function, self._shape, self._launch = function, (*grid, threads, 1, 1, shared_bytes), _launcher(False)
+        self._launch = functools.partial(_launcher(False), function, *grid, threads, 1, 1, shared_bytes)
 
     def __call__(self, stream: int, parameters: int) -> None:
         """``parameters``: where the addresses of the kernel's parameters are."""
-        error = self._launch(self._function, *self._shape, stream, parameters, None)
+        error = self._launch(stream, parameters, None)
+        if error == 0:
+            return
         if error == _INVALID_CONTEXT:
             _use_context(torch.cuda.current_device())
-            error = self._launch(self._function, *self._shape, stream, parameters, None)
+            error = self._launch(stream, parameters, None)
         if error != 0:
             raise RuntimeError(f"kernel launch failed: {_bindings()[0].CUresult(error).name}")
 

@@ -1,11 +1,12 @@
-// The causal depthwise convolution on a CPU: a vector is W neighbouring channels, the filter's window stays in registers.
-// Of (b, d, l) memory, whose tokens are neighbours, it is W tokens of one channel.
+// The causal depthwise convolution on a CPU: a vector is W neighbouring channels, the filter's window stays in
+// registers. Of (b, d, l) memory, whose tokens are neighbours, it is W tokens of one channel.
 #include "parallel.h"
 #include "simd.h"
 
 namespace {
 
-constexpr int64_t kTile = 32;    // tokens of one vector before the next vector: a tile's rows stay in cache and in the TLB
+// tokens of one vector before the next vector: a tile's rows stay in cache and in the TLB
+constexpr int64_t kTile = 32;
 constexpr int64_t kVectors = 4;  // vectors of channels per item
 constexpr int64_t kLongTile = 512, kChannels = 16;  // of (b, d, l) memory: tokens per tile, channels per item
 
@@ -33,8 +34,8 @@ Sequence sequence_at(const Arguments& a, int64_t i) {
   return s;
 }
 
-// `N` numbers of each of `lanes` channels, side by side in memory, as N vectors of channels. By way of memory: inserting
-// into a lane of a register costs several instructions.
+// `N` numbers of each of `lanes` channels, side by side in memory, as N vectors of channels. By way of memory:
+// inserting into a lane of a register costs several instructions.
 template <int N, class S>
 void columns_in(V* columns, const S* source, int64_t lanes) {
   alignas(64) float numbers[N][W];
@@ -76,7 +77,8 @@ void convolve(const Arguments& a, const Sequence& s, int64_t channel) {
       const V bias = a.bias ? load(a.bias + c, lanes) : splat(0.0f);
       for (int64_t t = t0; t < t1; ++t) {
         const T* x = static_cast<const T*>(a.x) + s.row * a.x_b + t * a.x_l + c;
-        __builtin_prefetch(x + min64(kTile, s.end - 1 - t) * a.x_l);  // rows are pages apart: no processor foresees them
+        // rows are pages apart: no processor foresees them
+        __builtin_prefetch(x + min64(kTile, s.end - 1 - t) * a.x_l);
         window[K - 1] = load(x, lanes);
         V y = bias;
         for (int j = 0; j < K; ++j) y += w[j] * window[j];
@@ -184,8 +186,8 @@ void differentiate_sequence(const Arguments& a, const Gradients& o, const Sequen
   if (o.dinitial) columns_out<K - 1>(static_cast<S*>(o.dinitial) + state, dinitial, lanes);
 }
 
-// The same of one channel of (b, d, l) memory. `window` and `slopes`, the gradients before the activation, have room for
-// K - 1 numbers before a tile, the tile, and a vector.
+// The same of one channel of (b, d, l) memory. `window` and `slopes`, the gradients before the activation, have room
+// for K - 1 numbers before a tile, the tile, and a vector.
 template <class T, class S, int K>
 void differentiate_channel(const Arguments& a, const Gradients& o, const Sequence& s, int64_t channel, V* dw, V& dbias,
                            float* window, float* slopes) {

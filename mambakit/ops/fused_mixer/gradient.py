@@ -57,12 +57,13 @@ class Gradient:
 
         self.signature, self.layout = s, o = signature, layout
         dbefore, dz = before.new_empty((o.b, o.length, 2 * o.d)).chunk(2, -1)
-        self._scan = scan.PreparedBackward(inputs, inputs.u, dz, scan.checkpoints(inputs, interval), interval)
+        width, kept = o.r + 2 * o.n, scan.checkpoints(inputs, interval)
+        self._scan = scan.PreparedBackward(inputs, inputs.u, dz, kept, interval, width)
         self._conv = conv.PreparedBackward(before, dbefore, filter_, filter_bias)
         scratch = Memory(o.size)
         self._at_du, self._at_ddelta = scratch.add(o.rows * o.d), scratch.add(o.rows * o.d)
         self._at_dxz = scratch.add(2 * o.rows * o.d)
-        self._at_dB, self._at_dC = scratch.add(o.rows * o.n), scratch.add(o.rows * o.n)
+        self._at_dselected = scratch.add(o.rows * width)
         self._at_scan = scratch.add(self._scan.scratch_bytes, 1)
         self._at_conv = scratch.add(self._conv.partial_count, 4)
         if o.normed:
@@ -79,7 +80,9 @@ class Gradient:
         self._du, self._ddelta = (((o.rows, o.d), (o.d, 1), at) for at in (self._at_du, self._at_ddelta))
         self._dxz = (o.rows, 2 * o.d), (2 * o.d, 1), self._at_dxz
         self._steps = (o.d, o.rows), (1, o.d), self._at_ddelta
-        self._dB, self._dC = (((o.rows, o.n), (o.n, 1), at) for at in (self._at_dB, self._at_dC))
+        self._dselected = (o.rows, width), (width, 1), self._at_dselected
+        self._dselected_t = (width, o.rows), (1, width), self._at_dselected
+        self._ddt = (o.rows, o.r), (width, 1), self._at_dselected
         self._results: dict[tuple[bool, ...], _Results] = {}
         on_gpu = s.device.type == "cuda"
         self._products: dict[str, Any] = {
@@ -115,23 +118,26 @@ class Gradient:
             dxz, dxz_at = scratch.as_strided(*self._dxz), work + self._at_dxz * size
         u, du, ddelta = at + o.at_u * size, work + self._at_du * size, work + self._at_ddelta * size
         xz_at, selected_at = xz.data_ptr(), selected.data_ptr()
+        dselected_at = work + self._at_dselected * size
         A_at = at + o.at_A * size if s.log else w.A_log.data_ptr()
         self._scan(
             stream,
             (
                 dgated.data_ptr(), u, delta.data_ptr(), A_at, selected_at + r * size, selected_at + (r + n) * size,
                 w.D.data_ptr(), xz_at + d * size, w.dt_bias.data_ptr(), at + o.at_checkpoints * size, du, ddelta,
-                dxz_at + d * size, to["A_log"], work + self._at_dB * size, work + self._at_dC * size, to["D"],
+                dxz_at + d * size, to["A_log"], dselected_at + r * size, dselected_at + (r + n) * size, to["D"],
                 to["dt_bias"], A_at if s.log else 0,
             ),
             work + self._at_scan * size,
         )  # fmt: skip
         if needed["dt_proj"]:
             products["dt_proj"](scratch.as_strided(*self._steps), selected.as_strided(*o.dt), out=found["dt_proj"])
-        ddt = torch.mm(scratch.as_strided(*self._ddelta), o.weight(kept, w, "dt_proj"))
-        dselected = torch.cat((ddt, scratch.as_strided(*self._dB), scratch.as_strided(*self._dC)), 1)
+        # The gradients of dt, B and C lie side by side, as their values do.
+        ddt = scratch.as_strided(*self._ddt)
+        torch.mm(scratch.as_strided(*self._ddelta), o.weight(kept, w, "dt_proj"), out=ddt)
         if needed["x_proj"]:
-            products["x_proj"](dselected.t(), kept.as_strided(*o.u), out=found["x_proj"])
+            products["x_proj"](scratch.as_strided(*self._dselected_t), kept.as_strided(*o.u), out=found["x_proj"])
+        dselected = scratch.as_strided(*self._dselected)
         scratch.as_strided(*self._du).addmm_(dselected, o.weight(kept, w, "x_proj"))
         filter_bias, dfilter_bias = (0, 0) if w.conv_bias is None else (w.conv_bias.data_ptr(), to["conv_bias"])
         self._conv(

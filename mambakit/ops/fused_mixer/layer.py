@@ -22,7 +22,7 @@ from mambakit.ops.fused_mixer.signature import ALIGNED, Kinds, LayerWeights, Sig
 
 # Plans, and None for signatures that none serves.
 _plans: dict[Signature, Any] = {}
-_ABSENT = object()
+_ABSENT, _MOST = object(), 1024
 _MISALIGNED = ALIGNED - 1
 # What a layer computes has its gradient here, in the dtypes that the code names: torch's own machinery for both is
 # passed over, which is a third of the host's time of a product.
@@ -91,7 +91,8 @@ def fused_layer(
         (b, l, h), or (b, l, d) without out_proj, in the dtype that linear layers compute in, that of x without
         in_proj; and the residual stream (b, l, h), None without a norm.
         Differentiable once in x, residual and weights. None where no plan serves the call: another device, tensors
-        that are no plain contiguous memory, a call that is traced or observed, dtypes and sizes that `unserved` names.
+        that are no plain contiguous memory (x may have any strides: it is copied), a call that is traced or observed,
+        dtypes and sizes that `unserved` names.
     """
     if not on_gpu(x) or transformed() or observed():
         return None
@@ -103,7 +104,11 @@ def fused_layer(
     if weights.in_proj is None and weights.out_proj is not None and dtype != (half or weights.out_proj.dtype):
         return None  # out_proj computes in another dtype
     kinds = (known or KnownWeights()).kinds(weights, index)
-    if kinds is None or not _readable(x, index):
+    if kinds is None:
+        return None
+    if not x.is_contiguous():  # as the products would, of a (b, h, l) that was transposed
+        x = x.contiguous()
+    if not _readable(x, index):
         return None
     if residual is not None and not (residual.shape == x.shape and _readable(residual, index)):
         return None
@@ -142,6 +147,8 @@ def plan_of(signature: Signature) -> Plan | None:
     """The plan for a signature, or None where none serves it."""
     plan = _plans.get(signature, _ABSENT)
     if plan is _ABSENT:
+        if len(_plans) >= _MOST:  # of rows of ever new lengths; one takes milliseconds to make
+            _plans.clear()
         plan = _plans[signature] = _new_plan(signature)
     return plan
 

@@ -690,6 +690,7 @@ struct ReduceParams {  // cuda_parameters.py mirrors it
     float *dA, *dD, *dbias;
     i64 rows, channel_tiles, n, d, parts;
     i64 groups;  // of channels, each with so many channel tiles
+    i64 row_t;   // elements from a row of dB, and of dC, to the next
 };
 
 extern "C" __global__ void __launch_bounds__(256) selective_scan_reduce(const __grid_constant__ ReduceParams p) {
@@ -712,7 +713,7 @@ extern "C" __global__ void __launch_bounds__(256) selective_scan_reduce(const __
         float out[4] = {total.x, total.y, total.z, total.w};
         if (CONSTANT & (rest < QUADS ? 1 : 2)) return;
         if (GROUPED) row = row * p.groups + group;
-        store<4>((rest < QUADS ? p.dB : p.dC) + row * p.n + s, out, min(4, (int)p.n - s));
+        store<4>((rest < QUADS ? p.dB : p.dC) + row * p.row_t + s, out, min(4, (int)p.n - s));
         return;
     }
     item -= padded;

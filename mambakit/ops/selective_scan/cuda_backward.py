@@ -136,6 +136,7 @@ class BackwardLaunch:
             **{name: scratch[name] for name in names[:4]}, dB=address(B_rows, half, at), dC=address(C_rows, half, at),
             dA=address(self.dA, FLOAT32, at), dD=address(self.dD, FLOAT32, at), dbias=address(self.dbias, FLOAT32, at),
             rows=kernel.rows, channel_tiles=kernel.group_tiles, n=n, d=d, parts=parts, groups=inputs.groups,
+            row_t=n,
         )  # fmt: skip
 
     def _results(self, u, A, D, delta_bias, initial, z, dz, sequences: int, inputs, parts: int) -> None:

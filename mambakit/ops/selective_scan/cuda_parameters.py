@@ -25,6 +25,6 @@ BackwardParams = structure(
 ReduceParams = structure(
     "ReduceParams",
     "partial dA_parts dD_parts dbias_parts dA_scale dB dC dA dD dbias",
-    "rows channel_tiles n d parts groups",
+    "rows channel_tiles n d parts groups row_t",
 )
 SequencesParams = structure("SequencesParams", "cu ids source target", "state_size")

@@ -4,12 +4,12 @@
 // No sum crosses lanes, softplus and the gate are vectors too, and A, h are transposed once per row.
 // Rows of up to kFew tokens (decode): a vector is W states of one channel, since A and h lie that way in memory and
 // transposing them would cost more than the step itself.
-// Which of the two runs depends on the row's length (and on whether checkpoints are kept), never on the batch: a row's bits
-// are the same in any batch.
+// Which of the two runs depends on the row's length (and on whether checkpoints are kept), never on the batch: a row's
+// bits are the same in any batch.
 //
-// B and C: rows of each of `groups` groups of channels, or constants over time, of which every channel has its own, as of
-// A. An item's channels belong to one group. Operands in another number format than y's, or with tokens adjacent instead
-// of channels, are copied tile by tile (layout.h), into the cache and out of it.
+// B and C: rows of each of `groups` groups of channels, or constants over time, of which every channel has its own, as
+// of A. An item's channels belong to one group. Operands in another number format than y's, or with tokens adjacent
+// instead of channels, are copied tile by tile (layout.h), into the cache and out of it.
 #include "layout.h"
 #include "parallel.h"
 #include "simd.h"
@@ -18,7 +18,8 @@ namespace {
 
 constexpr int64_t kFew = 4;
 // Vectors of channels per item, and tokens whose step sizes, inputs and outputs stay in the first-level cache: a tile
-// reads whole cache lines in groups. Where tokens are adjacent, few channels and many tokens are long runs on few pages.
+// reads whole cache lines in groups. Where tokens are adjacent, few channels and many tokens are long runs on few
+// pages.
 constexpr int64_t kVectors = 4, kTile = 32;
 constexpr int64_t kFewVectors = 1, kLongTile = 128;
 
@@ -349,7 +350,7 @@ int run(const Arguments& a) {
   return run<T, kFewVectors>(a, a.interval && a.interval % kLongTile ? kTile : kLongTile);
 }
 
-// -- the gradient ------------------------------------------------------------------------------------------------------
+// -- the gradient -----------------------------------------------------------------------------------------------------
 
 struct Gradients {
   const void* dy;

@@ -78,18 +78,20 @@ class PreparedBackward:
 
     Args:
         dy: (b, l, d); ``dz`` (b, l, d), of the layout that later calls have.
+        row: elements from a row of dB, and of dC, to the next.
 
     Attributes:
         scratch_bytes: as `PreparedForward`'s.
     """
 
-    def __init__(self, inputs: Inputs, dy: Tensor, dz: Tensor | None, checkpoints: Tensor, interval: int):
+    def __init__(self, inputs: Inputs, dy: Tensor, dz: Tensor | None, checkpoints: Tensor, interval: int, row: int):
         u, delta, A, B, C, D, z, bias = inputs
         launch = BackwardLaunch(
             dy, u, delta, A, B, C, D, z, bias, True, None, None, checkpoints, interval, False, dz
         )  # fmt: skip
         self._kernel, self._device = launch.kernel, u.device
         self._parameters, self._reduce_parameters = launch._parameters, launch._reduce_parameters
+        self._reduce_parameters.row_t = row
         self._chains = u.shape[0] * launch.kernel.channel_tiles if launch.kernel.chained else 0
         self._carried = launch.kernel.chunks > 1 and not launch.kernel.chained
         start, self.scratch_bytes = launch.scratch.data_ptr(), launch.scratch.numel()

@@ -17,7 +17,7 @@ def check(op: str, b: int, length: int, d: int, n: int, B: Tensor, C: Tensor) ->
     """Raise ValueError for shapes outside the contract."""
     for name, x in (("B", B), ("C", C)):
         shape = tuple(x.shape)
-        fits = x.dim() in (3, 4) and all(s == size or s == 1 for s, size in zip(shape, (b, length), strict=False))
+        fits = x.dim() in (3, 4) and all(s == size or s == 1 for s, size in zip(shape[:2], (b, length), strict=True))
         _checks.require(
             fits and shape[-1] == n,
             f"{op}: {name} has shape {shape}, expected (b, l, n) = {(b, length, n)} or (b, l, g, n) with g groups of "

@@ -188,3 +188,7 @@ def test_a_view_of_b_d_l_memory_gives_results_in_its_layout(dtype, gradient):
     torch.library.opcheck(
         torch.ops.mambakit.causal_conv1d, (x.requires_grad_(), inputs["weight"], inputs["bias"], "silu", None, None)
     )
+    y, _ = causal_conv1d(x, weight := inputs["weight"].requires_grad_())
+    for first in torch.autograd.grad(y.float().square().sum(), (x, weight), create_graph=True):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            first.float().sum().backward(retain_graph=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mambakit.compat import inner
+from mambakit.compat import block, inner
 from mambakit.modules.mixers import fused_layer
 from mambakit.ops._backends import nvrtc, prepared_triton
 from mambakit.ops.causal_conv1d import prepared as conv
@@ -105,7 +105,7 @@ def install(monkeypatch, folder: Path) -> None:
         monkeypatch.setattr(user, "PreparedTriton", InterpretedTriton)
     monkeypatch.setattr(signature, "unavailable", lambda: None)
     monkeypatch.setattr(layer, "_plans", {})
-    for user in (layer, fused_layer, inner):
+    for user in (layer, fused_layer, inner, block):
         monkeypatch.setattr(user, "on_gpu", lambda x: x.device.type == "cpu")
 
 

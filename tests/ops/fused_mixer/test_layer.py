@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import warnings
 
@@ -13,8 +14,11 @@ from torch import nn
 pytest.importorskip("triton")
 
 from mambakit import MambaConfig
+from mambakit.compat.block import Block as CompatBlock
+from mambakit.compat.early_block import Block as EarlyBlock
 from mambakit.compat.inner import mamba_inner_fn, mamba_inner_fn_no_out_proj
 from mambakit.compat.mamba import Mamba
+from mambakit.compat.norm import RMSNorm as CompatNorm
 from mambakit.modules import Packing, StateCache
 from mambakit.modules.block import MambaBlock
 from mambakit.modules.mixers import fused_layer
@@ -262,6 +266,35 @@ def test_the_layer_and_the_functions_of_mamba_ssm(device, kind, planned):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("early", [False, True], ids=["block", "early block"])
+def test_the_blocks_of_mamba_ssm(device, early, planned):
+    torch.manual_seed(0)
+    mixer = functools.partial(Mamba, dt_rank=3)
+    if early:
+        block = EarlyBlock(32, mixer, CompatNorm, True, True)
+    else:
+        block = CompatBlock(32, mixer, nn.Identity, CompatNorm, True, True)
+    x, residual, dy, dstream = torch.randn(4, 2, 37, 32)
+
+    def run(b, dtype, place):
+        leaves = [t.to(place, dtype).requires_grad_() for t in (x, residual)]
+        y, stream = b(*leaves)
+        torch.autograd.backward([y, stream], [dy.to(y), dstream.to(stream)])
+        found = [y.detach(), stream.detach(), *(t.grad for t in leaves), *(p.grad for p in b.parameters())]
+        b.zero_grad()
+        return found
+
+    expected = run(copy.deepcopy(block).double(), torch.float64, "cpu")
+    passes = planned(device)
+    for value, wanted in zip(run(block.to(device), F32, device), expected, strict=True):
+        assert relative_error(value, wanted) < 1e-5
+    assert passes == ["forward", "backward"]
+    block.norm.drop = nn.Dropout(0.5)
+    block(x.to(device))
+    assert passes[2:] == ["forward"]  # the mixer's alone
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_frozen_weights_have_no_gradient(device, planned):
     shape, fields = CASES[0]
     expected = exact(fields, shape)
@@ -291,7 +324,7 @@ def test_states_in_place(device, half, planned):
     block = block_of(fields, device, dtype).eval()
     cache = StateCache(config.state_spec(dtype), 3, device=device)
     states = [t.clone() for t in cache.memory(0)]
-    with torch.no_grad():
+    with torch.no_grad() if half else torch.inference_mode():
         for part, wanted in zip(x.split([37, 9, 1], 1), whole.split([37, 9, 1], 1), strict=True):
             y, _ = block(part.contiguous().to(device, dtype), None, cache)
             assert y.dtype == dtype
@@ -324,6 +357,27 @@ def test_weights_written_without_a_version_are_seen(device, planned):
     block.mixer.in_proj.weight.data = block.mixer.in_proj.weight.data.half()
     block.mixer.in_proj.weight.data = block.mixer.in_proj.weight.data.float()
     assert block(x)[0].shape == (*shape, 32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_images_as_tokens_and_shapes_without_end(device, planned, monkeypatch):
+    """(b, h, l) that is transposed is copied; plans of too many shapes are dropped and made again."""
+    _, fields = CASES[0]
+    passes = planned(device)
+    monkeypatch.setattr(layer, "_plans", {})
+    monkeypatch.setattr(layer, "_MOST", 2)
+    block = block_of(fields, device)
+    image = torch.randn(2, 32, 5, 7, device=device, requires_grad=True)
+    y = block.mixer(image.flatten(2).transpose(1, 2))
+    (found,) = torch.autograd.grad(y.sum(), image)
+    row = image.detach().flatten(2).transpose(1, 2).contiguous().requires_grad_()
+    (expected,) = torch.autograd.grad(block.mixer(row).sum(), row)
+    assert torch.equal(found.flatten(2).transpose(1, 2), expected)
+    assert passes == ["forward", "backward"] * 2
+    for length in (35, 9, 1, 35):
+        block.mixer(torch.randn(2, length, 32, device=device))
+        assert 1 <= len(layer._plans) <= 2
+    assert passes[4:] == ["forward"] * 4
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -416,7 +470,8 @@ def test_what_is_no_plain_layer_is_called(device, planned):
         if device == "cpu":  # its ops have no GPU to go to
             patch.setattr(layer, "on_gpu", lambda x: False)
         assert relative_error(block(x)[0], 2 * expected) < 1e-5
-        assert passes == []
+        assert passes == ([] if device == "cpu" else ["forward"])  # what lies between the projections
+        passes.clear()
         # A copy of a layer that ran as a plan has hooks of its own.
         block = copy.deepcopy(plain)
         seen = []

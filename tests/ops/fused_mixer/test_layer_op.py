@@ -33,6 +33,11 @@ def arguments(norm: bool, residual: bool, gradient: bool = True, device: str = "
     return x, before if residual else None, *weights_of(block, norm), 1e-5, F32, dtype, gradient
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
+
+
 @pytest.mark.skipif(INTERPRETED, reason="plain")
 @pytest.mark.parametrize(("norm", "residual"), [(True, True), (True, False), (False, False)])
 def test_opcheck(norm, residual):
@@ -52,7 +57,7 @@ def test_opcheck(norm, residual):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("norm", "residual"), [(True, True), (False, False)], ids=["block", "mixer"])
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
-def test_plans_return_what_the_schema_says(device, norm, residual, half, monkeypatch, tmp_path):
+def test_plans_return_what_the_schema_says(device, norm, residual, half, monkeypatch, folder):
     """The GPU's implementation beside the parts: values, and sizes of what is kept."""
     given = [
         t.detach() if isinstance(t, torch.Tensor) else t
@@ -70,7 +75,7 @@ def test_plans_return_what_the_schema_says(device, norm, residual, half, monkeyp
 
     expected = by_parts.backward(*rest(wanted[1:]))
     if device == "cpu":
-        plans_on_cpu.install(monkeypatch, tmp_path)
+        plans_on_cpu.install(monkeypatch, folder)
     monkeypatch.setattr(layer, "_plans", {})
     found = layer_op.forward(*given)
     assert [type(plan) for plan in layer._plans.values()] == [Plan]
@@ -140,7 +145,7 @@ def test_a_compiled_model_calls_one_op_for_each_layer(served, half):
         assert relative_error(gradient, expected[name]) < tolerance, name
     # Another length is another graph or a symbol; a frozen weight, a hook and evaluation are guarded.
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for length in (9, 12, 15):
+    for length in (9, 12):
         ids = torch.randint(0, 32, (2, length))
         assert relative_error(compiled(ids).last_hidden_state, model(ids).last_hidden_state) < 1e-5
 

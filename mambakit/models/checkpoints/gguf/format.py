@@ -69,8 +69,11 @@ class GGUFFormat:
             raise TypeError(f"GGUF has the options type and tokenizer; drop {', '.join(given)}")
         if is_quantized(model.config):
             raise CheckpointError("GGUF is written from plain weights, the model's are packed; dequantize() it first")
-        if not hasattr(model, "lm_head"):
-            raise CheckpointError(f"GGUF holds causal language models, not a {model.__class__.__name__}")
+        if not hasattr(model, "lm_head") or model.config.model_type not in names.FAMILIES:
+            raise CheckpointError(
+                f"GGUF holds causal language models ({', '.join(names.FAMILIES)}), not a {model.__class__.__name__} "
+                f"({model.config.model_type})"
+            )
         name = _BY_DTYPE.get(model.dtype) if type is None else type.upper()
         if name not in WRITTEN:
             raise ValueError(f"type is {type or model.dtype}; choose one of {', '.join(WRITTEN)}")

@@ -18,6 +18,7 @@ from mambakit.models.quantization import LAYERS, METHOD
 from mambakit.quoting import brief
 
 ARCHITECTURE = "mamba"  # of FalconMamba, too: it has the norms of dt, B and C
+FAMILIES = ("mamba", "falcon_mamba")
 _WHOLE = {"token_embd.weight": "backbone.embeddings.weight", "output_norm.weight": "backbone.norm_f.weight",
           "output.weight": "lm_head.weight"}  # fmt: skip
 _OF_LAYER = {

@@ -6,24 +6,40 @@
 
 namespace {
 
+// A block of W channels and W tokens. Functions of their own: in a loop, GCC keeps all W addresses of rows on the
+// stack.
+template <class T>
+__attribute__((noinline)) void block_in(float* tile, int64_t pitch, const T* p, int64_t channel_stride) {
+  V v[W];
+  for (int j = 0; j < W; ++j, p += channel_stride) v[j] = load(p);
+  transpose(v);
+  for (int j = 0; j < W; ++j, tile += pitch) store(tile, v[j]);
+}
+template <class T>
+__attribute__((noinline)) void block_out(T* p, int64_t channel_stride, const float* tile, int64_t pitch) {
+  V v[W];
+  for (int j = 0; j < W; ++j, tile += pitch) v[j] = load(tile);
+  transpose(v);
+  for (int j = 0; j < W; ++j, p += channel_stride) store(p, v[j]);
+}
+
 // `tokens` neighbouring tokens of each channel become rows of a tile, `pitch` floats apart. Where a row has room for
 // more channels than there are, the rest of a vector is 0.
 template <class T>
 void tokens_in(float* tile, int64_t pitch, const T* p, int64_t channel_stride, int64_t tokens, int64_t channels) {
   for (int64_t c = 0; c < channels; c += W)
     for (int64_t t = 0; t < tokens; t += W) {
-      V v[W];
       const int64_t rows = min64(W, channels - c), count = min64(W, tokens - t);
       const T* at = p + c * channel_stride + t;
-      if (rows == W && count == W)
-        for (int64_t j = 0; j < W; ++j) v[j] = load(at + j * channel_stride);
-      else
-        for (int64_t j = 0; j < W; ++j) v[j] = j < rows ? load(at + j * channel_stride, count) : splat(0.0f);
+      float* to = tile + t * pitch + c;
+      if (rows == W && count == W) {
+        block_in(to, pitch, at, channel_stride);
+        continue;
+      }
+      V v[W];
+      for (int64_t j = 0; j < W; ++j) v[j] = j < rows ? load(at + j * channel_stride, count) : splat(0.0f);
       transpose(v);
-      if (rows == W && count == W)
-        for (int64_t j = 0; j < W; ++j) store(tile + (t + j) * pitch + c, v[j]);
-      else
-        for (int64_t j = 0; j < count; ++j) store(tile + (t + j) * pitch + c, v[j], pitch - c);
+      for (int64_t j = 0; j < count; ++j) store(to + j * pitch, v[j], pitch - c);
     }
 }
 // The way back.
@@ -31,15 +47,17 @@ template <class T>
 void tokens_out(T* p, int64_t channel_stride, const float* tile, int64_t pitch, int64_t tokens, int64_t channels) {
   for (int64_t c = 0; c < channels; c += W)
     for (int64_t t = 0; t < tokens; t += W) {
-      V v[W];
       const int64_t rows = min64(W, channels - c), count = min64(W, tokens - t);
-      for (int64_t j = 0; j < W; ++j) v[j] = j < count ? load(tile + (t + j) * pitch + c, rows) : splat(0.0f);
-      transpose(v);
+      const float* from = tile + t * pitch + c;
       T* at = p + c * channel_stride + t;
-      if (count == W)
-        for (int64_t j = 0; j < rows; ++j) store(at + j * channel_stride, v[j]);
-      else
-        for (int64_t j = 0; j < rows; ++j) store(at + j * channel_stride, v[j], count);
+      if (rows == W && count == W) {
+        block_out(at, channel_stride, from, pitch);
+        continue;
+      }
+      V v[W];
+      for (int64_t j = 0; j < W; ++j) v[j] = j < count ? load(from + j * pitch, rows) : splat(0.0f);
+      transpose(v);
+      for (int64_t j = 0; j < rows; ++j) store(at + j * channel_stride, v[j], count);
     }
 }
 

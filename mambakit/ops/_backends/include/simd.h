@@ -293,7 +293,7 @@ inline V lower_from(V a, V b) {
 #endif
 }
 template <int S>
-inline void transpose_by(V* v) {
+inline __attribute__((always_inline)) void transpose_by(V* v) {
   for (int i = 0; i < W; ++i) {
     if (i & S) continue;
     const V a = v[i], b = v[i + S];
@@ -302,7 +302,7 @@ inline void transpose_by(V* v) {
   }
 }
 // W vectors as the rows of a matrix become its columns.
-inline void transpose(V* v) {
+inline __attribute__((always_inline)) void transpose(V* v) {
   transpose_by<1>(v);
   transpose_by<2>(v);
 #if MAMBAKIT_WIDTH >= 8
