@@ -84,9 +84,10 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0 done, 2 an error that the user can correct, 1 any other error, 130 interrupted. An error is
         printed in one line.
     """
-    bound_spinning()  # before torch is loaded: the commands load it
     argv = sys.argv[1:] if argv is None else list(argv)
     command = next((a for a in argv if a in COMMANDS), None)
+    if command != "run":  # whose process is the user's program
+        bound_spinning()  # before torch is loaded: the commands load it
     name, debug = f"mambakit {command}" if command else "mambakit", "--debug" in argv
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the encoding lacks is printed escaped
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -103,7 +103,7 @@ def modules_of(*arguments: str) -> set[str]:
 def test_help_is_light():
     assert not {"torch", "transformers", "numpy"} & modules_of("--help")
     text = real("--help")
-    for command in ("generate", "score", "evaluate", "train", "info", "convert", "quantize", "env"):
+    for command in ("generate", "score", "evaluate", "train", "info", "convert", "quantize", "run", "env"):
         assert command in text
         assert "usage:" in good(command, "--help")
     assert good("--version").startswith("mambakit ")
@@ -112,7 +112,8 @@ def test_help_is_light():
 def test_env():
     assert "transformers" not in modules_of("env")
     report = json.loads(real("env", "--json"))
-    assert set(report) == {"versions", "devices", "implementations"}
+    assert set(report) == {"versions", "devices", "implementations", "mamba_ssm"}
+    assert {"module": "mamba_ssm", "given": True, "place": None, "why": "not installed"} in report["mamba_ssm"]
     served = {(row["op"], row["device"]): row["serves"] for row in report["implementations"]}
     assert served["selective_scan", "cpu"]
     assert "selective_scan" in good("env")
