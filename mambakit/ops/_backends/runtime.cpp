@@ -2,6 +2,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <new>
 #include <thread>
@@ -175,15 +179,37 @@ EXPORT int mambakit_run(const MambakitCall* calls, int64_t count, int64_t thread
   return all.failed.load();
 }
 
+namespace {
+
+#if defined(__x86_64__)
+// What the processor has and the operating system keeps over a switch of threads. Asked by hand: with the toolchain that
+// makes the wheels (zig) __builtin_cpu_supports says no to everything.
+struct Processor {
+  bool avx2 = false, avx512 = false;
+  Processor() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return;
+    const bool saves = c >> 27 & 1, avx = c >> 28 & 1, fma = c >> 12 & 1, f16c = c >> 29 & 1;
+    if (!saves || !avx) return;
+    unsigned low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low & 0x6) != 0x6) return;  // the registers of SSE and AVX
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    avx2 = (b >> 5 & 1) && fma && f16c;
+    const bool kept = (low & 0xe0) == 0xe0;  // those of AVX-512
+    avx512 = avx2 && kept && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);  // f, dq, bw, vl
+  }
+};
+#endif
+
+}  // namespace
+
 // Whether this processor and operating system run what was compiled as `isa`.
 EXPORT int mambakit_supports(const char* isa) {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_cpu_init();
-  if (strcmp(isa, "avx512") == 0)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx2") &&
-           __builtin_cpu_supports("fma");
-  if (strcmp(isa, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(__x86_64__)
+  const Processor processor;
+  if (strcmp(isa, "avx512") == 0) return processor.avx512;
+  if (strcmp(isa, "avx2") == 0) return processor.avx2;
 #endif
   return strcmp(isa, "portable") == 0 || strcmp(isa, "neon") == 0;
 }

@@ -65,6 +65,19 @@ def test_openmp_runtimes_are_found_where_wheels_of_torch_have_them(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="Linux says what its processor has")
+def test_every_instruction_set_of_this_processor_is_used():
+    """The library asks the processor: with some toolchains a compiler says no to all, and the slowest kernels serve."""
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        flags = next((line.split() for line in file if line.startswith("flags")), [])
+    if not flags:
+        pytest.skip("not x86")
+    supported = native.supported()
+    assert ("avx2" in supported) == ({"avx2", "fma", "f16c"} <= set(flags))
+    assert ("avx512" in supported) == ({"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"} <= set(flags))
+    assert "portable" in supported
+
+
 @pytest.mark.parametrize("name", ["libmambakit_native.so", "libmambakit_native.dylib", "libmambakit_native.dll"])
 def test_the_library_of_every_platform_is_looked_for_beside_the_package(name, tmp_path, monkeypatch):
     (tmp_path / name).touch()
