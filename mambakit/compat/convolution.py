@@ -160,7 +160,9 @@ def causal_conv1d_update(
     order = None
     ordered = held
     if cache_seqlens is not None:
-        order = (cache_seqlens[:, None].long() + torch.arange(size, device=x.device)) % size  # (b, s), oldest first
+        order = (
+            cache_seqlens[:, None].long() + torch.arange(size, dtype=torch.int64, device=x.device)
+        ) % size  # (b, s), oldest first
         order = order[:, None].expand(b, d, size)
         ordered = held.gather(2, order)
     y, _ = causal_conv1d(tokens.transpose(1, 2), weight, bias, kind, initial_state=ordered[..., size - (k - 1) :])
@@ -200,7 +202,9 @@ def causal_conv1d_update_ref(
             conv_state.copy_(window[..., 1:].clone())
         else:
             position = cache_seqlens.long() + t
-            places = (position[:, None] + torch.arange(-(k - 1), 0, device=x.device)) % size  # (b, k - 1)
+            places = (
+                position[:, None] + torch.arange(-(k - 1), 0, dtype=torch.int64, device=x.device)
+            ) % size  # (b, k - 1)
             before = conv_state.gather(2, places[:, None].expand(-1, x.shape[1], -1))
             window = torch.cat([before, token[..., None]], -1)
             conv_state.scatter_(2, (position % size)[:, None, None].expand(-1, x.shape[1], 1), token[..., None])
@@ -223,6 +227,6 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     if x.shape[0] == 0:
         return x.new_zeros((cu_seqlens.shape[0] - 1, x.shape[1], state_len))
     ends = cu_seqlens[1:, None].long()  # (s, 1)
-    places = ends + torch.arange(-state_len, 0, device=x.device)  # (s, state_len)
+    places = ends + torch.arange(-state_len, 0, dtype=torch.int64, device=x.device)  # (s, state_len)
     inside = places >= cu_seqlens[:-1, None]
     return (x[places.clamp(min=0)] * inside[..., None].to(x.dtype)).transpose(1, 2)

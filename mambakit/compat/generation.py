@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mambakit.compat.forms import require
 from mambakit.compat.sampling import modify_logit_for_repetition_penalty, sample
+from mambakit.ops._backends.captured_graph import CapturedGraph
 
 
 @dataclass
@@ -155,15 +156,7 @@ class _GraphStep:
         def run() -> Tensor:
             return model(self._tokens, inference_params=parameters, num_last_tokens=1).logits[:, -1]
 
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # kernels are compiled and memory is set aside before the recording
-                run()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = run()
+        self._graph = CapturedGraph(run, device, warm_ups=2)
         for layer, states in self.states.items():
             for state, before in zip(states, kept[layer], strict=True):
                 state.copy_(before)
@@ -171,4 +164,4 @@ class _GraphStep:
     def __call__(self, tokens: Tensor) -> Tensor:
         self._tokens.copy_(tokens)
         self._graph.replay()
-        return self._logits
+        return self._graph.result

@@ -95,7 +95,9 @@ def check(model: Any, folder: Path, tokens: int = 33, speed: bool = True) -> Rep
     with torch.no_grad():
         for batch in (1, 3):
             generator = torch.Generator().manual_seed(batch)
-            ids = torch.randint(0, model.config.vocab_size, (batch, tokens + 3), generator=generator)
+            ids = torch.randint(
+                0, model.config.vocab_size, (batch, tokens + 3), generator=generator, dtype=torch.int64, device="cpu"
+            )
             cache = MambaCache(model.config, batch, dtype=torch.float32)
             states = first_states(model.config, batch)
             for name, start, end in (
@@ -143,7 +145,7 @@ def _difference(found: np.ndarray, wanted: np.ndarray) -> float:
 
 def speeds(model: Any, sessions: dict[str, Any], prompt: int = 128, steps: int = 16) -> dict[str, float]:
     """Tokens/s at batch 1: a prompt, and single steps; of onnxruntime, and of the model's forward and decoder."""
-    ids = torch.zeros(1, prompt, dtype=torch.int64)
+    ids = torch.zeros(1, prompt, dtype=torch.int64, device="cpu")
     states = first_states(model.config, 1)
     cache = MambaCache(model.config, 1, dtype=torch.float32)
     with torch.no_grad():

@@ -74,7 +74,9 @@ def check(model: Any, file: Path, tokens: int = 33) -> float:
     with torch.no_grad():
         for batch in (1, 3):
             generator = torch.Generator().manual_seed(batch)
-            ids = torch.randint(0, model.config.vocab_size, (batch, tokens), generator=generator).to(model.device)
+            ids = torch.randint(
+                0, model.config.vocab_size, (batch, tokens), generator=generator, dtype=torch.int64, device="cpu"
+            ).to(model.device)
             cache = MambaCache(model.config, batch, model.device, model.dtype)
             states = cache.conv_states.clone(), cache.ssm_states.clone()
             for start, end in ((0, tokens - 8), (tokens - 8, tokens - 1), (tokens - 1, tokens)):

@@ -37,7 +37,10 @@ def load_packed(loading: Loading, stored: dict[str, Tensor], file: Path) -> Any:
     stored = _named_as_in(model, stored)
     plain_head = config.tie_word_embeddings and has_head(model) and format_of_layer(config, "lm_head") == "plain"
     if plain_head:
-        stored = {"lm_head.weight": stored.get(f"backbone.{EMBEDDINGS}", torch.empty(0, device="cpu")), **stored}
+        stored = {
+            "lm_head.weight": stored.get(f"backbone.{EMBEDDINGS}", torch.empty(0, dtype=torch.float32, device="cpu")),
+            **stored,
+        }
     _pack_on_meta(model, config, stored)
     new_score = _check(model, config, stored, file, only_head)
     model.load_state_dict(stored, strict=False, assign=True)  # every name was checked

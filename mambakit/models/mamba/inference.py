@@ -35,7 +35,9 @@ class InferenceBackbone(nn.Module):
         super().__init__()
         self.config = config
         # Not drawn: nothing is, and on meta torch would load torch._dynamo to draw from a normal distribution.
-        table = torch.empty(config.vocab_size, config.hidden_size, dtype=torch.float32)
+        table = torch.empty(
+            config.vocab_size, config.hidden_size, dtype=torch.float32, device=torch.get_default_device()
+        )
         self.embeddings = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(MambaBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)

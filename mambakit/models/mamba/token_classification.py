@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mambakit.models.documents import Marks
+from mambakit.models.documents import Marks, given_marks
 from mambakit.models.inputs import IGNORE
 from mambakit.models.mamba.configuration import MambaConfig
 from mambakit.models.mamba.modeling import MambaModel
@@ -67,7 +67,7 @@ class MambaForTokenClassification(MambaPreTrainedModel):
             return_dict=True,
             attention_mask=attention_mask,
             output_attentions=output_attentions,
-            **marks.given,
+            **given_marks(marks),
         )
         logits = self.score(output.last_hidden_state)
         loss = None if labels is None else token_loss(logits, labels, attention_mask, num_items_in_batch)
