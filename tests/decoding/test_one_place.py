@@ -21,8 +21,8 @@ def files_that(found) -> set[str]:
 def test_the_backbone_is_called_by_models_and_prefill_alone():
     callers = files_that(lambda tree: any(call == "backbone" or call.endswith(".backbone") for call in calls(tree)))
     callers = {name for name in callers if not name.startswith(("models/", "compat/"))}  # compat's models are its own
-    # The training step's objective is a forward with a gradient, of no prompt; embeddings pool the hidden states of whole
-    # texts; an export traces a forward.
+    # The training step's objective is a forward with a gradient, of no prompt; embeddings pool the hidden states of
+    # whole texts; an export traces a forward.
     assert callers == {"decoding/prefill.py", "training/step.py", "generation/embed.py", "export/pt2.py"}
 
 
