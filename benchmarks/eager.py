@@ -146,9 +146,11 @@ def peers_model(path: str, h: int, layers: int) -> Any:
 def use_path(path: str) -> None:
     """Make mambakit take this path in this process."""
     if path == "ordinary":
-        from mambakit.modules.mixers import fused_layer
+        from mambakit.modules.mixers import fused_layer, mamba
+        from mambakit.ops.fused_mixer import fused_mixer
 
         fused_layer.run = lambda *arguments, **named: None
+        mamba.mix_rows = lambda xz, weights: fused_mixer(xz, weights)[0]
 
 
 def check(path: str) -> None:

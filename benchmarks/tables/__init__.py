@@ -17,6 +17,7 @@ TABLES: dict[str, Callable[[Records], Content]] = {
     "decode-steps": gpu.decode_steps,
     "generate": gpu.generate,
     "engine": gpu.engine,
+    "eager": gpu.eager,
     "first-token": gpu.first_token,
     "serving-sampled": gpu.serving_sampled,
     "sampling": gpu.sampling,

@@ -93,6 +93,27 @@ def first_token(records: Records) -> Content:
     return ["ms", *(f"{shape}, {n} tokens" for shape, n in sizes)], lines
 
 
+def eager(records: Records) -> Content:
+    """The ordinary path was timed in an earlier run, on another host."""
+    rows = []
+    for part in ("mixers", "models", "inference"):
+        found = records.rows("2026-11-29-h200-eager", part, path="prepared")
+        before = records.rows("2026-11-29-h200-eager-before", part, path="ordinary")
+        for now in found:
+            case = {key: now[key] for key in ("h", "layers", "b", "l") if key in now}
+            old = select(before, **case)
+            what = {"mixers": "mixer", "models": "model", "inference": "inference"}[part]
+            layers = f" x {now['layers']}" if "layers" in now else ""
+            rows.append(
+                [
+                    f"{what}, width {now['h']}{layers}, {now['b']} x {now['l']}", cell("{ms:.2f}", now),
+                    cell("{one_thread_ms:.2f}", now), cell("{card_ms:.2f}", now),
+                    cell("{ms:.2f}", old[0] if old else {}),
+                ]
+            )  # fmt: skip
+    return ["ms", "as a plan", "autograd in the calling thread", "the card alone", "op by op, another host"], rows
+
+
 def serving_sampled(records: Records) -> Content:
     rows = records.rows("2026-11-29-h200-serving", "serving")
     lines = [

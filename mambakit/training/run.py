@@ -29,6 +29,9 @@ from mambakit.training.step import CapturedStep, Objective, TrainingStep
 from mambakit.training.telemetry import Telemetry, check_tensorboard
 from mambakit.training.throughput import flops_per_token, peak_flops
 
+# Steps after which several processes agree on the time that is left; one process looks at its clock after each step.
+_CLOCK_EVERY = 20
+
 
 class Run:
     """The state of the training loop, and its schedule of logs, evaluations and checkpoints."""
@@ -144,8 +147,10 @@ class Run:
                 loss, norm = self.stepper.run(*rows)
                 self.losses.append(loss)
                 self.step += 1
-                if self.step % config.log_every == 0 or self.step == self.steps:
+                if self.step % config.log_every == 0 or (self.step == self.steps and not config.max_minutes):
                     self._log(rate, norm, began)
+                elif config.max_minutes and (self.mesh.world == 1 or self.step % _CLOCK_EVERY == 0):
+                    self.seconds = self.mesh.agree(time.monotonic() - began)
                 if config.checkpoint_every and self.step % config.checkpoint_every == 0:
                     self._save()
             if self.losses and self.step > first:  # max_minutes ended the run between two records

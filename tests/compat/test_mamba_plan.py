@@ -42,8 +42,9 @@ def test_a_layer_runs_as_a_plan(device, monkeypatch, tmp_path):
     passes.clear()
     layer.conv1d.register_forward_hook(lambda *a: None)
     assert error(layer(x.to(device)).cpu(), expected) < 1e-5
-    Mamba(16, bimamba_type="v2").to(device)(x.to(device))
     assert passes == []
+    Mamba(16, bimamba_type="v2").to(device)(x.to(device))
+    assert passes == ["forward", "forward"], "what lies between the projections, in each direction"
     plans_on_cpu.forget()
 
 

@@ -9,7 +9,6 @@ typedef long long i64;
 #define __launch_bounds__(...)
 
 inline int __popc(u32 x) { return __builtin_popcount(x); }
-inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline i64 __float2ll_rn(float x) { return llrintf(x); }
 inline u64 atomicAdd(u64* p, u64 v) { u64 old = *p; *p += v; return old; }

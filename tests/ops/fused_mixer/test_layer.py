@@ -48,7 +48,9 @@ def poisoned_memory(monkeypatch):
 
     def poisoned(*shape, **options):
         memory = empty(*shape, **options)
-        return memory.fill_(torch.nan) if memory.is_floating_point() else memory
+        if memory.is_floating_point():
+            memory.detach().fill_(torch.nan)
+        return memory
 
     monkeypatch.setattr(torch, "empty", poisoned)
 
