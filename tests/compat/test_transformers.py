@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 ROOT = Path(__file__).resolve().parents[2]
 # Of each of transformers' models that look for mamba_ssm: logits, a gradient, tokens.
 RUN = """
