@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mambakit.decoding import native_step
 from mambakit.decoding.cuda_graph import CapturedGraph, why_not_captured
-from mambakit.decoding.eligibility import why_not_by_layers
+from mambakit.decoding.eligibility import mixer_eps, why_not_by_layers
 from mambakit.decoding.graph_step import verification_step
 from mambakit.decoding.prefill import prefill_states
 from mambakit.modules import MambaCache, StateCache
@@ -74,7 +74,7 @@ class NativeVerifier:
         self._embeddings, self._cache = model.backbone.embeddings, cache
         self._step = VerifyStep(
             layers, model.backbone.norm_f.weight, head, model.config.layer_norm_epsilon,
-            cache.conv_states, cache.ssm_states, tokens,
+            cache.conv_states, cache.ssm_states, tokens, mixer_eps(model),
         )  # fmt: skip
         self._read = 0
 

@@ -29,7 +29,7 @@ class VerifyStep(DecodeStep):
     ``commit(m)`` then brings the states to after the first m of them.
 
     Args:
-        layers, final_norm, head, eps: as `DecodeStep`'s.
+        layers, final_norm, head, eps, mixer_eps: as `DecodeStep`'s.
         conv_states, ssm_states: (layers, 1, d, k - 1) float32 or bfloat16 and (layers, 1, d, n) float32, contiguous: a
             cache's own tensors, of one row. They must not be moved while the step is in use.
         tokens: the most tokens of one call, from 1 to 16.
@@ -47,6 +47,7 @@ class VerifyStep(DecodeStep):
         conv_states: Tensor,
         ssm_states: Tensor,
         tokens: int,
+        mixer_eps: float | None = None,
     ):
         if not 1 <= tokens <= MOST_ROWS:
             raise ValueError(f"VerifyStep: tokens is {tokens}; it serves 1 to {MOST_ROWS}")
@@ -59,7 +60,8 @@ class VerifyStep(DecodeStep):
             )
         if not (conv_states.is_contiguous() and ssm_states.is_contiguous()):
             raise ValueError("VerifyStep: states must be contiguous to be updated in place; pass a cache's own tensors")
-        self._layers, self._final_norm, self._head, self._eps = layers, final_norm, head, eps
+        self._layers, self._final_norm, self._head = layers, final_norm, head
+        self._eps, self._mixer_eps = eps, mixer_eps
         self._conv_states, self._ssm_states, self.tokens = conv_states, ssm_states, tokens
         self._threads = native.threads()
         self._run, self._team = native.runner(), ctypes.c_int64(self._threads)
@@ -119,6 +121,7 @@ class VerifyStep(DecodeStep):
             for j in range(t):
                 self._convolve_token(w, xz[j], self._conv_states[i] if j == 0 else self._conv_draft, u[j])
             self._linear(u, w.x_proj, None, p)
+            self._selection_norm(p, w, self._mixer_eps)  # and so the replay reads B and C
             self._linear(p[:, : self._r], w.dt_proj, None, delta)
             for j in range(t):
                 state = self._ssm_states[i] if j == 0 else self._ssm_draft
