@@ -130,9 +130,7 @@ def _run_traced(
         m.x_proj.weight, m.dt_proj.weight, m.dt_proj.bias, m.A_log, m.D, m.out_proj.weight, m.out_proj.bias,
         *(m._modules[name].weight for name in _NORMS if name in m._modules),
     )  # fmt: skip
-    return traced.fused_layer(
-        x, residual, weights, 0.0 if norm is None else norm.eps, residual_dtype, m.mixer_rms_eps
-    )
+    return traced.fused_layer(x, residual, weights, 0.0 if norm is None else norm.eps, residual_dtype, m.mixer_rms_eps)
 
 
 def _can_fuse(norm: Any, mixer: Any) -> bool:

@@ -214,7 +214,9 @@ def serves(x, conv_states, ssm_states, weights, formats, groups, eps, mixer_eps)
     if not 1 <= x.shape[0] <= MOST_ROWS or x.shape[0] != ssm_states.shape[1]:
         return False
     found = _recorded.get(ssm_states)
-    if found is not None and found.fits(conv_states, ssm_states, weights, (list(formats), list(groups), eps, mixer_eps)):
+    if found is not None and found.fits(
+        conv_states, ssm_states, weights, (list(formats), list(groups), eps, mixer_eps)
+    ):
         return True
     if conv_states.dtype not in FLOAT32_OR_BFLOAT16 or ssm_states.dtype != torch.float32:
         return False

@@ -78,12 +78,24 @@ def conv_kernel(
 
 
 @triton.jit
+def _normed(x, weight, i, SIZE: tl.constexpr, eps, dtype: tl.constexpr, NORMS: tl.constexpr):
+    """The RMS norm of each row of x, rounded to dtype before and after; elements past SIZE are 0."""
+    x = x.to(dtype).to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, axis=1) / SIZE + eps)[:, None]
+    if NORMS == 2:
+        x *= tl.load(weight + i, mask=i < SIZE, other=0.0).to(tl.float32)[None, :]
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
 def scan_kernel(
-    parts, xz, bias, dt_proj, dt_bias, A_log, D_skip, u, state, y, rows,
+    parts, xz, bias, dt_proj, dt_bias, A_log, D_skip, u, state, y, dt_norm, B_norm, C_norm, mixer_eps, rows,
     R: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
     XZ_SPLITS: tl.constexpr,
     BD: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NORMS: tl.constexpr,
 ):  # fmt: skip
+    """NORMS of dt, B and C: 0 none, 1 without weights, 2 with weights."""
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     d_mask, b_mask = d < D, b < rows
@@ -117,6 +129,10 @@ def scan_kernel(
         dt += tl.load(p + j[None, :], mask=b_mask[:, None] & (j < RANK)[None, :], other=0.0)
         B += tl.load(p + RANK + i[None, :], mask=b_mask[:, None] & n_mask[None, :], other=0.0)
         C += tl.load(p + RANK + N + i[None, :], mask=b_mask[:, None] & n_mask[None, :], other=0.0)
+    if NORMS:
+        dt = _normed(dt, dt_norm, j, RANK, mixer_eps, dtype, NORMS)
+        B = _normed(B, B_norm, i, N, mixer_eps, dtype, NORMS)
+        C = _normed(C, C_norm, i, N, mixer_eps, dtype, NORMS)
     B, C = B.to(dtype).to(tl.float32), C.to(dtype).to(tl.float32)
     delta = tl.dot(w.to(dtype), dt.to(dtype).T, input_precision="ieee").to(dtype).to(tl.float32) + delta_bias[:, None]
     delta = tl.where(delta > 20.0, delta, tl.log(1.0 + tl.exp(delta)))

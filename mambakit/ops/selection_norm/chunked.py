@@ -32,8 +32,6 @@ def backward(dy, selected, dt_weight, B_weight, C_weight, rank, eps):
         scaled = dt if weight is None else dt * weight.to(wide)
         gradients.append(inverse * (scaled - normed * (scaled * normed).mean(-1, keepdim=True)))
         dweights.append(
-            t.new_empty(0)
-            if weight is None
-            else (dt * normed).reshape(-1, t.shape[-1]).sum(0).to(weight.dtype)
+            t.new_empty(0) if weight is None else (dt * normed).reshape(-1, t.shape[-1]).sum(0).to(weight.dtype)
         )
     return torch.cat(gradients, -1).to(selected.dtype), *dweights

@@ -96,4 +96,7 @@ def backward(dy, selected, dt_weight, B_weight, C_weight, rank, eps):
     dx = dx.to(selected.dtype)
     if dweights is None:
         return dx, *(empty(0, dtype=torch.float32) for _ in given)
-    return dx, *(g.to(w.dtype) if g.dtype != w.dtype else g.clone() for g, w in zip(dweights.split([rank, n, n]), given, strict=True))
+    return dx, *(
+        g.to(w.dtype) if g.dtype != w.dtype else g.clone()
+        for g, w in zip(dweights.split([rank, n, n]), given, strict=True)
+    )

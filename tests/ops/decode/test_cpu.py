@@ -66,7 +66,11 @@ def test_tokens_in_a_row(isa, format, norms):
 @pytest.mark.parametrize("norms", NORMS)
 def test_a_row_alone_is_the_row_of_a_batch(isa, norms):
     mixer_eps, weighted = NORMS[norms]
-    layers, final_norm, head = make_layers(weighted=weighted), torch.rand(H), pack(torch.randn(VOCABULARY, H), "float32")
+    layers, final_norm, head = (
+        make_layers(weighted=weighted),
+        torch.rand(H),
+        pack(torch.randn(VOCABULARY, H), "float32"),
+    )
     conv, ssm, x = torch.randn(LAYERS, 5, D, K - 1), torch.randn(LAYERS, 5, D, N), torch.randn(5, H)
     alone = []
     for row in range(5):

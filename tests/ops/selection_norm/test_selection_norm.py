@@ -61,9 +61,7 @@ def test_the_same_for_any_threads(isa):
     try:
         for count in (1, 5):
             torch.set_num_threads(count)
-            found.append(
-                (cpu.forward(selected, *weights, 65, 1e-5), *cpu.backward(dy, selected, *weights, 65, 1e-5))
-            )
+            found.append((cpu.forward(selected, *weights, 65, 1e-5), *cpu.backward(dy, selected, *weights, 65, 1e-5)))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
