@@ -82,6 +82,29 @@ class TokenLoop:
         return tokens == self.ends if len(self.ends) == 1 else torch.isin(tokens, self.ends)
 
 
+class HostCopy:
+    """A copy of ``tokens`` (size, count) int64 on the host, made as soon as the device has them.
+
+    What is launched on the device afterwards does not delay it.
+    """
+
+    def __init__(self, tokens: Tensor):
+        self._copied: torch.cuda.Event | None = None
+        if tokens.is_cuda:
+            pinned = torch.empty(tokens.shape, dtype=tokens.dtype, device="cpu", pin_memory=True)
+            tokens = pinned.copy_(tokens, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        self._tokens = tokens
+
+    def wait(self) -> list[list[int]]:
+        """The tokens of every slot. Waits for the device."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        found: list[list[int]] = self._tokens.tolist()
+        return found
+
+
 class SlotLoop:
     """The token loop for texts that start and end at different times. The host sees every token.
 
@@ -145,15 +168,26 @@ class SlotLoop:
         With a constraint it is one token per slot, since the constraint must see each token before the next. `NO_TOKEN`
         stands where no token can be chosen; the text then ends. The tokens of a free slot are meaningless.
         """
+        constrained = self.must_look
+        tokens, _ = self._loop.write(1 if constrained else count, check=True)
+        found: list[list[int]] = tokens.tolist()
+        if constrained:
+            return [[token] for token in self.sampler.accept([token for (token,) in found])]
+        return found
+
+    def launch(self, count: int) -> HostCopy:
+        """The tokens of ``look(count)``, without waiting for them. No text may have a constraint (`must_look`)."""
+        assert not self.must_look, "a constraint must see each token before the next one is chosen"
+        return HostCopy(self._loop.write(count, check=True)[0])
+
+    @property
+    def must_look(self) -> bool:
+        """Whether the text of a slot has a constraint, which must see each token before the next one is chosen."""
         self._tokens()
         if not self._seated:
             self.sampler.seat([None if text is None else text.sampled for text in self.pool.occupants])
             self._seated = True
-        tokens, _ = self._loop.write(1 if self.sampler.must_look else count, check=True)
-        found: list[list[int]] = tokens.tolist()
-        if self.sampler.must_look:
-            return [[token] for token in self.sampler.accept([token for (token,) in found])]
-        return found
+        return self.sampler.must_look
 
     def verify(self, drafts: Sequence[Draft]) -> list[list[int]]:
         """Verify one draft per slot. Returns each slot's accepted guesses and one more token. Call `keep` next."""
