@@ -31,16 +31,13 @@ class Looks:
         self.tokens, self._clock = tokens, clock
         self._step_seconds = 0.0  # a decaying mean
 
-    def count(self, pool: SlotPool, texts: list[Text], states_are_kept: bool) -> int:
+    def count(self, pool: SlotPool, texts: list[Text]) -> int:
         """The number of tokens of the next look, at which ``texts`` have a slot."""
         count = self.tokens
         if count is None:
             count = 1
             if pool.captured and self._step_seconds:
                 count = max(1, min(_MOST_BY_TIME, int(_SECONDS / self._step_seconds)))
-        # What is read beyond a text's end would be in its state.
-        if count == 1 or states_are_kept or any(text.request.keep_state for text in texts):
-            return 1
         return min(count, max(text.most - len(text.written) for text in texts))
 
     def timed(self, look: Callable[[int], list[list[int]]], count: int) -> list[list[int]]:

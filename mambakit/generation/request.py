@@ -28,6 +28,8 @@ class Request:
         max_new_tokens: the maximum number of new tokens.
         state: a `StateCache` (`MambaCache`) of one row to start from; it is copied, never changed.
         keep_state: whether to return the final state.
+        keep_states: whether to return the latest states of the text that are at hand, without reading anything again:
+            for a caller that cuts the text, or reads its last tokens later.
         context: (p,) int64, the tokens that ``state`` has read: a repetition penalty counts them, too.
         share: the path of the request's owners, outermost first, such as (key, request). At every level slots are
             divided evenly among the owners with waiting requests. Requests of the same share (by default all) are in
@@ -42,6 +44,9 @@ class Request:
         cached_tokens: the number of prompt tokens whose state was in the engine's prefix cache.
         final_state: with ``keep_state``, a `StateCache` (`MambaCache`) of one row that has read the prompt and all of
             ``tokens`` but the last; after "stop" all of them.
+        states: with ``keep_states``, such states, the latest first. Each has read the prompt, and the first of
+            ``tokens``, as many as its `get_seq_length` says; the last of them is the state after the prompt, where the
+            text has had a slot.
     """
 
     prompt_ids: Tensor
@@ -51,6 +56,7 @@ class Request:
     keep_state: bool = False
     context: Tensor | None = None
     share: Path = ()
+    keep_states: bool = False
 
     tokens: list[int] = field(default_factory=list, init=False)
     finish_reason: str = field(default="", init=False)
@@ -58,6 +64,7 @@ class Request:
     exception: Exception | None = field(default=None, init=False, repr=False)
     cached_tokens: int = field(default=0, init=False)
     final_state: StateCache | None = field(default=None, init=False)
+    states: list[StateCache] = field(default_factory=list, init=False, repr=False)
     on_cancel: Callable[[Request], None] | None = field(default=None, init=False, repr=False)
     """Called by `cancel`; for the engine's own use."""
 
@@ -102,6 +109,8 @@ class Text:
     reading: PromptReading
     prompt: Path | None
     """Equal for texts that share one prefill; None: it is shared with no other text."""
+    before: int = 0
+    """The number of tokens that the given state has read."""
     state: StateCache | None = None
     seated_at: int = 0
     """The number of tokens written when it got its slot."""
@@ -110,6 +119,15 @@ class Text:
     """The number of written tokens that `Turns` has counted."""
     sampled: SampledText | None = None
     """None until its prompt has been read."""
+
+    @property
+    def length(self) -> int:
+        """The number of tokens of the prompt and the text, and of what the given state has read."""
+        return self.before + self.request.prompt_ids.shape[0] + len(self.written)
+
+    def tokens(self) -> list[int]:
+        """The tokens of the prompt and the text."""
+        return [*self.request.prompt_ids.tolist(), *self.written]
 
     def begin(self, vocab_size: int, device: torch.device) -> SampledText:
         """Call it once its prompt has been read."""
