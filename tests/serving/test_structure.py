@@ -15,36 +15,17 @@ SERVING = ROOT / "mambakit" / "serving"
 FOLDERS = ["errors", "messages", "metrics", "api", "dispatch", "replicas", "http", "server"]
 FILES = {
     "api": [
-        "declarations",
-        "values",
-        "checks",
-        "shapes",
-        "fields",
-        "asked",
-        "prompts",
-        "completions",
-        "operations",
-        "openapi",
-        "answers",
-        "intake",
+        "declarations", "values", "checks", "shapes", "formats", "fields", "asked", "templates", "prompts",
+        "completions", "reply", "chat_messages", "chat", "log_probs", "answers", "chat_answers", "operations",
+        "openapi", "intake",
     ],
     "dispatch": ["jobs", "queue", "suspects", "dispatcher"],
     "replicas": ["heartbeat", "outbox", "constraints", "scoring", "worker", "process", "supervisor"],
     "http": [
-        "access",
-        "refusals",
-        "connection_limits",
-        "connection",
-        "request_ids",
-        "routing",
-        "services",
-        "texts",
-        "completions",
-        "models",
-        "probes",
-        "app",
+        "access", "refusals", "connection_limits", "connection", "request_ids", "routing", "services", "texts",
+        "generation", "models", "probes", "app",
     ],
-}
+}  # fmt: skip
 ORDER = [f"{folder}.{file}" if file else folder for folder in FOLDERS for file in FILES.get(folder, [""])]
 
 
@@ -82,7 +63,7 @@ def test_files_have_one_subject(name):
     [
         ("dispatch.dispatcher", {"torch", "starlette", "uvicorn", "multiprocessing"}),
         ("replicas.supervisor", {"torch", "starlette", "uvicorn"}),
-        ("api.prompts", {"starlette", "uvicorn", "multiprocessing"}),
+        ("api.chat", {"starlette", "uvicorn", "multiprocessing"}),
     ],
 )
 def test_what_each_part_does_not_know(module, never):
