@@ -38,6 +38,38 @@ class WorkerOptions:
 
 
 @dataclass(frozen=True)
+class StateTask:
+    """What a text has to do with states that are kept (`mambakit.serving.states`).
+
+    Attributes:
+        start: the blob of the state that it starts from; "" for none.
+        keep: whether to write the state at its end to a blob, which its last piece names.
+        penalise: whether penalties count the tokens that the state has read.
+    """
+
+    start: str = ""
+    keep: bool = False
+    penalise: bool = True
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A state that is durable: its blob, and what it has read.
+
+    Attributes:
+        blob: SHA-256 of the file.
+        bytes: its size.
+        tokens: how many tokens of text it stands after.
+        digest: a hash of those tokens; "" where they are not known.
+    """
+
+    blob: str
+    bytes: int
+    tokens: int
+    digest: str = ""
+
+
+@dataclass(frozen=True)
 class Task:
     """Server to worker: generate one text."""
 
@@ -49,6 +81,9 @@ class Task:
     stop: tuple[str, ...] = ()
     share: tuple[Any, ...] = ()
     """Its owner, from the outside in: (key, client, request). Slots are divided evenly at every level."""
+    state: StateTask | None = None
+    salt: str = ""
+    """Of the prefix cache: prompts of another salt are never found."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +133,8 @@ class Piece(NamedTuple):
     """Why this text failed; the others of the batch continue."""
     status: int = 500
     """HTTP status of the error: 400 where the request was at fault."""
+    kept: Kept | None = None
+    """In the last piece of a text whose state was to be kept."""
 
 
 class Batch(NamedTuple):

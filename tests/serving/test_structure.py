@@ -15,7 +15,7 @@ SERVING = ROOT / "mambakit" / "serving"
 FOLDERS = ["errors", "messages", "metrics", "api", "dispatch", "replicas", "http", "server"]
 FILES = {
     "api": ["fields", "answers", "protocol", "prompts", "intake"],
-    "dispatch": ["jobs", "queue", "suspects", "dispatcher"],
+    "dispatch": ["shares", "jobs", "fair_queue", "queue", "affinity", "rates", "promises", "suspects", "dispatcher"],
     "replicas": ["heartbeat", "outbox", "worker", "process", "supervisor"],
     "http": ["access", "refusals", "connection_limits", "connection", "completion", "app"],
 }
