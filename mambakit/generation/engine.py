@@ -33,7 +33,7 @@ from mambakit.decoding.loop import SlotLoop
 from mambakit.decoding.parameters import CHUNK_SIZE, INT64, Number
 from mambakit.decoding.slots import SlotPool
 from mambakit.errors import LogitsError
-from mambakit.generation.engine_looks import Looks
+from mambakit.generation.engine_looks import Found, Looks
 from mambakit.generation.engine_prompts import PromptReader
 from mambakit.generation.engine_schedule import Schedule
 from mambakit.generation.engine_states import TextStates
@@ -59,9 +59,9 @@ class Engine:
             on a CPU a chunk in one layer, on a GPU a chunk.
         slice_tokens: how many tokens a text writes at least before it makes room for one of another share.
         tokens_per_look: tokens that each slot writes between two device-to-host syncs, where no constraint needs one.
-            More than 1 leaves the host behind the device; the texts are the same, but `step`
-            gives several tokens of a text at once, and a text that is cancelled has had up to so many more. None: 1,
-            and with a captured decoder as many as take 10 ms, up to 8.
+            More than 1 leaves the host behind the device: `step` launches the next tokens before
+            it returns those that were launched before. The texts are the same, but `step` gives several tokens of a
+            text at once. None: 1, and with a captured decoder as many as take 10 ms, up to 8.
         clock: gives the time in seconds.
         rows: the earlier name of ``slots``.
 
@@ -93,15 +93,15 @@ class Engine:
         slice_tokens = Number(32, 1, INT64[1], whole=True).read("slice_tokens", slice_tokens)
         read_seconds = Number(0.02, 0, math.inf).read("read_seconds", read_seconds)
         self.model, self.slots, self.chunk_size, self.slice_tokens = model, slots, chunk_size, slice_tokens
-        self._looks = Looks(tokens_per_look, clock)
         self.prefix_cache = prefix_cache
-        self._ends = _end_tokens(model)
+        ends = frozenset(_end_tokens(model))
         self._vocab_size = model.config.vocab_size
         self._pool = SlotPool(model, slots)  # its slots hold their texts
         self._loop = SlotLoop(self._pool)
         self._states = TextStates(model)
+        self._looks = Looks(self._loop, tokens_per_look, clock)
         self._schedule = Schedule(slots)
-        self._prompts = PromptReader(model, ReadingShare(read_seconds, chunk_size, clock), self._schedule)
+        self._prompts = PromptReader(model, ReadingShare(read_seconds, chunk_size, clock), self._schedule, ends)
         self._cancelled: deque[Request] = deque()  # by whichever thread
         self._taken = 0  # of the slots
         self._freed = False  # whether slots have become free
@@ -161,10 +161,11 @@ class Engine:
     @torch.inference_mode(False)  # states and tables outlive the step, which may run in inference mode and out of it
     @torch.no_grad()
     def step(self) -> list[tuple[Request, int]]:
-        """Read prompts for a while, then write the next token of every slot (``tokens_per_look``).
+        """Read prompts for a while, then write the next tokens of every slot (``tokens_per_look``).
 
         Returns:
-            (request, token) of each text that has a new token. A text whose prompt was read has its first.
+            (request, token) of each text that has a new token; none where those of the first look were only launched.
+            A text whose prompt was read has its first.
         """
         self._schedule.begin_step()
         while self._cancelled:
@@ -174,11 +175,14 @@ class Engine:
         if self._schedule.unread:
             self._prompts.step(lambda text, token: self._take(text, token, chosen), self._fail)
         if self._schedule.ready:
-            self._give_slots()
+            self._give_slots(chosen)
         if self._freed:
             self._leave_out_free_slots()
         if self._taken:
-            self._write(chosen)
+            self._states.before_look(self._pool, self._looks.several)
+            self._note(self._looks.next(), chosen)
+        if not self._taken:
+            self._looks.forget()
         if not len(self._schedule):
             self._prompts.drop_held()
         return chosen
@@ -186,8 +190,11 @@ class Engine:
     def _writing(self) -> list[Text]:
         return [text for text in self._pool.occupants if text is not None]
 
-    def _give_slots(self) -> None:
+    def _give_slots(self, chosen: list[tuple[Request, int]]) -> None:
         leaving, entering = self._schedule.admission(self._writing(), self.slice_tokens)
+        if leaving and (found := self._looks.wait()) is not None:  # their states may be ahead of their tokens
+            self._note(found, chosen)
+            leaving, entering = self._schedule.admission(self._writing(), self.slice_tokens)
         for text in leaving:  # each continues later from a copy of its state
             slot = self._pool.occupants.index(text)
             text.state = self._pool.copy_of(slot)
@@ -221,18 +228,16 @@ class Engine:
             self._loop.shrink()
             self._freed = False
 
-    def _write(self, chosen: list[tuple[Request, int]]) -> None:
-        """The next tokens of every text that has a slot."""
-        held: list[Text | None] = list(self._pool.occupants)
-        texts = [text for text in held if text is not None]
-        count = self._looks.count(self._pool, texts)
-        self._states.before_look(self._pool, held)
-        found = self._looks.timed(self._loop.look, count)
-        vocab_size, ends = self._vocab_size, self._ends
-        for text, tokens in zip(held, found, strict=True):
-            if text is None:
-                continue
-            request, written = text.request, text.written
+    def _note(self, found: Found | None, chosen: list[tuple[Request, int]]) -> None:
+        """Note the tokens of a look."""
+        if found is None:
+            return
+        vocab_size = self._vocab_size
+        for slot, (text, tokens) in enumerate(zip(found.texts, found.tokens, strict=True)):
+            if text is None or text.request not in self._schedule.texts:
+                continue  # it has ended since
+            request, written, ends = text.request, text.written, text.ends
+            request.token_log_probs += found.log_probs.get(slot, [])
             for token in tokens:
                 if 0 <= token < vocab_size and token not in ends:
                     written.append(token)
@@ -252,7 +257,7 @@ class Engine:
             self._fail(text, text.sampled.exception)
         elif not 0 <= token < self._vocab_size:
             self._fail(text, ValueError(f"token {token} was chosen; the model's are 0 to {self._vocab_size - 1}"))
-        elif token in self._ends:
+        elif token in text.ends:
             self._finish(text, "stop")
         else:
             text.written.append(token)
@@ -273,6 +278,7 @@ class Engine:
     def _finish(self, text: Text, reason: str) -> None:
         request = text.request
         request.finish_reason = request.finish_reason or reason
+        del request.token_log_probs[len(request.tokens) :]  # of what was chosen after the end
         slot = self._pool.occupants.index(text) if text in self._pool.occupants else None
         states = self._states.ended(text, self._pool, slot) if self._is_wanted(text) else []
         if states and not request.error:

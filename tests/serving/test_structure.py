@@ -12,12 +12,39 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SERVING = ROOT / "mambakit" / "serving"
 # From the bottom up: files and folders, and the files of each folder. Each may import those before it.
-FOLDERS = ["errors", "messages", "metrics", "api", "dispatch", "replicas", "http", "server"]
+FOLDERS = ["errors", "messages", "metrics", "states", "api", "dispatch", "replicas", "http", "server"]
 FILES = {
-    "api": ["fields", "answers", "protocol", "prompts", "intake"],
+    "api": [
+        "declarations",
+        "values",
+        "checks",
+        "shapes",
+        "fields",
+        "asked",
+        "prompts",
+        "completions",
+        "operations",
+        "openapi",
+        "answers",
+        "intake",
+    ],
+    "states": ["tensors", "blobs", "records", "store"],
     "dispatch": ["shares", "jobs", "fair_queue", "queue", "affinity", "rates", "promises", "suspects", "dispatcher"],
-    "replicas": ["heartbeat", "outbox", "worker", "process", "supervisor"],
-    "http": ["access", "refusals", "connection_limits", "connection", "completion", "app"],
+    "replicas": ["heartbeat", "outbox", "constraints", "scoring", "worker", "process", "supervisor"],
+    "http": [
+        "access",
+        "refusals",
+        "connection_limits",
+        "connection",
+        "request_ids",
+        "routing",
+        "services",
+        "texts",
+        "completions",
+        "models",
+        "probes",
+        "app",
+    ],
 }
 ORDER = [f"{folder}.{file}" if file else folder for folder in FOLDERS for file in FILES.get(folder, [""])]
 

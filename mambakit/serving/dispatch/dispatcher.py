@@ -146,18 +146,18 @@ class Dispatcher:
                 self._expire(job)
                 self._queue.ended(job)
                 continue
-            marks = marks_of(job.prompt_ids, job.salt) if self._caching and job.state is None else []
-            replica = self._choose(job, able, self._affinity.known(marks)) if len(able) > 1 else able[0]
+            start = job.options.state.start if job.options.state else ""
+            marks = marks_of(job.prompt_ids, job.options.cache_salt) if self._caching and not start else []
+            replica = self._choose(job, able, start, self._affinity.known(marks)) if len(able) > 1 else able[0]
             replica.add(job)
-            self._affinity.note(marks, (job.state.start,) if job.state and job.state.start else (), replica.number)
+            self._affinity.note(marks, (start,) if start else (), replica.number)
             replica.outgoing.put(
-                Task(job.id, job.prompt_ids, job.sampling, job.max_new_tokens, job.stop, job.share, job.state, job.salt)
+                Task(job.id, job.prompt_ids, job.sampling, job.max_new_tokens, job.stop, job.share, job.options)
             )
 
-    def _choose(self, job: Job, able: list[Replica], known: dict[int, int]) -> Replica:
+    def _choose(self, job: Job, able: list[Replica], start: str, known: dict[int, int]) -> Replica:
         """A replica with a free slot before one without; then the one with the least to do, what of the prompt it must
         read included."""
-        start = "" if job.state is None else job.state.start
 
         def cost(replica: Replica) -> tuple[bool, float, int]:
             unread = job.prompt_tokens - known.get(replica.number, 0)

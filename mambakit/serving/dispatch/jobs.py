@@ -12,7 +12,7 @@ from typing import Any
 
 from mambakit.serving.dispatch.shares import Shares
 from mambakit.serving.errors import ApiError
-from mambakit.serving.messages import Piece, StateTask
+from mambakit.serving.messages import Piece, TextOptions
 
 # Prefill reads chunks: a prompt token costs about this fraction of a generated one.
 PROMPT_COST = 1 / 16
@@ -103,14 +103,11 @@ class Job:
     """Its number among the n texts of its prompt; the prompt's tokens are counted with copy 0."""
     share: tuple[Any, ...] = ()
     """Its owner, from the outside in: (key, client, request)."""
+    options: TextOptions = field(default_factory=TextOptions)
     priority: int = 0
     """Among the texts of its key: the smaller, the earlier."""
     deadline: float = math.inf
     """When it is of no use any more, by the dispatcher's clock."""
-    state: StateTask | None = None
-    """The state that it starts from or leaves."""
-    salt: str = ""
-    """Of the prefix cache: texts of another salt share nothing with it."""
 
     id: int = field(default_factory=itertools.count().__next__, init=False)
     created: float = field(default_factory=time.monotonic, init=False)
@@ -124,8 +121,8 @@ class Job:
     @property
     def work(self) -> int:
         """A hash of all that is asked except the seed: equal for two requests of the same work."""
-        sampling = tuple((name, value) for name, value in self.sampling.items() if name != "seed")
-        return hash((self.prompt_ids, sampling, self.max_new_tokens, self.stop, self.state))
+        sampling = repr([(name, value) for name, value in self.sampling.items() if name != "seed"])
+        return hash((self.prompt_ids, sampling, self.max_new_tokens, self.stop, self.options))
 
     @property
     def remaining(self) -> float:

@@ -86,8 +86,8 @@ class StateStore:
                     ("your states", self.share, mine) if mine > self.share else ("all states", self.budget, total)
                 )
                 message = (
-                    f"{what} would have {value:,} bytes, and may have {limit:,}; delete some (DELETE /v1/states/{{id}}), "
-                    "let them expire (expires_after), or serve with a larger --states-mb"
+                    f"{what} would have {value:,} bytes, and may have {limit:,}; delete some "
+                    "(DELETE /v1/states/{id}), let them expire (expires_after), or serve with a larger --states-mb"
                 )
                 raise ApiError(507, message, code="states_full")
             self._reserved[owner] += nbytes

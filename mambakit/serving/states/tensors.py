@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from array import array
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from mambakit.quoting import cut
 from mambakit.serving.errors import ApiError
@@ -16,6 +17,19 @@ FORMAT = "mambakit.State/1"
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1, "I16": 2, "BOOL": 1}
 _MOST_HEADER = 1 << 20
 _AGAIN = "export the state again, and send the whole file"
+
+
+class Place(NamedTuple):
+    """Where a tensor is in a file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _SIZES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -35,13 +49,7 @@ class Layout:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors of one state."""
-        total = 0
-        for dtype, shape in self.tensors.values():
-            size = _SIZES[dtype]
-            for n in shape:
-                size *= n
-            total += size
-        return total
+        return sum(Place(dtype, shape, 0, 0).nbytes for dtype, shape in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -74,8 +82,8 @@ def digest_of(tokens: array[int]) -> str:
     return hashlib.blake2b(array("q", tokens).tobytes(), digest_size=16).hexdigest()
 
 
-def header_of(data: bytes | memoryview) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...], int, int]]]:
-    """(metadata, by name: dtype, shape, first byte, byte after the last) of a safetensors file.
+def header_of(data: bytes | memoryview) -> tuple[dict[str, str], dict[str, Place]]:
+    """(metadata, tensors by name) of a safetensors file.
 
     Raises:
         ValueError: it is none, or is not whole.
@@ -89,7 +97,7 @@ def header_of(data: bytes | memoryview) -> tuple[dict[str, str], dict[str, tuple
         header = json.loads(bytes(data[8 : 8 + length]))
         metadata = header.pop("__metadata__", {})
         tensors = {
-            name: (str(one["dtype"]), tuple(map(int, one["shape"])), *map(int, one["data_offsets"]))
+            name: Place(str(one["dtype"]), tuple(map(int, one["shape"])), *map(int, one["data_offsets"]))
             for name, one in header.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -98,18 +106,16 @@ def header_of(data: bytes | memoryview) -> tuple[dict[str, str], dict[str, tuple
         raise ValueError("its metadata are no strings")
     at = 0
     for name, one in sorted(tensors.items(), key=lambda item: item[1][2:]):
-        if len(one) != 4 or one[2] != at or min(one[1], default=0) < 0 or one[0] not in _SIZES:
+        if one.begin != at or min(one.shape, default=0) < 0 or one.dtype not in _SIZES:
             raise ValueError(f"its tensor {cut(name)!r} cannot be read")
-        size = _SIZES[one[0]]
-        for n in one[1]:
-            size *= n
-        at += size
-        if one[3] != at:
+        at += one.nbytes
+        if one.end != at:
             raise ValueError(f"its tensor {cut(name)!r} has another size than its shape")
-    if 8 + length + at != len(data):
-        raise ValueError(f"it has {len(data):,} bytes, and its header says {8 + length + at:,}")
     first = 8 + length
-    return metadata, {name: (one[0], one[1], first + one[2], first + one[3]) for name, one in tensors.items()}  # type: ignore[misc]
+    if first + at != len(data):
+        raise ValueError(f"it has {len(data):,} bytes, and its header says {first + at:,}")
+    moved = {name: one._replace(begin=first + one.begin, end=first + one.end) for name, one in tensors.items()}
+    return metadata, moved
 
 
 def check(data: bytes | memoryview, layout: Layout) -> StateFile:
@@ -138,8 +144,8 @@ def check(data: bytes | memoryview, layout: Layout) -> StateFile:
         if found is None or found[:2] != (dtype, shape):
             is_it = "missing" if found is None else f"{found[0]} {list(found[1])}"
             raise ApiError(
-                400, f"the file's {name} is {is_it}; it must be {dtype} {list(shape)}, of one text and of the dtype that "
-                "this server runs in",
+                400, f"the file's {name} is {is_it}; it must be {dtype} {list(shape)}, of one text and of the dtype "
+                "that this server runs in",
             )  # fmt: skip
     more = set(tensors) - set(layout.tensors) - {"pending", "tokens"}
     if more:
@@ -156,8 +162,8 @@ def check(data: bytes | memoryview, layout: Layout) -> StateFile:
     return StateFile(int(seen), pending, tokens)
 
 
-def _ids(data: bytes | memoryview, tensors: dict[str, Any], name: str, vocab_size: int) -> array[int]:
-    dtype, shape, begin, end = tensors.get(name, ("", (), 0, 0))
+def _ids(data: bytes | memoryview, tensors: dict[str, Place], name: str, vocab_size: int) -> array[int]:
+    dtype, shape, begin, end = tensors.get(name, Place("", (), 0, 0))
     if dtype not in ("I64", "I32") or len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != 1):
         raise ApiError(400, f"the file's {name} are no token ids of one text; {_AGAIN}")
     ids = array("q" if dtype == "I64" else "i", bytes(data[begin:end]))

@@ -272,7 +272,7 @@ def test_keys_that_always_wait_have_their_shares():
         world.events.clear()
         world.look()
     for key in "abc":
-        assert world.written[key] / sum(world.written.values()) == pytest.approx(1 / 3, rel=0.1), world.written
+        assert world.written[key] / sum(world.written.values()) == pytest.approx(1 / 3, rel=0.2), world.written
 
 
 def test_at_half_the_load_prompts_follow_their_conversation():
