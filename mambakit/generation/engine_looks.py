@@ -69,11 +69,6 @@ class Looks:
         texts: list[Text | None] = list(self._loop.pool.occupants)
         writing = [text for text in texts if text is not None]
         ahead = 0 if self._launched is None else self._launched.count
-        if self._count() == 1 or self._loop.must_look:
-            if ahead:
-                return self.wait()
-            before(texts)
-            return self._look(texts)
         count = min(self._count(), max(text.most - len(text.written) for text in writing) - ahead)
         if self._count() == 1 or self._loop.must_look:
             return self.wait() if ahead else self._look(texts)
