@@ -87,6 +87,9 @@ def export(
         model.save_pretrained(temporary, max_shard_size=config.max_shard_size)
         summary.update(_summary(model.float(), data, config, folder.path, steps, seconds, training_loss))
         summary["weights_of_step"] = best_step or steps
+        if data.sample_rate:
+            rate = {"sampling_rate": data.sample_rate, "encoding": "mu-law, 256 levels"}
+            (temporary / "preprocessor_config.json").write_text(json.dumps(rate, indent=2), encoding="utf-8")
         (temporary / "README.md").write_text(_card(model, config, summary, data, device), encoding="utf-8")
         (temporary / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
 

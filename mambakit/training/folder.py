@@ -39,7 +39,7 @@ _WRITTEN = (
     *_DIARY, "checkpoints", "tensorboard", "adapter", "state.safetensors", "summary.json", "README.md", "config.json",
     "generation_config.json", "model.safetensors", "model.safetensors.index.json",
     "model-*-of-*.safetensors", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "preprocessor_config.json",
 )  # fmt: skip
 
 
@@ -96,7 +96,11 @@ class RunFolder:
                 # resumed.
                 runs = [*old.get("replaces", {"runs": []})["runs"], old["id"]]
                 self._record["replaces"] = {"runs": runs, "files": sorted(_files(old))}
-        diary = {*self._record["files"].get("diary", ()), *_DIARY, *([_EVENTS] if "tensorboard" in self.config.report_to else [])}
+        diary = {
+            *self._record["files"].get("diary", ()),
+            *_DIARY,
+            *([_EVENTS] if "tensorboard" in self.config.report_to else []),
+        }
         self._record["files"]["diary"] = sorted(diary)
         self._save()
         if "replaces" in self._record:
