@@ -107,7 +107,7 @@ def _train(
             folder.place("adapter", lambda temporary: save_adapters(whole, temporary / "adapter"))
             merge_adapters(whole)
         loss = run.final_loss()
-        lengths = {"steps": run.step, "seconds": run.seconds}
+        lengths: dict[str, Any] = {"steps": run.step, "seconds": run.seconds}
         summary = export(whole, data, config, folder, **lengths, training_loss=loss, best_step=best)
         say_end(summary, config, data.vocabulary, report)
     return mesh.share(summary)

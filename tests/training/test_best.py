@@ -97,7 +97,7 @@ def test_a_run_ends_early(tmp_path, monkeypatch):
 
 
 def test_resuming_goes_back_to_the_best_of_the_checkpoint(tmp_path, monkeypatch):
-    """Killed at step 7, with weights of step 6 on the disk and a checkpoint of step 4: the same end as uninterrupted."""
+    """Killed at step 7, with weights of step 6 on the disk and a checkpoint of step 4: the end is the same."""
     losses = {2: 3.0, 4: 4.0, 6: 2.0, 8: 2.5, 10: 2.6, 12: 2.7}
     weights = script(monkeypatch, losses)
     whole, _ = heard(config_of(tmp_path, out=str(tmp_path / "whole")))
@@ -171,8 +171,8 @@ def test_adapters_alone_are_kept(tmp_path):
 def test_refused_trackers(monkeypatch):
     with pytest.raises(ValueError, match=r"report_to names 'mlflow'; choose among tensorboard, wandb, trackio"):
         TrainConfig(report_to=["mlflow"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with pytest.raises(ValueError, match="wandb twice"):
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
         check_trackers(["wandb", "wandb"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="trackio, which is not installed: pip install trackio"):
