@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mambakit.commands.loading import add_model_arguments, load
+from mambakit.commands.loading import add_model_arguments, add_tokenizer_argument, load
 from mambakit.commands.options import (
     LARGEST_SEED,
     any_text,
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--file", action="append", default=[], metavar="FILE", help="a file as a prompt (repeatable)")
     add_model_arguments(parser)
+    add_tokenizer_argument(parser)
     parser.add_argument(
         "--max-new-tokens", type=integer(0), help="at most this many tokens (default 200; of sound 2 seconds)"
     )
