@@ -2,6 +2,7 @@
 
 import argparse
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ for one, other in ((A, T), (C, G), (G, C), (T, A)):
 def genome(path: str | None, seed: int) -> torch.Tensor:
     """(l,) ids: a FASTA's letters, or genes of 12 codons in random order, each on one of the two strands."""
     if path:
-        with open_text(path) as file:
+        with open_text(Path(path)) as file:
             return torch.tensor(tokenizer("".join(x.strip() for x in file if x[0] != ">")).input_ids)
     codons = np.random.default_rng(0).integers(A, T + 1, (12, 36))  # the same genes in both genomes
     draw = np.random.default_rng(seed)
