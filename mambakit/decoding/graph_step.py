@@ -140,6 +140,7 @@ class GraphDecoder:
             row, and step i also stores that in ``history[:, i]``.
         logits: (rows, v) float32 of the last step.
         holder: weak reference to the pool whose states are in it; None, or dead, where it is free.
+        verifiers: of drafts of its states, by their number of tokens.
     """
 
     # Its tensors outlive the call, and inference tensors could not be written outside of inference mode.
@@ -148,6 +149,7 @@ class GraphDecoder:
     def __init__(self, model: Any, states: Any, run: Any = None, capacity: int = 64):
         self.states, self.rows, self.capacity = states, states.max_batch_size, capacity
         self.holder: weakref.ref[Any] | None = None
+        self.verifiers: dict[int, Any] = {}
         rows, device = self.rows, model.device
         if run is not None:
             self._run = run  # keeps the buffers alive that the graph reads and writes
@@ -261,10 +263,9 @@ class VerificationStep:
         self._step.slot.zero_()
         self._slots.copy_(cache, [0], [0])
 
-    def __call__(self, tokens: list[int]) -> Tensor:
-        """(t, v) float32 logits after each token, valid until the next call. Shorter drafts are padded at the end."""
-        filled = tokens + tokens[-1:] * (self.tokens - len(tokens))
-        self._step.tokens.copy_(torch.tensor(filled, dtype=torch.int64, device="cpu"), non_blocking=True)
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(t, v) float32 logits after each of ``tokens`` (t,), valid until the next call. Shorter drafts are padded."""
+        self._step.tokens[: len(tokens)] = tokens  # what an earlier draft has left behind them is a token, too
         return self._step()[: len(tokens)]
 
     def keep(self, m: int, cache: Any) -> None:
@@ -276,8 +277,10 @@ class VerificationStep:
         cache.advance(seen + m - cache.get_seq_length())
 
 
-def why_not_verification(model: Any, tokens: int, *, states: Any = None) -> str | None:
+def why_not_verification(model: Any, rows: int, tokens: int, *, states: Any = None) -> str | None:
     """Why the persistent kernel cannot verify drafts of ``tokens`` tokens, or None where it can."""
+    if rows != 1:
+        return f"{rows} rows; it verifies drafts of one"
     if (reason := why_not_captured(model) or _why_not_kernels(model)) is not None:
         return reason
     return cuda_persistent.why_not(gpu_weights(model), tokens, model.backbone.norm_f.weight.dtype)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.decoding.acceptance import Acceptance
+from mambakit.decoding.acceptance import Acceptance, choose_together
 from mambakit.decoding.drafting import Draft
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampler import Chooser, Sampler
@@ -72,10 +72,6 @@ class TokenLoop:
             endings.append(self.ended)
         return torch.stack(found, 1), torch.stack(endings, 1)
 
-    def read(self, tokens: Tensor) -> None:
-        """Every slot reads one of ``tokens`` (size,); no next token is chosen."""
-        self.pool.step(tokens)
-
     def _are_ends(self, tokens: Tensor) -> Tensor:
         if self.ends is None:
             return torch.zeros_like(tokens, dtype=torch.bool)
@@ -121,11 +117,12 @@ class SlotLoop:
         self._seated = False  # whether the sampler has the texts of all slots
         self._acceptances: dict[SampledText, Acceptance] = {}
         self._chosen: list[list[int]] = []  # by the last verification, per slot
+        self._guessed = False  # whether the last verification had guesses
 
     # -- slots -----------------------------------------------------------------------------------------------------
 
-    def admit(self, text: Any, state: StateCache, token: int) -> None:
-        """Put a text into a free slot, growing the pool if there is none.
+    def admit(self, text: Any, state: StateCache, token: int) -> int:
+        """Put a text into a free slot, growing the pool if there is none. Returns the slot.
 
         Args:
             text: becomes the slot's occupant.
@@ -141,6 +138,7 @@ class SlotLoop:
         slot = self.pool.occupants.index(None)
         self.pool.put(slot, state)
         self.seat(slot, text, token)
+        return slot
 
     def seat(self, slot: int, text: Any, token: int) -> None:
         """Put a text into ``slot``, whose state is there already; it reads ``token`` next."""
@@ -150,6 +148,7 @@ class SlotLoop:
         """Free the slot."""
         text = self.pool.occupants[slot]
         self._acceptances.pop(text.sampled, None)
+        self._next.pop(slot, None)
         self.pool.occupants[slot], self._seated = None, False
 
     def shrink(self) -> None:
@@ -190,25 +189,36 @@ class SlotLoop:
         return self.sampler.must_look
 
     def verify(self, drafts: Sequence[Draft]) -> list[list[int]]:
-        """Verify one draft per slot. Returns each slot's accepted guesses and one more token. Call `keep` next."""
+        """Verify one draft per slot. Returns each slot's accepted guesses and one more token. Call `keep` next.
+
+        Where no slot has a guess, it is a plain step. The texts must not be written by `look` before or afterwards.
+        """
         last = self._tokens()
         most = max(len(draft.tokens) for draft in drafts)
-        rows = [draft.tokens + draft.tokens[-1:] * (most - len(draft.tokens)) for draft in drafts]
-        rows = [row if len(row) == most else [0] * most for row in rows]
-        guesses = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(drafts), most).to(self._device)
-        logits = self.pool.verify(torch.cat([last[:, None], guesses], 1), 1 + self._guesses)
-        self._chosen = []
-        for text, draft, row in zip(self.pool.occupants, drafts, logits, strict=True):
-            chosen = [] if text is None else self._acceptance(text).choose(row[: len(draft.tokens) + 1], draft)
-            self._chosen.append(chosen)
+        self._guessed = most > 0
+        if self._guessed:
+            rows = [draft.tokens + [0] * (most - len(draft.tokens)) for draft in drafts]
+            guesses = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self._device, non_blocking=True)
+            logits = self.pool.verify(torch.cat([last[:, None], guesses], 1), 1 + self._guesses)
+        else:
+            logits = self.pool.step(last)[:, None]
+        taken = [slot for slot, text in enumerate(self.pool.occupants) if text is not None]
+        acceptances = [self._acceptance(self.pool.occupants[slot]) for slot in taken]
+        given = logits if len(taken) == len(logits) else logits[taken]
+        self._chosen = [[] for _ in drafts]
+        for slot, chosen in zip(
+            taken, choose_together(acceptances, given, [drafts[slot] for slot in taken]), strict=True
+        ):
+            self._chosen[slot] = chosen
         return self._chosen
 
     def keep(self, counts: Sequence[int]) -> None:
-        """After `verify`: slot i reads the first ``counts[i]`` >= 1 of its last token and guesses.
+        """After `verify`: slot i reads the first ``counts[i]`` >= 1 of its last token and guesses; 0 of a free slot.
 
         It reads next the token that `verify` chose after those.
         """
-        self.pool.commit(list(counts))
+        if self._guessed:
+            self.pool.commit(list(counts))
         for slot, (count, chosen) in enumerate(zip(counts, self._chosen, strict=True)):
             if chosen:
                 self._next[slot] = chosen[count - 1]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mambakit.decoding.drafting import read_draft_tokens
 from mambakit.decoding.parameters import NEW_TOKENS
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampling_params import SamplingParams
@@ -29,6 +30,8 @@ class Request:
         state: a `StateCache` (`MambaCache`) of one row to start from; it is copied, never changed.
         keep_state: whether to return the final state.
         context: (p,) int64, the tokens that ``state`` has read: a repetition penalty counts them, too.
+        draft_tokens: the maximum number of guesses per draft, where the engine has a drafter; 0: none. None: the
+            engine's.
         share: the path of the request's owners, outermost first, such as (key, request). At every level slots are
             divided evenly among the owners with waiting requests. Requests of the same share (by default all) are in
             order of submission. A prompt that several requests of a share have in common is read once, unless the share
@@ -51,6 +54,7 @@ class Request:
     keep_state: bool = False
     context: Tensor | None = None
     share: Path = ()
+    draft_tokens: int | None = None
 
     tokens: list[int] = field(default_factory=list, init=False)
     finish_reason: str = field(default="", init=False)
@@ -64,6 +68,8 @@ class Request:
     def __post_init__(self) -> None:
         self.prompt_ids = token_ids("prompt_ids", self.prompt_ids)
         self.max_new_tokens = NEW_TOKENS.read("max_new_tokens", self.max_new_tokens)
+        if self.draft_tokens is not None:
+            self.draft_tokens = read_draft_tokens(self.draft_tokens, least=0)
         if self.context is not None:
             self.context = token_ids("context", self.context, least=0)
         if not isinstance(self.sampling, SamplingParams):
