@@ -8,17 +8,20 @@ loop chooses several tokens (`TokenLoop.write`), or verifies a draft (`SlotLoop.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from mambakit.decoding.acceptance import Acceptance, choose_together
 from mambakit.decoding.drafting import Draft
+from mambakit.decoding.log_probs import Recorded, Recorder, TokenLogProb
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampler import Chooser, Sampler
 from mambakit.decoding.slots import SlotPool
 from mambakit.modules import StateCache
+
+LogProbsBySlot: TypeAlias = "dict[int, list[TokenLogProb]]"
 
 
 class TokenLoop:
@@ -79,26 +82,34 @@ class TokenLoop:
 
 
 class HostCopy:
-    """A copy of ``tokens`` (size, count) int64 on the host, made as soon as the device has them.
+    """A copy of ``tokens`` (size, count) int64 on the host, made as soon as the device has them, and of the
+    log-probabilities that were recorded with them.
 
     What is launched on the device afterwards does not delay it.
     """
 
-    def __init__(self, tokens: Tensor):
+    def __init__(self, tokens: Tensor, recorded: Recorded | None):
         self._copied: torch.cuda.Event | None = None
+        self._tokens = _to_host(tokens)
+        self._recorded, self._values = recorded, None if recorded is None else _to_host(recorded.values)
         if tokens.is_cuda:
-            pinned = torch.empty(tokens.shape, dtype=tokens.dtype, device="cpu", pin_memory=True)
-            tokens = pinned.copy_(tokens, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
-        self._tokens = tokens
 
-    def wait(self) -> list[list[int]]:
-        """The tokens of every slot. Waits for the device."""
+    def wait(self) -> tuple[list[list[int]], LogProbsBySlot]:
+        """The tokens of every slot, and log-probabilities of the slots that ask for them. Waits for the device."""
         if self._copied is not None:
             self._copied.synchronize()
         found: list[list[int]] = self._tokens.tolist()
-        return found
+        return found, {} if self._recorded is None else self._recorded.by_slot(found, self._values)
+
+
+def _to_host(values: Tensor) -> Tensor:
+    """A copy in pinned memory, which is there once the device has reached this point; of a CPU's tensor itself."""
+    if not values.is_cuda:
+        return values
+    pinned = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+    return pinned.copy_(values, non_blocking=True)
 
 
 class SlotLoop:
@@ -107,6 +118,10 @@ class SlotLoop:
     Args:
         pool: its slots hold the texts (``pool.occupants``), whose attribute ``sampled`` is a `SampledText`.
         guesses: the maximum number of tokens of a draft.
+
+    Attributes:
+        log_probs: by slot, log-probabilities of the tokens of the last `look` or `verify`, where its text asks for
+            them.
     """
 
     def __init__(self, pool: SlotPool, guesses: int = 0):
@@ -115,6 +130,7 @@ class SlotLoop:
         self._loop = TokenLoop(pool, self.sampler, self._zeros(pool.size))
         self._next: dict[int, int] = {}  # by slot: the token it reads next, not on the device yet
         self._seated = False  # whether the sampler has the texts of all slots
+        self.log_probs: LogProbsBySlot = {}
         self._acceptances: dict[SampledText, Acceptance] = {}
         self._chosen: list[list[int]] = []  # by the last verification, per slot
         self._guessed = False  # whether the last verification had guesses
@@ -166,10 +182,13 @@ class SlotLoop:
 
         With a constraint it is one token per slot, since the constraint must see each token before the next. `NO_TOKEN`
         stands where no token can be chosen; the text then ends. The tokens of a free slot are meaningless.
+        ``log_probs`` are those of these tokens.
         """
         constrained = self.must_look
         tokens, _ = self._loop.write(1 if constrained else count, check=True)
+        recorded = self.sampler.take_log_probs()
         found: list[list[int]] = tokens.tolist()
+        self.log_probs = {} if recorded is None else recorded.by_slot(found)
         if constrained:
             return [[token] for token in self.sampler.accept([token for (token,) in found])]
         return found
@@ -177,7 +196,8 @@ class SlotLoop:
     def launch(self, count: int) -> HostCopy:
         """The tokens of ``look(count)``, without waiting for them. No text may have a constraint (`must_look`)."""
         assert not self.must_look, "a constraint must see each token before the next one is chosen"
-        return HostCopy(self._loop.write(count, check=True)[0])
+        tokens, _ = self._loop.write(count, check=True)
+        return HostCopy(tokens, self.sampler.take_log_probs())
 
     @property
     def must_look(self) -> bool:
@@ -210,7 +230,20 @@ class SlotLoop:
             taken, choose_together(acceptances, given, [drafts[slot] for slot in taken]), strict=True
         ):
             self._chosen[slot] = chosen
+        self._record(logits)
         return self._chosen
+
+    def _record(self, logits: Tensor) -> None:
+        """Log-probabilities of the chosen tokens, of the texts that ask for them, from ``logits`` (size, t, v)."""
+        self.log_probs = {}
+        for slot, (text, chosen) in enumerate(zip(self.pool.occupants, self._chosen, strict=True)):
+            if text is not None and text.sampled.log_probs is not None:
+                recorder = Recorder([text.sampled.log_probs])
+                tokens = torch.tensor(chosen, dtype=torch.int64, device="cpu").to(self._device)
+                for i in range(len(chosen)):
+                    recorder.record(logits[slot, i : i + 1], tokens[i : i + 1])
+                if (recorded := recorder.take()) is not None:
+                    self.log_probs |= {slot: recorded.by_slot([chosen])[0]}
 
     def keep(self, counts: Sequence[int]) -> None:
         """After `verify`: slot i reads the first ``counts[i]`` >= 1 of its last token and guesses; 0 of a free slot.

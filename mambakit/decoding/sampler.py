@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mambakit.decoding.log_probs import Recorded, Recorder
 from mambakit.decoding.logits import NO_CHOICE
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampling_params import BLOCK
@@ -68,6 +69,7 @@ class Sampler:
         self._parameters = self._uniform = torch.empty(0, dtype=torch.float32, device="cpu")
         self._tables: Tables | None = None
         self._constrained: list[tuple[int, SampledText]] = []
+        self._recorder = Recorder()
         self.plain = True
         self.seat(texts)
 
@@ -90,7 +92,9 @@ class Sampler:
         self._note_positions(before)
         self._noted = [self._column] * len(texts)
         seated = [text for text in texts if text is not None]
-        self.plain = all(text.plain for text in seated)
+        # A decoder that chooses tokens itself shows no logits to record.
+        self.plain = all(text.plain and text.log_probs is None for text in seated)
+        self._recorder = Recorder([None if text is None else text.log_probs for text in texts])
         self._draws = any(not text.params.greedy for text in seated)
         self._constrained = [(i, text) for i, text in enumerate(texts) if text is not None and text.matcher is not None]
 
@@ -108,7 +112,12 @@ class Sampler:
         self._column += self._draws
         if self._tables is not None:
             self._tables.count(tokens)
+        self._recorder.record(logits, tokens)
         return tokens
+
+    def take_log_probs(self) -> Recorded | None:
+        """Log-probabilities of the tokens that were chosen since the last call, of the texts that ask for them."""
+        return self._recorder.take()
 
     def accept(self, tokens: list[int]) -> list[int]:
         """The host's part of a step: pass the tokens (size) that `sample` chose to their constraints.

@@ -103,14 +103,14 @@ class Engine:
         read_seconds = Number(0.02, 0, math.inf).read("read_seconds", read_seconds)
         self.model, self.slots, self.chunk_size, self.slice_tokens = model, slots, chunk_size, slice_tokens
         self.prefix_cache = prefix_cache
-        self._ends = _end_tokens(model)
+        ends = frozenset(_end_tokens(model))
         self._vocab_size = model.config.vocab_size
         self._pool = SlotPool(model, slots)  # its slots hold their texts
         self._loop = SlotLoop(self._pool, 0 if drafter is None else read_draft_tokens(draft_tokens))
         self._looks = Looks(self._loop, tokens_per_look, clock)
-        self.drafts = None if drafter is None else Drafts(self._loop, model, drafter, slots, draft_tokens, self._ends)
+        self.drafts = None if drafter is None else Drafts(self._loop, model, drafter, slots, draft_tokens)
         self._schedule = Schedule(slots)
-        self._prompts = PromptReader(model, ReadingShare(read_seconds, chunk_size, clock), self._schedule)
+        self._prompts = PromptReader(model, ReadingShare(read_seconds, chunk_size, clock), self._schedule, ends)
         self._cancelled: deque[Request] = deque()  # by whichever thread
         self._taken = 0  # of the slots
         self._freed = False  # whether slots have become free
@@ -249,11 +249,12 @@ class Engine:
         """Note the tokens of a look."""
         if found is None:
             return
-        vocab_size, ends = self._vocab_size, self._ends
-        for text, tokens in zip(found.texts, found.tokens, strict=True):
+        vocab_size = self._vocab_size
+        for slot, (text, tokens) in enumerate(zip(found.texts, found.tokens, strict=True)):
             if text is None or text.request not in self._schedule.texts:
                 continue  # it has ended since
-            request, written = text.request, text.written
+            request, written, ends = text.request, text.written, text.ends
+            request.token_log_probs += found.log_probs.get(slot, [])
             for token in tokens:
                 if 0 <= token < vocab_size and token not in ends:
                     written.append(token)
@@ -273,7 +274,7 @@ class Engine:
             self._fail(text, text.sampled.exception)
         elif not 0 <= token < self._vocab_size:
             self._fail(text, ValueError(f"token {token} was chosen; the model's are 0 to {self._vocab_size - 1}"))
-        elif token in self._ends:
+        elif token in text.ends:
             self._finish(text, "stop")
         else:
             text.written.append(token)
@@ -294,6 +295,7 @@ class Engine:
     def _finish(self, text: Text, reason: str) -> None:
         request = text.request
         request.finish_reason = request.finish_reason or reason
+        del request.token_log_probs[len(request.tokens) :]  # of what was chosen after the end
         slot = self._pool.occupants.index(text) if text in self._pool.occupants else None
         wanted = request.keep_state or (self.prefix_cache is not None and request.state is None)
         if wanted and not request.error:

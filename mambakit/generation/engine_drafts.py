@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container
 from typing import Any
 
 import torch
@@ -25,17 +24,14 @@ class Drafts:
         drafter: a draft model drafts all slots together; any other drafter is copied for each text.
         slots: the maximum number of slots.
         draft_tokens: the maximum number of guesses per draft, 1 to 15, of requests that do not say.
-        ends: end-of-text tokens.
 
     Attributes:
         rounds: the number of verifications, each of which reads the weights once.
         proposed, accepted: the numbers of guesses that were verified, and that were accepted.
     """
 
-    def __init__(
-        self, loop: SlotLoop, model: Any, drafter: Drafter, slots: int, draft_tokens: int, ends: Container[int]
-    ):
-        self._loop, self._slots, self._ends = loop, slots, ends
+    def __init__(self, loop: SlotLoop, model: Any, drafter: Drafter, slots: int, draft_tokens: int):
+        self._loop, self._slots = loop, slots
         self.draft_tokens = read_draft_tokens(draft_tokens)
         self._drafter = slot_drafter(drafter, model, slots)
         self._vocab_size = model.config.vocab_size
@@ -78,7 +74,7 @@ class Drafts:
                 self.accepted += max(0, len(tokens) - 1)
                 if self._most[slot]:
                     self._known[slot] += tokens
-        return Found(texts, found)
+        return Found(texts, found, self._loop.log_probs)
 
     def _propose(self, texts: list[Text | None]) -> list[Draft]:
         most = [
@@ -101,7 +97,7 @@ class Drafts:
     def _read(self, text: Text, tokens: list[int]) -> int:
         """How many of a slot's last token and of its guesses its state must read."""
         for i, token in enumerate(tokens):
-            if not 0 <= token < self._vocab_size or token in self._ends:
+            if not 0 <= token < self._vocab_size or token in text.ends:
                 return i + 1
             if len(text.written) + i + 1 >= text.most:
                 return i + 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mambakit.decoding.loop import HostCopy, SlotLoop
+from mambakit.decoding.loop import HostCopy, LogProbsBySlot, SlotLoop
 from mambakit.decoding.parameters import Number
 from mambakit.generation.request import Text
 
@@ -26,10 +26,12 @@ class Found:
     Args:
         texts: per slot, its text when the look was launched. It may have ended since.
         tokens: per slot; those of a free slot are meaningless.
+        log_probs: by slot, of those tokens, where the text asks for them.
     """
 
     texts: list[Text | None]
     tokens: Sequence[list[int]]
+    log_probs: LogProbsBySlot
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Looks:
         launched, self._launched = self._launched, None
         if launched is None:
             return None
-        found = Found(launched.texts, launched.tokens.wait())
+        found = Found(launched.texts, *launched.tokens.wait())
         now = self._clock()
         self._note(now - max(launched.at, self._arrived), launched.count)
         self._arrived = now
@@ -100,7 +102,7 @@ class Looks:
         began = self._clock()
         found = self._loop.look(1)
         self._note(self._clock() - began, 1)
-        return Found(texts, found)
+        return Found(texts, found, self._loop.log_probs)
 
     def _count(self) -> int:
         if self._tokens is not None:

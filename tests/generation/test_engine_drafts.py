@@ -93,13 +93,19 @@ def test_models_that_no_native_call_verifies(name):
 
 def test_ends_penalties_and_requests_without_drafts(models):
     model = copy.deepcopy(models[0])
-    first = Engine(model, 4).write(requests_of([30] * 5))
+    first = Engine(model, 4).write(requests_of([30] * 6))
     model.generation_config.eos_token_id = first[0].tokens[7]
-    how = [{"sampling": GREEDY}, {"sampling": Sampling(0, repetition_penalty=1.3, presence_penalty=0.5)},
-           {"sampling": Sampling(0, logit_bias={5: 2.0})}, {"draft_tokens": 0}, {"draft_tokens": 1}]  # fmt: skip
+    how = [
+        {"log_probs": 2},
+        {"sampling": Sampling(0, repetition_penalty=1.3, presence_penalty=0.5)},
+        {"sampling": Sampling(0, logit_bias={5: 2.0}), "log_probs": 0},
+        {"draft_tokens": 0},
+        {"draft_tokens": 1, "min_new_tokens": 20},
+        {"ignore_ends": True},
+    ]
 
     def make():
-        return [requests_of([30] * 5, **one)[i] for i, one in enumerate(how)]
+        return [requests_of([30] * 6, **one)[i] for i, one in enumerate(how)]
 
     plain = Engine(model, 4).write(make())
     assert "stop" in {r.finish_reason for r in plain}
@@ -108,6 +114,10 @@ def test_ends_penalties_and_requests_without_drafts(models):
         for mine, expected in zip(drafted, plain, strict=True):
             assert (mine.tokens, mine.finish_reason) == (expected.tokens, expected.finish_reason)
             assert torch.equal(mine.final_state.ssm_states, expected.final_state.ssm_states)
+            assert len(mine.token_log_probs) == len(expected.token_log_probs)
+            for one, other in zip(mine.token_log_probs, expected.token_log_probs, strict=True):
+                assert (one.token, len(one.top)) == (other.token, len(other.top))
+                assert one.log_prob == pytest.approx(other.log_prob, abs=1e-5)
 
 
 def test_shares_take_turns_and_prefixes_are_cached(models):

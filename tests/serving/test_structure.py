@@ -14,10 +14,36 @@ SERVING = ROOT / "mambakit" / "serving"
 # From the bottom up: files and folders, and the files of each folder. Each may import those before it.
 FOLDERS = ["errors", "messages", "metrics", "api", "dispatch", "replicas", "http", "server"]
 FILES = {
-    "api": ["fields", "answers", "protocol", "prompts", "intake"],
+    "api": [
+        "declarations",
+        "values",
+        "checks",
+        "shapes",
+        "fields",
+        "asked",
+        "prompts",
+        "completions",
+        "operations",
+        "openapi",
+        "answers",
+        "intake",
+    ],
     "dispatch": ["jobs", "queue", "suspects", "dispatcher"],
-    "replicas": ["heartbeat", "outbox", "worker", "process", "supervisor"],
-    "http": ["access", "refusals", "connection_limits", "connection", "completion", "app"],
+    "replicas": ["heartbeat", "outbox", "constraints", "scoring", "worker", "process", "supervisor"],
+    "http": [
+        "access",
+        "refusals",
+        "connection_limits",
+        "connection",
+        "request_ids",
+        "routing",
+        "services",
+        "texts",
+        "completions",
+        "models",
+        "probes",
+        "app",
+    ],
 }
 ORDER = [f"{folder}.{file}" if file else folder for folder in FOLDERS for file in FILES.get(folder, [""])]
 

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from mambakit.serving.api.answers import DONE, Answer, Usage, event
-from mambakit.serving.api.protocol import Asked
+from mambakit.serving.api.asked import Asked
 from mambakit.serving.dispatch.jobs import Inbox, Job
 from mambakit.serving.errors import ApiError
 from mambakit.serving.messages import Piece
