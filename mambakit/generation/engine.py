@@ -10,7 +10,7 @@ tokens.
 
 A text does not depend on the others: every request has its own random numbers, and each prompt is read on its own in
 chunks that start at its own beginning. On a CPU, where a slot's step has the same bits in any batch, tokens are the
-same whatever else is there, and free slots are left out of the step where few of many write. Elsewhere the step always
+same whatever else is there, and free slots are left out of the step where few of many write. Elsewhere a step always
 runs on all ``slots``, so that its products are cut the same way. An error of one request, of its grammar or its state,
 ends that request alone.
 """
@@ -38,6 +38,7 @@ from mambakit.generation.engine_drafts import Drafts
 from mambakit.generation.engine_looks import Found, Looks
 from mambakit.generation.engine_prompts import PromptReader
 from mambakit.generation.engine_schedule import Schedule
+from mambakit.generation.engine_states import TextStates
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.reading import ReadingShare
 from mambakit.generation.request import Request, Text
@@ -59,10 +60,10 @@ class Engine:
         read_seconds: the time for reading prompts between two steps. The smallest part that can be read may exceed it:
             on a CPU a chunk in one layer, on a GPU a chunk.
         slice_tokens: how many tokens a text writes at least before it makes room for one of another share.
-        tokens_per_look: tokens that each slot writes between two device-to-host syncs, where no constraint needs one
-            and no state is kept. More than 1 leaves the host behind the device: `step` launches the next tokens before
-            it returns those that were launched before. The texts are the same, but `step` gives several tokens of a
-            text at once. None: 1, and with a captured decoder as many as take 10 ms, up to 8.
+        tokens_per_look: tokens that each slot writes between two device-to-host syncs, where no constraint needs one.
+            More than 1 leaves the host behind the device: `step` launches the next tokens before it returns those that
+            were launched before. The texts are the same, but `step` gives several tokens of a text at once. None: 1,
+            and with a captured decoder as many as take 10 ms, up to 8.
         clock: gives the time in seconds.
         drafter: proposes tokens that are verified several at a time, for all slots together: `DraftModel(small)`,
             `PromptLookup()` or another `Drafter`, which is copied for each text. The texts are the same, of sampled
@@ -107,6 +108,7 @@ class Engine:
         self._vocab_size = model.config.vocab_size
         self._pool = SlotPool(model, slots)  # its slots hold their texts
         self._loop = SlotLoop(self._pool, 0 if drafter is None else read_draft_tokens(draft_tokens))
+        self._states = TextStates(model)
         self._looks = Looks(self._loop, tokens_per_look, clock)
         self.drafts = None if drafter is None else Drafts(self._loop, model, drafter, slots, draft_tokens)
         self._schedule = Schedule(slots)
@@ -196,9 +198,10 @@ class Engine:
         return chosen
 
     def _next(self) -> Found | None:
-        if self.drafts is not None:
-            return self.drafts.next()
-        return self._looks.next(states_are_kept=self.prefix_cache is not None)
+        if self.drafts is None:
+            return self._looks.next(self._copy_states)
+        self._copy_states(list(self._pool.occupants))
+        return self.drafts.next()
 
     def _writing(self) -> list[Text]:
         return [text for text in self._pool.occupants if text is not None]
@@ -211,6 +214,7 @@ class Engine:
         for text in leaving:  # each continues later from a copy of its state
             slot = self._pool.occupants.index(text)
             text.state = self._pool.copy_of(slot)
+            self._states.left(text)
             self._schedule.ready[text] = None
             self._release(slot)
         for text in entering:
@@ -224,6 +228,8 @@ class Engine:
             self._fail(text, error)
             return
         del self._schedule.ready[text]
+        if self._is_wanted(text):
+            self._states.seated(text, text.state)
         text.state, text.seated_at = None, len(text.written)
         self._taken += 1
         if self.drafts is not None:
@@ -244,6 +250,9 @@ class Engine:
         if self.drafts is None and self._taken and self._taken == len(self._schedule):
             self._loop.shrink()
             self._freed = False
+
+    def _copy_states(self, texts: list[Text | None]) -> None:
+        self._states.before_look(self._pool, texts)
 
     def _note(self, found: Found | None, chosen: list[tuple[Request, int]]) -> None:
         """Note the tokens of a look."""
@@ -297,24 +306,28 @@ class Engine:
         request.finish_reason = request.finish_reason or reason
         del request.token_log_probs[len(request.tokens) :]  # of what was chosen after the end
         slot = self._pool.occupants.index(text) if text in self._pool.occupants else None
-        wanted = request.keep_state or (self.prefix_cache is not None and request.state is None)
-        if wanted and not request.error:
-            state = text.state.clone() if slot is None and text.state is not None else None
-            state = state if slot is None else self._pool.copy_of(slot)
-            if state is not None:
-                self._keep(text, state)
+        states = self._states.ended(text, self._pool, slot) if self._is_wanted(text) else []
+        if states and not request.error:
+            self._keep(text, states)
         if slot is not None:
             self._release(slot)
         self._schedule.remove(text)
         request.on_cancel = None
 
-    def _keep(self, text: Text, state: StateCache) -> None:
+    def _is_wanted(self, text: Text) -> bool:
+        """Whether somebody wants a text's state at its end."""
         request = text.request
+        return request.keep_state or request.keep_states or (self.prefix_cache is not None and request.state is None)
+
+    def _keep(self, text: Text, states: list[StateCache]) -> None:
+        """Keep the latest of a text's states, or all."""
+        request = text.request
+        if request.keep_states:
+            request.states = states
         if request.keep_state:
-            request.final_state = state
+            request.final_state = self._states.read_on(text, states[0])
         if self.prefix_cache is not None and request.state is None:
-            read = [*request.prompt_ids.tolist(), *text.written][: state.get_seq_length()]
             try:
-                self.prefix_cache.store(read, state)
+                self.prefix_cache.store(text.tokens()[: states[0].get_seq_length()], states[0])
             except Exception as error:  # the text itself is whole
                 warnings.warn(f"a text's state could not be kept in the prefix cache: {error}", stacklevel=2)

@@ -30,6 +30,8 @@ class Request:
         max_new_tokens: the maximum number of new tokens.
         state: a `StateCache` (`MambaCache`) of one row to start from; it is copied, never changed.
         keep_state: whether to return the final state.
+        keep_states: whether to return the latest states of the text that are at hand, without reading anything again:
+            for a caller that cuts the text, or reads its last tokens later.
         context: (p,) int64, the tokens that ``state`` has read: a repetition penalty counts them, too.
         draft_tokens: the maximum number of guesses per draft, where the engine has a drafter; 0: none. None: the
             engine's.
@@ -52,6 +54,9 @@ class Request:
             biases, penalties and constraints.
         final_state: with ``keep_state``, a `StateCache` (`MambaCache`) of one row that has read the prompt and all of
             ``tokens`` but the last; after "stop" all of them.
+        states: with ``keep_states``, such states, the latest first. Each has read the prompt, and the first of
+            ``tokens``, as many as its `get_seq_length` says; the last of them is the state after the prompt, where the
+            text has had a slot.
     """
 
     prompt_ids: Tensor
@@ -65,6 +70,7 @@ class Request:
     ignore_ends: bool = False
     share: Path = ()
     draft_tokens: int | None = None
+    keep_states: bool = False
 
     tokens: list[int] = field(default_factory=list, init=False)
     token_log_probs: list[TokenLogProb] = field(default_factory=list, init=False)
@@ -73,6 +79,7 @@ class Request:
     exception: Exception | None = field(default=None, init=False, repr=False)
     cached_tokens: int = field(default=0, init=False)
     final_state: StateCache | None = field(default=None, init=False)
+    states: list[StateCache] = field(default_factory=list, init=False, repr=False)
     on_cancel: Callable[[Request], None] | None = field(default=None, init=False, repr=False)
     """Called by `cancel`; for the engine's own use."""
 
@@ -124,6 +131,8 @@ class Text:
     """Tokens that end it."""
     prompt: Path | None
     """Equal for texts that share one prefill; None: it is shared with no other text."""
+    before: int = 0
+    """The number of tokens that the given state has read."""
     state: StateCache | None = None
     seated_at: int = 0
     """The number of tokens written when it got its slot."""
@@ -132,6 +141,15 @@ class Text:
     """The number of written tokens that `Turns` has counted."""
     sampled: SampledText | None = None
     """None until its prompt has been read."""
+
+    @property
+    def length(self) -> int:
+        """The number of tokens of the prompt and the text, and of what the given state has read."""
+        return self.before + self.request.prompt_ids.shape[0] + len(self.written)
+
+    def tokens(self) -> list[int]:
+        """The tokens of the prompt and the text."""
+        return [*self.request.prompt_ids.tolist(), *self.written]
 
     def begin(self, vocab_size: int, device: torch.device) -> SampledText:
         """Call it once its prompt has been read."""
