@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.cuda_graph import CapturedGraph, kept_with, why_not_captured
-from mambakit.decoding.eligibility import dtype_names, weight_kinds, why_not_by_weights
+from mambakit.decoding.eligibility import dtype_names, dtype_of_states, weight_kinds, why_not_by_weights
 from mambakit.modules import MambaCache
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops.decode import cuda_persistent
@@ -80,6 +80,8 @@ def why_not_persistent(model: Any, rows: int, *, states: Any = None, called: boo
     """Why the persistent kernel does not decode ``rows`` rows of this model, or None where it does."""
     if (reason := why_not_captured(model, called) or _why_not_kernels(model)) is not None:
         return reason
+    if (kind := dtype_of_states(model)) is not None:
+        return f"states of {kind} (ssm_state_dtype); it keeps float32 ones in registers and memory"
     weights, width = gpu_weights(model), model.config.hidden_size
     if (reason := cuda_persistent.why_not(weights, rows, model.backbone.norm_f.weight.dtype)) is not None:
         return reason
@@ -100,6 +102,8 @@ def why_not_few_rows(model: Any, rows: int, *, states: Any = None, called: bool 
         return reason
     from mambakit.ops.decode import triton_few_rows
 
+    if (kind := dtype_of_states(model)) is not None:
+        return f"states of {kind} (ssm_state_dtype); they read float32 ones"
     most = triton_few_rows.MOST_ROWS
     return None if rows <= most else f"{rows} rows; they serve 1 to {most}"
 
@@ -283,6 +287,8 @@ def why_not_verification(model: Any, rows: int, tokens: int, *, states: Any = No
         return f"{rows} rows; it verifies drafts of one"
     if (reason := why_not_captured(model) or _why_not_kernels(model)) is not None:
         return reason
+    if (kind := dtype_of_states(model)) is not None:
+        return f"states of {kind} (ssm_state_dtype); it reads float32 ones"
     return cuda_persistent.why_not(gpu_weights(model), tokens, model.backbone.norm_f.weight.dtype)
 
 

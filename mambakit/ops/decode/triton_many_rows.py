@@ -96,7 +96,8 @@ class ManyRowsStep:
 
     Args:
         weights: the model's, read in place at every step; all of one floating dtype.
-        conv_states, ssm_states: (layers, rows, d, k - 1) and (layers, rows, d, n) float32, contiguous.
+        conv_states, ssm_states: (layers, rows, d, k - 1) and (layers, rows, d, n) float32, or bfloat16, to which
+            they are rounded after each token; contiguous.
         capacity: of ``history``.
         chosen: replace plans of `plans`, by name.
         draft: tokens of each row of the states: the rows are so many times theirs (`triton_verify` alone).
@@ -117,7 +118,7 @@ class ManyRowsStep:
         rows, n = ssm_states.shape[1] * draft, ssm_states.shape[3]
         if not 1 <= rows <= MOST_ROWS:
             raise ValueError(f"ManyRowsStep: {rows} rows; it serves 1 to {MOST_ROWS}, split larger batches")
-        check_states(conv_states, ssm_states)
+        check_states(conv_states, ssm_states, (torch.float32, torch.bfloat16))
         if weights.kind is not None:
             raise ValueError("ManyRowsStep reads floating weights, and these are packed; FewRowsStep serves them")
         self.layers, self.embeddings, self.final_norm = weights.layers, weights.embeddings, weights.final_norm
