@@ -130,6 +130,12 @@ def mixer_eps(model: Any) -> float | None:
     return eps
 
 
+def dtype_of_states(model: Any) -> str | None:
+    """The dtype of SSM states where it is not the default float32."""
+    kind = getattr(model.config, "ssm_state_dtype", None)
+    return None if kind in (None, "float32") else kind
+
+
 def weight_kinds(model: Any) -> set[Any]:
     """The kinds of the large weights: dtypes, or (format, group) of packed ones."""
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mambakit.ops.decode.triton_norms import normed
+
 
 @triton.jit
 def _float_products(
@@ -168,15 +170,6 @@ def x_proj_kernel(
 
 
 @triton.jit
-def _normed(x, weight, i, SIZE: tl.constexpr, eps, dtype: tl.constexpr, NORMS: tl.constexpr):
-    """The RMS norm of x, whose elements past SIZE are 0, rounded to dtype."""
-    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / SIZE + eps)
-    if NORMS == 2:
-        x *= tl.load(weight + i, mask=i < SIZE, other=0.0).to(tl.float32)
-    return x.to(dtype).to(tl.float32)
-
-
-@triton.jit
 def scan_kernel(
     sums, dt_proj, dt_bias, A_log, D_skip, u, z, state, y, dt_norm, B_norm, C_norm, mixer_eps, rows,
     R: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
@@ -201,9 +194,9 @@ def scan_kernel(
     B = tl.load(p + RANK + i, mask=i < N, other=0.0).to(dtype).to(tl.float32)
     C = tl.load(p + RANK + N + i, mask=i < N, other=0.0).to(dtype).to(tl.float32)
     if NORMS:
-        dt = _normed(dt, dt_norm, j, RANK, mixer_eps, dtype, NORMS)
-        B = _normed(B, B_norm, i, N, mixer_eps, dtype, NORMS)
-        C = _normed(C, C_norm, i, N, mixer_eps, dtype, NORMS)
+        dt = normed(dt, dt_norm, j, RANK, mixer_eps, dtype, NORMS)
+        B = normed(B, B_norm, i, N, mixer_eps, dtype, NORMS)
+        C = normed(C, C_norm, i, N, mixer_eps, dtype, NORMS)
     delta = tl.sum(w.to(tl.float32) * dt[None, :], axis=1).to(dtype).to(tl.float32) + bias
     delta = tl.where(delta > 20.0, delta, tl.log(1.0 + tl.exp(delta)))
     x = tl.load(u + b * D + d, mask=d_mask, other=0.0).to(tl.float32)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mambakit.ops.decode.triton_norms import normed_rows
+
 
 @triton.jit
 def _total(
@@ -78,16 +80,6 @@ def conv_kernel(
 
 
 @triton.jit
-def _normed(x, weight, i, SIZE: tl.constexpr, eps, dtype: tl.constexpr, NORMS: tl.constexpr):
-    """The RMS norm of each row of x, rounded to dtype before and after; elements past SIZE are 0."""
-    x = x.to(dtype).to(tl.float32)
-    x = x * tl.rsqrt(tl.sum(x * x, axis=1) / SIZE + eps)[:, None]
-    if NORMS == 2:
-        x *= tl.load(weight + i, mask=i < SIZE, other=0.0).to(tl.float32)[None, :]
-    return x.to(dtype).to(tl.float32)
-
-
-@triton.jit
 def scan_kernel(
     parts, xz, bias, dt_proj, dt_bias, A_log, D_skip, u, state, y, dt_norm, B_norm, C_norm, mixer_eps, rows,
     R: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
@@ -107,7 +99,7 @@ def scan_kernel(
     mask = both[:, :, None] & n_mask[None, None, :]
     at = b[None, :].to(tl.int64) * D + d[:, None]
     place = state + at[:, :, None] * N + i[None, None, :]
-    h = tl.load(place, mask=mask, other=0.0)
+    h = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(dt_proj + d[:, None] * RANK + j[None, :], mask=d_mask[:, None] & (j < RANK)[None, :], other=0.0)
     A = tl.load(A_log + d[:, None] * N + i[None, :], mask=d_mask[:, None] & n_mask[None, :], other=0.0)
     A = -tl.exp(A.to(tl.float32))
@@ -130,14 +122,14 @@ def scan_kernel(
         B += tl.load(p + RANK + i[None, :], mask=b_mask[:, None] & n_mask[None, :], other=0.0)
         C += tl.load(p + RANK + N + i[None, :], mask=b_mask[:, None] & n_mask[None, :], other=0.0)
     if NORMS:
-        dt = _normed(dt, dt_norm, j, RANK, mixer_eps, dtype, NORMS)
-        B = _normed(B, B_norm, i, N, mixer_eps, dtype, NORMS)
-        C = _normed(C, C_norm, i, N, mixer_eps, dtype, NORMS)
+        dt = normed_rows(dt, dt_norm, j, RANK, mixer_eps, dtype, NORMS)
+        B = normed_rows(B, B_norm, i, N, mixer_eps, dtype, NORMS)
+        C = normed_rows(C, C_norm, i, N, mixer_eps, dtype, NORMS)
     B, C = B.to(dtype).to(tl.float32), C.to(dtype).to(tl.float32)
     delta = tl.dot(w.to(dtype), dt.to(dtype).T, input_precision="ieee").to(dtype).to(tl.float32) + delta_bias[:, None]
     delta = tl.where(delta > 20.0, delta, tl.log(1.0 + tl.exp(delta)))
     h = tl.exp(delta[:, :, None] * A[:, None, :]) * h + (delta * x)[:, :, None] * B[None, :, :]
-    tl.store(place, h, mask=mask)
+    tl.store(place, h.to(state.dtype.element_ty), mask=mask)
     out = tl.sum(h * C[None, :, :], axis=2) + skip[:, None] * x
     out = out * gate / (1.0 + tl.exp(-gate))
     tl.store(y + at, out.to(dtype), mask=both)

@@ -89,10 +89,10 @@ def test_verification_has_the_bits_of_steps(isa, format, norms):
     others = conv.clone(), ssm.clone()
     verify = VerifyStep(layers, final_norm, head, 1e-5, conv, ssm, 5, mixer_eps)
     step = DecodeStep(layers, final_norm, head, 1e-5, *others, mixer_eps)
-    logits = verify(x)
+    logits = verify(x[:, None])
     for i in range(3):
-        assert torch.equal(logits[i : i + 1], step(x[i : i + 1])), i
-    verify.commit(3)
+        assert torch.equal(logits[i], step(x[i : i + 1])), i
+    verify.commit([3])
     assert torch.equal(ssm, others[1])
     assert torch.equal(conv, others[0])
 
