@@ -16,15 +16,15 @@ FOLDERS = ["errors", "messages", "metrics", "states", "api", "dispatch", "replic
 FILES = {
     "api": [
         "declarations", "values", "checks", "shapes", "formats", "fields", "asked", "templates", "prompts",
-        "completions", "reply", "chat_messages", "chat", "log_probs", "answers", "chat_answers", "operations",
-        "openapi", "intake",
+        "completions", "reply", "chat_messages", "chat", "log_probs", "answers", "chat_answers", "tokens", "score",
+        "operations", "openapi", "intake",
     ],
     "states": ["tensors", "blobs", "records", "store"],
     "dispatch": ["shares", "jobs", "fair_queue", "queue", "affinity", "rates", "promises", "suspects", "dispatcher"],
     "replicas": ["heartbeat", "outbox", "constraints", "scoring", "worker", "process", "supervisor"],
     "http": [
         "access", "refusals", "connection_limits", "connection", "request_ids", "routing", "services", "texts",
-        "generation", "models", "probes", "app",
+        "generation", "scores", "tokens", "models", "probes", "app",
     ],
 }  # fmt: skip
 ORDER = [f"{folder}.{file}" if file else folder for folder in FOLDERS for file in FILES.get(folder, [""])]
