@@ -86,6 +86,23 @@ def test_the_models_logits_and_states(device, shape, kind, rows, small):
 
 @pytest.mark.parametrize("device", DEVICES)
 @torch.no_grad()
+def test_several_blocks_of_rows(device, monkeypatch):
+    """More rows than a product's tile has, as 256 and 512 are: the last block is not full."""
+    monkeypatch.setattr(many, "_BLOCK", 16)
+    model = made({"num_hidden_layers": 1}, torch.float32, device)
+    ids = torch.randint(0, 97, (37, 4), device=device)
+    cache = model(ids[:, :3], use_cache=True).cache_params
+    step = step_of(model, cache, many.ManyRowsStep, SMALL[many.ManyRowsStep], capacity=1)
+    step.tokens.copy_(ids[:, 3])
+    logits = step(choose=True)
+    whole = model(ids, use_cache=True)
+    assert (logits - whole.logits[:, 3]).abs().max() < 2e-5
+    assert torch.equal(step.tokens, logits.argmax(-1))
+    assert (cache.ssm_states - whole.cache_params.ssm_states).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
 def test_states_in_bfloat16(device):
     """Read, and rounded after each token; `FewRowsStep` refuses them."""
     model = made({}, torch.float32, device)
@@ -100,7 +117,8 @@ def test_states_in_bfloat16(device):
         logits = step()
         assert (logits - wide(ids[:, t : t + 1], cache_params=exact).logits[:, 0]).abs().max() < 2e-5
         exact.ssm_states.copy_(exact.ssm_states.bfloat16())
-        assert torch.allclose(cache.ssm_states.float(), exact.ssm_states, rtol=2**-7, atol=1e-6)
+        # The interpreter truncates where a GPU rounds.
+        assert (cache.ssm_states - exact.ssm_states).norm() < 2**-7 * exact.ssm_states.norm()
     with pytest.raises(ValueError, match="ssm_states float32"):
         step_of(model, cache, few.FewRowsStep)
 
@@ -153,7 +171,7 @@ def test_packed_weights(device, format, group, shape, rows):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32, 64, 128, 256, 500])
 @torch.no_grad()
 def test_bfloat16_is_no_worse_than_the_forward_and_a_row_is_its_own(rows):
     model = made({"hidden_size": 768, "num_hidden_layers": 4, "vocab_size": 1000}, torch.bfloat16, "cuda")
@@ -355,7 +373,7 @@ def test_plans_fit_the_shared_memory_there_is():
     assert many.Product(64, 64, 4, 6).within(128, 2, 99 * 1024) == many.Product(64, 64, 4, 4)
     narrow = many.Product(64, 64, 4, 6).within(128, 4, 40 * 1024)
     assert narrow == many.Product(64, 16, 4, 2)
-    for rows in (1, 16, 17, 64, 65, 128):
+    for rows in (1, 16, 17, 64, 65, 128, 129, 512):
         for n in (1, 16, 64, 256):
             tile = many.plans(rows, n)["scan"]
             assert tile.channels * tile.rows * n <= 8192
