@@ -66,8 +66,8 @@ class LayerConfig:
             )
         if self.mixer_norm_weights and eps is None:
             raise ValueError(
-                f"mixer_norm_weights is {brief(self.mixer_norm_weights)} and mixer_rms_eps is None: there are no norms to "
-                "have weights; set mixer_rms_eps (Jamba: 1e-6)"
+                f"mixer_norm_weights is {brief(self.mixer_norm_weights)} and mixer_rms_eps is None: there are no norms "
+                "to have weights; set mixer_rms_eps (Jamba: 1e-6)"
             )
         inner = self.expand * self.hidden_size
         if inner < 1 or inner != int(inner):

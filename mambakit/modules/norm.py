@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
 class MixerNorm(nn.Module):
     """RMS norm of dt, B or C within a mixer, with a learned weight (size,); ``norm(x)`` has the dtype of x.
 
-    A mixer with three of them runs as one op (`mambakit.ops.selection_norm`) unless a call of one is hooked or replaced.
+    A mixer runs its three as one op (`mambakit.ops.selection_norm`) unless a call of one is hooked or replaced.
     """
 
     def __init__(self, size: int, eps: float):

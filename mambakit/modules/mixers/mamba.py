@@ -241,7 +241,7 @@ class MambaMixer(Mixer):
         return () if found[0] is None else found
 
     def norm_weights(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(r,), (n,), (n,) of dt's, B's and C's norms; Nones where they have no weights, or where there are no norms."""
+        """(r,), (n,), (n,) of dt's, B's and C's norms; Nones where they have no weights or there are no norms."""
         norms = self.norms()
         return (norms[0].weight, norms[1].weight, norms[2].weight) if norms else (None, None, None)
 

@@ -13,8 +13,8 @@ from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
 
 
 class MixerWeights(NamedTuple):
-    """What lies between a layer's projections: (d, k), (d,), (r + 2 n, d), (d, r), (d, n), (d,), (d,), and of the norms of
-    dt, B and C (r,), (n,), (n,), or none."""
+    """What lies between a layer's projections: (d, k), (d,), (r + 2 n, d), (d, r), (d, n), (d,), (d,), and of the norms
+    of dt, B and C (r,), (n,), (n,), or none."""
 
     conv: Tensor
     conv_bias: Tensor | None

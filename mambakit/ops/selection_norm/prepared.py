@@ -1,4 +1,4 @@
-"""selection_norm's Triton kernels launched with addresses alone, for contiguous rows of one size. Contract: `api.py`."""
+"""The Triton kernels launched with addresses alone, for contiguous rows of one size. Contract: `api.py`."""
 
 from __future__ import annotations
 

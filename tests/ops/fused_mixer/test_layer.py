@@ -39,7 +39,10 @@ CASES = [
     ((1, 1), {"hidden_size": 16, "time_step_rank": 8}),
     ((3, 70), {"hidden_size": 24, "state_size": 5, "use_bias": True, "use_conv_bias": False, "conv_kernel": 3}),
     ((2, 37), {"hidden_size": 32, "time_step_rank": 3, "mixer_rms_eps": 1e-3}),
-    ((2, 19), {"hidden_size": 32, "state_size": 5, "mixer_rms_eps": 1e-3, "mixer_norm_weights": True}),
+    (
+        (2, 19),
+        {"hidden_size": 32, "time_step_rank": 12, "state_size": 9, "mixer_rms_eps": 1e-3, "mixer_norm_weights": True},
+    ),
 ]
 NAMES = ["odd", "token", "bias", "falcon", "jamba"]
 """The last two have norms of dt, B and C, without weights and with."""

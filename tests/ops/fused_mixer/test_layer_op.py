@@ -97,7 +97,8 @@ def test_plans_return_what_the_schema_says(device, norm, residual, half, fields,
     fake = layer_schema._fake(*given)
     for mine, theirs in zip(found, fake, strict=True):
         assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
-    tolerance = 0.03 if half else 1e-5
+    # Of bfloat16: a norm's weight has three numbers, whose gradients are sums of what the interpreter rounds down.
+    tolerance = 0.05 if half else 1e-5
     assert relative_error(found[0], wanted[0]) < tolerance
     gradients = layer_op.backward(*rest(found[1:]))
     for mine, theirs in zip(gradients, expected, strict=True):
