@@ -38,6 +38,7 @@ LAYERS = [
     "evaluation",
     "export",
     "training",
+    "planning",
     "serving",
     "commands",
     "cli",

@@ -37,6 +37,10 @@ class Metrics:
             **labels(),
         )
         self.waiting = Gauge("mambakit_waiting_requests", "Texts that wait for a slot", registry=registry)
+        self.waiting_by_key = Gauge(
+            "mambakit_waiting_texts", "Texts that no replica has yet, by key (a hash; empty without keys)", ["key"],
+            registry=registry,
+        )  # fmt: skip
         self.busy = Gauge("mambakit_busy_rows", "Slots in use", **labels())
         self.up = Gauge("mambakit_replica_up", "1 where the replica is ready", **labels())
         self.restarts = Counter("mambakit_replica_restarts", "Restarts of the replica", **labels())
@@ -49,6 +53,11 @@ class Metrics:
         self.cached_tokens.labels(replica).inc(cached_tokens)
         if each is not None:
             self.each.labels(replica).observe(each)
+
+    def set_waiting_by_key(self, waiting: dict) -> None:
+        self.waiting_by_key.clear()
+        for key, texts in waiting.items():
+            self.waiting_by_key.labels(str(key)).set(texts)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

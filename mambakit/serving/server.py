@@ -14,13 +14,14 @@ from typing import Any
 
 import uvicorn
 
+from mambakit.serving.api.declarations import Limits
 from mambakit.serving.api.intake import Intake, IntakeOptions
-from mambakit.serving.api.protocol import Limits
 from mambakit.serving.dispatch.dispatcher import Dispatcher
 from mambakit.serving.http.access import AccessRules, is_loopback
-from mambakit.serving.http.app import App
+from mambakit.serving.http.app import make_app
 from mambakit.serving.http.connection import Connection, check_all
 from mambakit.serving.http.connection_limits import BACKLOG, ConnectionLimits, connections_that_fit
+from mambakit.serving.http.services import Services
 from mambakit.serving.messages import WorkerOptions
 from mambakit.serving.metrics import Metrics
 from mambakit.serving.replicas.supervisor import Supervisor
@@ -49,6 +50,7 @@ class ServerOptions:
         intake: limits on the reading of bodies.
         drain_seconds: how long running texts may continue after a signal to stop.
         request_seconds: how long a request may take.
+        chat_template: Jinja, instead of the tokenizer's own; None: its own.
         access: keys and allowed hosts and origins; ``loopback`` is filled in here.
     """
 
@@ -66,6 +68,7 @@ class ServerOptions:
     intake: IntakeOptions = field(default_factory=IntakeOptions)
     drain_seconds: float = 30.0
     request_seconds: float = 1800.0
+    chat_template: str | None = None
     access: AccessRules = field(default_factory=AccessRules)
 
 
@@ -166,9 +169,10 @@ def make_server(
             options.host,
         )
     caching = options.worker.prefix_cache_bytes > 0
-    app = App(dispatcher, supervisor, options.name, intake, failed, access, options.request_seconds, caching)
+    services = Services(dispatcher, intake, options.name, access, options.request_seconds, caching)
     config = uvicorn.Config(
-        app.starlette(), http=functools.partial(Connection, limits=options.limits),  # type: ignore[arg-type]
+        make_app(services, supervisor, failed),
+        http=functools.partial(Connection, limits=options.limits),  # type: ignore[arg-type]
         ws="none", log_config=None, access_log=False, lifespan="on", proxy_headers=False, backlog=BACKLOG,
         timeout_keep_alive=options.limits.idle_seconds,  # type: ignore[arg-type]
         timeout_graceful_shutdown=int(options.drain_seconds) + 5,
@@ -192,7 +196,10 @@ def _load(options: ServerOptions) -> tuple[Any, Limits]:
         max_prompt_tokens=options.max_prompt_tokens,
         most_texts=min(options.max_texts, options.max_waiting + options.worker.slots * len(options.devices)),
     )
-    return AutoTokenizer.from_pretrained(options.worker.model), limits
+    tokenizer = AutoTokenizer.from_pretrained(options.worker.model)
+    if options.chat_template is not None:
+        tokenizer.chat_template = options.chat_template
+    return tokenizer, limits
 
 
 def _nothing(_number: int, _frame: Any) -> None:

@@ -27,8 +27,8 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
 
     On a CPU, up to `MOST_ROWS` rows run on the native kernels at the speed of reading the weight, but for fp8; more
     rows and float64 widen the weight and use torch's product. On a GPU Triton's kernels read the packed weight once for
-    few rows, and widen it at the memory's bandwidth for many. Differentiable in x and bias, any number of times, and not in
-    the weight.
+    few rows, and widen it at the memory's bandwidth for many. Differentiable in x and bias, any number of times,
+    and not in the weight.
 
     Args:
         x: (..., in), any floating dtype.

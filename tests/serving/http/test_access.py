@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from mambakit import cli
-from mambakit.serving.api.protocol import ApiError
+from mambakit.serving.errors import ApiError
 from mambakit.serving.http.access import AccessRules, check_hosts, check_origins, is_loopback, read_keys
 from tests.serving.api_server import api_server
 

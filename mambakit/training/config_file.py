@@ -1,0 +1,80 @@
+"""A training configuration from a TOML file and ``key=value`` overrides."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from mambakit.errors import UsageError
+from mambakit.training.config import TrainConfig
+
+# Fields of earlier releases, and what stands in their place.
+_RENAMED = {"tensorboard": "report_to=tensorboard"}
+
+
+def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
+    """Read a TOML file and apply ``key=value`` overrides, values in Python's notation (bare words are strings)."""
+    values = _read_toml(Path(path))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"override {override!r} is not of the form key=value")
+        if not text.strip():
+            raise UsageError(f"{key.strip()}= is empty; give it a value, or leave it out (is a variable not set?)")
+        values[key.strip()] = _literal(text)
+    return make_config(values, str(path))
+
+
+def make_config(values: dict[str, Any], source: str) -> TrainConfig:
+    hints = get_type_hints(TrainConfig)
+    for key, value in values.items():
+        if key not in hints:
+            if key in _RENAMED:
+                raise UsageError(f"{source}: {key} is now {_RENAMED[key]}; write that")
+            near = difflib.get_close_matches(key, hints, 1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{source}: unknown field {key!r}{meant}")
+        values[key] = _typed(source, key, value, hints[key])
+    return TrainConfig(**values)
+
+
+def _typed(source: str, key: str, value: Any, hint: Any) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint == list[str]:
+        if isinstance(value, str):
+            return [value]
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return value
+    elif type(value) is hint:
+        return value
+    expected = "list of strings" if hint == list[str] else hint.__name__
+    raise UsageError(f"{source}: {key} is {value!r}, expected a {expected}")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no configuration file {path}") from error
+    except OSError as error:
+        raise UsageError(f"the configuration file {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8
+        raise UsageError(f"{path} is not valid TOML: {error}") from error
+
+
+def _literal(text: str) -> Any:
+    text = text.strip()
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
