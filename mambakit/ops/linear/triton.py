@@ -22,20 +22,20 @@ from mambakit.ops.linear.triton_plan import BITS, Product
 from mambakit.ops.rms_norm.triton import forward as rms_norm
 
 _HALF = (torch.bfloat16, torch.float16)
-_KEPT = 4096  # bytes of shared memory that Triton takes beside the pipeline's stages
+KEPT = 4096  # bytes of shared memory that Triton takes beside the pipeline's stages
 # In the interpreter, on a CPU: multiprocessors and shared memory of an H100.
 _INTERPRETED = (132, 227 * 1024, (9, 0))
 
 
 @functools.cache
-def _card(index: int) -> tuple[int, int, tuple[int, int]]:
+def card(index: int) -> tuple[int, int, tuple[int, int]]:
     """(multiprocessors, bytes of shared memory of a CTA, compute capability)."""
     found = triton.runtime.driver.active.utils.get_device_properties(index)
     return found["multiprocessor_count"], found["max_shared_mem"], torch.cuda.get_device_capability(index)
 
 
 def _card_of(x: Tensor) -> tuple[int, int, tuple[int, int]]:
-    return _card(x.device.index) if x.is_cuda else _INTERPRETED
+    return card(x.device.index) if x.is_cuda else _INTERPRETED
 
 
 def linear(x, data, scales, starts, columns, values, bias, format, in_features, group):
@@ -56,11 +56,11 @@ def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x (rows, in) with adjacent columns."""
     rows, n = x.shape[0], weight.out_features
     if weight.format in BITS:
-        plan = triton_plan.product_of(weight.format, x.dtype, weight.group, rows, _card_of(x)[1] - _KEPT)
+        plan = triton_plan.product_of(weight.format, x.dtype, weight.group, rows, _card_of(x)[1] - KEPT)
         if plan is not None:
             return in_registers(x, weight, bias, plan)
         if weight.format == "fp8" and triton_plan.takes_float8(x.dtype, rows, n, weight.in_features):
-            return _scaled(*rows_in_float8(x), weight, bias, x.dtype)
+            return scaled(*rows_in_float8(x), weight, bias, x.dtype)
     return widened(x, weight, bias, triton_plan.MANY.slab)
 
 
@@ -170,7 +170,7 @@ def rows_in_float8(x: Tensor) -> tuple[Tensor, Tensor]:
     return q, scales
 
 
-def _scaled(q: Tensor, scales: Tensor, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def scaled(q: Tensor, scales: Tensor, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(q scales) weight^T + bias; PyTorch's product of float8 with scales of rows gives bfloat16."""
     assert weight.scales is not None
     y = torch._scaled_mm(
@@ -199,7 +199,7 @@ def normed_linear(
         return linear(y, data, scales, starts, columns, values, bias, format, in_features, group), kept
     with torch.cuda.device_of(x), no_autocast(x.device):
         q, row_scales, kept = norm_in_float8(x, norm, residual, eps, residual_dtype, dtype)
-        y = _scaled(q, row_scales, weight, None if bias is None else bias.contiguous(), dtype)
+        y = scaled(q, row_scales, weight, None if bias is None else bias.contiguous(), dtype)
     return y.unflatten(0, x.shape[:-1]), kept
 
 

@@ -1,6 +1,6 @@
 """The Triton kernels of packed weights: products that widen weights in registers, widening alone, and rows in float8.
 
-`triton.py` launches them, `triton_plan.py` says which product takes which. BITS 8 is int8, 4 is int4, and 0 is fp8; the
+`triton.py` launches them, `triton_plan.py` says which product takes which. BITS 8 is int8, 4 is int4, and 1 is fp8; the
 layouts are those of `packed.py`. Integers and e4m3 become floats by their bits, without a conversion instruction, so
 the kernels need no hardware for 8-bit floats. `numbers_of_int8` and its like take half a dozen instructions a number
 down to two where a half dtype holds the numbers exactly: with ASM two at a time, in PTX, else (in the interpreter)
@@ -216,7 +216,7 @@ def _bytes_part(
     else:
         q = tl.load(place, mask=(k < K)[None, :], other=0)
         values = tl.load(x + k[:, None], mask=b_mask[None, :] & (k < K)[:, None], other=0.0)
-    if BITS == 0:
+    if BITS == 1:
         total = tl.dot(numbers_of_e4m3(q, dtype, ASM), values, total, input_precision="ieee")
     else:
         GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
@@ -251,13 +251,13 @@ def weight_products(
                     total, x, data, scales, begin + k0 + part * 64, row, b_mask, K, GROUP, EVEN, AFTER, ASM
                 )
         else:
-            SHARED: tl.constexpr = BK if BITS == 0 or BK < GROUP else GROUP
+            SHARED: tl.constexpr = BK if BITS == 1 or BK < GROUP else GROUP
             for part in tl.static_range(BK // SHARED):
                 total = _bytes_part(
                     total, x, data, scales, begin + k0 + part * SHARED, row, b_mask, K, BITS, GROUP, SHARED, EVEN,
                     AFTER, ASM,
                 )  # fmt: skip
-    if BITS == 0:
+    if BITS == 1:
         total *= tl.load(scales + row)[:, None]
     return total
 
@@ -332,7 +332,7 @@ def widen_kernel(
         k = tl.program_id(1) * BK + tl.arange(0, BK)
         mask = inside & (k < K)[None, :]
         q = tl.load(data + at * K + k[None, :], mask=mask, other=0)
-        if BITS == 0:
+        if BITS == 1:
             w = float_of_e4m3(q) * tl.load(scales + n, mask=n < N, other=0.0)[:, None]
         else:
             GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-BITS = {"int8": 8, "int4": 4, "fp8": 0}
+BITS = {"int8": 8, "int4": 4, "fp8": 1}  # as kernels name the formats
 _LEAST_COLUMNS = 256  # of a split of K
 
 
@@ -43,7 +43,8 @@ class Product:
 
     def shared_bytes(self, format: str, itemsize: int) -> int:
         weights = self.BN * self.BK // (2 if format == "int4" else 1)
-        return self.stages * (weights + self.BB * self.BK * itemsize) + self.BN * self.BB * 4 // 2
+        stages = self.stages * (weights + self.BB * self.BK * itemsize + self.BN * 8)  # a scale or two of each row
+        return max(stages, self.BN * self.BB * 4)  # what is stored is turned in shared memory
 
     def splits(self, rows: int, n: int, k: int, processors: int) -> tuple[int, int]:
         """(splits of K, columns of each): as many programs as fill the card, of at least 256 columns each."""
@@ -96,18 +97,31 @@ PRODUCTS: dict[str, tuple[tuple[int, Product], ...]] = {
 FLOAT32_PRODUCT = Product(32, 16, 32, 4, 2)
 MANY = Many()
 
-# What the benchmark tries beside them, by rows from which a tile makes sense.
-CANDIDATES: tuple[tuple[int, Product], ...] = tuple(
-    (least, Product(bn, bb, bk, warps, stages, waves, after))
-    for least, bb in ((1, 16), (17, 32), (33, 64), (65, 128), (129, 256))
-    for bn, warps in ((32, 4), (64, 4), (128, 4), (128, 8))
-    for bk, stages in ((64, 3), (64, 5), (128, 3), (128, 4), (256, 3))
-    for waves in (1, 2, 4)
-    for after in (False, True)
-    if not (after and bb > 64)
-    and not (bb >= 128 and (bn < 128 or warps < 8 or bk > 64))
-    and not (bb == 64 and bk > 128)
+# What the benchmark tries beside them, for up to BB rows. Of the fastest ones it then tries other numbers of waves.
+CANDIDATES: tuple[Product, ...] = (
+    *(
+        Product(bn, bb, bk, 4, stages, after=after)
+        for bb in (16, 32)
+        for bn in (32, 64, 128)
+        for bk, stages in ((64, 4), (128, 3), (128, 5), (256, 3))
+        for after in (True, False)
+    ),
+    *(
+        Product(bn, 64, bk, warps, stages, after=after)
+        for bn, warps in ((64, 4), (128, 4), (128, 8))
+        for bk, stages in ((64, 4), (128, 3))
+        for after in (True, False)
+    ),
+    *(
+        Product(128, 128, bk, warps, stages, after=after)
+        for warps in (4, 8)
+        for bk, stages in ((64, 3), (64, 4), (128, 3))
+        for after in (True, False)
+    ),
+    *(Product(128, 256, bk, 8, stages) for bk, stages in ((64, 3), (64, 4), (128, 2))),
+    *(Product(256, 128, 64, 8, stages) for stages in (3, 4)),
 )
+WAVES = (1, 2, 4)
 SLABS = (0, 8 << 20, 16 << 20, 32 << 20)
 
 # float8 products of x's rows: below these sizes of the weight the rows' float8 costs more than it saves, and x_proj's

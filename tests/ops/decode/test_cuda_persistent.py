@@ -70,6 +70,7 @@ CASES = {
     "int8": ({}, ("int8", 64)),
     "int8 groups of 32": ({}, ("int8", 32)),
     "int8 groups of 128": ({}, ("int8", 128)),
+    "fp8": ({"use_bias": True}, ("fp8",)),
     "int4": ({"on_a_cpu": 256}, ("int4", 64)),
     "int4 groups of 32": ({"on_a_cpu": 256}, ("int4", 32)),
     "int4 groups of 128": ({"use_bias": True, "on_a_cpu": 256}, ("int4", 128)),
@@ -82,7 +83,7 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @torch.no_grad()
 def test_the_models_logits_and_states(on, device, case, rows, dtype):
-    on_cpu = {1: list(CASES), 3: ["plain", "int8 groups of 32", "int4"], 8: ["plain", "biases", "int4"]}[rows]
+    on_cpu = {1: list(CASES), 3: ["plain", "int8 groups of 32", "int4", "fp8"], 8: ["plain", "biases", "int4"]}[rows]
     if device == "cpu" and ((dtype == torch.float16) != (rows == 3) or case not in on_cpu):
         pytest.skip("slow on a CPU")
     shape, packing = CASES[case]
@@ -189,7 +190,7 @@ def test_what_it_cannot_serve(on):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("packing", [None, ("int4", 64)], ids=["plain", "int4"])
+@pytest.mark.parametrize("packing", [None, ("int4", 64), ("fp8",)], ids=["plain", "int4", "fp8"])
 @pytest.mark.parametrize("tokens", [2, 5])
 @torch.no_grad()
 def test_draft_verification(on, device, tokens, packing):
