@@ -143,7 +143,7 @@ def test_logits_that_are_no_numbers_choose_a_token_that_there_is(device, kind, r
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("shape", [{}, {"hidden_size": 100, "use_bias": True}], ids=["plain", "odd"])
 @pytest.mark.parametrize("rows", [1, 3])
@@ -151,7 +151,10 @@ def test_logits_that_are_no_numbers_choose_a_token_that_there_is(device, kind, r
 def test_packed_weights(device, format, group, shape, rows):
     if INTERPRETED and ((rows == 1) != (group == 64) or bool(shape) != (rows == 1)):
         pytest.skip("too slow in the interpreter")
-    model = made({"num_hidden_layers": 1} | shape, torch.float32, device).quantize(format, group)
+    if format == "fp8" and group != 64:
+        pytest.skip("one scale of a row")
+    model = made({"num_hidden_layers": 1} | shape, torch.float32, device)
+    model.quantize(format, None if format == "fp8" else group)
     widened = copy.deepcopy(model)  # a CPU's own products of packed weights round x
     for name, linear in model.named_modules():
         if isinstance(linear, QuantizedLinear):
@@ -221,7 +224,7 @@ def test_what_it_cannot_serve():
     with pytest.raises(ValueError, match="of different kinds"):
         step_of(packed, packed.backbone.new_cache(1))
     lossless = made({}, torch.float32, "cpu").quantize("lossless")
-    with pytest.raises(ValueError, match="reads tensors, int8 or int4, not lossless32 weights"):
+    with pytest.raises(ValueError, match="reads tensors, int8, int4, fp8, not lossless32 weights"):
         step_of(lossless, lossless.backbone.new_cache(1))
 
 
@@ -234,13 +237,13 @@ def compiled_for_hopper(kernel, constants: dict, types: dict, **options) -> dict
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
-@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("bits", [0, 8, 4, 1])
 @pytest.mark.parametrize("rows", [1, 4])
 def test_products_compile(bits, rows):
     """At the 1.4b shape, tied to the tiles of few rows."""
     types = dict.fromkeys(("residual", "scales", "logits", "best", "sums", "conv_state"), "*fp32")
     types |= dict.fromkeys(("norm", "bias", "conv", "conv_bias", "u", "z", "y"), "*bf16")
-    types |= {"weight": {0: "*bf16", 8: "*i8", 4: "*i16"}[bits], "best_token": "*i32", "eps": "fp32"}
+    types |= {"weight": {0: "*bf16", 8: "*i8", 4: "*i16", 1: "*u8"}[bits], "best_token": "*i32", "eps": "fp32"}
     h, d, r, v = 2048, 4096, 160, 50280
     common = {"BITS": bits, "GROUP": 64 if bits else 0, "BB": rows}
     common |= {} if bits else {"scales": None}
