@@ -12,12 +12,23 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SERVING = ROOT / "mambakit" / "serving"
 # From the bottom up: files and folders, and the files of each folder. Each may import those before it.
-FOLDERS = ["errors", "messages", "metrics", "api", "dispatch", "replicas", "http", "server"]
+FOLDERS = ["errors", "logs", "messages", "metrics", "api", "dispatch", "replicas", "http", "server"]
 FILES = {
     "api": ["fields", "answers", "protocol", "prompts", "intake"],
     "dispatch": ["jobs", "queue", "suspects", "dispatcher"],
     "replicas": ["heartbeat", "outbox", "worker", "process", "supervisor"],
-    "http": ["access", "refusals", "connection_limits", "connection", "completion", "app"],
+    "http": [
+        "keys",
+        "quotas",
+        "tls",
+        "request_log",
+        "access",
+        "refusals",
+        "connection_limits",
+        "connection",
+        "completion",
+        "app",
+    ],
 }
 ORDER = [f"{folder}.{file}" if file else folder for folder in FOLDERS for file in FILES.get(folder, [""])]
 

@@ -5,15 +5,17 @@ only.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
-import traceback
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 from mambakit.quoting import cut
 from mambakit.serving.messages import Batch, Cancel, Piece, Task
 from mambakit.serving.replicas.heartbeat import Channel
+
+_log = logging.getLogger("mambakit.serving")
 
 
 @contextlib.contextmanager
@@ -24,7 +26,7 @@ def end_of_process() -> Iterator[None]:
     except (EOFError, OSError):  # the server is gone
         pass
     except BaseException:
-        traceback.print_exc()
+        _log.exception("a thread of the replica's process failed, which ends it")
         os._exit(1)
     os._exit(0)
 
@@ -52,7 +54,7 @@ class Text:
 
     def fail(self, error: Exception) -> None:
         """Note an exception; the traceback goes to the log, one line to the client."""
-        traceback.print_exception(error)
+        _log.error("a text failed", exc_info=error)
         self.error = f"{type(error).__name__}: {cut(str(error), 500)}" if self.status == 500 else cut(str(error), 500)
 
     def add(self, token: int) -> str:
