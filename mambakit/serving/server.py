@@ -16,14 +16,15 @@ from typing import Any
 
 import uvicorn
 
+from mambakit.serving.api.declarations import Limits
 from mambakit.serving.api.intake import Intake, IntakeOptions
-from mambakit.serving.api.protocol import Limits
 from mambakit.serving.dispatch.dispatcher import Dispatcher
 from mambakit.serving.http.access import AccessRules, is_loopback
-from mambakit.serving.http.app import App
+from mambakit.serving.http.app import make_app
 from mambakit.serving.http.connection import Connection, check_all
 from mambakit.serving.http.connection_limits import BACKLOG, ConnectionLimits, connections_that_fit
 from mambakit.serving.http.keys import Keys
+from mambakit.serving.http.services import Services
 from mambakit.serving.http.tls import TlsOptions, load_certificate, make_context
 from mambakit.serving.logs import LogOptions, fields
 from mambakit.serving.messages import WorkerOptions
@@ -185,9 +186,10 @@ def make_server(
             options.host,
         )
     caching = options.worker.prefix_cache_bytes > 0
-    app = App(dispatcher, supervisor, options.name, intake, failed, access, options.request_seconds, caching)
+    services = Services(dispatcher, intake, options.name, access, options.request_seconds, caching, options.logs)
     config = uvicorn.Config(
-        app.starlette(), http=functools.partial(Connection, limits=options.limits),  # type: ignore[arg-type]
+        make_app(services, supervisor, failed),
+        http=functools.partial(Connection, limits=options.limits),  # type: ignore[arg-type]
         ws="none", log_config=None, access_log=False, lifespan="on", proxy_headers=False, backlog=BACKLOG,
         timeout_keep_alive=options.limits.idle_seconds,  # type: ignore[arg-type]
         timeout_graceful_shutdown=int(options.drain_seconds) + 5,

@@ -1,16 +1,18 @@
-"""From the bytes of a body to a valid request with its prompts as token ids."""
+"""Prompts as token ids: the tokenizer's encoder, and a valid request with its prompts encoded."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from array import array
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from mambakit.generation.start_token import find_start_token
-from mambakit.serving.api import protocol
-from mambakit.serving.api.protocol import ApiError, Asked, Limits
+from mambakit.serving.api.asked import Asked
+from mambakit.serving.api.declarations import Limits
+from mambakit.serving.errors import ApiError
 
 # No token is longer than the longest of the vocabulary, for which at least this many characters are assumed. A longer
 # text than that allows is refused before it is tokenised.
@@ -78,24 +80,15 @@ class Prepared:
     texts: list[str | None]
 
 
-def prepare(body: bytes, codec: Codec, limits: Limits) -> Prepared:
-    """Parse and tokenise a body. Raises an `ApiError` for an invalid request."""
+@contextlib.contextmanager
+def depth_is_bounded() -> Iterator[None]:
+    """A context in which JSON of too great a depth is a refusal."""
     try:
-        asked = protocol.parse(protocol.parse_body(body), limits)
+        yield
     except RecursionError as error:
         raise ApiError(
             400, "the body's lists and objects are too deep in each other; send a request as documented"
         ) from error
-    prompts, texts = [], []
-    for prompt in asked.prompts:
-        ids = codec.encode(prompt, limits) if isinstance(prompt, str) else prompt
-        protocol.check_tokens(ids, limits)
-        prompts.append(array("q", ids).tobytes())
-        texts.append(prompt if asked.echo and isinstance(prompt, str) else None)
-    if asked.echo:
-        check_echo(asked.n * sum(len(text or "") for text in texts))
-        check_echo(asked.n * sum(len(ids) // 8 for ids in prompts))  # the text of ids is not known yet
-    return Prepared(replace(asked, prompts=[]), prompts, texts)
 
 
 def check_echo(characters: int) -> None:

@@ -84,11 +84,6 @@ class AccessRules:
             raise ApiError(401, message, code="invalid_api_key")
         return found
 
-    def holder(self, authorization: str) -> str:
-        """The name of the key, however the header is written; "" without keys, since clients could invent some."""
-        found = self.keys.find(authorization) if self.keys else None
-        return "" if found is None else found.name
-
     def allows_host(self, host: str) -> bool:
         """Whether ``host``, without port, is a name of this server."""
         name = host.lower().removesuffix(".")

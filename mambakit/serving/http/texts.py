@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from mambakit.serving.api.answers import DONE, Answer, Usage, event
-from mambakit.serving.api.protocol import Asked
+from mambakit.serving.api.asked import Asked
 from mambakit.serving.dispatch.jobs import Inbox, Job
 from mambakit.serving.errors import ApiError
 from mambakit.serving.messages import Piece
@@ -34,6 +34,11 @@ class Completion:
     jobs: list[Job]
     usage: Usage
     echoed: list[str]
+
+    @property
+    def most_tokens(self) -> int:
+        """Of its prompts, each of which is read once, and of all that its texts may have."""
+        return self.usage.prompt_tokens + sum(job.max_new_tokens for job in self.jobs)
 
     def _count(self, index: int, piece: Piece) -> None:
         self.usage.count(index, piece.tokens, piece.cached_tokens if piece.finish_reason else None)

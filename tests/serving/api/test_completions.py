@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from mambakit.serving.api.protocol import ApiError, Limits, check_length, parse, parse_body
+from mambakit.serving.api.asked import parse_body
+from mambakit.serving.api.checks import check_length
+from mambakit.serving.api.completions import parse
+from mambakit.serving.api.declarations import Limits
+from mambakit.serving.errors import ApiError
 
 LIMITS = Limits(model="m", vocab_size=300, max_new_tokens=100, max_prompt_tokens=5, most_texts=10)
 
@@ -95,10 +99,9 @@ def test_other_refusals():
     assert (error.status, error.code) == (404, "model_not_found")
     assert "'m' alone" in error.message
     unknown = parse_raises({"prompt": "x", "stream": True, "stream_options": {"chunk": 1}})
-    assert "only include_usage is served" in unknown.message
-    assert "a JSON list" in parse_raises([]).message
-    for body in (b"{", b"\xff", b"[" * 100_000):
-        with pytest.raises(ApiError, match="not JSON"):
+    assert "served are stream_options.include_usage" in unknown.message
+    for body in (b"{", b"\xff", b"[" * 100_000, b"[]"):
+        with pytest.raises(ApiError, match="not JSON|a JSON list"):
             parse_body(body)
     check_length(5, LIMITS)
     with pytest.raises(ApiError, match="has 6 tokens; at most 5"):

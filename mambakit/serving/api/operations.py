@@ -1,0 +1,75 @@
+"""The operations of the API: which method of which path takes which fields, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mambakit.serving.api.completions import COMPLETIONS
+from mambakit.serving.api.declarations import Operation, Parameter
+from mambakit.serving.api.shapes import ANY_OBJECT, INTEGER, STRING, USAGE, array, constant, nullable, record
+
+_STREAMED = ("application/json", "text/event-stream")
+# 429 and 503: queues that are full, no replica that is ready. 504: --request-seconds.
+_QUEUED = (404, 408, 413, 415, 429, 503, 504)
+
+COMPLETE = Operation(
+    "POST",
+    "/v1/completions",
+    "Continue prompts.",
+    fields=COMPLETIONS,
+    result=record(
+        {
+            "id": STRING,
+            "object": constant("text_completion"),
+            "created": INTEGER,
+            "model": STRING,
+            "choices": array(
+                record(
+                    {
+                        "index": INTEGER,
+                        "text": STRING,
+                        "logprobs": nullable(ANY_OBJECT),
+                        "finish_reason": {"type": "string", "enum": ["stop", "length"]},
+                    }
+                )
+            ),
+            "usage": USAGE,
+        }
+    ),
+    media=_STREAMED,
+    statuses=_QUEUED,
+)
+
+_MODEL = record({"id": STRING, "object": constant("model"), "created": INTEGER, "owned_by": STRING})
+LIST_MODELS = Operation(
+    "GET",
+    "/v1/models",
+    "The model, as a list of one.",
+    result=record({"object": constant("list"), "data": array(_MODEL)}),
+)
+SHOW_MODEL = Operation(
+    "GET",
+    "/v1/models/{model:path}",
+    "The model of this name.",
+    result=_MODEL,
+    parameters=(Parameter("model", "Its name, which may have slashes.", STRING),),
+    statuses=(404,),
+)
+
+_STATUS = record({"status": STRING})
+HEALTH = Operation(
+    "GET",
+    "/health",
+    "The server's and each replica's condition. 503 where no replica is ready.",
+    result=record({"status": STRING, "waiting": INTEGER, "replicas": array(ANY_OBJECT)}),
+    statuses=(503,),
+    open=True,
+)
+LIVE = Operation("GET", "/live", "The API server runs, whatever its replicas do.", result=_STATUS, open=True)
+READY = Operation(
+    "GET", "/ready", "Whether a request that comes now is answered.", result=_STATUS, statuses=(503,), open=True
+)
+# As Kubernetes' own components name them.
+LIVEZ, READYZ = replace(LIVE, path="/livez"), replace(READY, path="/readyz")
+METRICS = Operation("GET", "/metrics", "Prometheus series.", media=("text/plain",), open=True)
+DOCUMENT = Operation("GET", "/openapi.json", "This document.", result=ANY_OBJECT, statuses=(503,), open=True)
