@@ -202,6 +202,7 @@ def run(args: argparse.Namespace) -> int:
             tls=tls,
             logs=logs,
             read_keys=key_reader(args),
+            playground=not args.no_playground,
         )
     )
     return 0

@@ -43,6 +43,7 @@ def add_operation_arguments(parser: argparse.ArgumentParser) -> None:
     tls.add_argument(
         "--tls-client-ca", metavar="FILE", help="clients must have a certificate that one of these has signed (PEM)"
     )
+    parser.add_argument("--no-playground", action="store_true", help="no page at /, the API alone")
     logs = parser.add_argument_group("logs, on standard error")
     logs.add_argument("--log-format", choices=("text", "json"), default="text", help="lines, or JSON objects")
     logs.add_argument(

@@ -60,6 +60,7 @@ class ServerOptions:
         tls: the certificate of the address; None: plain HTTP.
         logs: of this process and of the replicas.
         read_keys: reads the keys again, on SIGHUP; None: there is nothing to read.
+        playground: whether there is a page at `/`.
     """
 
     worker: WorkerOptions
@@ -80,6 +81,7 @@ class ServerOptions:
     tls: TlsOptions | None = None
     logs: LogOptions = field(default_factory=LogOptions)
     read_keys: Callable[[], Keys] | None = None
+    playground: bool = True
 
 
 class _Server(uvicorn.Server):
@@ -188,7 +190,7 @@ def make_server(
     caching = options.worker.prefix_cache_bytes > 0
     services = Services(dispatcher, intake, options.name, access, options.request_seconds, caching, options.logs)
     config = uvicorn.Config(
-        make_app(services, supervisor, failed),
+        make_app(services, supervisor, failed, options.worker.model if options.playground else None),
         http=functools.partial(Connection, limits=options.limits),  # type: ignore[arg-type]
         ws="none", log_config=None, access_log=False, lifespan="on", proxy_headers=False, backlog=BACKLOG,
         timeout_keep_alive=options.limits.idle_seconds,  # type: ignore[arg-type]

@@ -12,8 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SERVING = ROOT / "mambakit" / "serving"
 # From the bottom up: files and folders, and the files of each folder. Each may import those before it.
-FOLDERS = ["errors", "logs", "messages", "metrics", "api", "dispatch", "replicas", "http", "server"]
+FOLDERS = ["errors", "logs", "messages", "metrics", "api", "dispatch", "replicas", "playground", "http", "server"]
 FILES = {
+    "playground": ["files", "about"],
     "api": [
         "declarations",
         "values",
@@ -46,6 +47,7 @@ FILES = {
         "completions",
         "models",
         "probes",
+        "playground",
         "app",
     ],
 }

@@ -73,3 +73,32 @@ READY = Operation(
 LIVEZ, READYZ = replace(LIVE, path="/livez"), replace(READY, path="/readyz")
 METRICS = Operation("GET", "/metrics", "Prometheus series.", media=("text/plain",), open=True)
 DOCUMENT = Operation("GET", "/openapi.json", "This document.", result=ANY_OBJECT, statuses=(503,), open=True)
+
+PAGE = Operation("GET", "/", "The playground: a page to write with the model.", media=("text/html",), open=True)
+PAGE_FILE = Operation(
+    "GET",
+    "/playground/{name}",
+    "A file of the playground.",
+    media=("text/html", "text/css", "text/javascript", "image/svg+xml"),
+    parameters=(Parameter("name", "Its name.", STRING),),
+    statuses=(404,),
+    open=True,
+)
+PAGE_MODEL = Operation(
+    "GET",
+    "/playground/model.json",
+    "What the playground shows of the model: its size, its state's, and a Transformer's in its place.",
+    result=record(
+        {
+            "id": STRING,
+            "chat_template": {"type": "boolean"},
+            "states": {"type": "boolean"},
+            "layers": INTEGER,
+            "hidden_size": INTEGER,
+            "vocab_size": INTEGER,
+            "state_bytes": INTEGER,
+            "transformer_bytes_per_token": INTEGER,
+        }
+    ),
+    statuses=(503,),
+)

@@ -103,7 +103,7 @@ class AccessRules:
         origin, host = origin.lower(), host.lower()
         return "*" in self.origins or origin in self.origins or origin in (f"{scheme}://{host}", f"https://{host}")
 
-    def check(self, headers: Iterable[tuple[bytes, bytes]], scheme: str = "http") -> None:
+    def check(self, headers: Iterable[tuple[bytes, bytes]], scheme: str = "http", path: str = "") -> None:
         """Raises an `ApiError` for a request to another host name, or from another site's page."""
         found: dict[bytes, list[str]] = {b"host": [], b"origin": [], b"sec-fetch-site": []}
         for name, value in headers:
@@ -123,7 +123,9 @@ class AccessRules:
             if not self.allows_origin(origin, hosts[0], scheme):
                 message = f"pages of {cut(origin)!r} may not use this server; serve with --allowed-origin ORIGIN"
                 raise ApiError(403, message, code="origin_not_allowed")
-        if not origins and "*" not in self.origins and any(site in ("cross-site", "same-site") for site in sites):
+        followed = path == "/"  # a link to the playground's page, which does nothing by itself
+        foreign = any(site in ("cross-site", "same-site") for site in sites)
+        if not origins and "*" not in self.origins and foreign and not followed:
             message = "pages of other sites may not use this server; serve with --allowed-origin ORIGIN"
             raise ApiError(403, message, code="origin_not_allowed")
 
@@ -150,7 +152,7 @@ class Access:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                self._rules.check(scope["headers"], scope.get("scheme", "http"))
+                self._rules.check(scope["headers"], scope.get("scheme", "http"), scope["path"])
             except ApiError as error:
                 await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
                 return

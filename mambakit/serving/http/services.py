@@ -49,6 +49,10 @@ class Services:
     _requests: itertools.count = field(default_factory=itertools.count)
 
     @property
+    def keeps_states(self) -> bool:
+        return False
+
+    @property
     def metrics(self) -> Metrics:
         return self.dispatcher.metrics
 
