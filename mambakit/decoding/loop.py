@@ -8,17 +8,20 @@ loop chooses several tokens (`TokenLoop.write`), or verifies a draft (`SlotLoop.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from mambakit.decoding.acceptance import Acceptance
 from mambakit.decoding.drafting import Draft
+from mambakit.decoding.log_probs import Recorded, TokenLogProb
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampler import Chooser, Sampler
 from mambakit.decoding.slots import SlotPool
 from mambakit.modules import StateCache
+
+LogProbsBySlot: TypeAlias = "dict[int, list[TokenLogProb]]"
 
 
 class TokenLoop:
@@ -82,12 +85,46 @@ class TokenLoop:
         return tokens == self.ends if len(self.ends) == 1 else torch.isin(tokens, self.ends)
 
 
+class HostCopy:
+    """A copy of ``tokens`` (size, count) int64 on the host, made as soon as the device has them, and of the
+    log-probabilities that were recorded with them.
+
+    What is launched on the device afterwards does not delay it.
+    """
+
+    def __init__(self, tokens: Tensor, recorded: Recorded | None):
+        self._copied: torch.cuda.Event | None = None
+        self._tokens = _to_host(tokens)
+        self._recorded, self._values = recorded, None if recorded is None else _to_host(recorded.values)
+        if tokens.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> tuple[list[list[int]], LogProbsBySlot]:
+        """The tokens of every slot, and log-probabilities of the slots that ask for them. Waits for the device."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        found: list[list[int]] = self._tokens.tolist()
+        return found, {} if self._recorded is None else self._recorded.by_slot(found, self._values)
+
+
+def _to_host(values: Tensor) -> Tensor:
+    """A copy in pinned memory, which is there once the device has reached this point; of a CPU's tensor itself."""
+    if not values.is_cuda:
+        return values
+    pinned = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+    return pinned.copy_(values, non_blocking=True)
+
+
 class SlotLoop:
     """The token loop for texts that start and end at different times. The host sees every token.
 
     Args:
         pool: its slots hold the texts (``pool.occupants``), whose attribute ``sampled`` is a `SampledText`.
         guesses: the maximum number of tokens of a draft.
+
+    Attributes:
+        log_probs: by slot, log-probabilities of the tokens of the last `look`, where its text asks for them.
     """
 
     def __init__(self, pool: SlotPool, guesses: int = 0):
@@ -96,6 +133,7 @@ class SlotLoop:
         self._loop = TokenLoop(pool, self.sampler, self._zeros(pool.size))
         self._next: dict[int, int] = {}  # by slot: the token it reads next, not on the device yet
         self._seated = False  # whether the sampler has the texts of all slots
+        self.log_probs: LogProbsBySlot = {}
         self._acceptances: dict[SampledText, Acceptance] = {}
         self._chosen: list[list[int]] = []  # by the last verification, per slot
 
@@ -144,16 +182,31 @@ class SlotLoop:
 
         With a constraint it is one token per slot, since the constraint must see each token before the next. `NO_TOKEN`
         stands where no token can be chosen; the text then ends. The tokens of a free slot are meaningless.
+        ``log_probs`` are those of these tokens.
         """
+        constrained = self.must_look
+        tokens, _ = self._loop.write(1 if constrained else count, check=True)
+        recorded = self.sampler.take_log_probs()
+        found: list[list[int]] = tokens.tolist()
+        self.log_probs = {} if recorded is None else recorded.by_slot(found)
+        if constrained:
+            return [[token] for token in self.sampler.accept([token for (token,) in found])]
+        return found
+
+    def launch(self, count: int) -> HostCopy:
+        """The tokens of ``look(count)``, without waiting for them. No text may have a constraint (`must_look`)."""
+        assert not self.must_look, "a constraint must see each token before the next one is chosen"
+        tokens, _ = self._loop.write(count, check=True)
+        return HostCopy(tokens, self.sampler.take_log_probs())
+
+    @property
+    def must_look(self) -> bool:
+        """Whether the text of a slot has a constraint, which must see each token before the next one is chosen."""
         self._tokens()
         if not self._seated:
             self.sampler.seat([None if text is None else text.sampled for text in self.pool.occupants])
             self._seated = True
-        tokens, _ = self._loop.write(1 if self.sampler.must_look else count, check=True)
-        found: list[list[int]] = tokens.tolist()
-        if self.sampler.must_look:
-            return [[token] for token in self.sampler.accept([token for (token,) in found])]
-        return found
+        return self.sampler.must_look
 
     def verify(self, drafts: Sequence[Draft]) -> list[list[int]]:
         """Verify one draft per slot. Returns each slot's accepted guesses and one more token. Call `keep` next."""

@@ -232,10 +232,14 @@ class SlotPool:
         self._states_changed()
         self._began[slot] = state.get_seq_length() - self._steps
 
+    def seen(self, slot: int) -> int:
+        """The number of tokens that the state of ``slot`` has read."""
+        return self._began[slot] + self._steps
+
     def copy_of(self, slot: int) -> StateCache:
         """A copy of the current state of ``slot``."""
         state = self.states.select([slot])
-        state.advance(self._began[slot] + self._steps - state.get_seq_length())
+        state.advance(self.seen(slot) - state.get_seq_length())
         return state
 
     # -- all of them -----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ tokens.
 
 A text does not depend on the others: every request has its own random numbers, and each prompt is read on its own in
 chunks that start at its own beginning. On a CPU, where a slot's step has the same bits in any batch, tokens are the
-same whatever else is there, and free slots are left out of the step where few of many write. Elsewhere the step always
+same whatever else is there, and free slots are left out of the step where few of many write. Elsewhere a step always
 runs on all ``slots``, so that its products are cut the same way. An error of one request, of its grammar or its state,
 ends that request alone.
 """
@@ -33,9 +33,10 @@ from mambakit.decoding.loop import SlotLoop
 from mambakit.decoding.parameters import CHUNK_SIZE, INT64, Number
 from mambakit.decoding.slots import SlotPool
 from mambakit.errors import LogitsError
-from mambakit.generation.engine_looks import Looks
+from mambakit.generation.engine_looks import Found, Looks
 from mambakit.generation.engine_prompts import PromptReader
 from mambakit.generation.engine_schedule import Schedule
+from mambakit.generation.engine_states import TextStates
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.reading import ReadingShare
 from mambakit.generation.request import Request, Text
@@ -57,9 +58,9 @@ class Engine:
         read_seconds: the time for reading prompts between two steps. The smallest part that can be read may exceed it:
             on a CPU a chunk in one layer, on a GPU a chunk.
         slice_tokens: how many tokens a text writes at least before it makes room for one of another share.
-        tokens_per_look: tokens that each slot writes between two device-to-host syncs, where no constraint needs one
-            and no state is kept. More than 1 leaves the host behind the device; the texts are the same, but `step`
-            gives several tokens of a text at once, and a text that is cancelled has had up to so many more. None: 1,
+        tokens_per_look: tokens that each slot writes between two device-to-host syncs, where no constraint needs one.
+            More than 1 leaves the host behind the device: `step` launches the next tokens before it returns those that
+            were launched before. The texts are the same, but `step` gives several tokens of a text at once. None: 1,
             and with a captured decoder as many as take 10 ms, up to 8.
         clock: gives the time in seconds.
         rows: the earlier name of ``slots``.
@@ -92,14 +93,15 @@ class Engine:
         slice_tokens = Number(32, 1, INT64[1], whole=True).read("slice_tokens", slice_tokens)
         read_seconds = Number(0.02, 0, math.inf).read("read_seconds", read_seconds)
         self.model, self.slots, self.chunk_size, self.slice_tokens = model, slots, chunk_size, slice_tokens
-        self._looks = Looks(tokens_per_look, clock)
         self.prefix_cache = prefix_cache
-        self._ends = _end_tokens(model)
+        ends = frozenset(_end_tokens(model))
         self._vocab_size = model.config.vocab_size
         self._pool = SlotPool(model, slots)  # its slots hold their texts
         self._loop = SlotLoop(self._pool)
+        self._states = TextStates(model)
+        self._looks = Looks(self._loop, tokens_per_look, clock)
         self._schedule = Schedule(slots)
-        self._prompts = PromptReader(model, ReadingShare(read_seconds, chunk_size, clock), self._schedule)
+        self._prompts = PromptReader(model, ReadingShare(read_seconds, chunk_size, clock), self._schedule, ends)
         self._cancelled: deque[Request] = deque()  # by whichever thread
         self._taken = 0  # of the slots
         self._freed = False  # whether slots have become free
@@ -159,10 +161,11 @@ class Engine:
     @torch.inference_mode(False)  # states and tables outlive the step, which may run in inference mode and out of it
     @torch.no_grad()
     def step(self) -> list[tuple[Request, int]]:
-        """Read prompts for a while, then write the next token of every slot (``tokens_per_look``).
+        """Read prompts for a while, then write the next tokens of every slot (``tokens_per_look``).
 
         Returns:
-            (request, token) of each text that has a new token. A text whose prompt was read has its first.
+            (request, token) of each text that has a new token; none where those of the first look were only launched.
+            A text whose prompt was read has its first.
         """
         self._schedule.begin_step()
         while self._cancelled:
@@ -172,11 +175,13 @@ class Engine:
         if self._schedule.unread:
             self._prompts.step(lambda text, token: self._take(text, token, chosen), self._fail)
         if self._schedule.ready:
-            self._give_slots()
+            self._give_slots(chosen)
         if self._freed:
             self._leave_out_free_slots()
         if self._taken:
-            self._write(chosen)
+            self._note(self._looks.next(self._copy_states), chosen)
+        if not self._taken:
+            self._looks.forget()
         if not len(self._schedule):
             self._prompts.drop_held()
         return chosen
@@ -184,11 +189,15 @@ class Engine:
     def _writing(self) -> list[Text]:
         return [text for text in self._pool.occupants if text is not None]
 
-    def _give_slots(self) -> None:
+    def _give_slots(self, chosen: list[tuple[Request, int]]) -> None:
         leaving, entering = self._schedule.admission(self._writing(), self.slice_tokens)
+        if leaving and (found := self._looks.wait()) is not None:  # their states may be ahead of their tokens
+            self._note(found, chosen)
+            leaving, entering = self._schedule.admission(self._writing(), self.slice_tokens)
         for text in leaving:  # each continues later from a copy of its state
             slot = self._pool.occupants.index(text)
             text.state = self._pool.copy_of(slot)
+            self._states.left(text)
             self._schedule.ready[text] = None
             self._release(slot)
         for text in entering:
@@ -202,6 +211,8 @@ class Engine:
             self._fail(text, error)
             return
         del self._schedule.ready[text]
+        if self._is_wanted(text):
+            self._states.seated(text, text.state)
         text.state, text.seated_at = None, len(text.written)
         self._taken += 1
 
@@ -216,17 +227,19 @@ class Engine:
             self._loop.shrink()
             self._freed = False
 
-    def _write(self, chosen: list[tuple[Request, int]]) -> None:
-        """The next tokens of every text that has a slot."""
-        held: list[Text | None] = list(self._pool.occupants)
-        texts = [text for text in held if text is not None]
-        count = self._looks.count(self._pool, texts, states_are_kept=self.prefix_cache is not None)
-        found = self._looks.timed(self._loop.look, count)
-        vocab_size, ends = self._vocab_size, self._ends
-        for text, tokens in zip(held, found, strict=True):
-            if text is None:
-                continue
-            request, written = text.request, text.written
+    def _copy_states(self, texts: list[Text | None]) -> None:
+        self._states.before_look(self._pool, texts)
+
+    def _note(self, found: Found | None, chosen: list[tuple[Request, int]]) -> None:
+        """Note the tokens of a look."""
+        if found is None:
+            return
+        vocab_size = self._vocab_size
+        for slot, (text, tokens) in enumerate(zip(found.texts, found.tokens, strict=True)):
+            if text is None or text.request not in self._schedule.texts:
+                continue  # it has ended since
+            request, written, ends = text.request, text.written, text.ends
+            request.token_log_probs += found.log_probs.get(slot, [])
             for token in tokens:
                 if 0 <= token < vocab_size and token not in ends:
                     written.append(token)
@@ -246,7 +259,7 @@ class Engine:
             self._fail(text, text.sampled.exception)
         elif not 0 <= token < self._vocab_size:
             self._fail(text, ValueError(f"token {token} was chosen; the model's are 0 to {self._vocab_size - 1}"))
-        elif token in self._ends:
+        elif token in text.ends:
             self._finish(text, "stop")
         else:
             text.written.append(token)
@@ -267,25 +280,30 @@ class Engine:
     def _finish(self, text: Text, reason: str) -> None:
         request = text.request
         request.finish_reason = request.finish_reason or reason
+        del request.token_log_probs[len(request.tokens) :]  # of what was chosen after the end
         slot = self._pool.occupants.index(text) if text in self._pool.occupants else None
-        wanted = request.keep_state or (self.prefix_cache is not None and request.state is None)
-        if wanted and not request.error:
-            state = text.state.clone() if slot is None and text.state is not None else None
-            state = state if slot is None else self._pool.copy_of(slot)
-            if state is not None:
-                self._keep(text, state)
+        states = self._states.ended(text, self._pool, slot) if self._is_wanted(text) else []
+        if states and not request.error:
+            self._keep(text, states)
         if slot is not None:
             self._release(slot)
         self._schedule.remove(text)
         request.on_cancel = None
 
-    def _keep(self, text: Text, state: StateCache) -> None:
+    def _is_wanted(self, text: Text) -> bool:
+        """Whether somebody wants a text's state at its end."""
         request = text.request
+        return request.keep_state or request.keep_states or (self.prefix_cache is not None and request.state is None)
+
+    def _keep(self, text: Text, states: list[StateCache]) -> None:
+        """Keep the latest of a text's states, or all."""
+        request = text.request
+        if request.keep_states:
+            request.states = states
         if request.keep_state:
-            request.final_state = state
+            request.final_state = self._states.read_on(text, states[0])
         if self.prefix_cache is not None and request.state is None:
-            read = [*request.prompt_ids.tolist(), *text.written][: state.get_seq_length()]
             try:
-                self.prefix_cache.store(read, state)
+                self.prefix_cache.store(text.tokens()[: states[0].get_seq_length()], states[0])
             except Exception as error:  # the text itself is whole
                 warnings.warn(f"a text's state could not be kept in the prefix cache: {error}", stacklevel=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,13 +82,29 @@ def token_log_probs(
     for (hidden,) in hidden_states(model, [inputs], after["cache"], chunk_size=chunk_size, progress=progress):
         wanted = targets[at : at + len(hidden)]
         at += len(hidden)
-        for rows, these in zip(hidden.split(LOGIT_ROWS), wanted.split(LOGIT_ROWS), strict=True):
-            log_probs = model.lm_head(rows).float().log_softmax(-1)
-            best = log_probs.topk(top)
-            own = require_numbers(log_probs.gather(1, these[:, None])[:, 0].cpu())
-            parts.append((own, best.indices.cpu(), best.values.cpu()))
+        parts += [found[1:] for found in score_alternatives(model, hidden, wanted, top)]
     log_probs, top_ids, top_log_probs = (torch.cat(column) for column in zip(*parts, strict=True))
     return TokenLogProbs(ids.cpu(), log_probs, top_ids, top_log_probs)
+
+
+def score_alternatives(
+    model: Any, hidden: Tensor, targets: Tensor, top: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Log-probabilities of ``targets`` (l,) int64 and of the likeliest tokens, from the hidden states (l, h) that
+    predict them.
+
+    Yields:
+        Of some tokens at a time, on the CPU: the targets (r,), their ln p (r,) float32, and the ``top`` likeliest
+        tokens (r, top) int64 with their ln p (r, top) float32, best first.
+
+    Raises:
+        LogitsError: the model's log-probabilities are NaN.
+    """
+    for rows, these in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+        log_probs = model.lm_head(rows).float().log_softmax(-1)
+        best = log_probs.topk(top)
+        own = require_numbers(log_probs.gather(1, these[:, None])[:, 0].cpu())
+        yield these.cpu(), own, best.indices.cpu(), best.values.cpu()
 
 
 def echo(model: Any, tokenizer: Any, ids: Tensor, *, top: int = 0, chunk_size: int = SCORING_CHUNK) -> dict[str, list]:

@@ -30,7 +30,7 @@ FILES = {
         "intake",
     ],
     "dispatch": ["jobs", "queue", "suspects", "dispatcher"],
-    "replicas": ["heartbeat", "outbox", "worker", "process", "supervisor"],
+    "replicas": ["heartbeat", "outbox", "constraints", "scoring", "worker", "process", "supervisor"],
     "http": [
         "keys",
         "quotas",

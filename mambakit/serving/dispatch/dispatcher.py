@@ -101,7 +101,9 @@ class Dispatcher:
                 key=lambda r: (len(r.jobs) >= self.slots, sum(job.remaining for job in r.jobs.values()), r.number),
             )
             job.replica, replica.jobs[job.id] = replica, job
-            replica.outgoing.put(Task(job.id, job.prompt_ids, job.sampling, job.max_new_tokens, job.stop, job.share))
+            replica.outgoing.put(
+                Task(job.id, job.prompt_ids, job.sampling, job.max_new_tokens, job.stop, job.share, job.options)
+            )
 
     # -- events of replicas
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mambakit.serving.errors import ApiError
-from mambakit.serving.messages import Piece
+from mambakit.serving.messages import Piece, TextOptions
 
 # Prefill reads chunks: a prompt token costs about this fraction of a generated one.
 _PROMPT_COST = 1 / 16
@@ -83,6 +83,7 @@ class Job:
     """Its number among the n texts of its prompt; the prompt's tokens are counted with copy 0."""
     share: tuple[Any, ...] = ()
     """Its owner, from the outside in: (key, client, request)."""
+    options: TextOptions = field(default_factory=TextOptions)
 
     id: int = field(default_factory=itertools.count().__next__, init=False)
     created: float = field(default_factory=time.monotonic, init=False)
@@ -96,8 +97,8 @@ class Job:
     @property
     def work(self) -> int:
         """A hash of all that is asked except the seed: equal for two requests of the same work."""
-        sampling = tuple((name, value) for name, value in self.sampling.items() if name != "seed")
-        return hash((self.prompt_ids, sampling, self.max_new_tokens, self.stop))
+        sampling = repr([(name, value) for name, value in self.sampling.items() if name != "seed"])
+        return hash((self.prompt_ids, sampling, self.max_new_tokens, self.stop, self.options))
 
     @property
     def remaining(self) -> float:
