@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from mambakit.commands import remote_generate
 from mambakit.commands.loading import add_model_arguments, load
 from mambakit.commands.options import (
     LARGEST_SEED,
@@ -27,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--file", action="append", default=[], metavar="FILE", help="a file as a prompt (repeatable)")
     add_model_arguments(parser)
+    parser.add_argument("--server", metavar="URL", help="let this server's model write (mambakit serve)")
+    parser.add_argument("--api-key", metavar="KEY", help="the server's key (default: $MAMBAKIT_API_KEY)")
     parser.add_argument("--max-new-tokens", type=integer(0), default=200, help="at most this many tokens (default 200)")
     parser.add_argument("--temperature", type=real(0), default=0.8, help="0 is greedy (default 0.8)")
     parser.add_argument(
@@ -98,6 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     _check(args)
     prompts = _prompts(args)
+    if args.server is not None:
+        remote_generate.write(args, prompts)
+        return 0
     if args.save_state and (len(prompts) > 1 or args.num_return_sequences > 1):
         raise UsageError("--save-state keeps the state of one text; give one prompt and one return sequence")
 
@@ -118,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    remote_generate.check(args)
     if (args.logprobs is not None or args.echo) and not args.json:
         raise UsageError("--logprobs and --echo are parts of a JSON object; add --json")
     if args.load_state and args.echo:

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import queue
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ def main(options: WorkerOptions, connection: Connection) -> None:
         with contextlib.suppress(OSError):
             channel.send(Failed(f"{type(error).__name__}: {error}"))
         _log.exception("the replica's process failed")
-        sys.exit(1)
+        raise SystemExit(1) from error
 
 
 class _Progress:
