@@ -6,7 +6,6 @@ import httpx
 import pytest
 
 from mambakit.serving.http.access import AccessRules
-from mambakit.serving.http.keys import Keys
 from tests.serving.api_server import LIMITS, api_server
 
 
