@@ -22,6 +22,7 @@ COMMANDS = {
     "score": "log-likelihood, perplexity and bits per character of text files",
     "serve": "serve a model over HTTP (OpenAI's completions API), on any number of GPUs",
     "train": "train or fine-tune a model on your own text, DNA or sound",
+    "plan": "what a shape takes on a device: memory, tokens a second, a recipe",
     "evaluate": "BLiMP, LAMBADA, bits per byte, and the lm-evaluation-harness",
     "inspect": "what a model does with a text: surprise, step sizes, memory, implicit attention, as a page",
     "info": "what a checkpoint is, from its headers alone",

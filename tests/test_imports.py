@@ -39,6 +39,7 @@ LAYERS = [
     "evaluation",
     "export",
     "training",
+    "planning",
     "serving",
     "commands",
     "cli",

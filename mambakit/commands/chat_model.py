@@ -182,7 +182,8 @@ class RemoteModel:
     def __init__(self, url: str, key: str | None, plain: Plain | None):
         self.server = Remote(url, key if key is not None else os.environ.get("MAMBAKIT_API_KEY"))
         self.name = f"{self.server.model()} at {self.server.url}"
-        self.plain, self.reading = plain, None
+        self.plain = plain
+        self.reading: int | None = None
 
     def reply(self, turn: Turn, sampling: dict[str, Any]) -> Iterator[str]:
         assert turn.parent is not None

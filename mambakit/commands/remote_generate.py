@@ -13,8 +13,9 @@ from mambakit.errors import UsageError
 
 # Options of a model in this process; a server has its own.
 _LOCAL = (
-    "model", "device", "dtype", "prefill_chunk_size", "load_state", "save_state", "prefix_cache", "prefix_cache_mb",
-    "draft_model", "prompt_lookup", "draft_tokens", "logprobs", "echo", "json_schema", "regex", "grammar",
+    "model", "device", "dtype", "tokenizer", "output", "prefill_chunk_size", "load_state", "save_state", "prefix_cache",
+    "prefix_cache_mb", "draft_model", "prompt_lookup", "draft_tokens", "logprobs", "echo", "json_schema", "regex",
+    "grammar",
 )  # fmt: skip
 
 

@@ -20,8 +20,8 @@ from mambakit.commands.serve_operations import (
     make_key,
     tls_options,
 )
+from mambakit.commands.served_model import check_model, own_name
 from mambakit.commands.texts import require_file
-from mambakit.errors import CheckpointError
 from mambakit.quoting import brief
 
 _MOST = (1 << 31) - 1
@@ -105,6 +105,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--load-state", metavar="FILE", help="start every text from this saved state (of a prompt, or a tuned one)"
     )
 
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="a chat template (Jinja) to use instead of the tokenizer's own"
+    )
+
     replicas = parser.add_argument_group("replicas: processes with a model each")
     replicas.add_argument(
         "--devices",
@@ -133,7 +137,7 @@ def _add(group: Any, numbers: tuple[_Number, ...]) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.make_key is not None:
         return make_key(args.make_key)
-    for package in ("starlette", "uvicorn", "httptools", "prometheus_client"):
+    for package in ("starlette", "uvicorn", "httptools", "prometheus_client", "jinja2", "llguidance"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f'serving needs {package}, which is not installed: pip install "mambakit[serve]"')
     _check(args)
@@ -155,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
     logs, tls = log_options(args), tls_options(args)
     configure(logs)
     model = str(args.model or default_model_path())
-    _check_model(model)
+    check_model(model)
     serve(
         ServerOptions(
             worker=WorkerOptions(
@@ -171,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
                 logs=logs,
             ),
             devices=_devices(args),
-            name=args.served_model_name or _own_name(model),
+            name=args.served_model_name or own_name(model),
             host=args.host,
             port=args.port,
             max_waiting=args.max_waiting,
@@ -197,6 +201,7 @@ def run(args: argparse.Namespace) -> int:
                 unfinished_bytes=args.max_unfinished_mb << 20,
             ),
             drain_seconds=args.drain_seconds,
+            chat_template=None if args.chat_template is None else _template(args.chat_template),
             request_seconds=args.request_seconds,
             access=access,
             tls=tls,
@@ -208,26 +213,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _own_name(model: str) -> str:
-    """A folder's name, a GGUF file's without its ending, or the hub id."""
-    path = Path(model)
-    if path.suffix == ".gguf":
-        return path.stem
-    return path.resolve().name if path.is_dir() else model
+def _template(file: str) -> str:
+    """The text of --chat-template, checked as far as it can be without messages."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-
-def _check_model(name: str) -> None:
-    """Refuse a folder that is missing or holds no model before the port is open; the replica checks the rest."""
-    folder = Path(name)
-    if folder.suffix == ".gguf" and folder.is_file():
-        return
-    if folder.is_dir():
-        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise CheckpointError(
-                f"there is no config.json in {brief(name)}; give a folder that holds a model, or a hub id"
-            )
-    elif folder.is_absolute() or name.startswith((".", "~")):
-        raise CheckpointError(f"there is no folder {brief(name)}; give a folder that holds a model, or a hub id")
+    require_file(file, "chat template", "write one in Jinja, as a tokenizer's chat_template")
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except (TemplateError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat-template {brief(file)} is no template ({error}); give a file of Jinja") from None
+    return text
 
 
 def _check(args: argparse.Namespace) -> None:

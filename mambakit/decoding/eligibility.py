@@ -122,6 +122,12 @@ def _is_plain_norm(norm: nn.Module, config: Any) -> bool:
     return type(norm) is RMSNorm and norm.eps == config.layer_norm_epsilon
 
 
+def dtype_of_states(model: Any) -> str | None:
+    """The dtype of SSM states where it is not the default float32."""
+    kind = getattr(model.config, "ssm_state_dtype", None)
+    return None if kind in (None, "float32") else kind
+
+
 def weight_kinds(model: Any) -> set[Any]:
     """The kinds of the large weights: dtypes, or (format, group) of packed ones."""
 

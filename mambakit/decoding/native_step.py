@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.decoding.eligibility import dtype_names, skipped_modules, tensors_of, why_not_by_weights
+from mambakit.decoding.eligibility import dtype_names, dtype_of_states, skipped_modules, tensors_of, why_not_by_weights
 from mambakit.modules import MambaCache
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops._backends import native
@@ -44,6 +44,8 @@ def why_not(model: Any, rows: int, *, states: Any = None, called: bool = False) 
     dtypes = {model.dtype, *(t.dtype for t in tensors if t.dtype.is_floating_point)}
     if not dtypes <= set(_DTYPES):
         return f"weights of {dtype_names(dtypes)}; it reads {dtype_names(_DTYPES)}"
+    if (kind := dtype_of_states(model)) is not None:
+        return f"states of {kind} (ssm_state_dtype); it reads float32"
     if states is not None and not _fit(states):
         return "states of another dtype or device, or of other layers; it reads a cache as the model makes one"
     return None
@@ -51,6 +53,8 @@ def why_not(model: Any, rows: int, *, states: Any = None, called: bool = False) 
 
 def _fit(states: Any) -> bool:
     if not isinstance(states, MambaCache) or states.dtype not in _DTYPES:
+        return False
+    if states.ssm_states.dtype != torch.float32:
         return False
     return states.device.type == "cpu" and all_plain((states.conv_states, states.ssm_states))
 

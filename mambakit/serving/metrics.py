@@ -72,5 +72,10 @@ class Metrics:
             for key, values in kept.items():
                 gauge.labels(key).set(values[part])
 
+    def set_waiting_by_key(self, waiting: dict) -> None:
+        self.waiting_by_key.clear()
+        for key, texts in waiting.items():
+            self.waiting_by_key.labels(str(key)).set(texts)
+
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import io
 import json
 import sys
@@ -12,7 +13,7 @@ from mambakit import cli
 from mambakit.commands.chat_model import LocalModel, Plain
 from mambakit.commands.conversation import Conversation
 from mambakit.errors import UsageError
-from tests.serving.api_server import api_server
+from tests.serving.api_server import api_server, byte_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}\n{% endfor %}"
@@ -230,7 +231,8 @@ def test_with_a_server(chat, capsys):
             out, told = chat("Are you there?\n/history\n/state\n", "--server", url)
             assert out == "yes " * 8 + "\nuser: Are you there?\nassistant: " + ("yes " * 8).strip() + "\n", told
             assert "server keeps" in told
-        assert bytes(one.replicas.jobs[-1].prompt_ids[::8]).decode() == "User: Are you there?\nAssistant:"
+        ids = array.array("q", one.replicas.jobs[-1].prompt_ids).tolist()
+        assert byte_tokenizer().decode(ids) == "User: Are you there?\nAssistant:"
 
 
 def test_generate_with_a_server(capsys):
@@ -246,7 +248,8 @@ def test_generate_with_a_server(capsys):
         assert [line["completion_tokens"] for line in lines] == [3, 3]
         assert cli.main([*common[:-1], "99999"]) == 2
         assert "max_tokens" in capsys.readouterr().err
-    for option in (["--model", "x"], ["--prompt-lookup"], ["--save-state", "x"], ["--logprobs", "0", "--json"]):
+    common[3] = "127.0.0.1:9"
+    for option in (["--model", "x"], ["--prompt-lookup"], ["--save-state", "x"], ["--logprobs", "1", "--json"]):
         assert cli.main([*common, *option]) == 2
         assert option[0] in capsys.readouterr().err
     assert cli.main(["generate", "a", "--api-key", "x"]) == 2

@@ -107,7 +107,14 @@ def run(
         return None
     states: Any = None if cache is None else cache.memory(mixer.layer_idx)
     eps = 0.0 if norm is None else norm.eps
-    return fused_layer(x, residual, weights, eps, residual_dtype, states, known=layer.known)
+    if states is None or states[1].dtype != torch.bfloat16:
+        return fused_layer(x, residual, weights, eps, residual_dtype, states, known=layer.known)
+    conv_state, ssm_state = states
+    wide = ssm_state.float()
+    found = fused_layer(x, residual, weights, eps, residual_dtype, (conv_state, wide), known=layer.known)
+    if found is not None:
+        ssm_state.copy_(wide)
+    return found
 
 
 def _run_traced(

@@ -100,8 +100,10 @@ class MambaMixer(Mixer):
     @staticmethod
     def state_tensors(config: Any, dtype: torch.dtype) -> tuple[StateTensor, ...]:
         """``conv`` (d, k - 1), the convolution's last inputs, in ``dtype``; ``ssm`` (d, n), float32 whatever the
-        weights are (float64 in a float64 model)."""
+        weights are (float64 in a float64 model), bfloat16 where ``ssm_state_dtype`` asks for it."""
         d, wide = config.intermediate_size, torch.float64 if dtype == torch.float64 else torch.float32
+        if getattr(config, "ssm_state_dtype", None) == "bfloat16":
+            wide = torch.bfloat16
         return (
             StateTensor("conv", (d, config.conv_kernel - 1), dtype),
             StateTensor("ssm", (d, config.state_size), wide),
@@ -247,7 +249,7 @@ class MambaMixer(Mixer):
         if cache is None:
             return None, None
         conv_state, ssm_state = cache.layer(self.layer_idx, None if packing is None else packing.read)
-        return conv_state, ssm_state
+        return conv_state, ssm_state.float() if ssm_state.dtype == torch.bfloat16 else ssm_state
 
     def _keep(self, cache: StateCache | None, packing: Packing | None, conv_state: Tensor, ssm_state: Tensor) -> None:
         if cache is not None:

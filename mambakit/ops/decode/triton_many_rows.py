@@ -96,9 +96,11 @@ class ManyRowsStep:
 
     Args:
         weights: the model's, read in place at every step; all of one floating dtype.
-        conv_states, ssm_states: (layers, rows, d, k - 1) and (layers, rows, d, n) float32, contiguous.
+        conv_states, ssm_states: (layers, rows, d, k - 1) and (layers, rows, d, n) float32, or bfloat16, to which
+            they are rounded after each token; contiguous.
         capacity: of ``history``.
         chosen: replace plans of `plans`, by name.
+        draft: tokens of each row of the states: the rows are so many times theirs (`triton_verify` alone).
 
     Raises:
         ValueError: states that cannot be updated in place, too many rows, or packed weights.
@@ -111,11 +113,12 @@ class ManyRowsStep:
         ssm_states: Tensor,
         capacity: int = 0,
         chosen: dict[str, Product | Tile] | None = None,
+        draft: int = 1,
     ):
-        rows, n = ssm_states.shape[1], ssm_states.shape[3]
+        rows, n = ssm_states.shape[1] * draft, ssm_states.shape[3]
         if not 1 <= rows <= MOST_ROWS:
             raise ValueError(f"ManyRowsStep: {rows} rows; it serves 1 to {MOST_ROWS}, split larger batches")
-        check_states(conv_states, ssm_states)
+        check_states(conv_states, ssm_states, (torch.float32, torch.bfloat16))
         if weights.kind is not None:
             raise ValueError("ManyRowsStep reads floating weights, and these are packed; FewRowsStep serves them")
         self.layers, self.embeddings, self.final_norm = weights.layers, weights.embeddings, weights.final_norm
@@ -160,7 +163,9 @@ class ManyRowsStep:
         self._normalise(self.layers[0].norm, None, 0)
         norms = [w.norm for w in self.layers[1:]] + [self.final_norm]
         for i, (w, norm) in enumerate(zip(self.layers, norms, strict=True)):
-            self._layer(w, self.conv_states[i], self.ssm_states[i])
+            self._multiply("in_proj", self._x, w.in_proj)
+            self._recur(i, w)
+            self._multiply("out_proj", self._y, w.out_proj)
             self._normalise(norm, w.out_proj_bias, self._splits["out_proj"])
         plan = self._product_plan("head")
         kernels.head_kernel[(self._blocks,)](
@@ -171,11 +176,12 @@ class ManyRowsStep:
             self._buffers.choose()
         return self.logits
 
-    def _layer(self, w: LayerWeights, conv_state: Tensor, state: Tensor) -> None:
+    def _recur(self, i: int, w: LayerWeights) -> None:
+        """y of layer ``i`` from in_proj's partial sums: convolution, x_proj and scan."""
+        conv_state, state = self.conv_states[i], self.ssm_states[i]
         rows, (r, d) = self.rows, shape_of(w.x_proj)
         width, n, rank = w.conv.shape[1], state.shape[2], w.dt_proj.shape[1]
         bias = w.in_proj_bias
-        self._multiply("in_proj", self._x, w.in_proj)
         tile = self._tile("conv")
         kernels.conv_kernel[(triton.cdiv(d, tile.channels), triton.cdiv(rows, tile.rows))](
             self._parts["in_proj"], bias, conv_state, w.conv, w.conv_bias, self._u, rows,
@@ -192,7 +198,6 @@ class ManyRowsStep:
             HAS_BIAS=bias is not None,
             num_warps=tile.warps, **ALIKE,
         )  # fmt: skip
-        self._multiply("out_proj", self._y, w.out_proj)
 
     def _multiply(self, name: str, x: Tensor, weight: Weight) -> None:
         (n, k), plan = shape_of(weight), self._product_plan(name)

@@ -95,7 +95,7 @@ def scan_kernel(
     mask = both[:, :, None] & n_mask[None, None, :]
     at = b[None, :].to(tl.int64) * D + d[:, None]
     place = state + at[:, :, None] * N + i[None, None, :]
-    h = tl.load(place, mask=mask, other=0.0)
+    h = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(dt_proj + d[:, None] * RANK + j[None, :], mask=d_mask[:, None] & (j < RANK)[None, :], other=0.0)
     A = tl.load(A_log + d[:, None] * N + i[None, :], mask=d_mask[:, None] & n_mask[None, :], other=0.0)
     A = -tl.exp(A.to(tl.float32))
@@ -121,7 +121,7 @@ def scan_kernel(
     delta = tl.dot(w.to(dtype), dt.to(dtype).T, input_precision="ieee").to(dtype).to(tl.float32) + delta_bias[:, None]
     delta = tl.where(delta > 20.0, delta, tl.log(1.0 + tl.exp(delta)))
     h = tl.exp(delta[:, :, None] * A[:, None, :]) * h + (delta * x)[:, :, None] * B[None, :, :]
-    tl.store(place, h, mask=mask)
+    tl.store(place, h.to(state.dtype.element_ty), mask=mask)
     out = tl.sum(h * C[None, :, :], axis=2) + skip[:, None] * x
     out = out * gate / (1.0 + tl.exp(-gate))
     tl.store(y + at, out.to(dtype), mask=both)

@@ -74,7 +74,8 @@ class ModelWeights:
         return kind
 
 
-def check_states(conv_states: Tensor, ssm_states: Tensor) -> None:
-    """ValueError unless a step can update them in place."""
-    if not (conv_states.is_contiguous() and ssm_states.is_contiguous()) or ssm_states.dtype != torch.float32:
-        raise ValueError("a decode step's states must be contiguous, and ssm_states float32, to be updated in place")
+def check_states(conv_states: Tensor, ssm_states: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
+    """ValueError unless a step can update them in place, which reads SSM states of ``dtypes``."""
+    if not (conv_states.is_contiguous() and ssm_states.is_contiguous()) or ssm_states.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"a decode step's states must be contiguous, and ssm_states {names}, to be updated in place")

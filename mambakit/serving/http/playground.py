@@ -34,12 +34,11 @@ def endpoints(services: Services, model: str) -> list[Endpoint]:
     async def facts(_: Request) -> Response:
         if not services.intake.loaded.done():
             raise ApiError(503, "the tokenizer is being loaded; try again in a few seconds", retry_after=5)
-        tokenizer = services.intake.loaded.result()[0]
+        codec = services.intake.loaded.result()[1]
         if not known:
             known.update(await asyncio.to_thread(about, model))
         return JSONResponse(
-            known
-            | {"id": services.name, "chat_template": bool(tokenizer.chat_template), "states": services.keeps_states}
+            known | {"id": services.name, "chat_template": codec.template is not None, "states": services.keeps_states}
         )
 
     return [

@@ -36,19 +36,28 @@ class _Account:
 
 
 class Grant:
-    """One admitted request of a key; `end` once it has ended, however that was."""
+    """One admitted request; `end` it, however that was, or `withdraw` it where it was refused elsewhere."""
 
-    def __init__(self, account: _Account | None, texts: int, tokens: int):
-        self._account, self._texts, self._tokens = account, texts, tokens
+    def __init__(self, account: _Account | None, texts: int, prompt_tokens: int, most_tokens: int):
+        self.prompt_tokens = prompt_tokens
+        self._account, self._texts, self._counted = account, texts, prompt_tokens + most_tokens
 
     def end(self, tokens: int) -> None:
-        """``tokens``: of its prompts and texts, as they were."""
+        """``tokens``: of its texts, as they were."""
+        self._end(self.prompt_tokens + tokens)
+
+    def withdraw(self) -> None:
+        if self._account is not None and self._account.requests is not None:
+            self._account.requests.take(-1)
+        self._end(0)
+
+    def _end(self, used: int) -> None:
         account, self._account = self._account, None
         if account is None:
             return
         account.texts -= self._texts
         if account.tokens is not None:
-            account.tokens.take(tokens - self._tokens)
+            account.tokens.take(used - self._counted)
 
 
 class Quotas:
@@ -58,20 +67,21 @@ class Quotas:
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
 
-    def admit(self, key: Key | None, texts: int, tokens: int) -> Grant:
+    def admit(self, key: Key | None, texts: int, prompt_tokens: int, most_tokens: int = 0) -> Grant:
         """Count a request.
 
         Args:
             key: None has no limits.
             texts: of the request.
-            tokens: of its prompts, and all that its texts may have.
+            prompt_tokens: of its prompts.
+            most_tokens: that its texts may have.
 
         Raises:
             ApiError: 429; the request is not counted.
         """
         if key is None:
-            return Grant(None, texts, tokens)
-        now, quota = self._clock(), key.quota
+            return Grant(None, texts, prompt_tokens, most_tokens)
+        now, quota, tokens = self._clock(), key.quota, prompt_tokens + most_tokens
         account = self._account(key, now)
         if quota.texts is not None and account.texts + texts > quota.texts:
             if texts > quota.texts:
@@ -95,7 +105,7 @@ class Quotas:
         for bucket, amount, _ in wanted:
             if bucket is not None:
                 bucket.take(amount)
-        return Grant(account, texts, tokens)
+        return Grant(account, texts, prompt_tokens, most_tokens)
 
     def _account(self, key: Key, now: float) -> _Account:
         account = self._accounts.setdefault(key.name, _Account())

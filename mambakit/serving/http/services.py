@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from mambakit.generation.token_texts import TokenTexts
 from mambakit.serving.api.intake import Intake, Prepare
 from mambakit.serving.dispatch.dispatcher import Dispatcher
+from mambakit.serving.dispatch.jobs import Job
 from mambakit.serving.http.access import AccessRules
 from mambakit.serving.http.quotas import Grant, Quotas
 from mambakit.serving.http.refusals import require_json
@@ -48,6 +52,11 @@ class Services:
     started: int = field(default_factory=lambda: int(time.time()))
     _requests: itertools.count = field(default_factory=itertools.count)
 
+    @functools.cached_property
+    def token_texts(self) -> TokenTexts:
+        """Spellings of the model's tokens. The tokenizer must be loaded."""
+        return TokenTexts(self.intake.loaded.result()[0])
+
     @property
     def keeps_states(self) -> bool:
         return False
@@ -62,17 +71,26 @@ class Services:
         key = key_of(request)
         return "" if key is None else key.name, client, next(self._requests)
 
-    def admit(self, request: Request, texts: int, tokens: int) -> Grant:
-        """Count a request against its key's limits.
+    def submit(self, request: Request, jobs: Sequence[Job], prompt_tokens: int) -> Grant:
+        """Send a request's texts to the replicas, within the limits of its key.
 
         Args:
-            texts: of the request.
-            tokens: of its prompts, and all that its texts may have.
+            prompt_tokens: of all its prompts, each counted once.
+
+        Returns:
+            What is to be ended with the request.
 
         Raises:
-            ApiError: 429, where the key has too little left.
+            ApiError: the key has too little left, or the dispatcher refuses the texts.
         """
-        return self.quotas.admit(key_of(request), texts, tokens)
+        most = sum(job.max_new_tokens for job in jobs)
+        grant = self.quotas.admit(key_of(request), len(jobs), prompt_tokens, most)
+        try:
+            self.dispatcher.submit(jobs)
+        except BaseException:
+            grant.withdraw()
+            raise
+        return grant
 
     async def read(self, request: Request, prepare: Prepare[_T]) -> _T:
         """The request's body as ``prepare`` reads it, off the event loop.

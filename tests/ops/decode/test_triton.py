@@ -85,6 +85,27 @@ def test_the_models_logits_and_states(device, shape, kind, rows, small):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
+def test_states_in_bfloat16(device):
+    """Read, and rounded after each token; `FewRowsStep` refuses them."""
+    model = made({}, torch.float32, device)
+    wide = copy.deepcopy(model)
+    model.config.ssm_state_dtype = "bfloat16"
+    ids = torch.randint(0, 97, (2, 5), device=device)
+    cache, exact = (m(ids[:, :3], use_cache=True).cache_params for m in (model, wide))
+    exact.ssm_states.copy_(cache.ssm_states)
+    step = step_of(model, cache, many.ManyRowsStep, SMALL[many.ManyRowsStep])
+    for t in range(3, 5):
+        step.tokens.copy_(ids[:, t])
+        logits = step()
+        assert (logits - wide(ids[:, t : t + 1], cache_params=exact).logits[:, 0]).abs().max() < 2e-5
+        exact.ssm_states.copy_(exact.ssm_states.bfloat16())
+        assert torch.allclose(cache.ssm_states.float(), exact.ssm_states, rtol=2**-7, atol=1e-6)
+    with pytest.raises(ValueError, match="ssm_states float32"):
+        step_of(model, cache, few.FewRowsStep)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("kind", "rows"), [(few.FewRowsStep, 2), (many.ManyRowsStep, 2)])
 @torch.no_grad()
 def test_logits_that_are_no_numbers_choose_a_token_that_there_is(device, kind, rows):

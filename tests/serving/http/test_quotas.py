@@ -51,7 +51,7 @@ def test_requests_a_minute():
     clock = Clock()
     quotas, one = Quotas(clock), key(requests_per_minute=60)
     for _ in range(60):
-        quotas.admit(one, 1, 0).end(0)
+        quotas.admit(one, 1, 0, 0).end(0)
     with pytest.raises(ApiError, match="60 requests a minute") as caught:
         quotas.admit(one, 1, 0)
     assert caught.value.retry_after == 1
@@ -64,7 +64,7 @@ def test_requests_a_minute():
 def test_tokens_are_counted_as_they_were_used():
     clock = Clock()
     quotas, one = Quotas(clock), key(tokens_per_minute=600)
-    grant = quotas.admit(one, 1, 600)
+    grant = quotas.admit(one, 1, 0, 600)
     with pytest.raises(ApiError, match="600 tokens a minute") as caught:
         quotas.admit(one, 1, 100)
     assert caught.value.retry_after == 10
@@ -73,7 +73,7 @@ def test_tokens_are_counted_as_they_were_used():
     clock.now += 10
     quotas.admit(one, 1, 100)
     clock.now += 60
-    quotas.admit(one, 1, 10_000).end(10_000)  # more than it ever holds: admitted from a full bucket, and paid for
+    quotas.admit(one, 1, 0, 10_000).end(10_000)  # more than it ever holds: admitted from a full bucket, and paid for
     with pytest.raises(ApiError) as caught:
         quotas.admit(one, 1, 1)
     clock.now += caught.value.retry_after
@@ -88,7 +88,7 @@ def test_a_retry_after_is_true():
 
     def try_it(tokens: int) -> int | None:
         try:
-            quotas.admit(one, 1, tokens).end(chance.randrange(tokens + 1))
+            quotas.admit(one, 1, 0, tokens).end(chance.randrange(tokens + 1))
         except ApiError as error:
             return error.retry_after
         return None
@@ -106,6 +106,14 @@ def test_a_retry_after_is_true():
                 wait = try_it(tokens)
         assert wait is None
     assert refused > 300
+
+
+def test_a_request_that_was_refused_elsewhere_counts_as_none():
+    quotas, one = Quotas(Clock()), key(texts=1, requests_per_minute=1, tokens_per_minute=10)
+    quotas.admit(one, 1, 5, 5).withdraw()
+    quotas.admit(one, 1, 5, 5).end(5)
+    with pytest.raises(ApiError):
+        quotas.admit(one, 1, 5, 5)
 
 
 def test_limits_that_are_reloaded():
