@@ -18,6 +18,7 @@ from mambakit.threads import bound_spinning
 # name -> one line of help. The module is mambakit.commands.<name>; it imports torch only when it runs.
 COMMANDS = {
     "generate": "write text that continues a prompt",
+    "chat": "talk with a model in the terminal",
     "score": "log-likelihood, perplexity and bits per character of text files",
     "serve": "serve a model over HTTP (OpenAI's completions API), on any number of GPUs",
     "train": "train or fine-tune a model on your own text, DNA or sound",
