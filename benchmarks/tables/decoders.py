@@ -16,7 +16,7 @@ SERVES = {
         "of packed weights; four kernels a layer"
     ),
     "kernels for many rows (Triton)": (
-        "plain weights, up to 128 slots (of 2.8b 64; in float32 32, of 2.8b 16); six kernels a layer"
+        "plain weights, up to 512 slots (of 2.8b 64; in float32 32, of 2.8b 16); six kernels a layer"
     ),
     "captured forward (CUDA graph)": "any other plain model on a GPU; the forward's own kernels, in one CUDA graph",
     "forward": "everything: models with hooks, on several devices, in training mode",

@@ -124,16 +124,16 @@ def _is_plain_norm(norm: nn.Module, config: Any) -> bool:
     return type(norm) is RMSNorm and norm.eps == config.layer_norm_epsilon
 
 
-def mixer_eps(model: Any) -> float | None:
-    """Of the norms of dt, B and C in every layer; None where there are none."""
-    eps: float | None = model.backbone.layers[0].mixer.mixer_rms_eps
-    return eps
-
-
 def dtype_of_states(model: Any) -> str | None:
     """The dtype of SSM states where it is not the default float32."""
     kind = getattr(model.config, "ssm_state_dtype", None)
     return None if kind in (None, "float32") else kind
+
+
+def mixer_eps(model: Any) -> float | None:
+    """Of the norms of dt, B and C in every layer; None where there are none."""
+    eps: float | None = model.backbone.layers[0].mixer.mixer_rms_eps
+    return eps
 
 
 def weight_kinds(model: Any) -> set[Any]:

@@ -24,7 +24,7 @@ from mambakit.ops.sampling.api import NO_TOKEN
 _MOST_PERSISTENT = 12800
 _LARGEST_STATE = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PACKED = {(format, group) for format in ("int8", "int4") for group in (32, 64, 128)}
+_PACKED = {(format, group) for format in ("int8", "int4", "fp8") for group in (32, 64, 128)}
 
 
 def gpu_weights(model: Any) -> ModelWeights:
@@ -71,7 +71,7 @@ def _why_not_kernels(model: Any) -> str | None:
     if len(kinds) != 1 or not kinds <= {dtype, *_PACKED}:
         return (
             f"projections of {dtype_names(kinds)}; "
-            f"the kernels read one of {dtype_names([dtype])}, int8 and int4 in all of them"
+            f"the kernels read one of {dtype_names([dtype])}, int8, int4 and fp8 in all of them"
         )
     return None
 

@@ -23,6 +23,7 @@ from mambakit.ops.decode.cpu import DecodeStep
 from mambakit.ops.decode.packed import PackedLayer
 from mambakit.ops.linear import pack
 from mambakit.ops.linear.api import MOST_ROWS
+from mambakit.ops.linear.cpu import KINDS
 from mambakit.ops.linear.packed import PackedWeight
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -51,6 +52,9 @@ def why_not(model: Any, rows: int, *, states: Any = None, called: bool = False) 
     dtypes = {model.dtype, *(t.dtype for t in tensors if t.dtype.is_floating_point)}
     if not dtypes <= set(_DTYPES):
         return f"weights of {dtype_names(dtypes)}; it reads {dtype_names(_DTYPES)}"
+    formats = {m.format for m in skipped_modules(model, called) if isinstance(m, QuantizedLinear)}
+    if not formats <= KINDS.keys():
+        return f"weights in {', '.join(sorted(formats - KINDS.keys()))}; it reads {', '.join(KINDS)}"
     if (kind := dtype_of_states(model)) is not None:
         return f"states of {kind} (ssm_state_dtype); it reads float32"
     if states is not None and not _fit(states):

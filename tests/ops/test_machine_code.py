@@ -94,12 +94,12 @@ def test_the_scans_variants(kind, n, options):
 
 
 @pytest.mark.parametrize("arch", CARDS)
-@pytest.mark.parametrize("kind", ["plain", "int8", "int4", "falcon", "jamba"])
+@pytest.mark.parametrize("kind", ["plain", "int8", "int4", "fp8", "falcon", "jamba"])
 def test_the_decode_step(kind, arch):
     norms = {"falcon": {"mixer_rms_eps": 1e-6}, "jamba": {"mixer_rms_eps": 1e-6, "mixer_norm_weights": True}}
     shape = {"vocab_size": 512, "hidden_size": 768, "num_hidden_layers": 1}
     model = with_norms(shape | norms.get(kind, {})).to(BF16)
-    if kind.startswith("int"):
+    if kind in ("int8", "int4", "fp8"):
         model.quantize(kind)
     plan = persistent_plan.plan_of(gpu_weights(model), 1, BF16, CARDS[arch])
     assert not isinstance(plan, str), plan

@@ -111,12 +111,14 @@ def run(
         return None
     states: Any = None if cache is None else cache.memory(mixer.layer_idx)
     eps = 0.0 if norm is None else norm.eps
-    how = {"known": layer.known, "mixer_eps": mixer.mixer_rms_eps}
+    eps_of_mixer = mixer.mixer_rms_eps
     if states is None or states[1].dtype != torch.bfloat16:
-        return fused_layer(x, residual, weights, eps, residual_dtype, states, **how)
+        return fused_layer(x, residual, weights, eps, residual_dtype, states, known=layer.known, mixer_eps=eps_of_mixer)
     conv_state, ssm_state = states
     wide = ssm_state.float()
-    found = fused_layer(x, residual, weights, eps, residual_dtype, (conv_state, wide), **how)
+    found = fused_layer(
+        x, residual, weights, eps, residual_dtype, (conv_state, wide), known=layer.known, mixer_eps=eps_of_mixer
+    )
     if found is not None:
         ssm_state.copy_(wide)
     return found

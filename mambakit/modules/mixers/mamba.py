@@ -188,15 +188,18 @@ class MambaMixer(Mixer):
             (b, l, h).
         """
         cache = opened(cache_params, self.layer_idx, hidden_states.device)
-        if isinstance(packing, LeftPadding):
-            return self._forward_padded(hidden_states, cache, packing)
         if packing is None and fused_layer.on_gpu(hidden_states):
             found = fused_layer.run(self, None, self, hidden_states, cache=cache)
             if found is not None:
                 return found[0]
+        return self.after_in_proj(project(self.in_proj, hidden_states), cache, packing)
+
+    def after_in_proj(self, xz: Tensor, cache: StateCache | None, packing: Packing | LeftPadding | None) -> Tensor:
+        """`forward` from in_proj's output xz (b, l, 2 d) on, for a block that computes its norm and in_proj as one."""
+        if isinstance(packing, LeftPadding):
+            return self._after_in_proj_padded(xz, cache, packing)
         if packing is not None:
-            packing = packing.on(hidden_states.device)
-        xz = project(self.in_proj, hidden_states)  # (b, l, 2 d)
+            packing = packing.on(xz.device)
         if in_training() and self.can_fuse():
             return project(self.out_proj, self._mix_fused(xz, cache, packing))
         x, z = xz.chunk(2, -1)
@@ -206,10 +209,10 @@ class MambaMixer(Mixer):
             y = self._mix(x, z, cache, packing)
         return project(self.out_proj, y)
 
-    def _forward_padded(self, hidden_states: Tensor, cache: StateCache | None, padding: LeftPadding) -> Tensor:
-        """Inference: as `forward`, and padding on the left changes no state."""
+    def _after_in_proj_padded(self, xz: Tensor, cache: StateCache | None, padding: LeftPadding) -> Tensor:
+        """Inference: as `after_in_proj`, and padding on the left changes no state."""
         assert cache is not None
-        x, z = project(self.in_proj, hidden_states).chunk(2, -1)
+        x, z = xz.chunk(2, -1)
         window, ssm_state = cache.memory(self.layer_idx)
         x, before = padding.move(x, window)
         x, after = self._convolve(x, before, None)

@@ -222,6 +222,8 @@ def serves(x, conv_states, ssm_states, weights, formats, groups, eps, mixer_eps)
         return False
     if not (conv_states.is_contiguous() and ssm_states.is_contiguous() and all_plain(weights)):
         return False
+    if not set(formats) <= matvec.KINDS.keys():
+        return False
     model = PackedModel.from_flat(weights, formats, groups, eps, mixer_eps)
     small = [model.final_norm, *(t for layer in model.layers for t in layer.small())]
     return 2 <= model.layers[0].conv.shape[1] <= 8 and all(

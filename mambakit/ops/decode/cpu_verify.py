@@ -156,8 +156,8 @@ class VerifyStep(DecodeStep):
         for j in range(self.tokens):
             for layer, w in enumerate(self._layers):
                 state = self._ssm_states[layer, one]
-                at = (t[layer, j, one] for t in (self._u, self._delta, self._p, self._xz))
-                self._scan_token(w, *at, state, state, self._y[j, one])
+                u, delta, p, xz = (t[layer, j, one] for t in (self._u, self._delta, self._p, self._xz))
+                self._scan_token(w, u, delta, p, xz, state, state, self._y[j, one])
         return self._finish()
 
     def _finish(self) -> tuple[_Program, ctypes.Array, ctypes.c_int64]:

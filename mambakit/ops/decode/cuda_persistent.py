@@ -1,4 +1,4 @@
-"""One token through a whole model in one persistent kernel: up to 8 rows of bfloat16, float16, int8 or int4 weights.
+"""One token through a whole model in one persistent kernel: up to 8 rows of bfloat16, float16, int8, int4 or fp8.
 
 `persistent.cu` says how it works and `persistent_plan.py` what it is compiled with. Like the scan it is CUDA C++
 compiled at run time, once for each shape of model and number of rows.
@@ -26,7 +26,9 @@ PARTS = (
     "stream", "in_proj", "conv", "x_proj", "sums exchange", "dt_proj", "state", "y exchange", "out_proj", "sum", "head",
 )  # fmt: skip
 # What the kernel reads and writes: weights, packed ones, scales and states, tokens and sums.
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.int16, torch.int32, torch.int64)
+_DTYPES = (
+    torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64,
+)  # fmt: skip
 _POINTERS = (
     "layers embeddings final_norm head head_scales conv_states ssm_states tokens position history logits stream squares"
     " y sums best counter slot"

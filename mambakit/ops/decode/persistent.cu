@@ -3,6 +3,7 @@
 //
 //   DTYPE 1 bfloat16, 2 float16: weights and activations
 //   BITS 0: the large weights too; 8 or 4: packed integers, one scale per GROUP columns
+//   FLOAT8 1: the 8 bits are e4m3, one scale per row
 //   ROWS 1 to 8: sequences of the batch. H, D, RANK, WIDTH, VOCABULARY, LAYERS: the model's; the state size is 16
 //   GRID: CTAs, one per SM. WARPS, 4 to 16: compute warps of a CTA; one more is the producer warp
 //   VERIFY 1: draft verification. The ROWS are the next tokens of one sequence. The state before them is in `slot`, one
@@ -216,7 +217,7 @@ struct Ring {
         const int bytes = wide ? D_BYTES : H_BYTES;
         tiles_left = run.k_tiles, rows_left = run.rows - lane / 8, four_rows = 4 * bytes;
         next = (const char*)fields[run.field] + (size_t)(run.row + lane / 8) * bytes + run.begin * 128 + lane % 8 * 16;
-        if constexpr (BITS != 0) {
+        if constexpr (BITS != 0 && !FLOAT8) {
             const int groups = (wide ? D : H) / (GROUP ? GROUP : 1);
             scales = lane < 16 && lane < run.rows
                          ? (const float*)fields[run.field + 1] + (size_t)(run.row + lane) * groups + run.begin * SCALES
@@ -236,7 +237,7 @@ struct Ring {
         for (int i = 0; i < 4; i++)
             if (rows_left > 4 * i) copy_async<16>(at + i * 512, next + (i64)i * four_rows);
         next += 128;
-        if constexpr (BITS != 0)
+        if constexpr (BITS != 0 && !FLOAT8)
             if (scales != nullptr) {
                 char* row = fill + 2048 + lane * 32;
                 copy_async<(SCALES > 4 ? 16 : SCALES * 4)>(row, scales);
@@ -279,6 +280,8 @@ struct Ring {
                 const uint4 b = *(const uint4*)(columns + t * 16);
                 mma(total, a[half].x, c[half].x, a[half].y, c[half].y, b.x, b.y);
                 mma(total, a[half].z, c[half].z, a[half].w, c[half].w, b.z, b.w);
+            } else if constexpr (FLOAT8) {
+                mma_float8(total, a[half], c[half], columns);
             } else {
                 const float* low_scale = (const float*)(stage + 2048 + g * 32) + half * (K_TILE / 2) / GROUP;
                 mma_integers(total, a[half], c[half], columns, low_scale, low_scale + 64);
@@ -286,6 +289,18 @@ struct Ring {
         }
         __syncwarp();  // the stage is free
         stage = stage + STAGE_BYTES == end ? begin : stage + STAGE_BYTES;
+    }
+    // The same of 64 bytes of e4m3, without the scales of the rows.
+    DEVICE void mma_float8(float (&total)[4], const uint4& a, const uint4& c, const char* x) {
+        const u32 as[4] = {a.x, a.y, a.z, a.w}, cs[4] = {c.x, c.y, c.z, c.w};
+#pragma unroll
+        for (int i = 0; i < 2; i++) {  // 8 columns of this lane, from 16 t + 8 i on
+            const uint4 b = *(const uint4*)(x + t * 32 + i * 16);
+            mma(total, unpack_e4m3(as[i * 2], 0), unpack_e4m3(cs[i * 2], 0), unpack_e4m3(as[i * 2], 1),
+                unpack_e4m3(cs[i * 2], 1), b.x, b.y);
+            mma(total, unpack_e4m3(as[i * 2 + 1], 0), unpack_e4m3(cs[i * 2 + 1], 0), unpack_e4m3(as[i * 2 + 1], 1),
+                unpack_e4m3(cs[i * 2 + 1], 1), b.z, b.w);
+        }
     }
     // The same of 64 bytes of packed integers.
     DEVICE void mma_integers(
@@ -637,11 +652,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         // (sequence, channel) pairs of each thread
         constexpr int CONV_ITEMS = (ROWS * CHANNELS + COMPUTE_THREADS - 1) / COMPUTE_THREADS;
         float taps[CONV_ITEMS][WIDTH], window[CONV_ITEMS][WIDTH - 1];
-        float conv_bias[CONV_ITEMS], x_bias[CONV_ITEMS], z_bias[CONV_ITEMS];
+        float conv_bias[CONV_ITEMS], x_bias[CONV_ITEMS], z_bias[CONV_ITEMS], x_scale[CONV_ITEMS], z_scale[CONV_ITEMS];
 #pragma unroll
         for (int i = 0; i < CONV_ITEMS; i++) {
             const int item = tid + i * COMPUTE_THREADS, seq = item / CHANNELS, c = item % CHANNELS;
-            conv_bias[i] = x_bias[i] = z_bias[i] = 0.f;
+            conv_bias[i] = x_bias[i] = z_bias[i] = 0.f, x_scale[i] = z_scale[i] = 1.f;
             if (!computes || seq >= ROWS || c >= count) continue;
             const size_t place = ((size_t)(layer * STATE_SLOTS + (VERIFY ? from : seq)) * D + first + c) * (WIDTH - 1);
 #pragma unroll
@@ -652,6 +667,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                 if (past < WIDTH - 1)
                     window[i][j] = CONV_FLOAT ? ((const float*)p.conv_states)[place + past]
                                               : from_half(((const E*)p.conv_states)[place + past]);
+            }
+            if constexpr (FLOAT8) {
+                x_scale[i] = ((const float*)fields[IN_SCALES])[first + c];
+                z_scale[i] = ((const float*)fields[IN_SCALES])[D + first + c];
             }
             if (fields[CONV_BIAS]) conv_bias[i] = from_half(((const E*)fields[CONV_BIAS])[first + c]);
             if (fields[IN_BIAS]) {
@@ -705,7 +724,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                 const int item = tid + i * COMPUTE_THREADS, seq = item / CHANNELS, c = item % CHANNELS;
                 if (!computes || seq >= ROWS || c >= count) continue;
                 delta[c * 8 + seq] = rounded(
-                    sum_over_warps<2 * C_TILES, H_K_TILES>(part, c / 16, c % 16, seq) * rescale[seq] + x_bias[i]);
+                    sum_over_warps<2 * C_TILES, H_K_TILES>(part, c / 16, c % 16, seq) * (rescale[seq] * x_scale[i]) +
+                    x_bias[i]);
             }
             __syncthreads();
         }
@@ -722,10 +742,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                     if (seq + j >= WIDTH - 1) window[i][j] = delta[c * 8 + seq + j - (WIDTH - 1)];
             const float x = VERIFY ? delta[c * 8 + seq]
                                    : rounded(
-                                         sum_over_warps<2 * C_TILES, H_K_TILES>(part, tile, row, seq) * rescale[seq] +
+                                         sum_over_warps<2 * C_TILES, H_K_TILES>(part, tile, row, seq) *
+                                             (rescale[seq] * x_scale[i]) +
                                          x_bias[i]);
             z[seq * CHANNELS + c] = rounded(
-                sum_over_warps<2 * C_TILES, H_K_TILES>(part, tile + C_TILES, row, seq) * rescale[seq] + z_bias[i]);
+                sum_over_warps<2 * C_TILES, H_K_TILES>(part, tile + C_TILES, row, seq) * (rescale[seq] * z_scale[i]) +
+                z_bias[i]);
             float sum = x * taps[i][WIDTH - 1] + conv_bias[i];
 #pragma unroll
             for (int j = 0; j < WIDTH - 1; j++) {
@@ -892,12 +914,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         const bool last = layer + 1 == LAYERS;
         const u32 next = last ? head_stream : ~layer & 1;
         constexpr int ROUNDS_OF_LANES = (STREAM + 31) / 32;
-        float next_norm[ROUNDS_OF_LANES], out_bias[ROUNDS_OF_LANES];
+        float next_norm[ROUNDS_OF_LANES], out_bias[ROUNDS_OF_LANES], out_scale[ROUNDS_OF_LANES];
 #pragma unroll
         for (int i = 0; i < ROUNDS_OF_LANES; i++) {
             const int r = lane + i * 32;
-            next_norm[i] = out_bias[i] = 0.f;
+            next_norm[i] = out_bias[i] = 0.f, out_scale[i] = 1.f;
             if (r >= stream_count) continue;
+            if constexpr (FLOAT8) out_scale[i] = ((const float*)fields[OUT_SCALES])[stream + r];
             next_norm[i] = from_half((last ? p.final_norm : (const E*)fields[FIELDS + NORM])[stream + r]);
             if (fields[OUT_BIAS]) out_bias[i] = from_half(((const E*)fields[OUT_BIAS])[stream + r]);
         }
@@ -923,7 +946,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
             for (int i = 0; i < ROUNDS_OF_LANES; i++) {
                 const int r = lane + i * 32;
                 if (r >= stream_count) continue;
-                float v = sum_over_warps<S_TILES, D_K_TILES>(part, r / 16, r % 16, b) + out_bias[i];
+                float v = sum_over_warps<S_TILES, D_K_TILES>(part, r / 16, r % 16, b) * out_scale[i] + out_bias[i];
                 v = residual[b * STREAM + r] += rounded(v);
                 v *= inv_rms[b];
                 store_relaxed(p.stream + (next * ROWS + b) * H + stream + r, (E)to_half_pair(v * next_norm[i], 0.f));
@@ -964,7 +987,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                 const int b = i / (WARPS * 16), row = i % (WARPS * 16), logit = round * WARPS * 16 + row;
                 u64 key = 0;
                 if (logit < logit_count) {
-                    const float v = rounded(rescale[b] * (
+                    const float scale = FLOAT8 ? p.head_scales[first_logit + logit] : 1.f;
+                    const float v = rounded(rescale[b] * scale * (
                         last ? sum_over_warps<LAST_TILES, H_K_TILES>(part, row / 16, row % 16, b)
                              : sum_over_warps<WARPS, H_K_TILES>(part, row / 16, row % 16, b)));
                     p.logits[(size_t)b * VOCABULARY + first_logit + logit] = v;

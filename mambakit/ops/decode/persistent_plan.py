@@ -145,6 +145,8 @@ def plan_of(
     if not layers:
         return "no layers"
     (bits, group), norms = weights.kind or (0, 0), weights.norms
+    if float8 := bits == 1:
+        bits, group = 8, 128  # tiles as int8's; the group is not read
     first = layers[0]
     (v, h), (_, d) = shape_of(weights.head), shape_of(first.x_proj)
     rank, n, width = first.dt_proj.shape[1], first.A_log.shape[1], first.conv.shape[1]
@@ -171,7 +173,7 @@ def plan_of(
     if unsupported is not None:
         return unsupported
     most, at_once, pace = queue or _queue(bits, rows, (2 * c_tiles * h + s_tiles * d) // k_tile // warps)
-    stage_bytes = 2048 + (512 if bits else 0)  # 16 rows of 128 bytes, and of 32 bytes of scales
+    stage_bytes = 2048 + (512 if bits and not float8 else 0)  # 16 rows of 128 bytes, and of 32 bytes of scales
     for buffers in (2, 1):
         memory = _shared_memory(grid, rows, h, d, v, rank, len(layers), first.A_log.itemsize, buffers, warps, norms)
         fixed = memory["AT_RING"]
@@ -181,7 +183,8 @@ def plan_of(
     if stages < 1:
         return f"{fixed} bytes of shared memory beside the weights' ring, of {shared}"
     return PersistentPlan({
-        "WARPS": warps, "DTYPE": _DTYPES[dtype], "BITS": bits, "GROUP": group, "ROWS": rows, "GRID": grid, "H": h,
+        "WARPS": warps, "DTYPE": _DTYPES[dtype], "BITS": bits, "GROUP": group,
+        "FLOAT8": int(float8), "ROWS": rows, "GRID": grid, "H": h,
         "D": d, "RANK": rank, "WIDTH": width, "VOCABULARY": v, "LAYERS": len(layers),
         "SCAN_FLOAT": int(scan_dtype == torch.float32), "CONV_FLOAT": int(conv_dtype == torch.float32),
         "VERIFY": int(verify), "NORMS": norms, "STAGES": stages, "STAGE_BYTES": stage_bytes,

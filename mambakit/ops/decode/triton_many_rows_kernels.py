@@ -10,11 +10,10 @@ from mambakit.ops.decode.triton_norms import normed_rows
 
 @triton.jit
 def _total(
-    x, weight, n, begin, K: tl.constexpr, COLUMNS: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr,
+    x, weight, b, n, begin,
+    K: tl.constexpr, COLUMNS: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(BB, BN) products of all rows of x and rows n of the weight over columns [begin, begin + COLUMNS)."""
-    b = tl.arange(0, BB)
+    """(BB, BN) products of rows b of x and rows n of the weight over columns [begin, begin + COLUMNS)."""
     total = tl.zeros((BB, BN), tl.float32)
     for k0 in tl.range(0, COLUMNS, BK, num_stages=STAGES):
         k = begin + k0 + tl.arange(0, BK)
@@ -35,11 +34,14 @@ def product_kernel(
     N: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """parts (splits, rows, N) float32: the partial sums of x weight^T of each split of the columns."""
-    b = tl.arange(0, BB)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    split = tl.program_id(1)
-    total = _total(x, weight, tl.minimum(n, N - 1), split * COLUMNS, K, COLUMNS, BB, BK, BN, STAGES)
+    """parts (splits, rows, N) float32: the partial sums of x weight^T of each split of the columns.
+
+    Programs of neighbouring blocks of rows run together: they read the same tile of the weight.
+    """
+    b = tl.program_id(0) * BB + tl.arange(0, BB)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    split = tl.program_id(2)
+    total = _total(x, weight, b, tl.minimum(n, N - 1), split * COLUMNS, K, COLUMNS, BB, BK, BN, STAGES)
     mask = (b < rows)[:, None] & (n < N)[None, :]
     tl.store(parts + (split * rows + b[:, None]) * N + n[None, :], total, mask=mask)
 
@@ -167,15 +169,15 @@ def head_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """logits (rows, V) float32; best, best_token (rows, BLOCKS): each program's largest logit and its first token."""
-    b = tl.arange(0, BB)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    b = tl.program_id(0) * BB + tl.arange(0, BB)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
     n_mask = (n < V)[None, :]
-    total = _total(x, weight, tl.minimum(n, V - 1), 0, H, H, BB, BK, BN, STAGES)
+    total = _total(x, weight, b, tl.minimum(n, V - 1), 0, H, H, BB, BK, BN, STAGES)
     total = total.to(x.dtype.element_ty).to(tl.float32)
     tl.store(logits + b[:, None].to(tl.int64) * V + n[None, :], total, mask=n_mask & (b < rows)[:, None])
     candidates = tl.where(n_mask, total, float("-inf"))
     largest = tl.max(candidates, axis=1)
     token = tl.min(tl.where(candidates == largest[:, None], n[None, :], V - 1), axis=1)
-    place = b * BLOCKS + tl.program_id(0)
+    place = b * BLOCKS + tl.program_id(1)
     tl.store(best + place, largest, mask=b < rows)
     tl.store(best_token + place, token, mask=b < rows)

@@ -26,7 +26,7 @@ class ManyRowsVerification(ManyRowsStep):
     states are unchanged. `commit` then advances slot i by its first ``kept[i]`` tokens, all of them at once.
 
     Args:
-        weights, conv_states, ssm_states, chosen: as `ManyRowsStep`'s, of ``slots`` rows.
+        weights, conv_states, ssm_states, chosen, shared: as `ManyRowsStep`'s, of ``slots`` rows.
         draft: t, the tokens of each slot.
 
     Attributes:
@@ -43,8 +43,9 @@ class ManyRowsVerification(ManyRowsStep):
         ssm_states: Tensor,
         draft: int,
         chosen: dict[str, Product | Tile] | None = None,
+        shared: int | None = None,
     ):
-        super().__init__(weights, conv_states, ssm_states, chosen=chosen, draft=draft)
+        super().__init__(weights, conv_states, ssm_states, chosen=chosen, draft=draft, shared=shared)
         layers, self.slots, d, n = ssm_states.shape
         self.draft = draft
         device, dtype, rows = ssm_states.device, self._x.dtype, self.rows

@@ -10,13 +10,14 @@ from torch import Tensor
 from mambakit.ops.linear.packed import PackedWeight
 
 Weight = Tensor | PackedWeight
+_BITS = {"int8": 8, "int4": 4, "fp8": 1}  # as kernels name the formats
 
 
 @dataclass(frozen=True)
 class LayerWeights:
     """The tensors of one layer, read where they are at every step. Biases may be None.
 
-    The large weights are of one kind: tensors of dt_proj's dtype, or int8, or int4.
+    The large weights are of one kind: tensors of dt_proj's dtype, or int8, int4 or fp8.
     """
 
     norm: Tensor  # (h,)
@@ -41,12 +42,12 @@ class LayerWeights:
 
 
 def kind_of(weight: Weight) -> tuple[int, int] | None:
-    """(bits, group) of a packed weight; None of a tensor."""
+    """(bits, group) of a packed weight, bits 1 for fp8; None of a tensor."""
     if isinstance(weight, Tensor):
         return None
-    if weight.format not in ("int8", "int4"):
-        raise ValueError(f"a decode step on a GPU reads tensors, int8 or int4, not {weight.format} weights")
-    return int(weight.format.removeprefix("int")), weight.group
+    if weight.format not in _BITS:
+        raise ValueError(f"a decode step on a GPU reads tensors, {', '.join(_BITS)}, not {weight.format} weights")
+    return _BITS[weight.format], weight.group
 
 
 def shape_of(weight: Weight) -> tuple[int, int]:

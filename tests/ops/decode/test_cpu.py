@@ -81,20 +81,25 @@ def test_a_row_alone_is_the_row_of_a_batch(isa, norms):
 
 @pytest.mark.parametrize("norms", NORMS)
 @pytest.mark.parametrize("format", ["float32", "int4"])
-def test_verification_has_the_bits_of_steps(isa, format, norms):
+@pytest.mark.parametrize("b", [1, 3])
+def test_verification_has_the_bits_of_steps(isa, b, format, norms):
     """Logits of every token; the state after the tokens that are kept."""
     mixer_eps, weighted = NORMS[norms]
     layers, final_norm, head = make_layers(format, weighted), torch.rand(H), pack(torch.randn(VOCABULARY, H), format)
-    conv, ssm, x = torch.randn(LAYERS, 1, D, K - 1), torch.randn(LAYERS, 1, D, N), torch.randn(5, H)
+    conv, ssm, x = torch.randn(LAYERS, b, D, K - 1), torch.randn(LAYERS, b, D, N), torch.randn(5, b, H)
     others = conv.clone(), ssm.clone()
     verify = VerifyStep(layers, final_norm, head, 1e-5, conv, ssm, 5, mixer_eps)
     step = DecodeStep(layers, final_norm, head, 1e-5, *others, mixer_eps)
-    logits = verify(x[:, None])
+    logits = verify(x)
+    states = []
     for i in range(3):
-        assert torch.equal(logits[i], step(x[i : i + 1])), i
-    verify.commit([3])
-    assert torch.equal(ssm, others[1])
-    assert torch.equal(conv, others[0])
+        assert torch.equal(logits[i], step(x[i])), i
+        states.append((others[0].clone(), others[1].clone()))
+    kept = [3, 1, 2][:b]
+    verify.commit(kept)
+    for row, tokens in enumerate(kept):
+        assert torch.equal(conv[:, row], states[tokens - 1][0][:, row])
+        assert torch.equal(ssm[:, row], states[tokens - 1][1][:, row])
 
 
 def test_what_it_does_not_serve(isa):

@@ -73,6 +73,7 @@ CASES = {
     "int8": ({}, ("int8", 64)),
     "int8 groups of 32": ({}, ("int8", 32)),
     "int8 groups of 128": ({}, ("int8", 128)),
+    "fp8": ({"use_bias": True}, ("fp8",)),
     "int4": ({"on_a_cpu": 256}, ("int4", 64)),
     "int4 groups of 32": ({"on_a_cpu": 256}, ("int4", 32)),
     "int4 groups of 128": ({"use_bias": True, "on_a_cpu": 256}, ("int4", 128)),
@@ -89,7 +90,7 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @torch.no_grad()
 def test_the_models_logits_and_states(on, device, case, rows, dtype):
-    on_cpu = {1: list(CASES), 3: ["plain", "int8 groups of 32", "int4", "jamba"],
+    on_cpu = {1: list(CASES), 3: ["plain", "int8 groups of 32", "int4", "fp8", "jamba"],
               8: ["plain", "biases", "int4", "falcon"]}[rows]  # fmt: skip
     if device == "cpu" and ((dtype == torch.float16) != (rows == 3) or case not in on_cpu):
         pytest.skip("slow on a CPU")
@@ -201,8 +202,8 @@ def test_what_it_cannot_serve(on):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("packing", "norms"),
-    [(None, {}), (("int4", 64), {}), (None, FALCON), (("int4", 64), JAMBA)],
-    ids=["plain", "int4", "falcon", "jamba int4"],
+    [(None, {}), (("int4", 64), {}), (("fp8",), {}), (None, FALCON), (("int4", 64), JAMBA)],
+    ids=["plain", "int4", "fp8", "falcon", "jamba int4"],
 )
 @pytest.mark.parametrize("tokens", [2, 5])
 @torch.no_grad()

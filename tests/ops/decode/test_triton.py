@@ -92,6 +92,23 @@ def test_the_models_logits_and_states(device, shape, kind, rows, small):
 
 @pytest.mark.parametrize("device", DEVICES)
 @torch.no_grad()
+def test_several_blocks_of_rows(device, monkeypatch):
+    """More rows than a product's tile has, as 256 and 512 are: the last block is not full."""
+    monkeypatch.setattr(many, "_BLOCK", 16)
+    model = made({"num_hidden_layers": 1}, torch.float32, device)
+    ids = torch.randint(0, 97, (37, 4), device=device)
+    cache = model(ids[:, :3], use_cache=True).cache_params
+    step = step_of(model, cache, many.ManyRowsStep, SMALL[many.ManyRowsStep], capacity=1)
+    step.tokens.copy_(ids[:, 3])
+    logits = step(choose=True)
+    whole = model(ids, use_cache=True)
+    assert (logits - whole.logits[:, 3]).abs().max() < 2e-5
+    assert torch.equal(step.tokens, logits.argmax(-1))
+    assert (cache.ssm_states - whole.cache_params.ssm_states).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
 def test_states_in_bfloat16(device):
     """Read, and rounded after each token; `FewRowsStep` refuses them."""
     model = made({}, torch.float32, device)
@@ -106,7 +123,8 @@ def test_states_in_bfloat16(device):
         logits = step()
         assert (logits - wide(ids[:, t : t + 1], cache_params=exact).logits[:, 0]).abs().max() < 2e-5
         exact.ssm_states.copy_(exact.ssm_states.bfloat16())
-        assert torch.allclose(cache.ssm_states.float(), exact.ssm_states, rtol=2**-7, atol=1e-6)
+        # The interpreter truncates where a GPU rounds.
+        assert (cache.ssm_states - exact.ssm_states).norm() < 2**-7 * exact.ssm_states.norm()
     with pytest.raises(ValueError, match="ssm_states float32"):
         step_of(model, cache, few.FewRowsStep)
 
@@ -125,7 +143,7 @@ def test_logits_that_are_no_numbers_choose_a_token_that_there_is(device, kind, r
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("shape", [{}, {"hidden_size": 100, "use_bias": True}], ids=["plain", "odd"])
 @pytest.mark.parametrize("rows", [1, 3])
@@ -133,7 +151,10 @@ def test_logits_that_are_no_numbers_choose_a_token_that_there_is(device, kind, r
 def test_packed_weights(device, format, group, shape, rows):
     if INTERPRETED and ((rows == 1) != (group == 64) or bool(shape) != (rows == 1)):
         pytest.skip("too slow in the interpreter")
-    model = made({"num_hidden_layers": 1} | shape, torch.float32, device).quantize(format, group)
+    if format == "fp8" and group != 64:
+        pytest.skip("one scale of a row")
+    model = made({"num_hidden_layers": 1} | shape, torch.float32, device)
+    model.quantize(format, None if format == "fp8" else group)
     widened = copy.deepcopy(model)  # a CPU's own products of packed weights round x
     for name, linear in model.named_modules():
         if isinstance(linear, QuantizedLinear):
@@ -159,7 +180,7 @@ def test_packed_weights(device, format, group, shape, rows):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32, 64, 128, 256, 500])
 @pytest.mark.parametrize("norms", ["plain", "falcon", "jamba"])
 @torch.no_grad()
 def test_bfloat16_is_no_worse_than_the_forward_and_a_row_is_its_own(rows, norms):
@@ -203,7 +224,7 @@ def test_what_it_cannot_serve():
     with pytest.raises(ValueError, match="of different kinds"):
         step_of(packed, packed.backbone.new_cache(1))
     lossless = made({}, torch.float32, "cpu").quantize("lossless")
-    with pytest.raises(ValueError, match="reads tensors, int8 or int4, not lossless32 weights"):
+    with pytest.raises(ValueError, match="reads tensors, int8, int4, fp8, not lossless32 weights"):
         step_of(lossless, lossless.backbone.new_cache(1))
 
 
@@ -216,13 +237,13 @@ def compiled_for_hopper(kernel, constants: dict, types: dict, **options) -> dict
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
-@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("bits", [0, 8, 4, 1])
 @pytest.mark.parametrize("rows", [1, 4])
 def test_products_compile(bits, rows):
     """At the 1.4b shape, tied to the tiles of few rows."""
     types = dict.fromkeys(("residual", "scales", "logits", "best", "sums", "conv_state"), "*fp32")
     types |= dict.fromkeys(("norm", "bias", "conv", "conv_bias", "u", "z", "y"), "*bf16")
-    types |= {"weight": {0: "*bf16", 8: "*i8", 4: "*i16"}[bits], "best_token": "*i32", "eps": "fp32"}
+    types |= {"weight": {0: "*bf16", 8: "*i8", 4: "*i16", 1: "*u8"}[bits], "best_token": "*i32", "eps": "fp32"}
     h, d, r, v = 2048, 4096, 160, 50280
     common = {"BITS": bits, "GROUP": 64 if bits else 0, "BB": rows}
     common |= {} if bits else {"scales": None}
@@ -404,7 +425,7 @@ def test_plans_fit_the_shared_memory_there_is():
     assert many.Product(64, 64, 4, 6).within(128, 2, 99 * 1024) == many.Product(64, 64, 4, 4)
     narrow = many.Product(64, 64, 4, 6).within(128, 4, 40 * 1024)
     assert narrow == many.Product(64, 16, 4, 2)
-    for rows in (1, 16, 17, 64, 65, 128):
+    for rows in (1, 16, 17, 64, 65, 128, 129, 512):
         for n in (1, 16, 64, 256):
             tile = many.plans(rows, n)["scan"]
             assert tile.channels * tile.rows * n <= 8192
