@@ -2,14 +2,14 @@
 
     python benchmarks/falcon_mamba.py --json out.json                 # the 7B shape on a GPU, bfloat16, int8 and int4
     python benchmarks/falcon_mamba.py --device cpu --shape 130m --rows 1 4
-    python benchmarks/falcon_mamba.py --device cpu --shape 7b --formats int4 --families FalconMamba --rows 1 --prompts \
-        --llama                                                       # beside llama.cpp's Q4_0; takes 14 GiB
+    python benchmarks/falcon_mamba.py --device cpu --shape 7b --formats int4 --rows 1 --prompts --llama    # Q4_0, too
 
 Random weights: one layer's, copied into memory of its own for every layer, so that 7B models are made in seconds. Each
 figure names the decoder that the registry chooses. On a GPU it is the median of `--rounds` calls. On a CPU the
 contenders are timed in turn in every round and the smallest time counts, since other work only adds to it; the forward
 of FalconMamba, which served before there was a step for it, is timed there, too. Nothing is timed before its logits are
-near the forward's. llama.cpp (llama-cpp-python, gguf) has the same weights in its own format and its defaults.
+near the forward's. llama.cpp (llama-cpp-python, gguf) has the same weights in its own format and its defaults. The 7B
+shape in int4 takes about 5 GiB a model; `--families FalconMamba` leaves plain Mamba out.
 """
 
 from __future__ import annotations
