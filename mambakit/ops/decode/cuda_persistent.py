@@ -44,6 +44,7 @@ class Params(ctypes.Structure):
         ("capacity", ctypes.c_int64),
         ("choose", ctypes.c_int64),
         ("cycles", ctypes.c_void_p),
+        ("mixer_eps_bits", ctypes.c_int64),
     ]
 
 
@@ -129,7 +130,8 @@ class PersistentStep:
         self.history = buffer(rows, max(1, capacity), dtype=torch.int64)
         self.logits = buffer(rows, v)
         self.cycles = buffer(len(PARTS), dtype=torch.int32)
-        fields = [_layer_fields(w, weights.final_norm.dtype) for w in weights.layers]
+        weighted = macros["NORMS"] == 2
+        fields = [_layer_fields(w, weights.final_norm.dtype, weighted) for w in weights.layers]
         table = [[self._address(t, device) for t in layer] for layer in fields]
         head, head_scales = tensors_of(weights.head)
         # Shapes are explained in persistent.cu.
@@ -146,7 +148,7 @@ class PersistentStep:
         self._kept = [t for layer in fields for t in layer] + list(tensors.values())
         self._params = Params(
             **{name: self._address(t, device) for name, t in tensors.items()},
-            eps_bits=struct.unpack("I", struct.pack("f", weights.eps))[0], capacity=self.history.shape[1],
+            eps_bits=_bits(weights.eps), capacity=self.history.shape[1], mixer_eps_bits=_bits(weights.mixer_eps or 0.0),
         )  # fmt: skip
         self._plan, self._device = plan, device
         self._kernel = _kernel(tuple(macros.items()), device.index)
@@ -163,11 +165,18 @@ class PersistentStep:
         return nvrtc.address(t, _DTYPES, -1 if device.type == "cpu" else device.index)
 
 
-def _layer_fields(w: LayerWeights, dtype: torch.dtype) -> list[Tensor | None]:
-    """A layer's tensors in the order of the enum in persistent.cu."""
+def _bits(x: float) -> int:
+    """Of a float32."""
+    (bits,) = struct.unpack("I", struct.pack("f", x))
+    return int(bits)
+
+
+def _layer_fields(w: LayerWeights, dtype: torch.dtype, weighted: bool) -> list[Tensor | None]:
+    """A layer's tensors in the order of the enum in persistent.cu; ``weighted``: with the weights of dt's, B's and C's
+    norms."""
     # x_proj is small, and read by columns: a packed one is widened once.
     x_proj = w.x_proj if isinstance(w.x_proj, Tensor) else w.x_proj.dequantized().to(dtype).contiguous()
     return [
         w.norm, *tensors_of(w.in_proj), w.in_proj_bias, w.conv, w.conv_bias, x_proj, w.dt_proj, w.dt_bias, w.A_log, w.D,
-        *tensors_of(w.out_proj), w.out_proj_bias,
+        *tensors_of(w.out_proj), w.out_proj_bias, *(w.norms() if weighted else ()),
     ]  # fmt: skip

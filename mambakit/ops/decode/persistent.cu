@@ -9,6 +9,7 @@
 //   VERIFY 1: draft verification. The ROWS are the next tokens of one sequence. The state before them is in `slot`, one
 //     of ROWS + 1; the state after each of them goes into the following slots, cyclically, so that accepting some
 //     tokens is naming another slot
+//   NORMS of dt, B and C: 0 none, 1 without weights (FalconMamba), 2 with weights (Jamba)
 //   SCAN_FLOAT 1: A_log, D and dt_proj's bias are float32. CONV_FLOAT 1: the convolution's windows are
 //   STAGES of each warp's ring of weight tiles, of STAGE_BYTES; the last DEFER of a phase are refilled one by one, PACE
 //     cycles apart. BUFFERS, 1 or 2, of small weights
@@ -19,7 +20,8 @@
 //
 //   first    from the whole residual stream, each CTA computes x and z of its channels (in_proj), convolves, and adds
 //            its channels' contribution to x_proj to a sum over all CTAs
-//   second   dt_proj, the state update and the gate of its channels: y
+//   second   the norms of dt, B and C where the model has them; dt_proj, the state update and the gate of its channels:
+//            y
 //   third    from the whole y, out_proj's rows of the residual stream
 //
 // The grid exchange needs no fences: values are their own flags. A location that will receive a value holds SENTINEL, a
@@ -61,10 +63,11 @@ constexpr int C_TILES = (CHANNELS + 15) / 16, S_TILES = (STREAM + 15) / 16, L_TI
 constexpr int ROUNDS = (L_TILES + WARPS - 1) / WARPS, LAST_TILES = L_TILES - (ROUNDS - 1) * WARPS;  // of the head
 constexpr int STATE_SLOTS = VERIFY ? ROWS + 1 : ROWS;  // of a layer
 constexpr int RUNS = 4 + 2 * ROUNDS + 1;  // of a warp, two per phase: a layer's, the head's, and an endless one
-constexpr int FIELDS = 14;
+constexpr int FIELDS = NORMS == 2 ? 17 : 14;
 constexpr int SLICES = 8;  // of a token's embedding, each summed by a warp
 enum {
-    NORM, IN, IN_SCALES, IN_BIAS, CONV, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_LOG, SKIP, OUT, OUT_SCALES, OUT_BIAS
+    NORM, IN, IN_SCALES, IN_BIAS, CONV, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_LOG, SKIP, OUT, OUT_SCALES, OUT_BIAS,
+    DT_NORM, B_NORM, C_NORM  // with weights only
 };
 constexpr int A_BYTES = SCAN_FLOAT ? 4 : 2;
 constexpr int COPIES = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;  // of x_proj's sums: fewer CTAs add to one address
@@ -101,6 +104,7 @@ struct Params {  // cuda_persistent.py mirrors it
     i64 capacity;     // of history, in tokens
     i64 choose;       // 1: the most probable token becomes the next step's
     u32* cycles;      // (PARTS,) of one CTA, summed over the layers; with CLOCK
+    i64 mixer_eps_bits;  // of a float: of the norms of dt, B and C
 };
 
 // With CLOCK: cycles of CTA CLOCK's first thread, by what it did before each mark.
@@ -525,7 +529,51 @@ DEVICE void prefetch_small(const i64* fields, char* small, int first, int count,
     const char* a = (const char*)fields[A_LOG] + (size_t)first * N * A_BYTES;
 #pragma unroll 2
     for (int i = lane; i < count * N * A_BYTES / 16; i += 32) copy_async<16>(small + SMALL_A + i * 16, a + i * 16);
+    if constexpr (NORMS == 2) {  // side by side, as dt, B and C are
+        constexpr int OF_DT = RANK / 8, OF_B = N / 8;
+        for (int i = lane; i < R / 8; i += 32) {
+            const int part = i < OF_DT ? DT_NORM : i < OF_DT + OF_B ? B_NORM : C_NORM;
+            const int at = i < OF_DT ? i : (i - OF_DT) % OF_B;
+            copy_async<16>(small + SMALL_NORM + i * 16, (const E*)fields[part] + at * 8);
+        }
+    }
     commit_group();
+}
+
+// The norms of dt, B and C in place; by the compute warps, a warp for a sequence's dt or for its B and C.
+DEVICE void normalise_selection(const Params& p, const char* small, E* dt, float* bc, int warp, int lane) {
+    const E* weight = (const E*)(small + (NORMS == 2 ? SMALL_NORM : 0));
+    const float eps = __uint_as_float((u32)p.mixer_eps_bits);
+#pragma unroll 1
+    for (int task = warp; task < 2 * ROWS; task += WARPS) {
+        const int b = task / 2;
+        if (task % 2 == 0) {
+            constexpr int EACH = (RANK + 31) / 32;
+            E* row = dt + b * DT_ROW;
+            float x[EACH], sum = 0.f;
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const int r = lane + i * 32;
+                x[i] = r < RANK ? from_half(row[r]) : 0.f;
+                sum += x[i] * x[i];
+            }
+            const float inverse = rsqrtf(warp_sum(sum) * (1.f / RANK) + eps);
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const int r = lane + i * 32;
+                if (r >= RANK) continue;
+                row[r] = (E)to_half_pair(x[i] * inverse * (NORMS == 2 ? from_half(weight[r]) : 1.f), 0.f);
+            }
+        } else {  // B by the first 16 lanes, C by the others
+            float* row = bc + b * 2 * N;
+            const float x = row[lane];
+            float sum = x * x;
+#pragma unroll
+            for (int step = N / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+            const float inverse = rsqrtf(sum * (1.f / N) + eps);
+            row[lane] = rounded(x * inverse * (NORMS == 2 ? from_half(weight[RANK + lane]) : 1.f));
+        }
+    }
 }
 
 // Resets the CTA's locations of one exchanged stream and of one y; one warp.
@@ -799,6 +847,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         }
         __syncthreads();
         watch.mark(TIME_SUMS_EXCHANGE);
+        if constexpr (NORMS != 0) {
+            if (computes) normalise_selection(p, small, dt, bc, warp, lane);
+            __syncthreads();
+        }
         if (warp < C_TILES) {
             float total[4] = {};
             const E* weight = (const E*)(small + SMALL_DT) + (warp * 16 + ring.g) * RANK + ring.t * 4;

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mambakit.ops.decode.triton_norms import normed
 from mambakit.ops.linear.triton_kernels import float_of_e4m3
 
 
@@ -177,10 +178,11 @@ def x_proj_kernel(
 
 @triton.jit
 def scan_kernel(
-    sums, dt_proj, dt_bias, A_log, D_skip, u, z, state, y, rows,
+    sums, dt_proj, dt_bias, A_log, D_skip, u, z, state, y, dt_norm, B_norm, C_norm, mixer_eps, rows,
     R: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
-    BR: tl.constexpr, BS: tl.constexpr,
+    BR: tl.constexpr, BS: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
+    """NORMS of dt, B and C: 0 none, 1 without weights, 2 with weights."""
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     d_mask = d < D
     j = tl.arange(0, BR)
@@ -198,6 +200,10 @@ def scan_kernel(
     dt = tl.load(p + j, mask=j < RANK, other=0.0).to(dtype).to(tl.float32)
     B = tl.load(p + RANK + i, mask=i < N, other=0.0).to(dtype).to(tl.float32)
     C = tl.load(p + RANK + N + i, mask=i < N, other=0.0).to(dtype).to(tl.float32)
+    if NORMS:
+        dt = normed(dt, dt_norm, j, RANK, mixer_eps, dtype, NORMS)
+        B = normed(B, B_norm, i, N, mixer_eps, dtype, NORMS)
+        C = normed(C, C_norm, i, N, mixer_eps, dtype, NORMS)
     delta = tl.sum(w.to(tl.float32) * dt[None, :], axis=1).to(dtype).to(tl.float32) + bias
     delta = tl.where(delta > 20.0, delta, tl.log(1.0 + tl.exp(delta)))
     x = tl.load(u + b * D + d, mask=d_mask, other=0.0).to(tl.float32)

@@ -32,6 +32,13 @@ class LayerWeights:
     D: Tensor  # (d,)
     out_proj: Weight  # (h, d)
     out_proj_bias: Tensor | None
+    # Weights of the norms of dt, B and C: (r,), (n,), (n,), all three or none.
+    dt_norm: Tensor | None = None
+    B_norm: Tensor | None = None
+    C_norm: Tensor | None = None
+
+    def norms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.dt_norm, self.B_norm, self.C_norm
 
 
 def kind_of(weight: Weight) -> tuple[int, int] | None:
@@ -62,7 +69,18 @@ class ModelWeights:
     embeddings: Tensor  # (v, h)
     final_norm: Tensor  # (h,)
     head: Weight  # (v, h)
-    eps: float  # of every norm
+    eps: float  # of the norms of the residual stream
+    mixer_eps: float | None = None  # of the norms of dt, B and C (`mambakit.ops.selection_norm`); None: there are none
+
+    @property
+    def norms(self) -> int:
+        """Of dt, B and C: 0 none, 1 without weights, 2 with weights; ValueError where layers differ."""
+        weighted = {layer.dt_norm is not None for layer in self.layers}
+        if len(weighted) > 1:
+            raise ValueError("the norms of dt, B and C have weights in some layers only; give them to all or none")
+        if self.mixer_eps is None:
+            return 0
+        return 2 if True in weighted else 1
 
     @property
     def kind(self) -> tuple[int, int] | None:
