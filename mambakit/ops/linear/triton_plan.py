@@ -122,6 +122,11 @@ LEAST_FLOAT8 = 512
 FLOAT8_CAPABILITY = (8, 9)
 
 
+def tile_of(format: str, rows: int) -> Product:
+    """The table's tile for so many rows of a half dtype."""
+    return next(product for most, product in PRODUCTS[format] if rows <= most)
+
+
 def product_of(format: str, dtype: torch.dtype, group: int, rows: int, shared: int) -> Product | None:
     """The tile that multiplies ``rows`` rows with the weight in registers; None where another way does."""
     if dtype == torch.float32:
@@ -129,7 +134,7 @@ def product_of(format: str, dtype: torch.dtype, group: int, rows: int, shared: i
     elif rows > MOST_IN_REGISTERS[format]:
         chosen = None
     else:
-        chosen = next(product for most, product in PRODUCTS[format] if rows <= most)
+        chosen = tile_of(format, rows)
     return None if chosen is None else chosen.fitting(format, group, dtype.itemsize, shared)
 
 
