@@ -6,7 +6,7 @@ from benchmarks.tables.records import Content, Records
 
 # What each serves, by its name there; a decoder that has no line here, and a line without a decoder, are errors.
 SERVES = {
-    "native library (CPU)": "plain Mamba on a CPU, in any format of weights; one call into C++ a step",
+    "native library (CPU)": "any format of weights on a CPU; one call into C++ a step",
     "persistent kernel (CUDA)": (
         "bfloat16, float16, int8, int4; up to 8 slots (of 1.4b 6, of 2.8b 5, in bfloat16); 16 states; widths that are "
         "multiples of 128 (int4: 256); one kernel a step"

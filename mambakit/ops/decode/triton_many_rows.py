@@ -2,12 +2,12 @@
 cores.
 
 `product_kernel` multiplies all rows by a weight and leaves float32 partial sums of a split-K product, which its
-consumers add in a fixed order: `conv_kernel` convolves in_proj's x and shifts the window, `scan_kernel` computes the
-step sizes (dt_proj) from x_proj's, updates the state and applies the gate, `norm_kernel` adds out_proj's to the
-residual stream and normalises it. `head_kernel` leaves each program's best token. Activations are rounded to the
-weights' dtype where the model's forward rounds them; sums and the residual stream are float32. How products are tiled
-does not depend on what the rows hold, so a row's bits do not depend on the other rows as long as their number stays the
-same.
+consumers add in a fixed order: `conv_kernel` convolves in_proj's x and shifts the window, `scan_kernel` takes dt, B and
+C from x_proj's, normalises them where the model does, computes the step sizes (dt_proj), updates the state and applies
+the gate, `norm_kernel` adds out_proj's to the residual stream and normalises it. `head_kernel` leaves each program's
+best token. Activations are rounded to the weights' dtype where the model's forward rounds them; sums and the residual
+stream are float32. How products are tiled does not depend on what the rows hold, so a row's bits do not depend on the
+other rows as long as their number stays the same.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ class ManyRowsStep:
             raise ValueError("ManyRowsStep reads floating weights, and these are packed; FewRowsStep serves them")
         self.layers, self.embeddings, self.final_norm = weights.layers, weights.embeddings, weights.final_norm
         self.head, self.eps = weights.head, weights.eps
+        self._norms, self._mixer_eps = weights.norms, weights.mixer_eps or 0.0
         self.conv_states, self.ssm_states, self.rows = conv_states, ssm_states, rows
         device, dtype = self.embeddings.device, self.layers[0].dt_proj.dtype
         (v, h), (r, d) = shape_of(self.head), shape_of(self.layers[0].x_proj)
@@ -207,10 +208,10 @@ class ManyRowsStep:
         tile = self._tile("scan")
         kernels.scan_kernel[(triton.cdiv(d, tile.channels), triton.cdiv(rows, tile.rows))](
             self._parts["x_proj"], self._parts["in_proj"], bias, w.dt_proj, w.dt_bias, w.A_log, w.D, self._u, state,
-            self._y,
+            self._y, *w.norms(), self._mixer_eps,
             rows, r, d, rank, n, self._splits["x_proj"], self._splits["in_proj"], BD=tile.channels,
             BR=max(16, triton.next_power_of_2(rank)), BS=triton.next_power_of_2(n), ROWS=tile.rows,
-            HAS_BIAS=bias is not None,
+            HAS_BIAS=bias is not None, NORMS=self._norms,
             num_warps=tile.warps, **ALIKE,
         )  # fmt: skip
 

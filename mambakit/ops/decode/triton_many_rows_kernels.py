@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mambakit.ops.decode.triton_norms import normed_rows
+
 
 @triton.jit
 def _total(
@@ -81,11 +83,13 @@ def conv_kernel(
 
 @triton.jit
 def scan_kernel(
-    parts, xz, bias, dt_proj, dt_bias, A_log, D_skip, u, state, y, rows,
+    parts, xz, bias, dt_proj, dt_bias, A_log, D_skip, u, state, y, dt_norm, B_norm, C_norm, mixer_eps, rows,
     R: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
     XZ_SPLITS: tl.constexpr,
     BD: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NORMS: tl.constexpr,
 ):  # fmt: skip
+    """NORMS of dt, B and C: 0 none, 1 without weights, 2 with weights."""
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     d_mask, b_mask = d < D, b < rows
@@ -119,6 +123,10 @@ def scan_kernel(
         dt += tl.load(p + j[None, :], mask=b_mask[:, None] & (j < RANK)[None, :], other=0.0)
         B += tl.load(p + RANK + i[None, :], mask=b_mask[:, None] & n_mask[None, :], other=0.0)
         C += tl.load(p + RANK + N + i[None, :], mask=b_mask[:, None] & n_mask[None, :], other=0.0)
+    if NORMS:
+        dt = normed_rows(dt, dt_norm, j, RANK, mixer_eps, dtype, NORMS)
+        B = normed_rows(B, B_norm, i, N, mixer_eps, dtype, NORMS)
+        C = normed_rows(C, C_norm, i, N, mixer_eps, dtype, NORMS)
     B, C = B.to(dtype).to(tl.float32), C.to(dtype).to(tl.float32)
     delta = tl.dot(w.to(dtype), dt.to(dtype).T, input_precision="ieee").to(dtype).to(tl.float32) + delta_bias[:, None]
     delta = tl.where(delta > 20.0, delta, tl.log(1.0 + tl.exp(delta)))
