@@ -42,7 +42,9 @@ def test_blocks_run(page, hub, tmp_path, monkeypatch):
     try:
         names = world(page, hub.parent / "tiny")
         for number, block in enumerate(PAGES[page]):
-            missing = [name for name in OPTIONAL if re.search(rf"^(import|from) {name}\b", block, re.M) and _lacks(name)]
+            missing = [
+                name for name in OPTIONAL if re.search(rf"^(import|from) {name}\b", block, re.M) and _lacks(name)
+            ]
             if missing:
                 continue
             code = compile(block if torch.cuda.is_available() else block.replace('"cuda"', '"cpu"'), page, "exec")

@@ -143,7 +143,9 @@ def _fine_tuning(names: dict[str, Any], tiny: Path) -> dict[str, Any]:
     add_adapters(trained, 2, 4.0, ["in_proj"])
     save_adapters(trained, Path("runs/finetune/adapter"))
     other = mambakit.AutoModelForCausalLM.from_pretrained(tiny)
-    get_peft_model(other, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained("adapters")
+    get_peft_model(other, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(
+        "adapters"
+    )
     return {"peft": peft, "base": mambakit.AutoModelForCausalLM.from_pretrained(tiny)}
 
 
