@@ -63,7 +63,9 @@ def test_classification(tmp_path):
 def test_masked_tokens():
     tokenizer = mambakit.AutoTokenizer.from_pretrained("hyena-dna")
     torch.manual_seed(0)
-    model = mambakit.BiMambaForMaskedLM(mambakit.BiMambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1)).eval()
+    model = mambakit.BiMambaForMaskedLM(
+        mambakit.BiMambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1)
+    ).eval()
     found = mambakit.pipeline("fill-mask", model=model, tokenizer=tokenizer)("AC[MASK]GT", top_k=16)
     ids = tokenizer("AC[MASK]GT", return_tensors="pt").input_ids
     assert ids[0].tolist() == [7, 8, 3, 9, 10]
