@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from mambakit.commands import remote_generate
 from mambakit.commands.loading import add_model_arguments, add_tokenizer_argument, load
 from mambakit.commands.options import (
     LARGEST_SEED,
@@ -29,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--file", action="append", default=[], metavar="FILE", help="a file as a prompt (repeatable)")
     add_model_arguments(parser)
+    parser.add_argument("--server", metavar="URL", help="let this server's model write (mambakit serve)")
+    parser.add_argument("--api-key", metavar="KEY", help="the server's key (default: $MAMBAKIT_API_KEY)")
     add_tokenizer_argument(parser)
     parser.add_argument(
         "--max-new-tokens", type=integer(0), help="at most this many tokens (default 200; of sound 2 seconds)"
@@ -105,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    remote_generate.check(args)
     require_with("--sample-rate", args.sample_rate is not None, "--output", args.output is not None)
     if args.output is not None:
         from mambakit.commands.sound import check_sound, write_sound
@@ -115,6 +119,9 @@ def run(args: argparse.Namespace) -> int:
         args.max_new_tokens = _NEW_TOKENS
     _check(args)
     prompts = _prompts(args)
+    if args.server is not None:
+        remote_generate.write(args, prompts)
+        return 0
     if args.save_state and (len(prompts) > 1 or args.num_return_sequences > 1):
         raise UsageError("--save-state keeps the state of one text; give one prompt and one return sequence")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from mambakit.serving.logs import LogOptions
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class WorkerOptions:
         heartbeat_seconds: a replica that sends nothing for longer is killed and restarted.
         progress_seconds: the same for one that has work and completes no step.
         load_seconds: the same for one that is not ready in this time.
+        logs: of its process, to standard error.
     """
 
     model: str
@@ -35,20 +38,86 @@ class WorkerOptions:
     heartbeat_seconds: float = 20.0
     progress_seconds: float = 300.0
     load_seconds: float = 1800.0
+    logs: LogOptions = field(default_factory=LogOptions)
+
+
+@dataclass(frozen=True)
+class StateTask:
+    """What a text has to do with states that are kept (`mambakit.serving.states`).
+
+    Attributes:
+        start: the blob of the state that it starts from; "" for none.
+        keep: whether to write the state at its end to a blob, which its last piece names.
+        penalise: whether penalties count the tokens that the state has read.
+    """
+
+    start: str = ""
+    keep: bool = False
+    penalise: bool = True
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A state that is durable: its blob, and what it has read.
+
+    Attributes:
+        blob: SHA-256 of the file.
+        bytes: its size.
+        tokens: how many tokens of text it stands after.
+        digest: a hash of those tokens; "" where they are not known.
+    """
+
+    blob: str
+    bytes: int
+    tokens: int
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What is asked of one text besides its sampling, its length and its stop strings.
+
+    Attributes:
+        min_new_tokens: no end-of-text token is chosen before so many new tokens.
+        ignore_ends: whether end-of-text tokens do not end the text.
+        log_probs: how many of the likeliest tokens come with every token, with their log-probabilities and its own;
+            None: none does.
+        prompt_log_probs: whether those of the prompt's tokens come, too.
+        constraint: (kind, text): an argument of `mambakit.generation.constrain.Constraint` and its value.
+        continuations: int64 ids of texts to score after the prompt. Nothing is generated then.
+        state: what it has to do with states that are kept.
+        cache_salt: of the prefix cache: prompts of another salt are never found.
+    """
+
+    min_new_tokens: int = 0
+    ignore_ends: bool = False
+    log_probs: int | None = None
+    prompt_log_probs: bool = False
+    constraint: tuple[str, str] | None = None
+    continuations: tuple[bytes, ...] | None = None
+    state: StateTask | None = None
+    cache_salt: str = ""
+
+    @property
+    def scores(self) -> bool:
+        """Whether the prompt, or texts after it, are to be scored."""
+        return self.prompt_log_probs or self.continuations is not None
 
 
 @dataclass(frozen=True)
 class Task:
-    """Server to worker: generate one text."""
+    """Server to worker: generate one text, or score one."""
 
     id: int
     prompt_ids: bytes
     """int64, at least one id; bytes, because a list of a million numbers takes a second to pickle."""
     sampling: dict[str, Any]
     max_new_tokens: int
+    """0 where the prompt is only given back or scored."""
     stop: tuple[str, ...] = ()
     share: tuple[Any, ...] = ()
     """Its owner, from the outside in: (key, client, request). Slots are divided evenly at every level."""
+    options: TextOptions = TextOptions()
 
 
 @dataclass(frozen=True)
@@ -84,6 +153,27 @@ class Heartbeat(NamedTuple):
     """Whether it has work."""
 
 
+class Scored(NamedTuple):
+    """A token and its log-probability."""
+
+    token: int
+    log_prob: float | None
+    """None where nothing precedes the token."""
+    offset: int = 0
+    """Characters of the text before it; 0 for tokens of a prompt."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token, log-probability) of the likeliest tokens at its place, best first."""
+
+
+class Continuation(NamedTuple):
+    """A scored continuation."""
+
+    log_probs: bytes
+    """float32 of each token."""
+    greedy: bool
+    """Whether every token is the likeliest."""
+
+
 class Piece(NamedTuple):
     """What one text has gained since its last piece."""
 
@@ -98,6 +188,12 @@ class Piece(NamedTuple):
     """Why this text failed; the others of the batch continue."""
     status: int = 500
     """HTTP status of the error: 400 where the request was at fault."""
+    log_probs: tuple[Scored, ...] = ()
+    """Of the tokens whose text is in this and earlier pieces, where they were asked for."""
+    prompt_log_probs: tuple[Scored, ...] = ()
+    continuations: tuple[Continuation, ...] = ()
+    kept: Kept | None = None
+    """In the last piece of a text whose state was to be kept."""
 
 
 class Batch(NamedTuple):

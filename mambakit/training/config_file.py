@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 import difflib
-import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from mambakit.errors import UsageError
+from mambakit.toml_files import read_toml
 from mambakit.training.config import TrainConfig
 
 # Fields of earlier releases, and what stands in their place.
@@ -17,7 +17,7 @@ _RENAMED = {"tensorboard": "report_to=tensorboard"}
 
 def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
     """Read a TOML file and apply ``key=value`` overrides, values in Python's notation (bare words are strings)."""
-    values = _read_toml(Path(path))
+    values = read_toml(path)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
@@ -53,21 +53,6 @@ def _typed(source: str, key: str, value: Any, hint: Any) -> Any:
         return value
     expected = "list of strings" if hint == list[str] else hint.__name__
     raise UsageError(f"{source}: {key} is {value!r}, expected a {expected}")
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no configuration file {path}") from error
-    except OSError as error:
-        raise UsageError(f"the configuration file {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8
-        raise UsageError(f"{path} is not valid TOML: {error}") from error
 
 
 def _literal(text: str) -> Any:

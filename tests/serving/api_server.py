@@ -16,8 +16,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mambakit.serving import server
+from mambakit.serving.api.declarations import Limits
 from mambakit.serving.api.intake import Intake
-from mambakit.serving.api.protocol import ApiError, Limits
+from mambakit.serving.errors import ApiError
 from mambakit.serving.messages import Piece, WorkerOptions
 from mambakit.serving.metrics import Metrics
 from mambakit.serving.server import ServerOptions
@@ -32,7 +33,12 @@ def byte_tokenizer() -> Any:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return SimpleNamespace(
-        backend_tokenizer=backend, bos_token_id=0, eos_token_id=0, get_vocab=backend.get_vocab, decode=backend.decode
+        backend_tokenizer=backend,
+        bos_token_id=0,
+        eos_token_id=0,
+        get_vocab=backend.get_vocab,
+        decode=backend.decode,
+        chat_template=None,
     )
 
 
@@ -103,7 +109,8 @@ class ApiServer:
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
         self.thread.start()
         intake.loaded.result(10)
-        self.health()
+        if options.tls is None:
+            self.health()
 
     @property
     def host(self) -> str:

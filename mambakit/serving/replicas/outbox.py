@@ -5,15 +5,21 @@ only.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
-import traceback
-from collections.abc import Iterator
-from typing import Any, TypeAlias
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mambakit.quoting import cut
-from mambakit.serving.messages import Batch, Cancel, Piece, Task
+from mambakit.serving.messages import Batch, Cancel, Continuation, Piece, Scored, Task
 from mambakit.serving.replicas.heartbeat import Channel
+
+if TYPE_CHECKING:
+    from mambakit.decoding.log_probs import TokenLogProb
+
+_log = logging.getLogger("mambakit.serving")
 
 
 @contextlib.contextmanager
@@ -24,7 +30,7 @@ def end_of_process() -> Iterator[None]:
     except (EOFError, OSError):  # the server is gone
         pass
     except BaseException:
-        traceback.print_exc()
+        _log.exception("a thread of the replica's process failed, which ends it")
         os._exit(1)
     os._exit(0)
 
@@ -39,6 +45,13 @@ class Text:
         self.cached_tokens = 0
         self.error, self.status = "", 500
         self.ended = False
+        self.log_probs: Sequence[TokenLogProb] | None = None
+        """Of all tokens so far, where they are to be sent; the main thread adds to it before it passes tokens on."""
+        self.prompt_log_probs: tuple[Scored, ...] = ()
+        self.continuations: tuple[Continuation, ...] = ()
+        """Scores that are to be sent with the next piece."""
+        self._unsent: deque[tuple[Scored, int]] = deque()  # with the number of characters up to each token's end
+        self._tokens = 0
         self._decoder = StoppingDecoder(tokenizer, task.stop)
 
     @contextlib.contextmanager
@@ -51,15 +64,44 @@ class Text:
             raise
 
     def fail(self, error: Exception) -> None:
-        """Note an exception; the traceback goes to the log, one line to the client."""
-        traceback.print_exception(error)
+        """Note an exception. One line goes to the client; the traceback to the log, unless the client is at fault."""
+        if self.status >= 500:
+            _log.error("a text failed", exc_info=error)
         self.error = f"{type(error).__name__}: {cut(str(error), 500)}" if self.status == 500 else cut(str(error), 500)
 
     def add(self, token: int) -> str:
         """The text that can be sent now; a stop string ends it."""
+        before = self._decoder.decoded
         piece = self._decoder.push(token)
         self.ended = self._decoder.stopped
+        if self.log_probs is not None:
+            found = self.log_probs[self._tokens]
+            self._unsent.append((Scored(token, found.log_prob, before, found.top), self._decoder.decoded))
+        self._tokens += 1
         return piece
+
+    def take_log_probs(self) -> tuple[Scored, ...]:
+        """Those of tokens whose text has been shown; of a text that has ended, all but those of its stop string."""
+        if not self._unsent:
+            return ()
+        shown = self._decoder.shown
+        found = []
+        while self._unsent:
+            scored, end = self._unsent[0]
+            if self.stopped and scored.offset >= shown:
+                self._unsent.clear()
+            elif end > shown and not self.ended:
+                break
+            else:
+                found.append(scored)
+                self._unsent.popleft()
+        return tuple(found)
+
+    def take_scores(self) -> tuple[tuple[Scored, ...], tuple[Continuation, ...]]:
+        """(log-probabilities of the prompt, scored continuations), each once."""
+        found = self.prompt_log_probs, self.continuations
+        self.prompt_log_probs, self.continuations = (), ()
+        return found
 
     @property
     def stopped(self) -> bool:
@@ -105,9 +147,11 @@ class Outbox:
                 continue  # tokens after a stop string, until the engine has read the `Cancel`
             shown, tokens, reason = self._take(text, token, reason)
             before = pieces.get(text.id, Piece(text.id))
+            prompt, continuations = text.take_scores()
             pieces[text.id] = Piece(
                 text.id, before.text + shown, before.tokens + tokens, reason, text.cached_tokens if reason else 0,
-                text.error if reason == "error" else "", text.status,
+                text.error if reason == "error" else "", text.status, before.log_probs + text.take_log_probs(),
+                before.prompt_log_probs or prompt, before.continuations or continuations,
             )  # fmt: skip
         return list(pieces.values())
 
