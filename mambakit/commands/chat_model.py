@@ -109,7 +109,7 @@ class LocalModel:
         before = known.state.cache.get_seq_length()
         stream = Stream(
             self.model, self.tokenizer, sampling=SamplingParams(**options), max_new_tokens=most, stop=stops,
-            context=known.ids[: len(known.ids) - len(prompt["prompt_ids"])], **prompt,
+            context=self._tensor(known.ids[: len(known.ids) - len(prompt["prompt_ids"])]), **prompt,
         )  # fmt: skip
         for piece in stream:
             turn.text += piece
