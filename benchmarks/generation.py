@@ -13,6 +13,7 @@ its default cache (flash attention through SDPA) and, with --compiled, a static 
     generate   prompt and new tokens, prompt included in the time; third call; peak memory
     length     reading a prompt of 2^i tokens, one row
     long       a prompt of 2,048 and of --long-prompt tokens: peak memory, and the step after it
+    context    new tokens a second by the length of the prompt, each model at its best batch (benchmarks/context.py)
     engine     --rows texts of --engine-prompt tokens and --new new ones, greedy and sampled: `Engine` beside `generate`
 
 Nothing is timed before a small model's steps agree with its forward on this device. One GPU: CUDA events around whole
@@ -312,6 +313,12 @@ def measure_engine(options: Options, clock: Clock, record: dict) -> None:
         released()
 
 
+def measure_context(options: Options, clock: Clock, record: dict) -> None:
+    from benchmarks import context  # which reads this module
+
+    context.measure(options, clock, record)
+
+
 def plot(record: dict, folder: Path) -> None:
     import matplotlib
 
@@ -342,7 +349,7 @@ def plot(record: dict, folder: Path) -> None:
 PARTS = {
     "prefill": measure_prefill, "step": measure_steps, "generate": measure_generate, "length": measure_lengths,
     "long": measure_long,
-    "engine": measure_engine,
+    "engine": measure_engine, "context": measure_context,
 }  # fmt: skip
 
 
@@ -350,7 +357,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["130m", "1.4b", "2.8b"])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[part for part in PARTS if part != "context"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64, 128])
     parser.add_argument(
         "--formats", nargs="+", choices=("plain", "int8", "int4"), default=["plain"], help="of the weights, in steps"
@@ -367,6 +374,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50)
     records.add_argument(parser)
     parser.add_argument("--plots", type=Path, help="a folder for generate.png and length.png")
+    from benchmarks import context
+
+    context.add_arguments(parser)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no NVIDIA GPU here; --device cpu --shapes tiny tries the script without one")

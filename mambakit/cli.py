@@ -27,8 +27,8 @@ COMMANDS = {
     "inspect": "what a model does with a text: surprise, step sizes, memory, implicit attention, as a page",
     "info": "what a checkpoint is, from its headers alone",
     "convert": "rewrite a checkpoint in another format",
-    "quantize": "rewrite a checkpoint with int8, int4 or losslessly packed weights",
-    "export": "write a model for another runtime: ONNX or PyTorch's pt2",
+    "quantize": "rewrite a checkpoint with int8, int4, fp8 or losslessly packed weights",
+    "export": "write a model for another runtime: ONNX, PyTorch's pt2, or C++ (AOTInductor)",
     "run": "run a script that needs mamba_ssm or causal_conv1d, neither of which need be installed",
     "env": "versions, devices, and what serves each op",
 }

@@ -184,7 +184,8 @@ def _chosen(
     after = [(m, len(draft.tokens)) for m, draft in enumerate(drafts) if last or not draft.tokens]
     greedy = [text.params.greedy for text in texts]
     rows = _rows(logits, guessed + after)
-    weights, stays, columns = rows.double(), rows.new_empty(0, dtype=torch.int64), [OFF] * len(guessed)
+    weights, stays = rows.double(), rows.new_empty(0, dtype=torch.int64)
+    columns: list[tuple[float, ...]] = [OFF] * len(guessed)
     columns += [texts[m].params.columns for m, _ in after]
     if guessed:
         p = row_probabilities([texts[m].params for m, _ in guessed], rows[: len(guessed)])
@@ -199,8 +200,8 @@ def _chosen(
         weights = torch.cat([left.log(), weights[len(guessed) :]])
     uniform = [texts[m].numbers(texts[m].position + offset + i, 1) for m, i in guessed + after]
     drawn = _drawn(weights, np.concatenate(uniform), columns)
-    best = likeliest(logits.flatten(0, 1)).flatten() if any(greedy) else stays[:0]
-    found = torch.cat([stays, drawn, best]).tolist()  # the only device-to-host sync
+    most = likeliest(logits.flatten(0, 1)).flatten() if any(greedy) else stays[:0]
+    found = torch.cat([stays, drawn, most]).tolist()  # the only device-to-host sync
     n, total, width = len(guessed), len(guessed) + len(after), logits.shape[1]
     of_row = dict(zip(guessed + after, found[n : n + total], strict=True))
     stay = dict(zip(guessed, found[:n], strict=True))

@@ -108,7 +108,9 @@ class DraftSlots:
             dtype=torch.bool,
             device="cpu",
         ).to(self.model.device, non_blocking=True)
-        chosen, kept, tokens = [], [], known[0]
+        chosen: list[Tensor] = []
+        kept: list[Tensor | None] = []
+        tokens = known[0]
         for i in range(steps):
             if i:
                 tokens = chosen[-1].clamp(min=0)  # `NO_TOKEN` cannot be read
@@ -116,8 +118,8 @@ class DraftSlots:
                     tokens = torch.where(forced[i], known[i], tokens)
             logits = self._pool.step(tokens)
             self._record(i + 1)
-            token, q = self._choose(logits, active, behind, i)
-            chosen.append(token)
+            picked, q = self._choose(logits, active, behind, i)
+            chosen.append(picked)
             kept.append(q)
         found: list[list[int]] = torch.stack(chosen, 1).tolist()  # the only device-to-host sync
         found = self.guesses([row[behind.get(slot, 0) :] for slot, row in enumerate(found)])

@@ -96,9 +96,9 @@ def write_drafted_tokens(
         found = loop.verify(drafter.propose([None if t is None else t.known for t in going], limits))
         counts = [0 if text is None else len(tokens) for text, tokens in zip(going, found, strict=True)]
         ended = []
-        for slot, (text, tokens) in enumerate(zip(going, found, strict=True)):
-            if text is not None and _take(text, tokens, stops, most):
-                counts[slot] = len(text.written) - 1 - read[slot]  # all but the last, as transformers' loop reads
+        for slot, (one, tokens) in enumerate(zip(going, found, strict=True)):
+            if one is not None and _take(one, tokens, stops, most):
+                counts[slot] = len(one.written) - 1 - read[slot]  # all but the last, as transformers' loop reads
                 ended.append(slot)
             read[slot] += counts[slot]
         loop.keep(counts)
@@ -109,12 +109,12 @@ def write_drafted_tokens(
     drafter.close()
     m = max(len(text.written) for text in texts)
     rows = [text.written + [padding] * (m - len(text.written)) for text in texts]
-    tokens = torch.tensor(rows, dtype=torch.int64, device="cpu").to(logits.device)
+    new = torch.tensor(rows, dtype=torch.int64, device="cpu").to(logits.device)
     if cache_is_kept:
         for slot, state in final.items():
             cache.copy_(state, [0], [slot])
-        _read_padding(model, cache, tokens, read, columns + m - 1)
-    return tokens
+        _read_padding(model, cache, new, read, columns + m - 1)
+    return new
 
 
 def _take(text: _Text, tokens: list[int], stops: set[int], most: int) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.cuda_graph import CapturedGraph, kept_with, why_not_captured
-from mambakit.decoding.eligibility import dtype_names, dtype_of_states, weight_kinds, why_not_by_weights
+from mambakit.decoding.eligibility import dtype_names, dtype_of_states, mixer_eps, weight_kinds, why_not_by_weights
 from mambakit.modules import MambaCache
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops.decode import cuda_persistent
@@ -24,7 +24,7 @@ from mambakit.ops.sampling.api import NO_TOKEN
 _MOST_PERSISTENT = 12800
 _LARGEST_STATE = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PACKED = {(format, group) for format in ("int8", "int4") for group in (32, 64, 128)}
+_PACKED = {(format, group) for format in ("int8", "int4", "fp8") for group in (32, 64, 128)}
 
 
 def gpu_weights(model: Any) -> ModelWeights:
@@ -39,12 +39,14 @@ def gpu_weights(model: Any) -> ModelWeights:
             conv=m.conv1d.weight.squeeze(1), conv_bias=m.conv1d.bias, x_proj=weight(m.x_proj),
             dt_proj=m.dt_proj.weight, dt_bias=m.dt_proj.bias, A_log=m.A_log, D=m.D,
             out_proj=weight(m.out_proj), out_proj_bias=m.out_proj.bias,
+            dt_norm=norms[0], B_norm=norms[1], C_norm=norms[2],
         )
-        for block in model.backbone.layers for m in [block.mixer]
+        for block in model.backbone.layers for m in [block.mixer] for norms in [m.norm_weights()]
     ]  # fmt: skip
     backbone = model.backbone
     eps = model.config.layer_norm_epsilon
-    return ModelWeights(layers, backbone.embeddings.weight, backbone.norm_f.weight, weight(model.lm_head), eps)
+    embeddings, norm, head = backbone.embeddings.weight, backbone.norm_f.weight, weight(model.lm_head)
+    return ModelWeights(layers, embeddings, norm, head, eps, mixer_eps(model))
 
 
 # -- which kernels can serve -------------------------------------------------------------------------------------------
@@ -63,11 +65,13 @@ def _why_not_kernels(model: Any) -> str | None:
     others = {backbone.norm_f.weight.dtype, *(block.mixer.dt_proj.weight.dtype for block in backbone.layers)}
     if others != {dtype}:
         return f"weights of several dtypes: {dtype_names({dtype, *others})}"
+    if len({bool(block.mixer.norms()) for block in backbone.layers}) > 1:
+        return "the norms of dt, B and C have weights in some layers only"
     kinds = weight_kinds(model)
     if len(kinds) != 1 or not kinds <= {dtype, *_PACKED}:
         return (
             f"projections of {dtype_names(kinds)}; "
-            f"the kernels read one of {dtype_names([dtype])}, int8 and int4 in all of them"
+            f"the kernels read one of {dtype_names([dtype])}, int8, int4 and fp8 in all of them"
         )
     return None
 

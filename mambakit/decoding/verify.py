@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding import native_step
+from mambakit.decoding.eligibility import mixer_eps
 from mambakit.decoding.graph_step import verification_step
 from mambakit.decoding.prefill import prefill_states
 from mambakit.modules import MambaCache, StateCache
@@ -62,7 +63,7 @@ class NativeVerifier:
         self._embeddings, self._cache = model.backbone.embeddings, cache
         self._step = VerifyStep(
             layers, model.backbone.norm_f.weight, head, model.config.layer_norm_epsilon,
-            cache.conv_states, cache.ssm_states, tokens,
+            cache.conv_states, cache.ssm_states, tokens, mixer_eps(model),
         )  # fmt: skip
         self._read = 0
 

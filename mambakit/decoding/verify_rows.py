@@ -11,7 +11,6 @@ from torch import Tensor
 from mambakit.decoding.cuda_graph import CapturedGraph
 from mambakit.decoding.graph_step import gpu_weights, why_not_many_rows
 from mambakit.decoding.verify import require_read
-from mambakit.modules import StateCache
 
 
 def why_not_verify_rows(model: Any, rows: int, tokens: int, *, states: Any = None) -> str | None:
@@ -23,7 +22,7 @@ class ManyRowsVerifier:
     """All rows' drafts in one pass over the weights. Shorter drafts are padded, and only they are kept."""
 
     @torch.no_grad()
-    def __init__(self, model: Any, cache: StateCache, tokens: int):
+    def __init__(self, model: Any, cache: Any, tokens: int):
         from mambakit.ops.decode.triton_verify import ManyRowsVerification
 
         self._cache, self._read = cache, 0

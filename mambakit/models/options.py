@@ -20,7 +20,7 @@ _OWN_KERNELS = "mambakit brings its own kernels (`mambakit env` lists them); dro
 _NO_ADAPTERS = "load the base model, then mambakit.training.lora.load_adapters or peft.PeftModel.from_pretrained"
 _LOADING = {
     "load_in_8bit": 'use quantization="int8"', "load_in_4bit": 'use quantization="int4"',
-    "quantization_config": 'use quantization="int8", "int4" or "lossless"',
+    "quantization_config": 'use quantization="int8", "int4", "fp8" or "lossless"',
     "variant": "it reads model.safetensors or pytorch_model.bin; give the file that name in a folder of its own",
     "from_tf": "it reads PyTorch's weights; convert them first",
     "from_flax": "it reads PyTorch's weights; convert them first",

@@ -48,8 +48,8 @@ def test_slots_are_stepped_by_the_loop_alone():
 def test_pools_are_made_where_texts_begin():
     makes = calls("SlotPool")
     assert makes == {
-        "decoding/batch.py", "decoding/transformers_steps.py", "generation/stream.py", "decoding/draft_model.py",
-        "generation/engine.py", "generation/speculative.py",
+        "decoding/batch.py", "decoding/drafted_batch.py", "decoding/transformers_steps.py", "generation/stream.py",
+        "decoding/draft_model.py", "generation/engine.py", "generation/speculative.py",
     }  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def _layers(names: dict[str, Any], tiny: Path) -> dict[str, Any]:
 
     return {
         "x": torch.randn(6, 4, 10), "more": torch.randn(3, 4, 10), "x_t": torch.randn(4, 10),
-        "starts": torch.zeros(6, 4, dtype=torch.bool), "parts": [torch.randn(3, 10), torch.randn(5, 10)],
+        "starts": torch.zeros(6, 4, dtype=torch.bool), "parts": [torch.randn(length, 10) for length in (3, 5, 1, 4)],
         "pack_sequence": pack_sequence,
     }  # fmt: skip
 

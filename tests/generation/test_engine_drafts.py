@@ -83,7 +83,7 @@ def test_greedy_texts_and_states_are_plain_decodings(models, kind, draft_tokens,
 
 
 @pytest.mark.parametrize("name", ["falcon", "gelu", "odd_everything"])
-def test_models_that_no_native_call_verifies(name):
+def test_other_models(name):
     model = model_of(name)
     plain = Engine(model, 3).write(requests_of([12, 7, 15, 9]))
     for drafter in (DraftModel(model), PromptLookup(2, 1)):

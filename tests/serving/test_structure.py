@@ -20,8 +20,8 @@ FILES = {
     "playground": ["files", "about"],
     "api": [
         "declarations", "values", "checks", "shapes", "formats", "fields", "asked", "templates", "prompts",
-        "completions", "reply", "chat_messages", "chat", "log_probs", "answers", "chat_answers", "operations",
-        "openapi", "intake",
+        "completions", "reply", "chat_messages", "chat", "log_probs", "answers", "chat_answers", "tokens", "score",
+        "operations", "openapi", "intake",
     ],
     "states": ["tensors", "blobs", "records", "store"],
     "dispatch": ["shares", "jobs", "fair_queue", "queue", "affinity", "rates", "promises", "suspects", "dispatcher"],
@@ -31,7 +31,7 @@ FILES = {
     ],
     "http": [
         "keys", "quotas", "tls", "request_log", "access", "refusals", "connection_limits", "connection", "request_ids",
-        "routing", "services", "texts", "generation", "models", "probes", "playground", "app",
+        "routing", "services", "texts", "generation", "scores", "tokens", "models", "probes", "playground", "app",
     ],
 }  # fmt: skip
 ORDER = [f"{folder}.{file}" if file else folder for folder in FOLDERS for file in FILES.get(folder, [""])]

@@ -38,7 +38,7 @@ class VerifyStep(DecodeStep):
     ``commit(kept)`` then brings the state of sequence i to after the first ``kept[i]`` of its tokens.
 
     Args:
-        layers, final_norm, head, eps: as `DecodeStep`'s.
+        layers, final_norm, head, eps, mixer_eps: as `DecodeStep`'s.
         conv_states, ssm_states: (layers, b, d, k - 1) float32 or bfloat16 and (layers, b, d, n) float32, contiguous: a
             cache's own tensors. They must not be moved while the step is in use.
         tokens: the most tokens of each sequence in one call, from 1 to 16.
@@ -56,6 +56,7 @@ class VerifyStep(DecodeStep):
         conv_states: Tensor,
         ssm_states: Tensor,
         tokens: int,
+        mixer_eps: float | None = None,
     ):
         if not 1 <= tokens <= MOST_ROWS:
             raise ValueError(f"VerifyStep: tokens is {tokens}; it serves 1 to {MOST_ROWS}")
@@ -68,7 +69,8 @@ class VerifyStep(DecodeStep):
             )
         if not (conv_states.is_contiguous() and ssm_states.is_contiguous()):
             raise ValueError("VerifyStep: states must be contiguous to be updated in place; pass a cache's own tensors")
-        self._layers, self._final_norm, self._head, self._eps = layers, final_norm, head, eps
+        self._layers, self._final_norm, self._head = layers, final_norm, head
+        self._eps, self._mixer_eps = eps, mixer_eps
         self._conv_states, self._ssm_states, self.tokens = conv_states, ssm_states, tokens
         self._threads = native.threads()
         self._run, self._team = native.runner(), ctypes.c_int64(self._threads)
@@ -131,6 +133,7 @@ class VerifyStep(DecodeStep):
                 self._convolve_token(w, xz[j], self._conv_states[i] if j == 0 else self._conv_draft, u[j])
             flat = p.flatten(0, 1)
             self._products(u.flatten(0, 1), w.x_proj, None, flat)
+            self._selection_norm(flat, w, self._mixer_eps)  # and so the replay reads B and C
             self._products(flat[:, : self._r], w.dt_proj, None, delta.flatten(0, 1))
             for j in range(t):
                 state = self._ssm_states[i] if j == 0 else self._ssm_draft
@@ -153,8 +156,8 @@ class VerifyStep(DecodeStep):
         for j in range(self.tokens):
             for layer, w in enumerate(self._layers):
                 state = self._ssm_states[layer, one]
-                at = (t[layer, j, one] for t in (self._u, self._delta, self._p, self._xz))
-                self._scan_token(w, *at, state, state, self._y[j, one])
+                u, delta, p, xz = (t[layer, j, one] for t in (self._u, self._delta, self._p, self._xz))
+                self._scan_token(w, u, delta, p, xz, state, state, self._y[j, one])
         return self._finish()
 
     def _finish(self) -> tuple[_Program, ctypes.Array, ctypes.c_int64]:

@@ -26,7 +26,7 @@ class ManyRowsVerification(ManyRowsStep):
     states are unchanged. `commit` then advances slot i by its first ``kept[i]`` tokens, all of them at once.
 
     Args:
-        weights, conv_states, ssm_states, chosen: as `ManyRowsStep`'s, of ``slots`` rows.
+        weights, conv_states, ssm_states, chosen, shared: as `ManyRowsStep`'s, of ``slots`` rows.
         draft: t, the tokens of each slot.
 
     Attributes:
@@ -43,8 +43,9 @@ class ManyRowsVerification(ManyRowsStep):
         ssm_states: Tensor,
         draft: int,
         chosen: dict[str, Product | Tile] | None = None,
+        shared: int | None = None,
     ):
-        super().__init__(weights, conv_states, ssm_states, chosen=chosen, draft=draft)
+        super().__init__(weights, conv_states, ssm_states, chosen=chosen, draft=draft, shared=shared)
         layers, self.slots, d, n = ssm_states.shape
         self.draft = draft
         device, dtype, rows = ssm_states.device, self._x.dtype, self.rows
@@ -68,10 +69,12 @@ class ManyRowsVerification(ManyRowsStep):
         self._multiply("x_proj", self._u, w.x_proj)
         kernels.verify_scan_kernel[(triton.cdiv(d, _SCAN.channels), self.slots)](
             self._parts["x_proj"], self._parts["in_proj"], bias, w.dt_proj, w.dt_bias, w.A_log, w.D, self._u, state,
-            self._y, self._decay[i], self._steps[i], self._us[i], self._Bs[i], rows,
+            self._y, self._decay[i], self._steps[i], self._us[i], self._Bs[i], *w.norms(),
+            self._mixer_eps, rows,
             r, d, rank, n, self.draft, self._splits["x_proj"], self._splits["in_proj"], BD=_SCAN.channels,
             BR=max(16, triton.next_power_of_2(rank)), BS=triton.next_power_of_2(n),
-            BT=max(16, triton.next_power_of_2(self.draft)), HAS_BIAS=bias is not None, num_warps=_SCAN.warps, **ALIKE,
+            BT=max(16, triton.next_power_of_2(self.draft)), HAS_BIAS=bias is not None, NORMS=self._norms,
+            num_warps=_SCAN.warps, **ALIKE,
         )  # fmt: skip
 
     def commit(self) -> None:

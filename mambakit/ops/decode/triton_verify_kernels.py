@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mambakit.ops.decode.triton_norms import normed, normed_rows
+
 
 @triton.jit
 def _input(parts, bias, row, rows, d, mask, D: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr):
@@ -51,10 +53,11 @@ def verify_conv_kernel(
 
 @triton.jit
 def verify_scan_kernel(
-    parts, xz, bias, dt_proj, dt_bias, A_log, D_skip, u, state, y, decay, steps, us, Bs, rows,
+    parts, xz, bias, dt_proj, dt_bias, A_log, D_skip, u, state, y, decay, steps, us, Bs, dt_norm, B_norm,
+    C_norm, mixer_eps, rows,
     R: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr,
     XZ_SPLITS: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
     """y (rows, D) after each token of a slot; its state is read and not written.
 
@@ -83,6 +86,8 @@ def verify_scan_kernel(
     for split in tl.range(SPLITS):
         p = parts + (split * rows + slot * TOKENS + tokens)[:, None] * R + j[None, :]
         dt += tl.load(p, mask=t_mask[:, None] & (j < RANK)[None, :], other=0.0)
+    if NORMS:
+        dt = normed_rows(dt, dt_norm, j, RANK, mixer_eps, dtype, NORMS)
     product = tl.dot(w.to(dtype), dt.to(dtype).T, input_precision="ieee").to(dtype).to(tl.float32)  # (BD, BT)
     for t in tl.range(TOKENS):
         row = slot * TOKENS + t
@@ -92,6 +97,9 @@ def verify_scan_kernel(
             p = parts + (split * rows + row) * R + RANK + i
             B += tl.load(p, mask=n_mask, other=0.0)
             C += tl.load(p + N, mask=n_mask, other=0.0)
+        if NORMS:
+            B = normed(B, B_norm, i, N, mixer_eps, dtype, NORMS)
+            C = normed(C, C_norm, i, N, mixer_eps, dtype, NORMS)
         B, C = B.to(dtype).to(tl.float32), C.to(dtype).to(tl.float32)
         delta = tl.sum(tl.where((tokens == t)[None, :], product, 0.0), axis=1) + delta_bias
         delta = tl.where(delta > 20.0, delta, tl.log(1.0 + tl.exp(delta)))

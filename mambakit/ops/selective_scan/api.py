@@ -83,8 +83,7 @@ def selective_scan(
     _checks.no_forward_mode(op, *differentiable)
     if in_functorch():
         return chunked.forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, 0)[:2]
-    B, C = selection.compact(B), selection.compact(C)
-    selection.check_groups(op, u.shape[1], B, C)
+    B, C = selection.matched(op, u.shape[1], selection.compact(B), selection.compact(C))
     # An exported program is for inference (its gradient still works: it recomputes the checkpoints).
     needs_grad = (
         torch.is_grad_enabled()
@@ -140,8 +139,7 @@ def selective_scan_(
     _checks.slots(op, slot_indices, rows, state.shape[0])
     A = A.to(dtype)
     D, delta_bias = (None if t is None else t.to(dtype) for t in (D, delta_bias))
-    B, C = selection.compact(B), selection.compact(C)
-    selection.check_groups(op, u.shape[1], B, C)
+    B, C = selection.matched(op, u.shape[1], selection.compact(B), selection.compact(C))
     wide = state.to(dtype)
     y = torch.ops.mambakit.selective_scan_(
         wide, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens

@@ -8,7 +8,20 @@ from mambakit.serving.api.chat import CHAT
 from mambakit.serving.api.completions import COMPLETIONS
 from mambakit.serving.api.declarations import Operation, Parameter
 from mambakit.serving.api.log_probs import CHAT_LOG_PROBS, COMPLETION_LOG_PROBS
-from mambakit.serving.api.shapes import ANY_OBJECT, INTEGER, STRING, USAGE, array, constant, nullable, record
+from mambakit.serving.api.score import SCORE
+from mambakit.serving.api.shapes import (
+    ANY_OBJECT,
+    BOOLEAN,
+    INTEGER,
+    NUMBER,
+    STRING,
+    USAGE,
+    array,
+    constant,
+    nullable,
+    record,
+)
+from mambakit.serving.api.tokens import DETOKENIZE, TOKENIZE
 
 _STREAMED = ("application/json", "text/event-stream")
 # 429 and 503: queues that are full, no replica that is ready. 504: --request-seconds.
@@ -82,6 +95,60 @@ CHAT_COMPLETE = Operation(
     ),
     media=_STREAMED,
     statuses=_QUEUED,
+)
+
+SCORE_TEXTS = Operation(
+    "POST",
+    "/v1/score",
+    "Log-likelihoods of continuations of one text.",
+    fields=SCORE,
+    result=record(
+        {
+            "id": STRING,
+            "object": constant("score"),
+            "created": INTEGER,
+            "model": STRING,
+            "data": array(
+                record(
+                    {
+                        "index": INTEGER,
+                        "log_prob": NUMBER,
+                        "tokens": INTEGER,
+                        "greedy": BOOLEAN,
+                        "log_probs": array(NUMBER),
+                    },
+                    optional=("log_probs",),
+                )
+            ),
+            "usage": USAGE,
+        }
+    ),
+    statuses=_QUEUED,
+)
+_READ = (404, 408, 413, 415, 503)
+TOKENIZE_TEXT = Operation(
+    "POST",
+    "/tokenize",
+    "The tokens of a text or a chat.",
+    fields=TOKENIZE,
+    result=record(
+        {
+            "tokens": array(INTEGER),
+            "count": INTEGER,
+            "max_model_len": nullable(INTEGER),
+            "token_strs": array(STRING),
+        },
+        optional=("token_strs",),
+    ),
+    statuses=_READ,
+)
+DETOKENIZE_TOKENS = Operation(
+    "POST",
+    "/detokenize",
+    "The text of tokens.",
+    fields=DETOKENIZE,
+    result=record({"prompt": STRING}),
+    statuses=_READ,
 )
 
 _MODEL = record({"id": STRING, "object": constant("model"), "created": INTEGER, "owned_by": STRING})

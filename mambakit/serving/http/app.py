@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from mambakit.serving.errors import ApiError
-from mambakit.serving.http import generation, models, playground, probes
+from mambakit.serving.http import generation, models, playground, probes, scores, tokens
 from mambakit.serving.http.access import Access
 from mambakit.serving.http.refusals import bug, http_error, refusal
 from mambakit.serving.http.request_ids import HEADER, RequestIds
@@ -29,7 +29,13 @@ def endpoints(services: Services, page_of: str | None = None) -> list[Endpoint]:
     Args:
         page_of: the checkpoint that the playground tells of; None: there is no playground.
     """
-    found = [*generation.endpoints(services), *models.endpoints(services), *probes.endpoints(services)]
+    found = [
+        *generation.endpoints(services),
+        *scores.endpoints(services),
+        *tokens.endpoints(services),
+        *models.endpoints(services),
+        *probes.endpoints(services),
+    ]
     if page_of is not None:
         found += playground.endpoints(services, page_of)
     return [*found, models.document_endpoint(services, found)]

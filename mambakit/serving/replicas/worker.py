@@ -290,7 +290,9 @@ def _ids(content: bytes) -> Any:
     """(l,) int64."""
     import torch
 
-    return torch.frombuffer(bytearray(content), dtype=torch.int64) if content else torch.zeros(0, dtype=torch.int64)
+    if not content:
+        return torch.zeros(0, dtype=torch.int64, device="cpu")
+    return torch.frombuffer(bytearray(content), dtype=torch.int64)
 
 
 def _device_error() -> type[Exception]:
