@@ -57,8 +57,8 @@ class PromptReader:
         prompt = None if alone else (request.share, hashlib.sha256(ids.numpy().tobytes()).digest())
         most = NEW_TOKENS.read("max_new_tokens", request.max_new_tokens)
         reading = PromptReading(self._model, ids, chunk_size, request.state, prefix_cache)
-        ends = frozenset[int]() if request.ignore_ends else self._ends
         before = 0 if request.state is None else request.state.get_seq_length()
+        ends = frozenset() if request.ignore_ends else self._ends
         return Text(request, most, reading, ends, prompt, before)
 
     def step(self, read: Callable[[Text, int], None], failed: Callable[[Text, Exception], None]) -> None:

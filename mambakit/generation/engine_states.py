@@ -39,15 +39,13 @@ class TextStates:
             copies.append(state)
             self._drop_old(text)
 
-    def before_look(self, pool: SlotPool, texts: list[Text | None]) -> None:
-        """Copy the states that are due; ``texts`` are the slots' occupants.
-
-        Where tokens of an earlier look are not on the host yet, a copy may turn out to have read too much.
-        """
-        for slot, text in enumerate(texts):
+    def before_look(self, pool: SlotPool, several: bool) -> None:
+        """Copy the states that are due; ``several``: whether slots may read beyond their texts' ends."""
+        for slot, text in enumerate(pool.occupants):
             if text is None or (copies := self._copies.get(text)) is None:
                 continue
-            if pool.seen(slot) - copies[-1].get_seq_length() >= _EVERY:
+            due = pool.seen(slot) - copies[-1].get_seq_length() >= _EVERY
+            if due and (several or text.request.keep_states):
                 copies.append(pool.copy_of(slot))
                 self._drop_old(text)
 
@@ -62,10 +60,13 @@ class TextStates:
 
         The first is its state at the end, where its slot has not read further.
         """
-        copies = [one for one in self._copies.pop(text, []) if one.get_seq_length() <= text.length]
+        # The text may have ended in a look that was launched before the last copy.
+        copies = [copy for copy in self._copies.pop(text, []) if copy.get_seq_length() <= text.length]
         current = text.state if slot is None else pool.copy_of(slot) if pool.seen(slot) <= text.length else None
         if current is not None:
-            copies = [*(one for one in copies if one is not current), current if slot is not None else current.clone()]
+            if copies and copies[-1].get_seq_length() == current.get_seq_length():
+                del copies[-1]
+            copies.append(current.clone() if slot is None else current)
         return copies[::-1]
 
     def read_on(self, text: Text, state: StateCache) -> StateCache:

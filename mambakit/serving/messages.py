@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from mambakit.serving.logs import LogOptions
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class WorkerOptions:
         heartbeat_seconds: a replica that sends nothing for longer is killed and restarted.
         progress_seconds: the same for one that has work and completes no step.
         load_seconds: the same for one that is not ready in this time.
+        logs: of its process, to standard error.
     """
 
     model: str
@@ -35,6 +38,39 @@ class WorkerOptions:
     heartbeat_seconds: float = 20.0
     progress_seconds: float = 300.0
     load_seconds: float = 1800.0
+    logs: LogOptions = field(default_factory=LogOptions)
+
+
+@dataclass(frozen=True)
+class StateTask:
+    """What a text has to do with states that are kept (`mambakit.serving.states`).
+
+    Attributes:
+        start: the blob of the state that it starts from; "" for none.
+        keep: whether to write the state at its end to a blob, which its last piece names.
+        penalise: whether penalties count the tokens that the state has read.
+    """
+
+    start: str = ""
+    keep: bool = False
+    penalise: bool = True
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A state that is durable: its blob, and what it has read.
+
+    Attributes:
+        blob: SHA-256 of the file.
+        bytes: its size.
+        tokens: how many tokens of text it stands after.
+        digest: a hash of those tokens; "" where they are not known.
+    """
+
+    blob: str
+    bytes: int
+    tokens: int
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,6 +85,8 @@ class TextOptions:
         prompt_log_probs: whether those of the prompt's tokens come, too.
         constraint: (kind, text): an argument of `mambakit.generation.constrain.Constraint` and its value.
         continuations: int64 ids of texts to score after the prompt. Nothing is generated then.
+        state: what it has to do with states that are kept.
+        cache_salt: of the prefix cache: prompts of another salt are never found.
     """
 
     min_new_tokens: int = 0
@@ -57,6 +95,8 @@ class TextOptions:
     prompt_log_probs: bool = False
     constraint: tuple[str, str] | None = None
     continuations: tuple[bytes, ...] | None = None
+    state: StateTask | None = None
+    cache_salt: str = ""
 
     @property
     def scores(self) -> bool:
@@ -152,6 +192,8 @@ class Piece(NamedTuple):
     """Of the tokens whose text is in this and earlier pieces, where they were asked for."""
     prompt_log_probs: tuple[Scored, ...] = ()
     continuations: tuple[Continuation, ...] = ()
+    kept: Kept | None = None
+    """In the last piece of a text whose state was to be kept."""
 
 
 class Batch(NamedTuple):

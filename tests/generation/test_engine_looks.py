@@ -73,7 +73,7 @@ def test_states_at_the_end_of_texts(model, monkeypatch, way, every):
         lengths = [state.get_seq_length() for state in request.states]
         assert lengths == sorted(set(lengths), reverse=True)
         assert len(request.prompt_ids) == lengths[-1], "the state after the prompt is among them"
-        assert lengths[0] > read - every - 12, "it is a few tokens short at most"
+        assert lengths[0] > read - 2 * every - 12, "it is a few tokens short at most"
         assert request.final_state.get_seq_length() == read
         for state in (request.final_state, *request.states):
             expected = model(text[None, : state.get_seq_length()], use_cache=True).cache_params

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mambakit.serving.api.chat import CHAT
 from mambakit.serving.api.completions import COMPLETIONS
 from mambakit.serving.api.declarations import Operation, Parameter
@@ -178,5 +180,36 @@ LIVE = Operation("GET", "/live", "The API server runs, whatever its replicas do.
 READY = Operation(
     "GET", "/ready", "Whether a request that comes now is answered.", result=_STATUS, statuses=(503,), open=True
 )
+# As Kubernetes' own components name them.
+LIVEZ, READYZ = replace(LIVE, path="/livez"), replace(READY, path="/readyz")
 METRICS = Operation("GET", "/metrics", "Prometheus series.", media=("text/plain",), open=True)
 DOCUMENT = Operation("GET", "/openapi.json", "This document.", result=ANY_OBJECT, statuses=(503,), open=True)
+
+PAGE = Operation("GET", "/", "The playground: a page to write with the model.", media=("text/html",), open=True)
+PAGE_FILE = Operation(
+    "GET",
+    "/playground/{name}",
+    "A file of the playground.",
+    media=("text/html", "text/css", "text/javascript", "image/svg+xml"),
+    parameters=(Parameter("name", "Its name.", STRING),),
+    statuses=(404,),
+    open=True,
+)
+PAGE_MODEL = Operation(
+    "GET",
+    "/playground/model.json",
+    "What the playground shows of the model: its size, its state's, and a Transformer's in its place.",
+    result=record(
+        {
+            "id": STRING,
+            "chat_template": {"type": "boolean"},
+            "states": {"type": "boolean"},
+            "layers": INTEGER,
+            "hidden_size": INTEGER,
+            "vocab_size": INTEGER,
+            "state_bytes": INTEGER,
+            "transformer_bytes_per_token": INTEGER,
+        }
+    ),
+    statuses=(503,),
+)

@@ -18,11 +18,15 @@ from mambakit.serving.api.intake import Prepare
 from mambakit.serving.api.prompts import Prepared, check_echo
 from mambakit.serving.dispatch.jobs import Inbox, Job
 from mambakit.serving.errors import ApiError
+from mambakit.serving.http.quotas import Grant
+from mambakit.serving.http.request_log import note
 from mambakit.serving.http.routing import Endpoint
 from mambakit.serving.http.services import Services
 from mambakit.serving.http.texts import EventStream, Texts, while_connected
 
 _P = TypeVar("_P", bound=Prepared)
+# With --log-prompts: so many tokens of so many of a request's prompts.
+_SHOWN, _MOST_SHOWN = 1000, 8
 DISCONNECTED = Response(status_code=499)  # what proxies log for a client that disconnected; it is never sent
 
 
@@ -52,15 +56,23 @@ async def answer(
         services.dispatcher.require_ready()  # cheap checks come before the body is read
         prepared = await services.read(request, prepare)
         texts = _texts(services, prepared, await shape(services, prepared), services.owner(request))
-        services.dispatcher.submit(texts.jobs)
+        await _note_prompts(services, prepared, request)
+        grant = services.submit(request, texts.jobs, texts.usage.prompt_tokens)
     except ApiError as error:
         services.metrics.requests.labels("", "rejected" if error.retry_after else "invalid").inc()
         raise
     except ClientDisconnect:
         return DISCONNECTED
     return await finish(
-        services, request, texts, lambda ended: texts.stream(ended) if texts.asked.stream else texts.whole()
+        services, request, texts, lambda ended: texts.stream(ended) if texts.asked.stream else texts.whole(), grant
     )
+
+
+async def _note_prompts(services: Services, prepared: Prepared, request: Request) -> None:
+    """With --log-prompts, for the request's line in the log."""
+    if services.logs.prompts:
+        shown = [await services.intake.decode(ids[: 8 * _SHOWN]) for ids in prepared.prompts[:_MOST_SHOWN]]
+        note(request.scope, prompts=shown)
 
 
 async def finish(
@@ -68,12 +80,14 @@ async def finish(
     request: Request,
     texts: Any,
     respond: Callable[[Callable[[], None]], Awaitable[Response]],
+    grant: Grant,
 ) -> Response:
     """The response of submitted jobs, while the client is there and the time of a request lasts.
 
     Args:
         texts: has ``jobs`` and their ``inbox``.
         respond: makes the response. It is given what an `EventStream` calls at its end.
+        grant: that `Services.submit` gave for the jobs.
     """
     # Timed from here: until now the limits of the connection and of the intake applied.
     timeout = asyncio.get_running_loop().call_later(services.request_seconds, _expire, services, texts)
@@ -81,6 +95,9 @@ async def finish(
     def ended() -> None:
         timeout.cancel()
         services.dispatcher.cancel(texts.jobs)
+        tokens = sum(job.tokens for job in texts.jobs)
+        grant.end(tokens)
+        note(request.scope, texts=len(texts.jobs), prompt_tokens=grant.prompt_tokens, tokens=tokens)
 
     try:
         # Nothing is sent before the first token: a replica that dies until then is an HTTP error.

@@ -91,6 +91,7 @@ class Supervisor:
         sharers = len(on_cpu) if replica in on_cpu else 1  # replicas on the CPU divide its threads
         options = replace(self.options, device=replica.device, sharers=sharers)
         replica.state, replica.busy, replica.waiting = "loading", 0, 0
+        replica.began = self.dispatcher.clock()
         replica.outgoing = queue.SimpleQueue()
         one.given_up = False
         one.process = ReplicaProcess(
@@ -153,6 +154,7 @@ class Supervisor:
         delay = one.deaths[0] + WINDOW - now if often else 0.0
         _log.error("%s died (%s); it is started again in %.0f s", replica.name, reason, delay)
         self.dispatcher.lost(replica, reason)
+        replica.began = self.dispatcher.clock() + delay
         if often and all(r.state == "dead" for r in self.dispatcher.replicas):
             self.dispatcher.fail_all(f"no replica is left; the last to die was {replica.name} ({reason})")
         self._loop.call_later(delay, self._relaunch, one)
