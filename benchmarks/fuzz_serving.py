@@ -71,6 +71,7 @@ def _fuzz_document(url: str, requests: int, seed: int, seconds: float, findings:
     import requests as http
     import schemathesis
     from schemathesis.checks import not_a_server_error
+    from schemathesis.core.failures import FailureGroup
     from schemathesis.specs.openapi import checks
 
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
@@ -98,7 +99,7 @@ def _fuzz_document(url: str, requests: int, seed: int, seconds: float, findings:
         if not (response.status_code in (429, 503) and "retry-after" in response.headers):
             try:
                 case.validate_response(response, checks=wanted)
-            except Exception as error:
+            except (Exception, FailureGroup) as error:
                 wrong = f"{error}"[:2000]
         findings.note(kind, response.status_code, wrong)
 
