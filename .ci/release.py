@@ -1,12 +1,12 @@
 """The steps of a release up to the upload, each checked: `python .ci/release.py 0.2.0`.
 
-    1  the tree is clean, and the version is the same in pyproject.toml, mambakit/__init__.py, CITATION.cff, CHANGELOG.md
-    2  CI passes in a fresh clone (--skip-ci: it has)
-    3  the source distribution and a wheel for each platform, twice: the second build gives the same bytes
-    4  each wheel holds what it should, and the one of this platform runs in a fresh environment
-    5  checksums, and the commands that are left: tag and upload, which a person types
+1  the tree is clean, and the version is the same in pyproject.toml, mambakit/__init__.py, CITATION.cff, CHANGELOG.md
+2  CI passes in a fresh clone (--skip-ci: it has)
+3  the source distribution and a wheel for each platform, twice: the second build gives the same bytes
+4  each wheel holds what it should, and the one of this platform runs in a fresh environment
+5  checksums, and the commands that are left: tag and upload, which a person types
 
-    pip install build twine scikit-build-core ziglang cmake ninja
+pip install build twine scikit-build-core ziglang cmake ninja
 """
 
 from __future__ import annotations
@@ -99,7 +99,11 @@ def check_wheel(wheel: Path, version: str) -> None:
         names = opened.namelist()
         metadata = opened.read(f"mambakit-{version}.dist-info/METADATA").decode()
     system = next(key for key in LIBRARIES if key in wheel.name.rsplit("-", 1)[1])
-    wanted = {f"mambakit/ops/_backends/{LIBRARIES[system]}", "mambakit/assets/books/model.safetensors", "mambakit/py.typed"}
+    wanted = {
+        f"mambakit/ops/_backends/{LIBRARIES[system]}",
+        "mambakit/assets/books/model.safetensors",
+        "mambakit/py.typed",
+    }
     missing = sorted(wanted - set(names))
     sources = [name for name in names if name.endswith(".cpp") or name.startswith(("tests/", "docs/"))]
     if missing or sources or f"Version: {version}" not in metadata or wheel.stat().st_size > LARGEST:
@@ -135,7 +139,8 @@ def say_end(output: Path, version: str) -> None:
     files = sorted(path for path in output.iterdir() if path.suffix in (".whl", ".gz"))
     (output / "SHA256SUMS").write_text("".join(f"{digest(path)}  {path.name}\n" for path in files), encoding="utf-8")
     print((output / "SHA256SUMS").read_text(encoding="utf-8"), end="")
-    print(f"left to do:\n  git tag -s v{version} && git push origin v{version}\n  twine upload {output}/*.whl {output}/*.tar.gz")
+    print(f"left to do:\n  git tag -s v{version} && git push origin v{version}")
+    print(f"  twine upload {output}/*.whl {output}/*.tar.gz")
 
 
 def digest(path: Path) -> str:

@@ -67,12 +67,12 @@ def stand_in(checkpoint: str, size: int) -> str:
     if found is not None:
         raise CheckpointError(
             f"{checkpoint} holds no tokenizer, and its {size} tokens are likely {found.what}: if they are, give "
-            f"--tokenizer {found.name} (AutoTokenizer.from_pretrained({found.name!r})), else the folder of the one that "
-            "it was trained with"
+            f"--tokenizer {found.name} (AutoTokenizer.from_pretrained({found.name!r})), else the folder of the one "
+            "that it was trained with"
         )
     raise CheckpointError(
-        f"{checkpoint} holds no tokenizer, and {size:,} tokens are no known one's; give the one that it was trained with: "
-        "--tokenizer FOLDER, or save its files into the folder"
+        f"{checkpoint} holds no tokenizer, and {size:,} tokens are no known one's; give the one that it was trained "
+        "with: --tokenizer FOLDER, or save its files into the folder"
     )
 
 

@@ -38,7 +38,9 @@ def test_it_builds(tmp_path):
     site = tmp_path / "site"
     dna = (site / "guides" / "dna.html").read_text(encoding="utf-8")
     assert 'href="../repository/examples/14_masked_dna.py.html"' in dna
-    assert "BiMambaForMaskedLM" in (site / "repository" / "examples" / "14_masked_dna.py.html").read_text(encoding="utf-8")
+    assert "BiMambaForMaskedLM" in (site / "repository" / "examples" / "14_masked_dna.py.html").read_text(
+        encoding="utf-8"
+    )
     # Without a server: the index of the search is a script, and nothing is fetched from elsewhere.
     assert (site / "search" / "search_index.js").is_file()
     fetched = re.findall(r'<(?:script|link)[^>]+(?:src|href)="(https?://[^"]+)"', dna)

@@ -60,12 +60,12 @@ def endpoints(services: Services) -> list[Endpoint]:
                 for index, (prefix, length) in enumerate(zip(prepared.prefixes, lengths, strict=True))
             ]  # fmt: skip
             scores = _Scores(prepared, inbox, jobs, Usage(lengths, caching=services.caching), services.name)
-            services.dispatcher.submit(jobs)
+            grant = services.submit(request, jobs, sum(lengths))
         except ApiError as error:
             services.metrics.requests.labels("", "rejected" if error.retry_after else "invalid").inc()
             raise
         except ClientDisconnect:
             return DISCONNECTED
-        return await finish(services, request, scores, lambda ended: scores.whole())
+        return await finish(services, request, scores, lambda ended: scores.whole(), grant)
 
     return [Endpoint(operations.SCORE_TEXTS, score)]
