@@ -302,6 +302,13 @@ def why_not_verification(model: Any, rows: int, tokens: int, *, states: Any = No
     return cuda_persistent.why_not(gpu_weights(model), tokens, model.backbone.norm_f.weight.dtype)
 
 
+def many_rows_verification(model: Any, cache: Any, tokens: int) -> Any:
+    """Triton's kernels for drafts of up to ``tokens`` tokens of each of the cache's rows."""
+    from mambakit.ops.decode.triton_verify import ManyRowsVerification
+
+    return ManyRowsVerification(gpu_weights(model), cache.conv_states, cache.ssm_states, tokens)
+
+
 def verification_step(model: Any, tokens: int) -> VerificationStep:
     """The model's step for drafts of ``tokens`` tokens, made at its first use. `why_not_verification` must be None."""
 

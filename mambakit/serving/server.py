@@ -152,12 +152,9 @@ def serve(options: ServerOptions) -> None:
         failures.append(reason)
         server.should_exit = True
 
-    metrics = Metrics()
-    dispatcher = Dispatcher(
-        options.devices, slots=options.worker.slots, max_waiting=options.max_waiting, metrics=metrics
-    )
+    dispatcher = make_dispatcher(options)
     supervisor = Supervisor(options.worker, dispatcher, failed)
-    intake = Intake(lambda: _load(options), options.intake)
+    intake = make_intake(options)
     options = replace(options, limits=replace(options.limits, connections=room))
     server = make_server(options, listener, dispatcher, supervisor, intake, failed)
     # uvicorn raises the signal again when it has stopped; by then all is done, and the exit status is to be 0.
@@ -170,6 +167,19 @@ def serve(options: ServerOptions) -> None:
             signal.signal(number, handler)
     if failures:
         raise ValueError(failures[0])
+
+
+def make_dispatcher(options: ServerOptions) -> Dispatcher:
+    return Dispatcher(options.devices, slots=options.worker.slots, max_waiting=options.max_waiting, metrics=Metrics())
+
+
+def make_intake(options: ServerOptions) -> Intake:
+    return Intake(lambda: _load(options), options.intake)
+
+
+def make_services(options: ServerOptions, access: AccessRules, dispatcher: Dispatcher, intake: Intake) -> Services:
+    caching = options.worker.prefix_cache_bytes > 0
+    return Services(dispatcher, intake, options.name, access, options.request_seconds, caching, options.logs)
 
 
 def make_server(
@@ -189,8 +199,7 @@ def make_server(
             "(--api-key-file), or listen on 127.0.0.1",
             options.host,
         )
-    caching = options.worker.prefix_cache_bytes > 0
-    services = Services(dispatcher, intake, options.name, access, options.request_seconds, caching, options.logs)
+    services = make_services(options, access, dispatcher, intake)
     config = uvicorn.Config(
         make_app(services, supervisor, failed, options.worker.model if options.playground else None),
         http=functools.partial(Connection, limits=options.limits),  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ SERVING = ROOT / "mambakit" / "serving"
 # From the bottom up: files and folders, and the files of each folder. Each may import those before it.
 FOLDERS = [
     "errors", "logs", "messages", "metrics", "states", "api", "dispatch", "replicas", "playground", "http", "server",
+    "ray_app",
 ]  # fmt: skip
 FILES = {
     "playground": ["files", "about"],
@@ -24,7 +25,10 @@ FILES = {
     ],
     "states": ["tensors", "blobs", "records", "store"],
     "dispatch": ["shares", "jobs", "fair_queue", "queue", "affinity", "rates", "promises", "suspects", "dispatcher"],
-    "replicas": ["heartbeat", "outbox", "constraints", "scoring", "worker", "process", "supervisor"],
+    "replicas": [
+        "heartbeat", "outbox", "constraints", "scoring", "worker", "transport", "process",
+        "ray_actor", "scaling", "supervisor",
+    ],
     "http": [
         "keys", "quotas", "tls", "request_log", "access", "refusals", "connection_limits", "connection", "request_ids",
         "routing", "services", "texts", "generation", "scores", "tokens", "models", "probes", "playground", "app",

@@ -265,7 +265,7 @@ class Dispatcher:
 
     def health(self) -> dict[str, Any]:
         """ "ok" where every replica is ready, "degraded" where some are, else "loading" or "unavailable"."""
-        states = {r.state for r in self.replicas}
+        states = {r.state for r in self.replicas if r.state != "asleep"}
         status = "degraded" if "ready" in states else "loading" if "loading" in states else "unavailable"
         return {
             "status": "ok" if states == {"ready"} else status,

@@ -53,7 +53,8 @@ class Replica:
     number: int
     device: str
     state: str = "loading"
-    """"loading", "ready", "silent" while its heartbeat is late, or "dead" until it is restarted."""
+    """"loading", "ready", "silent" while its heartbeat is late, or "dead" until it is restarted; where the number of
+    replicas changes also "draining" (it gets no more texts) and "asleep" (it does not run)."""
     jobs: dict[int, Job] = field(default_factory=dict)
     """The texts that it has, by `Job.id`, in the order in which they were sent."""
     shares: Shares = field(default_factory=Shares)
