@@ -228,7 +228,7 @@ def test_stop_edit_and_again(page):
     page.fill("#max_tokens", "2000")
     page.fill("#input", "Once upon a time")
     page.press("#input", "Control+Enter")
-    page.wait_for_function("document.querySelectorAll('#text .token').length > 5")
+    page.locator("#text .token").nth(5).wait_for()
     page.keyboard.press("Escape")
     done(page)
     count = page.locator("#text .token").count()

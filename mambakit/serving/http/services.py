@@ -19,6 +19,7 @@ from mambakit.serving.dispatch.jobs import Job
 from mambakit.serving.http.access import AccessRules
 from mambakit.serving.http.quotas import Grant, Quotas
 from mambakit.serving.http.refusals import require_json
+from mambakit.serving.http.request_ids import request_id
 from mambakit.serving.http.routing import key_of
 from mambakit.serving.logs import LogOptions
 from mambakit.serving.metrics import Metrics
@@ -83,6 +84,8 @@ class Services:
         Raises:
             ApiError: the key has too little left, or the dispatcher refuses the texts.
         """
+        for job in jobs:
+            job.request_id = request_id(request)
         most = sum(job.max_new_tokens for job in jobs)
         grant = self.quotas.admit(key_of(request), len(jobs), prompt_tokens, most)
         try:
