@@ -158,11 +158,10 @@ def measure(options: argparse.Namespace, format: str) -> list[dict[str, object]]
         if options.device == "cuda":
             seconds = {family: on_gpu(call, options.rounds) for family, call in calls.items()}
         else:
-            if not options.llama:  # 7B models are widened by a forward
-                token, falcon = torch.zeros(rows, dtype=torch.int64), models["FalconMamba"]
-                forward = ForwardDecoder(falcon, falcon.backbone.new_cache(rows))
-                calls["FalconMamba's forward"] = lambda f=forward, t=token: f.step(t)
-            elif rows == 1:
+            token, falcon = torch.zeros(rows, dtype=torch.int64), models["FalconMamba"]
+            forward = ForwardDecoder(falcon, falcon.backbone.new_cache(rows))
+            calls["FalconMamba's forward"] = lambda f=forward, t=token: f.step(t)
+            if options.llama and rows == 1:
                 calls["llama.cpp, FalconMamba"] = llama_step(options, format)
             seconds = in_turn(calls, options.rounds)
         note(f"step x {rows}", rows, seconds, decoders)

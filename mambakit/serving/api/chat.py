@@ -17,6 +17,7 @@ from mambakit.serving.api.chat_messages import (
     TOOL,
     for_template,
     items,
+    message_schema,
     tools_for_template,
 )
 from mambakit.serving.api.checks import check_tokens
@@ -48,7 +49,14 @@ def _tool_choice(name: str, value: Any, _: Limits) -> str:
 
 
 PROMPT: Fields = {
-    "messages": items(MESSAGE, MOST_MESSAGES, "give the chat so far, oldest first", required=True, what="messages"),
+    "messages": items(
+        MESSAGE,
+        MOST_MESSAGES,
+        "give the chat so far, oldest first",
+        required=True,
+        what="messages",
+        schema_of_one=message_schema,
+    ),
     "tools": items(TOOL, MOST_TOOLS, "Functions that the model may call, where its template has tools.", what="tools"),
     "tool_choice": Field(_tool_choice, {"type": "string", "enum": ["auto", "none"]}, "none: no tool is shown."),
     "reasoning_effort": choice(

@@ -13,7 +13,7 @@ from typing import Any
 from mambakit.quoting import quoted
 from mambakit.serving.api.answers import Usage
 from mambakit.serving.api.asked import parse_body
-from mambakit.serving.api.checks import check_ids, check_length, check_texts, check_tokens, ids_schema
+from mambakit.serving.api.checks import check_length, check_texts, check_tokens, ids_schema, read_ids
 from mambakit.serving.api.declarations import Field, Fields, Limits, read, wrong
 from mambakit.serving.api.fields import MODEL
 from mambakit.serving.api.log_probs import LEAST
@@ -30,8 +30,7 @@ def _text_or_ids(name: str, value: Any, limits: Limits) -> str | list[int]:
         return value
     if not isinstance(value, list):
         raise TypeError(f"{name} is {quoted(value)}; it must be a string or a list of token ids")
-    check_ids(value, limits)
-    return value
+    return read_ids(value, limits)
 
 
 def _continuations(name: str, value: Any, limits: Limits) -> list[str | list[int]]:
@@ -46,12 +45,21 @@ def _schema(limits: Limits) -> dict[str, Any]:
     return {"anyOf": [{"type": "string"}, ids_schema(limits)]}
 
 
+def _continuation_schema(limits: Limits) -> dict[str, Any]:
+    return {"anyOf": [{"type": "string", "minLength": 1}, ids_schema(limits)]}
+
+
 SCORE: Fields = {
     "model": MODEL,
     "prompt": Field(_text_or_ids, _schema, "give a string or token ids: what comes first", required=True),
     "continuations": Field(
         _continuations,
-        lambda limits: {"type": "array", "items": _schema(limits), "minItems": 1, "maxItems": MOST_CONTINUATIONS},
+        lambda limits: {
+            "type": "array",
+            "items": _continuation_schema(limits),
+            "minItems": 1,
+            "maxItems": MOST_CONTINUATIONS,
+        },
         "give strings or lists of token ids: what may come next",
         required=True,
     ),
