@@ -302,6 +302,7 @@ class Engine:
             request.final_state = self._states.read_on(text, states[0])
         if self.prefix_cache is not None and request.state is None:
             try:
-                self.prefix_cache.store(text.tokens()[: states[0].get_seq_length()], states[0])
+                read = text.tokens()[: states[0].get_seq_length()]
+                self.prefix_cache.store(read, states[0], salt=request.cache_salt, owner=request.owner)
             except Exception as error:  # the text itself is whole
                 warnings.warn(f"a text's state could not be kept in the prefix cache: {error}", stacklevel=2)

@@ -30,7 +30,17 @@ FILES = {
     ],
     "states": ["tensors", "blobs", "records", "store"],
     "dispatch": ["shares", "jobs", "fair_queue", "queue", "affinity", "rates", "promises", "suspects", "dispatcher"],
-    "replicas": ["heartbeat", "outbox", "constraints", "scoring", "worker", "process", "supervisor"],
+    "replicas": [
+        "heartbeat",
+        "states",
+        "outbox",
+        "receiving",
+        "constraints",
+        "scoring",
+        "worker",
+        "process",
+        "supervisor",
+    ],
     "http": [
         "access",
         "refusals",

@@ -21,10 +21,10 @@ from threading import RLock
 
 from mambakit.quoting import cut
 from mambakit.serving.errors import ApiError
-from mambakit.serving.messages import Kept
+from mambakit.serving.messages import Kept, Layout
 from mambakit.serving.states.blobs import Blobs
 from mambakit.serving.states.records import Records, StateRecord, new_id
-from mambakit.serving.states.tensors import Layout, StateFile, check, digest_of
+from mambakit.serving.states.tensors import StateFile, check, digest_of
 
 # A file without a record may be of a text whose record is about to be written. After so many seconds it is not.
 _UNCLAIMED = 900.0
