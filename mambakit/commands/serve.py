@@ -110,6 +110,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--load-state", metavar="FILE", help="start every text from this saved state (of a prompt, or a tuned one)"
     )
 
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="a chat template (Jinja) to use instead of the tokenizer's own"
+    )
+
     replicas = parser.add_argument_group("replicas: processes with a model each")
     replicas.add_argument(
         "--devices",
@@ -134,7 +138,7 @@ def _add(group: Any, numbers: tuple[_Number, ...]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for package in ("starlette", "uvicorn", "httptools", "prometheus_client"):
+    for package in ("starlette", "uvicorn", "httptools", "prometheus_client", "jinja2", "llguidance"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f'serving needs {package}, which is not installed: pip install "mambakit[serve]"')
     _check(args)
@@ -197,11 +201,26 @@ def run(args: argparse.Namespace) -> int:
                 unfinished_bytes=args.max_unfinished_mb << 20,
             ),
             drain_seconds=args.drain_seconds,
+            chat_template=None if args.chat_template is None else _template(args.chat_template),
             request_seconds=args.request_seconds,
             access=access,
         )
     )
     return 0
+
+
+def _template(file: str) -> str:
+    """The text of --chat-template, checked as far as it can be without messages."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    require_file(file, "chat template", "write one in Jinja, as a tokenizer's chat_template")
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except (TemplateError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat-template {brief(file)} is no template ({error}); give a file of Jinja") from None
+    return text
 
 
 def _own_name(model: str) -> str:

@@ -59,9 +59,9 @@ class Engine:
             on a CPU a chunk in one layer, on a GPU a chunk.
         slice_tokens: how many tokens a text writes at least before it makes room for one of another share.
         tokens_per_look: tokens that each slot writes between two device-to-host syncs, where no constraint needs one.
-            More than 1 leaves the host behind the device: `step` launches the next tokens before
-            it returns those that were launched before. The texts are the same, but `step` gives several tokens of a
-            text at once. None: 1, and with a captured decoder as many as take 10 ms, up to 8.
+            More than 1 leaves the host behind the device: `step` launches the next tokens before it returns those that
+            were launched before. The texts are the same, but `step` gives several tokens of a text at once. None: 1,
+            and with a captured decoder as many as take 10 ms, up to 8.
         clock: gives the time in seconds.
         rows: the earlier name of ``slots``.
 
@@ -179,8 +179,7 @@ class Engine:
         if self._freed:
             self._leave_out_free_slots()
         if self._taken:
-            self._states.before_look(self._pool, self._looks.several)
-            self._note(self._looks.next(), chosen)
+            self._note(self._looks.next(self._copy_states), chosen)
         if not self._taken:
             self._looks.forget()
         if not len(self._schedule):
@@ -227,6 +226,9 @@ class Engine:
         if self._taken and self._taken == len(self._schedule):
             self._loop.shrink()
             self._freed = False
+
+    def _copy_states(self, texts: list[Text | None]) -> None:
+        self._states.before_look(self._pool, texts, self._looks.several)
 
     def _note(self, found: Found | None, chosen: list[tuple[Request, int]]) -> None:
         """Note the tokens of a look."""

@@ -60,7 +60,7 @@ class PromptReader:
             self._model, ids, chunk_size, request.state, prefix_cache, request.cache_salt, request.owner
         )
         before = 0 if request.state is None else request.state.get_seq_length()
-        ends = frozenset() if request.ignore_ends else self._ends
+        ends = frozenset[int]() if request.ignore_ends else self._ends
         return Text(request, most, reading, ends, prompt, before)
 
     def step(self, read: Callable[[Text, int], None], failed: Callable[[Text, Exception], None]) -> None:

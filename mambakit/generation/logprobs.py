@@ -15,9 +15,9 @@ from mambakit.decoding.chunks import SCORING_CHUNK
 from mambakit.decoding.logits import require_numbers
 from mambakit.decoding.prefill import hidden_states
 from mambakit.generation.state import State
-from mambakit.generation.stream import _TextDecoder
 from mambakit.generation.token_ids import require_in_vocabulary
 from mambakit.generation.token_scores import LOGIT_ROWS
+from mambakit.generation.token_texts import TokenTexts
 from mambakit.quoting import brief
 
 
@@ -124,11 +124,9 @@ def echo(model: Any, tokenizer: Any, ids: Tensor, *, top: int = 0, chunk_size: i
 
 def as_logprobs(tokenizer: Any, scored: TokenLogProbs, offset: int = 0) -> dict[str, list]:
     """The ``logprobs`` object of the completions API; ``offset`` characters stand before the first token."""
-    decoder, offsets = _TextDecoder(tokenizer), []
-    for token in scored.ids.tolist():
-        offsets.append(offset)
-        offset += len(decoder.push(token))
-    text = functools.partial(_token_text, tokenizer)
+    texts = TokenTexts(tokenizer)
+    offsets = [offset + at for at in texts.offsets(scored.ids.tolist())]
+    text = texts.text
     finite = functools.partial(max, -9999.0)
     unknown = scored.log_probs.isnan().tolist()
     top = zip(unknown, scored.top_ids.tolist(), scored.top_log_probs.tolist(), strict=True)
@@ -140,21 +138,3 @@ def as_logprobs(tokenizer: Any, scored: TokenLogProbs, offset: int = 0) -> dict[
         ],
         "text_offset": offsets,
     }
-
-
-def _token_text(tokenizer: Any, token: int) -> str:
-    text = tokenizer.decode([token])
-    if "\ufffd" not in text:
-        return text
-    spelled = tokenizer.convert_ids_to_tokens(token)  # byte-level vocabularies spell each byte as a letter of its own
-    if not all(letter in _byte_letters() for letter in spelled):
-        return text
-    return "bytes:" + "".join(f"\\x{_byte_letters()[letter]:02x}" for letter in spelled)
-
-
-@functools.cache
-def _byte_letters() -> dict[str, int]:
-    """Letter -> byte, as GPT-2's tokenizer spells bytes: printable ones as themselves, the others from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -82,9 +82,9 @@ class PrefixCache:
     """The longest known beginning of a prompt, at the price of copying a state.
 
     Snapshots are taken at multiples of ``chunk_size``, of a power of two times it far from the prompt's end (four in
-    each doubling of the distance), and at the prompt's last token but one, so that both the same prompt again and prompts
-    that begin alike are found. Beyond a budget, the states that have not been used for longest are dropped, first those
-    of the owner that has the most: one owner's prompts do not push out another's.
+    each doubling of the distance), and at the prompt's last token but one, so that both the same prompt again and
+    prompts that begin alike are found. Beyond a budget, the states that have not been used for longest are dropped,
+    first those of the owner that has the most: one owner's prompts do not push out another's.
 
     It is safe to use from several threads, and the folder from several processes at once. The folder holds only tensors
     and hashes, no text.

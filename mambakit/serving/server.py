@@ -50,6 +50,7 @@ class ServerOptions:
         intake: limits on the reading of bodies.
         drain_seconds: how long running texts may continue after a signal to stop.
         request_seconds: how long a request may take.
+        chat_template: Jinja, instead of the tokenizer's own; None: its own.
         access: keys and allowed hosts and origins; ``loopback`` is filled in here.
     """
 
@@ -67,6 +68,7 @@ class ServerOptions:
     intake: IntakeOptions = field(default_factory=IntakeOptions)
     drain_seconds: float = 30.0
     request_seconds: float = 1800.0
+    chat_template: str | None = None
     access: AccessRules = field(default_factory=AccessRules)
 
 
@@ -194,7 +196,10 @@ def _load(options: ServerOptions) -> tuple[Any, Limits]:
         max_prompt_tokens=options.max_prompt_tokens,
         most_texts=min(options.max_texts, options.max_waiting + options.worker.slots * len(options.devices)),
     )
-    return AutoTokenizer.from_pretrained(options.worker.model), limits
+    tokenizer = AutoTokenizer.from_pretrained(options.worker.model)
+    if options.chat_template is not None:
+        tokenizer.chat_template = options.chat_template
+    return tokenizer, limits
 
 
 def _nothing(_number: int, _frame: Any) -> None:

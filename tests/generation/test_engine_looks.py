@@ -91,7 +91,7 @@ def test_the_next_look_is_launched_before_the_tokens_of_the_last_are_handled(mod
     monkeypatch.setattr(SlotLoop, "launch", lambda self, count: events.append(count) or launch(self, count))
     monkeypatch.setattr(HostCopy, "wait", lambda self: events.append("wait") or wait(self))
     model.generation_config.eos_token_id = None
-    engine = Engine(model, 1, tokens_per_look=4)
+    engine = Engine(model, 1, read_seconds=60, tokens_per_look=4)  # the first step reads the prompt
     (text,) = [engine.submit(request) for request in requests()[:1]]
     steps = [len(engine.step()) for _ in range(4)]
     assert steps == [1, 4, 4, 2], "the first look is launched, then each look returns the one before"

@@ -15,18 +15,9 @@ SERVING = ROOT / "mambakit" / "serving"
 FOLDERS = ["errors", "messages", "metrics", "states", "api", "dispatch", "replicas", "http", "server"]
 FILES = {
     "api": [
-        "declarations",
-        "values",
-        "checks",
-        "shapes",
-        "fields",
-        "asked",
-        "prompts",
-        "completions",
-        "operations",
-        "openapi",
-        "answers",
-        "intake",
+        "declarations", "values", "checks", "shapes", "formats", "fields", "asked", "templates", "prompts",
+        "completions", "reply", "chat_messages", "chat", "log_probs", "answers", "chat_answers", "operations",
+        "openapi", "intake",
     ],
     "states": ["tensors", "blobs", "records", "store"],
     "dispatch": ["shares", "jobs", "fair_queue", "queue", "affinity", "rates", "promises", "suspects", "dispatcher"],
@@ -42,20 +33,10 @@ FILES = {
         "supervisor",
     ],
     "http": [
-        "access",
-        "refusals",
-        "connection_limits",
-        "connection",
-        "request_ids",
-        "routing",
-        "services",
-        "texts",
-        "completions",
-        "models",
-        "probes",
-        "app",
+        "access", "refusals", "connection_limits", "connection", "request_ids", "routing", "services", "texts",
+        "generation", "models", "probes", "app",
     ],
-}
+}  # fmt: skip
 ORDER = [f"{folder}.{file}" if file else folder for folder in FOLDERS for file in FILES.get(folder, [""])]
 
 
@@ -93,7 +74,7 @@ def test_files_have_one_subject(name):
     [
         ("dispatch.dispatcher", {"torch", "starlette", "uvicorn", "multiprocessing"}),
         ("replicas.supervisor", {"torch", "starlette", "uvicorn"}),
-        ("api.prompts", {"starlette", "uvicorn", "multiprocessing"}),
+        ("api.chat", {"starlette", "uvicorn", "multiprocessing"}),
     ],
 )
 def test_what_each_part_does_not_know(module, never):

@@ -7,28 +7,28 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mambakit.decoding.parameters import SAMPLING
-from mambakit.serving.api.asked import Asked, parse_body
-from mambakit.serving.api.checks import check_texts, check_tokens, prompts_schema, read_prompts
+from mambakit.decoding.parameters import Number
+from mambakit.serving.api.asked import Asked, asked, parse_body
+from mambakit.serving.api.checks import check_tokens, prompts_schema, read_prompts
 from mambakit.serving.api.declarations import Field, Fields, Limits, read, wrong
-from mambakit.serving.api.fields import GENERATION
-from mambakit.serving.api.prompts import Codec, Prepared, check_echo, depth_is_bounded
-from mambakit.serving.api.values import flag, unserved
+from mambakit.serving.api.fields import GENERATION, MOST_ALTERNATIVES, max_tokens
+from mambakit.serving.api.prompts import Codec, Prepared, check_echo, check_scored, depth_is_bounded
+from mambakit.serving.api.values import flag, number, unserved
 
 COMPLETIONS: Fields = {
     **GENERATION,
+    "prompt": Field(read_prompts, prompts_schema, "give a string, a list of strings, or token ids", required=True),
+    "max_tokens": max_tokens(0, 16, "New tokens of each text, at most. 0 only with echo."),
     "echo": flag("Whether the answer begins with the prompt."),
-    "prompt": Field(
-        read_prompts, prompts_schema, "give a string, a list of strings, or token ids", required=True,
+    "logprobs": number(
+        Number(None, 0, MOST_ALTERNATIVES, whole=True),
+        "Log-probabilities of each token and of so many of the likeliest ones; with echo also of the prompt's.",
     ),
-    "logprobs": unserved(
-        {"type": "null"}, (),
-        "leave it out; `mambakit score` and `mambakit generate --logprobs` give log-probabilities",
+    "best_of": number(
+        Number(None, 1, 128, whole=True), "Texts to write for each prompt, of which the n likeliest are answered."
     ),
-    "logit_bias": unserved({"type": "object", "maxProperties": 0}, ({},), "leave it out"),
-    "best_of": unserved({"const": 1}, (1,), "leave it out; n gives several texts to choose from"),
-    "suffix": unserved({"type": "null"}, (), "leave it out; the model only continues text"),
-}  # fmt: skip
+    "suffix": unserved({"type": "string", "maxLength": 0}, ("",), "leave it out; the model only continues text"),
+}
 
 
 def parse(body: Mapping[str, Any], limits: Limits) -> Asked:
@@ -38,19 +38,12 @@ def parse(body: Mapping[str, Any], limits: Limits) -> Asked:
         ApiError: a field is unknown, not served or wrong, or the request is for another model.
     """
     values = read(COMPLETIONS, body, limits)
-    prompts, n, options = values["prompt"], values["n"], values["stream_options"]
-    check_texts(len(prompts), n, limits)
-    if options is not None and not values["stream"]:
-        raise wrong("stream_options", "stream_options belong to a stream; add stream: true, or leave them out")
-    return Asked(
-        prompts=prompts,
-        max_tokens=values["max_tokens"],
-        sampling={name: values[name] for name in SAMPLING},
-        stop=values["stop"],
-        n=n,
-        stream=values["stream"],
-        include_usage=bool(options and options["include_usage"]),
-        echo=values["echo"],
+    most, echo = values["max_tokens"], values["echo"]
+    if not most and not echo:
+        message = f"max_tokens is 0; it must be a whole number, at least 1 and at most {limits.max_new_tokens}"
+        raise wrong("max_tokens", f"{message}; with echo it may be 0")
+    return asked(
+        values, values["prompt"], most, limits, best_of=values["best_of"], log_probs=values["logprobs"], echo=echo
     )
 
 
@@ -66,5 +59,8 @@ def prepare(body: bytes, codec: Codec, limits: Limits) -> Prepared:
         texts.append(prompt if asked.echo and isinstance(prompt, str) else None)
     if asked.echo:
         check_echo(asked.n * sum(len(text or "") for text in texts))
-        check_echo(asked.n * sum(len(ids) // 8 for ids in prompts))  # the text of ids is not known yet
+        tokens = asked.n * sum(len(ids) // 8 for ids in prompts)
+        check_echo(tokens)  # the text of ids is not known yet
+        if asked.options.prompt_log_probs:
+            check_scored(tokens * (1 + (asked.options.log_probs or 0)))
     return Prepared(replace(asked, prompts=[]), prompts, texts)

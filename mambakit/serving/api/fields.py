@@ -9,7 +9,8 @@ from mambakit.decoding.parameters import INT64, SAMPLING, Number
 from mambakit.quoting import cut, quoted
 from mambakit.serving.api.checks import STOP_SCHEMA, read_stop_strings
 from mambakit.serving.api.declarations import Field, Fields, Limits
-from mambakit.serving.api.values import check_text, flag, group, number, text
+from mambakit.serving.api.formats import FORMS
+from mambakit.serving.api.values import check_text, flag, group, number, require_unicode, text, unserved
 from mambakit.serving.errors import ApiError
 
 
@@ -19,15 +20,53 @@ def _model(name: str, value: Any, limits: Limits) -> None:
         raise ApiError(404, message, param=name, code="model_not_found")
 
 
-def _max_tokens(name: str, value: Any, limits: Limits) -> int:
-    most = limits.max_new_tokens
-    tokens: int = Number(min(16, most), 1, most, whole=True).read(name, value)
-    return tokens
+def max_tokens(least: int, default: int | None, about: str) -> Field:
+    """A limit of new tokens; ``default`` None: None where there is no value."""
+
+    def declared(limits: Limits) -> Number:
+        most = limits.max_new_tokens
+        return Number(None if default is None else min(default, most), least, most, whole=True)
+
+    def schema(limits: Limits) -> dict[str, Any]:
+        number = declared(limits)
+        found = {"type": "integer", "minimum": least, "maximum": int(number.high)}
+        return found if number.default is None else found | {"default": number.default}
+
+    return Field(lambda name, value, limits: declared(limits).read(name, value), schema, about)
 
 
-def _max_tokens_schema(limits: Limits) -> dict[str, Any]:
-    most = limits.max_new_tokens
-    return {"type": "integer", "minimum": 1, "maximum": most, "default": min(16, most)}
+def _logit_bias(name: str, value: Any, limits: Limits) -> dict[int, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} is {quoted(value)}; it must be an object of token ids and numbers")
+    if len(value) > MOST_BIASES:
+        raise ValueError(f"{name} has {len(value):,} tokens; at most {MOST_BIASES:,} are served")
+    found = {}
+    for token, bias in value.items():
+        if not (token.isascii() and token.isdecimal() and len(token) < 12 and int(token) < limits.vocab_size):
+            raise ValueError(f"a token of {name} is {quoted(token)}; they are 0 to {limits.vocab_size - 1}")
+        found[int(token)] = _BIAS.read(f"{name}[{quoted(token)}]", bias)
+    return found or None
+
+
+def _metadata(name: str, value: Any, _: Limits) -> dict[str, str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
+        raise TypeError(f"{name} is {quoted(value)}; it must be an object of strings")
+    if len(value) > MOST_METADATA:
+        raise ValueError(f"{name} has {len(value)} entries; at most {MOST_METADATA} are served")
+    for key, entry in value.items():
+        if len(key) > 64 or len(entry) > 512:
+            raise ValueError(f"{name} has the entry {quoted(key)}; keys have up to 64 characters, values up to 512")
+        require_unicode(name, key + entry)
+    return value
+
+
+MOST_BIASES, MOST_METADATA = 1024, 16
+MOST_ALTERNATIVES = 20  # of the likeliest tokens, at each place
+_BIAS = Number(0.0, -100, 100)
 
 
 # Narrower than in Python, where that is OpenAI's range or a larger number would mean nothing.
@@ -52,18 +91,45 @@ _ABOUT = {
     "presence_penalty": "Subtracted from the logits of tokens that the text has already.",
     "frequency_penalty": "The same, for each time that the text has it.",
 }
-STREAM_OPTIONS: Fields = {"include_usage": flag("Whether a last event has the usage.")}
+STREAM_OPTIONS: Fields = {
+    "include_usage": flag("Whether a last event has the usage."),
+    "include_obfuscation": unserved({"type": "boolean", "enum": [False]}, (False,), "leave it out"),
+}
 MODEL = Field(_model, lambda limits: {"type": "string", "enum": [limits.model]}, "This server's model; no other.")
 GENERATION: Fields = {
     "model": MODEL,
-    "max_tokens": Field(_max_tokens, _max_tokens_schema, "New tokens of each text, at most."),
     **{name: number(_NARROWER.get(name, declared), _ABOUT[name]) for name, declared in SAMPLING.items()},
     "stop": Field(
         read_stop_strings, STOP_SCHEMA, "Strings that end a text; it does not have them. Up to 4 of 4,096 characters."
     ),
+    "logit_bias": Field(
+        _logit_bias,
+        {
+            "type": "object",
+            "patternProperties": {"^[0-9]{1,11}$": {"type": "number", "minimum": -100, "maximum": 100}},
+            "additionalProperties": False,
+            "maxProperties": MOST_BIASES,
+        },
+        "Token ids, and what is added to their logits.",
+    ),
+    "min_tokens": number(
+        Number(0, 0, INT64[1], whole=True), "Extension: no end-of-text token before so many new tokens."
+    ),
+    "ignore_eos": flag("Extension: end-of-text tokens do not end the text."),
+    **FORMS,
     "n": number(Number(1, 1, 128, whole=True), "Texts for each prompt."),
     "stream": flag("Whether the answer comes as server-sent events."),
     "stream_options": group(STREAM_OPTIONS, "Options of a stream."),
     "user": text("Of no effect."),
+    "metadata": Field(
+        _metadata,
+        {
+            "type": "object",
+            "additionalProperties": {"type": "string", "maxLength": 512},
+            "propertyNames": {"maxLength": 64},
+            "maxProperties": MOST_METADATA,
+        },
+        "Strings that come back with the answer.",
+    ),
 }
 """In the order of the document."""

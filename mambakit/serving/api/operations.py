@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from mambakit.serving.api.chat import CHAT
 from mambakit.serving.api.completions import COMPLETIONS
 from mambakit.serving.api.declarations import Operation, Parameter
+from mambakit.serving.api.log_probs import CHAT_LOG_PROBS, COMPLETION_LOG_PROBS
 from mambakit.serving.api.shapes import ANY_OBJECT, INTEGER, STRING, USAGE, array, constant, nullable, record
 
 _STREAMED = ("application/json", "text/event-stream")
@@ -26,13 +28,55 @@ COMPLETE = Operation(
                     {
                         "index": INTEGER,
                         "text": STRING,
-                        "logprobs": nullable(ANY_OBJECT),
+                        "logprobs": COMPLETION_LOG_PROBS,
                         "finish_reason": {"type": "string", "enum": ["stop", "length"]},
                     }
                 )
             ),
             "usage": USAGE,
-        }
+            "metadata": ANY_OBJECT,
+        },
+        optional=("metadata",),
+    ),
+    media=_STREAMED,
+    statuses=_QUEUED,
+)
+
+_CALL = record({"id": STRING, "type": constant("function"), "function": record({"name": STRING, "arguments": STRING})})
+CHAT_COMPLETE = Operation(
+    "POST",
+    "/v1/chat/completions",
+    "Reply to a chat.",
+    fields=CHAT,
+    result=record(
+        {
+            "id": STRING,
+            "object": constant("chat.completion"),
+            "created": INTEGER,
+            "model": STRING,
+            "choices": array(
+                record(
+                    {
+                        "index": INTEGER,
+                        "message": record(
+                            {
+                                "role": constant("assistant"),
+                                "content": nullable(STRING),
+                                "refusal": nullable(STRING),
+                                "reasoning_content": STRING,
+                                "tool_calls": array(_CALL),
+                            },
+                            optional=("reasoning_content", "tool_calls"),
+                        ),
+                        "logprobs": CHAT_LOG_PROBS,
+                        "finish_reason": {"type": "string", "enum": ["stop", "length", "tool_calls"]},
+                    }
+                )
+            ),
+            "usage": USAGE,
+            "metadata": ANY_OBJECT,
+        },
+        optional=("metadata",),
     ),
     media=_STREAMED,
     statuses=_QUEUED,

@@ -62,7 +62,7 @@ def choice(values: Sequence[str], about: str, default: str | None = None, requir
     def check(name: str, value: Any, _: Limits) -> str | None:
         if value is None:
             return default
-        if value not in values:
+        if not isinstance(value, str) or value not in values:
             raise ValueError(f"{name} is {quoted(value)}; it must be {' or '.join(map(repr, values))}")
         found: str = value
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import time
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from mambakit.generation.token_texts import TokenTexts
 from mambakit.serving.api.intake import Intake, Prepare
 from mambakit.serving.dispatch.dispatcher import Dispatcher
 from mambakit.serving.http.access import AccessRules
@@ -40,6 +42,11 @@ class Services:
     caching: bool
     started: int = field(default_factory=lambda: int(time.time()))
     _requests: itertools.count = field(default_factory=itertools.count)
+
+    @functools.cached_property
+    def token_texts(self) -> TokenTexts:
+        """Spellings of the model's tokens. The tokenizer must be loaded."""
+        return TokenTexts(self.intake.loaded.result()[0])
 
     @property
     def metrics(self) -> Metrics:

@@ -3,29 +3,53 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from mambakit.serving.api.answers import DONE, Answer, Usage, event
+from mambakit.serving.api.answers import DONE, Answer, Choice, Usage, event
 from mambakit.serving.api.asked import Asked
 from mambakit.serving.dispatch.jobs import Inbox, Job
 from mambakit.serving.errors import ApiError
-from mambakit.serving.messages import Piece
+from mambakit.serving.messages import Piece, Scored
 
 _T = TypeVar("_T")
+# An answer of more log-probabilities than this is written by a thread.
+_MANY = 4096
 
 
 @dataclass
-class Completion:
-    """
+class _Written:
+    """A text so far."""
+
+    parts: list[str] = field(default_factory=list)
+    log_probs: list[Scored] = field(default_factory=list)
+    prompt: tuple[Scored, ...] = ()
+    finish_reason: str = ""
+
+    def add(self, piece: Piece) -> None:
+        self.parts.append(piece.text)
+        self.log_probs += piece.log_probs
+        self.prompt = self.prompt or piece.prompt_log_probs
+        self.finish_reason = piece.finish_reason
+
+    @property
+    def mean_log_prob(self) -> float:
+        """Of a token; the best of several texts of a prompt has the largest."""
+        return sum(one.log_prob or 0.0 for one in self.log_probs) / max(1, len(self.log_probs))
+
+
+@dataclass
+class Texts:
+    """The texts of one request.
+
     Attributes:
-        jobs: its texts, all with ``inbox``.
-        echoed: for each text, what precedes it with `echo`.
+        jobs: one for each, all with ``inbox``: `Asked.best_of` for each prompt.
+        offsets: the number of characters before each of a prompt's tokens.
     """
 
     asked: Asked
@@ -33,51 +57,81 @@ class Completion:
     inbox: Inbox
     jobs: list[Job]
     usage: Usage
-    echoed: list[str]
+    offsets: Callable[[Sequence[int]], list[int]]
 
     def _count(self, index: int, piece: Piece) -> None:
         self.usage.count(index, piece.tokens, piece.cached_tokens if piece.finish_reason else None)
 
     async def whole(self) -> Response:
         """The response when all texts have ended."""
-        texts: list[list[str]] = [[before] for before in self.echoed]
-        reasons = [""] * len(texts)
-        while not all(reasons):
+        texts = [_Written() for _ in self.jobs]
+        while not all(text.finish_reason for text in texts):
             for index, piece in await self.inbox.take():
-                texts[index].append(piece.text)
-                reasons[index] = piece.finish_reason
+                texts[index].add(piece)
                 self._count(index, piece)
-        joined = ["".join(parts) for parts in texts]
-        return JSONResponse(self.answer.whole(zip(joined, reasons, strict=True), self.usage))
+        chosen = self._chosen(texts)
+        if sum(len(text.log_probs) + len(text.prompt) for text in chosen) > _MANY:
+            return await asyncio.to_thread(self._response, chosen)
+        return self._response(chosen)
+
+    def _response(self, texts: Sequence[_Written]) -> Response:
+        shown = self.asked.shows_log_probs
+        choices = [
+            Choice(
+                index, "".join(text.parts), text.finish_reason, text.log_probs if shown else (), text.prompt,
+                self._offsets(text.prompt),
+            )
+            for index, text in enumerate(texts)
+        ]  # fmt: skip
+        return JSONResponse(self.answer.whole(choices, self.usage))
+
+    def _chosen(self, texts: list[_Written]) -> list[_Written]:
+        """The n best of each prompt's texts, all with the prompt's log-probabilities."""
+        n, best_of, chosen = self.asked.n, self.asked.best_of, []
+        for first in range(0, len(texts), best_of):
+            group = texts[first : first + best_of]
+            prompt = group[0].prompt  # only the first text has read it for them
+            if n < best_of:
+                group = sorted(group, key=lambda text: -text.mean_log_prob)[:n]
+            for text in group:
+                text.prompt = prompt
+            chosen += group
+        return chosen
+
+    def _offsets(self, prompt: Sequence[Scored]) -> list[int]:
+        return self.offsets([one.token for one in prompt]) if prompt else []
 
     async def stream(self, ended: Callable[[], None]) -> EventStream:
         """The response as events, once the first token is there; until then an error is an HTTP error."""
         return EventStream(self._events(await self.inbox.take()), ended)
 
     async def _events(self, pieces: list[tuple[int, Piece]]) -> AsyncIterator[bytes]:
-        with_usage = self.asked.include_usage
-        left = len(self.jobs)
-        yield b"".join(self.answer.event(i, text, "", with_usage) for i, text in enumerate(self.echoed) if text)
+        left, answer = len(self.jobs), self.answer
+        waits = self.asked.options.prompt_log_probs  # a text begins with its prompt's log-probabilities
+        if not waits:
+            yield b"".join(answer.begin(Choice(index)) for index in range(left))
         try:
             while True:
-                gained: dict[int, tuple[str, str]] = {}
+                gained: dict[int, Choice] = {}
                 for index, piece in pieces:
                     self._count(index, piece)
-                    gained[index] = (gained.get(index, ("", ""))[0] + piece.text, piece.finish_reason)
-                left -= sum(bool(reason) for _, reason in gained.values())
-                yield b"".join(
-                    self.answer.event(index, text, reason, with_usage)
-                    for index, (text, reason) in gained.items()
-                    if text or reason
-                )
+                    if piece.prompt_log_probs:
+                        prompt = piece.prompt_log_probs
+                        offsets = await asyncio.to_thread(self._offsets, prompt)
+                        yield answer.begin(Choice(index, prompt=prompt, offsets=offsets))
+                    one = gained.setdefault(index, Choice(index, log_probs=[]))
+                    one.text, one.finish_reason = one.text + piece.text, piece.finish_reason
+                    one.log_probs = [*one.log_probs, *piece.log_probs] if self.asked.shows_log_probs else ()
+                left -= sum(bool(one.finish_reason) for one in gained.values())
+                yield b"".join(map(answer.gain, gained.values()))
                 if not left:
                     break
                 pieces = await self.inbox.take()
         except ApiError as error:
             yield event(error.body)
             return
-        if with_usage:
-            yield self.answer.usage_event(self.usage)
+        if self.asked.include_usage:
+            yield answer.usage_event(self.usage)
         yield DONE
 
 

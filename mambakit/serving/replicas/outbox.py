@@ -70,8 +70,9 @@ class Text:
             raise
 
     def fail(self, error: Exception) -> None:
-        """Note an exception; the traceback goes to the log, one line to the client."""
-        traceback.print_exception(error)
+        """Note an exception. One line goes to the client; the traceback to the log, unless the client is at fault."""
+        if self.status >= 500:
+            traceback.print_exception(error)
         self.error = f"{type(error).__name__}: {cut(str(error), 500)}" if self.status == 500 else cut(str(error), 500)
 
     def add(self, token: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from mambakit.serving.api.asked import parse_body
@@ -70,12 +72,25 @@ def test_the_copies_of_a_seeded_request_have_seeds_of_their_own():
         ("prompt", [True], "a list of token ids"),
         ("prompt", ["a", 1], "a list of token ids"),
         ("prompt", "\ud800", "half of a surrogate pair"),
-        ("logprobs", 1, "logprobs is not served; leave it out; `mambakit score`"),
-        ("logprobs", 0, "not served"),
-        ("logit_bias", {"5": 1}, "not served"),
+        ("prompt", [300], "they are 0 to 299"),
+        ("logprobs", 21, "logprobs is 21; it must be a whole number, at least 0 and at most 20"),
+        ("logprobs", True, "logprobs is true; it must be a whole number"),
+        ("logit_bias", {"300": 1}, 'a token of logit_bias is "300"; they are 0 to 299'),
+        ("logit_bias", {"a": 1}, 'a token of logit_bias is "a"'),
+        ("logit_bias", {"5": 101}, "at least -100 and at most 100"),
+        ("logit_bias", [1], "it must be an object of token ids and numbers"),
+        ("logit_bias", {str(i): 0 for i in range(1025)}, "has 1,025 tokens; at most 1,024"),
+        ("min_tokens", 17, "min_tokens is 17, more than the limit of 16 new tokens"),
+        ("metadata", {"a": 1}, "it must be an object of strings"),
+        ("metadata", {"a": "x" * 513}, "values up to 512"),
+        ("metadata", {str(i): "" for i in range(17)}, "has 17 entries; at most 16"),
+        ("regex", 5, "regex is 5; it must be a string"),
+        ("grammar", "x" * 65537, "has 65,537 characters; at most 65,536"),
+        ("response_format", "json", "it must be an object of type, json_schema"),
+        ("ignore_eos", 1, "it must be true or false"),
         ("presence_penalty", 2.5, "at least -2 and at most 2"),
         ("frequency_penalty", -2.5, "at least -2 and at most 2"),
-        ("best_of", 2, "n gives several texts"),
+        ("best_of", 11, "at most 10 can run and wait"),
         ("suffix", "end", "only continues"),
         ("messages", [], "there is no field"),
         ("max_token", 3, "did you mean 'max_tokens'?"),
@@ -92,6 +107,66 @@ def test_refusals_name_field_value_and_remedy(field, value, says):
 
 def test_values_that_ask_for_nothing_are_taken():
     parse({"prompt": "x", "logprobs": None, "logit_bias": {}, "presence_penalty": 0, "best_of": 1, "n": None}, LIMITS)
+    parse({"prompt": "x", "response_format": {"type": "text"}, "suffix": "", "metadata": {}, "min_tokens": 0}, LIMITS)
+
+
+def test_options_of_a_text():
+    asked = parse({"prompt": "x", "logprobs": 0, "echo": True, "max_tokens": 0, "metadata": {"a": "b"}}, LIMITS)
+    assert (asked.max_tokens, asked.options.log_probs, asked.options.prompt_log_probs) == (0, 0, True)
+    assert asked.shows_log_probs
+    assert asked.metadata == {"a": "b"}
+    asked = parse({"prompt": "x", "best_of": 3, "n": 2, "logit_bias": {"7": -100}, "ignore_eos": True}, LIMITS)
+    assert (asked.options.log_probs, asked.shows_log_probs, asked.best_of, asked.n) == (0, False, 3, 2)
+    assert asked.options.ignore_ends
+    assert asked.sampling["logit_bias"] == {7: -100.0}
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "constraint"),
+    [
+        ({"response_format": {"type": "json_object"}}, ("json_schema", '{"type": "object"}')),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "strict": True, "schema": SCHEMA},
+                }
+            },
+            ("json_schema", json.dumps(SCHEMA)),
+        ),
+        ({"regex": "a+"}, ("regex", "a+")),
+        ({"grammar": 'start: "a"', "response_format": {"type": "text"}}, ("grammar", 'start: "a"')),
+    ],
+)
+def test_forms(fields, constraint):
+    assert parse({"prompt": "x", **fields}, LIMITS).options.constraint == constraint
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "no json_schema; give one"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "'text' or 'json_object'"),
+        ({"response_format": {}}, "response_format.type", "there is no response_format.type"),
+        ({"response_format": {"type": "text", "schema": 1}}, "response_format.schema", "did you mean"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": 1}}},
+            "response_format.json_schema.schema",
+            "it must be a JSON schema",
+        ),
+        ({"regex": "a", "grammar": "b"}, "grammar", "regex and grammar each say which form"),
+        ({"regex": "a", "min_tokens": 2}, "min_tokens", "a grammar says where the text ends"),
+        ({"best_of": 2, "n": 3}, "best_of", "less than n"),
+        ({"best_of": 3, "n": 2, "stream": True}, "best_of", "leave stream out"),
+    ],
+)
+def test_fields_that_contradict_each_other(fields, param, says):
+    error = refused(**fields)
+    assert (error.status, error.param) == (400, param)
+    assert says in error.message
 
 
 def test_other_refusals():
