@@ -8,6 +8,7 @@ import functools
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +26,7 @@ from mambakit.serving.http.services import Services
 from mambakit.serving.messages import WorkerOptions
 from mambakit.serving.metrics import Metrics
 from mambakit.serving.replicas.supervisor import Supervisor
+from mambakit.serving.states.store import StateStore
 
 _log = logging.getLogger("mambakit.serving")
 
@@ -32,6 +34,20 @@ _log = logging.getLogger("mambakit.serving")
 _LAST_RESPONSES = 1.0
 _SWEEP = 0.25  # seconds between looks at the connections' deadlines
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class StatesOptions:
+    """
+    Attributes:
+        budget: bytes of all states; each key may have an even part of it.
+        seconds: after which a state expires where its request says nothing; None: never.
+        upload_bytes: of a state that is imported.
+    """
+
+    budget: int = 16 << 30
+    seconds: float | None = None
+    upload_bytes: int = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,7 @@ class ServerOptions:
         drain_seconds: how long running texts may continue after a signal to stop.
         request_seconds: how long a request may take.
         chat_template: Jinja, instead of the tokenizer's own; None: its own.
+        states: where states are kept; their folder is `WorkerOptions.states_folder`.
         access: keys and allowed hosts and origins; ``loopback`` is filled in here.
     """
 
@@ -69,6 +86,7 @@ class ServerOptions:
     drain_seconds: float = 30.0
     request_seconds: float = 1800.0
     chat_template: str | None = None
+    states: StatesOptions = field(default_factory=StatesOptions)
     access: AccessRules = field(default_factory=AccessRules)
 
 
@@ -91,6 +109,7 @@ class _Server(uvicorn.Server):
         while True:
             await asyncio.sleep(_SWEEP)
             check_all(self.server_state.connections)
+            self._dispatcher.expire()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -132,11 +151,22 @@ def serve(options: ServerOptions) -> None:
 
     metrics = Metrics()
     dispatcher = Dispatcher(
-        options.devices, slots=options.worker.slots, max_waiting=options.max_waiting, metrics=metrics
+        options.devices,
+        slots=options.worker.slots,
+        max_waiting=options.max_waiting,
+        metrics=metrics,
+        caching=options.worker.prefix_cache_bytes > 0,
     )
     supervisor = Supervisor(options.worker, dispatcher, failed)
     intake = Intake(lambda: _load(options), options.intake)
-    options = replace(options, limits=replace(options.limits, connections=room))
+    options = replace(
+        options,
+        limits=replace(
+            options.limits,
+            connections=room,
+            upload_bytes=options.states.upload_bytes if options.worker.states_folder else 0,
+        ),
+    )
     server = make_server(options, listener, dispatcher, supervisor, intake, failed)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     # uvicorn raises the signal again when it has stopped; by then all is done, and the exit status is to be 0.
@@ -169,7 +199,9 @@ def make_server(
             options.host,
         )
     caching = options.worker.prefix_cache_bytes > 0
-    services = Services(dispatcher, intake, options.name, access, options.request_seconds, caching)
+    services = Services(
+        dispatcher, intake, options.name, access, options.request_seconds, caching, _open_states(options, access)
+    )
     config = uvicorn.Config(
         make_app(services, supervisor, failed),
         http=functools.partial(Connection, limits=options.limits),  # type: ignore[arg-type]
@@ -183,6 +215,16 @@ def make_server(
         print(f"{options.name} at {address}, replicas: {', '.join(options.devices)}", flush=True)
 
     return _Server(config, dispatcher, options.drain_seconds, listening)
+
+
+def _open_states(options: ServerOptions, access: AccessRules) -> StateStore | None:
+    """The store of states, with what was there before; None where there is none."""
+    if options.worker.states_folder is None:
+        return None
+    asked = options.states
+    store = StateStore(options.worker.states_folder, budget=asked.budget, keys=len(access.keys), seconds=asked.seconds)
+    threading.Thread(target=store.clean, daemon=True).start()
+    return store
 
 
 def _load(options: ServerOptions) -> tuple[Any, Limits]:

@@ -15,9 +15,9 @@ SERVING = ROOT / "mambakit" / "serving"
 FOLDERS = ["errors", "messages", "metrics", "states", "api", "dispatch", "replicas", "http", "server"]
 FILES = {
     "api": [
-        "declarations", "values", "checks", "shapes", "formats", "fields", "asked", "templates", "prompts",
+        "declarations", "values", "checks", "shapes", "formats", "states", "fields", "asked", "templates", "prompts",
         "completions", "reply", "chat_messages", "chat", "log_probs", "answers", "chat_answers", "operations",
-        "openapi", "intake",
+        "state_bodies", "state_operations", "openapi", "intake",
     ],
     "states": ["tensors", "blobs", "records", "store"],
     "dispatch": ["shares", "jobs", "fair_queue", "queue", "affinity", "rates", "promises", "suspects", "dispatcher"],
@@ -33,8 +33,8 @@ FILES = {
         "supervisor",
     ],
     "http": [
-        "access", "refusals", "connection_limits", "connection", "request_ids", "routing", "services", "texts",
-        "generation", "models", "probes", "app",
+        "access", "refusals", "connection_limits", "connection", "request_ids", "routing", "services", "kept", "texts",
+        "generation", "states", "models", "probes", "app",
     ],
 }  # fmt: skip
 ORDER = [f"{folder}.{file}" if file else folder for folder in FOLDERS for file in FILES.get(folder, [""])]

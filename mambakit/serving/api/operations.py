@@ -6,11 +6,21 @@ from mambakit.serving.api.chat import CHAT
 from mambakit.serving.api.completions import COMPLETIONS
 from mambakit.serving.api.declarations import Operation, Parameter
 from mambakit.serving.api.log_probs import CHAT_LOG_PROBS, COMPLETION_LOG_PROBS
-from mambakit.serving.api.shapes import ANY_OBJECT, INTEGER, STRING, USAGE, array, constant, nullable, record
+from mambakit.serving.api.shapes import (
+    ANY_OBJECT,
+    INTEGER,
+    KEPT_STATE,
+    STRING,
+    USAGE,
+    array,
+    constant,
+    nullable,
+    record,
+)
 
 _STREAMED = ("application/json", "text/event-stream")
 # 429 and 503: queues that are full, no replica that is ready. 504: --request-seconds.
-_QUEUED = (404, 408, 413, 415, 429, 503, 504)
+_QUEUED = (404, 408, 409, 410, 413, 415, 429, 503, 504, 507)
 
 COMPLETE = Operation(
     "POST",
@@ -30,7 +40,9 @@ COMPLETE = Operation(
                         "text": STRING,
                         "logprobs": COMPLETION_LOG_PROBS,
                         "finish_reason": {"type": "string", "enum": ["stop", "length"]},
-                    }
+                        "state": KEPT_STATE,
+                    },
+                    optional=("state",),
                 )
             ),
             "usage": USAGE,
@@ -70,7 +82,9 @@ CHAT_COMPLETE = Operation(
                         ),
                         "logprobs": CHAT_LOG_PROBS,
                         "finish_reason": {"type": "string", "enum": ["stop", "length", "tool_calls"]},
-                    }
+                        "state": KEPT_STATE,
+                    },
+                    optional=("state",),
                 )
             ),
             "usage": USAGE,

@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from mambakit.serving.errors import ApiError
-from mambakit.serving.http import generation, models, probes
+from mambakit.serving.http import generation, models, probes, states
 from mambakit.serving.http.access import Access
 from mambakit.serving.http.refusals import bug, http_error, refusal
 from mambakit.serving.http.request_ids import HEADER, RequestIds
@@ -24,7 +24,8 @@ from mambakit.serving.replicas.supervisor import Supervisor
 
 def endpoints(services: Services) -> list[Endpoint]:
     """All endpoints, in the order of the OpenAPI document."""
-    found = [*generation.endpoints(services), *models.endpoints(services), *probes.endpoints(services)]
+    found = [*generation.endpoints(services), *states.endpoints(services)]
+    found += [*models.endpoints(services), *probes.endpoints(services)]
     return [*found, models.document_endpoint(services, found)]
 
 

@@ -19,7 +19,7 @@ from mambakit.modules import StateCache
 from mambakit.quoting import cut
 from mambakit.serving.errors import ApiError
 from mambakit.serving.messages import Kept, Layout, StateTask, Task, WorkerOptions
-from mambakit.serving.states.blobs import Blobs
+from mambakit.serving.states.blobs import Blobs, blobs_of
 from mambakit.serving.states.tensors import FORMAT, check, digest_of, header_of
 
 _DTYPES = {
@@ -114,7 +114,7 @@ class ReplicaStates:
 
     def __init__(self, model: Any, options: WorkerOptions):
         self._model, self._memory_bytes = model, options.states_memory_bytes
-        self._blobs = None if options.states_folder is None else Blobs(options.states_folder)
+        self._blobs = None if options.states_folder is None else blobs_of(options.states_folder)
         self.layout = None if self._blobs is None else layout_of(model)
         """Of the files, where there are any."""
         self._given = _given(options.state, model)

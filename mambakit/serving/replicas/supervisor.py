@@ -132,6 +132,7 @@ class Supervisor:
             self.dispatcher.receive(one.replica, message)
         elif isinstance(message, Ready):
             one.been_ready = True
+            self.dispatcher.layout = message.layout
             _log.info("%s is ready", one.replica.name)
             self.dispatcher.ready(one.replica)
         elif isinstance(message, Failed):

@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _SIZES[self.dtype]
+        return nbytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class StateFile:
     def digest(self) -> str:
         """A hash of the text's tokens; "" where they are not known."""
         return "" if self.tokens is None else digest_of(self.tokens)
+
+
+def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * _SIZES[dtype]
 
 
 def digest_of(tokens: array[int]) -> str:
