@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mambakit.commands.configuration import add_config_argument
 from mambakit.commands.loading import add_model_arguments
 from mambakit.commands.options import require_with
+from mambakit.commands.serve_operations import (
+    add_access_arguments,
+    add_operation_arguments,
+    key_reader,
+    keys_of,
+    log_options,
+    make_key,
+    tls_options,
+)
+from mambakit.commands.served_model import check_model, own_name
 from mambakit.commands.texts import require_file
-from mambakit.errors import CheckpointError
 from mambakit.quoting import brief
 
 _MOST = (1 << 31) - 1
@@ -99,20 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1; 0.0.0.0: all)")
     _add(parser, (_PORT,))
 
-    access = parser.add_argument_group("access")
-    access.add_argument(
-        "--api-key", metavar="KEY", action="append",
-        help="bearer token that clients must send (default: $MAMBAKIT_API_KEY, or none); may be repeated",
-    )  # fmt: skip
-    access.add_argument("--api-key-file", metavar="FILE", help="a file with a key on each line")
-    access.add_argument(
-        "--allowed-host", metavar="NAME", action="append", default=[],
-        help="a host name of this server, besides its addresses and localhost; * for any",
-    )  # fmt: skip
-    access.add_argument(
-        "--allowed-origin", metavar="ORIGIN", action="append", default=[],
-        help="a site whose pages may send requests, as https://example.org (default: none); * for any",
-    )  # fmt: skip
+    add_access_arguments(parser)
 
     parser.add_argument(
         "--load-state", metavar="FILE", help="start every text from this saved state (of a prompt, or a tuned one)"
@@ -140,6 +135,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(states, _STATES)
     _add(parser.add_argument_group("limits of texts"), _LIMITS)
     _add(parser.add_argument_group("limits of connections"), _CONNECTIONS)
+    add_operation_arguments(parser)
+    add_config_argument(parser)
 
 
 def _add(group: Any, numbers: tuple[_Number, ...]) -> None:
@@ -151,6 +148,8 @@ def _add(group: Any, numbers: tuple[_Number, ...]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.make_key is not None:
+        return make_key(args.make_key)
     for package in ("starlette", "uvicorn", "httptools", "prometheus_client", "jinja2", "llguidance"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f'serving needs {package}, which is not installed: pip install "mambakit[serve]"')
@@ -158,22 +157,23 @@ def run(args: argparse.Namespace) -> int:
 
     from mambakit.assets import default_model_path
     from mambakit.serving.api.intake import IntakeOptions
-    from mambakit.serving.http.access import AccessRules, check_hosts, check_origins, read_keys
+    from mambakit.serving.http.access import AccessRules, check_hosts, check_origins
     from mambakit.serving.http.connection_limits import ConnectionLimits
+    from mambakit.serving.logs import configure
     from mambakit.serving.messages import WorkerOptions
-    from mambakit.serving.server import ServerOptions, StatesOptions, serve
+    from mambakit.serving.server import ServerOptions, serve
+    from mambakit.serving.states.options import StatesOptions
 
     access = AccessRules(
-        keys=read_keys(args.api_key, args.api_key_file, os.environ),
+        keys=keys_of(args),
         hosts=check_hosts(args.allowed_host),
         origins=check_origins(args.allowed_origin),
     )
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for library in ("httpx", "huggingface_hub", "transformers"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    logs, tls = log_options(args), tls_options(args)
+    configure(logs)
     model = str(args.model or default_model_path())
-    _check_model(model)
+    check_model(model)
     serve(
         ServerOptions(
             worker=WorkerOptions(
@@ -190,9 +190,10 @@ def run(args: argparse.Namespace) -> int:
                 heartbeat_seconds=args.heartbeat_seconds,
                 progress_seconds=args.progress_seconds,
                 load_seconds=args.load_seconds,
+                logs=logs,
             ),
             devices=_devices(args),
-            name=args.served_model_name or _own_name(model),
+            name=args.served_model_name or own_name(model),
             host=args.host,
             port=args.port,
             max_waiting=args.max_waiting,
@@ -226,6 +227,10 @@ def run(args: argparse.Namespace) -> int:
                 upload_bytes=min(args.max_state_mb, args.max_unfinished_mb) << 20,
             ),
             access=access,
+            tls=tls,
+            logs=logs,
+            read_keys=key_reader(args),
+            playground=not args.no_playground,
         )
     )
     return 0
@@ -243,28 +248,6 @@ def _template(file: str) -> str:
     except (TemplateError, UnicodeDecodeError) as error:
         raise ValueError(f"--chat-template {brief(file)} is no template ({error}); give a file of Jinja") from None
     return text
-
-
-def _own_name(model: str) -> str:
-    """A folder's name, a GGUF file's without its ending, or the hub id."""
-    path = Path(model)
-    if path.suffix == ".gguf":
-        return path.stem
-    return path.resolve().name if path.is_dir() else model
-
-
-def _check_model(name: str) -> None:
-    """Refuse a folder that is missing or holds no model before the port is open; the replica checks the rest."""
-    folder = Path(name)
-    if folder.suffix == ".gguf" and folder.is_file():
-        return
-    if folder.is_dir():
-        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise CheckpointError(
-                f"there is no config.json in {brief(name)}; give a folder that holds a model, or a hub id"
-            )
-    elif folder.is_absolute() or name.startswith((".", "~")):
-        raise CheckpointError(f"there is no folder {brief(name)}; give a folder that holds a model, or a hub id")
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mambakit.decoding.acceptance import Acceptance
+from mambakit.decoding.acceptance import Acceptance, choose_together
 from mambakit.decoding.drafting import Draft
-from mambakit.decoding.log_probs import Recorded, TokenLogProb
+from mambakit.decoding.log_probs import Recorded, Recorder, TokenLogProb
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampler import Chooser, Sampler
 from mambakit.decoding.slots import SlotPool
@@ -75,10 +75,6 @@ class TokenLoop:
             endings.append(self.ended)
         return torch.stack(found, 1), torch.stack(endings, 1)
 
-    def read(self, tokens: Tensor) -> None:
-        """Every slot reads one of ``tokens`` (size,); no next token is chosen."""
-        self.pool.step(tokens)
-
     def _are_ends(self, tokens: Tensor) -> Tensor:
         if self.ends is None:
             return torch.zeros_like(tokens, dtype=torch.bool)
@@ -124,7 +120,8 @@ class SlotLoop:
         guesses: the maximum number of tokens of a draft.
 
     Attributes:
-        log_probs: by slot, log-probabilities of the tokens of the last `look`, where its text asks for them.
+        log_probs: by slot, log-probabilities of the tokens of the last `look` or `verify`, where its text asks for
+            them.
     """
 
     def __init__(self, pool: SlotPool, guesses: int = 0):
@@ -136,11 +133,12 @@ class SlotLoop:
         self.log_probs: LogProbsBySlot = {}
         self._acceptances: dict[SampledText, Acceptance] = {}
         self._chosen: list[list[int]] = []  # by the last verification, per slot
+        self._guessed = False  # whether the last verification had guesses
 
     # -- slots -----------------------------------------------------------------------------------------------------
 
-    def admit(self, text: Any, state: StateCache, token: int) -> None:
-        """Put a text into a free slot, growing the pool if there is none.
+    def admit(self, text: Any, state: StateCache, token: int) -> int:
+        """Put a text into a free slot, growing the pool if there is none. Returns the slot.
 
         Args:
             text: becomes the slot's occupant.
@@ -156,6 +154,7 @@ class SlotLoop:
         slot = self.pool.occupants.index(None)
         self.pool.put(slot, state)
         self.seat(slot, text, token)
+        return slot
 
     def seat(self, slot: int, text: Any, token: int) -> None:
         """Put a text into ``slot``, whose state is there already; it reads ``token`` next."""
@@ -165,6 +164,7 @@ class SlotLoop:
         """Free the slot."""
         text = self.pool.occupants[slot]
         self._acceptances.pop(text.sampled, None)
+        self._next.pop(slot, None)
         self.pool.occupants[slot], self._seated = None, False
 
     def shrink(self) -> None:
@@ -209,25 +209,49 @@ class SlotLoop:
         return self.sampler.must_look
 
     def verify(self, drafts: Sequence[Draft]) -> list[list[int]]:
-        """Verify one draft per slot. Returns each slot's accepted guesses and one more token. Call `keep` next."""
+        """Verify one draft per slot. Returns each slot's accepted guesses and one more token. Call `keep` next.
+
+        Where no slot has a guess, it is a plain step. The texts must not be written by `look` before or afterwards.
+        """
         last = self._tokens()
         most = max(len(draft.tokens) for draft in drafts)
-        rows = [draft.tokens + draft.tokens[-1:] * (most - len(draft.tokens)) for draft in drafts]
-        rows = [row if len(row) == most else [0] * most for row in rows]
-        guesses = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(drafts), most).to(self._device)
-        logits = self.pool.verify(torch.cat([last[:, None], guesses], 1), 1 + self._guesses)
-        self._chosen = []
-        for text, draft, row in zip(self.pool.occupants, drafts, logits, strict=True):
-            chosen = [] if text is None else self._acceptance(text).choose(row[: len(draft.tokens) + 1], draft)
-            self._chosen.append(chosen)
+        self._guessed = most > 0
+        if self._guessed:
+            rows = [draft.tokens + [0] * (most - len(draft.tokens)) for draft in drafts]
+            guesses = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self._device, non_blocking=True)
+            logits = self.pool.verify(torch.cat([last[:, None], guesses], 1), 1 + self._guesses)
+        else:
+            logits = self.pool.step(last)[:, None]
+        taken = [slot for slot, text in enumerate(self.pool.occupants) if text is not None]
+        acceptances = [self._acceptance(self.pool.occupants[slot]) for slot in taken]
+        given = logits if len(taken) == len(logits) else logits[taken]
+        self._chosen = [[] for _ in drafts]
+        for slot, chosen in zip(
+            taken, choose_together(acceptances, given, [drafts[slot] for slot in taken]), strict=True
+        ):
+            self._chosen[slot] = chosen
+        self._record(logits)
         return self._chosen
 
+    def _record(self, logits: Tensor) -> None:
+        """Log-probabilities of the chosen tokens, of the texts that ask for them, from ``logits`` (size, t, v)."""
+        self.log_probs = {}
+        for slot, (text, chosen) in enumerate(zip(self.pool.occupants, self._chosen, strict=True)):
+            if text is not None and text.sampled.log_probs is not None:
+                recorder = Recorder([text.sampled.log_probs])
+                tokens = torch.tensor(chosen, dtype=torch.int64, device="cpu").to(self._device)
+                for i in range(len(chosen)):
+                    recorder.record(logits[slot, i : i + 1], tokens[i : i + 1])
+                if (recorded := recorder.take()) is not None:
+                    self.log_probs |= {slot: recorded.by_slot([chosen])[0]}
+
     def keep(self, counts: Sequence[int]) -> None:
-        """After `verify`: slot i reads the first ``counts[i]`` >= 1 of its last token and guesses.
+        """After `verify`: slot i reads the first ``counts[i]`` >= 1 of its last token and guesses; 0 of a free slot.
 
         It reads next the token that `verify` chose after those.
         """
-        self.pool.commit(list(counts))
+        if self._guessed:
+            self.pool.commit(list(counts))
         for slot, (count, chosen) in enumerate(zip(counts, self._chosen, strict=True)):
             if chosen:
                 self._next[slot] = chosen[count - 1]

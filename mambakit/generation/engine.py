@@ -28,11 +28,13 @@ from typing import Any
 import torch
 
 from mambakit.decoding.chunks import SNAPSHOT_CHUNK
+from mambakit.decoding.drafting import Drafter, read_draft_tokens
 from mambakit.decoding.logits import NO_CHOICE
 from mambakit.decoding.loop import SlotLoop
 from mambakit.decoding.parameters import CHUNK_SIZE, INT64, Number
 from mambakit.decoding.slots import SlotPool
 from mambakit.errors import LogitsError
+from mambakit.generation.engine_drafts import Drafts
 from mambakit.generation.engine_looks import Found, Looks
 from mambakit.generation.engine_prompts import PromptReader
 from mambakit.generation.engine_schedule import Schedule
@@ -63,10 +65,16 @@ class Engine:
             were launched before. The texts are the same, but `step` gives several tokens of a text at once. None: 1,
             and with a captured decoder as many as take 10 ms, up to 8.
         clock: gives the time in seconds.
+        drafter: proposes tokens that are verified several at a time, for all slots together: `DraftModel(small)`,
+            `PromptLookup()` or another `Drafter`, which is copied for each text. The texts are the same, of sampled
+            ones the distribution; a step gives several tokens of a text at once. A draft model reads a text's whole
+            prompt when the text gets its slot.
+        draft_tokens: the maximum number of guesses per draft, 1 to 15; a `Request` may have fewer, or none.
         rows: the earlier name of ``slots``.
 
     Raises:
-        ValueError: fewer than one slot, one token a chunk or one token a slice, or a time below 0.
+        ValueError: fewer than one slot, one token a chunk or one token a slice, a time below 0, or a draft model of
+            another vocabulary or device.
     """
 
     def __init__(
@@ -80,6 +88,8 @@ class Engine:
         slice_tokens: int = 32,
         tokens_per_look: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        drafter: Drafter | None = None,
+        draft_tokens: int = 4,
         rows: int | None = None,
     ):
         if rows is not None:
@@ -97,9 +107,10 @@ class Engine:
         ends = frozenset(_end_tokens(model))
         self._vocab_size = model.config.vocab_size
         self._pool = SlotPool(model, slots)  # its slots hold their texts
-        self._loop = SlotLoop(self._pool)
+        self._loop = SlotLoop(self._pool, 0 if drafter is None else read_draft_tokens(draft_tokens))
         self._states = TextStates(model)
         self._looks = Looks(self._loop, tokens_per_look, clock)
+        self.drafts = None if drafter is None else Drafts(self._loop, model, drafter, slots, draft_tokens)
         self._schedule = Schedule(slots)
         self._prompts = PromptReader(model, ReadingShare(read_seconds, chunk_size, clock), self._schedule, ends)
         self._cancelled: deque[Request] = deque()  # by whichever thread
@@ -179,12 +190,17 @@ class Engine:
         if self._freed:
             self._leave_out_free_slots()
         if self._taken:
-            self._note(self._looks.next(self._copy_states), chosen)
+            self._note(self._next(), chosen)
         if not self._taken:
             self._looks.forget()
         if not len(self._schedule):
             self._prompts.drop_held()
         return chosen
+
+    def _next(self) -> Found | None:
+        """The next tokens of every slot."""
+        self._states.before_look(self._pool, self.drafts is not None or self._looks.several)
+        return self._looks.next() if self.drafts is None else self.drafts.next()
 
     def _writing(self) -> list[Text]:
         return [text for text in self._pool.occupants if text is not None]
@@ -206,7 +222,7 @@ class Engine:
     def _give_slot(self, text: Text) -> None:
         assert text.state is not None
         try:
-            self._loop.admit(text, text.state, text.written[-1])
+            slot = self._loop.admit(text, text.state, text.written[-1])
         except Exception as error:  # a state that was given may be of another model
             self._fail(text, error)
             return
@@ -215,20 +231,24 @@ class Engine:
             self._states.seated(text, text.state)
         text.state, text.seated_at = None, len(text.written)
         self._taken += 1
+        if self.drafts is not None:
+            try:
+                self.drafts.begin(slot, text)
+            except Exception as error:  # a drafter may be a user's own
+                self._fail(text, error)
 
     def _release(self, slot: int) -> None:
         self._loop.release(slot)
+        if self.drafts is not None:
+            self.drafts.release(slot)
         self._taken -= 1
         self._freed = True
 
     def _leave_out_free_slots(self) -> None:
         """Where few of many slots are taken and no text waits for one, let steps leave out the free slots."""
-        if self._taken and self._taken == len(self._schedule):
+        if self.drafts is None and self._taken and self._taken == len(self._schedule):
             self._loop.shrink()
             self._freed = False
-
-    def _copy_states(self, texts: list[Text | None]) -> None:
-        self._states.before_look(self._pool, texts, self._looks.several)
 
     def _note(self, found: Found | None, chosen: list[tuple[Request, int]]) -> None:
         """Note the tokens of a look."""

@@ -64,25 +64,15 @@ class Looks:
         self._launched: _Launched | None = None
         self._arrived = 0.0  # when the tokens of the last look were on the host
 
-    def next(self, before: Callable[[list[Text | None]], None]) -> Found | None:
-        """The tokens of a look, or None where the first of several was launched just now.
-
-        Args:
-            before: called with the slots' texts before they read more tokens.
-        """
+    def next(self) -> Found | None:
+        """The tokens of a look, or None where the first of several was launched just now."""
         texts: list[Text | None] = list(self._loop.pool.occupants)
         writing = [text for text in texts if text is not None]
         ahead = 0 if self._launched is None else self._launched.count
-        if self._count() == 1 or self._loop.must_look:
-            if ahead:
-                return self.wait()
-            before(texts)
-            return self._look(texts)
         count = min(self._count(), max(text.most - len(text.written) for text in writing) - ahead)
-        launched = None
-        if count > 0:
-            before(texts)
-            launched = _Launched(texts, self._loop.launch(count), count, self._clock())
+        if self._count() == 1 or self._loop.must_look:
+            return self.wait() if ahead else self._look(texts)
+        launched = _Launched(texts, self._loop.launch(count), count, self._clock()) if count > 0 else None
         found = self.wait()
         self._launched = launched
         return found

@@ -39,16 +39,9 @@ class TextStates:
             copies.append(state)
             self._drop_old(text)
 
-    def before_look(self, pool: SlotPool, texts: list[Text | None], several: bool) -> None:
-        """Copy the states that are due.
-
-        Args:
-            texts: the slots' occupants.
-            several: whether slots may read beyond their texts' ends.
-
-        Where tokens of an earlier look are not on the host yet, a copy may turn out to have read too much.
-        """
-        for slot, text in enumerate(texts):
+    def before_look(self, pool: SlotPool, several: bool) -> None:
+        """Copy the states that are due; ``several``: whether slots may read beyond their texts' ends."""
+        for slot, text in enumerate(pool.occupants):
             if text is None or (copies := self._copies.get(text)) is None:
                 continue
             due = pool.seen(slot) - copies[-1].get_seq_length() >= _EVERY
@@ -67,7 +60,8 @@ class TextStates:
 
         The first is its state at the end, where its slot has not read further.
         """
-        copies = [one for one in self._copies.pop(text, []) if one.get_seq_length() <= text.length]
+        # The text may have ended in a look that was launched before the last copy.
+        copies = [copy for copy in self._copies.pop(text, []) if copy.get_seq_length() <= text.length]
         current = text.state if slot is None else pool.copy_of(slot) if pool.seen(slot) <= text.length else None
         if current is not None:
             if copies and copies[-1].get_seq_length() == current.get_seq_length():

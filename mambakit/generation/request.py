@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mambakit.decoding.drafting import read_draft_tokens
 from mambakit.decoding.log_probs import TokenLogProb
 from mambakit.decoding.parameters import INT64, NEW_TOKENS, Number
 from mambakit.decoding.sampled_text import SampledText
@@ -33,6 +34,8 @@ class Request:
         keep_states: whether to return the latest states of the text that are at hand, without reading anything again:
             for a caller that cuts the text, or reads its last tokens later.
         context: (p,) int64, the tokens that ``state`` has read: a repetition penalty counts them, too.
+        draft_tokens: the maximum number of guesses per draft, where the engine has a drafter; 0: none. None: the
+            engine's.
         log_probs: how many of the likeliest tokens to record at every token, with the log-probability of each and of
             the text's own; None: nothing is recorded.
         min_new_tokens: no end-of-text token is chosen before so many new tokens.
@@ -67,6 +70,7 @@ class Request:
     min_new_tokens: int = 0
     ignore_ends: bool = False
     share: Path = ()
+    draft_tokens: int | None = None
     keep_states: bool = False
     cache_salt: str = ""
 
@@ -84,6 +88,8 @@ class Request:
     def __post_init__(self) -> None:
         self.prompt_ids = token_ids("prompt_ids", self.prompt_ids)
         self.max_new_tokens = NEW_TOKENS.read("max_new_tokens", self.max_new_tokens)
+        if self.draft_tokens is not None:
+            self.draft_tokens = read_draft_tokens(self.draft_tokens, least=0)
         self.log_probs = Number(None, 0, INT64[1], whole=True).read("log_probs", self.log_probs)
         least = Number(0, 0, self.max_new_tokens, whole=True, remedy="at most max_new_tokens")
         self.min_new_tokens = least.read("min_new_tokens", self.min_new_tokens)

@@ -13,7 +13,8 @@ from mambakit.ops.fused_mixer.signature import unavailable
 from mambakit.ops.linear.api import MOST_ROWS
 
 OPS = (
-    "selective_scan", "causal_conv1d", "rms_norm", "linear_cross_entropy", "linear", "fused_mixer", "decode", "sample",
+    "selective_scan", "causal_conv1d", "rms_norm", "selection_norm", "linear_cross_entropy", "linear", "fused_mixer",
+    "decode", "sample",
 )  # fmt: skip
 # Of these no kernel of the native library is the CPU's own.
 _NOT_NATIVE = {

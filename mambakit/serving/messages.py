@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from mambakit.serving.logs import LogOptions
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class WorkerOptions:
         heartbeat_seconds: a replica that sends nothing for longer is killed and restarted.
         progress_seconds: the same for one that has work and completes no step.
         load_seconds: the same for one that is not ready in this time.
+        logs: of its process, to standard error.
     """
 
     model: str
@@ -43,6 +46,7 @@ class WorkerOptions:
     heartbeat_seconds: float = 20.0
     progress_seconds: float = 300.0
     load_seconds: float = 1800.0
+    logs: LogOptions = field(default_factory=LogOptions)
 
 
 @dataclass(frozen=True)

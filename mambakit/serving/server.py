@@ -8,6 +8,7 @@ import functools
 import logging
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -22,11 +23,14 @@ from mambakit.serving.http.access import AccessRules, is_loopback
 from mambakit.serving.http.app import make_app
 from mambakit.serving.http.connection import Connection, check_all
 from mambakit.serving.http.connection_limits import BACKLOG, ConnectionLimits, connections_that_fit
+from mambakit.serving.http.keys import Keys
 from mambakit.serving.http.services import Services
+from mambakit.serving.http.tls import TlsOptions, load_certificate, make_context
+from mambakit.serving.logs import LogOptions, fields
 from mambakit.serving.messages import WorkerOptions
 from mambakit.serving.metrics import Metrics
 from mambakit.serving.replicas.supervisor import Supervisor
-from mambakit.serving.states.store import StateStore
+from mambakit.serving.states.options import StatesOptions, open_store
 
 _log = logging.getLogger("mambakit.serving")
 
@@ -34,20 +38,7 @@ _log = logging.getLogger("mambakit.serving")
 _LAST_RESPONSES = 1.0
 _SWEEP = 0.25  # seconds between looks at the connections' deadlines
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-@dataclass(frozen=True)
-class StatesOptions:
-    """
-    Attributes:
-        budget: bytes of all states; each key may have an even part of it.
-        seconds: after which a state expires where its request says nothing; None: never.
-        upload_bytes: of a state that is imported.
-    """
-
-    budget: int = 16 << 30
-    seconds: float | None = None
-    upload_bytes: int = 64 << 20
+_HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 @dataclass(frozen=True)
@@ -69,6 +60,10 @@ class ServerOptions:
         chat_template: Jinja, instead of the tokenizer's own; None: its own.
         states: where states are kept; their folder is `WorkerOptions.states_folder`.
         access: keys and allowed hosts and origins; ``loopback`` is filled in here.
+        tls: the certificate of the address; None: plain HTTP.
+        logs: of this process and of the replicas.
+        read_keys: reads the keys again, on SIGHUP; None: there is nothing to read.
+        playground: whether there is a page at `/`.
     """
 
     worker: WorkerOptions
@@ -88,20 +83,32 @@ class ServerOptions:
     chat_template: str | None = None
     states: StatesOptions = field(default_factory=StatesOptions)
     access: AccessRules = field(default_factory=AccessRules)
+    tls: TlsOptions | None = None
+    logs: LogOptions = field(default_factory=LogOptions)
+    read_keys: Callable[[], Keys] | None = None
+    playground: bool = True
 
 
 class _Server(uvicorn.Server):
     """uvicorn's server; reports when it accepts connections, and ends texts with an error after the drain time."""
 
     def __init__(
-        self, config: uvicorn.Config, dispatcher: Dispatcher, drain_seconds: float, listening: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        dispatcher: Dispatcher,
+        drain_seconds: float,
+        listening: Callable[[], None],
+        reload: Callable[[], None],
     ):
         super().__init__(config)
         self._dispatcher, self._drain_seconds, self._listening = dispatcher, drain_seconds, listening
+        self._reload = reload
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            if _HANGUP is not None and threading.current_thread() is threading.main_thread():
+                asyncio.get_running_loop().add_signal_handler(_HANGUP, self._reload)
             self._sweeping = asyncio.create_task(self._sweep())
             self._listening()
 
@@ -168,7 +175,6 @@ def serve(options: ServerOptions) -> None:
         ),
     )
     server = make_server(options, listener, dispatcher, supervisor, intake, failed)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     # uvicorn raises the signal again when it has stopped; by then all is done, and the exit status is to be 0.
     before = {number: signal.signal(number, _nothing) for number in _SIGNALS}
     try:
@@ -200,31 +206,45 @@ def make_server(
         )
     caching = options.worker.prefix_cache_bytes > 0
     services = Services(
-        dispatcher, intake, options.name, access, options.request_seconds, caching, _open_states(options, access)
-    )
+        dispatcher, intake, options.name, access, options.request_seconds, caching, options.logs,
+        states=open_store(options.worker.states_folder, options.states, len(access.keys.all)),
+    )  # fmt: skip
     config = uvicorn.Config(
-        make_app(services, supervisor, failed),
+        make_app(services, supervisor, failed, options.worker.model if options.playground else None),
         http=functools.partial(Connection, limits=options.limits),  # type: ignore[arg-type]
         ws="none", log_config=None, access_log=False, lifespan="on", proxy_headers=False, backlog=BACKLOG,
         timeout_keep_alive=options.limits.idle_seconds,  # type: ignore[arg-type]
         timeout_graceful_shutdown=int(options.drain_seconds) + 5,
     )  # fmt: skip
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    context = None
+    if options.tls is not None:
+        context = make_context(options.tls)
+        config.load()
+        config.ssl = context
+    scheme = "http" if context is None else "https"
+    address = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def listening() -> None:
         print(f"{options.name} at {address}, replicas: {', '.join(options.devices)}", flush=True)
 
-    return _Server(config, dispatcher, options.drain_seconds, listening)
+    reload = functools.partial(_reload, options, context)
+    return _Server(config, dispatcher, options.drain_seconds, listening, reload)
 
 
-def _open_states(options: ServerOptions, access: AccessRules) -> StateStore | None:
-    """The store of states, with what was there before; None where there is none."""
-    if options.worker.states_folder is None:
-        return None
-    asked = options.states
-    store = StateStore(options.worker.states_folder, budget=asked.budget, keys=len(access.keys), seconds=asked.seconds)
-    threading.Thread(target=store.clean, daemon=True).start()
-    return store
+def _reload(options: ServerOptions, context: ssl.SSLContext | None) -> None:
+    """Read keys and certificate again. One that is wrong changes nothing, and what was there before serves on."""
+    try:
+        if options.read_keys is not None:
+            keys = options.read_keys()
+            if not keys:
+                raise ValueError("there are no keys any more; restart the server to serve without one")
+            options.access.keys.replace(keys)
+            _log.info("keys were read again", extra=fields(keys=len(keys.all)))
+        if options.tls is not None and context is not None:
+            load_certificate(context, options.tls)
+            _log.info("the certificate was read again", extra=fields(file=options.tls.certificate))
+    except ValueError as error:
+        _log.error("not read again, and what was there before is used: %s", error)
 
 
 def _load(options: ServerOptions) -> tuple[Any, Limits]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from mambakit.output import say
 from mambakit.training.claim import claim
 from mambakit.training.config import TrainConfig
 from mambakit.training.data.store import remove_tokens
@@ -92,6 +93,10 @@ def _train(
         raise RunInterrupted(interrupted(run.step, run.saved) if mesh.first else "") from error
     summary: dict[str, Any] | None = None
     whole = mesh.whole(model)
+    best = run.best.step if config.keep_best else 0
+    if whole is not None and folder is not None and best:
+        run.best.restore(whole)
+        say(console, f"the weights of step {best} are written: held-out loss {run.best.loss:.4f}")
     if whole is not None and folder is not None and config.tune == "state":
         summary = export_state(
             whole, data, config, folder, steps=run.step, seconds=run.seconds, training_loss=run.final_loss()
@@ -102,6 +107,7 @@ def _train(
             folder.place("adapter", lambda temporary: save_adapters(whole, temporary / "adapter"))
             merge_adapters(whole)
         loss = run.final_loss()
-        summary = export(whole, data, config, folder, steps=run.step, seconds=run.seconds, training_loss=loss)
+        lengths: dict[str, Any] = {"steps": run.step, "seconds": run.seconds}
+        summary = export(whole, data, config, folder, **lengths, training_loss=loss, best_step=best)
         say_end(summary, config, data.vocabulary, report)
     return mesh.share(summary)

@@ -94,7 +94,7 @@ def test_the_scans_variants(kind, n, options):
 
 
 @pytest.mark.parametrize("arch", CARDS)
-@pytest.mark.parametrize("kind", ["plain", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["plain", "int8", "int4", "fp8"])
 def test_the_decode_step(kind, arch):
     model = mambakit.MambaForCausalLM(mambakit.MambaConfig(vocab_size=512, hidden_size=768, num_hidden_layers=1)).to(
         BF16

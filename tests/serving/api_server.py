@@ -33,7 +33,12 @@ def byte_tokenizer() -> Any:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return SimpleNamespace(
-        backend_tokenizer=backend, bos_token_id=0, eos_token_id=0, get_vocab=backend.get_vocab, decode=backend.decode
+        backend_tokenizer=backend,
+        bos_token_id=0,
+        eos_token_id=0,
+        get_vocab=backend.get_vocab,
+        decode=backend.decode,
+        chat_template=None,
     )
 
 
@@ -106,7 +111,8 @@ class ApiServer:
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
         self.thread.start()
         intake.loaded.result(10)
-        self.health()
+        if options.tls is None:
+            self.health()
 
     @property
     def host(self) -> str:

@@ -12,14 +12,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SERVING = ROOT / "mambakit" / "serving"
 # From the bottom up: files and folders, and the files of each folder. Each may import those before it.
-FOLDERS = ["errors", "messages", "metrics", "states", "api", "dispatch", "replicas", "http", "server"]
+FOLDERS = [
+    "errors", "logs", "messages", "metrics", "states", "api", "dispatch", "replicas", "playground", "http", "server",
+]  # fmt: skip
 FILES = {
+    "playground": ["files", "about"],
     "api": [
         "declarations", "values", "checks", "shapes", "formats", "states", "fields", "asked", "templates", "prompts",
-        "completions", "reply", "chat_messages", "chat", "log_probs", "answers", "chat_answers", "operations",
-        "state_bodies", "state_operations", "openapi", "intake",
+        "completions", "reply", "chat_messages", "chat", "log_probs", "answers", "chat_answers", "tokens", "score",
+        "operations", "state_bodies", "state_operations", "openapi", "intake",
     ],
-    "states": ["tensors", "blobs", "records", "store"],
+    "states": ["tensors", "blobs", "records", "store", "options"],
     "dispatch": ["shares", "jobs", "fair_queue", "queue", "affinity", "rates", "promises", "suspects", "dispatcher"],
     "replicas": [
         "heartbeat",
@@ -33,8 +36,9 @@ FILES = {
         "supervisor",
     ],
     "http": [
-        "access", "refusals", "connection_limits", "connection", "request_ids", "routing", "services", "kept", "texts",
-        "generation", "states", "models", "probes", "app",
+        "keys", "quotas", "tls", "request_log", "access", "refusals", "connection_limits", "connection", "request_ids",
+        "routing", "services", "kept", "texts", "generation", "states", "scores", "tokens", "models", "probes",
+        "playground", "app",
     ],
 }  # fmt: skip
 ORDER = [f"{folder}.{file}" if file else folder for folder in FOLDERS for file in FILES.get(folder, [""])]

@@ -29,6 +29,7 @@ def _bindings():
     return driver, nvrtc
 
 
+@functools.cache
 def available() -> str | None:
     """Why kernels cannot be compiled here, or None when they can."""
     if torch.version.hip is not None:

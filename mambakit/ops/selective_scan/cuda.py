@@ -35,10 +35,15 @@ def _slower(reason: str):
 
 
 @functools.cache
-def _fallback():
-    """The Triton kernels when CUDA C++ cannot be compiled here, else None."""
-    reason = nvrtc.available()
-    return None if reason is None else _slower(reason)
+def _plain(reason: str):
+    """Plain PyTorch, after one warning per reason."""
+    warnings.warn(
+        f"mambakit: the selective scan of this call runs in plain PyTorch, which is many times slower: {reason}, and "
+        "the Triton kernels take B and C of (b, l, n) and operands of one dtype",
+        UserWarning,
+        stacklevel=4,
+    )
+    return chunked
 
 
 @functools.cache
@@ -59,12 +64,14 @@ def other_implementation(u: Tensor, A: Tensor, *operands):
     given = (u, *operands)
     if any(x is not None and x.dtype == torch.float64 for x in given) or u.numel() == 0 or A.shape[1] == 0:
         return chunked
-    fallback = _fallback()
-    if operands and not selection.is_plain(u, *operands) and (fallback is not None or A.shape[1] > 256):
-        return chunked  # Triton's kernels take one group and one dtype
-    if fallback is None and A.shape[1] > 256:
-        return _slower(f"A has {A.shape[1]} states, the CUDA C++ kernels take 256")
-    return fallback
+    reason = nvrtc.available()
+    if reason is None and A.shape[1] > 256:
+        reason = f"A has {A.shape[1]} states, the CUDA C++ kernels take 256"
+    return None if reason is None else _instead(reason, u, *operands)
+
+
+def _instead(reason: str, u: Tensor, *operands):
+    return _slower(reason) if not operands or selection.is_plain(u, *operands) else _plain(reason)
 
 
 def _other_gradient(u: Tensor, A: Tensor, *operands):
@@ -77,10 +84,11 @@ def _other_gradient(u: Tensor, A: Tensor, *operands):
     needed = backward_plan(*u.shape, A.shape[1], multiprocessors, shared).backward_bytes
     if needed <= shared:
         return None
-    return _slower(
+    reason = (
         f"the gradient of {A.shape[1]} states takes {needed} bytes of shared memory, and a block of this GPU has "
         f"{shared}"
     )
+    return _instead(reason, u, *operands)
 
 
 def _on_its_device(function):

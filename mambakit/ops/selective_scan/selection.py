@@ -7,6 +7,8 @@ sums over what was not told apart, made in the kernel: nothing of b * l * d * n 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -54,13 +56,21 @@ def compact(x: Tensor) -> Tensor:
     return x.squeeze(2) if x.dim() == 4 and x.shape[2] == 1 else x
 
 
-def check_groups(op: str, length: int, B: Tensor, C: Tensor) -> None:
-    """Raise ValueError where B and C, made compact, have different numbers of groups."""
-    both = groups(B), groups(C)
-    _checks.require(
-        both[0] == both[1] or both[0] == 1 or both[1] == 1 or varies(B, length) != varies(C, length),
-        f"{op}: B has {both[0]} groups and C has {both[1]}, expected the same number or 1; repeat_interleave "
-        "one over its dimension 2",
+def matched(op: str, length: int, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """B and C, made compact, as the op takes them: of one token, which may be a constant's, with as many groups.
+
+    Raises:
+        ValueError: both depend on time and have different numbers of groups.
+    """
+    of_B, of_C = groups(B), groups(C)
+    if of_B == of_C or of_B == 1 or of_C == 1 or varies(B, length) != varies(C, length):
+        return B, C
+    if not varies(B, length) or length == 1:
+        common = math.lcm(of_B, of_C)
+        return B.repeat_interleave(common // of_B, 2), C.repeat_interleave(common // of_C, 2)
+    raise ValueError(
+        f"{op}: B has {of_B} groups and C has {of_C}, expected the same number or 1; repeat_interleave one over its "
+        "dimension 2"
     )
 
 

@@ -14,6 +14,7 @@ chat_messages, chat    the same of chats
 reply         what a model's reply says, thinks and calls
 log_probs     log-probabilities in answers
 answers, chat_answers    the JSON of responses and events, and token usage
+tokens, score    the same of tokenising and of scoring
 operations    the table of operations
 openapi       the OpenAPI document of operations
 intake        the threads and processes that read bodies, off the event loop

@@ -41,8 +41,12 @@ class Usage:
             self._cached[prompt] = min(cached_tokens, self._cached.get(prompt, self.prompts[prompt]))
 
     @property
+    def prompt_tokens(self) -> int:
+        return sum(self.prompts)
+
+    @property
     def body(self) -> dict[str, Any]:
-        prompt_tokens = sum(self.prompts)
+        prompt_tokens = self.prompt_tokens
         counts: dict[str, Any] = {
             "prompt_tokens": prompt_tokens, "completion_tokens": self.completion_tokens,
             "total_tokens": prompt_tokens + self.completion_tokens,

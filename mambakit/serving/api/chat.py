@@ -17,6 +17,7 @@ from mambakit.serving.api.chat_messages import (
     TOOL,
     for_template,
     items,
+    message_schema,
     tools_for_template,
 )
 from mambakit.serving.api.checks import check_tokens
@@ -47,24 +48,36 @@ def _tool_choice(name: str, value: Any, _: Limits) -> str:
     return value or "auto"
 
 
-CHAT: Fields = {
-    **GENERATION,
-    "messages": items(MESSAGE, MOST_MESSAGES, "give the chat so far, oldest first", required=True, what="messages"),
-    "max_tokens": max_tokens(1, None, "New tokens of each reply, at most; the server's limit is the default."),
-    "max_completion_tokens": max_tokens(1, None, "The same; max_tokens is its earlier name."),
-    "logprobs": flag("Whether each token comes with its log-probability."),
-    "top_logprobs": number(
-        Number(None, 0, MOST_ALTERNATIVES, whole=True), "With logprobs: so many of the likeliest tokens at each place."
+PROMPT: Fields = {
+    "messages": items(
+        MESSAGE,
+        MOST_MESSAGES,
+        "give the chat so far, oldest first",
+        required=True,
+        what="messages",
+        schema_of_one=message_schema,
     ),
     "tools": items(TOOL, MOST_TOOLS, "Functions that the model may call, where its template has tools.", what="tools"),
     "tool_choice": Field(_tool_choice, {"type": "string", "enum": ["auto", "none"]}, "none: no tool is shown."),
-    "parallel_tool_calls": flag("Of no effect: the model calls as many as it does.", default=True),
     "reasoning_effort": choice(
         ("none", "minimal", "low", "medium", "high", "xhigh"), "The template's variable of this name, where it has one."
     ),
     "chat_template_kwargs": Field(_variables, ANY_OBJECT, "Extension: further variables of the template."),
     "add_generation_prompt": flag("Extension: whether the prompt ends with the beginning of a reply.", default=True),
     "continue_final_message": flag("Extension: whether the reply continues the last message."),
+}
+"""The fields that become the prompt."""
+
+CHAT: Fields = {
+    **GENERATION,
+    **PROMPT,
+    "max_tokens": max_tokens(1, None, "New tokens of each reply, at most; the server's limit is the default."),
+    "max_completion_tokens": max_tokens(1, None, "The same; max_tokens is its earlier name."),
+    "logprobs": flag("Whether each token comes with its log-probability."),
+    "top_logprobs": number(
+        Number(None, 0, MOST_ALTERNATIVES, whole=True), "With logprobs: so many of the likeliest tokens at each place."
+    ),
+    "parallel_tool_calls": flag("Of no effect: the model calls as many as it does.", default=True),
     "store": unserved({"type": "boolean", "enum": [False]}, (False,), "nothing is stored: leave it out"),
     "service_tier": unserved({"type": "string", "enum": ["auto", "default"]}, ("auto", "default"), "leave it out"),
     "modalities": unserved({"const": ["text"]}, (["text"],), "only text is served"),
@@ -93,15 +106,13 @@ def parse(body: Mapping[str, Any], template: ChatTemplate | None, limits: Limits
         ApiError: a field is unknown, not served or wrong, there is no template, or it refuses the messages.
     """
     values = read(CHAT, body, limits)
-    if template is None:
-        raise missing()
     limit, given = values["max_tokens"], values["max_completion_tokens"]
     if limit is not None and given is not None and limit != given:
         raise wrong("max_tokens", f"max_tokens is {limit} and max_completion_tokens is {given}; give one of them")
     top = values["top_logprobs"]
     if top is not None and not values["logprobs"]:
         raise wrong("top_logprobs", f"top_logprobs is {top} without logprobs; add logprobs: true, or leave it out")
-    text, form = _prompt(values, template)
+    text, form = prompt_of(values, template)
     request = asked(
         values, [text], next((n for n in (given, limit) if n is not None), limits.max_new_tokens), limits,
         log_probs=(top or 0) if values["logprobs"] else None,
@@ -109,7 +120,14 @@ def parse(body: Mapping[str, Any], template: ChatTemplate | None, limits: Limits
     return request, form
 
 
-def _prompt(values: Mapping[str, Any], template: ChatTemplate) -> tuple[str, ReplyForm]:
+def prompt_of(values: Mapping[str, Any], template: ChatTemplate | None) -> tuple[str, ReplyForm]:
+    """The prompt of valid ``values`` of `PROMPT`, and the form of a reply.
+
+    Raises:
+        ApiError: there is no template, it has no tools or refuses the messages.
+    """
+    if template is None:
+        raise missing()
     tools = values["tools"] if values["tools"] and values["tool_choice"] != "none" else None
     if tools is not None and not template.knows("tools"):
         raise wrong("tools", "the model's chat template has no tools; leave them out", "unsupported_parameter")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mambakit.serving.api.chat import CHAT
 from mambakit.serving.api.completions import COMPLETIONS
 from mambakit.serving.api.declarations import Operation, Parameter
 from mambakit.serving.api.log_probs import CHAT_LOG_PROBS, COMPLETION_LOG_PROBS
+from mambakit.serving.api.score import SCORE
 from mambakit.serving.api.shapes import (
     ANY_OBJECT,
+    BOOLEAN,
     INTEGER,
     KEPT_STATE,
+    NUMBER,
     STRING,
     USAGE,
     array,
@@ -17,6 +22,7 @@ from mambakit.serving.api.shapes import (
     nullable,
     record,
 )
+from mambakit.serving.api.tokens import DETOKENIZE, TOKENIZE
 
 _STREAMED = ("application/json", "text/event-stream")
 # 429 and 503: queues that are full, no replica that is ready. 504: --request-seconds.
@@ -96,6 +102,61 @@ CHAT_COMPLETE = Operation(
     statuses=_QUEUED,
 )
 
+SCORE_TEXTS = Operation(
+    "POST",
+    "/v1/score",
+    "Log-likelihoods of continuations of one text.",
+    fields=SCORE,
+    result=record(
+        {
+            "id": STRING,
+            "object": constant("score"),
+            "created": INTEGER,
+            "model": STRING,
+            "data": array(
+                record(
+                    {
+                        "index": INTEGER,
+                        "log_prob": NUMBER,
+                        "tokens": INTEGER,
+                        "greedy": BOOLEAN,
+                        "log_probs": array(NUMBER),
+                        "state": KEPT_STATE,
+                    },
+                    optional=("log_probs", "state"),
+                )
+            ),
+            "usage": USAGE,
+        }
+    ),
+    statuses=_QUEUED,
+)
+_READ = (404, 408, 413, 415, 503)
+TOKENIZE_TEXT = Operation(
+    "POST",
+    "/tokenize",
+    "The tokens of a text or a chat.",
+    fields=TOKENIZE,
+    result=record(
+        {
+            "tokens": array(INTEGER),
+            "count": INTEGER,
+            "max_model_len": nullable(INTEGER),
+            "token_strs": array(STRING),
+        },
+        optional=("token_strs",),
+    ),
+    statuses=_READ,
+)
+DETOKENIZE_TOKENS = Operation(
+    "POST",
+    "/detokenize",
+    "The text of tokens.",
+    fields=DETOKENIZE,
+    result=record({"prompt": STRING}),
+    statuses=_READ,
+)
+
 _MODEL = record({"id": STRING, "object": constant("model"), "created": INTEGER, "owned_by": STRING})
 LIST_MODELS = Operation(
     "GET",
@@ -125,5 +186,36 @@ LIVE = Operation("GET", "/live", "The API server runs, whatever its replicas do.
 READY = Operation(
     "GET", "/ready", "Whether a request that comes now is answered.", result=_STATUS, statuses=(503,), open=True
 )
+# As Kubernetes' own components name them.
+LIVEZ, READYZ = replace(LIVE, path="/livez"), replace(READY, path="/readyz")
 METRICS = Operation("GET", "/metrics", "Prometheus series.", media=("text/plain",), open=True)
 DOCUMENT = Operation("GET", "/openapi.json", "This document.", result=ANY_OBJECT, statuses=(503,), open=True)
+
+PAGE = Operation("GET", "/", "The playground: a page to write with the model.", media=("text/html",), open=True)
+PAGE_FILE = Operation(
+    "GET",
+    "/playground/{name}",
+    "A file of the playground.",
+    media=("text/html", "text/css", "text/javascript", "image/svg+xml"),
+    parameters=(Parameter("name", "Its name.", STRING),),
+    statuses=(404,),
+    open=True,
+)
+PAGE_MODEL = Operation(
+    "GET",
+    "/playground/model.json",
+    "What the playground shows of the model: its size, its state's, and a Transformer's in its place.",
+    result=record(
+        {
+            "id": STRING,
+            "chat_template": {"type": "boolean"},
+            "states": {"type": "boolean"},
+            "layers": INTEGER,
+            "hidden_size": INTEGER,
+            "vocab_size": INTEGER,
+            "state_bytes": INTEGER,
+            "transformer_bytes_per_token": INTEGER,
+        }
+    ),
+    statuses=(503,),
+)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mambakit.decoding.parameters import Number
 from mambakit.quoting import quoted
-from mambakit.serving.api.checks import check_ids, check_tokens, ids_schema
+from mambakit.serving.api.checks import check_tokens, ids_schema, read_ids
 from mambakit.serving.api.declarations import Field, Fields, Limits, read
 from mambakit.serving.api.values import metadata, number, object_schema, require_unicode, text
 
@@ -69,8 +69,7 @@ def _prompt(name: str, value: Any, limits: Limits) -> str | list[int]:
         return value
     if not isinstance(value, list):
         raise TypeError(f"{name} is {quoted(value)}; it must be a string or a list of token ids")
-    check_ids(value, limits)
-    return value
+    return read_ids(value, limits)
 
 
 def _prompt_schema(limits: Limits) -> dict[str, Any]:

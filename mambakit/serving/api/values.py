@@ -98,7 +98,7 @@ def choice(values: Sequence[str], about: str, default: str | None = None, requir
     return Field(check, {"type": "string", "enum": list(values)}, about, required)
 
 
-def group(fields: Fields, about: str) -> Field:
+def group(fields: Fields, about: str, required: bool = False) -> Field:
     """An object of ``fields``: their values, or None where there is no object."""
 
     def check(name: str, value: Any, limits: Limits) -> dict[str, Any] | None:
@@ -108,7 +108,7 @@ def group(fields: Fields, about: str) -> Field:
             raise TypeError(f"{name} is {quoted(value)}; it must be an object of {', '.join(fields)}")
         return read(fields, value, limits, f"{name}.")
 
-    return Field(check, lambda limits: object_schema(fields, limits), about)
+    return Field(check, lambda limits: object_schema(fields, limits), about, required)
 
 
 def object_schema(fields: Fields, limits: Limits) -> dict[str, Any]:

@@ -8,6 +8,6 @@ request_ids          X-Request-Id
 routing              endpoints as routes: an operation and what answers it
 services             the parts of the server that endpoints call
 texts                a request's texts as one response or as events
-generation, models, probes    endpoints, a file for each subject
+generation, scores, tokens, models, probes    endpoints, a file for each subject
 app                  the table of endpoints, behind what every request passes
 """

@@ -13,31 +13,47 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from mambakit.serving.errors import ApiError
-from mambakit.serving.http import generation, models, probes, states
+from mambakit.serving.http import generation, models, playground, probes, scores, states, tokens
 from mambakit.serving.http.access import Access
 from mambakit.serving.http.refusals import bug, http_error, refusal
 from mambakit.serving.http.request_ids import HEADER, RequestIds
+from mambakit.serving.http.request_log import RequestLog
 from mambakit.serving.http.routing import Endpoint, routes
 from mambakit.serving.http.services import Services
 from mambakit.serving.replicas.supervisor import Supervisor
 
 
-def endpoints(services: Services) -> list[Endpoint]:
-    """All endpoints, in the order of the OpenAPI document."""
-    found = [*generation.endpoints(services), *states.endpoints(services)]
-    found += [*models.endpoints(services), *probes.endpoints(services)]
+def endpoints(services: Services, page_of: str | None = None) -> list[Endpoint]:
+    """All endpoints, in the order of the OpenAPI document.
+
+    Args:
+        page_of: the checkpoint that the playground tells of; None: there is no playground.
+    """
+    found = [
+        *generation.endpoints(services),
+        *states.endpoints(services),
+        *scores.endpoints(services),
+        *tokens.endpoints(services),
+        *models.endpoints(services),
+        *probes.endpoints(services),
+    ]
+    if page_of is not None:
+        found += playground.endpoints(services, page_of)
     return [*found, models.document_endpoint(services, found)]
 
 
-def make_app(services: Services, supervisor: Supervisor, failed: Callable[[str], None]) -> ASGIApp:
+def make_app(
+    services: Services, supervisor: Supervisor, failed: Callable[[str], None], page_of: str | None = None
+) -> ASGIApp:
     """The ASGI application.
 
     Args:
         services: what the endpoints call.
         supervisor: of the replicas, which start and stop with the application.
         failed: called with the reason where the tokenizer cannot be loaded.
+        page_of: the checkpoint that the playground tells of; None: there is no playground.
     """
-    intake, access, table = services.intake, services.access, endpoints(services)
+    intake, access, table = services.intake, services.access, endpoints(services, page_of)
 
     def report(loaded: Future) -> None:
         if not loaded.cancelled() and (error := loaded.exception()) is not None:
@@ -68,4 +84,4 @@ def make_app(services: Services, supervisor: Supervisor, failed: Callable[[str],
         lifespan=lifespan,
         middleware=middleware,
     )
-    return RequestIds(application)
+    return RequestLog(RequestIds(application))

@@ -19,11 +19,15 @@ from mambakit.serving.api.prompts import Prepared, check_echo
 from mambakit.serving.dispatch.jobs import Inbox, Job
 from mambakit.serving.errors import ApiError
 from mambakit.serving.http.kept import Keeping
+from mambakit.serving.http.quotas import Grant
+from mambakit.serving.http.request_log import note
 from mambakit.serving.http.routing import Endpoint
 from mambakit.serving.http.services import Services
 from mambakit.serving.http.texts import EventStream, Texts, while_connected
 
 _P = TypeVar("_P", bound=Prepared)
+# With --log-prompts: so many tokens of so many of a request's prompts.
+_SHOWN, _MOST_SHOWN = 1000, 8
 DISCONNECTED = Response(status_code=499)  # what proxies log for a client that disconnected; it is never sent
 
 
@@ -59,14 +63,15 @@ async def answer(
         with keeping.closed_on_error():
             await keeping.begin(prepared.asked.state, *_size(prepared))
             texts = _texts(services, prepared, await shape(services, prepared), owner, keeping)
-            services.dispatcher.submit(texts.jobs)
+            await _note_prompts(services, prepared, request)
+            grant = services.submit(request, texts.jobs, texts.usage.prompt_tokens)
     except ApiError as error:
         services.metrics.requests.labels("", "rejected" if error.retry_after else "invalid").inc()
         raise
     except ClientDisconnect:
         return DISCONNECTED
     return await finish(
-        services, request, texts, lambda ended: texts.stream(ended) if texts.asked.stream else texts.whole(),
+        services, request, texts, lambda ended: texts.stream(ended) if texts.asked.stream else texts.whole(), grant,
         keeping.close,
     )  # fmt: skip
 
@@ -77,11 +82,19 @@ def _size(prepared: Prepared) -> tuple[int, int]:
     return texts, max(len(ids) for ids in prepared.prompts) // 8 + prepared.asked.max_tokens
 
 
+async def _note_prompts(services: Services, prepared: Prepared, request: Request) -> None:
+    """With --log-prompts, for the request's line in the log."""
+    if services.logs.prompts:
+        shown = [await services.intake.decode(ids[: 8 * _SHOWN]) for ids in prepared.prompts[:_MOST_SHOWN]]
+        note(request.scope, prompts=shown)
+
+
 async def finish(
     services: Services,
     request: Request,
     texts: Any,
     respond: Callable[[Callable[[], None]], Awaitable[Response]],
+    grant: Grant,
     close: Callable[[], None] = lambda: None,
 ) -> Response:
     """The response of submitted jobs, while the client is there and the time of a request lasts.
@@ -89,6 +102,7 @@ async def finish(
     Args:
         texts: has ``jobs`` and their ``inbox``.
         respond: makes the response. It is given what an `EventStream` calls at its end.
+        grant: that `Services.submit` gave for the jobs.
         close: called at the end, however it comes.
     """
     # Timed from here: until now the limits of the connection and of the intake applied.
@@ -97,6 +111,9 @@ async def finish(
     def ended() -> None:
         timeout.cancel()
         services.dispatcher.cancel(texts.jobs)
+        tokens = sum(job.tokens for job in texts.jobs)
+        grant.end(tokens)
+        note(request.scope, texts=len(texts.jobs), prompt_tokens=grant.prompt_tokens, tokens=tokens)
         close()
 
     try:

@@ -37,5 +37,7 @@ def endpoints(services: Services) -> list[Endpoint]:
         Endpoint(operations.HEALTH, health),
         Endpoint(operations.LIVE, live),
         Endpoint(operations.READY, ready),
+        Endpoint(operations.LIVEZ, live),
+        Endpoint(operations.READYZ, ready),
         Endpoint(operations.METRICS, metrics),
     ]

@@ -11,6 +11,10 @@ from starlette.routing import Route
 
 from mambakit.serving.api.declarations import Operation
 from mambakit.serving.http.access import AccessRules
+from mambakit.serving.http.keys import Key
+from mambakit.serving.http.request_log import note
+
+_KEY = "api_key"
 
 # Raises an `ApiError` for an answer that is one.
 Handler = Callable[[Request], Awaitable[Response]]
@@ -38,7 +42,16 @@ def routes(endpoints: Iterable[Endpoint], access: AccessRules) -> list[Route]:
 
 def _guarded(handle: Handler, access: AccessRules) -> Handler:
     async def guarded(request: Request) -> Response:
-        access.require_key(request.headers.get("authorization", ""))
+        key = access.require_key(request.headers.get("authorization", ""))
+        if key is not None:
+            request.scope[_KEY] = key
+            note(request.scope, key=key.name)
         return await handle(request)
 
     return guarded
+
+
+def key_of(request: Request) -> Key | None:
+    """The key that a guarded request was sent with; None where none is required."""
+    found: Key | None = request.scope.get(_KEY)
+    return found

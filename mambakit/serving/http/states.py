@@ -199,8 +199,8 @@ async def _read(services: Services, request: Request, asked: Created, origin: st
             deadline=services.deadline(asked.deadline),
             options=TextOptions(state=keeping.task, cache_salt=asked.cache_salt),
         )  # fmt: skip
-        services.dispatcher.submit([job])
+        grant = services.submit(request, [job], length)
         reading = _Reading([job], inbox)
-        return await finish(services, request, reading, lambda _: reading.response(keeping))
+        return await finish(services, request, reading, lambda _: reading.response(keeping), grant)
     finally:
         keeping.close()

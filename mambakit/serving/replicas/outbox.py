@@ -5,9 +5,9 @@ only.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
-import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mambakit.decoding.log_probs import TokenLogProb
     from mambakit.serving.replicas.states import HeldState, Keeper, Left
 
+_log = logging.getLogger("mambakit.serving")
+
 
 @contextlib.contextmanager
 def end_of_process() -> Iterator[None]:
@@ -29,7 +31,7 @@ def end_of_process() -> Iterator[None]:
     except (EOFError, OSError):  # the server is gone
         pass
     except BaseException:
-        traceback.print_exc()
+        _log.exception("a thread of the replica's process failed, which ends it")
         os._exit(1)
     os._exit(0)
 
@@ -72,7 +74,7 @@ class Text:
     def fail(self, error: Exception) -> None:
         """Note an exception. One line goes to the client; the traceback to the log, unless the client is at fault."""
         if self.status >= 500:
-            traceback.print_exception(error)
+            _log.error("a text failed", exc_info=error)
         self.error = f"{type(error).__name__}: {cut(str(error), 500)}" if self.status == 500 else cut(str(error), 500)
 
     def add(self, token: int) -> str:

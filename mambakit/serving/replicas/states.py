@@ -137,7 +137,7 @@ class ReplicaStates:
             cache, pending = state.cache(self._model), state.pending
             if state.tokens is not None and task.sampling.get("repetition_penalty", 1) != 1:
                 read = ids_of(state.tokens[: state.seen])
-        if write and not pending and not prompt:
+        if (write or task.options.continuations is not None) and not pending and not prompt:
             raise ValueError("the state has read all of its text, and the prompt is empty; give a prompt")
         left = Left(state, prompt) if asked.keep else None
         if left is not None and len(pending) + len(prompt) <= 1:  # there is nothing to read

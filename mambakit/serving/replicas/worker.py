@@ -8,6 +8,7 @@ waits for the device. One sends heartbeats.
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import signal
 import threading
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from mambakit.serving.logs import configure
 from mambakit.serving.messages import Failed, Ready, Task, WorkerOptions
 from mambakit.serving.replicas.constraints import Compiler
 from mambakit.serving.replicas.heartbeat import BEATS, Channel, send_heartbeats
@@ -23,12 +25,15 @@ from mambakit.serving.replicas.outbox import Event, Outbox, Text
 from mambakit.serving.replicas.receiving import Prefetch, receive
 from mambakit.threads import bound_spinning
 
+_log = logging.getLogger("mambakit.serving")
+
 # Tokens per forward of prompts that are scored; between two layers of one, others' texts go on.
 _SCORING_CHUNK = 512
 
 
 def main(options: WorkerOptions, connection: Connection) -> None:
     """The process's main function. It ends when the server sends `Stop`, or is gone."""
+    configure(options.logs)
     bound_spinning()  # the command does this for its children; a server that was started from Python has not
     # A signal to the whole process group is handled by the server, which drains before it stops the replicas.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -46,7 +51,8 @@ def main(options: WorkerOptions, connection: Connection) -> None:
     except Exception as error:
         with contextlib.suppress(OSError):
             channel.send(Failed(f"{type(error).__name__}: {error}"))
-        raise
+        _log.exception("the replica's process failed")
+        raise SystemExit(1) from error
 
 
 class _Progress:

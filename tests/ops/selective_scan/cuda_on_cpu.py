@@ -125,7 +125,7 @@ class Module:
 def install(monkeypatch, folder: Path, multiprocessors: int = 132) -> None:
     """Until the test ends, cuda.py runs its kernels on CPU tensors, planned for so many multiprocessors."""
     monkeypatch.setattr(cuda.nvrtc, "Module", lambda _folder, _source, macros, _device: Module(folder, macros))
-    monkeypatch.setattr(cuda, "_fallback", lambda: None)
+    monkeypatch.setattr(cuda.nvrtc, "available", lambda: None)
     monkeypatch.setattr(cuda_launch, "multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(cuda.nvrtc, "shared_memory", lambda device: 227 * 1024)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)

@@ -183,6 +183,37 @@ def test_gradients_of_many_states_go_where_shared_memory_suffices(on_cpu, monkey
             cuda_backward.backward_kernel(2, 300, 64, 256, F32, True, True, False, 4, None, 64, True)
 
 
+def test_what_neither_cuda_nor_triton_serves_runs_in_plain_pytorch_with_a_warning(on_cpu, monkeypatch):
+    b, length, d, n = 2, 9, 64, 4
+    u, A, rows = torch.zeros(b, length, d), torch.zeros(d, n), torch.zeros(b, length, n)
+    others = {
+        "groups": (u, torch.zeros(b, length, 2, n), rows, None),
+        "constants": (u, torch.zeros(1, 1, d, n), rows, None),
+        "dtypes": (u.bfloat16(), rows, rows, None),
+    }
+
+    def warned(operands, states=A):
+        cuda._plain.cache_clear()
+        with pytest.warns(UserWarning, match=f"plain PyTorch, which is many times slower: {reason}"):
+            assert cuda.other_implementation(u, states, *operands) is chunked
+
+    reason = "A has 300 states"
+    wide = torch.zeros(b, length, 300)
+    warned((u, torch.zeros(b, length, 2, 300), wide, None), torch.zeros(d, 300))
+    monkeypatch.setattr(cuda.nvrtc, "available", lambda: "NVRTC cannot be loaded")
+    reason = "NVRTC cannot be loaded"
+    for operands in others.values():
+        warned(operands)
+    assert cuda.other_implementation(u, A, *others["groups"]) is chunked  # once for a reason
+    monkeypatch.setattr(cuda.nvrtc, "available", lambda: None)
+    monkeypatch.setattr(cuda.nvrtc, "shared_memory", lambda device: 99 * 1024)
+    reason = "the gradient of 256 states"
+    wide, A256 = torch.zeros(b, length, 256), torch.zeros(d, 256)
+    cuda._plain.cache_clear()
+    with pytest.warns(UserWarning, match=reason):
+        assert cuda._other_gradient(u, A256, u, torch.zeros(b, length, 2, 256), wide, None) is chunked
+
+
 def test_registers_are_left_to_as_many_ctas_as_fit():
     def plan(n, shared):
         return plans.backward_plan(16, 2048, 1536, n, 132, shared * 1024)

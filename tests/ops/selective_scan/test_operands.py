@@ -30,7 +30,7 @@ SELECTIONS = [
 CASES = (
     [Case((2, 37, 6, 4), B, C) for B, C in SELECTIONS]
     + [Case((1, 75, 6, 5), B, C, lengths=(0, 3, 40, 1, 0, 31)) for B, C in (("2", "2"), ("6c", "3"), ("0", "0t"))]
-    + [Case((3, 1, 6, 4), B, C) for B, C in (("2", "2"), ("6c", "6c"))]
+    + [Case((3, 1, 6, 4), B, C) for B, C in (("2", "2"), ("6c", "6c"), ("6c", "2"), ("3", "2c"))]
     + [Case((2, 37, 6, 4), t, t, layout) for t, layout in (("0", "udzy"), ("3", "dy"), ("6c", "uz"), ("2", "udz"))]
     + [Case((1, 75, 6, 5), "0", "0", "udzy", lengths=(0, 3, 40, 1, 0, 31)), Case((2, 40, 1, 4), "0", "0", "udzy")]
     + [Case((2, 33, 40, 16), "4", "4", "udzy", full=False), Case((2, 33, 40, 16), "40c", "40c", full=False)]
@@ -136,7 +136,10 @@ def test_a_constant_takes_no_memory_of_b_l_d_n():
 
 
 def test_in_place():
-    for case in (Case((3, 6, 6, 8), "2", "6c", "u"), Case((3, 1, 6, 8), "0", "3"), Case((3, 6, 6, 8), "0", "0", "udz")):
+    for case in (
+        Case((3, 6, 6, 8), "2", "6c", "u"), Case((3, 1, 6, 8), "0", "3"), Case((3, 6, 6, 8), "0", "0", "udz"),
+        Case((3, 1, 6, 8), "6c", "2"),
+    ):  # fmt: skip
         inputs = make(case)
         pool, slots = torch.randn(5, 6, 8), torch.tensor([4, -1, 0], dtype=torch.int32)
         start = torch.stack([pool[4], torch.zeros(6, 8), pool[0]])

@@ -6,6 +6,7 @@ import httpx
 import pytest
 
 from mambakit.serving.http.access import AccessRules
+from mambakit.serving.http.keys import Keys
 from tests.serving.api_server import api_server
 
 KEY = "k" * 20
@@ -13,7 +14,10 @@ KEY = "k" * 20
 
 @pytest.fixture(scope="module")
 def client():
-    with api_server(access=AccessRules(keys=(KEY,))) as one, httpx.Client(base_url=f"http://{one.host}") as client:
+    with (
+        api_server(access=AccessRules(keys=Keys.of(KEY))) as one,
+        httpx.Client(base_url=f"http://{one.host}") as client,
+    ):
         yield client
 
 
