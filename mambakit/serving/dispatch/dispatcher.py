@@ -22,7 +22,7 @@ from mambakit.serving.dispatch.rates import Rates
 from mambakit.serving.dispatch.suspects import Suspects
 from mambakit.serving.errors import ApiError
 from mambakit.serving.logs import fields
-from mambakit.serving.messages import Batch, Cancel, Piece, Task
+from mambakit.serving.messages import Batch, Cancel, Layout, Piece, Task
 from mambakit.serving.metrics import Metrics
 
 _log = logging.getLogger("mambakit.serving")
@@ -54,6 +54,8 @@ class Dispatcher:
     ):
         self.slots, self.max_waiting, self.metrics, self.clock = slots, max_waiting, metrics, clock
         self.replicas = [Replica(number, device) for number, device in enumerate(devices)]
+        self.layout: Layout | None = None
+        """What a state of the replicas' model is, as soon as one has said so."""
         self._caching = caching and len(devices) > 1
         self._suspects = Suspects(clock)
         self._queue = WaitingQueue(slots)
