@@ -69,9 +69,13 @@ class StateStore:
 
     def by_owner(self) -> dict[str, tuple[int, int]]:
         """How many states each owner has, and the bytes of their files."""
+        counts: Counter[str] = Counter()
+        files: dict[str, dict[str, int]] = {}
         with self._lock:
-            counts = Counter(record.owner for record in self._records.values())
-        return {owner: (count, self.used(owner)) for owner, count in counts.items()}
+            for record in self._records.values():
+                counts[record.owner] += 1
+                files.setdefault(record.owner, {})[record.blob] = record.bytes
+        return {owner: (count, sum(files[owner].values())) for owner, count in counts.items()}
 
     def count(self) -> int:
         return len(self._records)
