@@ -37,7 +37,7 @@ def cases() -> dict[str, tuple[int, Callable[[], object]]]:
 
     import mambakit
     from mambakit.assets import default_model_path
-    from mambakit.training.config import load_config
+    from mambakit.training.config_file import load_config
     from mambakit.training.optimizer import make_optimizer
     from mambakit.training.step import TrainingStep
 

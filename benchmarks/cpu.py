@@ -120,12 +120,17 @@ def write_gguf(model: MambaForCausalLM, path: Path, format: str) -> None:
     writer.add_layer_norm_rms_eps(config.layer_norm_epsilon)
     writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(config.vocab_size)
+    if getattr(config, "mixer_rms_eps", None) is not None:  # FalconMamba
+        writer.add_bool("mamba.ssm.dt_b_c_rms", True)
     quantised = gguf.GGMLQuantizationType[format]
+    packed: dict[int, object] = {}  # a layer may stand for several
 
     def add(name: str, tensor: torch.Tensor, linear: bool = False) -> None:
         data = tensor.detach().float().numpy()
         if linear and format != "F32" and not (format.startswith("Q") and data.shape[1] % 32):
-            writer.add_tensor(name, gguf.quants.quantize(data, quantised), raw_dtype=quantised)
+            if id(tensor) not in packed:
+                packed[id(tensor)] = gguf.quants.quantize(data, quantised)
+            writer.add_tensor(name, packed[id(tensor)], raw_dtype=quantised)
         else:
             writer.add_tensor(name, data)
 

@@ -4,6 +4,7 @@ which way serves how many rows.
     python benchmarks/decode_step.py                 # the shapes below, the chosen variant and its rivals
     python benchmarks/decode_step.py --shapes 130m --rows 1 8 --formats plain int4
     python benchmarks/decode_step.py --ways --rows 1 4 8 16 32 64 128     # every way that can serve so many rows
+    python benchmarks/decode_step.py --ways --shapes 7b --families falcon plain --rows 1 8 32 64     # FalconMamba-7B's
 
 `ms` is the median of graph replays, bfloat16, random weights; a variant whose logits are further than 1.2e-2 from the
 model's forward is printed as WRONG. `queue 6, 2, 1`: 6 slots of each warp's ring, 2 of them filled again at once at the
@@ -14,6 +15,7 @@ for the chosen variant. docs/kernels/decode.md has what was found.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Callable
@@ -31,7 +33,19 @@ from mambakit.ops.decode import cuda_persistent as persistent
 from mambakit.ops.decode import triton_few_rows, triton_many_rows
 from mambakit.ops.decode.cuda_persistent import PARTS, PersistentStep
 
-SHAPES = {"130m": (768, 24), "370m": (1024, 48), "790m": (1536, 48), "1.4b": (2048, 48), "2.8b": (2560, 64)}
+SHAPES = {
+    "130m": (768, 24),
+    "370m": (1024, 48),
+    "790m": (1536, 48),
+    "1.4b": (2048, 48),
+    "2.8b": (2560, 64),
+    "7b": (4096, 64),
+}
+VOCABULARIES = {"7b": 65024}  # others: 50,280
+FAMILIES = {
+    "plain": (mambakit.MambaConfig, mambakit.MambaForCausalLM),
+    "falcon": (mambakit.FalconMambaConfig, mambakit.FalconMambaForCausalLM),
+}
 RIVALS = [
     {"queue": queue}
     for queue in ((3, 3, 0), (4, 4, 0), (6, 6, 0), (4, 2, 1), (4, 2, 2), (6, 2, 1), (6, 2, 4), (8, 2, 1), (8, 2, 6))
@@ -39,11 +53,13 @@ RIVALS = [
 TOKEN = 11
 
 
-def made(shape: str, format: str):
+def made(family: str, shape: str, format: str):
     width, layers = SHAPES[shape]
+    config, kind = FAMILIES[family]
     torch.manual_seed(0)
+    vocabulary = VOCABULARIES.get(shape, 50280)
     with torch.device("cuda"):
-        model = mambakit.MambaForCausalLM(mambakit.MambaConfig(hidden_size=width, num_hidden_layers=layers))
+        model = kind(config(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers))
     model = model.to(torch.bfloat16).eval()
     return model if format == "plain" else model.quantize(format)
 
@@ -113,6 +129,7 @@ def milliseconds(step: Callable[[bool], torch.Tensor], rounds: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["130m", "1.4b", "2.8b"])
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=["plain"])
     parser.add_argument("--formats", nargs="+", choices=("plain", "int8", "int4"), default=["plain", "int8", "int4"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=40)
@@ -124,44 +141,42 @@ def main() -> None:
         sys.exit("no NVIDIA GPU is here; the kernel's logic runs on a CPU in tests/ops/decode/test_cuda_persistent.py")
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     results, clocks = [], []
-    for shape in options.shapes:
-        for format in options.formats:
-            model = made(shape, format)
-            for rows in options.rows:
-                ids = torch.full((rows, 1), TOKEN, device="cuda")
-                expected = model(ids, cache_params=model.backbone.new_cache(rows)).logits[:, -1].float()
-                if options.ways:
-                    for name, step in ways(model, rows).items():
-                        error = float((step(False).float() - expected).norm() / expected.norm())
-                        ms = milliseconds(step, options.rounds)
-                        wrong = "" if error < 1.2e-2 else f"  WRONG, {error:.1e}"
-                        print(f"{shape} {format:>5} x {rows}  {name}: {ms:.4f} ms{wrong}", flush=True)
-                        results.append({"shape": shape, "format": format, "rows": rows, "way": name, "ms": ms})
-                    continue
-                variants = [{}, *RIVALS]
-                for index, step in compiled(model, rows, variants).items():
-                    name = f"{shape} {format:>5} x {rows}  {variants[index] or 'chosen'}"
-                    if isinstance(step, str):
-                        print(f"{name}: {step}")
-                        continue
-                    logits = step().clone()
-                    error = float((logits - expected).norm() / expected.norm())
+    cases = itertools.product(options.families, options.shapes, options.formats)
+    for family, shape, format in cases:
+        model = made(family, shape, format)
+        label = shape if family == "plain" else f"{family} {shape}"
+        what = {"family": family, "shape": shape, "format": format}
+        for rows in options.rows:
+            ids = torch.full((rows, 1), TOKEN, device="cuda")
+            expected = model(ids, cache_params=model.backbone.new_cache(rows)).logits[:, -1].float()
+            if options.ways:
+                for name, step in ways(model, rows).items():
+                    error = float((step(False).float() - expected).norm() / expected.norm())
                     ms = milliseconds(step, options.rounds)
-                    print(f"{name}: {ms:.4f} ms" + ("" if error < 1.2e-2 else f"  WRONG, {error:.1e}"), flush=True)
-                    results.append(
-                        {"shape": shape, "format": format, "rows": rows, **variants[index], "ms": ms, "error": error}
-                    )
-                if options.clock:
-                    step = step_of(model, rows, clock=True)
-                    for _ in range(5):
-                        step(True)
-                    cycles = [count / SHAPES[shape][1] for count in step.cycles.tolist()]
-                    clocks.append(
-                        {"shape": shape, "format": format, "rows": rows, **dict(zip(PARTS, cycles, strict=True))}
-                    )
-                    print("   ", ", ".join(f"{part} {count:.0f}" for part, count in zip(PARTS, cycles, strict=True)))
-            del model
-            torch.cuda.empty_cache()
+                    wrong = "" if error < 1.2e-2 else f"  WRONG, {error:.1e}"
+                    print(f"{label} {format:>5} x {rows}  {name}: {ms:.4f} ms{wrong}", flush=True)
+                    results.append({**what, "rows": rows, "way": name, "ms": ms})
+                continue
+            variants = [{}, *RIVALS]
+            for index, step in compiled(model, rows, variants).items():
+                name = f"{label} {format:>5} x {rows}  {variants[index] or 'chosen'}"
+                if isinstance(step, str):
+                    print(f"{name}: {step}")
+                    continue
+                logits = step().clone()
+                error = float((logits - expected).norm() / expected.norm())
+                ms = milliseconds(step, options.rounds)
+                print(f"{name}: {ms:.4f} ms" + ("" if error < 1.2e-2 else f"  WRONG, {error:.1e}"), flush=True)
+                results.append({**what, "rows": rows, **variants[index], "ms": ms, "error": error})
+            if options.clock:
+                step = step_of(model, rows, clock=True)
+                for _ in range(5):
+                    step(True)
+                cycles = [count / SHAPES[shape][1] for count in step.cycles.tolist()]
+                clocks.append({**what, "rows": rows, **dict(zip(PARTS, cycles, strict=True))})
+                print("   ", ", ".join(f"{part} {count:.0f}" for part, count in zip(PARTS, cycles, strict=True)))
+        del model
+        torch.cuda.empty_cache()
     part = "ways" if options.ways else "variants"
     record.write(options.json, {part: results, **({"cycles": clocks} if options.clock else {})}, gpus=1)
 

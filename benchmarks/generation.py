@@ -13,9 +13,8 @@ its default cache (flash attention through SDPA) and, with --compiled, a static 
     generate   prompt and new tokens, prompt included in the time; third call; peak memory
     length     reading a prompt of 2^i tokens, one row
     long       a prompt of 2,048 and of --long-prompt tokens: peak memory, and the step after it
+    context    new tokens a second by the length of the prompt, each model at its best batch (benchmarks/context.py)
     engine     --rows texts of --engine-prompt tokens and --new new ones, greedy and sampled: `Engine` beside `generate`
-    draft      speculative decoding of the largest shape with the smallest as its draft model, each guess right with the
-               probability --acceptance, against plain steps
 
 Nothing is timed before a small model's steps agree with its forward on this device. One GPU: CUDA events around whole
 calls.
@@ -39,10 +38,8 @@ import mambakit
 from benchmarks import record as records
 from mambakit.decoding.prefill import prefill
 from mambakit.decoding.registry import kept_decoder, token_step
-from mambakit.generation.drafters import Draft, DraftModel
 from mambakit.generation.engine import Engine, Request
-from mambakit.generation.speculative import SpeculativeStream
-from mambakit.generation.stream import Sampling, Stream
+from mambakit.generation.stream import Sampling
 
 VOCABULARY = 50280
 # Mamba's width and layers; Llama's width, layers, heads and inner width.
@@ -316,77 +313,10 @@ def measure_engine(options: Options, clock: Clock, record: dict) -> None:
         released()
 
 
-class Letters:
-    """Stands for a tokenizer: random weights have no text."""
+def measure_context(options: Options, clock: Clock, record: dict) -> None:
+    from benchmarks import context  # which reads this module
 
-    def decode(self, ids, **_) -> str:
-        return "".join(chr(97 + int(i) % 26) for i in ids)
-
-
-class ForcedDraft(DraftModel):
-    """The work of a draft model, with guesses that are right with a given probability."""
-
-    def __init__(self, model, truth: list[int], acceptance: float):
-        super().__init__(model)
-        self._truth, self._acceptance = truth, acceptance
-        self._chance = torch.Generator().manual_seed(0)
-
-    @torch.no_grad()
-    def propose(self, text: list[int], most: int) -> Draft:
-        super().propose(text, 0)  # its state to where the text is
-        loop, tokens = self._loop, []
-        for _ in range(most):
-            loop.write()  # the work of a guess, which is then replaced
-            self._read.append((text + tokens)[-1])
-            self._snapshots.append(loop.pool.snapshot())
-            right = self._truth[(len(text) + len(tokens)) % len(self._truth)]
-            good = torch.rand((), generator=self._chance) < self._acceptance
-            tokens.append(right if good else (right + 1) % VOCABULARY)
-            loop.tokens = torch.tensor(tokens[-1:], device=self.model.device)
-        return Draft(tokens)
-
-
-def measure_draft(options: Options, clock: Clock, record: dict) -> None:
-    order = sorted(options.shapes, key=list(SHAPES).index)
-    target = "1.4b" if "1.4b" in order else order[-1]
-    model, small = mamba(target, options.device), mamba(order[0], options.device)
-    ids = torch.randint(0, VOCABULARY, (64,), device=options.device)
-    plain = Stream(model, Letters(), ids, Sampling(temperature=0), max_new_tokens=options.new)
-    list(plain)
-    truth = ids.tolist() + plain.tokens
-    print(f"\ndraft: {target} by {order[0]}, a guess is right with probability {options.acceptance}")
-
-    def speculative(most: int, new: int) -> SpeculativeStream:
-        stream = SpeculativeStream(
-            model, Letters(), ids, Sampling(temperature=0), max_new_tokens=new, draft_tokens=most,
-            drafter=ForcedDraft(small, truth, options.acceptance),
-        )  # fmt: skip
-        list(stream)
-        return stream
-
-    step = step_seconds(model, 1, clock, options.rounds)
-    print(
-        f"  {step * 1e3:.3f} ms a plain step\n{'guesses':>9} {'ms a token':>11} {'against plain':>14} {'kept':>16} "
-        f"{'rounds':>7}"
-    )
-    for most in options.draft_tokens:
-        stream = speculative(most, options.new)
-        # Of two texts of different length, so that what happens once (reading the prompt, a capture) is not counted.
-        short, whole = options.new // 4, options.new
-        times = {
-            new: statistics.median(clock(lambda n=new, m=most: speculative(m, n)) for _ in range(3))
-            for new in (short, whole)
-        }
-        seconds = (times[whole] - times[short]) / (whole - short)
-        kept = f"{stream.accepted} of {stream.proposed}"
-        print(f"{most:>9} {seconds * 1e3:11.3f} {step / seconds:13.2f}x {kept:>16} {stream.rounds:>7}", flush=True)
-        record["draft"].append(
-            {
-                "target": target, "draft": order[0], "draft_tokens": most, "step": step, "token": seconds,
-                "speedup": step / seconds, "accepted": stream.accepted, "proposed": stream.proposed, "rounds":
-                stream.rounds,
-            }
-        )  # fmt: skip
+    context.measure(options, clock, record)
 
 
 def plot(record: dict, folder: Path) -> None:
@@ -419,7 +349,7 @@ def plot(record: dict, folder: Path) -> None:
 PARTS = {
     "prefill": measure_prefill, "step": measure_steps, "generate": measure_generate, "length": measure_lengths,
     "long": measure_long,
-    "engine": measure_engine, "draft": measure_draft,
+    "engine": measure_engine, "context": measure_context,
 }  # fmt: skip
 
 
@@ -427,7 +357,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["130m", "1.4b", "2.8b"])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[part for part in PARTS if part != "context"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64, 128])
     parser.add_argument(
         "--formats", nargs="+", choices=("plain", "int8", "int4"), default=["plain"], help="of the weights, in steps"
@@ -438,14 +368,15 @@ def main() -> None:
     parser.add_argument("--engine-prompt", type=int, default=32)
     parser.add_argument("--lengths", nargs=2, type=int, default=[10, 17], metavar=("FIRST", "LAST"), help="powers of 2")
     parser.add_argument("--long-prompt", type=int, default=1_000_000)
-    parser.add_argument("--acceptance", type=float, default=0.7)
-    parser.add_argument("--draft-tokens", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument(
         "--compiled", action="store_true", help="the Transformer with a static cache and torch.compile, too"
     )
     parser.add_argument("--rounds", type=int, default=50)
     records.add_argument(parser)
     parser.add_argument("--plots", type=Path, help="a folder for generate.png and length.png")
+    from benchmarks import context
+
+    context.add_arguments(parser)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no NVIDIA GPU here; --device cpu --shapes tiny tries the script without one")

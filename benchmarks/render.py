@@ -9,7 +9,8 @@ A table stands between two comments, and what is there is replaced:
     <!-- end -->
 
 A name is one of `tables`, or RECORD/PART: the rows of one part of one record, as they are. Below a table its records
-are named, with machine, date and command (not in README.md, which links to them).
+are named, with machine, date and command (not in README.md, which links to them). The figures that `mambakit plan`
+reads are written, too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import tables
 from benchmarks.record import FOLDER, ROOT
+from benchmarks.tables import planning
 
 BLOCK = re.compile(r"(<!-- table: (?P<name>[^ ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -67,6 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
             stale.append(path)
             if not options.check:
                 path.write_text(new, encoding="utf-8")
+    if planning.FILE.read_text(encoding="utf-8") != planning.content():
+        stale.append(planning.FILE)
+        if not options.check:
+            planning.FILE.write_text(planning.content(), encoding="utf-8")
     for path in stale:
         print(f"{path.relative_to(ROOT)}: {'is not what the records say' if options.check else 'written'}")
     return 1 if options.check and stale else 0

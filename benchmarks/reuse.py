@@ -83,10 +83,10 @@ def verification(model, rounds: int) -> dict[str, float]:
     verify = verifier(model, other, 16)
     runs: dict[str, Callable[[], object]] = {"step": lambda: step(token)}
     for count in (1, 2, 5, 9, 16):
-        runs[f"trial of {count}"] = lambda count=count: verify([7] * count)
+        runs[f"trial of {count}"] = lambda count=count: verify(torch.full((1, count), 7))
 
     def replay():
-        verify.commit(3)
+        verify.commit([3])
 
     def steps():
         for _ in range(3):
@@ -98,7 +98,7 @@ def verification(model, rounds: int) -> dict[str, float]:
     times = best(runs, rounds)
     replays = []
     for _ in range(rounds):
-        verify([7] * 5)
+        verify(torch.full((1, 5), 7))
         began = time.perf_counter()
         replay()
         replays.append(1000 * (time.perf_counter() - began))

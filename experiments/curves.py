@@ -38,7 +38,7 @@ def draw(source: Path | None, target: Path, parts: dict[str, tuple[str, str]]) -
             axes.plot(places, means, color=f"C{number}", label=model)
             low, high = ([bound(by_place[p]) for p in places] for bound in (min, max))
             axes.fill_between(places, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
-        axes.set(title=name, xlabel=x, ylabel=y)
+        axes.set(title=name, xlabel=x, ylabel=y, yscale="log" if y == "error" else "linear")
         axes.legend(frameon=False)
     figure.savefig(target, dpi=110)
     return results

@@ -16,10 +16,13 @@ not reported, and the LSTM's width is the one whose number of parameters is near
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -214,17 +217,33 @@ TASKS: dict[str, tuple[Callable[..., tuple[list[dict], Net]], str, bool]] = {  #
 }
 
 
-def tuned(task: str, kind: str, options: argparse.Namespace) -> tuple[float, list[dict]]:
-    curve, measure, less = TASKS[task]
-    if len(options.rates) == 1:
-        return options.rates[0], []
-    trials = []
-    for rate in options.rates:
-        points, _ = curve(kind, TUNING_SEED, rate, options)
-        late = [point[measure] for point in points[-3:]]
-        trials.append({"task": task, "model": kind, "rate": rate, measure: round(statistics.fmean(late), 4)})
-        print(trials[-1], flush=True)
-    return (min if less else max)(trials, key=lambda t: t[measure])["rate"], trials
+Run = tuple[str, str, int, float]  # task, model, seed, rate
+
+
+def measured(run: Run, options: argparse.Namespace) -> tuple[list[dict], dict[str, Any]]:
+    """A run's curve, and its row of the summary."""
+    task, kind, seed, rate = run
+    curve, measure, _ = TASKS[task]
+    began = time.perf_counter()
+    points, net = curve(kind, seed, rate, options)
+    row = {
+        "task": task, "model": kind, "seed": seed, "parameters": parameter_count(net), "rate": rate,
+        "measure": measure, "at the end": round(statistics.fmean(point[measure] for point in points[-3:]), 4),
+        "seconds": round(time.perf_counter() - began, 1),
+    }  # fmt: skip
+    print(row, flush=True)
+    return [{"model": kind, "seed": seed, **point} for point in points], row
+
+
+def all_measured(runs: list[Run], options: argparse.Namespace) -> Iterator[tuple[list[dict], dict[str, Any]]]:
+    """`measured` of each, ``--workers`` at a time."""
+    if options.workers == 1:
+        yield from (measured(run, options) for run in runs)
+        return
+    threads = max(1, (os.cpu_count() or 1) // options.workers)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, context, torch.set_num_threads, (threads,)) as pool:
+        yield from pool.map(measured, runs, [options] * len(runs))
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -243,32 +262,27 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--poles", type=int, default=64)
     parser.add_argument("--horizon", type=int, default=32, help="cartpole: steps of every pole between updates")
     parser.add_argument("--epochs", type=int, default=4, help="cartpole: passes over an update's steps")
+    parser.add_argument("--workers", type=int, default=1, help="processes, a run each")
     parser.add_argument("--plot", type=Path, help="draw the curves of --json, run nothing")
     record.add_argument(parser)
     options = parser.parse_args(arguments)
     if options.plot:
         return draw(options.json, options.plot, {"series": ("step", "error"), "cartpole": ("step", "length")})
-    results: dict[str, Any] = {"summary": [], "tuning": []}
-    for task in options.tasks:
-        curve, measure, _ = TASKS[task]
-        results[task] = []
-        for kind in (MAMBA, LSTM):
-            rate, trials = tuned(task, kind, options)
-            results["tuning"] += trials
-            for seed in options.seeds:
-                began = time.perf_counter()
-                points, net = curve(kind, seed, rate, options)
-                results[task] += [{"model": kind, "seed": seed, **point} for point in points]
-                late = statistics.fmean(point[measure] for point in points[-3:])
-                results["summary"].append(
-                    {
-                        "task": task, "model": kind, "seed": seed, "parameters": parameter_count(net), "rate": rate,
-                        "measure": measure, "at the end": round(late, 4),
-                        "seconds": round(time.perf_counter() - began, 1),
-                    }
-                )  # fmt: skip
-                print(results["summary"][-1], flush=True)
-                record.write(options.json, results, gpus=int(options.device.startswith("cuda")))
+    results: dict[str, Any] = {"summary": [], "tuning": [], **{task: [] for task in options.tasks}}
+    contenders = [(task, kind) for task in options.tasks for kind in (MAMBA, LSTM)]
+    rates = dict.fromkeys(contenders, options.rates[0])
+    if len(options.rates) > 1:
+        trials = [(*contender, TUNING_SEED, rate) for contender in contenders for rate in options.rates]
+        results["tuning"] = [row for _, row in all_measured(trials, options)]
+        for task, kind in contenders:
+            rows = [row for row in results["tuning"] if (row["task"], row["model"]) == (task, kind)]
+            best = (min if TASKS[task][2] else max)(rows, key=lambda row: row["at the end"])
+            rates[task, kind] = best["rate"]
+    runs = [(*contender, seed, rates[contender]) for contender in contenders for seed in options.seeds]
+    for points, row in all_measured(runs, options):
+        results[row["task"]] += points
+        results["summary"].append(row)
+        record.write(options.json, results, gpus=int(options.device.startswith("cuda")))
     return results
 
 

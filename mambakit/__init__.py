@@ -13,7 +13,7 @@ from mambakit._lazy import lazy_names
 from mambakit._versions import check_ops
 from mambakit.models.families import public_classes
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public name -> the module that defines it.
 _HOMES = {

@@ -18,15 +18,17 @@ from mambakit.threads import bound_spinning
 # name -> one line of help. The module is mambakit.commands.<name>; it imports torch only when it runs.
 COMMANDS = {
     "generate": "write text that continues a prompt",
+    "chat": "talk with a model in the terminal",
     "score": "log-likelihood, perplexity and bits per character of text files",
     "serve": "serve a model over HTTP (OpenAI's completions API), on any number of GPUs",
     "train": "train or fine-tune a model on your own text, DNA or sound",
+    "plan": "what a shape takes on a device: memory, tokens a second, a recipe",
     "evaluate": "BLiMP, LAMBADA, bits per byte, and the lm-evaluation-harness",
     "inspect": "what a model does with a text: surprise, step sizes, memory, implicit attention, as a page",
     "info": "what a checkpoint is, from its headers alone",
     "convert": "rewrite a checkpoint in another format",
-    "quantize": "rewrite a checkpoint with int8, int4 or losslessly packed weights",
-    "export": "write a model for another runtime: ONNX or PyTorch's pt2",
+    "quantize": "rewrite a checkpoint with int8, int4, fp8 or losslessly packed weights",
+    "export": "write a model for another runtime: ONNX, PyTorch's pt2, or C++ (AOTInductor)",
     "run": "run a script that needs mamba_ssm or causal_conv1d, neither of which need be installed",
     "env": "versions, devices, and what serves each op",
 }

@@ -32,6 +32,7 @@ def run(name: str, *arguments: str) -> str:
         ("06_speculative.py", (), "a draft model: the same text"),
         ("07_constrained.py", (), "a JSON text: {"),
         ("08_serve.py", (), "both replicas wrote"),
+        ("14_masked_dna.py", ("--steps", "30", "--length", "64"), "the other strand's logits differ by 0.0e+00"),
         ("mamba_ssm_vision.py", (), "accuracy on new images: 0.9"),
         ("mamba_ssm_time_series.py", (), "squared error of the forecast: 0.0"),
         ("mamba_ssm_genomics.py", (), "0.0"),

@@ -81,6 +81,7 @@ mambakit.cli.main(["info", "--help"])
 
 REPLICA = """
 import os, sys, types
+from mambakit.serving.logs import LogOptions
 from mambakit.serving.replicas import worker
 
 class Told(worker._Worker):
@@ -90,7 +91,7 @@ class Told(worker._Worker):
 
 worker._Worker = Told
 worker._receive = lambda *_: None
-worker.main(types.SimpleNamespace(heartbeat_seconds=1e6), None)
+worker.main(types.SimpleNamespace(heartbeat_seconds=1e6, logs=LogOptions()), None)
 """
 
 

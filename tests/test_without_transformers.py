@@ -156,7 +156,7 @@ print(text.getvalue())
 
 @pytest.mark.parametrize("field, value", [
     ("hidden_size", 0), ("hidden_size", 2.5), ("state_size", -1), ("conv_kernel", True), ("time_step_rank", "many"),
-    ("expand", 0), ("expand", 0.3),
+    ("expand", 0), ("expand", 0.3), ("mixer_rms_eps", 0), ("mixer_rms_eps", True), ("mixer_norm_weights", True),
 ])  # fmt: skip
 def test_a_layer_configuration_is_checked(field, value):
     from mambakit.modules import LayerConfig
@@ -173,6 +173,7 @@ def test_a_layer_is_that_of_a_model():
     from mambakit.modules import LayerConfig
 
     ours = LayerConfig(hidden_size=40)
-    other = {"mixer_rms_eps", "num_hidden_layers", "dtype"}  # FalconMamba's, and those of a whole model
+    # FalconMamba's and Jamba's, and those of a whole model
+    other = {"mixer_rms_eps", "mixer_norm_weights", "num_hidden_layers", "dtype"}
     for name in {each.name for each in fields(ours)} - other:
         assert getattr(ours, name) == getattr(config, name), name

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.tables import cpu, decoders, gpu, kernels, readme
+from benchmarks.tables import context, cpu, decoders, experiments, gpu, kernels, readme
 from benchmarks.tables.records import Content, Records, plain
 
 TABLES: dict[str, Callable[[Records], Content]] = {
@@ -22,6 +22,8 @@ TABLES: dict[str, Callable[[Records], Content]] = {
     "serving-sampled": gpu.serving_sampled,
     "sampling": gpu.sampling,
     "draft": gpu.draft,
+    "drafts": gpu.drafts,
+    "context": context.context,
     "prompt-lengths": gpu.prompt_lengths,
     "multi-gpu-training": gpu.multi_gpu_training,
     "multi-gpu-context": gpu.multi_gpu_context,
@@ -41,6 +43,9 @@ TABLES: dict[str, Callable[[Records], Content]] = {
     "guesses": cpu.guesses,
     "quantization": cpu.quantization,
     "embedded-model": cpu.embedded_model,
+    "state-tuning-text": experiments.state_tuning("text"),
+    "state-tuning-dna": experiments.state_tuning("dna"),
+    "recurrent": experiments.recurrent,
     "readme-cpu": readme.readme_cpu,
     "readme-gpu": readme.readme_gpu,
 }

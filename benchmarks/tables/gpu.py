@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.tables.records import Content, Records, cell, select
+from benchmarks.tables.records import Content, Records, cell, latest, select
 
 
 def train_step(records: Records) -> Content:
@@ -144,6 +144,21 @@ def draft(records: Records) -> Content:
         others = [f"{records.row(name, 'draft', draft_tokens=count)['speedup']:.2f}x" for name in (h200, old)]
         rows.append([str(count), ", ".join(" and ".join(run) for run in runs.values()), kept, *others])
     return ["guesses at a time", "H100, 2026-11-28, two runs", "kept", "H200, 2026-11-27", "H100, 2026-11-25"], rows
+
+
+def drafts(records: Records) -> Content:
+    """Of the latest record of `drafts.py`: the best number of guesses of each drafter."""
+    found = records.rows(latest("drafts"), "drafts")
+    lines = []
+    for rows in sorted({row["rows"] for row in found}):
+        cells = []
+        for drafter in ("model", "packed", "free"):
+            tried = [r for r in select(found, rows=rows, drafter=drafter) if r["acceptance"] == 0.7]
+            fastest = max(tried, key=lambda r: r["speedup"], default=None)
+            cells.append("" if fastest is None else f"{fastest['speedup']:.2f}x ({fastest['draft_tokens']})")
+        (plain,) = select(found, rows=rows, drafter="none")
+        lines.append([str(rows), f"{plain['tokens_per_second']:,.0f}", *cells])
+    return ["rows", "plain, tokens/s", "by 130m (guesses)", "by 130m in int4", "guesses that are free"], lines
 
 
 def prompt_lengths(records: Records) -> Content:

@@ -40,6 +40,18 @@ class Records:
         return found[0] if found else NOTHING
 
 
+def latest(kind: str) -> str:
+    """The name of the newest record ``<date>-<machine>-<kind>``.
+
+    Raises:
+        FileNotFoundError: there is none yet.
+    """
+    names = sorted(path.stem for path in FOLDER.glob(f"*-{kind}.json"))
+    if not names:
+        raise FileNotFoundError(f"docs/benchmarks has no record *-{kind}.json; measure one first")
+    return names[-1]
+
+
 def select(rows: Iterable[Row], /, **where: object) -> list[Row]:
     return [row for row in rows if all(row.get(key) == value for key, value in where.items())]
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mambakit.commands.loading import add_model_arguments, load
+from mambakit.commands.loading import add_model_arguments, add_tokenizer_argument, load
 from mambakit.commands.options import integer, text
 from mambakit.commands.texts import require_file
 from mambakit.errors import UsageError
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub = kinds.add_parser(name, help=what, description=what)
         sub.add_argument("files", nargs="+", metavar="FILE", help=f"{files}; plain, or {', '.join(COMPRESSED)}")
         add_model_arguments(sub)
+        add_tokenizer_argument(sub)
         sub.add_argument(
             "--batch-tokens", type=integer(1), default=4096, help="tokens of a forward pass (default 4096)"
         )

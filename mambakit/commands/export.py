@@ -1,5 +1,7 @@
-"""Export a model for another runtime: ONNX (onnxruntime), or PyTorch's pt2 (torch.export). What is written is run
-beside the model and compared."""
+"""Export a model for another runtime: ONNX (onnxruntime), PyTorch's pt2 (torch.export), or C++ (AOTInductor).
+
+What is written is run beside the model and compared.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from mambakit.output import say, table, terminal
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="hub id, folder or .gguf file; packed weights are unpacked")
-    parser.add_argument("target", help="a new folder for onnx, a new .pt2 file for pt2")
-    parser.add_argument("--to", choices=("onnx", "pt2"), required=True)
+    parser.add_argument("target", help="a new folder for onnx, a new .pt2 file for pt2 and aoti")
+    parser.add_argument("--to", choices=("onnx", "pt2", "aoti"), required=True)
     parser.add_argument("--no-speed", action="store_true", help="compare results, not speeds")
 
 
@@ -26,12 +28,14 @@ def run(args: argparse.Namespace) -> int:
 
     import transformers
 
-    from mambakit.export import onnx, pt2
+    from mambakit.export import aoti, onnx, pt2
     from mambakit.models.auto import AutoModelForCausalLM
     from mambakit.models.quantization import is_quantized
 
     if args.to == "onnx":
         onnx.require_packages()
+    if args.to == "aoti":
+        aoti.require_compiler()
     transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(args.source, dtype="float32").eval()
     if is_quantized(model.config):
@@ -39,6 +43,10 @@ def run(args: argparse.Namespace) -> int:
     if args.to == "pt2":
         pt2.to_pt2(model, target)
         say(terminal(), f"{target}: differs from the model by {pt2.check(model, target):.1e} at most")
+        return 0
+    if args.to == "aoti":
+        aoti.to_aoti(model, target)
+        say(terminal(), f"{target}: differs from the model by {aoti.check(model, target):.1e} at most")
         return 0
     onnx.to_onnx(model, target)
     report = onnx.check(model, target, speed=not args.no_speed)

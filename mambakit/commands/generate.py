@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mambakit.commands.loading import add_model_arguments, load
+from mambakit.commands import remote_generate
+from mambakit.commands.loading import add_model_arguments, add_tokenizer_argument, load
 from mambakit.commands.options import (
     LARGEST_SEED,
     any_text,
@@ -20,6 +21,8 @@ from mambakit.commands.texts import read_text, require_file
 from mambakit.commands.writing import Writer, check_forms
 from mambakit.errors import UsageError
 
+_NEW_TOKENS = 200
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -27,7 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--file", action="append", default=[], metavar="FILE", help="a file as a prompt (repeatable)")
     add_model_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=integer(0), default=200, help="at most this many tokens (default 200)")
+    parser.add_argument("--server", metavar="URL", help="let this server's model write (mambakit serve)")
+    parser.add_argument("--api-key", metavar="KEY", help="the server's key (default: $MAMBAKIT_API_KEY)")
+    add_tokenizer_argument(parser)
+    parser.add_argument(
+        "--max-new-tokens", type=integer(0), help="at most this many tokens (default 200; of sound 2 seconds)"
+    )
     parser.add_argument("--temperature", type=real(0), default=0.8, help="0 is greedy (default 0.8)")
     parser.add_argument(
         "--top-k", type=integer(0), default=0, help="choose among the k likeliest tokens (default: off)"
@@ -67,6 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--echo", action="store_true", help="the prompt's tokens, too, in text and logprobs (with --json)"
     )
 
+    sound = parser.add_argument_group("sound (models trained on WAV files)")
+    sound.add_argument("--output", metavar="FILE.wav", help="write a sound; --file is a WAV file that it continues")
+    sound.add_argument("--sample-rate", type=integer(1, 10**6), metavar="HZ", help="where the model does not say it")
+
     state = parser.add_argument_group("state")
     state.add_argument(
         "--load-state", metavar="FILE", help="continue from a saved state; prompts, if any, are what comes next"
@@ -96,8 +108,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    remote_generate.check(args)
+    require_with("--sample-rate", args.sample_rate is not None, "--output", args.output is not None)
+    if args.output is not None:
+        from mambakit.commands.sound import check_sound, write_sound
+
+        check_sound(args)
+        return write_sound(args)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = _NEW_TOKENS
     _check(args)
     prompts = _prompts(args)
+    if args.server is not None:
+        remote_generate.write(args, prompts)
+        return 0
     if args.save_state and (len(prompts) > 1 or args.num_return_sequences > 1):
         raise UsageError("--save-state keeps the state of one text; give one prompt and one return sequence")
 

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mambakit.commands.loading import add_model_arguments, load
+from mambakit.commands.loading import add_model_arguments, add_tokenizer_argument, load
 from mambakit.commands.options import check_output_file, integer, text
 from mambakit.commands.texts import read_text
 from mambakit.errors import UsageError
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--chunk-size", type=integer(1), default=256, help="tokens per forward (default 256)")
     add_model_arguments(parser)
+    add_tokenizer_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,6 +18,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tokenizer_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer", metavar="NAME",
+        help="hub id or folder of the tokenizer, hyena-dna, or raw-bytes (default: the model's; for state-spaces' "
+        "original format GPT-NeoX's)",
+    )  # fmt: skip
+
+
 def hide_progress_bars() -> None:
     """transformers shows none of its own from here on.
 
@@ -48,7 +56,7 @@ def load(args: argparse.Namespace, inference: bool = False) -> tuple[Any, Any]:
     device = default_device() if args.device is None else usable_device(args.device, "--device")
     dtype = args.dtype or default_dtype(device)
     config = AutoConfig.from_pretrained(name)  # what the checkpoint is comes before what it lacks
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(getattr(args, "tokenizer", None) or name)
     if inference and InferenceCausalLM.loads(config) and not holds_adapters(locate(name)):
         return InferenceCausalLM.from_pretrained(name, config=config, dtype=dtype).to(device), tokenizer
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)

@@ -11,6 +11,7 @@ import difflib
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -83,18 +84,24 @@ class Parser(argparse.ArgumentParser):
 
     Attributes:
         commands: the parsers of the words that may come next, by word.
+        rewrite: what is done with the arguments before they are read; None: nothing.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.commands: dict[str, Parser] = {}
+        self.rewrite: Callable[[Sequence[str]], list[str]] | None = None
         for name in (None, "store"):
             self.register("action", name, _Store)
-        self.register("action", "append", _Append)
+        self.register("action", "append", Repeated)
         self.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
         self.set_defaults(parser=self)  # the innermost one that took part
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        args = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args if self.rewrite is None else self.rewrite(args), namespace)
 
     def option_names(self) -> list[str]:
         return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
@@ -132,7 +139,9 @@ class _Store(_Checked):
         setattr(namespace, self.dest, self._check(values))
 
 
-class _Append(_Checked):
+class Repeated(_Checked):
+    """Of an option that may be repeated: its values are a list."""
+
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), self._check(values)])
 

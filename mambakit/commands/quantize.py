@@ -1,4 +1,4 @@
-"""Write a checkpoint with packed weights: int8 or int4 (1/2 or 1/4 of bfloat16's bytes), or lossless (3/4)."""
+"""Write a checkpoint with packed weights: int8, fp8 or int4 (1/2, 1/2, 1/4 of bfloat16's bytes), or lossless (3/4)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hub id, folder or .gguf file; one that is quantised already is packed anew from its rounded weights",
     )
     parser.add_argument("target", help="a new folder")
-    parser.add_argument("--to", choices=("int8", "int4", "lossless"), default="int8", help="default: int8")
     parser.add_argument(
-        "--group", type=int, choices=(32, 64, 128), help="weights to a scale (default 64; not for lossless)"
+        "--to",
+        choices=("int8", "int4", "fp8", "lossless"),
+        default="int8",
+        help="default: int8; fp8: for GPUs that have it",
+    )
+    parser.add_argument(
+        "--group", type=int, choices=(32, 64, 128), help="weights to a scale (default 64; of int8 and int4 alone)"
     )
 
 
@@ -28,14 +33,11 @@ def run(args: argparse.Namespace) -> int:
 
     from mambakit.models.auto import AutoModelForCausalLM
     from mambakit.models.checkpoints import copy_tokenizer, resolve
-    from mambakit.models.quantization import is_quantized
+    from mambakit.models.quantization import check_group, is_quantized
 
     hide_progress_bars()
     target = Path(args.target)
-    if args.to == "lossless" and args.group is not None:  # before anything is loaded
-        raise ValueError(
-            f"--group {args.group}: lossless packing has no scales to share; drop it, or choose --to int8 or int4"
-        )
+    check_group(args.to, args.group)  # before anything is loaded
     folder = resolve(args.source)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     if is_quantized(model.config):

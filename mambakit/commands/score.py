@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mambakit.commands import following
-from mambakit.commands.loading import add_model_arguments, load
+from mambakit.commands.loading import add_model_arguments, add_tokenizer_argument, load
 from mambakit.commands.options import integer, require_with, text
 from mambakit.commands.texts import opened_text, require_file
 from mambakit.errors import UsageError
@@ -23,6 +23,7 @@ _CHUNK_SIZE = 1024
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="*", metavar="FILE", help='UTF-8 text files; "-" is standard input')
     add_model_arguments(parser)
+    add_tokenizer_argument(parser)
     parser.add_argument(
         "--chunk-size", type=integer(1), metavar="N", help="tokens per forward; memory grows with it (default 1024)"
     )

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
-import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mambakit.commands.configuration import add_config_argument
 from mambakit.commands.loading import add_model_arguments
 from mambakit.commands.options import require_with
+from mambakit.commands.serve_operations import (
+    add_access_arguments,
+    add_operation_arguments,
+    key_reader,
+    keys_of,
+    log_options,
+    make_key,
+    tls_options,
+)
+from mambakit.commands.served_model import check_model, own_name
 from mambakit.commands.texts import require_file
-from mambakit.errors import CheckpointError
 from mambakit.quoting import brief
 
 _MOST = (1 << 31) - 1
@@ -53,6 +62,13 @@ _REPLICAS = (
     _Number("--progress-seconds", 300.0, 1.0, _WEEK, "the same for one that has work and completes no step"),
     _Number("--load-seconds", 1800.0, 1.0, _WEEK, "the same for one that takes longer to load the model"),
 )
+_STATES = (
+    _Number("--states-mb", 16384, 1, 1 << 30, "disk for kept states; each API key may have an even part of it"),
+    _Number("--states-memory-mb", 256, 0, 1 << 30, "memory for kept states, at each replica"),
+    _Number("--states-seconds", None, 1.0, 10 * 366 * 86400.0, "after which a state expires (default: never)"),
+    _Number("--max-state-mb", 64, 1, 1 << 20, "of a state that is imported"),
+    _Number("--prefix-cache-disk-mb", 4096, 1, 1 << 30, "disk for the prefix cache, where states are kept"),
+)
 _LIMITS = (
     _Number("--max-waiting", 256, 0, _MOST, "texts that may wait for a slot"),
     _Number("--max-new-tokens", 4096, 1, _MOST, "of a text, at most"),
@@ -80,7 +96,7 @@ _CONNECTIONS = (
     _Number("--parse-processes", 2, 1, 64, "that parse large bodies; the first starts with the first such body"),
 )
 _PORT = _Number("--port", 8000, 0, 65535, "port to listen on; 0: any that is free")
-_NUMBERS = (_PORT, *_REPLICAS, *_LIMITS, *_CONNECTIONS)
+_NUMBERS = (_PORT, *_REPLICAS, *_STATES, *_LIMITS, *_CONNECTIONS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,23 +107,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1; 0.0.0.0: all)")
     _add(parser, (_PORT,))
 
-    access = parser.add_argument_group("access")
-    access.add_argument(
-        "--api-key", metavar="KEY", action="append",
-        help="bearer token that clients must send (default: $MAMBAKIT_API_KEY, or none); may be repeated",
-    )  # fmt: skip
-    access.add_argument("--api-key-file", metavar="FILE", help="a file with a key on each line")
-    access.add_argument(
-        "--allowed-host", metavar="NAME", action="append", default=[],
-        help="a host name of this server, besides its addresses and localhost; * for any",
-    )  # fmt: skip
-    access.add_argument(
-        "--allowed-origin", metavar="ORIGIN", action="append", default=[],
-        help="a site whose pages may send requests, as https://example.org (default: none); * for any",
-    )  # fmt: skip
+    add_access_arguments(parser)
 
     parser.add_argument(
         "--load-state", metavar="FILE", help="start every text from this saved state (of a prompt, or a tuned one)"
+    )
+
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="a chat template (Jinja) to use instead of the tokenizer's own"
     )
 
     replicas = parser.add_argument_group("replicas: processes with a model each")
@@ -121,8 +128,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefix-cache", action="store_true", help="keep states of prompts, and start from the longest known prefix"
     )
     _add(replicas, _REPLICAS)
+    states = parser.add_argument_group("states that clients keep")
+    states.add_argument(
+        "--states", metavar="FOLDER", help="keep states here, and the prefix cache's; they are there after a restart"
+    )
+    _add(states, _STATES)
     _add(parser.add_argument_group("limits of texts"), _LIMITS)
     _add(parser.add_argument_group("limits of connections"), _CONNECTIONS)
+    add_operation_arguments(parser)
+    add_config_argument(parser)
 
 
 def _add(group: Any, numbers: tuple[_Number, ...]) -> None:
@@ -134,29 +148,32 @@ def _add(group: Any, numbers: tuple[_Number, ...]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for package in ("starlette", "uvicorn", "httptools", "prometheus_client"):
+    if args.make_key is not None:
+        return make_key(args.make_key)
+    for package in ("starlette", "uvicorn", "httptools", "prometheus_client", "jinja2", "llguidance"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f'serving needs {package}, which is not installed: pip install "mambakit[serve]"')
     _check(args)
 
     from mambakit.assets import default_model_path
     from mambakit.serving.api.intake import IntakeOptions
-    from mambakit.serving.http.access import AccessRules, check_hosts, check_origins, read_keys
+    from mambakit.serving.http.access import AccessRules, check_hosts, check_origins
     from mambakit.serving.http.connection_limits import ConnectionLimits
+    from mambakit.serving.logs import configure
     from mambakit.serving.messages import WorkerOptions
     from mambakit.serving.server import ServerOptions, serve
+    from mambakit.serving.states.options import StatesOptions
 
     access = AccessRules(
-        keys=read_keys(args.api_key, args.api_key_file, os.environ),
+        keys=keys_of(args),
         hosts=check_hosts(args.allowed_host),
         origins=check_origins(args.allowed_origin),
     )
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for library in ("httpx", "huggingface_hub", "transformers"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    logs, tls = log_options(args), tls_options(args)
+    configure(logs)
     model = str(args.model or default_model_path())
-    _check_model(model)
+    check_model(model)
     serve(
         ServerOptions(
             worker=WorkerOptions(
@@ -166,12 +183,17 @@ def run(args: argparse.Namespace) -> int:
                 chunk_size=args.prefill_chunk_size,
                 state=args.load_state,
                 prefix_cache_bytes=(args.prefix_cache_mb or _CACHE_MB) << 20 if args.prefix_cache else 0,
+                prefix_cache_folder=None if args.states is None else str(Path(args.states) / "prefixes"),
+                prefix_cache_disk_bytes=args.prefix_cache_disk_mb << 20,
+                states_folder=args.states,
+                states_memory_bytes=args.states_memory_mb << 20,
                 heartbeat_seconds=args.heartbeat_seconds,
                 progress_seconds=args.progress_seconds,
                 load_seconds=args.load_seconds,
+                logs=logs,
             ),
             devices=_devices(args),
-            name=args.served_model_name or _own_name(model),
+            name=args.served_model_name or own_name(model),
             host=args.host,
             port=args.port,
             max_waiting=args.max_waiting,
@@ -197,33 +219,35 @@ def run(args: argparse.Namespace) -> int:
                 unfinished_bytes=args.max_unfinished_mb << 20,
             ),
             drain_seconds=args.drain_seconds,
+            chat_template=None if args.chat_template is None else _template(args.chat_template),
             request_seconds=args.request_seconds,
+            states=StatesOptions(
+                budget=args.states_mb << 20,
+                seconds=args.states_seconds,
+                upload_bytes=min(args.max_state_mb, args.max_unfinished_mb) << 20,
+            ),
             access=access,
+            tls=tls,
+            logs=logs,
+            read_keys=key_reader(args),
+            playground=not args.no_playground,
         )
     )
     return 0
 
 
-def _own_name(model: str) -> str:
-    """A folder's name, a GGUF file's without its ending, or the hub id."""
-    path = Path(model)
-    if path.suffix == ".gguf":
-        return path.stem
-    return path.resolve().name if path.is_dir() else model
+def _template(file: str) -> str:
+    """The text of --chat-template, checked as far as it can be without messages."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-
-def _check_model(name: str) -> None:
-    """Refuse a folder that is missing or holds no model before the port is open; the replica checks the rest."""
-    folder = Path(name)
-    if folder.suffix == ".gguf" and folder.is_file():
-        return
-    if folder.is_dir():
-        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise CheckpointError(
-                f"there is no config.json in {brief(name)}; give a folder that holds a model, or a hub id"
-            )
-    elif folder.is_absolute() or name.startswith((".", "~")):
-        raise CheckpointError(f"there is no folder {brief(name)}; give a folder that holds a model, or a hub id")
+    require_file(file, "chat template", "write one in Jinja, as a tokenizer's chat_template")
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except (TemplateError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat-template {brief(file)} is no template ({error}); give a file of Jinja") from None
+    return text
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -234,7 +258,7 @@ def _check(args: argparse.Namespace) -> None:
             low, high = (f"{bound:.10g}" for bound in (number.low, number.high))
             bound = f"{low} or more" if value < number.low else f"at most {high}" if value > number.high else "a number"
             raise ValueError(f"{number.name} is {value}; it must be {bound}")
-    for name in ("host", "served_model_name", "device"):
+    for name in ("host", "served_model_name", "device", "states"):
         if getattr(args, name) == "":
             raise ValueError(
                 f"--{name.replace('_', '-')} is empty, as an unset variable is; leave it out, or give a value"
@@ -246,6 +270,8 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(
                 "--prefix-cache finds a prompt by all of its tokens, which a saved state does not hold; drop one"
             )
+    if args.states is not None:
+        _check_folder(args.states)
     if args.device and args.devices:
         raise ValueError("--device and --devices both say where; give one")
     if args.max_unfinished_mb < args.max_body_mb:
@@ -254,6 +280,17 @@ def _check(args: argparse.Namespace) -> None:
             "least "
             "that"
         )
+
+
+def _check_folder(name: str) -> None:
+    """Refuse a folder that files cannot be written to before the model is loaded."""
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=name):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"--states {brief(name)} cannot be written to ({reason}); name a folder that can") from None
 
 
 def _devices(args: argparse.Namespace) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from mambakit.training.config import load_config
+    from mambakit.training.config_file import load_config
     from mambakit.training.loop import RunInterrupted, train
 
     config = load_config(args.config, args.overrides)

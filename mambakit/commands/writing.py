@@ -71,7 +71,10 @@ class Writer:
 
         if self.args.prompt_lookup:
             return PromptLookup()
-        small = argparse.Namespace(model=self.args.draft_model, device=self.args.device, dtype=self.args.dtype)
+        args = self.args
+        small = argparse.Namespace(
+            model=args.draft_model, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer
+        )
         return DraftModel(load(small, inference=True)[0])
 
     def _prefix_cache(self) -> Any:

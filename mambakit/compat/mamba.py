@@ -40,6 +40,8 @@ class Mamba(nn.Module):
         init_layer_scale: a learned factor (d_model,) of the output that starts at this value.
     """
 
+    mixer_rms_eps: float | None = None
+    """There are no norms of dt, B and C."""
     # What a layer has that was pickled whole by mamba_ssm itself.
     bimamba_type, if_divide_out, init_layer_scale, nslices = "none", False, None, 5
 

@@ -1,15 +1,18 @@
-"""Drafts of the next tokens, and the interface of drafters that propose them."""
+"""Drafts of the next tokens, and the interfaces of drafters that propose them: for one text, and for several slots."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from mambakit.decoding.parameters import INT64, Number
 from mambakit.decoding.sampling_params import SamplingParams
+from mambakit.ops.linear.api import MOST_ROWS
 
 Scores = Callable[[list[int], Tensor], Tensor]
 
@@ -21,6 +24,9 @@ class Draft:
     tokens: list[int]
     probabilities: Tensor | None = None
     """(t, v) floating, the distributions that they were drawn from; None: they are certain (by a rule, or greedy)."""
+
+
+NO_DRAFT = Draft([])
 
 
 class Drafter(Protocol):
@@ -39,3 +45,79 @@ class Drafter(Protocol):
 
     def propose(self, text: list[int], most: int) -> Draft:
         """At most ``most`` guesses of what follows ``text``, all tokens so far. The model has not read the last one."""
+
+
+class SlotDrafter(Protocol):
+    """Proposes the next tokens of the texts of several slots."""
+
+    def begin(self, slot: int, ids: Tensor, sampling: SamplingParams) -> None:
+        """Start a new text of a slot.
+
+        Args:
+            ids: (l,) int64, l >= 1, all tokens so far.
+            sampling: how its tokens are chosen.
+        """
+
+    def propose(self, texts: Sequence[list[int] | None], most: Sequence[int]) -> list[Draft]:
+        """A draft for every slot.
+
+        Args:
+            texts: of each slot all tokens so far, of which the model has not read the last one; None: it is free, or
+                has no drafter.
+            most: the maximum number of guesses of each slot.
+        """
+
+    def release(self, slot: int) -> None:
+        """The text of the slot has ended."""
+
+    def close(self) -> None:
+        """Nothing more is proposed: give back what is kept with a model."""
+
+
+class DrafterPerSlot:
+    """A `SlotDrafter` that is a `Drafter` for each slot.
+
+    Args:
+        drafter: copied (`copy.copy`) for each text.
+        slots: how many.
+        device: of the generators that drafters are given.
+    """
+
+    def __init__(self, drafter: Drafter, slots: int, device: torch.device):
+        self._drafter, self._device = drafter, device
+        self._of: list[Drafter | None] = [None] * slots
+
+    def begin(self, slot: int, ids: Tensor, sampling: SamplingParams) -> None:
+        generator = torch.Generator(self._device)
+        if sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(sampling.seed)
+        drafter = copy.copy(self._drafter)
+        drafter.begin(ids, sampling, None, generator)
+        self._of[slot] = drafter
+
+    def propose(self, texts: Sequence[list[int] | None], most: Sequence[int]) -> list[Draft]:
+        drafts = []
+        for drafter, text, limit in zip(self._of, texts, most, strict=True):
+            asked = drafter is not None and text is not None and limit > 0
+            drafts.append(drafter.propose(text, limit) if asked else NO_DRAFT)  # type: ignore[union-attr, arg-type]
+        return drafts
+
+    def release(self, slot: int) -> None:
+        self._of[slot] = None
+
+    def close(self) -> None:
+        """See `SlotDrafter`."""
+
+
+def read_draft_tokens(value: Any, least: int = 1, name: str = "draft_tokens") -> int:
+    """The maximum number of guesses per draft.
+
+    Raises:
+        TypeError, ValueError: no whole number, or outside of ``least`` to 15.
+    """
+    number = Number(4, *INT64, whole=True).read(name, value)
+    if not least <= number < MOST_ROWS:
+        raise ValueError(f"{name} is {number}; it must be between {least} and {MOST_ROWS - 1}")
+    return number

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambakit.modules import MambaBlock, MambaMixer, RMSNorm
+from mambakit.modules import MambaBlock, MambaMixer, MixerNorm, RMSNorm
 from mambakit.modules.interception import any_intercepted, is_ours, modules_of, untouched
 from mambakit.modules.mixers.mamba import TimeStepProjection
 from mambakit.modules.quantized_linear import QuantizedLinear
@@ -35,7 +35,7 @@ def why_not_by_layers(model: Any) -> str | None:
     """Why `mambakit.decoding.verify.LayersVerifier` may not run this model, or None where it may.
 
     It calls norms and projections one by one, but neither the model nor its blocks, mixers and convolutions.
-    FalconMamba, other activations and adapters are supported.
+    Other activations and adapters are supported.
     """
     if transformed():
         return "the call is traced or transformed"
@@ -86,8 +86,10 @@ def _why_not_known(model: Any) -> str | None:
             return f"layer {i}: {reason}"
         if m.act is not None:
             return f"layer {i} has the activation {config.hidden_act}, not silu"
-        if m.mixer_rms_eps is not None:
-            return f"layer {i} has norms within the mixer (FalconMamba)"
+        if m.mixer_rms_eps != layers[0].mixer.mixer_rms_eps:
+            return f"layer {i} normalises dt, B and C otherwise than layer 0"
+        if any(type(norm) is not MixerNorm or norm.eps != m.mixer_rms_eps for norm in m.norms()):
+            return f"layer {i}: its norms of dt, B and C are of other classes, or have another epsilon"
         if not block.residual_in_fp32 or not _is_plain_norm(block.norm, config):
             return f"layer {i} has another norm, or a residual stream that is not float32"
         if type(m.dt_proj) is not TimeStepProjection or any(
@@ -120,6 +122,18 @@ def _why_not_mixer(mixer: Any, index: int) -> str | None:
 
 def _is_plain_norm(norm: nn.Module, config: Any) -> bool:
     return type(norm) is RMSNorm and norm.eps == config.layer_norm_epsilon
+
+
+def dtype_of_states(model: Any) -> str | None:
+    """The dtype of SSM states where it is not the default float32."""
+    kind = getattr(model.config, "ssm_state_dtype", None)
+    return None if kind in (None, "float32") else kind
+
+
+def mixer_eps(model: Any) -> float | None:
+    """Of the norms of dt, B and C in every layer; None where there are none."""
+    eps: float | None = model.backbone.layers[0].mixer.mixer_rms_eps
+    return eps
 
 
 def weight_kinds(model: Any) -> set[Any]:

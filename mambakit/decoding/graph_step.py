@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.cuda_graph import CapturedGraph, kept_with, why_not_captured
-from mambakit.decoding.eligibility import dtype_names, weight_kinds, why_not_by_weights
+from mambakit.decoding.eligibility import dtype_names, dtype_of_states, mixer_eps, weight_kinds, why_not_by_weights
 from mambakit.modules import MambaCache
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops.decode import cuda_persistent
@@ -24,7 +24,7 @@ from mambakit.ops.sampling.api import NO_TOKEN
 _MOST_PERSISTENT = 12800
 _LARGEST_STATE = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PACKED = {(format, group) for format in ("int8", "int4") for group in (32, 64, 128)}
+_PACKED = {(format, group) for format in ("int8", "int4", "fp8") for group in (32, 64, 128)}
 
 
 def gpu_weights(model: Any) -> ModelWeights:
@@ -39,12 +39,14 @@ def gpu_weights(model: Any) -> ModelWeights:
             conv=m.conv1d.weight.squeeze(1), conv_bias=m.conv1d.bias, x_proj=weight(m.x_proj),
             dt_proj=m.dt_proj.weight, dt_bias=m.dt_proj.bias, A_log=m.A_log, D=m.D,
             out_proj=weight(m.out_proj), out_proj_bias=m.out_proj.bias,
+            dt_norm=norms[0], B_norm=norms[1], C_norm=norms[2],
         )
-        for block in model.backbone.layers for m in [block.mixer]
+        for block in model.backbone.layers for m in [block.mixer] for norms in [m.norm_weights()]
     ]  # fmt: skip
     backbone = model.backbone
     eps = model.config.layer_norm_epsilon
-    return ModelWeights(layers, backbone.embeddings.weight, backbone.norm_f.weight, weight(model.lm_head), eps)
+    embeddings, norm, head = backbone.embeddings.weight, backbone.norm_f.weight, weight(model.lm_head)
+    return ModelWeights(layers, embeddings, norm, head, eps, mixer_eps(model))
 
 
 # -- which kernels can serve -------------------------------------------------------------------------------------------
@@ -63,11 +65,13 @@ def _why_not_kernels(model: Any) -> str | None:
     others = {backbone.norm_f.weight.dtype, *(block.mixer.dt_proj.weight.dtype for block in backbone.layers)}
     if others != {dtype}:
         return f"weights of several dtypes: {dtype_names({dtype, *others})}"
+    if len({bool(block.mixer.norms()) for block in backbone.layers}) > 1:
+        return "the norms of dt, B and C have weights in some layers only"
     kinds = weight_kinds(model)
     if len(kinds) != 1 or not kinds <= {dtype, *_PACKED}:
         return (
             f"projections of {dtype_names(kinds)}; "
-            f"the kernels read one of {dtype_names([dtype])}, int8 and int4 in all of them"
+            f"the kernels read one of {dtype_names([dtype])}, int8, int4 and fp8 in all of them"
         )
     return None
 
@@ -80,6 +84,8 @@ def why_not_persistent(model: Any, rows: int, *, states: Any = None, called: boo
     """Why the persistent kernel does not decode ``rows`` rows of this model, or None where it does."""
     if (reason := why_not_captured(model, called) or _why_not_kernels(model)) is not None:
         return reason
+    if (kind := dtype_of_states(model)) is not None:
+        return f"states of {kind} (ssm_state_dtype); it keeps float32 ones in registers and memory"
     weights, width = gpu_weights(model), model.config.hidden_size
     if (reason := cuda_persistent.why_not(weights, rows, model.backbone.norm_f.weight.dtype)) is not None:
         return reason
@@ -100,6 +106,8 @@ def why_not_few_rows(model: Any, rows: int, *, states: Any = None, called: bool 
         return reason
     from mambakit.ops.decode import triton_few_rows
 
+    if (kind := dtype_of_states(model)) is not None:
+        return f"states of {kind} (ssm_state_dtype); they read float32 ones"
     most = triton_few_rows.MOST_ROWS
     return None if rows <= most else f"{rows} rows; they serve 1 to {most}"
 
@@ -108,11 +116,14 @@ def why_not_many_rows(model: Any, rows: int, *, states: Any = None, called: bool
     """Why Triton's kernels for many rows do not decode ``rows`` rows of this model, or None where they do."""
     if (reason := _why_not_triton(model, called)) is not None:
         return reason
-    from mambakit.ops.decode import triton_many_rows
+    from mambakit.ops.decode import triton_many_rows, triton_packed_rows
 
-    if gpu_weights(model).kind is not None:
-        return "packed weights; they read floating ones"
     width, dtype = model.config.hidden_size, model.dtype
+    if gpu_weights(model).kind is not None:
+        if dtype == torch.float32:
+            return "packed weights in a float32 model; they read them in one of a half dtype"
+        most = triton_packed_rows.MOST_ROWS
+        return None if rows <= most else f"{rows} rows; of packed weights they serve up to {most}"
     most = triton_many_rows.most_rows(width, dtype)
     if rows <= most:
         return None
@@ -140,6 +151,7 @@ class GraphDecoder:
             row, and step i also stores that in ``history[:, i]``.
         logits: (rows, v) float32 of the last step.
         holder: weak reference to the pool whose states are in it; None, or dead, where it is free.
+        verifiers: of drafts of its states, by their number of tokens.
     """
 
     # Its tensors outlive the call, and inference tensors could not be written outside of inference mode.
@@ -148,6 +160,7 @@ class GraphDecoder:
     def __init__(self, model: Any, states: Any, run: Any = None, capacity: int = 64):
         self.states, self.rows, self.capacity = states, states.max_batch_size, capacity
         self.holder: weakref.ref[Any] | None = None
+        self.verifiers: dict[int, Any] = {}
         rows, device = self.rows, model.device
         if run is not None:
             self._run = run  # keeps the buffers alive that the graph reads and writes
@@ -227,8 +240,11 @@ def few_rows_decoder(model: Any, states: MambaCache) -> GraphDecoder:
 def many_rows_decoder(model: Any, states: MambaCache) -> GraphDecoder:
     """Triton's kernels for many rows, six launches per layer."""
     from mambakit.ops.decode.triton_many_rows import ManyRowsStep
+    from mambakit.ops.decode.triton_packed_rows import PackedRowsStep
 
-    run = ManyRowsStep(gpu_weights(model), states.conv_states, states.ssm_states, _CAPACITY)
+    weights = gpu_weights(model)
+    kind = ManyRowsStep if weights.kind is None else PackedRowsStep
+    run = kind(weights, states.conv_states, states.ssm_states, _CAPACITY)
     return GraphDecoder(model, states, run, _CAPACITY)
 
 
@@ -261,10 +277,9 @@ class VerificationStep:
         self._step.slot.zero_()
         self._slots.copy_(cache, [0], [0])
 
-    def __call__(self, tokens: list[int]) -> Tensor:
-        """(t, v) float32 logits after each token, valid until the next call. Shorter drafts are padded at the end."""
-        filled = tokens + tokens[-1:] * (self.tokens - len(tokens))
-        self._step.tokens.copy_(torch.tensor(filled, dtype=torch.int64, device="cpu"), non_blocking=True)
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(t, v) float32 logits after each of ``tokens`` (t,), valid until the next call. Shorter drafts are padded."""
+        self._step.tokens[: len(tokens)] = tokens  # what an earlier draft has left behind them is a token, too
         return self._step()[: len(tokens)]
 
     def keep(self, m: int, cache: Any) -> None:
@@ -276,11 +291,22 @@ class VerificationStep:
         cache.advance(seen + m - cache.get_seq_length())
 
 
-def why_not_verification(model: Any, tokens: int, *, states: Any = None) -> str | None:
+def why_not_verification(model: Any, rows: int, tokens: int, *, states: Any = None) -> str | None:
     """Why the persistent kernel cannot verify drafts of ``tokens`` tokens, or None where it can."""
+    if rows != 1:
+        return f"{rows} rows; it verifies drafts of one"
     if (reason := why_not_captured(model) or _why_not_kernels(model)) is not None:
         return reason
+    if (kind := dtype_of_states(model)) is not None:
+        return f"states of {kind} (ssm_state_dtype); it reads float32 ones"
     return cuda_persistent.why_not(gpu_weights(model), tokens, model.backbone.norm_f.weight.dtype)
+
+
+def many_rows_verification(model: Any, cache: Any, tokens: int) -> Any:
+    """Triton's kernels for drafts of up to ``tokens`` tokens of each of the cache's rows."""
+    from mambakit.ops.decode.triton_verify import ManyRowsVerification
+
+    return ManyRowsVerification(gpu_weights(model), cache.conv_states, cache.ssm_states, tokens)
 
 
 def verification_step(model: Any, tokens: int) -> VerificationStep:

@@ -8,17 +8,20 @@ loop chooses several tokens (`TokenLoop.write`), or verifies a draft (`SlotLoop.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from mambakit.decoding.acceptance import Acceptance
+from mambakit.decoding.acceptance import Acceptance, choose_together
 from mambakit.decoding.drafting import Draft
+from mambakit.decoding.log_probs import Recorded, Recorder, TokenLogProb
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampler import Chooser, Sampler
 from mambakit.decoding.slots import SlotPool
 from mambakit.modules import StateCache
+
+LogProbsBySlot: TypeAlias = "dict[int, list[TokenLogProb]]"
 
 
 class TokenLoop:
@@ -72,14 +75,41 @@ class TokenLoop:
             endings.append(self.ended)
         return torch.stack(found, 1), torch.stack(endings, 1)
 
-    def read(self, tokens: Tensor) -> None:
-        """Every slot reads one of ``tokens`` (size,); no next token is chosen."""
-        self.pool.step(tokens)
-
     def _are_ends(self, tokens: Tensor) -> Tensor:
         if self.ends is None:
             return torch.zeros_like(tokens, dtype=torch.bool)
         return tokens == self.ends if len(self.ends) == 1 else torch.isin(tokens, self.ends)
+
+
+class HostCopy:
+    """A copy of ``tokens`` (size, count) int64 on the host, made as soon as the device has them, and of the
+    log-probabilities that were recorded with them.
+
+    What is launched on the device afterwards does not delay it.
+    """
+
+    def __init__(self, tokens: Tensor, recorded: Recorded | None):
+        self._copied: torch.cuda.Event | None = None
+        self._tokens = _to_host(tokens)
+        self._recorded, self._values = recorded, None if recorded is None else _to_host(recorded.values)
+        if tokens.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> tuple[list[list[int]], LogProbsBySlot]:
+        """The tokens of every slot, and log-probabilities of the slots that ask for them. Waits for the device."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        found: list[list[int]] = self._tokens.tolist()
+        return found, {} if self._recorded is None else self._recorded.by_slot(found, self._values)
+
+
+def _to_host(values: Tensor) -> Tensor:
+    """A copy in pinned memory, which is there once the device has reached this point; of a CPU's tensor itself."""
+    if not values.is_cuda:
+        return values
+    pinned = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+    return pinned.copy_(values, non_blocking=True)
 
 
 class SlotLoop:
@@ -88,6 +118,10 @@ class SlotLoop:
     Args:
         pool: its slots hold the texts (``pool.occupants``), whose attribute ``sampled`` is a `SampledText`.
         guesses: the maximum number of tokens of a draft.
+
+    Attributes:
+        log_probs: by slot, log-probabilities of the tokens of the last `look` or `verify`, where its text asks for
+            them.
     """
 
     def __init__(self, pool: SlotPool, guesses: int = 0):
@@ -96,13 +130,15 @@ class SlotLoop:
         self._loop = TokenLoop(pool, self.sampler, self._zeros(pool.size))
         self._next: dict[int, int] = {}  # by slot: the token it reads next, not on the device yet
         self._seated = False  # whether the sampler has the texts of all slots
+        self.log_probs: LogProbsBySlot = {}
         self._acceptances: dict[SampledText, Acceptance] = {}
         self._chosen: list[list[int]] = []  # by the last verification, per slot
+        self._guessed = False  # whether the last verification had guesses
 
     # -- slots -----------------------------------------------------------------------------------------------------
 
-    def admit(self, text: Any, state: StateCache, token: int) -> None:
-        """Put a text into a free slot, growing the pool if there is none.
+    def admit(self, text: Any, state: StateCache, token: int) -> int:
+        """Put a text into a free slot, growing the pool if there is none. Returns the slot.
 
         Args:
             text: becomes the slot's occupant.
@@ -118,6 +154,7 @@ class SlotLoop:
         slot = self.pool.occupants.index(None)
         self.pool.put(slot, state)
         self.seat(slot, text, token)
+        return slot
 
     def seat(self, slot: int, text: Any, token: int) -> None:
         """Put a text into ``slot``, whose state is there already; it reads ``token`` next."""
@@ -127,6 +164,7 @@ class SlotLoop:
         """Free the slot."""
         text = self.pool.occupants[slot]
         self._acceptances.pop(text.sampled, None)
+        self._next.pop(slot, None)
         self.pool.occupants[slot], self._seated = None, False
 
     def shrink(self) -> None:
@@ -144,37 +182,76 @@ class SlotLoop:
 
         With a constraint it is one token per slot, since the constraint must see each token before the next. `NO_TOKEN`
         stands where no token can be chosen; the text then ends. The tokens of a free slot are meaningless.
+        ``log_probs`` are those of these tokens.
         """
+        constrained = self.must_look
+        tokens, _ = self._loop.write(1 if constrained else count, check=True)
+        recorded = self.sampler.take_log_probs()
+        found: list[list[int]] = tokens.tolist()
+        self.log_probs = {} if recorded is None else recorded.by_slot(found)
+        if constrained:
+            return [[token] for token in self.sampler.accept([token for (token,) in found])]
+        return found
+
+    def launch(self, count: int) -> HostCopy:
+        """The tokens of ``look(count)``, without waiting for them. No text may have a constraint (`must_look`)."""
+        assert not self.must_look, "a constraint must see each token before the next one is chosen"
+        tokens, _ = self._loop.write(count, check=True)
+        return HostCopy(tokens, self.sampler.take_log_probs())
+
+    @property
+    def must_look(self) -> bool:
+        """Whether the text of a slot has a constraint, which must see each token before the next one is chosen."""
         self._tokens()
         if not self._seated:
             self.sampler.seat([None if text is None else text.sampled for text in self.pool.occupants])
             self._seated = True
-        tokens, _ = self._loop.write(1 if self.sampler.must_look else count, check=True)
-        found: list[list[int]] = tokens.tolist()
-        if self.sampler.must_look:
-            return [[token] for token in self.sampler.accept([token for (token,) in found])]
-        return found
+        return self.sampler.must_look
 
     def verify(self, drafts: Sequence[Draft]) -> list[list[int]]:
-        """Verify one draft per slot. Returns each slot's accepted guesses and one more token. Call `keep` next."""
+        """Verify one draft per slot. Returns each slot's accepted guesses and one more token. Call `keep` next.
+
+        Where no slot has a guess, it is a plain step. The texts must not be written by `look` before or afterwards.
+        """
         last = self._tokens()
         most = max(len(draft.tokens) for draft in drafts)
-        rows = [draft.tokens + draft.tokens[-1:] * (most - len(draft.tokens)) for draft in drafts]
-        rows = [row if len(row) == most else [0] * most for row in rows]
-        guesses = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(drafts), most).to(self._device)
-        logits = self.pool.verify(torch.cat([last[:, None], guesses], 1), 1 + self._guesses)
-        self._chosen = []
-        for text, draft, row in zip(self.pool.occupants, drafts, logits, strict=True):
-            chosen = [] if text is None else self._acceptance(text).choose(row[: len(draft.tokens) + 1], draft)
-            self._chosen.append(chosen)
+        self._guessed = most > 0
+        if self._guessed:
+            rows = [draft.tokens + [0] * (most - len(draft.tokens)) for draft in drafts]
+            guesses = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self._device, non_blocking=True)
+            logits = self.pool.verify(torch.cat([last[:, None], guesses], 1), 1 + self._guesses)
+        else:
+            logits = self.pool.step(last)[:, None]
+        taken = [slot for slot, text in enumerate(self.pool.occupants) if text is not None]
+        acceptances = [self._acceptance(self.pool.occupants[slot]) for slot in taken]
+        given = logits if len(taken) == len(logits) else logits[taken]
+        self._chosen = [[] for _ in drafts]
+        for slot, chosen in zip(
+            taken, choose_together(acceptances, given, [drafts[slot] for slot in taken]), strict=True
+        ):
+            self._chosen[slot] = chosen
+        self._record(logits)
         return self._chosen
 
+    def _record(self, logits: Tensor) -> None:
+        """Log-probabilities of the chosen tokens, of the texts that ask for them, from ``logits`` (size, t, v)."""
+        self.log_probs = {}
+        for slot, (text, chosen) in enumerate(zip(self.pool.occupants, self._chosen, strict=True)):
+            if text is not None and text.sampled.log_probs is not None:
+                recorder = Recorder([text.sampled.log_probs])
+                tokens = torch.tensor(chosen, dtype=torch.int64, device="cpu").to(self._device)
+                for i in range(len(chosen)):
+                    recorder.record(logits[slot, i : i + 1], tokens[i : i + 1])
+                if (recorded := recorder.take()) is not None:
+                    self.log_probs |= {slot: recorded.by_slot([chosen])[0]}
+
     def keep(self, counts: Sequence[int]) -> None:
-        """After `verify`: slot i reads the first ``counts[i]`` >= 1 of its last token and guesses.
+        """After `verify`: slot i reads the first ``counts[i]`` >= 1 of its last token and guesses; 0 of a free slot.
 
         It reads next the token that `verify` chose after those.
         """
-        self.pool.commit(list(counts))
+        if self._guessed:
+            self.pool.commit(list(counts))
         for slot, (count, chosen) in enumerate(zip(counts, self._chosen, strict=True)):
             if chosen:
                 self._next[slot] = chosen[count - 1]

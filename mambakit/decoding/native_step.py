@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.decoding.eligibility import dtype_names, skipped_modules, tensors_of, why_not_by_weights
+from mambakit.decoding.eligibility import (
+    dtype_names,
+    dtype_of_states,
+    mixer_eps,
+    skipped_modules,
+    tensors_of,
+    why_not_by_weights,
+)
 from mambakit.modules import MambaCache
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops._backends import native
@@ -16,6 +23,7 @@ from mambakit.ops.decode.cpu import DecodeStep
 from mambakit.ops.decode.packed import PackedLayer
 from mambakit.ops.linear import pack
 from mambakit.ops.linear.api import MOST_ROWS
+from mambakit.ops.linear.cpu import KINDS
 from mambakit.ops.linear.packed import PackedWeight
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -44,6 +52,11 @@ def why_not(model: Any, rows: int, *, states: Any = None, called: bool = False) 
     dtypes = {model.dtype, *(t.dtype for t in tensors if t.dtype.is_floating_point)}
     if not dtypes <= set(_DTYPES):
         return f"weights of {dtype_names(dtypes)}; it reads {dtype_names(_DTYPES)}"
+    formats = {m.format for m in skipped_modules(model, called) if isinstance(m, QuantizedLinear)}
+    if not formats <= KINDS.keys():
+        return f"weights in {', '.join(sorted(formats - KINDS.keys()))}; it reads {', '.join(KINDS)}"
+    if (kind := dtype_of_states(model)) is not None:
+        return f"states of {kind} (ssm_state_dtype); it reads float32"
     if states is not None and not _fit(states):
         return "states of another dtype or device, or of other layers; it reads a cache as the model makes one"
     return None
@@ -51,6 +64,8 @@ def why_not(model: Any, rows: int, *, states: Any = None, called: bool = False) 
 
 def _fit(states: Any) -> bool:
     if not isinstance(states, MambaCache) or states.dtype not in _DTYPES:
+        return False
+    if states.ssm_states.dtype != torch.float32:
         return False
     return states.device.type == "cpu" and all_plain((states.conv_states, states.ssm_states))
 
@@ -68,8 +83,9 @@ def native_weights(model: Any) -> tuple[list[PackedLayer], PackedWeight]:
             conv=m.conv1d.weight.squeeze(1), conv_bias=m.conv1d.bias, x_proj=packed(m.x_proj),
             dt_proj=packed(m.dt_proj), dt_bias=m.dt_proj.bias, A=-torch.exp(m.A_log), D=m.D,
             out_proj=packed(m.out_proj), out_proj_bias=m.out_proj.bias,
+            dt_norm=norms[0], B_norm=norms[1], C_norm=norms[2],
         )
-        for block in model.backbone.layers for m in [block.mixer]
+        for block in model.backbone.layers for m in [block.mixer] for norms in [m.norm_weights()]
     ]  # fmt: skip
     return layers, packed(model.lm_head)
 
@@ -86,7 +102,7 @@ class NativeDecoder:
         self._embeddings = model.backbone.embeddings
         self._run = DecodeStep(
             layers, model.backbone.norm_f.weight, head, model.config.layer_norm_epsilon,
-            states.conv_states, states.ssm_states,
+            states.conv_states, states.ssm_states, mixer_eps(model),
         )  # fmt: skip
 
     def step(self, tokens: Tensor) -> Tensor:

@@ -172,6 +172,27 @@ def hidden_states(
             progress(chunk.done)
 
 
+def hidden_states_in_parts(
+    model: Any, ids: Tensor, cache: StateCache, chunk_size: int
+) -> Generator[Tensor | None, None, None]:
+    """`hidden_states` of one text, for a caller that has other work to do in between.
+
+    Args:
+        ids: (l,) int64, on the model's device; it may be empty.
+        cache: the state of one row, updated in place. It is valid after each chunk.
+        chunk_size: tokens per forward.
+
+    Yields:
+        None after every layer where the model is no more than its layers; after each chunk its (c, h) hidden states.
+    """
+    for chunk in ids[None].split(chunk_size, dim=1) if len(ids) else ():
+        if model.is_its_layers():
+            hidden = yield from _by_layer(model, chunk, cache, False)
+        else:
+            hidden = model.backbone(chunk, cache_params=cache).last_hidden_state
+        yield hidden[0]
+
+
 # -- the ways to read a chunk ------------------------------------------------------------------------------------------
 
 

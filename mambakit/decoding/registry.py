@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mambakit.decoding import graph_step, native_step, verify
+from mambakit.decoding import graph_step, native_step, verify, verify_layers, verify_rows
 from mambakit.decoding.cuda_graph import kept_with, why_not_captured
 from mambakit.decoding.eligibility import skipped_modules
 from mambakit.modules import StateCache
@@ -154,7 +154,7 @@ def token_step(model: Any, cache: StateCache) -> Callable[[Tensor], Tensor]:
 class WhyNotVerify(Protocol):
     """A function: why a verifier cannot serve, or None where it can."""
 
-    def __call__(self, model: Any, tokens: int, /, *, states: Any = None) -> str | None: ...
+    def __call__(self, model: Any, rows: int, tokens: int, /, *, states: Any = None) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ class VerifierKind:
 
     Attributes:
         name: for printing.
-        why_not: why it cannot verify drafts of that many tokens, or None.
-        make: makes the verifier over a cache of one row, for drafts of at most that many tokens.
+        why_not: why it cannot verify drafts of so many rows and tokens, or None.
+        make: makes the verifier over a cache, for drafts of at most that many tokens.
     """
 
     name: str
@@ -172,30 +172,36 @@ class VerifierKind:
     make: Callable[[Any, Any, int], verify.Verifier]
 
 
+def _serves_any_draft(model: Any, rows: int, tokens: int, *, states: Any = None) -> str | None:
+    return None
+
+
 VERIFIERS: tuple[VerifierKind, ...] = (
     VerifierKind("native library (CPU)", verify.why_not_native, verify.NativeVerifier),
     VerifierKind("persistent kernel (CUDA)", graph_step.why_not_verification, verify.PersistentVerifier),
-    VerifierKind("captured layers (CUDA graph)", verify.why_not_captured_layers, verify.CapturedVerifier),
-    VerifierKind("layers", verify.why_not_layers, verify.LayersVerifier),
-    VerifierKind("forward", _always, verify.ForwardVerifier),
+    VerifierKind("kernels for many rows (Triton)", verify_rows.why_not_verify_rows, verify_rows.ManyRowsVerifier),
+    VerifierKind("captured layers (CUDA graph)", verify_layers.why_not_captured_layers, verify_layers.CapturedVerifier),
+    VerifierKind("layers", verify_layers.why_not_layers, verify_layers.LayersVerifier),
+    VerifierKind("forward", _serves_any_draft, verify.ForwardVerifier),
 )
 
 
 def verifier(model: Any, cache: StateCache, tokens: int) -> verify.Verifier:
-    """The first of `VERIFIERS` that serves this cache of one row.
+    """The first of `VERIFIERS` that serves this cache; drafts of more than 16 tokens are the forward's.
 
     Args:
-        cache: it must not be replaced while the verifier is in use.
-        tokens: the maximum number of tokens of a draft, 1 to 16.
+        cache: of one or more rows; it must not be replaced while the verifier is in use.
+        tokens: the maximum number of tokens of a row's draft.
 
     Raises:
-        ValueError: another number of tokens, or of rows.
+        ValueError: fewer than 1 token or row.
     """
-    if not 1 <= tokens <= MOST_ROWS:
-        raise ValueError(f"tokens is {tokens}; a verification is of 1 to {MOST_ROWS} tokens")
-    if cache.max_batch_size != 1:
-        raise ValueError(f"the cache has {cache.max_batch_size} rows; a verification is of one text: select one row")
-    kind = next(kind for kind in VERIFIERS if kind.why_not(model, tokens, states=cache) is None)
+    rows = cache.max_batch_size
+    if tokens < 1 or rows < 1:
+        raise ValueError(f"a verification of {tokens} tokens of {rows} rows; give 1 or more of each")
+    if tokens > MOST_ROWS:
+        return verify.ForwardVerifier(model, cache, tokens)
+    kind = next(kind for kind in VERIFIERS if kind.why_not(model, rows, tokens, states=cache) is None)
     return kind.make(model, cache, tokens)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ class SampledText:
         vocab_size: v.
         device: of the logits.
         read: (p,) int64, the prompt, which a repetition penalty counts, too.
+        log_probs: how many of the likeliest tokens are recorded at every token, with their log-probabilities and the
+            chosen one's; None: nothing is.
+        ends: end-of-text tokens, none of which is chosen as one of the first ``least`` tokens.
 
     Attributes:
         position: the number of chosen tokens. While the text is in a `Sampler`, that updates it only from time to time.
@@ -27,9 +32,19 @@ class SampledText:
         exception: the exception of the constraint, if that was the reason.
     """
 
-    def __init__(self, params: SamplingParams, vocab_size: int, device: torch.device, read: Tensor):
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        device: torch.device,
+        read: Tensor,
+        *,
+        log_probs: int | None = None,
+        least: int = 0,
+        ends: Iterable[int] = (),
+    ):
         # A copy: callers may change their object, and tables are rebuilt from it whenever the batch changes.
-        self.params, self.position = params.snapshot(), 0
+        self.params, self.position, self.vocab_size = params.snapshot(), 0, vocab_size
         params = self.params
         self.error: str = ""
         self.exception: Exception | None = None
@@ -50,7 +65,14 @@ class SampledText:
             tokens = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=device)
             values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device="cpu")
             self.bias[tokens] = values.to(device, non_blocking=True)
-        self.changes_logits = any(part is not None for part in (self.matcher, self.seen, self.counts, self.bias))
+        self.log_probs = log_probs
+        self.ends = sorted(token for token in ends if token < vocab_size)
+        # (1,) how many more tokens come before an end-of-text token may.
+        self.held: Tensor | None = None
+        if least and self.ends:
+            self.held = torch.full((1,), least, dtype=torch.int64, device=device)
+        parts = (self.matcher, self.seen, self.counts, self.bias, self.held)
+        self.changes_logits = any(part is not None for part in parts)
         """Whether masks, biases or penalties change the model's logits."""
         self.plain = params.greedy and not self.changes_logits
         """Whether each token is the argmax of the unchanged logits."""

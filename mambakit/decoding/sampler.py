@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mambakit.decoding.log_probs import Recorded, Recorder
 from mambakit.decoding.logits import NO_CHOICE
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampling_params import BLOCK
@@ -68,6 +69,7 @@ class Sampler:
         self._parameters = self._uniform = torch.empty(0, dtype=torch.float32, device="cpu")
         self._tables: Tables | None = None
         self._constrained: list[tuple[int, SampledText]] = []
+        self._recorder = Recorder()
         self.plain = True
         self.seat(texts)
 
@@ -90,7 +92,9 @@ class Sampler:
         self._note_positions(before)
         self._noted = [self._column] * len(texts)
         seated = [text for text in texts if text is not None]
-        self.plain = all(text.plain for text in seated)
+        # A decoder that chooses tokens itself shows no logits to record.
+        self.plain = all(text.plain and text.log_probs is None for text in seated)
+        self._recorder = Recorder([None if text is None else text.log_probs for text in texts])
         self._draws = any(not text.params.greedy for text in seated)
         self._constrained = [(i, text) for i, text in enumerate(texts) if text is not None and text.matcher is not None]
 
@@ -108,7 +112,12 @@ class Sampler:
         self._column += self._draws
         if self._tables is not None:
             self._tables.count(tokens)
+        self._recorder.record(logits, tokens)
         return tokens
+
+    def take_log_probs(self) -> Recorded | None:
+        """Log-probabilities of the tokens that were chosen since the last call, of the texts that ask for them."""
+        return self._recorder.take()
 
     def accept(self, tokens: list[int]) -> list[int]:
         """The host's part of a step: pass the tokens (size) that `sample` chose to their constraints.
@@ -168,12 +177,10 @@ class Sampler:
                 numbers[row, self._column :] = text.numbers(text.position, BLOCK - self._column)
         uniform = torch.from_numpy(numbers)
         if self._changed is None:
-            self._parameters = parameters.to(device, non_blocking=True)
-            self._uniform = uniform.to(device, non_blocking=True)
+            self._parameters, self._uniform = _on(device, parameters), _on(device, uniform)
         else:
-            at = torch.tensor(slots, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
-            self._parameters[at] = parameters.to(device, non_blocking=True)
-            self._uniform[at] = uniform.to(device, non_blocking=True)
+            at = _on(device, torch.tensor(slots, dtype=torch.int64, device="cpu"))
+            self._parameters[at], self._uniform[at] = _on(device, parameters), _on(device, uniform)
         self._changed = []
         changing = [text for text in self._texts if text is not None and text.changes_logits]
         if not changing:
@@ -188,4 +195,9 @@ class Sampler:
         for row, text in enumerate(self._texts):
             if text is not None:
                 numbers[row] = text.numbers(text.position, BLOCK)
-        self._uniform = torch.from_numpy(numbers).to(device, non_blocking=True)
+        self._uniform = _on(device, torch.from_numpy(numbers))
+
+
+def _on(device: torch.device, values: Tensor) -> Tensor:
+    """A copy on the device. The host waits for nothing: a copy from pageable memory would wait for earlier launches."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

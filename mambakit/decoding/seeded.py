@@ -1,4 +1,4 @@
-"""`generate(seed=[...])`: a `Sampler` with the settings of transformers' processors, and a seed for each text."""
+"""`generate(seed=[...])` and drafts: texts with the settings of transformers' processors, and a seed for each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import generation
 
 from mambakit.decoding.sampled_text import SampledText
-from mambakit.decoding.sampler import Sampler
 from mambakit.decoding.sampling_params import SamplingParams
 from mambakit.decoding.scaling import WidePenalty, WideTemperature
 
@@ -27,10 +26,10 @@ _FIELDS = {
 }
 
 
-def seeded_sampler(
+def seeded_texts(
     model: Any, seeds: Sequence[int], processors: Sequence[Any], draws: bool, text: Tensor, mask: Tensor | None
-) -> Sampler:
-    """A sampler with one text per row of ``text`` (b, l).
+) -> list[SampledText]:
+    """One text per row of ``text`` (b, l), with the settings of transformers' processors.
 
     Args:
         seeds: one per text.
@@ -66,4 +65,4 @@ def seeded_sampler(
             read = read[mask[row, mask.shape[1] - len(read) :].bool()]
         params = SamplingParams(**values, seed=seed)
         texts.append(SampledText(params, model.config.vocab_size, text.device, read))
-    return Sampler(texts)
+    return texts

@@ -12,10 +12,9 @@ from torch import Tensor
 from mambakit.decoding.eligibility import skipped_modules
 from mambakit.decoding.logits import are_numbers
 from mambakit.decoding.registry import Decoder, ForwardDecoder, choose, kept_decoder, verifier
-from mambakit.decoding.verify import PackedVerifier, Verifier
+from mambakit.decoding.verify import Verifier
 from mambakit.modules import StateCache
 from mambakit.modules.interception import Watch
-from mambakit.ops.linear.api import MOST_ROWS
 from mambakit.ops.sampling.api import NO_TOKEN
 
 
@@ -57,7 +56,8 @@ class SlotPool:
         # Per slot: the number of tokens seen when it was filled, minus the pool's steps until then.
         self._began = [0 if states is None else states.get_seq_length()] * size
         self._last: Tensor | None = None  # (size, v) logits of the last step
-        self._verification: _DraftVerification | None = None
+        self._verifier: Verifier | None = None
+        self._most = 0  # tokens of a draft that it serves
         self._draft: Tensor | None = None  # (size, t, v) logits of drafts that are not committed yet
         self._decoder: Decoder | None = None  # None while there are no slots
         # The captured decoder that is kept with the model, if it serves: it holds the given states until `close`.
@@ -137,9 +137,9 @@ class SlotPool:
     def verify(self, tokens: Tensor, most: int = 0) -> Tensor:
         """Read a draft for each slot without changing its state.
 
-        `commit` then keeps a prefix of each draft. Shorter drafts are padded at the end. With one slot, the fastest
-        verifier that serves is used (`mambakit.decoding.registry.verifier`); a native call and the persistent kernel
-        give the bits of `step`. Several slots are verified by a forward over a copy of their states.
+        `commit` then keeps a prefix of each draft. Shorter drafts are padded at the end. The fastest verifier that
+        serves is used (`mambakit.decoding.registry.verifier`); a native call and the persistent kernel give the bits
+        of `step`.
 
         Args:
             tokens: (size, t) int64, the drafts.
@@ -147,13 +147,14 @@ class SlotPool:
                 once.
 
         Returns:
-            (size, t, v) logits after each token.
+            (size, t, v) logits after each token, valid until the next `verify`.
         """
         size, t = tokens.shape
         assert size == self.size
-        if self._verification is None or t > self._verification.most or not self._watch.holds():
-            self._verification = _DraftVerification(self.model, self.states, max(t, most))
-        self._draft = self._verification(tokens)
+        if self._verifier is None or t > self._most or not self._watch.holds():
+            self._most = max(t, most)
+            self._verifier = self._verifier_of(self._most)
+        self._draft = self._verifier(tokens)
         return self._draft
 
     def commit(self, kept: Sequence[int]) -> None:
@@ -162,21 +163,30 @@ class SlotPool:
         Raises:
             ValueError: more tokens than the draft had, or no `verify` since the last `commit` or `step`.
         """
-        if self._verification is None or self._draft is None:
+        if self._verifier is None or self._draft is None:
             raise ValueError("no draft was verified since the last commit or step; call verify first")
         assert len(kept) == self.size
-        self._verification.commit(list(kept))
+        self._verifier.commit(list(kept))
         read = torch.tensor(kept, dtype=torch.int64, device="cpu").to(self._draft.device)
         after = self._draft[torch.arange(self.size, dtype=torch.int64, device=read.device), (read - 1).clamp(min=0)]
         self._last = after if self._last is None else torch.where((read > 0)[:, None], after, self._last)
         self._began = [began + m for began, m in zip(self._began, kept, strict=True)]
         self._draft = None
 
+    def _verifier_of(self, tokens: int) -> Verifier:
+        if self._graph is None or not self._watch.holds():
+            return verifier(self.model, self.states, tokens)
+        kept: dict[int, Verifier] = self._graph.verifiers  # over the same states
+        if tokens not in kept:
+            kept[tokens] = verifier(self.model, self.states, tokens)
+        kept[tokens].reload()
+        return kept[tokens]
+
     def _states_changed(self) -> None:
         """Forget drafts: the states were changed by something other than a commit."""
         self._draft = None
-        if self._verification is not None:
-            self._verification.reload()
+        if self._verifier is not None:
+            self._verifier.reload()
 
     # -- slots -----------------------------------------------------------------------------------------------------
 
@@ -212,7 +222,7 @@ class SlotPool:
             for slot, origin in enumerate(origins):
                 if origin is not None:
                     self._last[slot] = last[origin]
-        self.states, self._verification, self._draft = states, None, None
+        self.states, self._verifier, self._draft = states, None, None
         self._make()
 
     def _make(self) -> None:
@@ -232,10 +242,19 @@ class SlotPool:
         self._states_changed()
         self._began[slot] = state.get_seq_length() - self._steps
 
+    def load_slots(self, source: StateCache, rows: list[int]) -> None:
+        """Slot i continues from row ``rows[i]`` of ``source``. The numbers of tokens seen stay as they are."""
+        self.states.copy_(source, rows, list(range(self.size)))
+        self._states_changed()
+
+    def seen(self, slot: int) -> int:
+        """The number of tokens that the state of ``slot`` has read."""
+        return self._began[slot] + self._steps
+
     def copy_of(self, slot: int) -> StateCache:
         """A copy of the current state of ``slot``."""
         state = self.states.select([slot])
-        state.advance(self._began[slot] + self._steps - state.get_seq_length())
+        state.advance(self.seen(slot) - state.get_seq_length())
         return state
 
     # -- all of them -----------------------------------------------------------------------------------------------
@@ -262,34 +281,3 @@ class SlotPool:
             self._graph.holder = None
         elif read and self.states is self._given:  # after commits of different lengths
             self._given.advance(read)
-
-
-class _DraftVerification:
-    """Verifies drafts of the rows of a cache: one row by the fastest verifier, several rows or long drafts by the
-    model's forward.
-
-    Args:
-        states: the cache; it must not be replaced meanwhile.
-        most: the maximum number of tokens of a draft.
-    """
-
-    def __init__(self, model: Any, states: StateCache, most: int):
-        self.most = most
-        one = states.max_batch_size == 1 and most <= MOST_ROWS
-        self._one: Verifier | None = verifier(model, states, most) if one else None
-        self._several = PackedVerifier(model, states)
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """(b, t, v) logits after each of ``tokens`` (b, t) int64; the states are unchanged."""
-        return self._several(tokens) if self._one is None else self._one(tokens[0].tolist())[None]
-
-    def commit(self, kept: list[int]) -> None:
-        """Advance row i by the first ``kept[i]`` of its tokens."""
-        if self._one is None:
-            self._several.commit(kept)
-        else:
-            self._one.commit(kept[0])
-
-    def reload(self) -> None:
-        """Forget drafts: the states were changed by something other than `commit`."""
-        (self._several if self._one is None else self._one).reload()

@@ -33,6 +33,12 @@ class Tables:
         self._seen = _stacked(changed, "seen", torch.bool)
         self._counts = _stacked(changed, "counts", torch.float32)
         self._bias = _stacked(changed, "bias", torch.float32)
+        self._held = _stacked(changed, "held", torch.int64)  # (m, 1)
+        if self._held is not None:  # (m, v) each text's end-of-text tokens
+            self._ends = torch.zeros(len(changed), changed[0].vocab_size, dtype=torch.bool, device="cpu")
+            for row, text in enumerate(changed):
+                self._ends[row, text.ends] = text.held is not None
+            self._ends = self._ends.to(device)
         penalties = [[min(max(text.params.repetition_penalty, 1e-30), 1e30)] for text in changed]
         self._repetition = _table(penalties, device)  # (m, 1)
         self._presence = _table([[text.params.presence_penalty] for text in changed], device)
@@ -59,6 +65,8 @@ class Tables:
             x = torch.where(self._seen, scaled, x)
         if self._counts is not None:
             x = x - self._presence * (self._counts > 0) - self._frequency * self._counts
+        if self._held is not None:
+            x = x.masked_fill(self._ends & (self._held > 0), -float("inf"))
         return x if isinstance(self._slots, slice) else wide.index_copy(0, self._slots, x)
 
     def _mask(self, x: Tensor) -> Tensor:
@@ -74,7 +82,9 @@ class Tables:
         return x
 
     def count(self, tokens: Tensor) -> None:
-        """Count the chosen tokens (size,) for penalties."""
+        """Count the chosen tokens (size,) for penalties, and towards the texts' least lengths."""
+        if self._held is not None:
+            self._held.sub_(1)
         if self._seen is None and self._counts is None:
             return
         written = tokens[self._slots][:, None]
@@ -84,12 +94,16 @@ class Tables:
             if table is not None:
                 table.scatter_(1, at, table.gather(1, at) + (there & text_has))
 
+    @property
+    def _counters(self) -> tuple[Tensor | None, ...]:
+        return self._seen, self._counts, self._held
+
     def snapshot(self) -> list[Tensor | None]:
-        return [None if table is None else table.clone() for table in (self._seen, self._counts)]
+        return [None if table is None else table.clone() for table in self._counters]
 
     def restore(self, snapshot: list[Tensor | None]) -> None:
         """Restore a snapshot, in place, because the texts' own tables are views."""
-        for table, before in zip((self._seen, self._counts), snapshot, strict=True):
+        for table, before in zip(self._counters, snapshot, strict=True):
             if table is not None and before is not None:
                 table.copy_(before)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.decoding.drafted_batch import Drafting
 from mambakit.decoding.slots import SlotPool
 from mambakit.modules import StateCache
 
@@ -27,10 +28,11 @@ class TransformersSteps:
         prompt_logits: (b, v) after the prefill; forward returns them first instead of reading the prompt.
         own_cache: the cache that was made for this call, which nobody else uses.
         seeds: one per text, for counter-based random numbers; None: the global generator.
+        drafting: how the call drafts; None: it does not.
     """
 
-    def __init__(self, model: Any, seeds: Sequence[int] | None = None):
-        self.model, self.seeds = model, seeds
+    def __init__(self, model: Any, seeds: Sequence[int] | None = None, drafting: Drafting | None = None):
+        self.model, self.seeds, self.drafting = model, seeds, drafting
         self.cached_columns = self.chunk_size = 0
         self.prompt_logits: Tensor | None = None
         self.own_cache: StateCache | None = None

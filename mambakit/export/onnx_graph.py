@@ -14,6 +14,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 OPSET = 18  # Scan, ReduceSum with axes as an input, Split with num_outputs
 INPUTS = ("input_ids", "conv_states", "ssm_states")
 OUTPUTS = ("logits", "new_conv_states", "new_ssm_states")
+_NORMS = ("dt_layernorm", "b_layernorm", "c_layernorm")  # of dt, B and C, where they have weights
 
 
 class _Nodes:
@@ -91,6 +92,9 @@ def tensors_of(model: Any) -> dict[str, np.ndarray]:
         for name in ("in_proj", "dt_proj", "out_proj", "conv1d"):
             if (bias := state.get(f"{at}mixer.{name}.bias")) is not None:
                 weights[f"{i}.{name}.bias"] = bias
+        for name in _NORMS:
+            if (weight := state.get(f"{at}mixer.{name}.weight")) is not None:
+                weights[f"{i}.{name}"] = weight
         weights[f"{i}.conv1d"] = state[at + "mixer.conv1d.weight"]
         weights[f"{i}.A"] = -torch.exp(state[at + "mixer.A_log"].double()).float()
         weights[f"{i}.D"] = state[at + "mixer.D"]
@@ -135,8 +139,10 @@ def _mixer(
     if k > 1:
         conv_state = g("Slice", window, g.integers(1 - k), g.integers(1 << 62), g.integers(2))
     steps, b, c = g("Split", g("MatMul", u, f"{i}.x_proj"), g.integers(r, n, n), outputs=3, axis=-1)
-    if (eps := getattr(config, "mixer_rms_eps", None)) is not None:  # FalconMamba's
-        steps, b, c = (_norm(g, t, None, eps) for t in (steps, b, c))
+    if (eps := getattr(config, "mixer_rms_eps", None)) is not None:  # FalconMamba's, and with weights Jamba's
+        weighted = getattr(config, "mixer_norm_weights", False)
+        names = (f"{i}.{name}" if weighted else None for name in _NORMS)
+        steps, b, c = (_norm(g, t, name, eps) for t, name in zip((steps, b, c), names, strict=True))
     delta = g("Softplus", _linear(g, steps, f"{i}.dt_proj", True))  # (b, l, d)
     if one_token:
         time = g.integers(1)

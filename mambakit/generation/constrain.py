@@ -7,7 +7,6 @@ llguidance computes which tokens may come next; this file applies its masks: `Co
 from __future__ import annotations
 
 import functools
-import json
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -18,15 +17,9 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from mambakit.decoding.sampling_params import SamplingParams
+from mambakit.generation.grammars import MESSAGE, grammar_of, llguidance
 from mambakit.ops._backends.memory import INT32, address
 from mambakit.quoting import cut
-
-# The white space of Python's json.dumps and no other: a small model that may choose white space can choose it without
-# end. A schema's own "x-guidance" overrides these.
-_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-
-
-_MESSAGE = 500  # characters of an error message of llguidance, which may quote the whole grammar
 
 
 class Constraint:
@@ -60,7 +53,7 @@ class Constraint:
             raise ValueError(
                 f"give exactly one of json_schema, regex and grammar; got {' and '.join(chosen) or 'none'}"
             )
-        guidance = _llguidance()
+        guidance = llguidance()
         end = model.generation_config.eos_token_id
         ends: list[int] = [] if end is None else list(end) if isinstance(end, (list, tuple)) else [end]
         self.end_tokens = [token for token in ends if token < len(tokenizer)]
@@ -71,21 +64,9 @@ class Constraint:
             )
         self.vocab_size: int = model.config.vocab_size
         self._tokens = _token_table(tokenizer, self.vocab_size, tuple(self.end_tokens))
-        compiler = guidance.LLMatcher
-        try:
-            if json_schema is not None:
-                schema = json.loads(json_schema) if isinstance(json_schema, str) else json_schema
-                self._grammar = compiler.grammar_from_json_schema(json.dumps(schema), defaults=_JSON)
-            elif regex is not None:
-                self._grammar = compiler.grammar_from_regex(regex)
-            else:
-                self._grammar = compiler.grammar_from_lark(grammar)
-            failed, messages = compiler.validate_grammar_with_warnings(self._grammar, self._tokens)
-        except (ValueError, TypeError, RecursionError) as error:
-            failed, messages = True, [str(error)]
-        if failed:
-            raise ValueError(f"the {chosen[0]} cannot be used: {cut(' '.join(' '.join(messages).split()), _MESSAGE)}")
-        self._matcher = compiler(self._tokens, self._grammar, log_level=0)
+        (kind,) = chosen
+        self._grammar = grammar_of(kind, given[kind], self._tokens)
+        self._matcher = guidance.LLMatcher(self._tokens, self._grammar, log_level=0)
 
     def matcher(self) -> Matcher:
         """The position of a new text in the grammar, at the start."""
@@ -184,7 +165,7 @@ def mask_logits_(logits: Tensor, matchers: Sequence[Matcher]) -> Tensor:
             bits[i, end // 32] |= -(1 << 31) if end % 32 == 31 else 1 << end % 32
     errors = [m._matcher.get_error() for m in matchers if m._matcher.is_error()]
     if errors:
-        raise ValueError(f"the constraint became too complex to follow: {cut(' '.join(errors[0].split()), _MESSAGE)}")
+        raise ValueError(f"the constraint became too complex to follow: {cut(' '.join(errors[0].split()), MESSAGE)}")
     bits = bits.to(logits.device, non_blocking=True)
     allowed = (bits[:, :, None] >> torch.arange(32, device=bits.device, dtype=torch.int32)) & 1  # (b, words, 32)
     return logits.masked_fill_(allowed.flatten(1)[:, :v] == 0, -float("inf"))
@@ -261,19 +242,9 @@ class ConstrainedSampling(SamplingParams):
         return mask_logits_(logits, matchers)
 
 
-def _llguidance() -> Any:
-    try:
-        import llguidance
-    except ModuleNotFoundError as error:
-        if error.name != "llguidance":  # llguidance is installed, and a module of its own is missing
-            raise
-        raise ImportError("constrained output needs llguidance: pip install 'mambakit[constrain]'") from error
-    return llguidance
-
-
 @functools.cache
 def _executor() -> Any:
-    return _llguidance().LLExecutor()
+    return llguidance().LLExecutor()
 
 
 _tables: weakref.WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Any]] = weakref.WeakKeyDictionary()

@@ -10,7 +10,7 @@ tokens.
 
 A text does not depend on the others: every request has its own random numbers, and each prompt is read on its own in
 chunks that start at its own beginning. On a CPU, where a slot's step has the same bits in any batch, tokens are the
-same whatever else is there, and free slots are left out of the step where few of many write. Elsewhere the step always
+same whatever else is there, and free slots are left out of the step where few of many write. Elsewhere a step always
 runs on all ``slots``, so that its products are cut the same way. An error of one request, of its grammar or its state,
 ends that request alone.
 """
@@ -28,14 +28,17 @@ from typing import Any
 import torch
 
 from mambakit.decoding.chunks import SNAPSHOT_CHUNK
+from mambakit.decoding.drafting import Drafter, read_draft_tokens
 from mambakit.decoding.logits import NO_CHOICE
 from mambakit.decoding.loop import SlotLoop
 from mambakit.decoding.parameters import CHUNK_SIZE, INT64, Number
 from mambakit.decoding.slots import SlotPool
 from mambakit.errors import LogitsError
-from mambakit.generation.engine_looks import Looks
+from mambakit.generation.engine_drafts import Drafts
+from mambakit.generation.engine_looks import Found, Looks
 from mambakit.generation.engine_prompts import PromptReader
 from mambakit.generation.engine_schedule import Schedule
+from mambakit.generation.engine_states import TextStates
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.reading import ReadingShare
 from mambakit.generation.request import Request, Text
@@ -57,15 +60,21 @@ class Engine:
         read_seconds: the time for reading prompts between two steps. The smallest part that can be read may exceed it:
             on a CPU a chunk in one layer, on a GPU a chunk.
         slice_tokens: how many tokens a text writes at least before it makes room for one of another share.
-        tokens_per_look: tokens that each slot writes between two device-to-host syncs, where no constraint needs one
-            and no state is kept. More than 1 leaves the host behind the device; the texts are the same, but `step`
-            gives several tokens of a text at once, and a text that is cancelled has had up to so many more. None: 1,
+        tokens_per_look: tokens that each slot writes between two device-to-host syncs, where no constraint needs one.
+            More than 1 leaves the host behind the device: `step` launches the next tokens before it returns those that
+            were launched before. The texts are the same, but `step` gives several tokens of a text at once. None: 1,
             and with a captured decoder as many as take 10 ms, up to 8.
         clock: gives the time in seconds.
+        drafter: proposes tokens that are verified several at a time, for all slots together: `DraftModel(small)`,
+            `PromptLookup()` or another `Drafter`, which is copied for each text. The texts are the same, of sampled
+            ones the distribution; a step gives several tokens of a text at once. A draft model reads a text's whole
+            prompt when the text gets its slot.
+        draft_tokens: the maximum number of guesses per draft, 1 to 15; a `Request` may have fewer, or none.
         rows: the earlier name of ``slots``.
 
     Raises:
-        ValueError: fewer than one slot, one token a chunk or one token a slice, or a time below 0.
+        ValueError: fewer than one slot, one token a chunk or one token a slice, a time below 0, or a draft model of
+            another vocabulary or device.
     """
 
     def __init__(
@@ -79,6 +88,8 @@ class Engine:
         slice_tokens: int = 32,
         tokens_per_look: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        drafter: Drafter | None = None,
+        draft_tokens: int = 4,
         rows: int | None = None,
     ):
         if rows is not None:
@@ -92,14 +103,16 @@ class Engine:
         slice_tokens = Number(32, 1, INT64[1], whole=True).read("slice_tokens", slice_tokens)
         read_seconds = Number(0.02, 0, math.inf).read("read_seconds", read_seconds)
         self.model, self.slots, self.chunk_size, self.slice_tokens = model, slots, chunk_size, slice_tokens
-        self._looks = Looks(tokens_per_look, clock)
         self.prefix_cache = prefix_cache
-        self._ends = _end_tokens(model)
+        ends = frozenset(_end_tokens(model))
         self._vocab_size = model.config.vocab_size
         self._pool = SlotPool(model, slots)  # its slots hold their texts
-        self._loop = SlotLoop(self._pool)
+        self._loop = SlotLoop(self._pool, 0 if drafter is None else read_draft_tokens(draft_tokens))
+        self._states = TextStates(model)
+        self._looks = Looks(self._loop, tokens_per_look, clock)
+        self.drafts = None if drafter is None else Drafts(self._loop, model, drafter, slots, draft_tokens)
         self._schedule = Schedule(slots)
-        self._prompts = PromptReader(model, ReadingShare(read_seconds, chunk_size, clock), self._schedule)
+        self._prompts = PromptReader(model, ReadingShare(read_seconds, chunk_size, clock), self._schedule, ends)
         self._cancelled: deque[Request] = deque()  # by whichever thread
         self._taken = 0  # of the slots
         self._freed = False  # whether slots have become free
@@ -159,10 +172,11 @@ class Engine:
     @torch.inference_mode(False)  # states and tables outlive the step, which may run in inference mode and out of it
     @torch.no_grad()
     def step(self) -> list[tuple[Request, int]]:
-        """Read prompts for a while, then write the next token of every slot (``tokens_per_look``).
+        """Read prompts for a while, then write the next tokens of every slot (``tokens_per_look``).
 
         Returns:
-            (request, token) of each text that has a new token. A text whose prompt was read has its first.
+            (request, token) of each text that has a new token; none where those of the first look were only launched.
+            A text whose prompt was read has its first.
         """
         self._schedule.begin_step()
         while self._cancelled:
@@ -172,23 +186,34 @@ class Engine:
         if self._schedule.unread:
             self._prompts.step(lambda text, token: self._take(text, token, chosen), self._fail)
         if self._schedule.ready:
-            self._give_slots()
+            self._give_slots(chosen)
         if self._freed:
             self._leave_out_free_slots()
         if self._taken:
-            self._write(chosen)
+            self._note(self._next(), chosen)
+        if not self._taken:
+            self._looks.forget()
         if not len(self._schedule):
             self._prompts.drop_held()
         return chosen
 
+    def _next(self) -> Found | None:
+        """The next tokens of every slot."""
+        self._states.before_look(self._pool, self.drafts is not None or self._looks.several)
+        return self._looks.next() if self.drafts is None else self.drafts.next()
+
     def _writing(self) -> list[Text]:
         return [text for text in self._pool.occupants if text is not None]
 
-    def _give_slots(self) -> None:
+    def _give_slots(self, chosen: list[tuple[Request, int]]) -> None:
         leaving, entering = self._schedule.admission(self._writing(), self.slice_tokens)
+        if leaving and (found := self._looks.wait()) is not None:  # their states may be ahead of their tokens
+            self._note(found, chosen)
+            leaving, entering = self._schedule.admission(self._writing(), self.slice_tokens)
         for text in leaving:  # each continues later from a copy of its state
             slot = self._pool.occupants.index(text)
             text.state = self._pool.copy_of(slot)
+            self._states.left(text)
             self._schedule.ready[text] = None
             self._release(slot)
         for text in entering:
@@ -197,36 +222,44 @@ class Engine:
     def _give_slot(self, text: Text) -> None:
         assert text.state is not None
         try:
-            self._loop.admit(text, text.state, text.written[-1])
+            slot = self._loop.admit(text, text.state, text.written[-1])
         except Exception as error:  # a state that was given may be of another model
             self._fail(text, error)
             return
         del self._schedule.ready[text]
+        if self._is_wanted(text):
+            self._states.seated(text, text.state)
         text.state, text.seated_at = None, len(text.written)
         self._taken += 1
+        if self.drafts is not None:
+            try:
+                self.drafts.begin(slot, text)
+            except Exception as error:  # a drafter may be a user's own
+                self._fail(text, error)
 
     def _release(self, slot: int) -> None:
         self._loop.release(slot)
+        if self.drafts is not None:
+            self.drafts.release(slot)
         self._taken -= 1
         self._freed = True
 
     def _leave_out_free_slots(self) -> None:
         """Where few of many slots are taken and no text waits for one, let steps leave out the free slots."""
-        if self._taken and self._taken == len(self._schedule):
+        if self.drafts is None and self._taken and self._taken == len(self._schedule):
             self._loop.shrink()
             self._freed = False
 
-    def _write(self, chosen: list[tuple[Request, int]]) -> None:
-        """The next tokens of every text that has a slot."""
-        held: list[Text | None] = list(self._pool.occupants)
-        texts = [text for text in held if text is not None]
-        count = self._looks.count(self._pool, texts, states_are_kept=self.prefix_cache is not None)
-        found = self._looks.timed(self._loop.look, count)
-        vocab_size, ends = self._vocab_size, self._ends
-        for text, tokens in zip(held, found, strict=True):
-            if text is None:
-                continue
-            request, written = text.request, text.written
+    def _note(self, found: Found | None, chosen: list[tuple[Request, int]]) -> None:
+        """Note the tokens of a look."""
+        if found is None:
+            return
+        vocab_size = self._vocab_size
+        for slot, (text, tokens) in enumerate(zip(found.texts, found.tokens, strict=True)):
+            if text is None or text.request not in self._schedule.texts:
+                continue  # it has ended since
+            request, written, ends = text.request, text.written, text.ends
+            request.token_log_probs += found.log_probs.get(slot, [])
             for token in tokens:
                 if 0 <= token < vocab_size and token not in ends:
                     written.append(token)
@@ -246,7 +279,7 @@ class Engine:
             self._fail(text, text.sampled.exception)
         elif not 0 <= token < self._vocab_size:
             self._fail(text, ValueError(f"token {token} was chosen; the model's are 0 to {self._vocab_size - 1}"))
-        elif token in self._ends:
+        elif token in text.ends:
             self._finish(text, "stop")
         else:
             text.written.append(token)
@@ -267,25 +300,31 @@ class Engine:
     def _finish(self, text: Text, reason: str) -> None:
         request = text.request
         request.finish_reason = request.finish_reason or reason
+        del request.token_log_probs[len(request.tokens) :]  # of what was chosen after the end
         slot = self._pool.occupants.index(text) if text in self._pool.occupants else None
-        wanted = request.keep_state or (self.prefix_cache is not None and request.state is None)
-        if wanted and not request.error:
-            state = text.state.clone() if slot is None and text.state is not None else None
-            state = state if slot is None else self._pool.copy_of(slot)
-            if state is not None:
-                self._keep(text, state)
+        states = self._states.ended(text, self._pool, slot) if self._is_wanted(text) else []
+        if states and not request.error:
+            self._keep(text, states)
         if slot is not None:
             self._release(slot)
         self._schedule.remove(text)
         request.on_cancel = None
 
-    def _keep(self, text: Text, state: StateCache) -> None:
+    def _is_wanted(self, text: Text) -> bool:
+        """Whether somebody wants a text's state at its end."""
         request = text.request
+        return request.keep_state or request.keep_states or (self.prefix_cache is not None and request.state is None)
+
+    def _keep(self, text: Text, states: list[StateCache]) -> None:
+        """Keep the latest of a text's states, or all."""
+        request = text.request
+        if request.keep_states:
+            request.states = states
         if request.keep_state:
-            request.final_state = state
+            request.final_state = self._states.read_on(text, states[0])
         if self.prefix_cache is not None and request.state is None:
-            read = [*request.prompt_ids.tolist(), *text.written][: state.get_seq_length()]
             try:
-                self.prefix_cache.store(read, state)
+                read = text.tokens()[: states[0].get_seq_length()]
+                self.prefix_cache.store(read, states[0], salt=request.cache_salt, owner=request.owner)
             except Exception as error:  # the text itself is whole
                 warnings.warn(f"a text's state could not be kept in the prefix cache: {error}", stacklevel=2)

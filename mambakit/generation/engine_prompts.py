@@ -34,11 +34,12 @@ class PromptReader:
         model: a causal language model in eval mode.
         share: how much is read in a step.
         schedule: which prompts may be read.
+        ends: tokens that end a text.
     """
 
-    def __init__(self, model: Any, share: ReadingShare[Text], schedule: Schedule):
+    def __init__(self, model: Any, share: ReadingShare[Text], schedule: Schedule, ends: frozenset[int]):
         self._model, self._vocab_size = model, model.config.vocab_size
-        self._share, self._schedule = share, schedule
+        self._share, self._schedule, self._ends = share, schedule, ends
         self._held: OrderedDict[Path, tuple[StateCache, Tensor]] = OrderedDict()
         self._sampler = Sampler()
 
@@ -55,8 +56,12 @@ class PromptReader:
         alone = not request.share or request.state is not None or prefix_cache is not None
         prompt = None if alone else (request.share, hashlib.sha256(ids.numpy().tobytes()).digest())
         most = NEW_TOKENS.read("max_new_tokens", request.max_new_tokens)
-        reading = PromptReading(self._model, ids, chunk_size, request.state, prefix_cache)
-        return Text(request, most, reading, prompt)
+        reading = PromptReading(
+            self._model, ids, chunk_size, request.state, prefix_cache, request.cache_salt, request.owner
+        )
+        before = 0 if request.state is None else request.state.get_seq_length()
+        ends = frozenset[int]() if request.ignore_ends else self._ends
+        return Text(request, most, reading, ends, prompt, before)
 
     def step(self, read: Callable[[Text, int], None], failed: Callable[[Text, Exception], None]) -> None:
         """Read for as long as a step may.
@@ -137,12 +142,15 @@ class PromptReader:
         logits = [text.reading.logits for text in begun if text.reading.logits is not None]
         try:
             tokens = self._sampler.choose(torch.cat(logits), sampled)
+            recorded = self._sampler.take_log_probs()
+            log_probs = {} if recorded is None else recorded.by_slot([[token] for token in tokens])
         except Exception as error:
             for text in begun:
                 failed(text, error)
             return
-        for text, token in zip(begun, tokens, strict=True):
+        for row, (text, token) in enumerate(zip(begun, tokens, strict=True)):
             self._schedule.was_read(text)
+            text.request.token_log_probs += log_probs.get(row, [])
             text.state = text.reading.cache
             if text.prompt is not None and text.state is not None:
                 assert text.reading.logits is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ from mambakit.decoding.chunks import SCORING_CHUNK
 from mambakit.decoding.logits import require_numbers
 from mambakit.decoding.prefill import hidden_states
 from mambakit.generation.state import State
-from mambakit.generation.stream import _TextDecoder
 from mambakit.generation.token_ids import require_in_vocabulary
 from mambakit.generation.token_scores import LOGIT_ROWS
+from mambakit.generation.token_texts import TokenTexts
 from mambakit.quoting import brief
 
 
@@ -82,13 +82,29 @@ def token_log_probs(
     for (hidden,) in hidden_states(model, [inputs], after["cache"], chunk_size=chunk_size, progress=progress):
         wanted = targets[at : at + len(hidden)]
         at += len(hidden)
-        for rows, these in zip(hidden.split(LOGIT_ROWS), wanted.split(LOGIT_ROWS), strict=True):
-            log_probs = model.lm_head(rows).float().log_softmax(-1)
-            best = log_probs.topk(top)
-            own = require_numbers(log_probs.gather(1, these[:, None])[:, 0].cpu())
-            parts.append((own, best.indices.cpu(), best.values.cpu()))
+        parts += [found[1:] for found in score_alternatives(model, hidden, wanted, top)]
     log_probs, top_ids, top_log_probs = (torch.cat(column) for column in zip(*parts, strict=True))
     return TokenLogProbs(ids.cpu(), log_probs, top_ids, top_log_probs)
+
+
+def score_alternatives(
+    model: Any, hidden: Tensor, targets: Tensor, top: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Log-probabilities of ``targets`` (l,) int64 and of the likeliest tokens, from the hidden states (l, h) that
+    predict them.
+
+    Yields:
+        Of some tokens at a time, on the CPU: the targets (r,), their ln p (r,) float32, and the ``top`` likeliest
+        tokens (r, top) int64 with their ln p (r, top) float32, best first.
+
+    Raises:
+        LogitsError: the model's log-probabilities are NaN.
+    """
+    for rows, these in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+        log_probs = model.lm_head(rows).float().log_softmax(-1)
+        best = log_probs.topk(top)
+        own = require_numbers(log_probs.gather(1, these[:, None])[:, 0].cpu())
+        yield these.cpu(), own, best.indices.cpu(), best.values.cpu()
 
 
 def echo(model: Any, tokenizer: Any, ids: Tensor, *, top: int = 0, chunk_size: int = SCORING_CHUNK) -> dict[str, list]:
@@ -108,11 +124,9 @@ def echo(model: Any, tokenizer: Any, ids: Tensor, *, top: int = 0, chunk_size: i
 
 def as_logprobs(tokenizer: Any, scored: TokenLogProbs, offset: int = 0) -> dict[str, list]:
     """The ``logprobs`` object of the completions API; ``offset`` characters stand before the first token."""
-    decoder, offsets = _TextDecoder(tokenizer), []
-    for token in scored.ids.tolist():
-        offsets.append(offset)
-        offset += len(decoder.push(token))
-    text = functools.partial(_token_text, tokenizer)
+    texts = TokenTexts(tokenizer)
+    offsets = [offset + at for at in texts.offsets(scored.ids.tolist())]
+    text = texts.text
     finite = functools.partial(max, -9999.0)
     unknown = scored.log_probs.isnan().tolist()
     top = zip(unknown, scored.top_ids.tolist(), scored.top_log_probs.tolist(), strict=True)
@@ -124,21 +138,3 @@ def as_logprobs(tokenizer: Any, scored: TokenLogProbs, offset: int = 0) -> dict[
         ],
         "text_offset": offsets,
     }
-
-
-def _token_text(tokenizer: Any, token: int) -> str:
-    text = tokenizer.decode([token])
-    if "\ufffd" not in text:
-        return text
-    spelled = tokenizer.convert_ids_to_tokens(token)  # byte-level vocabularies spell each byte as a letter of its own
-    if not all(letter in _byte_letters() for letter in spelled):
-        return text
-    return "bytes:" + "".join(f"\\x{_byte_letters()[letter]:02x}" for letter in spelled)
-
-
-@functools.cache
-def _byte_letters() -> dict[str, int]:
-    """Letter -> byte, as GPT-2's tokenizer spells bytes: printable ones as themselves, the others from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

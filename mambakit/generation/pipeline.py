@@ -11,6 +11,7 @@ import transformers
 from mambakit.assets import default_model_path
 from mambakit.models.auto import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -25,6 +26,7 @@ _MODELS = {
     "sentiment-analysis": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
     "ner": AutoModelForTokenClassification,
+    "fill-mask": AutoModelForMaskedLM,
 }
 
 
@@ -46,7 +48,7 @@ def pipeline(
     """transformers' `pipeline` for Mamba models.
 
     Args:
-        task: "text-generation" (the default), "text-classification" or "token-classification".
+        task: "text-generation" (the default), "text-classification", "token-classification" or "fill-mask".
         model: hub id, folder or model object; the model that ships with mambakit when absent.
         tokenizer: id, folder or object; the model's own when absent.
         device, dtype, device_map, revision, token, model_kwargs: as in transformers. ``dtype`` is "auto" when absent,
@@ -106,7 +108,15 @@ class _TokenClassification(transformers.TokenClassificationPipeline):
         pass
 
 
+class _FillMask(transformers.FillMaskPipeline):
+    """The same for masked tokens."""
+
+    def check_model_type(self, supported_models: Any) -> None:
+        pass
+
+
 _PIPELINES = {
+    AutoModelForMaskedLM: _FillMask,
     AutoModelForSequenceClassification: _TextClassification,
     AutoModelForTokenClassification: _TokenClassification,
 }

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.acceptance import probabilities
-from mambakit.decoding.drafting import Draft, Drafter
-from mambakit.decoding.parameters import INT64, Number
+from mambakit.decoding.drafting import Draft, Drafter, read_draft_tokens
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.slots import SlotPool
 from mambakit.generation.drafters import DraftModel, PromptLookup
 from mambakit.generation.stream import Stream, _Writer
 from mambakit.modules import StateCache
-from mambakit.ops.linear.api import MOST_ROWS
 
 
 @dataclass
@@ -48,19 +46,9 @@ class SpeculativeStream(Stream):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.draft_tokens = Number(4, *INT64, whole=True).read("draft_tokens", self.draft_tokens)
-        if not 1 <= self.draft_tokens < MOST_ROWS:
-            raise ValueError(f"draft_tokens is {self.draft_tokens}; it must be between 1 and {MOST_ROWS - 1}")
+        self.draft_tokens = read_draft_tokens(self.draft_tokens)
         if isinstance(self.drafter, DraftModel):
-            draft = self.drafter.model
-            ours, theirs = self.model.config.vocab_size, draft.config.vocab_size
-            if ours != theirs:
-                raise ValueError(
-                    f"the draft model has a vocabulary of {theirs} tokens and the model one of {ours}; "
-                    "they must be the same"
-                )
-            if draft.device != self.model.device:
-                raise ValueError(f"the draft model is on {draft.device} and the model on {self.model.device}; move one")
+            self.drafter.require_fit(self.model)
 
     def _writer(self, sampled: SampledText, cache: StateCache, known: Tensor) -> _Writer:
         return _VerifyingWriter(self, sampled, cache, known)

@@ -225,17 +225,27 @@ class _Assembly:
 
 
 class StoppingDecoder:
-    """Tokens to text that may be shown: up to the first stop string, and never the beginning of one."""
+    """Tokens to text that may be shown: up to the first stop string, and never the beginning of one.
+
+    Attributes:
+        decoded: characters of the tokens' text so far, whether shown or not.
+        shown: characters that `push` has given.
+    """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]):
         self._decoder, self._search = _TextDecoder(tokenizer), StopSearch(stop)
+        self.decoded = self.shown = 0
 
     @property
     def stopped(self) -> bool:
         return self._search.stopped
 
     def push(self, token: int) -> str:
-        return self._search.push(self._decoder.push(token))
+        piece = self._decoder.push(token)
+        self.decoded += len(piece)
+        shown = self._search.push(piece)
+        self.shown += len(shown)
+        return shown
 
     def rest(self) -> str:
         """The text that was held back, after the last token; empty after a stop string."""

@@ -113,13 +113,32 @@ class AutoModelForTokenClassification(_AutoModel):
     _ending = TOKEN_CLASSIFIER
 
 
+def _stand_in(name: str, config: Any, fields: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The tokenizer of a checkpoint without one."""
+    from mambakit.models.vocabularies import stand_in
+
+    chosen = stand_in(name, fields.get("vocab_size", config.vocab_size))
+    try:
+        return AutoTokenizer.from_pretrained(chosen, *args, **{k: v for k, v in kwargs.items() if k != "config"})
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{name} holds no tokenizer, and the one that it takes cannot be had: {error}; or give the folder of one: "
+            "--tokenizer FOLDER"
+        ) from error
+
+
 class AutoTokenizer:
-    """transformers' AutoTokenizer; where a checkpoint holds no tokenizer, the error says where its format's is."""
+    """transformers' AutoTokenizer; for checkpoints in state-spaces' format, which hold none, also the one that their
+    number of tokens asks for (`mambakit.models.vocabularies`)."""
 
     @staticmethod
     def from_pretrained(name: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         import transformers
 
+        if not Path(name).exists() and str(name) in ("raw-bytes", "hyena-dna"):
+            from mambakit.models.vocabularies import made
+
+            return made(str(name))
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         folder = small_files(name, **hub)
         if is_gguf(folder):
@@ -141,8 +160,8 @@ class AutoTokenizer:
                 config, _ = read_any_configuration(folder)
                 # transformers' own reading takes no whole number for a real one, and would blame the tokenizer.
                 kwargs.setdefault("config", config)
-            if not found and format.tokenizer_source:
-                raise CheckpointError(f"{name} holds no tokenizer: {format.tokenizer_source}")
+            if not found and not format.holds_tokenizers:
+                return _stand_in(str(name), config, fields, args, {k: v for k, v in kwargs.items() if k not in hub})
         if not found:
             raise CheckpointError(f"{name} holds no tokenizer (tokenizer.json); give the folder or id that does")
         for path in (

@@ -28,7 +28,10 @@ def uses_mamba_ssm_recipe(initializer_range: float) -> bool:
 
 
 def without_unset_range(fields: dict[str, Any]) -> dict[str, Any]:
-    """``fields`` without a range that was not given: a reader of the file would take it for given."""
+    """``fields`` without a range that was not given: a reader of the file would take it for given. Nor is
+    ``ssm_state_dtype``, mambakit's own, among them while it is off."""
+    if fields.get("ssm_state_dtype", "") is None:
+        del fields["ssm_state_dtype"]
     if "initializer_range" in fields and uses_mamba_ssm_recipe(fields["initializer_range"]):
         del fields["initializer_range"]
     return fields
@@ -54,6 +57,8 @@ def check(config: Any) -> None:
     for field in ("vocab_size", "hidden_size", "state_size", "expand", "conv_kernel", "time_step_rank"):
         if getattr(config, field) < 1:
             raise ValueError(f"{field} is {getattr(config, field)}; it must be 1 or more")
+    if (kind := getattr(config, "ssm_state_dtype", None)) not in (None, "float32", "bfloat16"):
+        raise ValueError(f"ssm_state_dtype is {brief(kind)}; use None (float32) or 'bfloat16'")
     if config.num_hidden_layers < 0:
         raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}; it must be 0 or more")
     if config.time_step_init_scheme not in ("random", "constant"):

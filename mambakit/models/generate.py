@@ -34,7 +34,7 @@ from mambakit.models.generate_tokens import (
     with_each_name,
 )
 from mambakit.models.inputs import one_cache
-from mambakit.models.options import check_generating, setting
+from mambakit.models.options import check_generating, drafting_of, setting
 from mambakit.models.outputs import CACHE_NAMES
 from mambakit.models.pretrained import MambaPreTrainedModel
 from mambakit.modules import StateCache
@@ -72,6 +72,12 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
             prefill_chunk_size: read the prompt this many tokens at a time; memory does not grow with its length.
                 Without it prompts of more than 16,384 tokens in all (1,024 on a CPU) are read in chunks of about so
                 many, one text on a GPU in buckets of at most 4,096.
+            assistant_model: a smaller model of the same vocabulary, whose guesses are verified several at a time, for
+                all rows together: greedy tokens are the same (where a verification sums in another order, up to
+                rounding), samples have the same distribution and other random numbers. ``num_assistant_tokens``
+                (default 4, at most 15) guesses at a time. docs/guides/generation.md says more.
+            prompt_lookup_num_tokens: the same with guesses from the text itself, so many at a time (at most 15), after
+                a match of up to ``max_matching_ngram_size`` tokens (default 4).
             seed: seeds this call's sampling alone; the global generator is left as it was. A sequence has a seed for
                 each text that is written: a text then has random numbers of its own, those of `mambakit.generation`'s
                 streams and engine, whatever else is in the batch. Its logits are the batch's:
@@ -88,13 +94,14 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         settings = generation_config or self.generation_config
         check_generating(kwargs, settings)
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        drafting, generation_config = drafting_of(self, kwargs, generation_config)
         cache = one_cache(**{name: kwargs.pop(name, None) for name in CACHE_NAMES})
         mask = kwargs.pop("attention_mask", None)
         chunk = kwargs.pop("prefill_chunk_size", None)
         chunk = getattr(generation_config, "prefill_chunk_size", None) if chunk is None else chunk
         if chunk is not None and chunk < 1:
             raise ValueError(f"prefill_chunk_size is {brief(chunk)}; it must be 1 or more")
-        steps = TransformersSteps(self, seeds)
+        steps = TransformersSteps(self, seeds, drafting)
         if seeds is not None and setting(kwargs, settings, "num_beams", 1) > 1:
             raise ValueError(f"seed has {len(seeds)} seeds; beams share one random number generator: give one seed")
         kwargs["steps"] = steps
@@ -183,11 +190,17 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         if synced_gpus:
             looked_at = "synced_gpus"
         seeds = None if steps is None else steps.seeds
+        if steps is not None and steps.drafting is not None and (looked_at or not is_ours(self)):
+            raise ValueError(
+                f"drafts (assistant_model, prompt_lookup_num_tokens) do not go with {looked_at or 'another forward'}; "
+                "drop one of them"
+            )
         if seeds is not None and looked_at:
             raise ValueError(
                 f"seed has {len(seeds)} seeds, which {looked_at} does not go with; drop it, or give one seed"
             )
-        if seeds is None and (looked_at or not is_ours(self) or not (graphs_serve(self) or self.device.type == "cpu")):
+        own = seeds is not None or (steps is not None and steps.drafting is not None)
+        if not own and (looked_at or not is_ours(self) or not (graphs_serve(self) or self.device.type == "cpu")):
             return super()._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **kwargs
             )

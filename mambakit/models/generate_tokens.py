@@ -11,9 +11,10 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from mambakit.decoding.batch import write_tokens
+from mambakit.decoding.drafted_batch import write_drafted_tokens
 from mambakit.decoding.processor_sampler import WITHOUT_WAITING, ProcessorSampler
-from mambakit.decoding.sampler import Chooser
-from mambakit.decoding.seeded import seeded_sampler
+from mambakit.decoding.sampler import Chooser, Sampler
+from mambakit.decoding.seeded import seeded_texts
 from mambakit.decoding.transformers_steps import TransformersSteps
 from mambakit.models.outputs import CACHE_NAMES
 
@@ -66,10 +67,14 @@ def generate_tokens(
     """
     steps: TransformersSteps | None = kwargs.get("steps")
     given, sampled = kwargs.get(CACHE_ARGUMENT), bool(settings.do_sample)
+    mask, drafting = kwargs.get("attention_mask"), None if steps is None else steps.drafting
+    if seeds is None and drafting is not None:  # each text has random numbers of its own, from the global generator
+        seeds = torch.randint(2**63 - 1, (len(input_ids),), dtype=torch.int64, device="cpu").tolist()
     if seeds is None:
         sampler: Chooser = ProcessorSampler(processors, sampled, input_ids)
     else:
-        sampler = seeded_sampler(model, seeds, processors, sampled, input_ids, kwargs.get("attention_mask"))
+        texts = seeded_texts(model, seeds, processors, sampled, input_ids, mask)
+        sampler = Sampler(texts if drafting is None else ())
     if steps is not None and steps.prompt_logits is not None:
         cache, logits, steps.prompt_logits = given, steps.prompt_logits, None
     else:
@@ -82,9 +87,14 @@ def generate_tokens(
     own = given is None or (steps is not None and steps.own_cache is given)
     kept = bool(settings.return_dict_in_generate) or not own
     assert cache is not None
-    tokens = write_tokens(
-        model, cache, input_ids, logits, most, sampler, kept, torch.cat(ends) if ends else None, padding
-    )
+    stops = torch.cat(ends) if ends else None
+    if drafting is None:
+        tokens = write_tokens(model, cache, input_ids, logits, most, sampler, kept, stops, padding)
+    else:
+        prompts = list(input_ids)
+        if mask is not None:
+            prompts = [i[m[-len(i) :].bool()] for i, m in zip(input_ids, mask, strict=True)]
+        tokens = write_drafted_tokens(model, cache, prompts, logits, most, texts, drafting, kept, stops, padding)
     sequences = torch.cat([input_ids, tokens], 1)
     if not settings.return_dict_in_generate:
         return sequences

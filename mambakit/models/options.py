@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
+from mambakit.decoding.draft_model import DraftModel
+from mambakit.decoding.drafted_batch import Drafting
+from mambakit.decoding.drafting import read_draft_tokens
+from mambakit.decoding.prompt_lookup import PromptLookup
 from mambakit.quoting import brief
 
 _ONE_PROCESS = (
@@ -15,7 +20,7 @@ _OWN_KERNELS = "mambakit brings its own kernels (`mambakit env` lists them); dro
 _NO_ADAPTERS = "load the base model, then mambakit.training.lora.load_adapters or peft.PeftModel.from_pretrained"
 _LOADING = {
     "load_in_8bit": 'use quantization="int8"', "load_in_4bit": 'use quantization="int4"',
-    "quantization_config": 'use quantization="int8", "int4" or "lossless"',
+    "quantization_config": 'use quantization="int8", "int4", "fp8" or "lossless"',
     "variant": "it reads model.safetensors or pytorch_model.bin; give the file that name in a folder of its own",
     "from_tf": "it reads PyTorch's weights; convert them first",
     "from_flax": "it reads PyTorch's weights; convert them first",
@@ -40,13 +45,10 @@ _WITHOUT_EFFECT = {
     "attn_implementation": "a Mamba model has no attention, so the choice changes nothing",
     "trust_remote_code": "mambakit's own classes read the checkpoint, and no code of it is run",
 }
-_SPECULATIVE = (
-    "assisted decoding would cut a Mamba state back to the tokens that were accepted, which it cannot be; "
-    "mambakit.generation.speculative.SpeculativeStream writes with drafts"
-)
+_SPECULATIVE = "drafts are assistant_model's or prompt_lookup_num_tokens'; drop it"
 _INPUTS = "generate() reads one document in each row; give attention_mask for padding"
 _GENERATING = {
-    "assistant_model": _SPECULATIVE, "assistant_tokenizer": _SPECULATIVE, "prompt_lookup_num_tokens": _SPECULATIVE,
+    "assistant_tokenizer": "a draft model has the tokens of the model; drop it",
     "assistant_early_exit": _SPECULATIVE, "use_mtp": _SPECULATIVE,
     "cache_implementation": "a Mamba state has one form; drop the argument",
     "cache_config": "a Mamba state has one form; drop the argument",
@@ -108,3 +110,40 @@ def setting(arguments: dict[str, Any], settings: Any, name: str, default: Any) -
     value = arguments.get(name)
     value = getattr(settings, name, None) if value is None else value
     return default if value is None else value
+
+
+def drafting_of(model: Any, arguments: dict[str, Any], settings: Any) -> tuple[Drafting | None, Any]:
+    """(the drafter that `generate` was asked for, the generation configuration without it).
+
+    transformers would cut the state back to the accepted tokens, which it cannot be: its own assisted decoding must not
+    see these arguments, which are removed from ``arguments``.
+
+    Raises:
+        ValueError: two drafters, numbers outside 1 to 15, beams, or a draft model that does not fit.
+    """
+    names = ("prompt_lookup_num_tokens", "num_assistant_tokens", "max_matching_ngram_size")
+    own = model.generation_config if settings is None else settings
+    values = {name: setting(arguments, own, name, None) for name in names}
+    for name in names:
+        arguments.pop(name, None)
+    assistant = arguments.pop("assistant_model", None)
+    if values["prompt_lookup_num_tokens"] is None and assistant is None:
+        return None, settings
+    if values["prompt_lookup_num_tokens"] is not None and assistant is not None:
+        raise ValueError("assistant_model and prompt_lookup_num_tokens are two drafters; give one")
+    if setting(arguments, own, "num_beams", 1) > 1:
+        raise ValueError("drafts are of one text each, and num_beams writes several; use num_beams=1")
+    if settings is not None and getattr(settings, "prompt_lookup_num_tokens", None) is not None:
+        settings = copy.deepcopy(settings)
+        settings.prompt_lookup_num_tokens = None
+    elif settings is None and getattr(own, "prompt_lookup_num_tokens", None) is not None:
+        settings = copy.deepcopy(own)
+        settings.prompt_lookup_num_tokens = None
+    if assistant is not None:
+        drafter = DraftModel(assistant)
+        drafter.require_fit(model)
+        count = 4 if values["num_assistant_tokens"] is None else values["num_assistant_tokens"]
+        return Drafting(drafter, read_draft_tokens(count, name="num_assistant_tokens")), settings
+    longest = 4 if values["max_matching_ngram_size"] is None else values["max_matching_ngram_size"]
+    count = read_draft_tokens(values["prompt_lookup_num_tokens"], name="prompt_lookup_num_tokens")
+    return Drafting(PromptLookup(longest, min(2, longest)), count), settings

@@ -79,8 +79,8 @@ class MambaPreTrainedModel(PreTrainedModel):
         (``gguf_file`` names one in a folder or on the hub). PEFT's adapters, in a folder or on the hub, are loaded on
         their base model.
 
-        ``quantization`` ("int8", "int4" or "lossless") packs the weights once they are loaded; a checkpoint saved after
-        `quantize` needs no argument. The other arguments are transformers' (``dtype``, "auto" for the checkpoint's own;
+        ``quantization`` ("int8", "int4", "fp8", "lossless") packs the weights once they are loaded; a checkpoint saved
+        after `quantize` needs none. The other arguments are transformers' (``dtype``, "auto" for the checkpoint's own;
         ``device_map``, ``revision``, ``cache_dir``, ``local_files_only``, fields of the configuration, ...). One that
         cannot be followed raises, one without effect warns (`mambakit.models.options`).
 
@@ -113,7 +113,7 @@ class MambaPreTrainedModel(PreTrainedModel):
         return super()._from_config(config, **check_loading(kwargs))
 
     def quantize(self, format: str, group: int | None = None) -> MambaPreTrainedModel:
-        """Pack the weights in place, for inference: "int8", "int4" or "lossless".
+        """Pack the weights in place, for inference: "int8", "int4", "fp8" or "lossless".
 
         See `mambakit.models.quantization`.
         """

@@ -1,4 +1,4 @@
-"""Packing a whole model's weights, and unpacking them: int8, int4, or lossless (the same numbers in fewer bits).
+"""Packing a whole model's weights, and unpacking them: int8, int4, fp8, or lossless (the same numbers in fewer bits).
 
 in_proj, x_proj, out_proj and the head are packed: nearly all of the bytes that a decoding step reads. The convolution,
 norms, A_log, D, dt_proj (its rows are short) and the states stay as they are, and so do embeddings that are not tied to
@@ -19,8 +19,9 @@ from mambakit.ops.linear.packed import GROUP
 from mambakit.quoting import brief
 
 METHOD = "mambakit"
-FORMATS = ("int8", "int4", "lossless")
-PACKED_FORMATS = ("int8", "int4", *lossless.DTYPES)  # as configurations name them
+FORMATS = ("int8", "int4", "fp8", "lossless")
+GROUPED = ("int8", "int4")  # weights in groups that share a scale
+PACKED_FORMATS = ("int8", "int4", "fp8", *lossless.DTYPES)  # as configurations name them
 LAYERS = ("in_proj", "x_proj", "out_proj")
 
 
@@ -31,17 +32,18 @@ def quantize(model: Any, format: str, group: int | None = None) -> Any:
     rounded stays rounded.
 
     Args:
-        format: "int8" or "int4"; or "lossless", which keeps every bit: bfloat16 in 12 bits, float32 in 28.
-        group: weights of a row that share a scale: 32, 64 (when None) or 128; lossless packing has no scales.
+        format: "int8" or "int4"; "fp8" (e4m3, a scale for each output channel), for GPUs with 8-bit floats; or
+            "lossless", which keeps every bit: bfloat16 in 12 bits, float32 in 28.
+        group: of int8 and int4, weights of a row that share a scale: 32, 64 (when None) or 128.
 
     Raises:
-        ValueError: an unknown format or group, layers that are not plain linear layers (adapters: merge them first), or
-            lossless packing of a model in neither float32 nor bfloat16.
+        ValueError: an unknown format or group, layers that are not plain linear layers (adapters: merge them first),
+            lossless packing of a model in neither float32 nor bfloat16, or fp8 on a GPU without 8-bit floats.
     """
     if format not in FORMATS:
         raise ValueError(f"format is {brief(format)}; choose one of {', '.join(FORMATS)}")
-    if format == "lossless" and group is not None:
-        raise ValueError(f"group is {group}: lossless packing has no scales to share; drop it, or choose int8 or int4")
+    check_group(format, group)
+    require_float8(format, model.device)
     group = GROUP if group is None else group
     if is_quantized(model.config):
         dequantize(model)
@@ -65,6 +67,25 @@ def quantize(model: Any, format: str, group: int | None = None) -> Any:
             model.get_input_embeddings().weight.copy_(model.lm_head.packed.dequantized())
     model.config.quantization_config = {"quant_method": METHOD, "format": format, "group": group}
     return model.eval()
+
+
+def check_group(format: str, group: int | None) -> None:
+    """ValueError where a format has no groups and one is given."""
+    if format in FORMATS and format not in GROUPED and group is not None:
+        why = "lossless packing has no scales to share" if format == "lossless" else "fp8 has one scale for each row"
+        raise ValueError(f"group is {group}: {why}; drop it, or choose {' or '.join(GROUPED)}")
+
+
+def require_float8(format: str, device: torch.device) -> None:
+    """ValueError for fp8 on a GPU that has no 8-bit floats. A CPU widens them: slow, and the same weights."""
+    if format != "fp8" or device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None or capability < (8, 9):
+        raise ValueError(
+            f"fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell), and {device} has "
+            f'{capability[0]}.{capability[1]}; choose "int8", which every GPU reads as fast'
+        )
 
 
 def dequantize(model: Any, dtype: torch.dtype | str | None = None) -> Any:

@@ -4,7 +4,7 @@ from mambakit.modules.block import MambaBlock
 from mambakit.modules.cache import MambaCache, new_cache
 from mambakit.modules.layer_config import LayerConfig
 from mambakit.modules.mixers.mamba import MambaMixer
-from mambakit.modules.norm import RMSNorm
+from mambakit.modules.norm import MixerNorm, RMSNorm
 from mambakit.modules.packing import Packing
 from mambakit.modules.state_cache import StateCache
 from mambakit.modules.state_spec import StateSpec, StateTensor
@@ -14,6 +14,7 @@ __all__ = [
     "MambaBlock",
     "MambaCache",
     "MambaMixer",
+    "MixerNorm",
     "Packing",
     "RMSNorm",
     "StateCache",

@@ -11,7 +11,8 @@ from mambakit.modules.left_padding import LeftPadding
 from mambakit.modules.mixers import MambaMixer, fused_layer, mixer_class
 from mambakit.modules.norm import RMSNorm
 from mambakit.modules.packing import Packing
-from mambakit.modules.placement import CacheHandle, is_dispatched
+from mambakit.modules.placement import CacheHandle, is_dispatched, opened
+from mambakit.modules.quantized_linear import normed_projection
 from mambakit.modules.state_cache import StateCache
 
 
@@ -52,6 +53,11 @@ class MambaBlock(nn.Module):
                 found = fused_layer.run(self, self.norm, mixer, x, residual, residual_dtype, cache_params)
                 if found is not None:
                     return found  # type: ignore[return-value]
+        if isinstance(self.mixer, MambaMixer) and fused_layer.on_gpu(x):
+            projected = normed_projection(self.norm, self.mixer, x, residual, residual_dtype)
+            if projected is not None:
+                cache = opened(cache_params, self.mixer.layer_idx, x.device)
+                return self.mixer.after_in_proj(projected[0], cache, packing), projected[1]
         y, residual = self.norm(x, residual, residual_dtype)
         if cache_params is not None and is_dispatched(self.mixer) and not isinstance(cache_params, CacheHandle):
             cache_params = CacheHandle(cache_params)

@@ -59,7 +59,8 @@ class MambaCache(StateCache):
 
     @property
     def ssm_states(self) -> Any:
-        """(layers, b, d, n), float32 whatever the weights are (float64 in a float64 model)."""
+        """(layers, b, d, n), float32 whatever the weights are (float64 in a float64 model), or the configuration's
+        ``ssm_state_dtype``."""
         return self.tensors()["ssm_states"]
 
 

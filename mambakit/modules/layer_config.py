@@ -25,7 +25,8 @@ class LayerConfig:
         hidden_act: after the convolution; "silu" needs torch alone, the others are transformers' activations.
         time_step_*: the distribution of a new layer's step sizes.
         layer_norm_epsilon, residual_in_fp32: of `MambaBlock`.
-        mixer_rms_eps: FalconMamba's norm of dt, B and C; None: plain Mamba.
+        mixer_rms_eps: of FalconMamba's and Jamba's RMS norms of dt, B and C; None: plain Mamba, without norms.
+        mixer_norm_weights: the norms of dt, B and C have weights, as Jamba's dt_layernorm, b_layernorm and c_layernorm.
         num_hidden_layers, dtype: of the state that `new_cache` makes for all layers.
         intermediate_size: d, computed.
     """
@@ -46,6 +47,7 @@ class LayerConfig:
     layer_norm_epsilon: float = 1e-5
     residual_in_fp32: bool = True
     mixer_rms_eps: float | None = None
+    mixer_norm_weights: bool = False
     num_hidden_layers: int = 1
     dtype: torch.dtype = torch.float32
     intermediate_size: int = field(init=False)
@@ -57,6 +59,16 @@ class LayerConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {brief(value)}; it must be a whole number of 1 or more")
+        eps = self.mixer_rms_eps
+        if eps is not None and (isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < 1):
+            raise ValueError(
+                f"mixer_rms_eps is {brief(eps)}; it must be a number above 0 and below 1, or None without norms"
+            )
+        if self.mixer_norm_weights and eps is None:
+            raise ValueError(
+                f"mixer_norm_weights is {brief(self.mixer_norm_weights)} and mixer_rms_eps is None: there are no norms "
+                "to have weights; set mixer_rms_eps (Jamba: 1e-6)"
+            )
         inner = self.expand * self.hidden_size
         if inner < 1 or inner != int(inner):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""RMSNorm as a module: the residual addition and the norm in one op."""
+"""RMS norms as modules: a block's, which also adds to the residual stream, and those of dt, B and C within a mixer."""
 
 from __future__ import annotations
 
@@ -36,6 +36,28 @@ class RMSNorm(nn.Module):
             residual_dtype=residual_dtype,
             out_dtype=compute_dtype(x.device, self.weight.dtype),
         )
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class MixerNorm(nn.Module):
+    """RMS norm of dt, B or C within a mixer, with a learned weight (size,); ``norm(x)`` has the dtype of x.
+
+    A mixer runs its three as one op (`mambakit.ops.selection_norm`) unless a call of one is hooked or replaced.
+    """
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)[0]
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

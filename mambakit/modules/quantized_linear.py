@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mambakit.modules.interception import untouched
+from mambakit.modules.norm import RMSNorm, compute_dtype
 from mambakit.modules.precision import keep_float32
-from mambakit.ops.linear import linear, pack
+from mambakit.ops.linear import linear, normed_linear, pack
 from mambakit.ops.linear.packed import GROUP, PackedWeight, blank
 
 
@@ -17,11 +19,11 @@ class QuantizedLinear(nn.Module):
     """(..., in) -> (..., out) with a weight in one of the packed formats of `mambakit.ops.linear`.
 
     For inference: the weight has no gradient (the input has). int8 and int4 have one float32 scale for every ``group``
-    numbers of a row.
+    numbers of a row, fp8 has one for each row.
     """
 
     data: Tensor
-    scales: Tensor  # int8 and int4
+    scales: Tensor  # int8, int4 and fp8
     starts: Tensor  # the lossless formats
     columns: Tensor
     values: Tensor
@@ -87,5 +89,25 @@ class QuantizedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     def extra_repr(self) -> str:
-        group = f", group={self.group}" if "scales" in self._buffers else ""
+        group = f", group={self.group}" if self.format in ("int8", "int4") else ""
         return f"{self.in_features}, {self.out_features}, {self.format}{group}"
+
+
+def normed_projection(
+    norm: Any, mixer: Any, x: Tensor, residual: Tensor | None, residual_dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """The mixer's in_proj of the norm, and the residual stream, as one op: the norm finds the scales of float8 rows.
+
+    None where there is nothing to gain (weights in another format), or the modules are to be called: something is on
+    them.
+    """
+    layer = mixer.in_proj
+    if not (isinstance(layer, QuantizedLinear) and layer.format == "fp8"):
+        return None
+    if not (untouched(norm, RMSNorm) and untouched(layer, QuantizedLinear) and untouched(mixer, type(mixer))):
+        return None
+    dtype = compute_dtype(x.device, norm.weight.dtype)
+    return normed_linear(
+        x, norm.weight, layer.packed, layer.bias, eps=norm.eps, residual=residual, residual_dtype=residual_dtype,
+        dtype=dtype,
+    )  # fmt: skip

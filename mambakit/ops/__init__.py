@@ -25,6 +25,10 @@ written in place (`mambakit/ops/_layout.py`).
 from mambakit.ops.causal_conv1d.api import causal_conv1d, causal_conv1d_
 from mambakit.ops.linear_cross_entropy.api import linear_cross_entropy
 from mambakit.ops.rms_norm.api import rms_norm
+from mambakit.ops.selection_norm.api import selection_norm
 from mambakit.ops.selective_scan.api import selective_scan, selective_scan_
 
-__all__ = ["causal_conv1d", "causal_conv1d_", "linear_cross_entropy", "rms_norm", "selective_scan", "selective_scan_"]
+__all__ = [
+    "causal_conv1d", "causal_conv1d_", "linear_cross_entropy", "rms_norm", "selection_norm", "selective_scan",
+    "selective_scan_",
+]  # fmt: skip

@@ -26,6 +26,11 @@ class Metrics:
         )
         self.prompt_tokens = Counter("mambakit_prompt_tokens", "Tokens of the prompts of ended texts", **labels())
         self.cached_tokens = Counter("mambakit_cached_tokens", "Prompt tokens found in the prefix cache", **labels())
+        self.lookups = Counter(
+            "mambakit_prefix_cache_lookups",
+            "Prompts of ended texts, by whether the prefix cache knew a beginning of them: hit, miss",
+            **labels("outcome"),
+        )
         self.tokens = Counter("mambakit_generated_tokens", "Tokens generated", **labels())
         self.first = Histogram(
             "mambakit_time_to_first_token_seconds", "From the request to its first token", buckets=_FIRST, **labels()
@@ -37,6 +42,14 @@ class Metrics:
             **labels(),
         )
         self.waiting = Gauge("mambakit_waiting_requests", "Texts that wait for a slot", registry=registry)
+        self.waiting_by_key = Gauge(
+            "mambakit_waiting_texts", "Texts that no replica has yet, by key (a hash; empty without keys)", ["key"],
+            registry=registry,
+        )  # fmt: skip
+        self.states = Gauge("mambakit_states", "States that are kept, by key", ["key"], registry=registry)
+        self.state_bytes = Gauge(
+            "mambakit_state_bytes", "Bytes of states that are kept, by key", ["key"], registry=registry
+        )
         self.busy = Gauge("mambakit_busy_rows", "Slots in use", **labels())
         self.up = Gauge("mambakit_replica_up", "1 where the replica is ready", **labels())
         self.restarts = Counter("mambakit_replica_restarts", "Restarts of the replica", **labels())
@@ -47,8 +60,22 @@ class Metrics:
         self.requests.labels(replica, outcome).inc()
         self.prompt_tokens.labels(replica).inc(prompt_tokens)
         self.cached_tokens.labels(replica).inc(cached_tokens)
+        if prompt_tokens:
+            self.lookups.labels(replica, "hit" if cached_tokens else "miss").inc()
         if each is not None:
             self.each.labels(replica).observe(each)
+
+    def set_states(self, kept: dict[str, tuple[int, int]]) -> None:
+        """``kept``: states and their bytes, by the name of the key."""
+        for gauge, part in ((self.states, 0), (self.state_bytes, 1)):
+            gauge.clear()
+            for key, values in kept.items():
+                gauge.labels(key).set(values[part])
+
+    def set_waiting_by_key(self, waiting: dict) -> None:
+        self.waiting_by_key.clear()
+        for key, texts in waiting.items():
+            self.waiting_by_key.labels(str(key)).set(texts)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

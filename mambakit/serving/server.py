@@ -8,22 +8,29 @@ import functools
 import logging
 import signal
 import socket
+import ssl
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import uvicorn
 
+from mambakit.serving.api.declarations import Limits
 from mambakit.serving.api.intake import Intake, IntakeOptions
-from mambakit.serving.api.protocol import Limits
 from mambakit.serving.dispatch.dispatcher import Dispatcher
 from mambakit.serving.http.access import AccessRules, is_loopback
-from mambakit.serving.http.app import App
+from mambakit.serving.http.app import make_app
 from mambakit.serving.http.connection import Connection, check_all
 from mambakit.serving.http.connection_limits import BACKLOG, ConnectionLimits, connections_that_fit
+from mambakit.serving.http.keys import Keys
+from mambakit.serving.http.services import Services
+from mambakit.serving.http.tls import TlsOptions, load_certificate, make_context
+from mambakit.serving.logs import LogOptions, fields
 from mambakit.serving.messages import WorkerOptions
 from mambakit.serving.metrics import Metrics
 from mambakit.serving.replicas.supervisor import Supervisor
+from mambakit.serving.states.options import StatesOptions, open_store
 
 _log = logging.getLogger("mambakit.serving")
 
@@ -31,6 +38,7 @@ _log = logging.getLogger("mambakit.serving")
 _LAST_RESPONSES = 1.0
 _SWEEP = 0.25  # seconds between looks at the connections' deadlines
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,13 @@ class ServerOptions:
         intake: limits on the reading of bodies.
         drain_seconds: how long running texts may continue after a signal to stop.
         request_seconds: how long a request may take.
+        chat_template: Jinja, instead of the tokenizer's own; None: its own.
+        states: where states are kept; their folder is `WorkerOptions.states_folder`.
         access: keys and allowed hosts and origins; ``loopback`` is filled in here.
+        tls: the certificate of the address; None: plain HTTP.
+        logs: of this process and of the replicas.
+        read_keys: reads the keys again, on SIGHUP; None: there is nothing to read.
+        playground: whether there is a page at `/`.
     """
 
     worker: WorkerOptions
@@ -66,21 +80,35 @@ class ServerOptions:
     intake: IntakeOptions = field(default_factory=IntakeOptions)
     drain_seconds: float = 30.0
     request_seconds: float = 1800.0
+    chat_template: str | None = None
+    states: StatesOptions = field(default_factory=StatesOptions)
     access: AccessRules = field(default_factory=AccessRules)
+    tls: TlsOptions | None = None
+    logs: LogOptions = field(default_factory=LogOptions)
+    read_keys: Callable[[], Keys] | None = None
+    playground: bool = True
 
 
 class _Server(uvicorn.Server):
     """uvicorn's server; reports when it accepts connections, and ends texts with an error after the drain time."""
 
     def __init__(
-        self, config: uvicorn.Config, dispatcher: Dispatcher, drain_seconds: float, listening: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        dispatcher: Dispatcher,
+        drain_seconds: float,
+        listening: Callable[[], None],
+        reload: Callable[[], None],
     ):
         super().__init__(config)
         self._dispatcher, self._drain_seconds, self._listening = dispatcher, drain_seconds, listening
+        self._reload = reload
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            if _HANGUP is not None and threading.current_thread() is threading.main_thread():
+                asyncio.get_running_loop().add_signal_handler(_HANGUP, self._reload)
             self._sweeping = asyncio.create_task(self._sweep())
             self._listening()
 
@@ -88,6 +116,7 @@ class _Server(uvicorn.Server):
         while True:
             await asyncio.sleep(_SWEEP)
             check_all(self.server_state.connections)
+            self._dispatcher.expire()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -127,15 +156,18 @@ def serve(options: ServerOptions) -> None:
         failures.append(reason)
         server.should_exit = True
 
-    metrics = Metrics()
-    dispatcher = Dispatcher(
-        options.devices, slots=options.worker.slots, max_waiting=options.max_waiting, metrics=metrics
-    )
+    dispatcher = make_dispatcher(options)
     supervisor = Supervisor(options.worker, dispatcher, failed)
-    intake = Intake(lambda: _load(options), options.intake)
-    options = replace(options, limits=replace(options.limits, connections=room))
+    intake = make_intake(options)
+    options = replace(
+        options,
+        limits=replace(
+            options.limits,
+            connections=room,
+            upload_bytes=options.states.upload_bytes if options.worker.states_folder else 0,
+        ),
+    )
     server = make_server(options, listener, dispatcher, supervisor, intake, failed)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     # uvicorn raises the signal again when it has stopped; by then all is done, and the exit status is to be 0.
     before = {number: signal.signal(number, _nothing) for number in _SIGNALS}
     try:
@@ -146,6 +178,26 @@ def serve(options: ServerOptions) -> None:
             signal.signal(number, handler)
     if failures:
         raise ValueError(failures[0])
+
+
+def make_dispatcher(options: ServerOptions) -> Dispatcher:
+    return Dispatcher(
+        options.devices, slots=options.worker.slots, max_waiting=options.max_waiting, metrics=Metrics(),
+        caching=options.worker.prefix_cache_bytes > 0,
+    )  # fmt: skip
+
+
+def make_intake(options: ServerOptions) -> Intake:
+    return Intake(lambda: _load(options), options.intake)
+
+
+def make_services(options: ServerOptions, access: AccessRules, dispatcher: Dispatcher, intake: Intake) -> Services:
+    """What the endpoints call, with the states that were kept before."""
+    caching = options.worker.prefix_cache_bytes > 0
+    return Services(
+        dispatcher, intake, options.name, access, options.request_seconds, caching, options.logs,
+        states=open_store(options.worker.states_folder, options.states, len(access.keys.all)),
+    )  # fmt: skip
 
 
 def make_server(
@@ -165,20 +217,43 @@ def make_server(
             "(--api-key-file), or listen on 127.0.0.1",
             options.host,
         )
-    caching = options.worker.prefix_cache_bytes > 0
-    app = App(dispatcher, supervisor, options.name, intake, failed, access, options.request_seconds, caching)
+    services = make_services(options, access, dispatcher, intake)
     config = uvicorn.Config(
-        app.starlette(), http=functools.partial(Connection, limits=options.limits),  # type: ignore[arg-type]
+        make_app(services, supervisor, failed, options.worker.model if options.playground else None),
+        http=functools.partial(Connection, limits=options.limits),  # type: ignore[arg-type]
         ws="none", log_config=None, access_log=False, lifespan="on", proxy_headers=False, backlog=BACKLOG,
         timeout_keep_alive=options.limits.idle_seconds,  # type: ignore[arg-type]
         timeout_graceful_shutdown=int(options.drain_seconds) + 5,
     )  # fmt: skip
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    context = None
+    if options.tls is not None:
+        context = make_context(options.tls)
+        config.load()
+        config.ssl = context
+    scheme = "http" if context is None else "https"
+    address = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def listening() -> None:
         print(f"{options.name} at {address}, replicas: {', '.join(options.devices)}", flush=True)
 
-    return _Server(config, dispatcher, options.drain_seconds, listening)
+    reload = functools.partial(_reload, options, context)
+    return _Server(config, dispatcher, options.drain_seconds, listening, reload)
+
+
+def _reload(options: ServerOptions, context: ssl.SSLContext | None) -> None:
+    """Read keys and certificate again. One that is wrong changes nothing, and what was there before serves on."""
+    try:
+        if options.read_keys is not None:
+            keys = options.read_keys()
+            if not keys:
+                raise ValueError("there are no keys any more; restart the server to serve without one")
+            options.access.keys.replace(keys)
+            _log.info("keys were read again", extra=fields(keys=len(keys.all)))
+        if options.tls is not None and context is not None:
+            load_certificate(context, options.tls)
+            _log.info("the certificate was read again", extra=fields(file=options.tls.certificate))
+    except ValueError as error:
+        _log.error("not read again, and what was there before is used: %s", error)
 
 
 def _load(options: ServerOptions) -> tuple[Any, Limits]:
@@ -192,7 +267,10 @@ def _load(options: ServerOptions) -> tuple[Any, Limits]:
         max_prompt_tokens=options.max_prompt_tokens,
         most_texts=min(options.max_texts, options.max_waiting + options.worker.slots * len(options.devices)),
     )
-    return AutoTokenizer.from_pretrained(options.worker.model), limits
+    tokenizer = AutoTokenizer.from_pretrained(options.worker.model)
+    if options.chat_template is not None:
+        tokenizer.chat_template = options.chat_template
+    return tokenizer, limits
 
 
 def _nothing(_number: int, _frame: Any) -> None:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
-import sys
-from pathlib import Path
-from typing import Any, get_type_hints
 
-from mambakit.errors import UsageError
 from mambakit.quoting import brief
 from mambakit.training.limits import check_limits
+from mambakit.training.trackers import check_trackers
 
 
 @dataclasses.dataclass
@@ -91,7 +86,7 @@ class TrainConfig:
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more work."""
     recompute_selection: bool = False
     """Recompute each layer's convolution and time steps in the backward pass: a quarter less memory for activations, 2
-    to 3 % more time. For plain Mamba layers."""
+    to 3 % more time. For layers with SiLU and without adapters on x_proj and dt_proj."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
     final_learning_rate: float = 0.01
@@ -118,6 +113,9 @@ class TrainConfig:
     """Wall-clock budget in place of `steps` and `epochs`; the schedule then follows the clock. 0: none."""
     autocast: str = "bfloat16"
     """Dtype of matrix products on CUDA ("bfloat16", "float16" is not offered: it needs loss scaling) or "float32"."""
+    float8: bool = False
+    """Multiply in_proj and out_proj in float8 (e4m3 forward, e5m2 for gradients), through torchao, on a GPU that has
+    8-bit floats; weights, optimiser and everything else are as without it."""
     cuda_graph: bool = True
     """On CUDA, capture the whole step once, collectives included, and replay it: a small model is otherwise bound by
     launches. With context_parallel the step is not captured, which the run reports."""
@@ -145,8 +143,15 @@ class TrainConfig:
     """Where `out` holds a run already: remove the files of that run, nothing else, and start again."""
     export_only: bool = False
     """With resume: train no further, write the model of the latest checkpoint."""
-    tensorboard: bool = False
-    """Also write the metrics for TensorBoard, to `tensorboard` in the run's folder."""
+    keep_best: bool = False
+    """Write the weights of the evaluation with the lowest held-out loss at the end, in place of the last ones."""
+    early_stopping_patience: int = 0
+    """End the run after this many evaluations in a row without a lower held-out loss. 0: never."""
+    report_to: list[str] = dataclasses.field(default_factory=list)
+    """Where metrics go besides metrics.jsonl: "tensorboard" (files in `tensorboard` in the run's folder), "wandb",
+    "trackio". Each is a package to install; each reads its own settings."""
+    project: str = "mambakit"
+    """Project of the run at wandb and trackio; the run has the name of `out`."""
     export_dtype: str = "bfloat16"
     """Dtype of the saved weights; A_log, D and dt_proj.bias stay float32."""
     max_shard_size: str = "5GB"
@@ -166,6 +171,12 @@ class TrainConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {brief(getattr(self, name))}; choose one of {', '.join(choices)}")
+        check_trackers(self.report_to)
+        for name in ("keep_best", "early_stopping_patience"):
+            if getattr(self, name) and not (self.validation_fraction or self.heldout_files):
+                raise ValueError(
+                    f"{name} compares held-out losses; set validation_fraction=0.05, or heldout_files, or drop it"
+                )
         if self.validation_fraction and self.heldout_files:
             raise ValueError("validation_fraction holds out documents of train_files; drop it, or heldout_files")
         if self.batch_size % self.accumulate:
@@ -202,6 +213,12 @@ class TrainConfig:
                 "stateful and activation_checkpointing exclude each other: a layer computed again would move the state "
                 "twice; set recompute_selection to save memory"
             )
+        if self.float8 and self.autocast != "bfloat16":
+            raise ValueError(
+                f'float8 replaces products in bfloat16, and autocast is "{self.autocast}"; drop one of them'
+            )
+        if self.float8 and (self.lora_rank or self.tune == "state"):
+            raise ValueError("float8 is for training all weights, not adapters or a state; drop one of them")
         if self.recompute_selection and self.activation_checkpointing:
             raise ValueError("recompute_selection has no effect with activation_checkpointing; drop one of them")
         if self.recompute_selection and self.context_parallel > 1:
@@ -240,66 +257,3 @@ class TrainConfig:
             return self.sequence_length
         doublings = (self.sequence_length // self.initial_length).bit_length() - 1
         return self.initial_length << int(doublings * progress / self.length_warmup)
-
-
-def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
-    """Read a TOML file and apply ``key=value`` overrides, values in Python's notation (bare words are strings)."""
-    values = _read_toml(Path(path))
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key.strip():
-            raise UsageError(f"override {override!r} is not of the form key=value")
-        if not text.strip():
-            raise UsageError(f"{key.strip()}= is empty; give it a value, or leave it out (is a variable not set?)")
-        values[key.strip()] = _literal(text)
-    return make_config(values, str(path))
-
-
-def make_config(values: dict[str, Any], source: str) -> TrainConfig:
-    hints = get_type_hints(TrainConfig)
-    for key, value in values.items():
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, 1)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise UsageError(f"{source}: unknown field {key!r}{meant}")
-        values[key] = _typed(source, key, value, hints[key])
-    return TrainConfig(**values)
-
-
-def _typed(source: str, key: str, value: Any, hint: Any) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint == list[str]:
-        if isinstance(value, str):
-            return [value]
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return value
-    elif type(value) is hint:
-        return value
-    expected = "list of strings" if hint == list[str] else hint.__name__
-    raise UsageError(f"{source}: {key} is {value!r}, expected a {expected}")
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no configuration file {path}") from error
-    except OSError as error:
-        raise UsageError(f"the configuration file {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8
-        raise UsageError(f"{path} is not valid TOML: {error}") from error
-
-
-def _literal(text: str) -> Any:
-    text = text.strip()
-    if text in ("true", "false"):
-        return text == "true"
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text

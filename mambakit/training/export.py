@@ -32,7 +32,7 @@ trained by `mambakit train` on {date}.
 | started from | {start} |
 | trained on | {train_files}: {train_size:,} {unit}s in {documents:,} documents |
 | tokens | {tokenizer} |
-| steps | {steps:,} of {batch_size} x {sequence_length} tokens: {tokens:,} tokens, {passes:.1f} passes |
+| steps | {steps:,} of {batch_size} x {sequence_length} tokens: {tokens:,} tokens, {passes:.1f} passes{best} |
 | optimiser | AdamW, peak rate {learning_rate}, {schedule}, weight decay {weight_decay}, clip {clip} |
 | time | {minutes:.1f} minutes on {device} |
 | weights | {dtype}; A_log, D and dt_proj.bias float32 |
@@ -68,12 +68,15 @@ Prompt in bold; temperature 0.8, top-p 0.95, seed 0, not chosen among several.
 @torch.no_grad()
 def export(
     model: Any, data: Prepared, config: TrainConfig, folder: RunFolder, *, steps: int, seconds: float,
-    training_loss: FinalLoss,
+    training_loss: FinalLoss, best_step: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Save the model in ``export_dtype``, score the held-out documents with what was saved, write README.md (the card).
 
     Returns the summary, which is also in summary.json; the score's key is ``heldout_bits_per_`` and the vocabulary's
     unit. All of it is put in the run's folder together: weights, configuration, card and summary are of one model.
+
+    Args:
+        best_step: the step whose weights these are; 0: the last one.
     """
     device = next(model.parameters()).device
     model = model.eval().to(getattr(torch, config.export_dtype))
@@ -83,6 +86,10 @@ def export(
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary, max_shard_size=config.max_shard_size)
         summary.update(_summary(model.float(), data, config, folder.path, steps, seconds, training_loss))
+        summary["weights_of_step"] = best_step or steps
+        if data.sample_rate:
+            rate = {"sampling_rate": data.sample_rate, "encoding": "mu-law, 256 levels"}
+            (temporary / "preprocessor_config.json").write_text(json.dumps(rate, indent=2), encoding="utf-8")
         (temporary / "README.md").write_text(_card(model, config, summary, data, device), encoding="utf-8")
         (temporary / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
 
@@ -141,7 +148,7 @@ def _card(model: Any, config: TrainConfig, summary: dict[str, Any], data: Prepar
     if data.heldout is not None:
         where = f"{config.validation_fraction:.1%} of the documents" if config.validation_fraction else heldout
         heldout = f"{where}: {summary[f'heldout_{vocabulary.unit}s']:,} {vocabulary.unit}s"
-    sample = ""
+    of, sample = summary["weights_of_step"], ""
     if summary["sample"] is not None:
         text = summary["sample"].removeprefix(config.sample_prompt).replace("\n", "\n> ")
         sample = _SAMPLE.format(prompt=config.sample_prompt, text=text)
@@ -158,6 +165,7 @@ def _card(model: Any, config: TrainConfig, summary: dict[str, Any], data: Prepar
         device=torch.cuda.get_device_name() if device.type == "cuda" else "a CPU",
         training_loss="not on record" if loss is None else f"{loss:.4f} nats per token",
         bits="not measured" if bits is None else f"{bits:.3f}",
+        best="" if of == summary["steps"] else f"; the weights are those of step {of:,}, the best held-out loss",
         perplexity=summary["heldout_perplexity"] or "not measured", sample=sample, recipe=json.dumps(recipe, indent=2),
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from mambakit.training.best import remove_best
 from mambakit.training.checkpoint import (
     Found,
     checkpoints,
@@ -38,7 +39,7 @@ _WRITTEN = (
     *_DIARY, "checkpoints", "tensorboard", "adapter", "state.safetensors", "summary.json", "README.md", "config.json",
     "generation_config.json", "model.safetensors", "model.safetensors.index.json",
     "model-*-of-*.safetensors", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "preprocessor_config.json",
 )  # fmt: skip
 
 
@@ -95,7 +96,11 @@ class RunFolder:
                 # resumed.
                 runs = [*old.get("replaces", {"runs": []})["runs"], old["id"]]
                 self._record["replaces"] = {"runs": runs, "files": sorted(_files(old))}
-        diary = {*self._record["files"].get("diary", ()), *_DIARY, *([_EVENTS] if self.config.tensorboard else [])}
+        diary = {
+            *self._record["files"].get("diary", ()),
+            *_DIARY,
+            *([_EVENTS] if "tensorboard" in self.config.report_to else []),
+        }
         self._record["files"]["diary"] = sorted(diary)
         self._save()
         if "replaces" in self._record:
@@ -237,6 +242,7 @@ class RunFolder:
 
     def _remove(self, runs: list[str], files: list[str]) -> None:
         remove_checkpoints(self.checkpoints, runs)
+        remove_best(self.checkpoints, runs)
         for name in files:
             for path in (self.path / name, self.path / (name + ".tmp")):
                 if path.is_file() or path.is_symlink():

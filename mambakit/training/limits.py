@@ -16,6 +16,7 @@ _WHOLE = {
     "conv_kernel": (1, 2**10), "lora_rank": (0, 2**16), "batch_size": (1, _MOST), "accumulate": (1, _MOST),
     "max_skipped": (1, _MOST), "steps": (0, _MOST), "context_parallel": (1, _MOST), "seed": (0, 2**63 - 1),
     "log_every": (1, _MOST), "eval_every": (1, _MOST), "checkpoint_every": (0, _MOST), "keep_checkpoints": (1, _MOST),
+    "early_stopping_patience": (0, _MOST),
 }  # fmt: skip
 # field -> (least, most, what it must be)
 _REAL: dict[str, tuple[float, float, str]] = {

@@ -41,13 +41,12 @@ def recompute_selection(model: Any) -> None:
     """Have every layer compute its convolution and time steps again in the backward pass, in place of keeping them.
 
     Raises:
-        ValueError: layers that cannot: FalconMamba's, and those with adapters on x_proj or dt_proj.
+        ValueError: layers that cannot: those with another activation, or with adapters on x_proj or dt_proj.
     """
     for mixer in (module for module in model.modules() if isinstance(module, MambaMixer)):
         if not mixer.can_fuse():
             raise ValueError(
-                "recompute_selection takes Mamba layers with SiLU, without norms inside and without adapters on x_proj "
-                "and dt_proj; this "
+                "recompute_selection takes Mamba layers with SiLU, without adapters on x_proj and dt_proj; this "
                 f"{model.config.model_type} model has others; set activation_checkpointing instead"
             )
         mixer.recompute_selection = True

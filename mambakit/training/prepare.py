@@ -22,6 +22,8 @@ class Prepared(NamedTuple):
     heldout: TokenStore | None
     cached: set[str]
     """Names of the tokenised files."""
+    sample_rate: int = 0
+    """Samples a second of sounds; 0 for anything else."""
 
 
 def prepare(config: TrainConfig, out: Path, console: Console, vocabulary: Vocabulary | None = None) -> Prepared:
@@ -51,7 +53,12 @@ def prepare(config: TrainConfig, out: Path, console: Console, vocabulary: Vocabu
         cached = cache_names(config.train_files, options, vocabulary)
         if config.heldout_files:
             cached |= cache_names(config.heldout_files, options, vocabulary)
-    return Prepared(vocabulary, train, heldout, cached)
+    return Prepared(vocabulary, train, heldout, cached, _rate_of(config, options))
+
+
+def _rate_of(config: TrainConfig, options: FileOptions) -> int:
+    formats = {format_of(path, options) for path in expand(config.train_files)}
+    return options.sample_rate if formats == {"wav"} else 0
 
 
 def _vocabulary(config: TrainConfig, options: FileOptions, out: Path) -> Vocabulary:

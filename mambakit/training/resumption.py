@@ -18,12 +18,13 @@ from mambakit.training.config import TrainConfig
 # Everything else decides what the model learns, from what, or how that is measured, and is fixed for a run.
 MAY_CHANGE = frozenset({
     # its length (the schedule follows)
-    "steps", "epochs", "max_minutes", "max_skipped",
+    "steps", "epochs", "max_minutes", "max_skipped", "early_stopping_patience",
     # where its files are; documents are compared by their contents
     "out", "token_cache", "train_files", "heldout_files",
     # what it writes, when, and how the model is saved
-    "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "export_dtype", "max_shard_size",
-    "sample_prompt",
+    "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "tensorboard", "report_to",
+    "project",
+    "export_dtype", "max_shard_size", "sample_prompt",
     # how the same update is computed: processes, memory, launches
     "parallel", "context_parallel", "accumulate", "activation_checkpointing", "recompute_selection", "cuda_graph",
     # flags of this start only

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from mambakit.output import say
+from mambakit.training.best import Best
 from mambakit.training.checkpoint import load_checkpoint, save_checkpoint
 from mambakit.training.config import TrainConfig
 from mambakit.training.curve import sparkline, write_curve
@@ -26,8 +27,9 @@ from mambakit.training.prepare import Prepared
 from mambakit.training.report import FinalLoss, remedy
 from mambakit.training.resumption import plain_config, require_same_contents, to_resume_from
 from mambakit.training.step import CapturedStep, Objective, TrainingStep
-from mambakit.training.telemetry import Telemetry, check_tensorboard
+from mambakit.training.telemetry import Telemetry
 from mambakit.training.throughput import flops_per_token, peak_flops
+from mambakit.training.trackers import open_trackers
 
 # Steps after which several processes agree on the time that is left; one process looks at its clock after each step.
 _CLOCK_EVERY = 20
@@ -71,12 +73,11 @@ class Run:
         self.skipped = 0
         self.telemetry: Telemetry | None = None
         self.saved = 0  # the step of the latest checkpoint
+        self.best = Best(self.out / "checkpoints", self.run, config.keep_best)
         self.peak = peak_flops(device, config.autocast)
         self.flops = flops_per_token(model)
         if config.resume:
             self._restore()
-        if mesh.first:
-            check_tensorboard(config.tensorboard)
 
     def _restore(self) -> None:
         latest, ignored = self.mesh.share(None if self.folder is None else self.folder.latest())
@@ -88,6 +89,8 @@ class Run:
         self.seconds, self.skipped, self.saved = extra["seconds"], extra["skipped"], self.step
         self.losses = [loss.to(self.plain.device) for loss in extra["losses"]]
         self.plain.load_state_dict(extra["stepper"])
+        if "best" in extra and (note := self.best.load_state_dict(extra["best"])):
+            say(self.console, note)
         say(self.console, f"continuing from step {self.step}")
 
     def _save(self) -> None:
@@ -100,12 +103,15 @@ class Run:
         extra = {
             "contents": self.contents,
             "seconds": self.seconds, "skipped": self.skipped, "losses": self.losses, "stepper": self.plain.state_dict(),
+            "best": self.best.state_dict(),
         }  # fmt: skip
         save_checkpoint(
             self.out / "checkpoints", self.model, self.optimizer, self.step, extra, self.config.keep_checkpoints,
             self.mesh, self.run, plain_config(self.config),
         )  # fmt: skip
         self.saved = self.step
+        if self.mesh.first:
+            self.best.checkpointed()
 
     def final_loss(self) -> FinalLoss:
         """The last recorded training loss, and the steps of which it is the mean."""
@@ -123,7 +129,7 @@ class Run:
         return min(1.0, self.step / self.steps)
 
     def over(self) -> bool:
-        if self.config.export_only:
+        if self.config.export_only or self.best.worn_out(self.config.early_stopping_patience):
             return True
         return self.progress() >= 1 if self.config.max_minutes else self.step >= self.steps
 
@@ -132,7 +138,9 @@ class Run:
         began = time.monotonic() - self.seconds
         self._last = time.monotonic(), self.step
         if self.mesh.first:
-            self.telemetry = Telemetry(self.out, self.console, config.tensorboard, self.step)
+            shown = plain_config(config)
+            trackers = open_trackers(config.report_to, self.out, self.run, config.project, shown, self.step)
+            self.telemetry = Telemetry(self.out, self.console, trackers, self.step)
         if self.over() and self.step and not config.export_only:
             say(self.console, f"step {self.step}: nothing left to train: the model is written again")
         first, rate, norm = self.step, 0.0, torch.zeros((), dtype=torch.float32, device="cpu")
@@ -155,6 +163,11 @@ class Run:
                     self._save()
             if self.losses and self.step > first:  # max_minutes ended the run between two records
                 self._log(rate, norm, began)
+        if self.best.worn_out(config.early_stopping_patience) and self.step > first:
+            say(
+                self.console,
+                f"step {self.step}: no lower held-out loss in {self.best.since} evaluations: the run ends early",
+            )
         self._require_finite(rate)
         self.seconds = self.mesh.agree(time.monotonic() - began)
         if config.checkpoint_every and self.saved != self.step:
@@ -202,12 +215,19 @@ class Run:
             record["mfu"] = per_second * self.flops / (self.peak * self.mesh.world)
         if self.skipped:
             record["skipped"] = self.skipped
-        if self.heldout is not None and self.step % self.config.eval_every < self.config.log_every:
-            record["heldout_loss"] = sample_loss(self.plain, self.heldout, self.config.sequence_length)
+        if self.heldout is not None and self._evaluates():
+            heldout = record["heldout_loss"] = sample_loss(self.plain, self.heldout, self.config.sequence_length)
+            lower = self.best.look(heldout, self.step, self.model, self.mesh)
             shown = "not finite" if mean is None else f"{mean:.4f}"
-            say(self.console, f"step {self.step}: loss {shown}, held out {record['heldout_loss']:.4f}")
+            kept = ", kept" if lower and self.config.keep_best else ""
+            say(self.console, f"step {self.step}: loss {shown}, held out {heldout:.4f}{kept}")
         if self.telemetry is not None:
             self.telemetry.write(record, self.progress())
+
+    def _evaluates(self) -> bool:
+        """Whether the held-out text is read at this record: at intervals; with `keep_best` the last weights, too."""
+        last = self.config.keep_best and self.progress() >= 1
+        return last or self.step % self.config.eval_every < self.config.log_every
 
     def _report_skipped(self, rate: float) -> None:
         """Report skipped updates, and stop the run after `max_skipped` in a row."""

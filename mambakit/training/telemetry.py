@@ -1,10 +1,9 @@
-"""Records of a run: the progress bar, metrics.jsonl, TensorBoard's files, and environment.json."""
+"""Records of a run: the progress bar, metrics.jsonl, trackers, and environment.json."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mambakit.output import description_column
+from mambakit.training.trackers import Tracker
 from mambakit.writing import replace_text
 
 _PACKAGES = ("mambakit", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "peft", "pyarrow")
@@ -28,22 +28,18 @@ class Telemetry:
     Args:
         out: the run's folder.
         console: where the bar is drawn.
-        tensorboard: also write TensorBoard's files.
+        trackers: what else is given the metrics; closed at the end.
         step: the step that the run starts from; later records, of a run that was interrupted, are dropped.
 
     Attributes:
         history: every record of the run, those before a resumption included.
     """
 
-    def __init__(self, out: Path, console: Console, tensorboard: bool, step: int):
+    def __init__(self, out: Path, console: Console, trackers: list[Tracker], step: int):
         self.path = out / "metrics.jsonl"
         self.history = _records_until(self.path, step) if step else []
         replace_text(self.path, "".join(json.dumps(record) + "\n" for record in self.history))
-        self._writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+        self._trackers = trackers
         self._bar = Progress(
             SpinnerColumn(), BarColumn(), description_column(), TimeElapsedColumn(), TimeRemainingColumn(),
             console=console, transient=True,
@@ -58,28 +54,21 @@ class Telemetry:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def write(self, record: dict[str, Any], progress: float) -> None:
         """Write a record, and show it; ``progress`` (0 to 1) is the fraction of the run that is done."""
         self.history.append(record)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        if self._writer is not None:
-            for name, value in record.items():
-                if name != "step" and value is not None:
-                    self._writer.add_scalar(name, value, record["step"])
+        metrics = {name: value for name, value in record.items() if name != "step" and value is not None}
+        for tracker in self._trackers:
+            tracker.write(record["step"], metrics)
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
         mfu = f", {record['mfu']:.1%} MFU" if "mfu" in record else ""
         text = f"step {record['step']}, loss {loss}, {record['tokens_per_second']:,.0f} tokens/s{mfu}"
         self._bar.update(self._task, completed=progress, description=text)
-
-
-def check_tensorboard(wanted: bool) -> None:
-    """Raises a ValueError where TensorBoard is wanted and not installed."""
-    if wanted and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError('tensorboard=true needs TensorBoard: pip install "mambakit[train]"')
 
 
 def record_environment(out: Path, device: torch.device) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 # Dense peak of matrix products in FLOP/s from the vendors' data sheets: bfloat16 and float32 (TF32 where there is).
-_PEAKS = (
+PEAKS = (
     ("H200", 989e12, 495e12),
     ("H100 PCIe", 756e12, 378e12),
     ("H100", 989e12, 495e12),
@@ -44,7 +44,7 @@ def peak_flops(device: torch.device, autocast: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    for known, half, single in _PEAKS:
+    for known, half, single in PEAKS:
         if known in name:
             return half if autocast == "bfloat16" else single
     return None

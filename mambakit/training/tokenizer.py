@@ -145,7 +145,7 @@ def make_vocabulary(name: str) -> Vocabulary:
             saved = Tokenizer.from_file(name)
         except Exception as error:  # tokenizers raises plain Exceptions
             raise CheckpointError(f"{name} is not a tokenizer ({error}); fetch it again") from error
-        return Vocabulary(saved, kind=_kind(saved))
+        return Vocabulary(saved, kind=kind_of(saved))
     from mambakit.models.auto import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(name)
@@ -154,11 +154,11 @@ def make_vocabulary(name: str) -> Vocabulary:
         raise ValueError(f"the tokenizer of {name} has no tokenizer.json (a fast tokenizer); convert it to one")
     if loaded.eos_token is None:
         raise ValueError(f"the tokenizer of {name} has no end-of-text (eos) token to end documents with; set one")
-    return Vocabulary(tokenizer, loaded.eos_token, _kind(tokenizer), loaded)
+    return Vocabulary(tokenizer, loaded.eos_token, kind_of(tokenizer), loaded)
 
 
-def _kind(tokenizer: Tokenizer) -> str:
-    """Bytes and nucleotides are known by their tokens, so that a trained model's tokenizer is known again."""
+def kind_of(tokenizer: Tokenizer) -> str:
+    """ "text", "bytes" or "nucleotides", by a tokenizer's tokens: a trained model's is known again."""
     tokens = tokenizer.get_vocab()
     for kind, same in (("bytes", _byte_tokenizer()), ("nucleotides", _nucleotide_tokenizer())):
         if tokens == same.get_vocab():

@@ -23,6 +23,7 @@ class EagerGraph(GraphDecoder):
 
     def __init__(self, model, states, run=None, capacity: int = 64):
         self.model, self.states, self.capacity, self.holder = model, states, capacity, None
+        self.verifiers: dict = {}
         self.rows = rows = states.max_batch_size
         self.tokens = torch.zeros(rows, dtype=torch.int64)
         self.history = torch.full((rows, capacity), -1)

@@ -17,6 +17,7 @@ from tests.models.configurations import NAMES, pair, tokens, worst
 pytestmark = pytest.mark.filterwarnings("ignore")
 NATIVE = {"plain", "use_bias", "no_conv_bias", "conv_kernel_3", "conv_kernel_2_bias", "state_size_8", "state_size_64"}
 NATIVE |= {"expand_3", "time_step_rank_7", "untied", "odd_hidden_size", "odd_everything", "epsilon", "time_step_init"}
+NATIVE |= {"falcon", "falcon_eps", "falcon_odd"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -115,7 +116,6 @@ def test_the_loop_of_steps_alone_is_transformers_loop(name, b, monkeypatch):
 
 REASONS = {  # configuration: what the native library's reason says
     "gelu": "activation",
-    "falcon": "norms within the mixer",
 }
 
 

@@ -39,16 +39,17 @@ def pool_calls(*names: str) -> set[str]:
 
 
 def test_slots_are_stepped_by_the_loop_alone():
-    """And by the step that transformers' own loop asks for."""
-    assert pool_calls("step", "likeliest") == {"decoding/loop.py", "decoding/transformers_steps.py"}
+    """And by the step that transformers' own loop asks for, and for guesses by the draft model."""
+    steppers = {"decoding/loop.py", "decoding/transformers_steps.py", "decoding/draft_model.py"}
+    assert pool_calls("step", "likeliest") == steppers
     assert pool_calls("verify", "commit") == {"decoding/loop.py"}
 
 
 def test_pools_are_made_where_texts_begin():
     makes = calls("SlotPool")
     assert makes == {
-        "decoding/batch.py", "decoding/transformers_steps.py", "generation/stream.py", "generation/drafters.py",
-        "generation/engine.py", "generation/speculative.py",
+        "decoding/batch.py", "decoding/drafted_batch.py", "decoding/transformers_steps.py", "generation/stream.py",
+        "decoding/draft_model.py", "generation/engine.py", "generation/speculative.py",
     }  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def test_the_likeliest_token_is_a_samplers_or_a_decoders():
         "decoding/slots.py",
         "decoding/graph_step.py",
     }
-    choosing |= {"generation/drafters.py"}  # a chooser of guesses
+    choosing |= {"decoding/draft_model.py"}  # a chooser of guesses
     # Whether a given text is the greedy one; which is a text's last token.
     others = {"generation/token_scores.py", "models/mamba/classification.py"}
     others |= {"models/checkpoints/gguf/blocks.py"}  # a block's largest weight

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
 from mambakit import MambaConfig, MambaForCausalLM
-from mambakit.decoding import verify as module
+from mambakit.decoding import verify_layers as module
 from mambakit.decoding.registry import token_step, verifier
-from mambakit.decoding.verify import CapturedVerifier, LayersVerifier, NativeVerifier, PersistentVerifier
+from mambakit.decoding.verify import ForwardVerifier, NativeVerifier, PersistentVerifier
+from mambakit.decoding.verify_layers import CapturedVerifier, LayersVerifier
 from mambakit.ops._backends import native
 from tests.models.configurations import NAMES, pair, tokens, worst
 
@@ -26,7 +29,7 @@ def compare(model, make, ids, start=10):
     for count, kept in DRAFTS:
         wrong = torch.randint(0, 61, (count - kept,)).tolist()
         before = tried.clone()
-        logits = verify(ids[0, at : at + kept].tolist() + wrong)
+        logits = verify(torch.tensor([ids[0, at : at + kept].tolist() + wrong], device=ids.device))[0]
         assert logits.shape == (count, model.config.vocab_size)
         assert torch.equal(before.ssm_states, tried.ssm_states), "a verification writes no state"
         assert torch.equal(before.conv_states, tried.conv_states)
@@ -34,7 +37,7 @@ def compare(model, make, ids, start=10):
             expected = step(ids[:, at + j])[0]
             exact &= torch.equal(logits[j], expected)
             error = max(error, worst(logits[j], expected))
-        verify.commit(kept)
+        verify.commit([kept])
         if not kept:
             assert torch.equal(before.ssm_states, tried.ssm_states)
         at += kept
@@ -54,6 +57,53 @@ def test_the_bits_of_plain_decoding(name, dtype):
         assert exact
     else:  # products of several rows sum in another order
         assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def compare_rows(model, make, ids, start=10):
+    """As `compare`, for several rows whose drafts are kept to different lengths."""
+    rows = len(ids)
+    tried = model(ids[:, :start], use_cache=True).cache_params
+    plains = [tried.select([i]) for i in range(rows)]
+    steps, verify, at = [token_step(model, plain) for plain in plains], make(model, tried, 7), [start] * rows
+    chance, exact, error = random.Random(rows), True, 0.0
+    for count in (5, 7, 1, 6, 4):
+        kept = [chance.randrange(count + 1) for _ in range(rows)]
+        draft = torch.randint(0, 61, (rows, count), device=ids.device)
+        for i, m in enumerate(kept):
+            draft[i, :m] = ids[i, at[i] : at[i] + m]
+        before = tried.clone()
+        logits = verify(draft)
+        assert logits.shape == (rows, count, model.config.vocab_size)
+        assert torch.equal(before.ssm_states, tried.ssm_states), "a verification writes no state"
+        assert torch.equal(before.conv_states, tried.conv_states)
+        for i, m in enumerate(kept):
+            for j in range(m):
+                expected = steps[i](ids[i : i + 1, at[i] + j])[0]
+                exact &= torch.equal(logits[i, j], expected)
+                error = max(error, worst(logits[i, j], expected))
+        verify.commit(kept)
+        at = [a + m for a, m in zip(at, kept, strict=True)]
+        for i, plain in enumerate(plains):
+            for mine, own in ((tried.ssm_states, plain.ssm_states), (tried.conv_states, plain.conv_states)):
+                exact &= torch.equal(mine[:, i : i + 1], own)
+                error = max(error, worst(mine[:, i : i + 1], own))
+    return exact, error
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_several_rows(name, rows):
+    """Drafts of several rows together, each kept to its own length: one by one they are the same."""
+    model = pair(name)[0].eval()
+    exact, error = compare_rows(model, verifier, tokens(rows, 50))
+    if isinstance(verifier(model, model.backbone.new_cache(rows), 7), NativeVerifier):
+        assert exact
+    else:
+        assert error < 1e-5
+    assert compare_rows(model, ForwardVerifier, tokens(rows, 50))[1] < 1e-5
+    if name != "custom_block":
+        assert compare_rows(model, LayersVerifier, tokens(rows, 50))[1] < 1e-5
 
 
 @pytest.mark.parametrize("name", ["plain", "odd_everything", "use_bias"])
@@ -89,8 +139,9 @@ def test_what_the_graphs_run(name, monkeypatch):
                 self.result.copy_(again)
 
     monkeypatch.setattr(module, "CapturedGraph", Eager)
-    error = compare(pair(name)[0].eval(), CapturedVerifier, tokens(1, 40))[1]
-    assert error < 1e-5
+    model = pair(name)[0].eval()
+    assert compare(model, CapturedVerifier, tokens(1, 40))[1] < 1e-5
+    assert compare_rows(model, CapturedVerifier, tokens(3, 50))[1] < 1e-5
 
 
 @pytest.mark.cuda
@@ -99,6 +150,7 @@ def test_what_the_graphs_run(name, monkeypatch):
 def test_graphs(name):
     model = pair(name)[0].eval().cuda()
     error = compare(model, CapturedVerifier, tokens(1, 40).cuda())[1]
+    error = max(error, compare_rows(model, CapturedVerifier, tokens(3, 50).cuda())[1])
     assert error < 1e-3  # float32 products on a GPU round to TF32 where the user allows it
 
 
@@ -109,17 +161,16 @@ def test_mistakes():
     for make in (verifier, LayersVerifier):
         verify = make(model, cache, 4)
         with pytest.raises(ValueError, match="commit of 1 tokens, but 0"):
-            verify.commit(1)
-        verify([1, 2])
+            verify.commit([1])
+        verify(torch.tensor([[1, 2]]))
         with pytest.raises(ValueError, match="commit of 3 tokens, but 2"):
-            verify.commit(3)
-        verify.commit(2)
+            verify.commit([3])
+        verify.commit([2])
         with pytest.raises(ValueError, match="commit of 1 tokens, but 0"):
-            verify.commit(1)
-    with pytest.raises(ValueError, match="1 to 16"):
-        verifier(model, cache, 17)
-    with pytest.raises(ValueError, match="2 rows"):
-        verifier(model, model.backbone.new_cache(2), 4)
+            verify.commit([1])
+    assert isinstance(verifier(model, cache, 17), ForwardVerifier), "what the others do not serve"
+    with pytest.raises(ValueError, match="0 tokens of 1 rows"):
+        verifier(model, cache, 0)
 
 
 def served(dtype=torch.bfloat16, **changed):
@@ -152,16 +203,16 @@ def test_two_texts_take_turns():
     for row in ids:
         verify = verifier(model, model.backbone.new_cache(1), 4)
         for at in range(0, 28, 4):
-            alone.append(verify(row[at : at + 4].tolist()))
-            verify.commit(3)
+            alone.append(verify(row[None, at : at + 4])[0].clone())
+            verify.commit([3])
     caches = [model.backbone.new_cache(1) for _ in ids]
     verifiers = [verifier(model, cache, 4) for cache in caches]
     for at in range(0, 28, 4):
         for row, verify in zip(ids, verifiers, strict=True):
-            both.append(verify(row[at : at + 4].tolist()))
-            verify.commit(3)
+            both.append(verify(row[None, at : at + 4])[0].clone())
+            verify.commit([3])
     assert torch.equal(torch.stack(alone), torch.stack(both[::2] + both[1::2]))
-    verifiers[0]([1, 2])
-    verifiers[1]([1, 2])
+    for verify in verifiers:
+        verify(ids[:1, :2])
     with pytest.raises(RuntimeError, match="another text"):
-        verifiers[0].commit(1)
+        verifiers[0].commit([1])

@@ -67,7 +67,7 @@ def samplings(chance: random.Random) -> Sampling:
     )  # fmt: skip
 
 
-def random_request(chance: random.Random, model) -> Request:
+def random_request(chance: random.Random, model, kept: float) -> Request:
     length = chance.choice([1, 2, 3, 5, 17])
     generator = torch.Generator().manual_seed(chance.randrange(4))
     ids = torch.randint(5, POISON, (length,), generator=generator)
@@ -84,7 +84,7 @@ def random_request(chance: random.Random, model) -> Request:
         ).backbone.new_cache(1)
     return Request(
         ids, samplings(chance), max_new_tokens=chance.choice([1, 1, 2, 3, 5, 9, MOST]), state=state, context=context,
-        keep_state=chance.random() < 0.3, share=chance.choice(SHARES),
+        keep_state=chance.random() < kept, share=chance.choice(SHARES),
     )  # fmt: skip
 
 
@@ -124,7 +124,9 @@ def schedule(seed: int, model, way: str) -> None:
     engine = Engine(
         model, rows, chunk, prefix_cache=known if chance.random() < 0.3 else None,
         read_seconds=chance.choice([0, 0.005, 0.1]), slice_tokens=chance.choice([1, 1, 2, 7, 32]), clock=clock,
+        tokens_per_look=chance.choice([None, 2, 5, 8]),
     )  # fmt: skip
+    kept = chance.choice([0, 0, 0.3])  # where no state is kept, looks of several tokens overlap
     requests: list[Request] = []
     seen: dict[Request, list[int]] = {}
     cancelled: set[Request] = set()
@@ -132,7 +134,7 @@ def schedule(seed: int, model, way: str) -> None:
     while left or len(engine._schedule):
         for _ in range(chance.choice([0, 0, 1, 1, 2, 6]) if left else 0):
             left -= 1
-            request = random_request(chance, model)
+            request = random_request(chance, model, kept)
             if request.prompt_ids.min() < 0 or request.prompt_ids.max() >= VOCAB:
                 with pytest.raises(ValueError, match="prompt_ids has token"):
                     engine.submit(request)

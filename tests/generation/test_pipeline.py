@@ -60,8 +60,22 @@ def test_classification(tmp_path):
     assert 0 < result[0]["score"] <= 1
 
 
+def test_masked_tokens():
+    tokenizer = mambakit.AutoTokenizer.from_pretrained("hyena-dna")
+    torch.manual_seed(0)
+    model = mambakit.BiMambaForMaskedLM(
+        mambakit.BiMambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1)
+    ).eval()
+    found = mambakit.pipeline("fill-mask", model=model, tokenizer=tokenizer)("AC[MASK]GT", top_k=16)
+    ids = tokenizer("AC[MASK]GT", return_tensors="pt").input_ids
+    assert ids[0].tolist() == [7, 8, 3, 9, 10]
+    with torch.no_grad():
+        expected = model(ids).logits[0, 2].softmax(-1)
+    assert {f["token"]: f["score"] for f in found} == pytest.approx(dict(enumerate(expected.tolist())), rel=1e-5)
+
+
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="'fill-mask'"):
-        mambakit.pipeline("fill-mask")
+    with pytest.raises(ValueError, match="'summarization'"):
+        mambakit.pipeline("summarization")
     with pytest.raises(ValueError, match="no model ships"):
         mambakit.pipeline("text-classification")

@@ -99,21 +99,10 @@ def test_pipeline_options_beside_a_model(folder):
 @pytest.mark.parametrize("name", _GENERATING)
 def test_arguments_of_generate_that_cannot_be_followed(name):
     model, ids = pair("plain")[0], tokens(1, 5)
-    value = {"assistant_model": pair("plain")[0], "cache_implementation": "static", "prompt_lookup_num_tokens": 3}.get(
-        name, True
-    )
+    value = {"cache_implementation": "static"}.get(name, True)
     with pytest.raises(ValueError, match=f"{name}="):
         model.generate(ids, max_new_tokens=2, **{name: value})
-    if name.startswith(("assistant", "prompt_lookup")):
-        with pytest.raises(ValueError, match="SpeculativeStream"):
-            model.generate(ids, max_new_tokens=2, **{name: value})
     assert model.generate(ids, max_new_tokens=2, eos_token_id=None, **{name: None}).shape == (1, 7)
-
-
-def test_the_remedy_exists():
-    from mambakit.generation.speculative import SpeculativeStream
-
-    assert SpeculativeStream.__name__ == "SpeculativeStream"
 
 
 @pytest.mark.filterwarnings("ignore")

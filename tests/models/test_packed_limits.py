@@ -16,7 +16,7 @@ from mambakit.models.checkpoints import describe
 from tests.models.configurations import pair, tokens, worst
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-FORMATS = ["int8", "int4", "lossless"]
+FORMATS = ["int8", "int4", "fp8", "lossless"]
 
 
 @pytest.mark.parametrize("name", ["plain", "untied", "use_bias", "odd_everything", "falcon_odd"])

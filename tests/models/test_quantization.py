@@ -34,7 +34,7 @@ def test_arguments_that_packed_weights_cannot_follow(tmp_path, argument):
 
 
 @pytest.mark.parametrize("name", ["plain", "use_bias", "untied", "odd_everything", "falcon"])
-@pytest.mark.parametrize(("format", "limit"), [("int8", 2e-2), ("int4", 0.4)])
+@pytest.mark.parametrize(("format", "limit"), [("int8", 2e-2), ("int4", 0.4), ("fp8", 0.1)])
 @torch.no_grad()
 def test_close_to_the_model(name, format, limit):
     model = pair(name)[0]
@@ -49,7 +49,7 @@ def test_close_to_the_model(name, format, limit):
         assert worst(step(ids[:, t]), logits[:, t]) < 1e-4
 
 
-@pytest.mark.parametrize(("format", "limit"), [("int8", 0.01), ("int4", 0.12)])
+@pytest.mark.parametrize(("format", "limit"), [("int8", 0.01), ("int4", 0.12), ("fp8", 0.02)])
 def test_the_embedded_models_bits_per_character(format, limit):
     from mambakit.assets import default_model_path
 
@@ -95,11 +95,11 @@ def test_lossless_lists_are_checked(tmp_path):
         mambakit.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("format", ["int8", "int4", "lossless"])
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8", "lossless"])
 @pytest.mark.parametrize("name", ["plain", "use_bias", "falcon"])
 @torch.no_grad()
 def test_saved_and_loaded(name, format, tmp_path):
-    model = pair(name)[0].quantize(format, None if format == "lossless" else 32)
+    model = pair(name)[0].quantize(format, 32 if format in ("int8", "int4") else None)
     model.save_pretrained(tmp_path)
     loaded = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path)
     plain = pair(name)[0]
@@ -132,7 +132,7 @@ def test_on_loading(tmp_path):
 
 def test_what_is_refused(tmp_path):
     model = pair("plain")[0]
-    with pytest.raises(ValueError, match="'int3'; choose one of int8, int4, lossless"):
+    with pytest.raises(ValueError, match="'int3'; choose one of int8, int4, fp8, lossless"):
         model.quantize("int3")
     with pytest.raises(ValueError, match="group is 48"):
         model.quantize("int8", 48)
@@ -153,13 +153,13 @@ def test_what_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("format", ["int8", "int4", "lossless"])
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8", "lossless"])
 @pytest.mark.parametrize("name", ["plain", "odd_everything", "falcon"])
 @torch.no_grad()
 def test_tied_embeddings_are_the_packed_heads_rows(name, format, dtype, tmp_path):
     model = pair(name)[0].to(dtype)
     before = model.backbone.embeddings.weight.clone()
-    model.quantize(format, None if format == "lossless" else 32)
+    model.quantize(format, 32 if format in ("int8", "int4") else None)
     rows = model.lm_head.packed.dequantized().to(dtype)
     assert torch.equal(model.backbone.embeddings.weight, rows)
     assert torch.equal(rows, before) == (format == "lossless")

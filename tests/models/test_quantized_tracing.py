@@ -7,7 +7,7 @@ import torch
 
 from tests.models.configurations import pair, tokens
 
-FORMATS = ["int8", "int4", "lossless"]
+FORMATS = ["int8", "int4", "fp8", "lossless"]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

@@ -45,8 +45,8 @@ def written(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
         step = token_step(model, cache)
         found += [step(ids[:1, i]).clone() for i in range(3)]
         verify = verifier(model, cache, 4)
-        found.append(verify(ids[0, :4].tolist()))
-        verify.commit(3)
+        found.append(verify(ids[:1, :4])[0])
+        verify.commit([3])
         found += [cache.conv_states.clone(), cache.ssm_states.clone()]
     requests = [
         Request(row, Sampling(temperature=t, seed=3), max_new_tokens=4) for row, t in zip(ids, (0, 0.9), strict=True)

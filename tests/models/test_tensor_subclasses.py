@@ -54,8 +54,8 @@ def ways(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
         )  # fmt: skip
         cache = model.backbone.new_cache(1)
         verify = verifier(model, cache, 4)
-        logits = verify([3, 4, 5]).clone()
-        verify.commit(2)
+        logits = verify(torch.tensor([[3, 4, 5]]))[0].clone()
+        verify.commit([2])
         request = Request(ids[0], Sampling(temperature=0), max_new_tokens=4)
         Engine(model, 2).write([request])
         return [

@@ -11,12 +11,17 @@ from tests.ops.closeness import worst
 
 # The dynamic-shape check draws graphs for minutes; the other three are fast.
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+NORMS = {"falcon": {"mixer_rms_eps": 1e-3}, "jamba": {"mixer_rms_eps": 1e-3, "mixer_norm_weights": True}}
+"""Norms of dt, B and C, without weights and with."""
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 def layer(device: str, dtype: torch.dtype = torch.float64, **fields) -> MambaMixer:
     torch.manual_seed(0)
     mixer = MambaMixer(LayerConfig(hidden_size=20, state_size=5, time_step_rank=3, num_hidden_layers=1, **fields))
+    with torch.no_grad():  # weights of norms start at 1, where a mistake could hide
+        for norm in mixer.norms():
+            norm.weight.add_(torch.randn_like(norm.weight) * 0.3)
     return mixer.to(device, dtype).train()
 
 
@@ -74,7 +79,9 @@ def gradients(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    "fields", [{}, {"use_bias": True, "use_conv_bias": False, "conv_kernel": 3}], ids=["plain", "bias"]
+    "fields",
+    [{}, {"use_bias": True, "use_conv_bias": False, "conv_kernel": 3}, *NORMS.values()],
+    ids=["plain", "bias", *NORMS],
 )
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("states", [False, True], ids=["zeros", "states"])
@@ -88,18 +95,21 @@ def test_it_is_what_autograd_finds(device, fields, packed, states, monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("states", [False, True], ids=["zeros", "states"])
-def test_float32_on_a_gpu(packed, states, monkeypatch):
+@pytest.mark.parametrize("fields", [{}, *NORMS.values()], ids=["plain", *NORMS])
+def test_float32_on_a_gpu(packed, states, fields, monkeypatch):
     """float64 goes to the references; this goes through the kernels, which write into halves of one tensor."""
-    expected = gradients(layer("cpu"), True, monkeypatch, packed, states=states)
-    for name, found in gradients(layer("cuda", torch.float32), True, monkeypatch, packed, states=states).items():
+    expected = gradients(layer("cpu", **fields), True, monkeypatch, packed, states=states)
+    ours = gradients(layer("cuda", torch.float32, **fields), True, monkeypatch, packed, states=states)
+    for name, found in ours.items():
         assert worst(found.cpu(), expected[name].cpu()) < 2e-5, name
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_under_autocast_the_gradients_of_weights_are_not_rounded(device, monkeypatch):
-    exact = gradients(layer(device), True, monkeypatch)
-    ours = gradients(layer(device, torch.float32), True, monkeypatch, half=True)
-    theirs = gradients(layer(device, torch.float32), False, monkeypatch, half=True)
+@pytest.mark.parametrize("fields", [{}, *NORMS.values()], ids=["plain", *NORMS])
+def test_under_autocast_the_gradients_of_weights_are_not_rounded(device, fields, monkeypatch):
+    exact = gradients(layer(device, **fields), True, monkeypatch)
+    ours = gradients(layer(device, torch.float32, **fields), True, monkeypatch, half=True)
+    theirs = gradients(layer(device, torch.float32, **fields), False, monkeypatch, half=True)
     assert ours["y"].dtype == torch.bfloat16
     for name in ("in_proj.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight"):
         gradient = ours[name]
@@ -112,8 +122,9 @@ def test_under_autocast_the_gradients_of_weights_are_not_rounded(device, monkeyp
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-def test_what_is_computed_again_is_not_kept(device, packed, monkeypatch):
-    mixer = layer(device)
+@pytest.mark.parametrize("fields", [{}, NORMS["falcon"]], ids=["plain", "falcon"])
+def test_what_is_computed_again_is_not_kept(device, packed, fields, monkeypatch):
+    mixer = layer(device, **fields)
     expected = gradients(mixer, True, monkeypatch, packed)
     mixer.recompute_selection = True
     for name, found in gradients(mixer, True, monkeypatch, packed).items():
@@ -184,10 +195,13 @@ def inputs_of(mixer: MambaMixer, packed: bool) -> tuple:
     return xz, mixer._mixer_weights(), conv, ssm, cu_seqlens
 
 
-def test_it_is_the_reference():
-    xz, weights, *states, _ = inputs_of(layer("cpu"), False)
-    leaves = (xz, *weights, *states)
-    found, expected = (f(xz, weights, *states) for f in (fused_mixer, reference.fused_mixer))
+@pytest.mark.parametrize("fields", [{}, *NORMS.values()], ids=["plain", *NORMS])
+def test_it_is_the_reference(fields):
+    mixer = layer("cpu", **fields)
+    xz, weights, *states, _ = inputs_of(mixer, False)
+    leaves = [t for t in (xz, *weights, *states) if t is not None]
+    eps = mixer.mixer_rms_eps
+    found, expected = (f(xz, weights, *states, mixer_eps=eps) for f in (fused_mixer, reference.fused_mixer))
     pushed = [torch.randn_like(t) for t in expected]
     for got, want in zip(found, expected, strict=True):
         assert worst(got, want) < 1e-12
@@ -199,19 +213,21 @@ def test_it_is_the_reference():
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_opcheck(packed, recompute, bias):
-    mixer = layer("cpu", torch.float32, use_conv_bias=bias)
+@pytest.mark.parametrize("fields", [{}, *NORMS.values()], ids=["plain", *NORMS])
+def test_opcheck(packed, recompute, bias, fields):
+    mixer = layer("cpu", torch.float32, use_conv_bias=bias, **fields)
+    eps = mixer.mixer_rms_eps
     xz, weights, conv, ssm, cu_seqlens = inputs_of(mixer, packed)
     states = (conv, ssm) if bias else (None, None)
     for interval in (0, 64):
-        arguments = (*weights, *states, cu_seqlens, recompute, interval)
+        arguments = (*weights, *states, cu_seqlens, recompute, interval, eps)
         forward = torch.ops.mambakit.fused_mixer
         torch.library.opcheck(forward, (xz, *arguments) if interval else (xz.detach(), *arguments), test_utils=CHECKS)
     plain = [None if t is None else t.detach() for t in (xz, *weights, *states)]
-    y, _, ssm_left, *kept = forward(*plain, cu_seqlens, recompute, 64)
+    y, _, ssm_left, *kept = forward(*plain, cu_seqlens, recompute, 64, eps)
     gradients = (torch.randn_like(y), None, torch.randn_like(ssm_left))
     torch.library.opcheck(
-        torch.ops.mambakit.fused_mixer_backward, (*gradients, *plain, cu_seqlens, *kept, 64, True, bias)
+        torch.ops.mambakit.fused_mixer_backward, (*gradients, *plain, cu_seqlens, *kept, 64, True, bias, eps)
     )
 
 
@@ -219,3 +235,20 @@ def test_its_checks():
     xz, weights, *_ = inputs_of(layer("cpu"), False)
     with pytest.raises(ValueError, match=r"fused_mixer: xz has shape .* expected \(b, l, 2 d\)"):
         fused_mixer(xz[..., 1:], weights)
+    weights = layer("cpu", **NORMS["jamba"])._mixer_weights()
+    with pytest.raises(ValueError, match="the norms of dt, B and C have weights, but no mixer_eps"):
+        fused_mixer(xz, weights)
+    with pytest.raises(ValueError, match="give all three or none"):
+        fused_mixer(xz, weights._replace(B_norm=None), mixer_eps=1e-5)
+
+
+def test_a_hook_on_a_norm_is_called(monkeypatch):
+    mixer = layer("cpu", **NORMS["jamba"])
+    expected = gradients(mixer, True, monkeypatch)
+    seen = []
+    for name in ("dt_layernorm", "b_layernorm", "c_layernorm"):
+        getattr(mixer, name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    assert not mixer.can_fuse()
+    for name, found in gradients(mixer, False, monkeypatch).items():
+        assert worst(found, expected[name]) < 1e-12, name
+    assert seen == ["dt_layernorm", "b_layernorm", "c_layernorm"]

@@ -235,10 +235,10 @@ def test_a_step_a_verification_and_the_engine_call_it(way, place):
         calls.clear()
         cache = model.backbone.new_cache(1)
         verify = verifier(model, cache, 4)
-        logits = verify([3, 4, 5])
+        logits = verify(torch.tensor([[3, 4, 5]]))[0]
         assert worst(logits[:1], plain) < 1e-4
         assert calls
-        verify.commit(2)
+        verify.commit([2])
         calls.clear()
         Engine(model, 2).write([Request(tokens(1, 4)[0], Sampling(temperature=0), max_new_tokens=4) for _ in range(2)])
         assert len(calls) >= 4
@@ -412,7 +412,7 @@ def test_a_module_that_hides_what_is_in_it(place):
     assert around.calls == 4
     with torch.no_grad():
         cache = model(ids[:1], use_cache=True).cache_params
-        assert verifier(model, cache, 2)([3, 4]).shape[0] == 2
+        assert verifier(model, cache, 2)(torch.tensor([[3, 4]])).shape[1] == 2
 
 
 def test_training_without_the_bias_of_the_steps():

@@ -172,9 +172,9 @@ def test_draft_tokens_that_are_not_kept_leave_no_trace(model, kept):
     with torch.no_grad():
         model(prompt, cache_params=cache)
         verify = verifier(model, cache, 4)
-        logits = verify(drafts[0].tolist())
+        logits = verify(drafts)[0]
         assert worst(logits, model(torch.cat([prompt, drafts], 1)).logits[0, 6:]) < TIGHT
-        verify.commit(kept)
+        verify.commit([kept])
         model(torch.cat([prompt, drafts[:, :kept]], 1), cache_params=expected)
     assert close(cache, expected)
     assert cache.get_seq_length() == 6 + kept

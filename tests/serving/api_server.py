@@ -16,8 +16,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mambakit.serving import server
+from mambakit.serving.api.declarations import Limits
 from mambakit.serving.api.intake import Intake
-from mambakit.serving.api.protocol import ApiError, Limits
+from mambakit.serving.errors import ApiError
 from mambakit.serving.messages import Piece, WorkerOptions
 from mambakit.serving.metrics import Metrics
 from mambakit.serving.server import ServerOptions
@@ -32,7 +33,12 @@ def byte_tokenizer() -> Any:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return SimpleNamespace(
-        backend_tokenizer=backend, bos_token_id=0, eos_token_id=0, get_vocab=backend.get_vocab, decode=backend.decode
+        backend_tokenizer=backend,
+        bos_token_id=0,
+        eos_token_id=0,
+        get_vocab=backend.get_vocab,
+        decode=backend.decode,
+        chat_template=None,
     )
 
 
@@ -43,6 +49,7 @@ class Replicas:
         self.metrics = Metrics()
         self.piece, self.seconds = "x", 0.0
         self.cancelled = 0
+        self.clock, self.layout = time.monotonic, None
         self.jobs: list[Any] = []
 
     def start(self) -> None:
@@ -53,6 +60,7 @@ class Replicas:
             task.cancel()
 
     def kill(self) -> None: ...
+    def expire(self) -> None: ...
     def measure(self) -> None: ...
     def require_ready(self) -> None: ...
 
@@ -71,6 +79,7 @@ class Replicas:
             await asyncio.sleep(self.seconds)
             if job.ended:
                 return
+            job.tokens += 1
             job.inbox.put(job.index, Piece(job.id, self.piece, 1, "" if left else "length"))
         job.ended = True
 
@@ -103,7 +112,8 @@ class ApiServer:
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
         self.thread.start()
         intake.loaded.result(10)
-        self.health()
+        if options.tls is None:
+            self.health()
 
     @property
     def host(self) -> str:

@@ -15,7 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
+import mambakit
 from tests.models.tiny import save_tiny
+from tests.serving.chat_template import TEMPLATE
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0
@@ -95,6 +97,26 @@ def model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tiny")
     save_tiny(folder, eos_token_id=303)  # no token of its tokenizer: texts run to their full length
     return str(folder)
+
+
+@pytest.fixture(scope="package")
+def chat_model(tmp_path_factory) -> str:
+    """A model with an end-of-text token that its tokenizer knows, and a chat template."""
+    folder = tmp_path_factory.mktemp("chat")
+    save_tiny(folder, eos_token_id=0)
+    tokenizer = mambakit.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.eos_token_id == 0
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="package")
+def chat_server(chat_model, tmp_path_factory) -> Iterator[Server]:
+    """One replica of four slots."""
+    options = ("--model", chat_model, "--served-model-name", "tiny", "--slots", "4", "--max-new-tokens", "200")
+    with serving(tmp_path_factory.mktemp("chat-serve") / "log", *options) as server:
+        yield server.ready()
 
 
 @pytest.fixture(scope="package")

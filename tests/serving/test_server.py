@@ -191,18 +191,18 @@ def test_a_text_without_numbers_is_an_error_of_its_own(tmp_path):
 
 
 def test_refusals(server):
-    response = server.post(prompt="x", logprobs=2)
+    response = server.post(prompt="x", suffix="y")
     assert response.status_code == 400
     error = response.json()["error"]
-    assert error["param"] == "logprobs"
+    assert error["param"] == "suffix"
     assert error["type"] == "invalid_request_error"
     json = {"Content-Type": "application/json"}
     assert server.client.post("/v1/completions", content=b"{", headers=json).status_code == 400
     assert server.client.post("/v1/completions", content=b"{").status_code == 400
     assert server.post(prompt="x", model="gpt").status_code == 404
-    missing = server.client.post("/v1/chat/completions", json={})
+    missing = server.client.post("/v1/edits", json={})
     assert missing.status_code == 404
-    assert "POST /v1/completions" in missing.json()["error"]["message"]
+    assert "GET /openapi.json lists" in missing.json()["error"]["message"]
     assert server.client.get("/v1/completions").status_code == 405
     (listed,) = server.client.get("/v1/models").json()["data"]
     assert (listed["id"], listed["object"]) == ("tiny", "model")

@@ -104,7 +104,7 @@ def test_the_second_runs_model_and_checkpoints_are_its_own(tmp_path):
 
 
 def test_what_is_the_users_stays(tmp_path):
-    train(config_of(tmp_path, max_shard_size="1KB", tensorboard=True, steps=9))
+    train(config_of(tmp_path, max_shard_size="1KB", report_to=["tensorboard"], steps=9))
     run = tmp_path / "run"
     assert len(list(run.glob("model-*.safetensors"))) > 1
     mine = {
@@ -376,7 +376,7 @@ def test_a_crash_at_any_moment_mixes_no_two_runs(tmp_path):
     """The second run overwrites the first, dies at a random moment, and is started again as its user would."""
     second = config_of(tmp_path, seed=1, out=str(tmp_path / "alone"))
     train(second)
-    train(config_of(tmp_path, steps=9, tensorboard=False))
+    train(config_of(tmp_path, steps=9, report_to=[]))
     shutil.copytree(tmp_path / "run", tmp_path / "first")
     first = json.loads((tmp_path / "first" / "run.json").read_text())["id"]
     with pytest.MonkeyPatch.context() as patch:

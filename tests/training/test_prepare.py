@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from mambakit.errors import CheckpointError, UsageError
-from mambakit.training.config import TrainConfig, load_config
+from mambakit.training.config import TrainConfig
+from mambakit.training.config_file import load_config
 from mambakit.training.data.files import expand
 from mambakit.training.prepare import prepare
 

@@ -181,8 +181,11 @@ def test_recomputed_selections_train_the_same():
         results.append((torch.stack([step.run(*batch(seed=s))[0] for s in range(3)]), parameters_of(model)))
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(results[1][1][n], p) for n, p in results[0][1].items())
-    with pytest.raises(ValueError, match="this falcon_mamba model has others"):
-        module.recompute_selection(pair("falcon_odd")[0])
+    falcon = pair("falcon_odd")[0]
+    module.recompute_selection(falcon)
+    assert all(layer.mixer.recompute_selection for layer in falcon.backbone.layers)
+    with pytest.raises(ValueError, match="this mamba model has others"):
+        module.recompute_selection(pair("gelu")[0])
 
 
 def test_length_warm_up():

@@ -88,7 +88,7 @@ def test_the_folder_of_a_run(tmp_path):
     pytest.importorskip("matplotlib")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = config_of(tmp_path, steps=15, tensorboard=True, checkpoint_every=5, keep_checkpoints=2)
+    config = config_of(tmp_path, steps=15, report_to=["tensorboard"], checkpoint_every=5, keep_checkpoints=2)
     summary = train(config, QUIET)
     out = tmp_path / "run"
     names = {p.name for p in out.iterdir()}
@@ -180,6 +180,6 @@ def test_a_skipped_update_is_told(tmp_path):
 
 @pytest.mark.parametrize("name", ["dna", "audio", "finetune", "documents"])
 def test_the_shipped_recipes_load(name):
-    from mambakit.training.config import load_config
+    from mambakit.training.config_file import load_config
 
     load_config(ROOT / "configs" / f"{name}.toml", [])

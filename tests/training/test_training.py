@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 
 import mambakit
-from mambakit.training.config import TrainConfig, load_config
+from mambakit.training.config import TrainConfig
+from mambakit.training.config_file import load_config
 from mambakit.training.curve import sparkline
 from mambakit.training.loop import train
 from mambakit.training.optimizer import parameter_groups, schedule_factor

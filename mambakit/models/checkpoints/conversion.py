@@ -16,7 +16,7 @@ from mambakit.models.quantization import is_quantized
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model",
+    "merges.txt", "tokenizer.model", "preprocessor_config.json",
 )  # fmt: skip
 
 

@@ -44,8 +44,8 @@ class CheckpointFormat(Protocol):
     packed: bool
     """It holds packed (quantised) weights, and models with plain weights cannot be written in it."""
 
-    tokenizer_source: str
-    """Where the tokenizer is, for a checkpoint that holds none; "" where the format does not say."""
+    holds_tokenizers: bool
+    """Whether a tokenizer belongs to a checkpoint. Where none does, `mambakit.models.vocabularies` chooses."""
 
     def detect(self, folder: Path, config_json: dict[str, Any]) -> bool:
         """Whether ``folder`` is of this format; the first format of the table that says so is taken.

@@ -39,10 +39,7 @@ class OriginalFormat:
 
     name = "original"
     packed = False
-    tokenizer_source = (
-        "models in state-spaces' original format use GPT-NeoX's; load it from \"EleutherAI/gpt-neox-20b\", or save its "
-        "files into the folder"
-    )
+    holds_tokenizers = False
 
     def detect(self, folder: Path, config_json: dict[str, Any]) -> bool:
         return "model_type" not in config_json and "d_model" in config_json

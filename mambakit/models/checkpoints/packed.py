@@ -38,7 +38,7 @@ class PackedFormat:
 
     name = "packed"
     packed = True
-    tokenizer_source = ""
+    holds_tokenizers = True
 
     def detect(self, folder: Path, config_json: dict[str, Any]) -> bool:
         settings = config_json.get("quantization_config")

@@ -140,7 +140,12 @@ def _device(device_map: Any) -> Any:
 
 
 def _check_lists(layer: QuantizedLinear, where: str) -> None:
-    """CheckpointError unless a lossless weight's list points into the weight: kernels read where it says."""
+    """CheckpointError unless a lossless weight's list points into the weight: kernels read where it says; and for an
+    fp8 weight with a NaN, which kernels read as 480."""
+    if layer.format == "fp8" and layer.data.device.type != "meta":
+        if (layer.data & 127 == 127).any():
+            raise CheckpointError(f"{where}: an fp8 weight is not a number; quantise the original checkpoint again")
+        return
     if layer.packed.exceptions is None:
         return
     starts, columns, values = layer.packed.exceptions

@@ -22,7 +22,7 @@ class TransformersFormat:
 
     name = "transformers"
     packed = False
-    tokenizer_source = ""
+    holds_tokenizers = True
 
     def detect(self, folder: Path, config_json: dict[str, Any]) -> bool:
         return True

@@ -21,6 +21,7 @@ class FalconMambaConfig(transformers.FalconMambaConfig):
 
     keys_to_ignore_at_inference = shared.IGNORED_AT_INFERENCE
     initializer_range: float = shared.UNSET_RANGE
+    ssm_state_dtype: str | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

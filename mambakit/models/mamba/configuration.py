@@ -14,7 +14,12 @@ from mambakit.modules.state_spec import StateSpec
 
 
 class MambaConfig(transformers.MambaConfig):
-    """Configuration of a Mamba model. Every field is transformers' `MambaConfig`'s, with its default and meaning.
+    """Configuration of a Mamba model. Every field but one is transformers' `MambaConfig`'s, with its default and
+    meaning.
+
+    - ``ssm_state_dtype``: "bfloat16" keeps the SSM states of inference in half of the memory, rounded after every
+      call; None, the default, is float32. docs/concepts/state.md has the error. A step of many rows on a GPU is
+      faster then; decoders that do not read such states say so (`mambakit env`).
 
     Three notes on meaning:
 
@@ -30,6 +35,7 @@ class MambaConfig(transformers.MambaConfig):
 
     keys_to_ignore_at_inference = shared.IGNORED_AT_INFERENCE
     initializer_range: float = shared.UNSET_RANGE
+    ssm_state_dtype: str | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

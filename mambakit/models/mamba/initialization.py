@@ -21,7 +21,7 @@ from torch import nn
 from transformers import initialization as init  # skips parameters that a checkpoint has filled
 
 from mambakit.models.configuration import uses_mamba_ssm_recipe
-from mambakit.modules import MambaMixer, RMSNorm
+from mambakit.modules import MambaMixer, MixerNorm, RMSNorm
 from mambakit.modules.mixers import Mixer
 from mambakit.modules.mixers.mamba import TimeStepProjection
 
@@ -46,7 +46,7 @@ def initialize(module: nn.Module, config) -> None:
             init.uniform_(module.bias, -edge, edge)
         elif module.bias is not None:
             init.zeros_(module.bias)
-    elif isinstance(module, RMSNorm):
+    elif isinstance(module, (RMSNorm, MixerNorm)):
         init.ones_(module.weight)
     elif isinstance(module, Mixer):
         for name, value in module.initial_values().items():

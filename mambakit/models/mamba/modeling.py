@@ -53,9 +53,9 @@ class MambaModel(MambaPreTrainedModel):
         """Run the model over new tokens.
 
         Args:
-            input_ids: (b, l) int64; or ``inputs_embeds`` (b, l, h) in its place. cache_params: the state before the
-            first token, for any number of tokens; it is updated in place. ``cache`` and ``past_key_values`` are other
-            names of the argument.
+            input_ids: (b, l) int64; or ``inputs_embeds`` (b, l, h) in its place.
+            cache_params: the state before the first token, for any number of tokens; it is updated in place. ``cache``
+                and ``past_key_values`` are other names of the argument.
             use_cache: make and return a state when none is given. None: the configuration's value, False in training.
             output_hidden_states: return the residual stream after each layer.
             return_dict: False for a tuple.

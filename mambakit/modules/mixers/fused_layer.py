@@ -24,12 +24,15 @@ _PARAMETERS = (
     ("in_proj", "weight"), ("in_proj", "bias"), ("conv1d", "weight"), ("conv1d", "bias"), ("x_proj", "weight"),
     ("dt_proj", "weight"), ("dt_proj", "bias"), ("", "A_log"), ("", "D"), ("out_proj", "weight"), ("out_proj", "bias"),
 )  # fmt: skip
+_NORMS = ("dt_layernorm", "b_layernorm", "c_layernorm")  # children with a weight, where the mixer has them
 
 
 class Fusable(Protocol):
     """A mixer with the layers and parameters of a Mamba layer under their usual names."""
 
     _modules: dict[str, Any]
+    mixer_rms_eps: float | None
+    """Of the norms of dt, B and C; None: there are none."""
 
     def fusion_setting(self) -> tuple:
         """What decides, beside the modules and what is on them, whether the mixer may run as one function."""
@@ -47,11 +50,13 @@ class FusedLayer:
     def __init__(self, norm: Any, mixer: Fusable):
         children = mixer._modules
         self._children, self._norm = list(children.values()), norm
-        watched: list[Any] = [*self._children] if norm is None else [norm, mixer, *self._children]
+        there = [child for child in self._children if child is not None]
+        watched: list[Any] = there if norm is None else [norm, mixer, *there]
         self._watch = Watch(watched)
         self._setting = mixer.fusion_setting()
         self.known = KnownWeights()
         places: list[Any] = [(mixer if not child else children[child], name) for child, name in _PARAMETERS]
+        places += [(children[child], "weight") for child in _NORMS if children.get(child) is not None]
         if norm is not None:
             places.insert(0, (norm, "weight"))
         # A dictionary each: a module finds its parameters the slow way.
@@ -107,7 +112,17 @@ def run(
         return None
     states: Any = None if cache is None else cache.memory(mixer.layer_idx)
     eps = 0.0 if norm is None else norm.eps
-    return fused_layer(x, residual, weights, eps, residual_dtype, states, known=layer.known)
+    eps_of_mixer = mixer.mixer_rms_eps
+    if states is None or states[1].dtype != torch.bfloat16:
+        return fused_layer(x, residual, weights, eps, residual_dtype, states, known=layer.known, mixer_eps=eps_of_mixer)
+    conv_state, ssm_state = states
+    wide = ssm_state.float()
+    found = fused_layer(
+        x, residual, weights, eps, residual_dtype, (conv_state, wide), known=layer.known, mixer_eps=eps_of_mixer
+    )
+    if found is not None:
+        ssm_state.copy_(wide)
+    return found
 
 
 def _run_traced(
@@ -122,8 +137,9 @@ def _run_traced(
     weights = LayerWeights(
         None if norm is None else norm.weight, m.in_proj.weight, m.in_proj.bias, m.conv1d.weight, m.conv1d.bias,
         m.x_proj.weight, m.dt_proj.weight, m.dt_proj.bias, m.A_log, m.D, m.out_proj.weight, m.out_proj.bias,
+        *(m._modules[name].weight for name in _NORMS if m._modules.get(name) is not None),
     )  # fmt: skip
-    return traced.fused_layer(x, residual, weights, 0.0 if norm is None else norm.eps, residual_dtype)
+    return traced.fused_layer(x, residual, weights, 0.0 if norm is None else norm.eps, residual_dtype, m.mixer_rms_eps)
 
 
 def _can_fuse(norm: Any, mixer: Any) -> bool:

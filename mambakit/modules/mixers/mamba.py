@@ -17,13 +17,14 @@ from mambakit.modules.interception import untouched
 from mambakit.modules.left_padding import LeftPadding
 from mambakit.modules.mixers import fused_layer
 from mambakit.modules.mixers.mixer import Mixer
+from mambakit.modules.norm import MixerNorm
 from mambakit.modules.packing import Packing
 from mambakit.modules.placement import CacheHandle, opened
 from mambakit.modules.precision import keep_float32
 from mambakit.modules.projection import in_training, project
 from mambakit.modules.state_cache import StateCache
 from mambakit.modules.state_spec import StateTensor
-from mambakit.ops import causal_conv1d, causal_conv1d_, rms_norm, selective_scan, selective_scan_
+from mambakit.ops import causal_conv1d, causal_conv1d_, selection_norm, selective_scan, selective_scan_
 from mambakit.ops._backends.memory import all_plain
 from mambakit.ops.fused_mixer import MixerWeights, fused_mixer, mix_rows
 from mambakit.quoting import brief
@@ -100,8 +101,10 @@ class MambaMixer(Mixer):
     @staticmethod
     def state_tensors(config: Any, dtype: torch.dtype) -> tuple[StateTensor, ...]:
         """``conv`` (d, k - 1), the convolution's last inputs, in ``dtype``; ``ssm`` (d, n), float32 whatever the
-        weights are (float64 in a float64 model)."""
+        weights are (float64 in a float64 model), bfloat16 where ``ssm_state_dtype`` asks for it."""
         d, wide = config.intermediate_size, torch.float64 if dtype == torch.float64 else torch.float32
+        if getattr(config, "ssm_state_dtype", None) == "bfloat16":
+            wide = torch.bfloat16
         return (
             StateTensor("conv", (d, config.conv_kernel - 1), dtype),
             StateTensor("ssm", (d, config.state_size), wide),
@@ -130,8 +133,14 @@ class MambaMixer(Mixer):
         # A model of many layers starts the end of each residual branch smaller
         # (`mambakit.models.mamba.initialization`).
         self.out_proj.__dict__["ends_residual_branch"] = True
-        # FalconMamba normalises dt, B and C without weights; plain Mamba has no such field.
+        # FalconMamba normalises dt, B and C without weights, Jamba with weights; plain Mamba has no such fields.
         self.mixer_rms_eps: float | None = getattr(config, "mixer_rms_eps", None)
+        self.dt_layernorm: MixerNorm | None = None
+        self.b_layernorm: MixerNorm | None = None
+        self.c_layernorm: MixerNorm | None = None
+        if self.mixer_rms_eps is not None and getattr(config, "mixer_norm_weights", False):
+            self.dt_layernorm = MixerNorm(self.time_step_rank, self.mixer_rms_eps)
+            self.b_layernorm, self.c_layernorm = (MixerNorm(n, self.mixer_rms_eps) for _ in range(2))
         self._set_activation(config.hidden_act)
         # In training: compute the convolution's output and delta again in the backward pass. It takes a mixer that
         # `can_fuse`.
@@ -179,15 +188,18 @@ class MambaMixer(Mixer):
             (b, l, h).
         """
         cache = opened(cache_params, self.layer_idx, hidden_states.device)
-        if isinstance(packing, LeftPadding):
-            return self._forward_padded(hidden_states, cache, packing)
         if packing is None and fused_layer.on_gpu(hidden_states):
             found = fused_layer.run(self, None, self, hidden_states, cache=cache)
             if found is not None:
                 return found[0]
+        return self.after_in_proj(project(self.in_proj, hidden_states), cache, packing)
+
+    def after_in_proj(self, xz: Tensor, cache: StateCache | None, packing: Packing | LeftPadding | None) -> Tensor:
+        """`forward` from in_proj's output xz (b, l, 2 d) on, for a block that computes its norm and in_proj as one."""
+        if isinstance(packing, LeftPadding):
+            return self._after_in_proj_padded(xz, cache, packing)
         if packing is not None:
-            packing = packing.on(hidden_states.device)
-        xz = project(self.in_proj, hidden_states)  # (b, l, 2 d)
+            packing = packing.on(xz.device)
         if in_training() and self.can_fuse():
             return project(self.out_proj, self._mix_fused(xz, cache, packing))
         x, z = xz.chunk(2, -1)
@@ -197,10 +209,10 @@ class MambaMixer(Mixer):
             y = self._mix(x, z, cache, packing)
         return project(self.out_proj, y)
 
-    def _forward_padded(self, hidden_states: Tensor, cache: StateCache | None, padding: LeftPadding) -> Tensor:
-        """Inference: as `forward`, and padding on the left changes no state."""
+    def _after_in_proj_padded(self, xz: Tensor, cache: StateCache | None, padding: LeftPadding) -> Tensor:
+        """Inference: as `after_in_proj`, and padding on the left changes no state."""
         assert cache is not None
-        x, z = project(self.in_proj, hidden_states).chunk(2, -1)
+        x, z = xz.chunk(2, -1)
         window, ssm_state = cache.memory(self.layer_idx)
         x, before = padding.move(x, window)
         x, after = self._convolve(x, before, None)
@@ -212,7 +224,7 @@ class MambaMixer(Mixer):
     def can_fuse(self) -> bool:
         """Whether what lies between the projections may run as one op, `mambakit.ops.fused_mixer`."""
         return (
-            type(self) is MambaMixer and self.act is None and self.mixer_rms_eps is None
+            type(self) is MambaMixer and self.act is None and self._norms_are_plain()
             and self.dt_proj.bias is not None
             and self.causal_conv1d is causal_conv1d and self.selective_scan is selective_scan
             and untouched(self.x_proj, nn.Linear) and untouched(self.dt_proj, TimeStepProjection)
@@ -221,7 +233,22 @@ class MambaMixer(Mixer):
         )  # fmt: skip
 
     def fusion_setting(self) -> tuple:
-        return self.act, self.mixer_rms_eps, self.causal_conv1d, self.selective_scan, self.recompute_selection
+        setting = self.act, self.mixer_rms_eps, self.causal_conv1d, self.selective_scan, self.recompute_selection
+        return setting if self.dt_layernorm is None else (*setting, *(norm.eps for norm in self.norms()))
+
+    def norms(self) -> tuple[Any, ...]:
+        """The modules of dt's, B's and C's norms; none where they have no weights, or where there are no norms."""
+        found = self.dt_layernorm, self.b_layernorm, self.c_layernorm
+        return () if found[0] is None else found
+
+    def norm_weights(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(r,), (n,), (n,) of dt's, B's and C's norms; Nones where they have no weights or there are no norms."""
+        norms = self.norms()
+        return (norms[0].weight, norms[1].weight, norms[2].weight) if norms else (None, None, None)
+
+    def _norms_are_plain(self) -> bool:
+        """Whether the norms of dt, B and C run as one op: none of their modules is hooked or replaced."""
+        return all(untouched(norm, MixerNorm) and norm.eps == self.mixer_rms_eps for norm in self.norms())
 
     def can_fuse_whole(self) -> bool:
         """Whether the projections, too, may run as one function with it: `mambakit.ops.fused_mixer.layer`."""
@@ -231,15 +258,19 @@ class MambaMixer(Mixer):
     def _mixer_weights(self) -> MixerWeights:
         filter, bias, _ = self._filter()
         steps = self.dt_proj
-        return MixerWeights(filter, bias, self.x_proj.weight, steps.weight, self.A_log, self.D, steps.bias)
+        return MixerWeights(
+            filter, bias, self.x_proj.weight, steps.weight, self.A_log, self.D, steps.bias, *self.norm_weights()
+        )
 
     def _mix_fused(self, xz: Tensor, cache: StateCache | None, packing: Packing | None) -> Tensor:
         """As `_mix`, as one op."""
         cu_seqlens = None if packing is None else packing.cu_seqlens
         before = self._states(cache, packing)
         if cache is None and packing is None and not self.recompute_selection:
-            return mix_rows(xz, self._mixer_weights())
-        y, *states = fused_mixer(xz, self._mixer_weights(), *before, cu_seqlens, self.recompute_selection)
+            return mix_rows(xz, self._mixer_weights(), self.mixer_rms_eps)
+        y, *states = fused_mixer(
+            xz, self._mixer_weights(), *before, cu_seqlens, self.recompute_selection, self.mixer_rms_eps
+        )
         self._keep(cache, packing, *states)
         return y
 
@@ -247,7 +278,7 @@ class MambaMixer(Mixer):
         if cache is None:
             return None, None
         conv_state, ssm_state = cache.layer(self.layer_idx, None if packing is None else packing.read)
-        return conv_state, ssm_state
+        return conv_state, ssm_state.float() if ssm_state.dtype == torch.bfloat16 else ssm_state
 
     def _keep(self, cache: StateCache | None, packing: Packing | None, conv_state: Tensor, ssm_state: Tensor) -> None:
         if cache is not None:
@@ -315,10 +346,7 @@ class MambaMixer(Mixer):
         """The selection: delta, B and C from the convolution's output (algorithm 2, lines 2 to 4)."""
         if self.act is not None:
             x = self.act(x)
-        r, n = self.time_step_rank, self.ssm_state_size
-        dt, B, C = self.x_proj(x).split([r, n, n], -1)
-        if self.mixer_rms_eps is not None:
-            dt, B, C = (rms_norm(t, None, self.mixer_rms_eps)[0] for t in (dt, B, C))
+        dt, B, C = self._selected(x)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         A = -torch.exp(self.A_log.to(dtype))
         delta, bias = self._time_steps(dt)
@@ -327,6 +355,17 @@ class MambaMixer(Mixer):
         ):  # a half would round the sum: the scan reads its dtype
             x, B, C, z = (t.to(delta.dtype) for t in (x, B, C, z))
         return x, delta.to(x.dtype), A, B, C, self.D.to(dtype), z, None if bias is None else bias.to(dtype), True
+
+    def _selected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """dt (b, l, r), B and C (b, l, n)."""
+        r, n, norms = self.time_step_rank, self.ssm_state_size, self.norms()
+        selected = self.x_proj(x)
+        if self.mixer_rms_eps is None:
+            return selected.split([r, n, n], -1)
+        if self._norms_are_plain():
+            selected = selection_norm(selected, r, self.mixer_rms_eps, *self.norm_weights())
+            return selected.split([r, n, n], -1)
+        return tuple(norm(t) for norm, t in zip(norms, selected.split([r, n, n], -1), strict=True))
 
     def _time_steps(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
         """What goes into the softplus, as the scan takes it: a product, and a bias that it adds in float32.

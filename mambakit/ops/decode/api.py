@@ -19,6 +19,7 @@ def decode(x: Tensor, model: PackedModel, conv_states: Tensor, ssm_states: Tenso
     Args:
         x: (b, h), the token's embeddings, any floating dtype.
         model: the weights. Small ones (norms, biases, filters, A, D) float32 and contiguous for the native library.
+            With ``mixer_eps`` dt, B and C are normalised (`mambakit.ops.selection_norm`).
         conv_states: (layers, b, d, k - 1), any floating dtype, read and written.
         ssm_states: (layers, b, d, n) float32, read and written.
 

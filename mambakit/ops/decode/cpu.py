@@ -33,6 +33,7 @@ from mambakit.ops.linear import cpu as matvec
 from mambakit.ops.linear.cpu import MOST_ROWS
 from mambakit.ops.linear.packed import PackedWeight
 from mambakit.ops.rms_norm import cpu as norm
+from mambakit.ops.selection_norm import cpu as selection_norm
 from mambakit.ops.selective_scan import cpu as scan
 
 
@@ -73,9 +74,10 @@ class DecodeStep:
         layers: the weights of every layer, in order.
         final_norm: (h,) float32.
         head: the output head (v, h).
-        eps: of every norm.
+        eps: of the norms of the residual stream.
         conv_states, ssm_states: (layers, b, d, k - 1) float32 or bfloat16 and (layers, b, d, n) float32, contiguous:
             read and written in place, so a cache's own tensors. They must not be moved while the step is in use.
+        mixer_eps: of the norms of dt, B and C (`mambakit.ops.selection_norm`); None: there are none.
 
     The large weights are read where they are; the number of threads is torch's when the step is made. Serves b from 1
     to 16.
@@ -93,6 +95,7 @@ class DecodeStep:
         eps: float,
         conv_states: Tensor,
         ssm_states: Tensor,
+        mixer_eps: float | None = None,
     ):
         b = ssm_states.shape[1]
         if not 1 <= b <= MOST_ROWS:
@@ -120,6 +123,7 @@ class DecodeStep:
             self._linear(normed, w.in_proj, w.in_proj_bias, xz)
             self._conv(xz[:, :d], w, conv_states[i], u)
             self._linear(u, w.x_proj, None, p)
+            self._selection_norm(p, w, mixer_eps)
             self._linear(p[:, :r], w.dt_proj, None, delta)
             self._scan(u, delta, p[:, r:], xz[:, d:], w, ssm_states[i], y)
             self._linear(y, w.out_proj, w.out_proj_bias, self._x)
@@ -157,6 +161,14 @@ class DecodeStep:
     def _linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> None:
         bias = self._program.hold(as_float32(bias))
         self._program.add("linear", matvec.arguments(x, weight, bias, y), matvec.KINDS[weight.format])
+
+    def _selection_norm(self, p: Tensor, w: PackedLayer, eps: float | None) -> None:
+        """dt, B and C are normalised in place, in the models that do."""
+        if eps is None:
+            return
+        weights = tuple(self._program.hold(as_float32(t)) for t in w.norms())
+        rank = w.dt_proj.in_features
+        self._program.add("selection_norm", selection_norm.in_place(p, rank, eps, weights), 0)
 
     def _conv(self, x: Tensor, w: PackedLayer, state: Tensor, u: Tensor) -> None:
         weight, bias = self._program.hold(as_float32(w.conv)), self._program.hold(as_float32(w.conv_bias))
@@ -197,18 +209,22 @@ def prepared(x: Tensor, conv_states: Tensor, ssm_states: Tensor, step: int, voca
     return found.run(x)
 
 
-def serves(x, conv_states, ssm_states, weights, formats, groups, eps) -> bool:
+def serves(x, conv_states, ssm_states, weights, formats, groups, eps, mixer_eps) -> bool:
     """What `DecodeStep` reads in place: it would copy small weights of another dtype, and not see them change."""
     if not 1 <= x.shape[0] <= MOST_ROWS or x.shape[0] != ssm_states.shape[1]:
         return False
     found = _recorded.get(ssm_states)
-    if found is not None and found.fits(conv_states, ssm_states, weights, (list(formats), list(groups), eps)):
+    if found is not None and found.fits(
+        conv_states, ssm_states, weights, (list(formats), list(groups), eps, mixer_eps)
+    ):
         return True
     if conv_states.dtype not in FLOAT32_OR_BFLOAT16 or ssm_states.dtype != torch.float32:
         return False
     if not (conv_states.is_contiguous() and ssm_states.is_contiguous() and all_plain(weights)):
         return False
-    model = PackedModel.from_flat(weights, formats, groups, eps)
+    if not set(formats) <= matvec.KINDS.keys():
+        return False
+    model = PackedModel.from_flat(weights, formats, groups, eps, mixer_eps)
     small = [model.final_norm, *(t for layer in model.layers for t in layer.small())]
     return 2 <= model.layers[0].conv.shape[1] <= 8 and all(
         t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in small
@@ -222,7 +238,7 @@ class _Recorded:
         model = PackedModel.from_flat(weights, *rest)
         # Aliases: the table below forgets the step when the caller's own tensor goes.
         states = conv_states.detach(), ssm_states.detach()
-        self.step = DecodeStep(model.layers, model.final_norm, model.head, model.eps, *states)
+        self.step = DecodeStep(model.layers, model.final_norm, model.head, model.eps, *states, model.mixer_eps)
         self._weights, self._addresses, self._rest = weights, self._of(conv_states, ssm_states, weights), rest
 
     def fits(self, conv_states: Tensor, ssm_states: Tensor, weights: list[Tensor | None], rest: tuple) -> bool:
@@ -238,9 +254,9 @@ class _Recorded:
 _recorded = WeakIdKeyDictionary()
 
 
-def decode(x, conv_states, ssm_states, weights, formats, groups, eps):
+def decode(x, conv_states, ssm_states, weights, formats, groups, eps, mixer_eps):
     """`mambakit::decode`."""
-    rest = (list(formats), list(groups), eps)
+    rest = (list(formats), list(groups), eps, mixer_eps)
     found = _recorded.get(ssm_states)
     if found is None or not found.fits(conv_states, ssm_states, weights, rest):
         found = _recorded[ssm_states] = _Recorded(conv_states, ssm_states, list(weights), rest)

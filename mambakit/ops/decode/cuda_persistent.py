@@ -1,4 +1,4 @@
-"""One token through a whole model in one persistent kernel: up to 8 rows of bfloat16, float16, int8 or int4 weights.
+"""One token through a whole model in one persistent kernel: up to 8 rows of bfloat16, float16, int8, int4 or fp8.
 
 `persistent.cu` says how it works and `persistent_plan.py` what it is compiled with. Like the scan it is CUDA C++
 compiled at run time, once for each shape of model and number of rows.
@@ -26,7 +26,9 @@ PARTS = (
     "stream", "in_proj", "conv", "x_proj", "sums exchange", "dt_proj", "state", "y exchange", "out_proj", "sum", "head",
 )  # fmt: skip
 # What the kernel reads and writes: weights, packed ones, scales and states, tokens and sums.
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.int16, torch.int32, torch.int64)
+_DTYPES = (
+    torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64,
+)  # fmt: skip
 _POINTERS = (
     "layers embeddings final_norm head head_scales conv_states ssm_states tokens position history logits stream squares"
     " y sums best counter slot"
@@ -42,6 +44,7 @@ class Params(ctypes.Structure):
         ("capacity", ctypes.c_int64),
         ("choose", ctypes.c_int64),
         ("cycles", ctypes.c_void_p),
+        ("mixer_eps_bits", ctypes.c_int64),
     ]
 
 
@@ -127,7 +130,8 @@ class PersistentStep:
         self.history = buffer(rows, max(1, capacity), dtype=torch.int64)
         self.logits = buffer(rows, v)
         self.cycles = buffer(len(PARTS), dtype=torch.int32)
-        fields = [_layer_fields(w, weights.final_norm.dtype) for w in weights.layers]
+        weighted = macros["NORMS"] == 2
+        fields = [_layer_fields(w, weights.final_norm.dtype, weighted) for w in weights.layers]
         table = [[self._address(t, device) for t in layer] for layer in fields]
         head, head_scales = tensors_of(weights.head)
         # Shapes are explained in persistent.cu.
@@ -144,7 +148,7 @@ class PersistentStep:
         self._kept = [t for layer in fields for t in layer] + list(tensors.values())
         self._params = Params(
             **{name: self._address(t, device) for name, t in tensors.items()},
-            eps_bits=struct.unpack("I", struct.pack("f", weights.eps))[0], capacity=self.history.shape[1],
+            eps_bits=_bits(weights.eps), capacity=self.history.shape[1], mixer_eps_bits=_bits(weights.mixer_eps or 0.0),
         )  # fmt: skip
         self._plan, self._device = plan, device
         self._kernel = _kernel(tuple(macros.items()), device.index)
@@ -161,11 +165,18 @@ class PersistentStep:
         return nvrtc.address(t, _DTYPES, -1 if device.type == "cpu" else device.index)
 
 
-def _layer_fields(w: LayerWeights, dtype: torch.dtype) -> list[Tensor | None]:
-    """A layer's tensors in the order of the enum in persistent.cu."""
+def _bits(x: float) -> int:
+    """Of a float32."""
+    (bits,) = struct.unpack("I", struct.pack("f", x))
+    return int(bits)
+
+
+def _layer_fields(w: LayerWeights, dtype: torch.dtype, weighted: bool) -> list[Tensor | None]:
+    """A layer's tensors in the order of the enum in persistent.cu; ``weighted``: with the weights of dt's, B's and C's
+    norms."""
     # x_proj is small, and read by columns: a packed one is widened once.
     x_proj = w.x_proj if isinstance(w.x_proj, Tensor) else w.x_proj.dequantized().to(dtype).contiguous()
     return [
         w.norm, *tensors_of(w.in_proj), w.in_proj_bias, w.conv, w.conv_bias, x_proj, w.dt_proj, w.dt_bias, w.A_log, w.D,
-        *tensors_of(w.out_proj), w.out_proj_bias,
+        *tensors_of(w.out_proj), w.out_proj_bias, *(w.norms() if weighted else ()),
     ]  # fmt: skip

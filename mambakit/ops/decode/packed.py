@@ -11,7 +11,8 @@ from mambakit.ops.linear.packed import PackedWeight
 from mambakit.ops.linear.schema import packed_of, parts_of
 
 _PARTS = 5  # tensors of a packed weight in a schema
-_LAYER = 4 * _PARTS + 8
+_SMALL = 11  # tensors of a layer that are not packed
+_LAYER = 4 * _PARTS + _SMALL
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,13 @@ class PackedLayer:
     D: Tensor  # (d,)
     out_proj: PackedWeight  # (h, d)
     out_proj_bias: Tensor | None
+    # Weights of the norms of dt, B and C: (r,), (n,), (n,), all three or none.
+    dt_norm: Tensor | None = None
+    B_norm: Tensor | None = None
+    C_norm: Tensor | None = None
+
+    def norms(self) -> tuple[Tensor | None, ...]:
+        return self.dt_norm, self.B_norm, self.C_norm
 
     def large(self) -> tuple[PackedWeight, ...]:
         return self.in_proj, self.x_proj, self.dt_proj, self.out_proj
@@ -37,6 +45,7 @@ class PackedLayer:
     def small(self) -> tuple[Tensor | None, ...]:
         return (
             self.norm, self.in_proj_bias, self.conv, self.conv_bias, self.dt_bias, self.A, self.D, self.out_proj_bias,
+            *self.norms(),
         )  # fmt: skip
 
 
@@ -47,10 +56,11 @@ class PackedModel:
     layers: list[PackedLayer]
     final_norm: Tensor  # (h,)
     head: PackedWeight  # (v, h)
-    eps: float  # of every norm
+    eps: float  # of the norms of the residual stream
+    mixer_eps: float | None = None  # of the norms of dt, B and C; None: there are none
 
-    def flat(self) -> tuple[list[Tensor | None], list[str], list[int], float]:
-        """``weights``, ``formats``, ``groups`` and ``eps`` of `mambakit::decode`."""
+    def flat(self) -> tuple[list[Tensor | None], list[str], list[int], float, float | None]:
+        """``weights``, ``formats``, ``groups``, ``eps`` and ``mixer_eps`` of `mambakit::decode`."""
         weights: list[Tensor | None] = []
         for layer in self.layers:
             weights += layer.small()
@@ -58,12 +68,13 @@ class PackedModel:
                 weights += parts_of(weight)
         weights += [self.final_norm, *parts_of(self.head)]
         packed = [*(w for layer in self.layers for w in layer.large()), self.head]
-        return weights, [w.format for w in packed], [w.group for w in packed], self.eps
+        return weights, [w.format for w in packed], [w.group for w in packed], self.eps, self.mixer_eps
 
     @classmethod
     def from_flat(
-        cls, weights: Sequence[Tensor | None], formats: Sequence[str], groups: Sequence[int], eps: float
-    ) -> PackedModel:
+        cls, weights: Sequence[Tensor | None], formats: Sequence[str], groups: Sequence[int], eps: float,
+        mixer_eps: float | None,
+    ) -> PackedModel:  # fmt: skip
         """Back from `flat`.
 
         Raises:
@@ -84,30 +95,21 @@ class PackedModel:
 
         layers = []
         for at in range(0, count * _LAYER, _LAYER):
-            norm, in_proj_bias, conv, conv_bias, dt_bias, A, D, out_proj_bias = weights[at : at + 8]
+            norm, in_proj_bias, conv, conv_bias, dt_bias, A, D, out_proj_bias, *norms = weights[at : at + _SMALL]
             if norm is None or conv is None or A is None or D is None:
                 raise ValueError("decode: a layer without norm, conv, A or D; only biases may be absent")
             (d, n), h = A.shape, norm.shape[0]
-            in_proj, x_proj = packed(at + 8, h), packed(at + 8 + _PARTS, d)
-            dt_proj = packed(at + 8 + 2 * _PARTS, x_proj.out_features - 2 * n)
-            out_proj = packed(at + 8 + 3 * _PARTS, d)
+            at_large = at + _SMALL
+            in_proj, x_proj = packed(at_large, h), packed(at_large + _PARTS, d)
+            dt_proj = packed(at_large + 2 * _PARTS, x_proj.out_features - 2 * n)
+            out_proj = packed(at_large + 3 * _PARTS, d)
             layers.append(
                 PackedLayer(
-                    norm,
-                    in_proj,
-                    in_proj_bias,
-                    conv,
-                    conv_bias,
-                    x_proj,
-                    dt_proj,
-                    dt_bias,
-                    A,
-                    D,
-                    out_proj,
-                    out_proj_bias,
+                    norm, in_proj, in_proj_bias, conv, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj,
+                    out_proj_bias, *norms,
                 )
-            )
+            )  # fmt: skip
         final_norm = weights[count * _LAYER]
         if final_norm is None:
             raise ValueError("decode: a model without its final norm; only biases may be absent")
-        return cls(layers, final_norm, packed(count * _LAYER + 1, final_norm.shape[0]), eps)
+        return cls(layers, final_norm, packed(count * _LAYER + 1, final_norm.shape[0]), eps, mixer_eps)

@@ -3,11 +3,13 @@
 //
 //   DTYPE 1 bfloat16, 2 float16: weights and activations
 //   BITS 0: the large weights too; 8 or 4: packed integers, one scale per GROUP columns
+//   FLOAT8 1: the 8 bits are e4m3, one scale per row
 //   ROWS 1 to 8: sequences of the batch. H, D, RANK, WIDTH, VOCABULARY, LAYERS: the model's; the state size is 16
 //   GRID: CTAs, one per SM. WARPS, 4 to 16: compute warps of a CTA; one more is the producer warp
 //   VERIFY 1: draft verification. The ROWS are the next tokens of one sequence. The state before them is in `slot`, one
 //     of ROWS + 1; the state after each of them goes into the following slots, cyclically, so that accepting some
 //     tokens is naming another slot
+//   NORMS of dt, B and C: 0 none, 1 without weights (FalconMamba), 2 with weights (Jamba)
 //   SCAN_FLOAT 1: A_log, D and dt_proj's bias are float32. CONV_FLOAT 1: the convolution's windows are
 //   STAGES of each warp's ring of weight tiles, of STAGE_BYTES; the last DEFER of a phase are refilled one by one, PACE
 //     cycles apart. BUFFERS, 1 or 2, of small weights
@@ -18,7 +20,8 @@
 //
 //   first    from the whole residual stream, each CTA computes x and z of its channels (in_proj), convolves, and adds
 //            its channels' contribution to x_proj to a sum over all CTAs
-//   second   dt_proj, the state update and the gate of its channels: y
+//   second   the norms of dt, B and C where the model has them; dt_proj, the state update and the gate of its channels:
+//            y
 //   third    from the whole y, out_proj's rows of the residual stream
 //
 // The grid exchange needs no fences: values are their own flags. A location that will receive a value holds SENTINEL, a
@@ -60,10 +63,11 @@ constexpr int C_TILES = (CHANNELS + 15) / 16, S_TILES = (STREAM + 15) / 16, L_TI
 constexpr int ROUNDS = (L_TILES + WARPS - 1) / WARPS, LAST_TILES = L_TILES - (ROUNDS - 1) * WARPS;  // of the head
 constexpr int STATE_SLOTS = VERIFY ? ROWS + 1 : ROWS;  // of a layer
 constexpr int RUNS = 4 + 2 * ROUNDS + 1;  // of a warp, two per phase: a layer's, the head's, and an endless one
-constexpr int FIELDS = 14;
+constexpr int FIELDS = NORMS == 2 ? 17 : 14;
 constexpr int SLICES = 8;  // of a token's embedding, each summed by a warp
 enum {
-    NORM, IN, IN_SCALES, IN_BIAS, CONV, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_LOG, SKIP, OUT, OUT_SCALES, OUT_BIAS
+    NORM, IN, IN_SCALES, IN_BIAS, CONV, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_LOG, SKIP, OUT, OUT_SCALES, OUT_BIAS,
+    DT_NORM, B_NORM, C_NORM  // with weights only
 };
 constexpr int A_BYTES = SCAN_FLOAT ? 4 : 2;
 constexpr int COPIES = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;  // of x_proj's sums: fewer CTAs add to one address
@@ -100,6 +104,7 @@ struct Params {  // cuda_persistent.py mirrors it
     i64 capacity;     // of history, in tokens
     i64 choose;       // 1: the most probable token becomes the next step's
     u32* cycles;      // (PARTS,) of one CTA, summed over the layers; with CLOCK
+    i64 mixer_eps_bits;  // of a float: of the norms of dt, B and C
 };
 
 // With CLOCK: cycles of CTA CLOCK's first thread, by what it did before each mark.
@@ -212,7 +217,7 @@ struct Ring {
         const int bytes = wide ? D_BYTES : H_BYTES;
         tiles_left = run.k_tiles, rows_left = run.rows - lane / 8, four_rows = 4 * bytes;
         next = (const char*)fields[run.field] + (size_t)(run.row + lane / 8) * bytes + run.begin * 128 + lane % 8 * 16;
-        if constexpr (BITS != 0) {
+        if constexpr (BITS != 0 && !FLOAT8) {
             const int groups = (wide ? D : H) / (GROUP ? GROUP : 1);
             scales = lane < 16 && lane < run.rows
                          ? (const float*)fields[run.field + 1] + (size_t)(run.row + lane) * groups + run.begin * SCALES
@@ -232,7 +237,7 @@ struct Ring {
         for (int i = 0; i < 4; i++)
             if (rows_left > 4 * i) copy_async<16>(at + i * 512, next + (i64)i * four_rows);
         next += 128;
-        if constexpr (BITS != 0)
+        if constexpr (BITS != 0 && !FLOAT8)
             if (scales != nullptr) {
                 char* row = fill + 2048 + lane * 32;
                 copy_async<(SCALES > 4 ? 16 : SCALES * 4)>(row, scales);
@@ -275,6 +280,8 @@ struct Ring {
                 const uint4 b = *(const uint4*)(columns + t * 16);
                 mma(total, a[half].x, c[half].x, a[half].y, c[half].y, b.x, b.y);
                 mma(total, a[half].z, c[half].z, a[half].w, c[half].w, b.z, b.w);
+            } else if constexpr (FLOAT8) {
+                mma_float8(total, a[half], c[half], columns);
             } else {
                 const float* low_scale = (const float*)(stage + 2048 + g * 32) + half * (K_TILE / 2) / GROUP;
                 mma_integers(total, a[half], c[half], columns, low_scale, low_scale + 64);
@@ -282,6 +289,18 @@ struct Ring {
         }
         __syncwarp();  // the stage is free
         stage = stage + STAGE_BYTES == end ? begin : stage + STAGE_BYTES;
+    }
+    // The same of 64 bytes of e4m3, without the scales of the rows.
+    DEVICE void mma_float8(float (&total)[4], const uint4& a, const uint4& c, const char* x) {
+        const u32 as[4] = {a.x, a.y, a.z, a.w}, cs[4] = {c.x, c.y, c.z, c.w};
+#pragma unroll
+        for (int i = 0; i < 2; i++) {  // 8 columns of this lane, from 16 t + 8 i on
+            const uint4 b = *(const uint4*)(x + t * 32 + i * 16);
+            mma(total, unpack_e4m3(as[i * 2], 0), unpack_e4m3(cs[i * 2], 0), unpack_e4m3(as[i * 2], 1),
+                unpack_e4m3(cs[i * 2], 1), b.x, b.y);
+            mma(total, unpack_e4m3(as[i * 2 + 1], 0), unpack_e4m3(cs[i * 2 + 1], 0), unpack_e4m3(as[i * 2 + 1], 1),
+                unpack_e4m3(cs[i * 2 + 1], 1), b.z, b.w);
+        }
     }
     // The same of 64 bytes of packed integers.
     DEVICE void mma_integers(
@@ -510,7 +529,51 @@ DEVICE void prefetch_small(const i64* fields, char* small, int first, int count,
     const char* a = (const char*)fields[A_LOG] + (size_t)first * N * A_BYTES;
 #pragma unroll 2
     for (int i = lane; i < count * N * A_BYTES / 16; i += 32) copy_async<16>(small + SMALL_A + i * 16, a + i * 16);
+    if constexpr (NORMS == 2) {  // side by side, as dt, B and C are
+        constexpr int OF_DT = RANK / 8, OF_B = N / 8;
+        for (int i = lane; i < R / 8; i += 32) {
+            const int part = i < OF_DT ? DT_NORM : i < OF_DT + OF_B ? B_NORM : C_NORM;
+            const int at = i < OF_DT ? i : (i - OF_DT) % OF_B;
+            copy_async<16>(small + SMALL_NORM + i * 16, (const E*)fields[part] + at * 8);
+        }
+    }
     commit_group();
+}
+
+// The norms of dt, B and C in place; by the compute warps, a warp for a sequence's dt or for its B and C.
+DEVICE void normalise_selection(const Params& p, const char* small, E* dt, float* bc, int warp, int lane) {
+    const E* weight = (const E*)(small + (NORMS == 2 ? SMALL_NORM : 0));
+    const float eps = __uint_as_float((u32)p.mixer_eps_bits);
+#pragma unroll 1
+    for (int task = warp; task < 2 * ROWS; task += WARPS) {
+        const int b = task / 2;
+        if (task % 2 == 0) {
+            constexpr int EACH = (RANK + 31) / 32;
+            E* row = dt + b * DT_ROW;
+            float x[EACH], sum = 0.f;
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const int r = lane + i * 32;
+                x[i] = r < RANK ? from_half(row[r]) : 0.f;
+                sum += x[i] * x[i];
+            }
+            const float inverse = rsqrtf(warp_sum(sum) * (1.f / RANK) + eps);
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const int r = lane + i * 32;
+                if (r >= RANK) continue;
+                row[r] = (E)to_half_pair(x[i] * inverse * (NORMS == 2 ? from_half(weight[r]) : 1.f), 0.f);
+            }
+        } else {  // B by the first 16 lanes, C by the others
+            float* row = bc + b * 2 * N;
+            const float x = row[lane];
+            float sum = x * x;
+#pragma unroll
+            for (int step = N / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+            const float inverse = rsqrtf(sum * (1.f / N) + eps);
+            row[lane] = rounded(x * inverse * (NORMS == 2 ? from_half(weight[RANK + lane]) : 1.f));
+        }
+    }
 }
 
 // Resets the CTA's locations of one exchanged stream and of one y; one warp.
@@ -589,11 +652,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         // (sequence, channel) pairs of each thread
         constexpr int CONV_ITEMS = (ROWS * CHANNELS + COMPUTE_THREADS - 1) / COMPUTE_THREADS;
         float taps[CONV_ITEMS][WIDTH], window[CONV_ITEMS][WIDTH - 1];
-        float conv_bias[CONV_ITEMS], x_bias[CONV_ITEMS], z_bias[CONV_ITEMS];
+        float conv_bias[CONV_ITEMS], x_bias[CONV_ITEMS], z_bias[CONV_ITEMS], x_scale[CONV_ITEMS], z_scale[CONV_ITEMS];
 #pragma unroll
         for (int i = 0; i < CONV_ITEMS; i++) {
             const int item = tid + i * COMPUTE_THREADS, seq = item / CHANNELS, c = item % CHANNELS;
-            conv_bias[i] = x_bias[i] = z_bias[i] = 0.f;
+            conv_bias[i] = x_bias[i] = z_bias[i] = 0.f, x_scale[i] = z_scale[i] = 1.f;
             if (!computes || seq >= ROWS || c >= count) continue;
             const size_t place = ((size_t)(layer * STATE_SLOTS + (VERIFY ? from : seq)) * D + first + c) * (WIDTH - 1);
 #pragma unroll
@@ -604,6 +667,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                 if (past < WIDTH - 1)
                     window[i][j] = CONV_FLOAT ? ((const float*)p.conv_states)[place + past]
                                               : from_half(((const E*)p.conv_states)[place + past]);
+            }
+            if constexpr (FLOAT8) {
+                x_scale[i] = ((const float*)fields[IN_SCALES])[first + c];
+                z_scale[i] = ((const float*)fields[IN_SCALES])[D + first + c];
             }
             if (fields[CONV_BIAS]) conv_bias[i] = from_half(((const E*)fields[CONV_BIAS])[first + c]);
             if (fields[IN_BIAS]) {
@@ -657,7 +724,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                 const int item = tid + i * COMPUTE_THREADS, seq = item / CHANNELS, c = item % CHANNELS;
                 if (!computes || seq >= ROWS || c >= count) continue;
                 delta[c * 8 + seq] = rounded(
-                    sum_over_warps<2 * C_TILES, H_K_TILES>(part, c / 16, c % 16, seq) * rescale[seq] + x_bias[i]);
+                    sum_over_warps<2 * C_TILES, H_K_TILES>(part, c / 16, c % 16, seq) * (rescale[seq] * x_scale[i]) +
+                    x_bias[i]);
             }
             __syncthreads();
         }
@@ -674,10 +742,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                     if (seq + j >= WIDTH - 1) window[i][j] = delta[c * 8 + seq + j - (WIDTH - 1)];
             const float x = VERIFY ? delta[c * 8 + seq]
                                    : rounded(
-                                         sum_over_warps<2 * C_TILES, H_K_TILES>(part, tile, row, seq) * rescale[seq] +
+                                         sum_over_warps<2 * C_TILES, H_K_TILES>(part, tile, row, seq) *
+                                             (rescale[seq] * x_scale[i]) +
                                          x_bias[i]);
             z[seq * CHANNELS + c] = rounded(
-                sum_over_warps<2 * C_TILES, H_K_TILES>(part, tile + C_TILES, row, seq) * rescale[seq] + z_bias[i]);
+                sum_over_warps<2 * C_TILES, H_K_TILES>(part, tile + C_TILES, row, seq) * (rescale[seq] * z_scale[i]) +
+                z_bias[i]);
             float sum = x * taps[i][WIDTH - 1] + conv_bias[i];
 #pragma unroll
             for (int j = 0; j < WIDTH - 1; j++) {
@@ -777,6 +847,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         }
         __syncthreads();
         watch.mark(TIME_SUMS_EXCHANGE);
+        if constexpr (NORMS != 0) {
+            if (computes) normalise_selection(p, small, dt, bc, warp, lane);
+            __syncthreads();
+        }
         if (warp < C_TILES) {
             float total[4] = {};
             const E* weight = (const E*)(small + SMALL_DT) + (warp * 16 + ring.g) * RANK + ring.t * 4;
@@ -840,12 +914,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         const bool last = layer + 1 == LAYERS;
         const u32 next = last ? head_stream : ~layer & 1;
         constexpr int ROUNDS_OF_LANES = (STREAM + 31) / 32;
-        float next_norm[ROUNDS_OF_LANES], out_bias[ROUNDS_OF_LANES];
+        float next_norm[ROUNDS_OF_LANES], out_bias[ROUNDS_OF_LANES], out_scale[ROUNDS_OF_LANES];
 #pragma unroll
         for (int i = 0; i < ROUNDS_OF_LANES; i++) {
             const int r = lane + i * 32;
-            next_norm[i] = out_bias[i] = 0.f;
+            next_norm[i] = out_bias[i] = 0.f, out_scale[i] = 1.f;
             if (r >= stream_count) continue;
+            if constexpr (FLOAT8) out_scale[i] = ((const float*)fields[OUT_SCALES])[stream + r];
             next_norm[i] = from_half((last ? p.final_norm : (const E*)fields[FIELDS + NORM])[stream + r]);
             if (fields[OUT_BIAS]) out_bias[i] = from_half(((const E*)fields[OUT_BIAS])[stream + r]);
         }
@@ -871,7 +946,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
             for (int i = 0; i < ROUNDS_OF_LANES; i++) {
                 const int r = lane + i * 32;
                 if (r >= stream_count) continue;
-                float v = sum_over_warps<S_TILES, D_K_TILES>(part, r / 16, r % 16, b) + out_bias[i];
+                float v = sum_over_warps<S_TILES, D_K_TILES>(part, r / 16, r % 16, b) * out_scale[i] + out_bias[i];
                 v = residual[b * STREAM + r] += rounded(v);
                 v *= inv_rms[b];
                 store_relaxed(p.stream + (next * ROWS + b) * H + stream + r, (E)to_half_pair(v * next_norm[i], 0.f));
@@ -912,7 +987,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                 const int b = i / (WARPS * 16), row = i % (WARPS * 16), logit = round * WARPS * 16 + row;
                 u64 key = 0;
                 if (logit < logit_count) {
-                    const float v = rounded(rescale[b] * (
+                    const float scale = FLOAT8 ? p.head_scales[first_logit + logit] : 1.f;
+                    const float v = rounded(rescale[b] * scale * (
                         last ? sum_over_warps<LAST_TILES, H_K_TILES>(part, row / 16, row % 16, b)
                              : sum_over_warps<WARPS, H_K_TILES>(part, row / 16, row % 16, b)));
                     p.logits[(size_t)b * VOCABULARY + first_logit + logit] = v;

@@ -15,7 +15,7 @@ from mambakit.ops.decode.weights import ModelWeights, shape_of, tensors_of
 
 MOST_ROWS = 8
 STATE_SIZE = 16
-_FIELDS, _SLICES = 14, 8  # FIELDS and SLICES of persistent.cu
+_FIELDS, _SLICES = (14, 14, 17), 8  # FIELDS by NORMS and SLICES of persistent.cu
 _DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 _K_TILE = {0: 64, 8: 128, 4: 256}  # columns of a weight tile, by BITS
 
@@ -45,8 +45,9 @@ def _lines(size: int) -> int:
 
 
 def _shared_memory(
-    grid: int, rows: int, h: int, d: int, v: int, rank: int, layers: int, scan_bytes: int, buffers: int, warps: int
-) -> dict[str, int]:
+    grid: int, rows: int, h: int, d: int, v: int, rank: int, layers: int, scan_bytes: int, buffers: int, warps: int,
+    norms: int,
+) -> dict[str, int]:  # fmt: skip
     """Offsets and strides of the shared memory: AT_RING, the last offset, is the size of all but the ring."""
     channels, stream, logits = (-(-size // grid) for size in (d, h, v))
     runs = 4 + 2 * -(-logits // (16 * warps)) + 1
@@ -57,12 +58,14 @@ def _shared_memory(
         "ACT_ROW": max(h, d) * 2 + 64, "X_COLUMNS": x_columns, "X_ROW": x_columns * 2 + 16,  # bytes, columns, bytes
         "U_ROW": x_columns + 8, "DT_ROW": rank + 8,  # elements
     }  # fmt: skip
-    # Small weights: x_proj's columns, then dt_proj's rows and A_log's of the CTA's channels.
+    # Small weights: x_proj's columns, then dt_proj's rows and A_log's of the CTA's channels, then those of the norms of
+    # dt, B and C.
     macros["SMALL_DT"] = _lines(r * macros["X_ROW"])
     macros["SMALL_A"] = macros["SMALL_DT"] + _lines(padded * rank * 2)
-    macros["SMALL"] = macros["SMALL_A"] + _lines(channels * STATE_SIZE * scan_bytes)
+    macros["SMALL_NORM"] = macros["SMALL_A"] + _lines(channels * STATE_SIZE * scan_bytes)
+    macros["SMALL"] = macros["SMALL_NORM"] + (_lines(r * 2) if norms == 2 else 0)
     sections = {
-        "TABLE": (layers + 1) * _FIELDS * 8,  # addresses of weights
+        "TABLE": (layers + 1) * _FIELDS[norms] * 8,  # addresses of weights
         "RUNS": warps * runs * 32,
         "ACT": rows * macros["ACT_ROW"],  # the input of a product
         "PART": warps * 2 * 16 * 8 * 4,  # sums of two row tiles for each warp
@@ -100,7 +103,7 @@ def _queue(bits: int, rows: int, k_tiles: int) -> tuple[int, int, int]:
 def _unsupported_tensors(weights: ModelWeights, dtype: torch.dtype, scan_dtype: torch.dtype) -> str | None:
     """Why the kernel cannot read these tensors, or None."""
     for w in weights.layers:
-        plain = [w.norm, w.conv, w.dt_proj, w.in_proj_bias, w.conv_bias, w.out_proj_bias]
+        plain = [w.norm, w.conv, w.dt_proj, w.in_proj_bias, w.conv_bias, w.out_proj_bias, *w.norms()]
         large = [t for t in (w.in_proj, w.x_proj, w.out_proj) if isinstance(t, Tensor)]
         scan = [w.A_log, w.D, w.dt_bias]
         same = all(t is None or t.dtype == dtype for t in (*plain, *large)) and all(t.dtype == scan_dtype for t in scan)
@@ -108,7 +111,9 @@ def _unsupported_tensors(weights: ModelWeights, dtype: torch.dtype, scan_dtype: 
         if not same or not all_plain(every) or any(t is not None and not t.is_contiguous() for t in every):
             return "layers of other dtypes, or weights that are no plain contiguous tensors"
         if any(
-            t.data_ptr() % 16 for t in (w.in_proj, w.x_proj, w.out_proj, w.dt_proj, w.A_log) if isinstance(t, Tensor)
+            t.data_ptr() % 16
+            for t in (w.in_proj, w.x_proj, w.out_proj, w.dt_proj, w.A_log, *w.norms())
+            if isinstance(t, Tensor)
         ):
             return "weights that are not aligned to 16 bytes"
     ends = [weights.embeddings, weights.final_norm, *tensors_of(weights.head)]
@@ -139,7 +144,9 @@ def plan_of(
     layers, dtype = weights.layers, weights.final_norm.dtype
     if not layers:
         return "no layers"
-    bits, group = weights.kind or (0, 0)
+    (bits, group), norms = weights.kind or (0, 0), weights.norms
+    if float8 := bits == 1:
+        bits, group = 8, 128  # tiles as int8's; the group is not read
     first = layers[0]
     (v, h), (_, d) = shape_of(weights.head), shape_of(first.x_proj)
     rank, n, width = first.dt_proj.shape[1], first.A_log.shape[1], first.conv.shape[1]
@@ -166,9 +173,9 @@ def plan_of(
     if unsupported is not None:
         return unsupported
     most, at_once, pace = queue or _queue(bits, rows, (2 * c_tiles * h + s_tiles * d) // k_tile // warps)
-    stage_bytes = 2048 + (512 if bits else 0)  # 16 rows of 128 bytes, and of 32 bytes of scales
+    stage_bytes = 2048 + (512 if bits and not float8 else 0)  # 16 rows of 128 bytes, and of 32 bytes of scales
     for buffers in (2, 1):
-        memory = _shared_memory(grid, rows, h, d, v, rank, len(layers), first.A_log.itemsize, buffers, warps)
+        memory = _shared_memory(grid, rows, h, d, v, rank, len(layers), first.A_log.itemsize, buffers, warps, norms)
         fixed = memory["AT_RING"]
         stages = min(most, (shared - fixed) // (warps * stage_bytes))
         if stages >= 2:
@@ -176,9 +183,11 @@ def plan_of(
     if stages < 1:
         return f"{fixed} bytes of shared memory beside the weights' ring, of {shared}"
     return PersistentPlan({
-        "WARPS": warps, "DTYPE": _DTYPES[dtype], "BITS": bits, "GROUP": group, "ROWS": rows, "GRID": grid, "H": h,
+        "WARPS": warps, "DTYPE": _DTYPES[dtype], "BITS": bits, "GROUP": group,
+        "FLOAT8": int(float8), "ROWS": rows, "GRID": grid, "H": h,
         "D": d, "RANK": rank, "WIDTH": width, "VOCABULARY": v, "LAYERS": len(layers),
         "SCAN_FLOAT": int(scan_dtype == torch.float32), "CONV_FLOAT": int(conv_dtype == torch.float32),
-        "VERIFY": int(verify), "STAGES": stages, "STAGE_BYTES": stage_bytes, "DEFER": max(0, stages - at_once),
-        "PACE": pace, "BUFFERS": buffers, "SHARED": fixed + warps * stages * stage_bytes, **memory,
+        "VERIFY": int(verify), "NORMS": norms, "STAGES": stages, "STAGE_BYTES": stage_bytes,
+        "DEFER": max(0, stages - at_once), "PACE": pace, "BUFFERS": buffers,
+        "SHARED": fixed + warps * stages * stage_bytes, **memory,
     })  # fmt: skip

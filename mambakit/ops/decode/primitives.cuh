@@ -64,6 +64,19 @@ DEVICE u32 unpack_int4(u32 word) {
 #endif
     return y;
 }
+// Bytes 2 h and 2 h + 1 of a word, e4m3, as two numbers of the dtype: shifted into place, times a power of two.
+DEVICE u32 unpack_e4m3(u32 word, int h) {
+    const u32 p = __byte_perm(word, 0, h ? 0x3424 : 0x1404);  // in the upper byte of each half
+    u32 y;
+#if DTYPE == 1
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+        : "=r"(y) : "r"((p & 0x7f007f00u) >> 4 | (p & 0x80008000u)), "r"(0x7b807b80u), "r"(0x80008000u));
+#else
+    asm("fma.rn.f16x2 %0, %1, %2, %3;"
+        : "=r"(y) : "r"((p & 0x7f007f00u) >> 1 | (p & 0x80008000u)), "r"(0x5c005c00u), "r"(0x80008000u));
+#endif
+    return y;
+}
 DEVICE float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float fast_divide(float x, float y) { return __fdividef(x, y); }  // 2 units in the last place; y below 2^126
 

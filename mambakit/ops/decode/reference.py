@@ -7,10 +7,11 @@ import torch
 from mambakit.ops.causal_conv1d.reference import causal_conv1d
 from mambakit.ops.linear.reference import linear
 from mambakit.ops.rms_norm.reference import rms_norm
+from mambakit.ops.selection_norm.reference import selection_norm
 from mambakit.ops.selective_scan.reference import selective_scan
 
 
-def decode(x, layers, final_norm, head, eps, conv_states, ssm_states, *, x_in_16_bits=False):
+def decode(x, layers, final_norm, head, eps, conv_states, ssm_states, mixer_eps=None, *, x_in_16_bits=False):
     """(logits (b, v), conv_states (layers, b, d, k - 1), ssm_states (layers, b, d, n)), float64.
 
     The block of Gu & Dao 2023 (arXiv 2312.00752, figure 3) with its selection (algorithm 2), in a residual stream that
@@ -28,7 +29,10 @@ def decode(x, layers, final_norm, head, eps, conv_states, ssm_states, *, x_in_16
         u, conv_state = causal_conv1d(u[:, None], w.conv, w.conv_bias, "silu", conv_state)
         u = u[:, 0]
         r, n = w.dt_proj.in_features, w.A.shape[1]
-        dt, B, C = linear(u, w.x_proj, **options).split([r, n, n], -1)  # algorithm 2, lines 2 and 3
+        selected = linear(u, w.x_proj, **options)  # algorithm 2, lines 2 and 3
+        if mixer_eps is not None:  # FalconMamba's and Jamba's norms
+            selected = selection_norm(selected, r, mixer_eps, *w.norms())
+        dt, B, C = selected.split([r, n, n], -1)
         delta = linear(dt, w.dt_proj, **options)  # line 4
         y, ssm_state = selective_scan(
             u[:, None], delta[:, None], w.A, B[:, None], C[:, None], w.D, z[:, None], w.dt_bias, True, ssm_state

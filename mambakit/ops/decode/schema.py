@@ -15,7 +15,7 @@ from mambakit.ops.decode import chunked, cpu
 _STATES = "Tensor x, Tensor(a!) conv_states, Tensor(b!) ssm_states"
 
 
-def _fake(x, conv_states, ssm_states, weights, formats, groups, eps):
+def _fake(x, conv_states, ssm_states, weights, formats, groups, eps, mixer_eps):
     head = weights[-5]  # the first of a packed weight's five tensors has its rows
     return x.new_empty((x.shape[0], head.shape[0]), dtype=torch.float32)
 
@@ -30,7 +30,11 @@ def _not_prepared(x, *_):
     )
 
 
-define(f"decode({_STATES}, Tensor?[] weights, str[] formats, int[] groups, float eps) -> Tensor", chunked.decode, _fake)
+define(
+    f"decode({_STATES}, Tensor?[] weights, str[] formats, int[] groups, float eps, float? mixer_eps) -> Tensor",
+    chunked.decode,
+    _fake,
+)
 define(f"decode.prepared({_STATES}, int step, int vocabulary) -> Tensor", _not_prepared, _prepared_fake)
 implement_on_cpu("decode", cpu.decode, cpu.serves)
 implement_on_cpu("decode.prepared", cpu.prepared, lambda *_: True)

@@ -3,10 +3,10 @@ CUDA graph.
 
 It serves what the persistent kernel does not (float32, other state sizes). A step is bound by reading the weights, and
 memory idles between kernels: so each kernel is fused with its neighbours' small work. `in_proj_kernel` normalises the
-residual stream as it reads it, convolves, and shifts the window; `scan_kernel` computes the step sizes (dt_proj),
-updates the state and applies the gate; `out_proj_kernel` adds to the residual stream; `head_kernel` leaves each
-program's best token for `triton_tokens.py` to choose from. Activations are rounded to the weights' dtype where the
-model's forward rounds them; sums and the residual stream are float32.
+residual stream as it reads it, convolves, and shifts the window; `scan_kernel` normalises dt, B and C where the model
+does, computes the step sizes (dt_proj), updates the state and applies the gate; `out_proj_kernel` adds to the residual
+stream; `head_kernel` leaves each program's best token for `triton_tokens.py` to choose from. Activations are rounded to
+the weights' dtype where the model's forward rounds them; sums and the residual stream are float32.
 
 A row's bits do not depend on the other rows as long as the number of rows that the step was made for is the same.
 """
@@ -76,7 +76,7 @@ class FewRowsStep:
         if not 1 <= rows <= MOST_ROWS:
             raise ValueError(f"FewRowsStep: {rows} rows; it serves 1 to {MOST_ROWS}, split larger batches")
         check_states(conv_states, ssm_states)
-        self._kind = weights.kind
+        self._kind, self._norms, self._mixer_eps = weights.kind, weights.norms, weights.mixer_eps or 0.0
         self.layers, self.embeddings, self.final_norm = weights.layers, weights.embeddings, weights.final_norm
         self.head, self.eps = weights.head, weights.eps
         self.conv_states, self.ssm_states, self.rows = conv_states, ssm_states, rows
@@ -137,9 +137,10 @@ class FewRowsStep:
         )  # fmt: skip
         channels = 16
         kernels.scan_kernel[(triton.cdiv(d, channels), rows)](
-            self._sums, w.dt_proj, w.dt_bias, w.A_log, w.D, self._u, self._z, state, self._y, rows,
-            r, d, rank, n, BD=channels, BR=triton.next_power_of_2(rank), BS=triton.next_power_of_2(n), num_warps=2,
-            **ALIKE,
+            self._sums, w.dt_proj, w.dt_bias, w.A_log, w.D, self._u, self._z, state, self._y, *w.norms(),
+            self._mixer_eps, rows,
+            r, d, rank, n, BD=channels, BR=triton.next_power_of_2(rank), BS=triton.next_power_of_2(n),
+            NORMS=self._norms, num_warps=2, **ALIKE,
         )  # fmt: skip
         tile = self.tiles["out_proj"]
         kernels.out_proj_kernel[(triton.cdiv(h, tile.BN),)](

@@ -1,7 +1,7 @@
 """The Triton kernels of `triton_few_rows.py`, which says how they follow each other and launches them.
 
-A product is a sum over columns for each row of the batch, in float32 without tensor cores. int8 and int4 weights are
-widened in registers as they are read.
+A product is a sum over columns for each row of the batch, in float32 without tensor cores. int8, int4
+and fp8 weights are widened in registers as they are read.
 """
 
 # A kernel's tuple of tensors grows by concatenation, the form Triton compiles; types there are Triton's.
@@ -13,13 +13,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mambakit.ops.decode.triton_norms import normed
+from mambakit.ops.linear.triton_kernels import float_of_e4m3
+
 
 @triton.jit
 def _float_products(
     x, x_stride, norm, weight, n, n_mask, rows,
     K: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, NORMED: tl.constexpr, STAGES: tl.constexpr,
+    FLOAT8: tl.constexpr,
 ):  # fmt: skip
-    """(BN, BB) products of weight rows n and rows of x, and (BB,) sums of x^2."""
+    """(BN, BB) products of weight rows n and rows of x, and (BB,) sums of x^2; FLOAT8: of e4m3 without its scales."""
     b = tl.arange(0, BB)
     total = tl.zeros((BN, BB, BK), tl.float32)
     squares = tl.zeros((BB, BK), tl.float32)
@@ -35,7 +39,8 @@ def _float_products(
         if NORMED:
             squares += values * values
             values *= tl.load(norm + k, mask=inside, other=0.0).to(tl.float32)[None, :]
-        total += w.to(tl.float32)[:, None, :] * values[None, :, :]
+        wide = float_of_e4m3(w) if FLOAT8 else w.to(tl.float32)
+        total += wide[:, None, :] * values[None, :, :]
     return tl.sum(total, axis=2), tl.sum(squares, axis=1)
 
 
@@ -101,13 +106,17 @@ def _products(
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
     NORMED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(BN, BB) products of weight rows n and rows of x, and (BB,) sums of x^2; BITS 0: a floating weight."""
-    if BITS:
+    """(BN, BB) products of weight rows n and rows of x, and (BB,) sums of x^2; BITS 0: a floating weight, 1: fp8."""
+    if BITS > 1:
         total, squares = _integer_products(
             x, x_stride, norm, weight, scales, n, n_mask, rows, K, BITS, GROUP, BB, BK, BN, NORMED, STAGES
         )  # fmt: skip
     else:
-        total, squares = _float_products(x, x_stride, norm, weight, n, n_mask, rows, K, BB, BK, BN, NORMED, STAGES)
+        total, squares = _float_products(
+            x, x_stride, norm, weight, n, n_mask, rows, K, BB, BK, BN, NORMED, STAGES, BITS == 1
+        )
+        if BITS == 1:
+            total *= tl.load(scales + n, mask=n_mask, other=0.0)[:, None]
     return total, squares
 
 
@@ -169,10 +178,11 @@ def x_proj_kernel(
 
 @triton.jit
 def scan_kernel(
-    sums, dt_proj, dt_bias, A_log, D_skip, u, z, state, y, rows,
+    sums, dt_proj, dt_bias, A_log, D_skip, u, z, state, y, dt_norm, B_norm, C_norm, mixer_eps, rows,
     R: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
-    BR: tl.constexpr, BS: tl.constexpr,
+    BR: tl.constexpr, BS: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
+    """NORMS of dt, B and C: 0 none, 1 without weights, 2 with weights."""
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     d_mask = d < D
     j = tl.arange(0, BR)
@@ -190,6 +200,10 @@ def scan_kernel(
     dt = tl.load(p + j, mask=j < RANK, other=0.0).to(dtype).to(tl.float32)
     B = tl.load(p + RANK + i, mask=i < N, other=0.0).to(dtype).to(tl.float32)
     C = tl.load(p + RANK + N + i, mask=i < N, other=0.0).to(dtype).to(tl.float32)
+    if NORMS:
+        dt = normed(dt, dt_norm, j, RANK, mixer_eps, dtype, NORMS)
+        B = normed(B, B_norm, i, N, mixer_eps, dtype, NORMS)
+        C = normed(C, C_norm, i, N, mixer_eps, dtype, NORMS)
     delta = tl.sum(w.to(tl.float32) * dt[None, :], axis=1).to(dtype).to(tl.float32) + bias
     delta = tl.where(delta > 20.0, delta, tl.log(1.0 + tl.exp(delta)))
     x = tl.load(u + b * D + d, mask=d_mask, other=0.0).to(tl.float32)

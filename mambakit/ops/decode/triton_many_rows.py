@@ -1,13 +1,13 @@
-"""One token for up to 128 rows through a whole Mamba model, in Triton: six kernels a layer, products on the tensor
+"""One token for up to 512 rows through a whole Mamba model, in Triton: six kernels a layer, products on the tensor
 cores.
 
 `product_kernel` multiplies all rows by a weight and leaves float32 partial sums of a split-K product, which its
-consumers add in a fixed order: `conv_kernel` convolves in_proj's x and shifts the window, `scan_kernel` computes the
-step sizes (dt_proj) from x_proj's, updates the state and applies the gate, `norm_kernel` adds out_proj's to the
-residual stream and normalises it. `head_kernel` leaves each program's best token. Activations are rounded to the
-weights' dtype where the model's forward rounds them; sums and the residual stream are float32. How products are tiled
-does not depend on what the rows hold, so a row's bits do not depend on the other rows as long as their number stays the
-same.
+consumers add in a fixed order: `conv_kernel` convolves in_proj's x and shifts the window, `scan_kernel` takes dt, B and
+C from x_proj's, normalises them where the model does, computes the step sizes (dt_proj), updates the state and applies
+the gate, `norm_kernel` adds out_proj's to the residual stream and normalises it. `head_kernel` leaves each program's
+best token. Activations are rounded to the weights' dtype where the model's forward rounds them; sums and the residual
+stream are float32. How products are tiled does not depend on what the rows hold, so a row's bits do not depend on the
+other rows as long as their number stays the same.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from mambakit.ops.decode import triton_many_rows_kernels as kernels
 from mambakit.ops.decode.triton_tokens import TokenBuffers
 from mambakit.ops.decode.weights import LayerWeights, ModelWeights, Weight, check_states, shape_of
 
-MOST_ROWS = 128
+MOST_ROWS = 512
+_BLOCK = 128  # rows of a product's tile
 
 
 def most_rows(width: int, dtype: torch.dtype) -> int:
-    """Rows up to which these kernels are faster than the model's forward as a CUDA graph.
+    """Rows up to which these kernels serve before the model's forward as a CUDA graph.
 
-    Measured on an H100 in bfloat16. In float32, which has no tensor cores here, not measured.
+    Up to 128 rows they were measured to be the faster ones, on an H100 in bfloat16; 256 and 512 rows were not measured,
+    nor was float32, which has no tensor cores here.
     """
     if dtype == torch.float32:
         return 32 if width < 2560 else 16
@@ -81,6 +83,14 @@ def plans(rows: int, state_size: int) -> dict[str, Product | Tile]:
             "head": Product(128, 64, 8, 4),
         }
         products["x_proj"] = Product(16, 64, 4, 6, 4)
+    if rows > _BLOCK:  # several blocks of rows: fewer splits fill the card, and leave fewer partial sums
+        splits = 2 if rows <= 256 else 1
+        products = {
+            "in_proj": Product(128, 64, 8, 4),
+            "out_proj": Product(128, 64, 8, 4, splits),
+            "head": Product(128, 64, 8, 4),
+            "x_proj": Product(32, 64, 4, 5, 2 * splits),
+        }
     scan = Tile(16, 4, 4 if rows <= 8 else 2) if rows <= 16 else Tile(64, 4, 4)
     while scan.channels * scan.rows * state_size > 8192:  # a program's registers
         scan = replace(scan, rows=scan.rows // 2) if scan.rows > 1 else replace(scan, channels=scan.channels // 2)
@@ -96,13 +106,18 @@ class ManyRowsStep:
 
     Args:
         weights: the model's, read in place at every step; all of one floating dtype.
-        conv_states, ssm_states: (layers, rows, d, k - 1) and (layers, rows, d, n) float32, contiguous.
+        conv_states, ssm_states: (layers, rows, d, k - 1) and (layers, rows, d, n) float32, or bfloat16, to which
+            they are rounded after each token; contiguous.
         capacity: of ``history``.
         chosen: replace plans of `plans`, by name.
+        draft: tokens of each row of the states: the rows are so many times theirs (`triton_verify` alone).
+        shared: bytes of shared memory that a program may have; None: the device's.
 
     Raises:
         ValueError: states that cannot be updated in place, too many rows, or packed weights.
     """
+
+    packed = False  # whether it reads packed weights (`triton_packed_rows`)
 
     def __init__(
         self,
@@ -111,26 +126,36 @@ class ManyRowsStep:
         ssm_states: Tensor,
         capacity: int = 0,
         chosen: dict[str, Product | Tile] | None = None,
+        draft: int = 1,
+        shared: int | None = None,
     ):
-        rows, n = ssm_states.shape[1], ssm_states.shape[3]
+        rows, n = ssm_states.shape[1] * draft, ssm_states.shape[3]
         if not 1 <= rows <= MOST_ROWS:
             raise ValueError(f"ManyRowsStep: {rows} rows; it serves 1 to {MOST_ROWS}, split larger batches")
-        check_states(conv_states, ssm_states)
-        if weights.kind is not None:
-            raise ValueError("ManyRowsStep reads floating weights, and these are packed; FewRowsStep serves them")
+        check_states(conv_states, ssm_states, (torch.float32, torch.bfloat16))
+        if (weights.kind is not None) != self.packed:
+            raise ValueError(
+                "ManyRowsStep reads floating weights, and these are packed; PackedRowsStep serves them"
+                if not self.packed
+                else "PackedRowsStep reads packed weights, and these are floating ones; ManyRowsStep serves them"
+            )
         self.layers, self.embeddings, self.final_norm = weights.layers, weights.embeddings, weights.final_norm
         self.head, self.eps = weights.head, weights.eps
+        self._norms, self._mixer_eps = weights.norms, weights.mixer_eps or 0.0
         self.conv_states, self.ssm_states, self.rows = conv_states, ssm_states, rows
         device, dtype = self.embeddings.device, self.layers[0].dt_proj.dtype
         (v, h), (r, d) = shape_of(self.head), shape_of(self.layers[0].x_proj)
-        self._padded = max(16, triton.next_power_of_2(rows))  # a product reads whole tiles of rows
+        self._block = min(_BLOCK, max(16, triton.next_power_of_2(rows)))  # rows of a product's tile
+        self._row_blocks = triton.cdiv(rows, self._block)
+        padded = self._row_blocks * self._block  # a product reads whole tiles of rows
         self._plans = plans(rows, n) | (chosen or {})
-        if device.type == "cuda":
+        if shared is None and device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
-            limit = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"] - 4096
+            shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+        if shared is not None:
             for name, plan in self._plans.items():
                 if isinstance(plan, Product):
-                    self._plans[name] = plan.within(self._padded, dtype.itemsize, limit)
+                    self._plans[name] = plan.within(self._block, dtype.itemsize, shared - 4096)
         self._columns: dict[str, int] = {}
         for name, k in (("in_proj", h), ("x_proj", d), ("out_proj", d)):
             plan = self._product_plan(name)
@@ -151,31 +176,37 @@ class ManyRowsStep:
             name: buffer(self._splits[name], rows, width)
             for name, width in (("in_proj", 2 * d), ("x_proj", r), ("out_proj", h))
         }
-        self._x = buffer(self._padded, h, dtype=dtype)
-        self._u, self._y = (buffer(self._padded, d, dtype=dtype) for _ in range(2))
+        self._x = buffer(padded, h, dtype=dtype)
+        self._u, self._y = (buffer(padded, d, dtype=dtype) for _ in range(2))
 
     def __call__(self, choose: bool = False) -> Tensor:
-        rows, (v, h) = self.rows, shape_of(self.head)
         self._buffers.embed(self.embeddings, self._residual)
         self._normalise(self.layers[0].norm, None, 0)
         norms = [w.norm for w in self.layers[1:]] + [self.final_norm]
         for i, (w, norm) in enumerate(zip(self.layers, norms, strict=True)):
-            self._layer(w, self.conv_states[i], self.ssm_states[i])
+            self._multiply("in_proj", self._x, w.in_proj)
+            self._recur(i, w)
+            self._multiply("out_proj", self._y, w.out_proj)
             self._normalise(norm, w.out_proj_bias, self._splits["out_proj"])
-        plan = self._product_plan("head")
-        kernels.head_kernel[(self._blocks,)](
-            self._x, self.head, self.logits, self._buffers.best, self._buffers.best_token, rows, h, v, self._blocks,
-            BB=self._padded, BK=plan.BK, BN=plan.BN, STAGES=plan.stages, num_warps=plan.warps,
-        )  # fmt: skip
+        self._multiply_head()
         if choose:
             self._buffers.choose()
         return self.logits
 
-    def _layer(self, w: LayerWeights, conv_state: Tensor, state: Tensor) -> None:
+    def _multiply_head(self) -> None:
+        (v, h), plan = shape_of(self.head), self._product_plan("head")
+        kernels.head_kernel[(self._row_blocks, self._blocks)](
+            self._x, self.head, self.logits, self._buffers.best, self._buffers.best_token, self.rows, h, v,
+            self._blocks,
+            BB=self._block, BK=plan.BK, BN=plan.BN, STAGES=plan.stages, num_warps=plan.warps,
+        )  # fmt: skip
+
+    def _recur(self, i: int, w: LayerWeights) -> None:
+        """y of layer ``i`` from in_proj's partial sums: convolution, x_proj and scan."""
+        conv_state, state = self.conv_states[i], self.ssm_states[i]
         rows, (r, d) = self.rows, shape_of(w.x_proj)
         width, n, rank = w.conv.shape[1], state.shape[2], w.dt_proj.shape[1]
         bias = w.in_proj_bias
-        self._multiply("in_proj", self._x, w.in_proj)
         tile = self._tile("conv")
         kernels.conv_kernel[(triton.cdiv(d, tile.channels), triton.cdiv(rows, tile.rows))](
             self._parts["in_proj"], bias, conv_state, w.conv, w.conv_bias, self._u, rows,
@@ -186,19 +217,18 @@ class ManyRowsStep:
         tile = self._tile("scan")
         kernels.scan_kernel[(triton.cdiv(d, tile.channels), triton.cdiv(rows, tile.rows))](
             self._parts["x_proj"], self._parts["in_proj"], bias, w.dt_proj, w.dt_bias, w.A_log, w.D, self._u, state,
-            self._y,
+            self._y, *w.norms(), self._mixer_eps,
             rows, r, d, rank, n, self._splits["x_proj"], self._splits["in_proj"], BD=tile.channels,
             BR=max(16, triton.next_power_of_2(rank)), BS=triton.next_power_of_2(n), ROWS=tile.rows,
-            HAS_BIAS=bias is not None,
+            HAS_BIAS=bias is not None, NORMS=self._norms,
             num_warps=tile.warps, **ALIKE,
         )  # fmt: skip
-        self._multiply("out_proj", self._y, w.out_proj)
 
     def _multiply(self, name: str, x: Tensor, weight: Weight) -> None:
         (n, k), plan = shape_of(weight), self._product_plan(name)
-        kernels.product_kernel[(triton.cdiv(n, plan.BN), self._splits[name])](
+        kernels.product_kernel[(self._row_blocks, triton.cdiv(n, plan.BN), self._splits[name])](
             x, weight, self._parts[name], self.rows, n, k, self._columns[name],
-            BB=self._padded, BK=plan.BK, BN=plan.BN, STAGES=plan.stages, num_warps=plan.warps,
+            BB=self._block, BK=plan.BK, BN=plan.BN, STAGES=plan.stages, num_warps=plan.warps,
         )  # fmt: skip
 
     def _normalise(self, norm: Tensor, bias: Tensor | None, splits: int) -> None:

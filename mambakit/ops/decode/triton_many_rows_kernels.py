@@ -5,14 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mambakit.ops.decode.triton_norms import normed_rows
+
 
 @triton.jit
 def _total(
-    x, weight, n, begin, K: tl.constexpr, COLUMNS: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr,
+    x, weight, b, n, begin,
+    K: tl.constexpr, COLUMNS: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(BB, BN) products of all rows of x and rows n of the weight over columns [begin, begin + COLUMNS)."""
-    b = tl.arange(0, BB)
+    """(BB, BN) products of rows b of x and rows n of the weight over columns [begin, begin + COLUMNS)."""
     total = tl.zeros((BB, BN), tl.float32)
     for k0 in tl.range(0, COLUMNS, BK, num_stages=STAGES):
         k = begin + k0 + tl.arange(0, BK)
@@ -33,11 +34,14 @@ def product_kernel(
     N: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """parts (splits, rows, N) float32: the partial sums of x weight^T of each split of the columns."""
-    b = tl.arange(0, BB)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    split = tl.program_id(1)
-    total = _total(x, weight, tl.minimum(n, N - 1), split * COLUMNS, K, COLUMNS, BB, BK, BN, STAGES)
+    """parts (splits, rows, N) float32: the partial sums of x weight^T of each split of the columns.
+
+    Programs of neighbouring blocks of rows run together: they read the same tile of the weight.
+    """
+    b = tl.program_id(0) * BB + tl.arange(0, BB)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    split = tl.program_id(2)
+    total = _total(x, weight, b, tl.minimum(n, N - 1), split * COLUMNS, K, COLUMNS, BB, BK, BN, STAGES)
     mask = (b < rows)[:, None] & (n < N)[None, :]
     tl.store(parts + (split * rows + b[:, None]) * N + n[None, :], total, mask=mask)
 
@@ -79,11 +83,13 @@ def conv_kernel(
 
 @triton.jit
 def scan_kernel(
-    parts, xz, bias, dt_proj, dt_bias, A_log, D_skip, u, state, y, rows,
+    parts, xz, bias, dt_proj, dt_bias, A_log, D_skip, u, state, y, dt_norm, B_norm, C_norm, mixer_eps, rows,
     R: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
     XZ_SPLITS: tl.constexpr,
     BD: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NORMS: tl.constexpr,
 ):  # fmt: skip
+    """NORMS of dt, B and C: 0 none, 1 without weights, 2 with weights."""
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     d_mask, b_mask = d < D, b < rows
@@ -95,7 +101,7 @@ def scan_kernel(
     mask = both[:, :, None] & n_mask[None, None, :]
     at = b[None, :].to(tl.int64) * D + d[:, None]
     place = state + at[:, :, None] * N + i[None, None, :]
-    h = tl.load(place, mask=mask, other=0.0)
+    h = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(dt_proj + d[:, None] * RANK + j[None, :], mask=d_mask[:, None] & (j < RANK)[None, :], other=0.0)
     A = tl.load(A_log + d[:, None] * N + i[None, :], mask=d_mask[:, None] & n_mask[None, :], other=0.0)
     A = -tl.exp(A.to(tl.float32))
@@ -117,11 +123,15 @@ def scan_kernel(
         dt += tl.load(p + j[None, :], mask=b_mask[:, None] & (j < RANK)[None, :], other=0.0)
         B += tl.load(p + RANK + i[None, :], mask=b_mask[:, None] & n_mask[None, :], other=0.0)
         C += tl.load(p + RANK + N + i[None, :], mask=b_mask[:, None] & n_mask[None, :], other=0.0)
+    if NORMS:
+        dt = normed_rows(dt, dt_norm, j, RANK, mixer_eps, dtype, NORMS)
+        B = normed_rows(B, B_norm, i, N, mixer_eps, dtype, NORMS)
+        C = normed_rows(C, C_norm, i, N, mixer_eps, dtype, NORMS)
     B, C = B.to(dtype).to(tl.float32), C.to(dtype).to(tl.float32)
     delta = tl.dot(w.to(dtype), dt.to(dtype).T, input_precision="ieee").to(dtype).to(tl.float32) + delta_bias[:, None]
     delta = tl.where(delta > 20.0, delta, tl.log(1.0 + tl.exp(delta)))
     h = tl.exp(delta[:, :, None] * A[:, None, :]) * h + (delta * x)[:, :, None] * B[None, :, :]
-    tl.store(place, h, mask=mask)
+    tl.store(place, h.to(state.dtype.element_ty), mask=mask)
     out = tl.sum(h * C[None, :, :], axis=2) + skip[:, None] * x
     out = out * gate / (1.0 + tl.exp(-gate))
     tl.store(y + at, out.to(dtype), mask=both)
@@ -159,15 +169,15 @@ def head_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """logits (rows, V) float32; best, best_token (rows, BLOCKS): each program's largest logit and its first token."""
-    b = tl.arange(0, BB)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    b = tl.program_id(0) * BB + tl.arange(0, BB)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
     n_mask = (n < V)[None, :]
-    total = _total(x, weight, tl.minimum(n, V - 1), 0, H, H, BB, BK, BN, STAGES)
+    total = _total(x, weight, b, tl.minimum(n, V - 1), 0, H, H, BB, BK, BN, STAGES)
     total = total.to(x.dtype.element_ty).to(tl.float32)
     tl.store(logits + b[:, None].to(tl.int64) * V + n[None, :], total, mask=n_mask & (b < rows)[:, None])
     candidates = tl.where(n_mask, total, float("-inf"))
     largest = tl.max(candidates, axis=1)
     token = tl.min(tl.where(candidates == largest[:, None], n[None, :], V - 1), axis=1)
-    place = b * BLOCKS + tl.program_id(0)
+    place = b * BLOCKS + tl.program_id(1)
     tl.store(best + place, largest, mask=b < rows)
     tl.store(best_token + place, token, mask=b < rows)

@@ -10,13 +10,14 @@ from torch import Tensor
 from mambakit.ops.linear.packed import PackedWeight
 
 Weight = Tensor | PackedWeight
+_BITS = {"int8": 8, "int4": 4, "fp8": 1}  # as kernels name the formats
 
 
 @dataclass(frozen=True)
 class LayerWeights:
     """The tensors of one layer, read where they are at every step. Biases may be None.
 
-    The large weights are of one kind: tensors of dt_proj's dtype, or int8, or int4.
+    The large weights are of one kind: tensors of dt_proj's dtype, or int8, int4 or fp8.
     """
 
     norm: Tensor  # (h,)
@@ -31,15 +32,22 @@ class LayerWeights:
     D: Tensor  # (d,)
     out_proj: Weight  # (h, d)
     out_proj_bias: Tensor | None
+    # Weights of the norms of dt, B and C: (r,), (n,), (n,), all three or none.
+    dt_norm: Tensor | None = None
+    B_norm: Tensor | None = None
+    C_norm: Tensor | None = None
+
+    def norms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.dt_norm, self.B_norm, self.C_norm
 
 
 def kind_of(weight: Weight) -> tuple[int, int] | None:
-    """(bits, group) of a packed weight; None of a tensor."""
+    """(bits, group) of a packed weight, bits 1 for fp8; None of a tensor."""
     if isinstance(weight, Tensor):
         return None
-    if weight.format not in ("int8", "int4"):
-        raise ValueError(f"a decode step on a GPU reads tensors, int8 or int4, not {weight.format} weights")
-    return int(weight.format.removeprefix("int")), weight.group
+    if weight.format not in _BITS:
+        raise ValueError(f"a decode step on a GPU reads tensors, {', '.join(_BITS)}, not {weight.format} weights")
+    return _BITS[weight.format], weight.group
 
 
 def shape_of(weight: Weight) -> tuple[int, int]:
@@ -61,7 +69,18 @@ class ModelWeights:
     embeddings: Tensor  # (v, h)
     final_norm: Tensor  # (h,)
     head: Weight  # (v, h)
-    eps: float  # of every norm
+    eps: float  # of the norms of the residual stream
+    mixer_eps: float | None = None  # of the norms of dt, B and C (`mambakit.ops.selection_norm`); None: there are none
+
+    @property
+    def norms(self) -> int:
+        """Of dt, B and C: 0 none, 1 without weights, 2 with weights; ValueError where layers differ."""
+        weighted = {layer.dt_norm is not None for layer in self.layers}
+        if len(weighted) > 1:
+            raise ValueError("the norms of dt, B and C have weights in some layers only; give them to all or none")
+        if self.mixer_eps is None:
+            return 0
+        return 2 if True in weighted else 1
 
     @property
     def kind(self) -> tuple[int, int] | None:
@@ -74,7 +93,8 @@ class ModelWeights:
         return kind
 
 
-def check_states(conv_states: Tensor, ssm_states: Tensor) -> None:
-    """ValueError unless a step can update them in place."""
-    if not (conv_states.is_contiguous() and ssm_states.is_contiguous()) or ssm_states.dtype != torch.float32:
-        raise ValueError("a decode step's states must be contiguous, and ssm_states float32, to be updated in place")
+def check_states(conv_states: Tensor, ssm_states: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
+    """ValueError unless a step can update them in place, which reads SSM states of ``dtypes``."""
+    if not (conv_states.is_contiguous() and ssm_states.is_contiguous()) or ssm_states.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"a decode step's states must be contiguous, and ssm_states {names}, to be updated in place")

@@ -18,6 +18,13 @@ def _split(selected: Tensor, dt_weight: Tensor, A: Tensor) -> tuple[Tensor, ...]
     return selected.split([r, n, n], -1)
 
 
+def _normed(selected: Tensor, dt_weight: Tensor, norms: tuple[Tensor | None, ...], mixer_eps: float | None) -> Tensor:
+    """x_proj's output as dt_proj and the scan read it."""
+    if mixer_eps is None:
+        return selected
+    return torch.ops.mambakit.selection_norm(selected, *norms, dt_weight.shape[1], mixer_eps)
+
+
 def _parameters(xz: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A, D and the bias as the scan takes them."""
     wide = torch.float64 if xz.dtype == torch.float64 else torch.float32
@@ -25,15 +32,16 @@ def _parameters(xz: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor) -> tuple[
 
 
 def forward(
-    xz, conv_weight, conv_bias, x_weight, dt_weight, A_log, D, dt_bias, conv_state, ssm_state, cu_seqlens, recompute,
-    interval,
+    xz, conv_weight, conv_bias, x_weight, dt_weight, A_log, D, dt_bias, dt_norm, B_norm, C_norm, conv_state, ssm_state,
+    cu_seqlens, recompute, interval, mixer_eps,
 ):  # fmt: skip
     """`mambakit::fused_mixer`."""
     before, z = xz.chunk(2, -1)
     x, conv_final = torch.ops.mambakit.causal_conv1d(before, conv_weight, conv_bias, "silu", conv_state, cu_seqlens)
     A, D, bias = _parameters(xz, A_log, D, dt_bias)
     selected = F.linear(x, x_weight.to(x.dtype))  # (b, l, r + 2 n)
-    dt, B, C = _split(selected, dt_weight, A)
+    normed = _normed(selected, dt_weight, (dt_norm, B_norm, C_norm), mixer_eps)
+    dt, B, C = _split(normed, dt_weight, A)
     delta = F.linear(dt, dt_weight.to(x.dtype))  # (b, l, d)
     y, ssm_final, checkpoints = torch.ops.mambakit.selective_scan(
         x, delta, A, B, C, D, z, bias, True, ssm_state, cu_seqlens, interval
@@ -47,14 +55,16 @@ def forward(
 
 @torch.no_grad()  # with create_graph=True, too: it writes into views
 def backward(
-    dy, dconv_final, dssm_final, xz, conv_weight, conv_bias, x_weight, dt_weight, A_log, D, dt_bias, conv_state,
-    ssm_state, cu_seqlens, x, delta, selected, checkpoints, interval, needs_x_weight, needs_dt_weight,
+    dy, dconv_final, dssm_final, xz, conv_weight, conv_bias, x_weight, dt_weight, A_log, D, dt_bias, dt_norm, B_norm,
+    C_norm, conv_state, ssm_state, cu_seqlens, x, delta, selected, checkpoints, interval, needs_x_weight,
+    needs_dt_weight, mixer_eps,
 ):  # fmt: skip
     """`mambakit::fused_mixer_backward`."""
     before, z = xz.chunk(2, -1)
     A, D, bias = _parameters(xz, A_log, D, dt_bias)
     x_w, dt_w = x_weight.to(xz.dtype), dt_weight.to(xz.dtype)
-    dt, B, C = _split(selected, dt_weight, A)
+    norms = dt_norm, B_norm, C_norm
+    dt, B, C = _split(_normed(selected, dt_weight, norms, mixer_eps), dt_weight, A)
     conv = (conv_weight, conv_bias, "silu", conv_state, cu_seqlens)
     if x.numel() != before.numel():  # not kept
         x, _ = torch.ops.mambakit.causal_conv1d(before, *conv)
@@ -70,12 +80,21 @@ def backward(
     steps = _rows(ddelta)
     if needs_dt_weight:
         ddt_weight = product(steps.T, _rows(dt), dt_weight.new_empty(dt_weight.shape))
-    dselected = _rows(torch.cat([(steps @ dt_w).view(dt.shape), dB, dC], -1))
+    dselected = torch.cat([(steps @ dt_w).view(dt.shape), dB, dC], -1)
+    dnorms = [xz.new_empty(0) for _ in norms]
+    if mixer_eps is not None:
+        dselected, *dnorms = torch.ops.mambakit.selection_norm_backward(
+            dselected, selected, *norms, dt_weight.shape[1], mixer_eps
+        )
+        dnorms = [xz.new_empty(0) if w is None else g for g, w in zip(dnorms, norms, strict=True)]
+    dselected = _rows(dselected)
     if needs_x_weight:
         dx_weight = product(dselected.T, _rows(x), x_weight.new_empty(x_weight.shape))
     dx.view(-1, dx.shape[2]).addmm_(dselected, x_w)  # in place: only this function uses the tensor
     dconv_weight, dconv_bias, dconv_state = _conv_gradient(dbefore, dx, dconv_final, before, *conv)
-    return dxz, dconv_weight, dconv_bias, dx_weight, ddt_weight, dA * A, dD, dbias, dconv_state, dssm_state
+    return (
+        dxz, dconv_weight, dconv_bias, dx_weight, ddt_weight, dA * A, dD, dbias, *dnorms, dconv_state, dssm_state,
+    )  # fmt: skip
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from mambakit.ops.selective_scan import prepared as scan
 
 _NAMES = ("x", "residual", *LayerWeights._fields)
 # Gradients that the kernels write whether they are wanted or not, and those that products write.
-_WRITTEN = ("A_log", "D", "dt_bias", "conv", "conv_bias", "norm")
+_NORMS = ("dt_norm", "B_norm", "C_norm")
+_WRITTEN = ("A_log", "D", "dt_bias", "conv", "conv_bias", "norm", *_NORMS)
 _PRODUCTS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
 
@@ -54,6 +55,7 @@ class Gradient:
     ):  # fmt: skip
         from mambakit.ops.causal_conv1d import prepared as conv  # these need Triton
         from mambakit.ops.rms_norm import prepared as norm
+        from mambakit.ops.selection_norm import prepared as selection_norm
 
         self.signature, self.layout = s, o = signature, layout
         dbefore, dz = before.new_empty((o.b, o.length, 2 * o.d)).chunk(2, -1)
@@ -64,6 +66,13 @@ class Gradient:
         self._at_du, self._at_ddelta = scratch.add(o.rows * o.d), scratch.add(o.rows * o.d)
         self._at_dxz = scratch.add(2 * o.rows * o.d)
         self._at_dselected = scratch.add(o.rows * width)
+        self._at_draw = self._at_dselected  # of x_proj's output, before the norms of dt, B and C
+        if s.mixer_eps is not None:
+            self._selection_norm = selection_norm.PreparedBackward(
+                o.rows, o.r, o.n, s.mixer_eps, s.device, s.dtype, o.kinds_of_norms
+            )
+            self._at_draw = scratch.add(o.rows * width)
+            self._at_selection_norm = scratch.add(self._selection_norm.partial_count, 4)
         self._at_scan = scratch.add(self._scan.scratch_bytes, 1)
         self._at_conv = scratch.add(self._conv.partial_count, 4)
         if o.normed:
@@ -80,8 +89,8 @@ class Gradient:
         self._du, self._ddelta = (((o.rows, o.d), (o.d, 1), at) for at in (self._at_du, self._at_ddelta))
         self._dxz = (o.rows, 2 * o.d), (2 * o.d, 1), self._at_dxz
         self._steps = (o.d, o.rows), (1, o.d), self._at_ddelta
-        self._dselected = (o.rows, width), (width, 1), self._at_dselected
-        self._dselected_t = (width, o.rows), (1, width), self._at_dselected
+        self._draw = (o.rows, width), (width, 1), self._at_draw
+        self._draw_t = (width, o.rows), (1, width), self._at_draw
         self._ddt = (o.rows, o.r), (width, 1), self._at_dselected
         self._results: dict[tuple[bool, ...], _Results] = {}
         on_gpu = s.device.type == "cuda"
@@ -118,12 +127,13 @@ class Gradient:
             dxz, dxz_at = scratch.as_strided(*self._dxz), work + self._at_dxz * size
         u, du, ddelta = at + o.at_u * size, work + self._at_du * size, work + self._at_ddelta * size
         xz_at, selected_at = xz.data_ptr(), selected.data_ptr()
+        chosen, chosen_at = (kept, at + o.at_selected * size) if o.selection_normed else (selected, selected_at)
         dselected_at = work + self._at_dselected * size
         A_at = at + o.at_A * size if s.log else w.A_log.data_ptr()
         self._scan(
             stream,
             (
-                dgated.data_ptr(), u, delta.data_ptr(), A_at, selected_at + r * size, selected_at + (r + n) * size,
+                dgated.data_ptr(), u, delta.data_ptr(), A_at, chosen_at + r * size, chosen_at + (r + n) * size,
                 w.D.data_ptr(), xz_at + d * size, w.dt_bias.data_ptr(), at + o.at_checkpoints * size, du, ddelta,
                 dxz_at + d * size, to["A_log"], dselected_at + r * size, dselected_at + (r + n) * size, to["D"],
                 to["dt_bias"], A_at if s.log else 0,
@@ -131,14 +141,18 @@ class Gradient:
             work + self._at_scan * size,
         )  # fmt: skip
         if needed["dt_proj"]:
-            products["dt_proj"](scratch.as_strided(*self._steps), selected.as_strided(*o.dt), out=found["dt_proj"])
+            products["dt_proj"](scratch.as_strided(*self._steps), chosen.as_strided(*o.dt), out=found["dt_proj"])
         # The gradients of dt, B and C lie side by side, as their values do.
         ddt = scratch.as_strided(*self._ddt)
         torch.mm(scratch.as_strided(*self._ddelta), o.weight(kept, w, "dt_proj"), out=ddt)
+        if o.selection_normed:
+            self._selection_norm(
+                stream, dselected_at, selected_at, o.norms(w), work + self._at_draw * size,
+                tuple([to[name] for name in _NORMS if name in to]), work + self._at_selection_norm * size,
+            )  # fmt: skip
         if needed["x_proj"]:
-            products["x_proj"](scratch.as_strided(*self._dselected_t), kept.as_strided(*o.u), out=found["x_proj"])
-        dselected = scratch.as_strided(*self._dselected)
-        scratch.as_strided(*self._du).addmm_(dselected, o.weight(kept, w, "x_proj"))
+            products["x_proj"](scratch.as_strided(*self._draw_t), kept.as_strided(*o.u), out=found["x_proj"])
+        scratch.as_strided(*self._du).addmm_(scratch.as_strided(*self._draw), o.weight(kept, w, "x_proj"))
         filter_bias, dfilter_bias = (0, 0) if w.conv_bias is None else (w.conv_bias.data_ptr(), to["conv_bias"])
         self._conv(
             stream, du, xz_at, w.conv.data_ptr(), filter_bias, dxz_at, to["conv"], dfilter_bias,

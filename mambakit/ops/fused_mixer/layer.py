@@ -73,6 +73,7 @@ class KnownWeights:
 def fused_layer(
     x: Tensor, residual: Tensor | None, weights: LayerWeights, eps: float = 0.0, kept: torch.dtype | None = None,
     states: tuple[Tensor, Tensor] | None = None, log: bool = True, known: KnownWeights | None = None,
+    mixer_eps: float | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """A layer on whole rows, on an NVIDIA GPU, without torch's dispatcher between its parts.
 
@@ -86,6 +87,7 @@ def fused_layer(
             in place, without gradients. Rows begin from zeros when absent.
         log: ``weights.A_log`` is log(-A), else A.
         known: of a caller that calls again with the same weights.
+        mixer_eps: of the norms of dt, B and C; None: there are none.
 
     Returns:
         (b, l, h), or (b, l, d) without out_proj, in the dtype that linear layers compute in, that of x without
@@ -122,7 +124,7 @@ def fused_layer(
         of_states = (states[0].dtype, states[0].shape), (states[1].dtype, states[1].shape)
     signature = Signature(
         x.shape, x.dtype, None if residual is None else residual.dtype, kept or x.dtype, dtype, kinds, eps, device,
-        gradient, log, of_states,
+        gradient, log, of_states, mixer_eps,
     )  # fmt: skip
     plan = plan_of(signature)
     if plan is None:
@@ -135,12 +137,12 @@ def fused_layer(
     return _apply(plan, x, residual, *weights)
 
 
-def mix_rows(xz: Tensor, weights: MixerWeights) -> Tensor:
+def mix_rows(xz: Tensor, weights: MixerWeights, mixer_eps: float | None = None) -> Tensor:
     """`fused_mixer`'s y alone, (b, l, d), of rows that begin from zero states."""
-    conv, conv_bias, x_proj, dt_proj, A_log, D, dt_bias = weights
-    parts = LayerWeights(None, None, None, conv, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, None, None)
-    found = fused_layer(xz, None, parts)
-    return fused_mixer(xz, weights)[0] if found is None else found[0]
+    conv, conv_bias, x_proj, dt_proj, A_log, D, dt_bias, *norms = weights
+    parts = LayerWeights(None, None, None, conv, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, None, None, *norms)
+    found = fused_layer(xz, None, parts, mixer_eps=mixer_eps)
+    return fused_mixer(xz, weights, mixer_eps=mixer_eps)[0] if found is None else found[0]
 
 
 def plan_of(signature: Signature) -> Plan | None:
@@ -198,7 +200,7 @@ def _by_parts(
     """`Plan.backward` by autograd through the ops, for gradients of several outputs at once: vmap wraps ``dy``."""
     s = plan.signature
     entering = kept[1] if plan.layout.normed else kept[0]
-    dentering, dweights = gradients(dy, dtotal, entering, w, s.eps, s.dtype, s.log)
+    dentering, dweights = gradients(dy, dtotal, entering, w, s.eps, s.dtype, s.log, s.mixer_eps)
     found = (dentering.to(s.x), dentering if s.residual is not None else None, *dweights)
     return tuple(g if needed else None for g, needed in zip(found, needs, strict=True))
 

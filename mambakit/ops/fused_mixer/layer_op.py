@@ -14,19 +14,22 @@ from mambakit.ops.fused_mixer.layout import signature_of
 from mambakit.ops.fused_mixer.signature import LayerWeights, kinds_of
 
 
-def _plan(x: Tensor, has_residual: bool, w: LayerWeights, eps: float, kept, dtype, gradient: bool, x_dtype) -> Any:
+def _plan(
+    x: Tensor, has_residual: bool, w: LayerWeights, eps: float, kept, dtype, gradient: bool, x_dtype,
+    mixer_eps: float | None,
+) -> Any:  # fmt: skip
     """The plan, or None where the parts serve the call: what is wrapped is read by no kernel."""
     if not all_plain((x, *w)) or x.device.index != torch._C._cuda_getDevice():
         return None
-    signature = signature_of(x, has_residual, w, eps, kept, dtype, gradient)
+    signature = signature_of(x, has_residual, w, eps, kept, dtype, gradient, mixer_eps)
     return plan_of(signature._replace(weights=kinds_of(signature.weights.each), x=x_dtype))
 
 
 def forward(x, residual, *rest):
     """`mambakit::fused_layer`."""
-    *weights, eps, kept, dtype, gradient = rest
+    *weights, eps, kept, dtype, gradient, mixer_eps = rest
     w: Any = LayerWeights(*[None if t is None else dense(t) for t in weights])  # type: ignore[arg-type]
-    plan = _plan(x, residual is not None, w, eps, kept, dtype, gradient, x.dtype)
+    plan = _plan(x, residual is not None, w, eps, kept, dtype, gradient, x.dtype, mixer_eps)
     if plan is None:
         return by_parts.forward(x, residual, *rest)
     with without_dispatch():
@@ -41,10 +44,10 @@ def forward(x, residual, *rest):
 
 def backward(dy, dtotal, x, has_residual, *rest):
     """`mambakit::fused_layer_backward`."""
-    *weights, total, memory, xz, selected, delta, eps, kept, dtype, x_dtype, needs = rest
+    *weights, total, memory, xz, selected, delta, eps, kept, dtype, x_dtype, needs, mixer_eps = rest
     w: Any = LayerWeights(*[None if t is None else dense(t) for t in weights])  # type: ignore[arg-type]
     like = x if w.norm is None else total
-    plan = _plan(like, has_residual, w, eps, kept, dtype, True, x_dtype)
+    plan = _plan(like, has_residual, w, eps, kept, dtype, True, x_dtype, mixer_eps)
     if plan is None or not all_plain((dy, dtotal)):
         return by_parts.backward(dy, dtotal, x, has_residual, *rest)
     o = plan.layout

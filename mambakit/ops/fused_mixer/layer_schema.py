@@ -20,22 +20,23 @@ from mambakit.ops.fused_mixer.signature import LayerWeights
 
 _WEIGHTS = (
     "Tensor? norm, Tensor in_proj, Tensor? in_bias, Tensor conv, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, "
-    "Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_proj, Tensor? out_bias"
+    "Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_proj, Tensor? out_bias, Tensor? dt_norm, Tensor? B_norm, "
+    "Tensor? C_norm"
 )
 COUNT = len(LayerWeights._fields)
 
 
 def _fake(x, residual, *rest):
-    *weights, eps, kept, dtype, gradient = rest
+    *weights, eps, kept, dtype, gradient, mixer_eps = rest
     w: Any = LayerWeights(*weights)
     y = x.new_empty((*x.shape[:2], w.out_proj.shape[0]), dtype=dtype)
     total = x.new_empty((0,) if w.norm is None else x.shape, dtype=kept)
-    sizes = memory_sizes(signature_of(x, residual is not None, w, eps, kept, dtype, gradient))
+    sizes = memory_sizes(signature_of(x, residual is not None, w, eps, kept, dtype, gradient, mixer_eps))
     return y, total, *(x.new_empty(size, dtype=dtype) for size in sizes)
 
 
 def _backward_fake(dy, dtotal, x, has_residual, *rest):
-    *weights, total, _, _, _, _, _, kept, _, x_dtype, needs = rest
+    *weights, total, _, _, _, _, _, kept, _, x_dtype, needs, _ = rest
     like = total if weights[0] is not None else x
     dx = like.new_empty(like.shape, dtype=x_dtype)
     dresidual = like.new_empty(like.shape if has_residual else (0,), dtype=kept)
@@ -47,7 +48,8 @@ def _backward_fake(dy, dtotal, x, has_residual, *rest):
 
 
 define(
-    f"fused_layer(Tensor x, Tensor? residual, {_WEIGHTS}, float eps, ScalarType kept, ScalarType dtype, bool gradient)"
+    f"fused_layer(Tensor x, Tensor? residual, {_WEIGHTS}, float eps, ScalarType kept, ScalarType dtype, bool gradient,"
+    " float? mixer_eps)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     by_parts.forward,
     _fake,
@@ -55,14 +57,14 @@ define(
 define(
     f"fused_layer_backward(Tensor? dy, Tensor? dtotal, Tensor? x, bool has_residual, {_WEIGHTS}, Tensor total,"
     " Tensor memory, Tensor xz, Tensor selected, Tensor delta, float eps, ScalarType kept, ScalarType dtype,"
-    " ScalarType x_dtype, bool[] needs) -> (" + ", ".join(["Tensor"] * (2 + COUNT)) + ")",
+    " ScalarType x_dtype, bool[] needs, float? mixer_eps) -> (" + ", ".join(["Tensor"] * (2 + COUNT)) + ")",
     by_parts.backward,
     _backward_fake,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, residual, *weights, ctx.eps, ctx.kept, ctx.dtype, _ = inputs
+    x, residual, *weights, ctx.eps, ctx.kept, ctx.dtype, _, ctx.mixer_eps = inputs
     ctx.set_materialize_grads(False)
     ctx.has_residual, ctx.x_dtype = residual is not None, x.dtype
     ctx.save_for_backward(x if weights[0] is None else None, *weights, *output[1:])
@@ -74,11 +76,12 @@ def _backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any):
     weights, kept = rest[:COUNT], rest[COUNT:]
     needs = list(ctx.needs_input_grad[: 2 + COUNT])
     found = torch.ops.mambakit.fused_layer_backward(
-        dy, dtotal, x, ctx.has_residual, *weights, *kept, ctx.eps, ctx.kept, ctx.dtype, ctx.x_dtype, needs
-    )
+        dy, dtotal, x, ctx.has_residual, *weights, *kept, ctx.eps, ctx.kept, ctx.dtype, ctx.x_dtype, needs,
+        ctx.mixer_eps,
+    )  # fmt: skip
     found = tuple(g if needed else None for g, needed in zip(found, needs, strict=True))
     found = differentiated_once("fused_mixer", found, (dy, dtotal, x, kept[0], *weights))
-    return *found, None, None, None, None
+    return *found, None, None, None, None, None
 
 
 torch.library.register_autograd("mambakit::fused_layer", _backward, setup_context=_setup_context, lib=LIBRARY)

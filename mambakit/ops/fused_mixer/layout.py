@@ -15,6 +15,8 @@ from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
 # Weights that the products take, which are rounded to the dtype that the layer computes in.
 _PRODUCTS = ("in_proj", "x_proj", "dt_proj", "out_proj", "in_bias", "out_bias")
 
+_NORMS = ("dt_norm", "B_norm", "C_norm")
+
 
 class Memory:
     """Arrays in one allocation, each 256 bytes aligned."""
@@ -35,8 +37,9 @@ class Layout:
 
     Attributes:
         rounded: the weights that are rounded, at ``at_rounded``.
-        at_normed, at_u, at_y, at_A, at_checkpoints: in_proj's input (b l, h), the convolution's output (b l, d),
-            out_proj's input (b l, d), A (d, n) float32, and the scan's checkpoints.
+        at_normed, at_u, at_selected, at_y, at_A, at_checkpoints: in_proj's input (b l, h), the convolution's output
+            (b l, d), dt, B and C (b l, r + 2 n) after their norms where they have some, out_proj's input (b l, d), A
+            (d, n) float32, and the scan's checkpoints.
         out: channels of the layer's output.
     """
 
@@ -50,10 +53,13 @@ class Layout:
         self.rows, self.size = self.b * self.length, s.dtype.itemsize
         self.normed = self.kinds["norm"] is not None
         self.rounded = [name for name in _PRODUCTS if (kind := self.kinds[name]) is not None and kind[0] != s.dtype]
+        self.kinds_of_norms: Any = tuple(kind and kind[0] for kind in (self.kinds[name] for name in _NORMS))
         self._dtype, self._device = s.dtype, s.device
         kept = self._kept = Memory(self.size)
         self.at_normed = kept.add(self.rows * self.h if self.normed else 0)
         self.at_u = kept.add(self.rows * self.d)
+        self.selection_normed, width = s.mixer_eps is not None, self.r + 2 * self.n
+        self.at_selected = kept.add(self.rows * width) if self.selection_normed else 0
         self.at_y = kept.add(0 if self.kinds["out_proj"] is None else self.rows * self.d)
         self.at_rounded = [kept.add(self.count(name)) for name in self.rounded]
         self.at_A = kept.add(self.d * self.n if s.log else 0, 4)
@@ -67,8 +73,8 @@ class Layout:
         rows, d, h = self.rows, self.d, self.h
         self.u, self.y = ((rows, d), (d, 1), self.at_u), ((rows, d), (d, 1), self.at_y)
         self._entering = (rows, h), (h, 1), self.at_normed
-        # dt among x_proj's output (b l, r + 2 n).
-        self.dt = (rows, self.r), (self.r + 2 * self.n, 1), 0
+        # dt among x_proj's output, or among what its norms give, (b l, r + 2 n).
+        self.dt = (rows, self.r), (width, 1), self.at_selected
 
     def keep(self, checkpoints: int) -> None:
         """Make room for so many elements of checkpoints."""
@@ -106,18 +112,23 @@ class Layout:
             return torch.addmm(self.weight(kept, w, bias), x, weight)
         return torch.mm(x, weight)
 
+    def norms(self, w: LayerWeights) -> tuple[int, ...]:
+        """Addresses of the weights of the norms of dt, B and C."""
+        return () if w.dt_norm is None else tuple([getattr(w, name).data_ptr() for name in _NORMS])
+
     def entering(self, x: Tensor, kept: Tensor) -> Tensor:
         """in_proj's input (b l, h)."""
         return kept.as_strided(*self._entering) if self.normed else x.view(self.rows, self.h)
 
 
 def signature_of(
-    x: Tensor, has_residual: bool, w: LayerWeights, eps: float, kept: torch.dtype, dtype: torch.dtype, gradient: bool
-) -> Signature:
+    x: Tensor, has_residual: bool, w: LayerWeights, eps: float, kept: torch.dtype, dtype: torch.dtype, gradient: bool,
+    mixer_eps: float | None = None,
+) -> Signature:  # fmt: skip
     """Of `mambakit::fused_layer`; its kinds are no interned ones, as sizes may be symbols."""
     kinds = Kinds(tuple(None if t is None else (t.dtype, t.shape) for t in w))
     residual = kept if has_residual else None
-    return Signature(x.shape, x.dtype, residual, kept, dtype, kinds, eps, x.device, gradient, True, None)
+    return Signature(x.shape, x.dtype, residual, kept, dtype, kinds, eps, x.device, gradient, True, None, mixer_eps)
 
 
 def memory_sizes(signature: Signature) -> tuple[tuple[int, ...], ...]:

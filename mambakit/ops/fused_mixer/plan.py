@@ -26,6 +26,7 @@ class Plan:
     def __init__(self, signature: Signature):
         from mambakit.ops.causal_conv1d import prepared as conv  # these need Triton
         from mambakit.ops.rms_norm import prepared as norm
+        from mambakit.ops.selection_norm import prepared as selection_norm
         from mambakit.ops.selective_scan import prepared as scan
 
         self.signature = s = signature
@@ -44,6 +45,10 @@ class Plan:
                 from mambakit.ops.selective_scan.prepared_token import PreparedToken
 
                 self._scan = PreparedToken(inputs)
+        if s.mixer_eps is not None:
+            self._selection_norm = selection_norm.PreparedForward(
+                o.rows, o.r, o.n, s.mixer_eps, s.dtype, o.kinds_of_norms
+            )
         if o.normed:
             self._norm = norm.PreparedForward(
                 o.rows, o.h, s.eps, s.x, o.kinds["norm"][0], s.residual, s.kept, s.dtype
@@ -103,10 +108,14 @@ class Plan:
             self._conv(stream, xz_at, *filter_, u, states[0].data_ptr(), conv_final)
             initial = final = states[1].data_ptr()
         selected = o.product(kept.as_strided(*o.u), kept, w, "x_proj")  # (b l, r + 2 n)
-        delta = o.product(selected.as_strided(*o.dt), kept, w, "dt_proj")  # (b l, d)
+        chosen, dt = selected, selected.data_ptr()
+        if o.selection_normed:
+            chosen, raw, dt = kept, dt, at + o.at_selected * size
+            self._selection_norm(stream, raw, o.norms(w), dt)
+        delta = o.product(chosen.as_strided(*o.dt), kept, w, "dt_proj")  # (b l, d)
         if w.out_proj is None:
             y = torch.empty((o.b, o.length, d), dtype=dtype, device=device)
-        dt, width = selected.data_ptr(), o.r * size
+        width = o.r * size
         self._scan(
             stream,
             (

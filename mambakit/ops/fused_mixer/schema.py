@@ -16,14 +16,15 @@ from mambakit.ops.selective_scan import schema as scan_schema
 
 _INPUTS = (
     "Tensor xz, Tensor conv_weight, Tensor? conv_bias, Tensor x_weight, Tensor dt_weight, Tensor A_log, Tensor D, "
-    "Tensor dt_bias, Tensor? conv_state, Tensor? ssm_state, Tensor? cu_seqlens"
+    "Tensor dt_bias, Tensor? dt_norm, Tensor? B_norm, Tensor? C_norm, Tensor? conv_state, Tensor? ssm_state, "
+    "Tensor? cu_seqlens"
 )
 _KEPT = "Tensor x, Tensor delta, Tensor selected, Tensor checkpoints"
 
 
 def _fake(
-    xz, conv_weight, conv_bias, x_weight, dt_weight, A_log, D, dt_bias, conv_state, ssm_state, cu_seqlens, recompute,
-    interval,
+    xz, conv_weight, conv_bias, x_weight, dt_weight, A_log, D, dt_bias, dt_norm, B_norm, C_norm, conv_state, ssm_state,
+    cu_seqlens, recompute, interval, mixer_eps,
 ):  # fmt: skip
     b, length, _ = xz.shape
     d, k = conv_weight.shape
@@ -39,8 +40,9 @@ def _fake(
 
 
 def _backward_fake(
-    dy, dconv_final, dssm_final, xz, conv_weight, conv_bias, x_weight, dt_weight, A_log, D, dt_bias, conv_state,
-    ssm_state, cu_seqlens, x, delta, selected, checkpoints, interval, needs_x_weight, needs_dt_weight,
+    dy, dconv_final, dssm_final, xz, conv_weight, conv_bias, x_weight, dt_weight, A_log, D, dt_bias, dt_norm, B_norm,
+    C_norm, conv_state, ssm_state, cu_seqlens, x, delta, selected, checkpoints, interval, needs_x_weight,
+    needs_dt_weight, mixer_eps,
 ):  # fmt: skip
     wide = torch.float64 if xz.dtype == torch.float64 else torch.float32
 
@@ -50,29 +52,30 @@ def _backward_fake(
     return (
         like(xz), like(conv_weight), like(conv_bias), like(x_weight if needs_x_weight else None),
         like(dt_weight if needs_dt_weight else None), like(A_log, wide), like(D, wide), like(dt_bias, wide),
-        like(conv_state), like(ssm_state),
+        like(dt_norm), like(B_norm), like(C_norm), like(conv_state), like(ssm_state),
     )  # fmt: skip
 
 
 _CONTIGUOUS = torch.contiguous_format
+_DIFFERENTIATED = 13  # of `_INPUTS`, all but cu_seqlens
 
 define(
-    f"fused_mixer({_INPUTS}, bool recompute, int checkpoint_interval)"
+    f"fused_mixer({_INPUTS}, bool recompute, int checkpoint_interval, float? mixer_eps)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     composed.forward,
     _fake,
 )
 define(
     f"fused_mixer_backward(Tensor? dy, Tensor? dconv_final, Tensor? dssm_final, {_INPUTS}, {_KEPT},"
-    " int checkpoint_interval, bool needs_x_weight, bool needs_dt_weight)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " int checkpoint_interval, bool needs_x_weight, bool needs_dt_weight, float? mixer_eps)"
+    " -> (" + ", ".join(["Tensor"] * _DIFFERENTIATED) + ")",
     composed.backward,
     _backward_fake,
 )
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, _, ctx.interval = inputs
+    *tensors, _, ctx.interval, ctx.mixer_eps = inputs
     kept = output[3:]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *kept)
@@ -84,12 +87,14 @@ def _backward(ctx, dy, dconv_final, dssm_final, *_):
     tensors, kept = saved[:-4], saved[-4:]
     gradients = (dy, dconv_final, dssm_final)
     found = torch.ops.mambakit.fused_mixer_backward(
-        *gradients, *tensors, *kept, ctx.interval, ctx.needs_input_grad[3], ctx.needs_input_grad[4]
-    )
-    wanted = zip(found, tensors[:10], ctx.needs_input_grad[:10], strict=True)
+        *gradients, *tensors, *kept, ctx.interval, ctx.needs_input_grad[3], ctx.needs_input_grad[4],
+        ctx.mixer_eps,
+    )  # fmt: skip
+    inputs = tensors[:_DIFFERENTIATED]
+    wanted = zip(found, inputs, ctx.needs_input_grad[:_DIFFERENTIATED], strict=True)
     found = tuple(g if needed and t is not None else None for g, t, needed in wanted)
-    found = differentiated_once("fused_mixer", found, (*gradients, *tensors[:10]))
-    return *found, None, None, None
+    found = differentiated_once("fused_mixer", found, (*gradients, *inputs))
+    return *found, None, None, None, None
 
 
 torch.library.register_autograd("mambakit::fused_mixer", _backward, setup_context=_setup_context, lib=LIBRARY)

@@ -16,10 +16,11 @@ from mambakit.ops.selective_scan.plan import backward_plan
 
 class LayerWeights(NamedTuple):
     """A layer's parameters: (h,), (2 d, h), (2 d,), (d, 1, k) or (d, k), (d,), (r + 2 n, d), (d, r), (d,), (d, n),
-    (d,), (h, d), (h,).
+    (d,), (h, d), (h,), and of the norms of dt, B and C (r,), (n,), (n,).
 
     Without in_proj (and norm) the layer begins with its output, without out_proj it ends with its input. A_log is
-    log(-A), or A itself (`Signature.log`).
+    log(-A), or A itself (`Signature.log`). The norms of dt, B and C are there where `Signature.mixer_eps` is one, and
+    all three have weights or none has.
     """
 
     norm: Tensor | None
@@ -34,6 +35,9 @@ class LayerWeights(NamedTuple):
     D: Tensor
     out_proj: Tensor | None
     out_bias: Tensor | None
+    dt_norm: Tensor | None = None
+    B_norm: Tensor | None = None
+    C_norm: Tensor | None = None
 
 
 class Kinds:
@@ -62,6 +66,7 @@ class Signature(NamedTuple):
     # Dtype and shape of the states (convolution, scan) that are updated in place; None: rows begin from zeros.
     log: bool  # A_log is log(-A)
     states: tuple[tuple[torch.dtype, torch.Size], tuple[torch.dtype, torch.Size]] | None
+    mixer_eps: float | None = None  # of the norms of dt, B and C; None: there are none
 
 
 _FLOAT32 = ("dt_bias", "A_log", "D")
@@ -119,8 +124,11 @@ def _shapes(s: Signature, kinds: dict[str, Any]) -> str | None:
     out = h if kinds["out_proj"] is None or kinds["norm"] is not None else kinds["out_proj"][1][0]
     expected: list[tuple[int, ...]] = [
         (h,), (2 * d, h), (2 * d,), (d, 1, k) if len(filter_) == 3 else (d, k), (d,), (r + 2 * n, d), (d, r), (d,),
-        (d, n), (d,), (out, d), (out,),
+        (d, n), (d,), (out, d), (out,), (r,), (n,), (n,),
     ]  # fmt: skip
+    weighted = [kinds[name] is not None for name in ("dt_norm", "B_norm", "C_norm")]
+    if any(weighted) and not (all(weighted) and s.mixer_eps is not None):
+        return "weights of some of the norms of dt, B and C, or without their epsilon"
     for (name, kind), shape in zip(kinds.items(), expected, strict=True):
         if kind is not None and tuple(kind[1]) != shape:
             return f"{name} has shape {tuple(kind[1])}"

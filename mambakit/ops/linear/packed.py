@@ -10,6 +10,8 @@ Formats of a weight (out, in), named by their precision:
              of the block, so that a register of words gives 16 neighbouring columns with one shift. Rows are padded
              with zeros to whole blocks and whole groups.
     scales   float32 (out, ceil(in / group)); for int4 those of the padding too
+    "fp8"    uint8 (out, in), the bits of float8_e4m3fn, and one float32 scale per row, (out, 1): w = q * scale; `pack`
+             makes |q| <= 448, and no NaN. `group` has no meaning for it
     "lossless32", "lossless16"   float32 in 28 bits and bfloat16 in 12, the same numbers to the last bit; `lossless.py`
 """
 
@@ -25,7 +27,9 @@ from mambakit.ops._backends.memory import zeros
 from mambakit.ops.linear import lossless
 from mambakit.quoting import brief
 
-FORMATS = ("float32", "bfloat16", "int8", "int4", "lossless32", "lossless16")
+FORMATS = ("float32", "bfloat16", "int8", "int4", "fp8", "lossless32", "lossless16")
+SCALED = ("int8", "int4", "fp8")
+FLOAT8, LARGEST_FLOAT8 = torch.float8_e4m3fn, 448.0
 GROUP = 64  # numbers per scale: half a bit of scale per weight
 GROUPS = (32, 64, 128)
 BLOCK, WORDS = 64, 16
@@ -47,8 +51,8 @@ class PackedWeight:
             raise ValueError(f"PackedWeight: format {brief(self.format)} is not known; choose one of {FORMATS}")
         if self.group not in GROUPS:
             raise ValueError(f"PackedWeight: group is {brief(self.group)}; choose one of {GROUPS}")
-        if (self.scales is not None) != (self.format in ("int8", "int4")):
-            raise ValueError(f"PackedWeight: int8 and int4 have scales, and only they; the format is {self.format}")
+        if (self.scales is not None) != (self.format in SCALED):
+            raise ValueError(f"PackedWeight: {', '.join(SCALED)} have scales, and only they; this is {self.format}")
         if (self.exceptions is not None) != (self.format in lossless.DTYPES):
             raise ValueError(
                 f"PackedWeight: the lossless formats list exceptions, and only they; this is {self.format}"
@@ -68,6 +72,8 @@ class PackedWeight:
             return lossless.row_bytes(self.format, self.in_features), 0
         if self.format == "int8":
             return self.in_features, -(-self.in_features // self.group)
+        if self.format == "fp8":
+            return self.in_features, 1
         if self.format == "int4":
             columns = _padded(self.in_features, self.group)
             return columns // BLOCK * WORDS, columns // self.group
@@ -95,8 +101,8 @@ def pack(weight: Tensor, format: str, group: int = GROUP) -> PackedWeight:
         group: numbers of a row that share a scale: 32, 64 or 128. Of int8 and int4 alone.
 
     Raises:
-        ValueError: an unknown format or group, a weight that is not a matrix, one that is not finite (int8, int4), or
-            one of another dtype than the format's (lossless32, lossless16).
+        ValueError: an unknown format or group, a weight that is not a matrix, one that is not finite (int8, int4, fp8),
+            or one of another dtype than the format's (lossless32, lossless16).
     """
     if weight.dim() != 2:
         raise ValueError(f"pack: weight has shape {tuple(weight.shape)}, expected (out, in)")
@@ -117,6 +123,9 @@ def pack(weight: Tensor, format: str, group: int = GROUP) -> PackedWeight:
         return PackedWeight(format, data, None, columns, group, exceptions)
     if not torch.isfinite(weight).all():
         raise ValueError(f"pack: the weight has numbers that are not finite, which {format} cannot hold")
+    if format == "fp8":
+        q, scales = to_float8(weight)
+        return PackedWeight(format, q.view(torch.uint8), scales, columns, group)
     multiple = group if format == "int8" else max(BLOCK, group)
     padded = F.pad(weight.float(), (0, -columns % multiple)).unflatten(1, (-1, group))  # (out, groups, group)
     if format == "int8":
@@ -128,6 +137,14 @@ def pack(weight: Tensor, format: str, group: int = GROUP) -> PackedWeight:
     scales = extreme / -8
     q = torch.round(padded / _divisor(scales)).clamp(-8, 7).flatten(1)
     return PackedWeight(format, _words_of(q), scales.contiguous(), columns, group)
+
+
+def to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., k) as float8_e4m3fn and float32 scales (..., 1) of its rows: the largest number of a row is 448."""
+    x = x.float()
+    scales = x.abs().amax(-1, keepdim=True) / LARGEST_FLOAT8
+    q = (x / torch.where(scales == 0, 1.0, scales)).clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(FLOAT8)
+    return q.contiguous(), scales
 
 
 def pack_integers(q: Tensor, scales: Tensor, format: str, group: int) -> PackedWeight:
@@ -185,6 +202,9 @@ def blank(
     elif format == "int8":
         data = zeros(out_features, in_features, dtype=torch.int8, device=device)
         scales = zeros(out_features, -(-in_features // group), dtype=torch.float32, device=device)
+    elif format == "fp8":
+        data = zeros(out_features, in_features, dtype=torch.uint8, device=device)
+        scales = zeros(out_features, 1, dtype=torch.float32, device=device)
     else:
         columns = _padded(in_features, group)
         data = zeros(out_features, columns // BLOCK * WORDS, dtype=torch.int16, device=device)
@@ -198,6 +218,8 @@ def dequantize(weight: PackedWeight) -> Tensor:
         return lossless.unpack(weight.data, weight.exceptions, weight.format, weight.in_features)
     if weight.scales is None:
         return weight.data.float()
+    if weight.format == "fp8":
+        return weight.data.view(FLOAT8).float() * weight.scales
     if weight.format == "int4":
         words = weight.data.to(torch.int32).unflatten(1, (-1, 1, 16))  # (out, blocks, 1, word)
         shifts = torch.arange(28, 12, -4, dtype=torch.int32, device=words.device)[:, None]

@@ -23,7 +23,9 @@ def linear(x, weight, bias=None, *, x_in_16_bits=False):
 
 def numbers(weight) -> Tensor:
     """The weight (out, in) in float64, exactly the numbers that the packed bits stand for."""
-    read = {"int8": _int8, "int4": _int4, "lossless32": _lossless, "lossless16": _lossless}.get(weight.format)
+    read = {"int8": _int8, "int4": _int4, "fp8": _fp8, "lossless32": _lossless, "lossless16": _lossless}.get(
+        weight.format
+    )
     if read is None:  # float32, bfloat16
         return weight.data.double()
     return torch.stack([read(weight, column) for column in range(weight.in_features)], 1)
@@ -46,6 +48,14 @@ def _int4(weight, column: int) -> Tensor:
     nibble, word = divmod(within, 16)
     q = (weight.data[:, 16 * block + word].int() >> 4 * nibble) & 15
     return torch.where(q >= 8, q - 16, q).double() * weight.scales[:, column // weight.group].double()
+
+
+def _fp8(weight, column: int) -> Tensor:
+    byte = weight.data[:, column].int()
+    sign, exponent, mantissa = byte >> 7, byte >> 3 & 15, (byte & 7).double()
+    normal = (1 + mantissa / 8) * torch.exp2(exponent.double() - 7)
+    value = torch.where(exponent > 0, normal, mantissa / 8 * 2.0**-6)
+    return torch.where(sign == 1, -value, value) * weight.scales[:, 0].double()
 
 
 def _lossless(weight, column: int) -> Tensor:

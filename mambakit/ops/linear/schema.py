@@ -1,4 +1,5 @@
-"""`mambakit::linear`, and `mambakit::dequantize` that its gradient reads, as torch.library ops.
+"""`mambakit::linear`, `mambakit::dequantize` that its gradient reads, and `mambakit::normed_linear`, as torch.library
+ops.
 
 A packed weight is five tensors (``data``, and those that its format has of ``scales``, ``starts``, ``columns`` and
 ``values``), the format's name and two sizes; `packed.py` says what they hold.
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mambakit.ops._autocast import no_autocast
-from mambakit.ops._backends.dispatch import LIBRARY, define, implement_on_cpu
+from mambakit.ops._backends.dispatch import LIBRARY, define, implement_on_cpu, implement_on_cuda
 from mambakit.ops._releases import count_flops
 from mambakit.ops.linear import chunked, cpu
 from mambakit.ops.linear.packed import PackedWeight
@@ -37,6 +38,8 @@ def _linear(x, data, scales, starts, columns, values, bias, *sizes):
 
 def _linear_on_cpu(x, data, scales, starts, columns, values, bias, *sizes):
     weight = packed_of(data, scales, starts, columns, values, *sizes)
+    if weight.format not in cpu.KINDS:
+        return chunked.linear(x, weight, bias)
     if x.numel() // max(1, x.shape[-1]) <= cpu.MOST_ROWS:
         return cpu.linear(x, weight, bias)
     return chunked.linear(x, weight, bias, cpu.widen(weight))
@@ -47,7 +50,8 @@ def _dequantize(*weight):
 
 
 def _dequantize_on_cpu(*weight):
-    return _fresh(cpu.widen(packed_of(*weight)), weight[0])
+    packed = packed_of(*weight)
+    return _fresh(cpu.widen(packed) if packed.format in cpu.KINDS else packed.dequantized(), weight[0])
 
 
 def _fresh(widened: Tensor, data: Tensor) -> Tensor:
@@ -63,8 +67,25 @@ def _dequantize_fake(data, scales, starts, columns, values, format, in_features,
     return data.new_empty((data.shape[0], in_features), dtype=torch.float32)
 
 
+def _normed_linear(x, norm, residual, eps, residual_dtype, dtype, *weight_and_bias):
+    y, kept = torch.ops.mambakit.rms_norm(x, norm, residual, eps, residual_dtype, dtype)
+    return torch.ops.mambakit.linear(y, *weight_and_bias), kept
+
+
+def _normed_linear_fake(x, norm, residual, eps, residual_dtype, dtype, data, *rest):
+    y = x.new_empty((*x.shape[:-1], data.shape[0]), dtype=dtype)
+    return y, x.new_empty(x.shape, dtype=residual_dtype)
+
+
 define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_SIZES}) -> Tensor", _linear, _linear_fake)
 define(f"dequantize({_WEIGHT}, {_SIZES}) -> Tensor", _dequantize, _dequantize_fake)
+# Without a gradient: `api.normed_linear` calls the two ops where one is asked for.
+define(
+    "normed_linear(Tensor x, Tensor norm, Tensor? residual, float eps, ScalarType residual_dtype, ScalarType dtype, "
+    f"{_WEIGHT}, Tensor? bias, {_SIZES}) -> (Tensor, Tensor)",
+    _normed_linear,
+    _normed_linear_fake,
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -91,6 +112,11 @@ torch.library.register_autograd("mambakit::linear", _backward, setup_context=_se
 
 implement_on_cpu("linear", _linear_on_cpu, lambda x, *_: x.dtype != torch.float64)
 implement_on_cpu("dequantize", _dequantize_on_cpu, lambda *_: True)
+
+_GPU = "mambakit.ops.linear.triton"
+implement_on_cuda("linear", _GPU, "linear")
+implement_on_cuda("dequantize", _GPU, "dequantize")
+implement_on_cuda("normed_linear", _GPU, "normed_linear")
 
 
 def _flops(x_shape, data_shape, *_, out_shape=None, **__) -> int:

@@ -115,7 +115,8 @@ def selective_scan_(
     """`selective_scan` that continues from, and updates in place, a pool of states. For inference.
 
     Args:
-        state: (slots, d, n) float32 (float64 where the computation is), read and written.
+        state: (slots, d, n) float32 (float64 where the computation is), read and written. bfloat16 is widened, all
+            slots of it, and rounded again after the last token.
         slot_indices: (b,) int32, or (s,) when packed: the slot of each row. Row i uses slot i when absent. A negative
             slot starts from a zero state and keeps nothing (the padding rows of a captured graph).
 
@@ -132,16 +133,19 @@ def selective_scan_(
         f"{op}: state has shape {tuple(state.shape)}, expected (slots, d, n) = (slots, {u.shape[2]}, {A.shape[1]})",
     )
     dtype = state_dtype(u, delta, B, C, z)
-    _checks.dtype(op, "state", state, (dtype,))
+    _checks.dtype(op, "state", state, (dtype, torch.bfloat16))
     _checks.same_device(op, u.device, state=state, slot_indices=slot_indices)
     rows = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _checks.slots(op, slot_indices, rows, state.shape[0])
     A = A.to(dtype)
     D, delta_bias = (None if t is None else t.to(dtype) for t in (D, delta_bias))
     B, C = selection.matched(op, u.shape[1], selection.compact(B), selection.compact(C))
+    wide = state.to(dtype)
     y = torch.ops.mambakit.selective_scan_(
-        state, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens
+        wide, slot_indices, u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens
     )
+    if wide is not state:
+        state.copy_(wide)
     return y, state
 
 

@@ -1,13 +1,17 @@
-"""The JSON of a response, whole or as events, and its token usage."""
+"""The JSON of answers to requests for texts, whole or as events, and token usage."""
 
 from __future__ import annotations
 
 import json
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+from mambakit.generation.token_texts import TokenTexts
+from mambakit.serving.api.log_probs import completion_log_probs
+from mambakit.serving.messages import Scored
 
 
 @dataclass
@@ -16,7 +20,7 @@ class Usage:
 
     Attributes:
         prompts: tokens of each prompt.
-        copies: n, the texts of each prompt.
+        copies: the texts of each prompt.
         caching: whether there is a prefix cache.
     """
 
@@ -37,8 +41,12 @@ class Usage:
             self._cached[prompt] = min(cached_tokens, self._cached.get(prompt, self.prompts[prompt]))
 
     @property
+    def prompt_tokens(self) -> int:
+        return sum(self.prompts)
+
+    @property
     def body(self) -> dict[str, Any]:
-        prompt_tokens = sum(self.prompts)
+        prompt_tokens = self.prompt_tokens
         counts: dict[str, Any] = {
             "prompt_tokens": prompt_tokens, "completion_tokens": self.completion_tokens,
             "total_tokens": prompt_tokens + self.completion_tokens,
@@ -49,34 +57,112 @@ class Usage:
 
 
 @dataclass
-class Answer:
-    """The JSON of one response."""
+class Choice:
+    """One text of an answer, or what it has gained.
 
-    model: str
-    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
+    Attributes:
+        finish_reason: "" while it continues.
+        prompt: with echo and log-probabilities, those of the prompt's tokens; ``offsets`` are the characters before
+            each.
+        state: what it has left, where that was asked for.
+    """
 
-    def _body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self.id, "object": "text_completion", "created": self.created, "model": self.model,
-            "choices": choices,
-        }  # fmt: skip
+    index: int
+    text: str = ""
+    finish_reason: str = ""
+    log_probs: Sequence[Scored] = ()
+    prompt: Sequence[Scored] = ()
+    offsets: Sequence[int] = ()
+    state: dict[str, Any] | None = None
 
-    def whole(self, texts: Iterable[tuple[str, str]], usage: Usage) -> dict[str, Any]:
-        """All (text, finish_reason), in order."""
-        choices = [_choice(index, text, reason) for index, (text, reason) in enumerate(texts)]
-        return self._body(choices) | {"usage": usage.body}
+    @property
+    def more(self) -> dict[str, Any]:
+        """Fields that only some choices have."""
+        return {} if self.state is None else {"state": self.state}
 
-    def event(self, index: int, text: str, finish_reason: str, usage: bool) -> bytes:
-        """``usage``: whether the stream ends with a usage event; the other events then have ``"usage": null``."""
-        return event(self._body([_choice(index, text, finish_reason)]) | ({"usage": None} if usage else {}))
+
+class Answer(Protocol):
+    """The shape of one answer."""
+
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+        """The response."""
+
+    def begin(self, choice: Choice) -> bytes:
+        """The first event of a text in a stream; ``b""`` for none."""
+
+    def gain(self, choice: Choice) -> bytes:
+        """The events of what a text has gained; ``b""`` for none."""
 
     def usage_event(self, usage: Usage) -> bytes:
-        return event(self._body([]) | {"usage": usage.body})
+        """The last event, where the stream's options ask for it."""
 
 
-def _choice(index: int, text: str, finish_reason: str) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason or None}
+@dataclass
+class Head:
+    """What every body of one answer has in common.
+
+    Attributes:
+        model: its name in the API.
+        usage: whether the stream ends with a usage event; the others then have ``"usage": null``.
+        metadata: of the request; None: none.
+    """
+
+    model: str
+    object: str
+    id: str
+    usage: bool = False
+    metadata: dict[str, str] | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        found = {
+            "id": self.id, "object": self.object, "created": self.created, "model": self.model, "choices": choices,
+        }  # fmt: skip
+        return found if self.metadata is None else found | {"metadata": self.metadata}
+
+    def event(self, choices: list[dict[str, Any]]) -> bytes:
+        return event(self.body(choices) | ({"usage": None} if self.usage else {}))
+
+
+class CompletionAnswer:
+    """An answer of the completions API.
+
+    Args:
+        texts: spellings of tokens, where log-probabilities are shown.
+        echoed: what precedes each text with `echo`.
+    """
+
+    def __init__(
+        self, model: str, echoed: Sequence[str], texts: TokenTexts | None = None, usage: bool = False,
+        metadata: dict[str, str] | None = None,
+    ):  # fmt: skip
+        self._head = Head(model, "text_completion", f"cmpl-{uuid.uuid4().hex}", usage, metadata)
+        self._echoed, self._texts = echoed, texts
+
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+        return self._head.body([self._choice(one, self._echoed[one.index] + one.text) for one in choices]) | {
+            "usage": usage.body
+        }
+
+    def begin(self, choice: Choice) -> bytes:
+        echoed = self._echoed[choice.index]
+        return self._head.event([self._choice(choice, echoed)]) if echoed else b""
+
+    def gain(self, choice: Choice) -> bytes:
+        if not (choice.text or choice.finish_reason or choice.log_probs):
+            return b""
+        return self._head.event([self._choice(choice, choice.text)])
+
+    def usage_event(self, usage: Usage) -> bytes:
+        return event(self._head.body([]) | {"usage": usage.body})
+
+    def _choice(self, one: Choice, text: str) -> dict[str, Any]:
+        log_probs = None
+        if self._texts is not None:
+            before = len(self._echoed[one.index])
+            log_probs = completion_log_probs(self._texts, one.log_probs, before, one.prompt, one.offsets)
+        found = {"index": one.index, "text": text, "logprobs": log_probs, "finish_reason": one.finish_reason or None}
+        return found | one.more
 
 
 def event(body: dict[str, Any]) -> bytes:

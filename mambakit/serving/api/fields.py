@@ -1,177 +1,62 @@
-"""Every field of a request for completions: its type, range and default, in a table. No field is ignored."""
+"""The fields that every request for texts has, completions and chat alike: sampling, ends, number, streaming."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from mambakit.decoding.parameters import INT64, SAMPLING, Number
-from mambakit.generation.stopping import read_stops
 from mambakit.quoting import cut, quoted
+from mambakit.serving.api.checks import STOP_SCHEMA, read_stop_strings
+from mambakit.serving.api.declarations import Field, Fields, Limits
+from mambakit.serving.api.formats import FORMS
+from mambakit.serving.api.states import QUEUE, TEXT_STATES
+from mambakit.serving.api.values import check_text, flag, group, metadata, number, text, unserved
 from mambakit.serving.errors import ApiError
-
-MOST_STOPS, MOST_STOP_CHARACTERS = 4, 4096
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a request may ask of this server.
-
-    Attributes:
-        model: its name in the API.
-        vocab_size: token ids are below it.
-        max_new_tokens: of one text.
-        max_prompt_tokens: of one prompt; None is no limit: a longer one takes more time, not more memory.
-        most_texts: prompts times n, at most.
-    """
-
-    model: str
-    vocab_size: int
-    max_new_tokens: int = 4096
-    max_prompt_tokens: int | None = 65536
-    most_texts: int = 128
-
-
-def wrong(param: str, message: str) -> ApiError:
-    return ApiError(400, message, param=param)
-
-
-# -- readers: (name of the field, its value or None, limits) -> the value to use
-
-Reader = Callable[[str, Any, Limits], Any]
-
-
-def _number(number: Number) -> Reader:
-    return lambda name, value, limits: number.read(name, value)
-
-
-def _max_tokens(name: str, value: Any, limits: Limits) -> int:
-    most = limits.max_new_tokens
-    tokens: int = Number(min(16, most), 1, most, whole=True).read(name, value)
-    return tokens
-
-
-def _flag(name: str, value: Any, _: Limits) -> bool:
-    if value is not None and not isinstance(value, bool):
-        raise TypeError(f"{name} is {quoted(value)}; it must be true or false")
-    return bool(value)
-
-
-def _text(name: str, value: Any, _: Limits) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"{name} is {quoted(value)}; it must be a string")
-    _require_unicode(name, value or "")
-    return value
 
 
 def _model(name: str, value: Any, limits: Limits) -> None:
-    if _text(name, value, limits) not in (None, limits.model):
+    if value is not None and check_text(name, value) != limits.model:
         message = f"model is {quoted(value)}; this server has {cut(limits.model)!r} alone"
         raise ApiError(404, message, param=name, code="model_not_found")
 
 
-def _stops(name: str, value: Any, _: Limits) -> tuple[str, ...]:
-    if isinstance(value, list) and len(value) > MOST_STOPS:
-        raise ValueError(f"stop has {len(value)} strings; at most {MOST_STOPS} are served")
-    try:
-        stops = read_stops(value)
-    except (TypeError, ValueError) as error:
-        message = f"stop is {quoted(value)}; it must be a string or a list of strings, none of them empty"
-        raise ValueError(message) from error
-    for stop in stops:
-        if len(stop) > MOST_STOP_CHARACTERS:
-            raise ValueError(f"a stop string has {len(stop):,} characters; at most {MOST_STOP_CHARACTERS:,} are served")
-        _require_unicode(name, stop)
-    return stops
+def max_tokens(least: int, default: int | None, about: str) -> Field:
+    """A limit of new tokens; ``default`` None: None where there is no value."""
+
+    def declared(limits: Limits) -> Number:
+        most = limits.max_new_tokens
+        return Number(None if default is None else min(default, most), least, most, whole=True)
+
+    def schema(limits: Limits) -> dict[str, Any]:
+        number = declared(limits)
+        found = {"type": "integer", "minimum": least, "maximum": int(number.high)}
+        return found if number.default is None else found | {"default": number.default}
+
+    return Field(lambda name, value, limits: declared(limits).read(name, value), schema, about)
 
 
-def _stream_options(name: str, value: Any, limits: Limits) -> bool | None:
-    """include_usage; None where there are no options."""
+def _logit_bias(name: str, value: Any, limits: Limits) -> dict[int, float] | None:
     if value is None:
         return None
-    if not isinstance(value, dict) or set(value) - {"include_usage"}:
-        raise ValueError(f"stream_options are {quoted(value)}; only include_usage is served")
-    return _flag(f"{name}.include_usage", value.get("include_usage"), limits)
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} is {quoted(value)}; it must be an object of token ids and numbers")
+    if len(value) > MOST_BIASES:
+        raise ValueError(f"{name} has {len(value):,} tokens; at most {MOST_BIASES:,} are served")
+    found = {}
+    for token, bias in value.items():
+        if not (token.isascii() and token.isdecimal() and len(token) < 12 and int(token) < limits.vocab_size):
+            raise ValueError(f"a token of {name} is {quoted(token)}; they are 0 to {limits.vocab_size - 1}")
+        found[int(token)] = _BIAS.read(f"{name}[{quoted(token)}]", bias)
+    return found or None
 
 
-def _prompts(name: str, value: Any, limits: Limits) -> list[str] | list[list[int]]:
-    """Cheap checks come first: a list may have millions of items."""
-    if value is None:
-        raise ValueError("there is no prompt; give a string, a list of strings, or token ids")
-    if isinstance(value, str):
-        value = [value]
-    kinds = set(map(type, value)) if isinstance(value, list) else set()
-    if kinds == {int}:
-        value, kinds = [value], {list}
-    if kinds not in ({str}, {list}):
-        raise ValueError(
-            f"prompt is {quoted(value)}; it must be a string, a list of strings, a list of token ids or a list of such "
-            "lists, and not empty"
-        )
-    if len(value) > limits.most_texts:
-        raise _too_many_texts(len(value), 1, limits)
-    for prompt in value:
-        if isinstance(prompt, str):
-            _require_unicode(name, prompt)
-        else:
-            _check_ids(prompt, limits)
-    return value
+MOST_BIASES = 1024
+MOST_ALTERNATIVES = 20  # of the likeliest tokens, at each place
+_BIAS = Number(0.0, -100, 100)
 
 
-def _check_ids(ids: list[Any], limits: Limits) -> None:
-    if not ids:
-        raise ValueError("a prompt has no token ids; give at least one")
-    check_length(len(ids), limits)
-    if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= limits.vocab_size:
-        token = next(t for t in ids if type(t) is not int or not 0 <= t < limits.vocab_size)
-        raise ValueError(f"a token id is {quoted(token)}; they are 0 to {limits.vocab_size - 1}")
-
-
-def check_tokens(ids: list[int], limits: Limits) -> None:
-    """Check a tokenised prompt: a tokenizer may have tokens that the model does not.
-
-    Raises:
-        ApiError: too many, or one that the model does not have.
-    """
-    check_length(len(ids), limits)
-    if max(ids) >= limits.vocab_size:
-        known = f"its tokens are 0 to {limits.vocab_size - 1}"
-        raise wrong("prompt", f"the prompt's text has token {max(ids)}, which the model does not have; {known}")
-
-
-def check_length(tokens: int, limits: Limits) -> None:
-    if limits.max_prompt_tokens is not None and tokens > limits.max_prompt_tokens:
-        raise wrong(
-            "prompt",
-            f"the prompt has {tokens:,} tokens; at most {limits.max_prompt_tokens:,} are read here: shorten it, or "
-            "serve with a larger --max-prompt-tokens",
-        )
-
-
-def check_texts(prompts: int, n: int, limits: Limits) -> None:
-    if prompts * n > limits.most_texts:
-        raise _too_many_texts(prompts, n, limits)
-
-
-def _too_many_texts(prompts: int, n: int, limits: Limits) -> ApiError:
-    return wrong(
-        "prompt" if n == 1 else "n",
-        f"{prompts} prompts with n {n} are {prompts * n} texts, but at most {limits.most_texts} can run and wait "
-        "here; send fewer at a time, or serve with a larger --max-texts and --max-waiting",
-    )
-
-
-def _require_unicode(name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} has half of a surrogate pair at {error.start}; send whole characters") from error
-
-
-# -- the tables
-
+# Narrower than in Python, where that is OpenAI's range or a larger number would mean nothing.
 _NARROWER = {
     "temperature": replace(SAMPLING["temperature"], high=2),
     "top_k": replace(SAMPLING["top_k"], high=1 << 31),
@@ -181,46 +66,50 @@ _NARROWER = {
     # The n texts of a prompt have consecutive seeds, all of which torch's generators accept.
     "seed": replace(SAMPLING["seed"], low=INT64[0], high=INT64[1]),
 }
-FIELDS: dict[str, Reader] = {
-    "model": _model,
-    "max_tokens": _max_tokens,
-    **{name: _number(_NARROWER.get(name, number)) for name, number in SAMPLING.items()},
-    "stop": _stops,
-    "n": _number(Number(1, 1, 128, whole=True)),
-    "stream": _flag,
-    "stream_options": _stream_options,
-    "echo": _flag,
-    "user": _text,
-    "prompt": _prompts,
+_ABOUT = {
+    "temperature": "Logits are divided by it; 0 is greedy.",
+    "top_k": "Extension: only so many of the likeliest tokens; 0 is off.",
+    "top_p": "Only the likeliest tokens, up to this probability together.",
+    "min_p": "Extension: only tokens of at least this share of the likeliest one's probability.",
+    "repetition_penalty": "Extension, as in transformers: logits of tokens of prompt and text are divided by it.",
+    "seed": "The same seed, the same text; the n texts of a prompt take seed, seed + 1, ...",
+    "typical_p": "Extension, as in transformers; 1 is off.",
+    "epsilon_cutoff": "Extension, as in transformers: only tokens of at least this probability; 0 is off.",
+    "presence_penalty": "Subtracted from the logits of tokens that the text has already.",
+    "frequency_penalty": "The same, for each time that the text has it.",
 }
-# OpenAI's fields that are not served: the values that mean "off", and what to do instead.
-_UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "logprobs": ((None,), "leave it out; `mambakit score` and `mambakit generate --logprobs` give log-probabilities"),
-    "logit_bias": ((None, {}), "leave it out"),
-    "best_of": ((None, 1), "leave it out; n gives several texts to choose from"),
-    "suffix": ((None,), "leave it out; the model only continues text"),
+STREAM_OPTIONS: Fields = {
+    "include_usage": flag("Whether a last event has the usage."),
+    "include_obfuscation": unserved({"type": "boolean", "enum": [False]}, (False,), "leave it out"),
 }
-
-
-def read(body: dict[str, Any], limits: Limits) -> dict[str, Any]:
-    """The value of every field, its default where ``body`` does not have it.
-
-    Raises:
-        ApiError: a field that is not known or not served, or a value that is not of its type or range.
-    """
-    for name, value in body.items():
-        if name in _UNSERVED:
-            neutral, remedy = _UNSERVED[name]
-            if isinstance(value, bool) or value not in neutral:
-                raise wrong(name, f"{name} is {quoted(value)}, but {name} is not served; {remedy}")
-        elif name not in FIELDS:
-            close = difflib.get_close_matches(cut(name), FIELDS, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"served are {', '.join(FIELDS)}"
-            raise wrong(name, f"there is no field {quoted(name)}; {hint}")
-    values = {}
-    for name, reader in FIELDS.items():
-        try:
-            values[name] = reader(name, body.get(name), limits)
-        except (TypeError, ValueError) as error:
-            raise wrong(name, str(error)) from error
-    return values
+MODEL = Field(_model, lambda limits: {"type": "string", "enum": [limits.model]}, "This server's model; no other.")
+GENERATION: Fields = {
+    "model": MODEL,
+    **{name: number(_NARROWER.get(name, declared), _ABOUT[name]) for name, declared in SAMPLING.items()},
+    "stop": Field(
+        read_stop_strings, STOP_SCHEMA, "Strings that end a text; it does not have them. Up to 4 of 4,096 characters."
+    ),
+    "logit_bias": Field(
+        _logit_bias,
+        {
+            "type": "object",
+            "patternProperties": {"^[0-9]{1,11}$": {"type": "number", "minimum": -100, "maximum": 100}},
+            "additionalProperties": False,
+            "maxProperties": MOST_BIASES,
+        },
+        "Token ids, and what is added to their logits.",
+    ),
+    "min_tokens": number(
+        Number(0, 0, INT64[1], whole=True), "Extension: no end-of-text token before so many new tokens."
+    ),
+    "ignore_eos": flag("Extension: end-of-text tokens do not end the text."),
+    **FORMS,
+    "n": number(Number(1, 1, 128, whole=True), "Texts for each prompt."),
+    "stream": flag("Whether the answer comes as server-sent events."),
+    "stream_options": group(STREAM_OPTIONS, "Options of a stream."),
+    "user": text("Of no effect."),
+    "metadata": metadata("Strings that come back with the answer."),
+    **TEXT_STATES,
+    **QUEUE,
+}
+"""In the order of the document."""

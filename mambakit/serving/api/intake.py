@@ -1,4 +1,4 @@
-"""From the bytes of a body to prompts of token ids, off the event loop.
+"""From the bytes of a body to a valid request with its prompts as token ids, off the event loop.
 
 Python's JSON parser holds the interpreter's lock: a body of a few megabytes would stop every stream for a second. Small
 bodies are parsed by threads, large ones by processes, of which the first starts with the first large body.
@@ -18,10 +18,15 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Generic, TypeAlias, TypeVar
 
-from mambakit.serving.api.prompts import Codec, Prepared, prepare
-from mambakit.serving.api.protocol import ApiError, Limits
+from mambakit.serving.api.declarations import Limits
+from mambakit.serving.api.prompts import Codec
+from mambakit.serving.errors import ApiError
+
+_T = TypeVar("_T")
+# Reads a body. It is a function of a module, so that a process finds it by its name, and its result can be pickled.
+Prepare: TypeAlias = "Callable[[bytes, Codec, Limits], _T]"
 
 _log = logging.getLogger("mambakit.serving")
 
@@ -63,8 +68,8 @@ class Intake:
         self._load, self.options = load, options
         self.loaded: Future[tuple[Any, Codec, Limits]] = Future()
         """The tokenizer, and the codec and limits with which requests are parsed."""
-        self._small: queue.Queue[_Body] = queue.Queue()
-        self._large: queue.Queue[_Body] = queue.Queue()
+        self._small: queue.Queue[_Body[Any]] = queue.Queue()
+        self._large: queue.Queue[_Body[Any]] = queue.Queue()
         self._processes: list[_Process] = []
         self._unfinished = self._large_open = 0
 
@@ -102,8 +107,8 @@ class Intake:
         finally:
             self._unfinished -= counted
 
-    async def prepare(self, body: bytearray) -> Prepared:
-        """Parse a body. Raises an `ApiError` for an invalid request, or where too many wait to be parsed."""
+    async def prepare(self, body: bytearray, read: Prepare[_T]) -> _T:
+        """The result of ``read``. Raises its `ApiError`, or one where too many bodies wait to be parsed."""
         small = len(body) <= SMALL
         waiting = self._small if small else self._large
         if waiting.qsize() >= self.options.waiting:
@@ -112,7 +117,7 @@ class Intake:
                 f"{waiting.qsize()} requests wait to be read already (--max-unread); try again later",
                 retry_after=1,
             )
-        one = _Body(bytes(body), Future())
+        one: _Body[_T] = _Body(bytes(body), read, Future())
         waiting.put(one)
         if small:
             return await asyncio.wrap_future(one.future)
@@ -132,7 +137,8 @@ class Intake:
     def _read_small(self) -> None:
         _, codec, limits = self.loaded.result()
         while True:
-            self._small.get().answer(functools.partial(prepare, codec=codec, limits=limits))
+            one = self._small.get()
+            one.answer(functools.partial(one.read, one.content, codec, limits))
 
     def stop(self) -> None:
         """Kill the processes and drop what waits."""
@@ -145,15 +151,16 @@ class Intake:
 
 
 @dataclass
-class _Body:
+class _Body(Generic[_T]):
     content: bytes
-    future: Future[Prepared]
+    read: Prepare[_T]
+    future: Future[_T]
 
-    def answer(self, read: Callable[[bytes], Prepared]) -> None:
+    def answer(self, result: Callable[[], _T]) -> None:
         if not self.future.set_running_or_notify_cancel():
             return  # the client disconnected
         try:
-            self.future.set_result(read(self.content))
+            self.future.set_result(result())
         except BaseException as error:
             self.future.set_exception(error)
 
@@ -161,7 +168,7 @@ class _Body:
 class _Process:
     """A process that parses large bodies, and the thread that sends them to it."""
 
-    def __init__(self, waiting: queue.Queue[_Body], known: tuple[Codec, Limits], seconds: float):
+    def __init__(self, waiting: queue.Queue[_Body[Any]], known: tuple[Codec, Limits], seconds: float):
         self._waiting, self._known, self._seconds = waiting, known, seconds
         self._process: Any = None
         self._connection: Any = None
@@ -175,7 +182,8 @@ class _Process:
 
     def _run(self) -> None:
         while not self._stopped:
-            self._waiting.get().answer(self._read)
+            one = self._waiting.get()
+            one.answer(functools.partial(self._result, one))
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -187,13 +195,14 @@ class _Process:
             raise EOFError
         self._connection.recv()
 
-    def _read(self, body: bytes) -> Prepared:
+    def _result(self, one: _Body[Any]) -> Any:
         try:
             if self._process is None:
                 self._start()
-            self._connection.send_bytes(body)
+            self._connection.send(one.read)
+            self._connection.send_bytes(one.content)
             in_time = self._connection.poll(self._seconds)
-            outcome = self._connection.recv() if in_time else None
+            kind, outcome = self._connection.recv() if in_time else ("late", {})
         except (EOFError, OSError) as error:
             self._end()
             _log.error("a process that reads requests ended: %s", type(error).__name__)
@@ -202,11 +211,11 @@ class _Process:
             self._end()
             limit = f"{self._seconds:g} seconds (--parse-seconds)"
             raise ApiError(400, f"the request was not read within {limit}; send a shorter one, or token ids")
-        if isinstance(outcome, Prepared):
-            return outcome
-        if isinstance(outcome, dict):
+        if kind == "refused":
             raise ApiError(**outcome)
-        raise RuntimeError(outcome)
+        if kind == "failed":
+            raise RuntimeError(outcome)
+        return outcome
 
     def _end(self) -> None:
         """The next body starts another process."""
@@ -225,14 +234,14 @@ def _serve(codec: Codec, limits: Limits, connection: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):
         connection.send("started")
         while True:
-            body = connection.recv_bytes()
+            read, body = connection.recv(), connection.recv_bytes()
             try:
-                outcome: Any = prepare(body, codec, limits)
+                outcome: tuple[str, Any] = "read", read(body, codec, limits)
             except ApiError as error:
-                outcome = {
+                outcome = "refused", {
                     "status": error.status, "message": error.message, "param": error.param, "code": error.code,
                     "retry_after": error.retry_after,
                 }  # fmt: skip
             except Exception as error:
-                outcome = f"{type(error).__name__}: {error}"
+                outcome = "failed", f"{type(error).__name__}: {error}"
             connection.send(outcome)

@@ -1,29 +1,39 @@
-"""From the bytes of a body to a valid request with its prompts as token ids."""
+"""Prompts as token ids: the tokenizer's encoder, and a valid request with its prompts encoded."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from array import array
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from mambakit.generation.start_token import find_start_token
-from mambakit.serving.api import protocol
-from mambakit.serving.api.protocol import ApiError, Asked, Limits
+from mambakit.serving.api.asked import Asked
+from mambakit.serving.api.declarations import Limits
+from mambakit.serving.api.templates import ChatTemplate
+from mambakit.serving.errors import ApiError
 
 # No token is longer than the longest of the vocabulary, for which at least this many characters are assumed. A longer
 # text than that allows is refused before it is tokenised.
 _LEAST_WIDTH = 16
 # Characters of prompts in one answer, with `echo`: an answer is written as JSON on the event loop.
 MOST_ECHO = 1 << 20
+# Log-probabilities of prompts in one answer, alternatives included.
+MOST_SCORED = 1 << 18
 
 
 class Codec:
-    """The tokenizer's encoder. It can be pickled, and called from several threads at once."""
+    """The tokenizer's encoder and its chat template. It can be pickled, and called from several threads at once.
+
+    Attributes:
+        template: None where the tokenizer has none.
+    """
 
     def __init__(self, tokenizer: Any):
         self._start = find_start_token(tokenizer)
+        self.template = ChatTemplate.of(tokenizer)
         self._width = max(_LEAST_WIDTH, max(map(len, tokenizer.get_vocab()), default=0))
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -35,19 +45,20 @@ class Codec:
             backend.no_padding()
             self._encode = functools.partial(_encode, backend)
 
-    def encode(self, prompt: str, limits: Limits) -> list[int]:
+    def encode(self, prompt: str, limits: Limits, param: str = "prompt") -> list[int]:
+        """The token ids of a prompt. Raises an `ApiError` that names the field ``param``."""
         if limits.max_prompt_tokens is not None and len(prompt) > limits.max_prompt_tokens * self._width:
             message = (
                 f"the prompt has {len(prompt):,} characters, more than {limits.max_prompt_tokens:,} tokens can stand "
                 "for; shorten it, or serve with a larger --max-prompt-tokens"
             )
-            raise ApiError(400, message, param="prompt")
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
         ids = self._encode(prompt)
         if ids:
             return ids
         if self._start is None:
             message = "the prompt is empty and the tokenizer has no bos token to start from; give a prompt"
-            raise ApiError(400, message, param="prompt")
+            raise ApiError(400, message, param=param)
         return [self._start]
 
 
@@ -78,24 +89,26 @@ class Prepared:
     texts: list[str | None]
 
 
-def prepare(body: bytes, codec: Codec, limits: Limits) -> Prepared:
-    """Parse and tokenise a body. Raises an `ApiError` for an invalid request."""
+@contextlib.contextmanager
+def depth_is_bounded() -> Iterator[None]:
+    """A context in which JSON of too great a depth is a refusal."""
     try:
-        asked = protocol.parse(protocol.parse_body(body), limits)
+        yield
     except RecursionError as error:
         raise ApiError(
             400, "the body's lists and objects are too deep in each other; send a request as documented"
         ) from error
-    prompts, texts = [], []
-    for prompt in asked.prompts:
-        ids = codec.encode(prompt, limits) if isinstance(prompt, str) else prompt
-        protocol.check_tokens(ids, limits)
-        prompts.append(array("q", ids).tobytes())
-        texts.append(prompt if asked.echo and isinstance(prompt, str) else None)
-    if asked.echo:
-        check_echo(asked.n * sum(len(text or "") for text in texts))
-        check_echo(asked.n * sum(len(ids) // 8 for ids in prompts))  # the text of ids is not known yet
-    return Prepared(replace(asked, prompts=[]), prompts, texts)
+
+
+def check_scored(numbers: int) -> None:
+    """Raises an `ApiError` for more log-probabilities of prompts than an answer may have."""
+    if numbers > MOST_SCORED:
+        raise ApiError(
+            400,
+            f"echo with logprobs would answer with {numbers:,} log-probabilities of prompts; at most {MOST_SCORED:,} "
+            "are sent: ask for fewer alternatives or shorter prompts, or for /v1/score",
+            param="logprobs", code="invalid_value",
+        )  # fmt: skip
 
 
 def check_echo(characters: int) -> None:

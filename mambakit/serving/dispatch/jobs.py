@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import queue
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from mambakit.serving.dispatch.shares import Shares
 from mambakit.serving.errors import ApiError
-from mambakit.serving.messages import Piece
+from mambakit.serving.messages import Piece, TextOptions
 
 # Prefill reads chunks: a prompt token costs about this fraction of a generated one.
-_PROMPT_COST = 1 / 16
+PROMPT_COST = 1 / 16
 
 
 class Inbox:
@@ -51,17 +53,36 @@ class Replica:
     number: int
     device: str
     state: str = "loading"
-    """"loading", "ready", "silent" while its heartbeat is late, or "dead" until it is restarted."""
+    """"loading", "ready", "silent" while its heartbeat is late, or "dead" until it is restarted; where the number of
+    replicas changes also "draining" (it gets no more texts) and "asleep" (it does not run)."""
     jobs: dict[int, Job] = field(default_factory=dict)
     """The texts that it has, by `Job.id`, in the order in which they were sent."""
+    shares: Shares = field(default_factory=Shares)
+    """The owners of those texts."""
+    work: float = 0.0
+    """What is left of those texts, at most, in generated tokens."""
     busy: int = 0
     waiting: int = 0
     restarts: int = 0
+    began: float = 0.0
+    """When its process was started, or is to be."""
+    load_seconds: float | None = None
+    """How long its last start took."""
     error: str = ""
     """The reason of its last death."""
     pid: int | None = None
     outgoing: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
     """Messages to its process."""
+
+    def add(self, job: Job) -> None:
+        job.replica, self.jobs[job.id] = self, job
+        self.shares.add(job.share)
+        self.work += job.remaining
+
+    def remove(self, job: Job) -> None:
+        del self.jobs[job.id]
+        self.shares.remove(job.share)
+        self.work = self.work - job.remaining if self.jobs else 0.0
 
     @property
     def name(self) -> str:
@@ -83,8 +104,15 @@ class Job:
     """Its number among the n texts of its prompt; the prompt's tokens are counted with copy 0."""
     share: tuple[Any, ...] = ()
     """Its owner, from the outside in: (key, client, request)."""
+    options: TextOptions = field(default_factory=TextOptions)
+    priority: int = 0
+    """Among the texts of its key: the smaller, the earlier."""
+    deadline: float = math.inf
+    """When it is of no use any more, by the dispatcher's clock."""
 
     id: int = field(default_factory=itertools.count().__next__, init=False)
+    request_id: str = field(default="", init=False)
+    """Of its request, for the log."""
     created: float = field(default_factory=time.monotonic, init=False)
     first: float = field(default=0.0, init=False)
     """When its first token came."""
@@ -96,10 +124,10 @@ class Job:
     @property
     def work(self) -> int:
         """A hash of all that is asked except the seed: equal for two requests of the same work."""
-        sampling = tuple((name, value) for name, value in self.sampling.items() if name != "seed")
-        return hash((self.prompt_ids, sampling, self.max_new_tokens, self.stop))
+        sampling = repr([(name, value) for name, value in self.sampling.items() if name != "seed"])
+        return hash((self.prompt_ids, sampling, self.max_new_tokens, self.stop, self.options))
 
     @property
     def remaining(self) -> float:
         """An upper bound of the work that is left, in generated tokens."""
-        return self.max_new_tokens - self.tokens + (0 if self.tokens else self.prompt_tokens * _PROMPT_COST)
+        return self.max_new_tokens - self.tokens + (0 if self.tokens else self.prompt_tokens * PROMPT_COST)

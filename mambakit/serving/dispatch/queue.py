@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import heapq
+import itertools
+import math
+from collections.abc import Generator, Hashable, Iterator, Sequence
 
-from mambakit.generation.turns import Turns, within_share
+from mambakit.serving.dispatch.fair_queue import FairQueue
 from mambakit.serving.dispatch.jobs import Job, Replica
+from mambakit.serving.dispatch.shares import Shares
 
 # Texts sent to a replica beyond its slots, so that a slot that becomes free is refilled without a round trip.
 AHEAD = 2
@@ -14,60 +19,105 @@ AHEAD = 2
 EARLY = 4
 # The queue may grow to this many times its limit for owners that hold less than their share of it.
 REACH = 2
-_TRIES = 16  # requests whose next text is tried, in the order of their turns
+_TRIES = 8  # requests whose next text is tried, in the order of their turns
 
 
 class WaitingQueue:
-    """One queue for all replicas, which have ``slots`` each. Texts of one owner leave in the order of arrival."""
+    """One queue for all replicas, which have ``slots`` each. Texts of one request leave in the order of arrival."""
 
     def __init__(self, slots: int):
         self._slots = slots
-        self._jobs: dict[Job, None] = {}
-        self._turns: Turns[Job] = Turns()  # the waiting texts and those at the replicas
+        self._texts = FairQueue()  # the waiting texts and those at the replicas
+        self._shares = Shares()  # of the same
+        self._deadlines: list[tuple[float, int, Job]] = []
+        self._numbers = itertools.count()
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        return len(self._texts)
 
     def __iter__(self) -> Iterator[Job]:
-        return iter(self._jobs)
+        return iter(self._texts)
 
     def add(self, job: Job) -> None:
-        self._jobs[job] = None
-        self._turns.add(job, job.share)
+        self._texts.add(job)
+        self._shares.add(job.share)
+        if job.deadline < math.inf:
+            heapq.heappush(self._deadlines, (job.deadline, next(self._numbers), job))
 
     def ended(self, job: Job) -> None:
         """It waits no more, and no replica has it."""
-        self._jobs.pop(job, None)
-        self._turns.remove(job)
+        self._texts.remove(job)
+        self._shares.remove(job.share)
 
-    def served(self, job: Job, tokens: int) -> None:
-        self._turns.serve(job, tokens)
+    def served(self, job: Job, work: float) -> None:
+        self._texts.serve(job, work)
 
-    def take(self, replicas: Sequence[Replica]) -> tuple[Job, list[Replica]] | None:
-        """The next text for which there is room, and the replicas that have room for it; None where there is none."""
-        ready = [r for r in replicas if r.state == "ready"]
-        placed = [job for r in replicas for job in r.jobs.values()]
-        for job in self._turns.next(_TRIES, self._jobs.__contains__, placed, per_request=1):
-            if able := [r for r in ready if self._has_room(r, job)]:
-                del self._jobs[job]
-                return job, able
-        return None
+    def expired(self, now: float) -> list[Job]:
+        """Texts whose deadline has passed and that have not ended, each once."""
+        found = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            job = heapq.heappop(self._deadlines)[2]
+            if not job.ended:
+                found.append(job)
+        return found
+
+    def take(self, replicas: Sequence[Replica], newcomers: Sequence[Job] = ()) -> tuple[Job, list[Replica]] | None:
+        """The next text for which there is room, and the replicas that have room for it; None where there is none.
+
+        Args:
+            newcomers: the texts that have come since there was no room for any other.
+        """
+        ready = [r for r in replicas if r.state == "ready" and len(r.jobs) < self._most]
+        if not ready:
+            return None
+        free = any(len(r.jobs) < self._slots + AHEAD for r in ready)
+        turns: Generator[Job, None, None] = self._texts.next()
+        if newcomers and not free:
+            turns = (job for job in newcomers if job in self._texts)
+        with contextlib.closing(turns):
+            found = next(
+                (
+                    (job, able)
+                    for job in itertools.islice(turns, _TRIES)
+                    if (able := [r for r in ready if self._has_room(r, job)])
+                ),
+                None,
+            )
+        if found is not None:
+            self._texts.start(found[0])
+        return found
+
+    @property
+    def _most(self) -> float:
+        """No replica has room for more than so many texts: the logarithm of a million owners, see `Shares.fits`."""
+        return EARLY * self._slots * 14 + AHEAD
 
     def _has_room(self, replica: Replica, job: Job) -> bool:
-        placed = [other.share for other in replica.jobs.values()]
-        if len(placed) < self._slots + AHEAD or within_share(job.share, placed, self._slots):
+        shares = replica.shares
+        if len(shares) < self._slots + AHEAD or shares.fits(job.share, self._slots):
             return True
-        return job.share not in placed and within_share(job.share, placed, EARLY * self._slots)
+        return job.share not in shares and shares.fits(job.share, EARLY * self._slots)
 
-    def admits(self, jobs: Sequence[Job], replicas: Sequence[Replica], limit: int) -> bool:
+    def over(self, count: int, replicas: Sequence[Replica], limit: int) -> int:
+        """How many texts must end before ``count`` more may wait; 0 or less where they may wait now."""
+        beyond = sum(max(0, len(r.jobs) - self._slots) for r in replicas)
+        free = sum(max(0, self._slots - len(r.jobs)) for r in replicas if r.state == "ready")
+        return len(self) + beyond + count - free - limit
+
+    def admits(self, jobs: Sequence[Job], replicas: Sequence[Replica], limit: int, kept: int | None = 0) -> bool:
         """Whether all texts of one request may wait.
 
         Where the queue is full with others' texts, a request for no more than its owner's share of the queue may.
+
+        Args:
+            kept: texts for which room is kept; None where these are such texts themselves.
         """
-        waiting = [job.share for job in self._jobs]
-        waiting += [job.share for r in replicas for job in list(r.jobs.values())[self._slots :]]
-        free = sum(max(0, self._slots - len(r.jobs)) for r in replicas if r.state == "ready")
-        count = len(jobs) - free
-        if len(waiting) + count <= limit:
+        over = self.over(len(jobs), replicas, limit)
+        if kept is not None and over + kept <= 0:
             return True
-        return len(waiting) + count <= REACH * limit and within_share(jobs[0].share, waiting, limit, count)
+        beyond = over + limit <= REACH * limit
+        return beyond and (kept is None or self._shares.fits(jobs[0].share, limit, len(jobs)))
+
+    def by_key(self) -> dict[Hashable, int]:
+        """How many texts of each key wait."""
+        return self._texts.by_key()

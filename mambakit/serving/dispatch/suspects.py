@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from mambakit.serving.dispatch.jobs import Job
 from mambakit.serving.errors import ApiError
@@ -16,12 +16,13 @@ _MOST = 10_000
 class Suspects:
     """The texts that replicas had when they died, for some minutes."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._deaths: dict[int, tuple[int, float]] = {}  # by `Job.work`: how many, and when the last was
 
     def died(self, jobs: Sequence[Job]) -> dict[int, ApiError]:
         """A replica died with these texts. Returns, by `Job.id`, the errors of those that must not be sent again."""
-        now = time.monotonic()
+        now = self._clock()
         self._deaths = {work: known for work, known in self._deaths.items() if now - known[1] < SECONDS}
         created: dict[int, float] = {}
         for job in jobs:
@@ -38,7 +39,7 @@ class Suspects:
         """Raises an `ApiError` where replicas have died of such a text."""
         if not self._deaths:
             return
-        now = time.monotonic()
+        now = self._clock()
         for job in jobs:
             deaths, when = self._deaths.get(job.work, (0, 0.0))
             if deaths >= DEATHS and now - when < SECONDS:

@@ -6,71 +6,21 @@ where the page's name was made to resolve to this address (DNS rebinding).
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ipaddress
 import re
 import socket
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mambakit.quoting import cut
 from mambakit.serving.errors import ApiError
+from mambakit.serving.http.keys import Key, Keys
 
-LEAST_KEY = 16
-KEY_VARIABLE = "MAMBAKIT_API_KEY"
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._~*-]+)(?::([0-9]{1,5}))?")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._~-]+)(?::[0-9]{1,5})?")
-
-
-def read_keys(given: Iterable[str] | None, file: str | None, environment: Mapping[str, str]) -> tuple[str, ...]:
-    """The keys of --api-key and --api-key-file, else that of the environment.
-
-    Raises:
-        ValueError: a key cannot be sent in a header, or is too short.
-    """
-    found = [("--api-key", key) for key in given or ()]
-    if file is not None:
-        try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"--api-key-file {file} cannot be read ({error}); name a file with a key on each line"
-            ) from None
-        found += [(f"--api-key-file {file}, line {i}", line) for i, line in enumerate(lines, 1) if line]
-        if not any(lines):
-            raise ValueError(f"--api-key-file {file} holds no key; write one on each line")
-    if not found and KEY_VARIABLE in environment:
-        found = [(KEY_VARIABLE, environment[KEY_VARIABLE])]
-    for source, key in found:
-        _check_key(source, key)
-    return tuple(dict.fromkeys(key for _, key in found))
-
-
-def _check_key(source: str, key: str) -> None:
-    """The message never shows the key: it goes to logs."""
-    remedy = """make one: python -c "import secrets; print(secrets.token_urlsafe())\""""
-    if not key.strip():
-        raise ValueError(
-            f"{source}: the key is {'blank' if key else 'empty'}, as an unset variable is; leave "
-            f"{source.split(',')[0]} out to serve without a key, or {remedy}"
-        )
-    if key != key.strip():
-        raise ValueError(f"{source}: the key begins or ends with a blank or a line end; take it away")
-    bad = next((i for i, character in enumerate(key) if not "!" <= character <= "~"), None)
-    if bad is not None:
-        raise ValueError(
-            f"{source}: character {bad + 1} of the key (U+{ord(key[bad]):04X}) cannot be sent in a header; use visible "
-            f"ASCII without blanks, or {remedy}"
-        )
-    if len(key) < LEAST_KEY:
-        raise ValueError(
-            f"{source}: the key has {len(key)} characters; at least {LEAST_KEY} keep it from being guessed: {remedy}"
-        )
 
 
 def check_hosts(hosts: Iterable[str]) -> tuple[str, ...]:
@@ -115,25 +65,24 @@ class AccessRules:
         loopback: whether the address is reached from this machine only.
     """
 
-    keys: tuple[str, ...] = ()
+    keys: Keys = field(default_factory=Keys)
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     loopback: bool = True
 
-    def require_key(self, authorization: str) -> None:
-        """Raises an `ApiError` unless the header holds a key. Takes constant time for any wrong key."""
-        if not self.keys:
-            return
-        # Digests have one length; every key is compared, whether or not an earlier one was equal.
-        sent = hashlib.sha256(_sent(authorization)).digest()
-        equal = [hmac.compare_digest(sent, hashlib.sha256(known.encode()).digest()) for known in self.keys]
-        if authorization.partition(" ")[0].lower() != "bearer" or not any(equal):
-            message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
-            raise ApiError(401, message, code="invalid_api_key")
+    def require_key(self, authorization: str) -> Key | None:
+        """The key that the header holds; None where none is required.
 
-    def holder(self, authorization: str) -> str:
-        """An identifier of the key, however the header is written; "" without keys, since clients could invent some."""
-        return hashlib.sha256(_sent(authorization)).hexdigest()[:16] if self.keys else ""
+        Raises:
+            ApiError: the header holds no key of this server.
+        """
+        if not self.keys:
+            return None
+        found = self.keys.find(authorization)
+        if found is None:
+            message = "the API key is missing, wrong or expired; send it as Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key")
+        return found
 
     def allows_host(self, host: str) -> bool:
         """Whether ``host``, without port, is a name of this server."""
@@ -149,11 +98,12 @@ class AccessRules:
         # With keys any name is allowed: a page that was rebound to this address does not know one.
         return name == socket.gethostname().lower() or bool(self.keys and not self.hosts)
 
-    def allows_origin(self, origin: str, host: str) -> bool:
-        origin = origin.lower()
-        return "*" in self.origins or origin in self.origins or origin == f"http://{host.lower()}"
+    def allows_origin(self, origin: str, host: str, scheme: str = "http") -> bool:
+        """Whether ``origin`` is allowed, or this server's own: behind a proxy with TLS that is https, too."""
+        origin, host = origin.lower(), host.lower()
+        return "*" in self.origins or origin in self.origins or origin in (f"{scheme}://{host}", f"https://{host}")
 
-    def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    def check(self, headers: Iterable[tuple[bytes, bytes]], scheme: str = "http", path: str = "") -> None:
         """Raises an `ApiError` for a request to another host name, or from another site's page."""
         found: dict[bytes, list[str]] = {b"host": [], b"origin": [], b"sec-fetch-site": []}
         for name, value in headers:
@@ -170,16 +120,14 @@ class AccessRules:
             message = f"{asked!r} is no name of this server; use one of its addresses, or add --allowed-host NAME"
             raise ApiError(403, message, code="host_not_allowed")
         for origin in origins:
-            if not self.allows_origin(origin, hosts[0]):
+            if not self.allows_origin(origin, hosts[0], scheme):
                 message = f"pages of {cut(origin)!r} may not use this server; serve with --allowed-origin ORIGIN"
                 raise ApiError(403, message, code="origin_not_allowed")
-        if not origins and "*" not in self.origins and any(site in ("cross-site", "same-site") for site in sites):
+        followed = path == "/"  # a link to the playground's page, which does nothing by itself
+        foreign = any(site in ("cross-site", "same-site") for site in sites)
+        if not origins and "*" not in self.origins and foreign and not followed:
             message = "pages of other sites may not use this server; serve with --allowed-origin ORIGIN"
             raise ApiError(403, message, code="origin_not_allowed")
-
-
-def _sent(authorization: str) -> bytes:
-    return authorization.partition(" ")[2].strip().encode("utf-8", "surrogatepass")
 
 
 def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -204,7 +152,7 @@ class Access:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                self._rules.check(scope["headers"])
+                self._rules.check(scope["headers"], scope.get("scheme", "http"), scope["path"])
             except ApiError as error:
                 await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
                 return

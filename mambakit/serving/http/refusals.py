@@ -29,9 +29,9 @@ async def refusal(_: Request, error: Exception) -> Response:
 
 async def http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    known = "there are POST /v1/completions, GET /v1/models, /health, /ready, /live and /metrics"
-    what = f"{cut(request.method)} {cut(request.url.path)}: {error.detail}; {known}"
-    return JSONResponse(ApiError(error.status_code, what).body, error.status_code, error.headers)
+    what = f"{cut(request.method)} {cut(request.url.path)}: {error.detail}; GET /openapi.json lists what is served"
+    code = {404: "unknown_url", 405: "method_not_supported"}.get(error.status_code)
+    return JSONResponse(ApiError(error.status_code, what, code=code).body, error.status_code, error.headers)
 
 
 async def bug(_: Request, error: Exception) -> Response:

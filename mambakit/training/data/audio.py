@@ -10,6 +10,7 @@ import numpy as np
 
 from mambakit.opening import open_binary
 from mambakit.training.data.files import Piece
+from mambakit.writing import replacing
 
 _FRAMES = 1 << 18
 _MU = 255.0
@@ -52,6 +53,16 @@ def read_wav(path: Path, sample_rate: int) -> Iterator[Piece]:
             samples = _samples(frames, sound.getsampwidth()).reshape(-1, sound.getnchannels()).mean(1)
             left -= len(samples)
             yield Piece(mu_law_encode(samples).tobytes(), left <= 0)
+
+
+def write_wav(path: Path, samples: np.ndarray, rate: int) -> None:
+    """Samples in [-1, 1] as a WAV file of one channel, 16 bits a sample."""
+    pcm = np.rint(np.clip(samples, -1.0, 1.0) * 32767).astype("<i2")
+    with replacing(path) as temporary, wave.open(str(temporary), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(pcm.tobytes())
 
 
 def wav_rate(path: Path) -> int:

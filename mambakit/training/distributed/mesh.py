@@ -111,14 +111,17 @@ class ProcessMesh:
         with objective.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
             yield
 
+    def whole_state(self, model: nn.Module) -> dict[str, Any]:
+        """The unsharded tensors of a model; with FSDP they are at the first process alone. A collective call."""
+        if self.mode != "fsdp":
+            return model.state_dict()
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
     def whole(self, model: nn.Module) -> nn.Module | None:
         """The unsharded model for one process at the first process, None at the others. A collective call."""
-        if self.mode == "fsdp":
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-            state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        else:
-            state = model.state_dict()
+        state = self.whole_state(model)
         if not self.first:
             return None
         if self._skeleton is None:

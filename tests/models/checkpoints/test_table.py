@@ -62,7 +62,7 @@ class ToyFormat:
 
     name = "toy"
     packed = False
-    tokenizer_source = "toys have none"
+    holds_tokenizers = True
 
     def detect(self, folder, config_json):
         return "toy" in config_json
@@ -103,7 +103,7 @@ def test_a_format_is_a_line_in_the_table(monkeypatch, tmp_path):
     loaded = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path / "toy")
     for name, tensor in written.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
-    with pytest.raises(mambakit.CheckpointError, match="toys have none"):
+    with pytest.raises(mambakit.CheckpointError, match="holds no tokenizer .tokenizer.json."):
         mambakit.AutoTokenizer.from_pretrained(tmp_path / "toy")
     convert(tmp_path / "toy", tmp_path / "original", "original")
     assert describe(tmp_path / "original").format == "original"

@@ -61,6 +61,14 @@ inline u32 unpack_int4(u32 word) {
     int first = (word & 15) ^ 8, second = (word >> 16 & 15) ^ 8;
     return to_half_pair(first - 8, second - 8);
 }
+inline float of_e4m3(u32 byte) {
+    const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+    const float size = exponent ? ldexpf(1.f + mantissa / 8.f, exponent - 7) : ldexpf(mantissa / 8.f, -6);
+    return byte & 128 ? -size : size;
+}
+inline u32 unpack_e4m3(u32 word, int h) {
+    return to_half_pair(of_e4m3(word >> 16 * h & 255), of_e4m3(word >> (16 * h + 8) & 255));
+}
 inline float ex2(float x) { float y = exp2f(x); return y < 1.17549435e-38f ? 0.f : y; }
 inline float fast_divide(float x, float y) { return x / y; }
 

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 
-from mambakit import MambaConfig, MambaForCausalLM
+from mambakit import MambaForCausalLM
 from mambakit.decoding.graph_step import gpu_weights
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops.decode import cuda_persistent as persistent
 from tests.ops.decode import persistent_on_cpu
+from tests.ops.decode.with_norms import with_norms
 
 CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 CPU = pytest.mark.skipif(persistent_on_cpu.COMPILER is None, reason="no g++")
@@ -36,7 +37,7 @@ def made(dtype: torch.dtype, device: str, **shape) -> MambaForCausalLM:
     if device == "cpu":
         wanted |= {"hidden_size": wanted.pop("on_a_cpu", 128), "vocab_size": min(601, wanted["vocab_size"])}
     wanted.pop("on_a_cpu", None)
-    return MambaForCausalLM(MambaConfig(**wanted)).to(device, dtype).eval()
+    return with_norms(wanted).to(device, dtype).eval()
 
 
 def step_of(model, cache, **options) -> persistent.PersistentStep:
@@ -61,6 +62,8 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double().cpu() - b.double().cpu()).norm() / b.double().norm())
 
 
+FALCON = {"mixer_rms_eps": 1e-3}
+JAMBA = {**FALCON, "mixer_norm_weights": True}
 CASES = {
     "plain": ({}, None),
     "biases": ({"use_bias": True, "use_conv_bias": False, "conv_kernel": 3}, None),
@@ -70,9 +73,14 @@ CASES = {
     "int8": ({}, ("int8", 64)),
     "int8 groups of 32": ({}, ("int8", 32)),
     "int8 groups of 128": ({}, ("int8", 128)),
+    "fp8": ({"use_bias": True}, ("fp8",)),
     "int4": ({"on_a_cpu": 256}, ("int4", 64)),
     "int4 groups of 32": ({"on_a_cpu": 256}, ("int4", 32)),
     "int4 groups of 128": ({"use_bias": True, "on_a_cpu": 256}, ("int4", 128)),
+    "falcon": ({**FALCON, "time_step_rank": 48}, None),
+    "jamba": ({**JAMBA, "use_bias": True}, None),
+    "falcon int4": ({**FALCON, "on_a_cpu": 256}, ("int4", 64)),
+    "jamba int8": (JAMBA, ("int8", 64)),
 }
 
 
@@ -82,7 +90,8 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @torch.no_grad()
 def test_the_models_logits_and_states(on, device, case, rows, dtype):
-    on_cpu = {1: list(CASES), 3: ["plain", "int8 groups of 32", "int4"], 8: ["plain", "biases", "int4"]}[rows]
+    on_cpu = {1: list(CASES), 3: ["plain", "int8 groups of 32", "int4", "fp8", "jamba"],
+              8: ["plain", "biases", "int4", "falcon"]}[rows]  # fmt: skip
     if device == "cpu" and ((dtype == torch.float16) != (rows == 3) or case not in on_cpu):
         pytest.skip("slow on a CPU")
     shape, packing = CASES[case]
@@ -127,12 +136,14 @@ def test_the_models_logits_and_states(on, device, case, rows, dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("packing", [None, ("int4", 64)], ids=["plain", "int4"])
+@pytest.mark.parametrize(
+    ("packing", "norms"), [(None, {}), (("int4", 64), {}), (None, JAMBA)], ids=["plain", "int4", "jamba"]
+)
 @torch.no_grad()
-def test_a_rows_bits_are_its_own(on, device, packing):
+def test_a_rows_bits_are_its_own(on, device, packing, norms):
     """Whatever the others hold, and however many there are."""
     on(device, 6)
-    model = made(torch.bfloat16, device, num_hidden_layers=2, on_a_cpu=256)
+    model = made(torch.bfloat16, device, num_hidden_layers=2, on_a_cpu=256, **norms)
     if packing:
         model.quantize(*packing)
     found = {}
@@ -189,13 +200,19 @@ def test_what_it_cannot_serve(on):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("packing", [None, ("int4", 64)], ids=["plain", "int4"])
+@pytest.mark.parametrize(
+    ("packing", "norms"),
+    [(None, {}), (("int4", 64), {}), (("fp8",), {}), (None, FALCON), (("int4", 64), JAMBA)],
+    ids=["plain", "int4", "fp8", "falcon", "jamba int4"],
+)
 @pytest.mark.parametrize("tokens", [2, 5])
 @torch.no_grad()
-def test_draft_verification(on, device, tokens, packing):
+def test_draft_verification(on, device, tokens, packing, norms):
     """Logits and states to the last bit those of one token after the other, from any slot, whatever is kept."""
+    if device == "cpu" and norms and tokens == 2:
+        pytest.skip("slow on a CPU")
     on(device, 6)
-    model = made(torch.bfloat16, device, num_hidden_layers=2, on_a_cpu=256)
+    model = made(torch.bfloat16, device, num_hidden_layers=2, on_a_cpu=256, **norms)
     if packing:
         model.quantize(*packing)
     cache, pool = model.backbone.new_cache(1), model.backbone.new_cache(tokens + 1)

@@ -14,16 +14,17 @@ from mambakit.ops.decode import PackedModel, cpu, decode, reference
 from mambakit.ops.linear import pack
 from mambakit.ops.linear.packed import FORMATS
 from tests.ops.closeness import relative_error
-from tests.ops.decode.test_cpu import LAYERS, VOCABULARY, D, H, K, N, make_layers
+from tests.ops.decode.test_cpu import LAYERS, NORMS, VOCABULARY, D, H, K, N, make_layers
 
 needs_native = pytest.mark.skipif(not native.is_available(), reason="the native library is not built")
 # The dynamic-shape check draws graphs for minutes; the other three are fast.
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
-def make_model(format="float32") -> PackedModel:
-    dtype = torch.bfloat16 if format == "lossless16" else torch.float32
-    return PackedModel(make_layers(format), torch.rand(H), pack(torch.randn(VOCABULARY, H, dtype=dtype), format), 1e-5)
+def make_model(format="float32", norms="plain") -> PackedModel:
+    dtype, (mixer_eps, weighted) = torch.bfloat16 if format == "lossless16" else torch.float32, NORMS[norms]
+    head = pack(torch.randn(VOCABULARY, H, dtype=dtype), format)
+    return PackedModel(make_layers(format, weighted), torch.rand(H), head, 1e-5, mixer_eps)
 
 
 def make_states(b):
@@ -32,8 +33,9 @@ def make_states(b):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("b", [3, 17])  # 17 rows: op by op
-def test_tokens_in_a_row(format, b):
-    model, states = make_model(format), make_states(b)
+@pytest.mark.parametrize("norms", NORMS)
+def test_tokens_in_a_row(format, b, norms):
+    model, states = make_model(format, norms), make_states(b)
     want_states = [s.double() for s in states]
     # int8 and int4: x is rounded to 16 bits up to 16 rows; a number that differs by 1e-7 may go the other way.
     integers = format in ("int8", "int4")
@@ -41,19 +43,21 @@ def test_tokens_in_a_row(format, b):
         x = torch.randn(b, H)
         logits = decode(x, model, *states)
         want, *want_states = reference.decode(
-            x, model.layers, model.final_norm, model.head, model.eps, *want_states, x_in_16_bits=integers and b <= 16
-        )
+            x, model.layers, model.final_norm, model.head, model.eps, *want_states, model.mixer_eps,
+            x_in_16_bits=integers and b <= 16,
+        )  # fmt: skip
         assert relative_error(logits, want) < (2e-4 if integers else 1e-5)
     for found, want in zip(states, want_states, strict=True):
         assert relative_error(found, want) < (2e-4 if integers else 1e-5)
 
 
 @needs_native
-def test_it_has_the_bits_of_a_prepared_step():
-    model, x = make_model("int8"), torch.randn(2, H)
+@pytest.mark.parametrize("norms", NORMS)
+def test_it_has_the_bits_of_a_prepared_step(norms):
+    model, x = make_model("int8", norms), torch.randn(2, H)
     states = make_states(2)
     others = [s.clone() for s in states]
-    step = cpu.DecodeStep(model.layers, model.final_norm, model.head, model.eps, *others)
+    step = cpu.DecodeStep(model.layers, model.final_norm, model.head, model.eps, *others, model.mixer_eps)
     for _ in range(3):
         assert torch.equal(decode(x, model, *states), step(x))
     assert torch.equal(states[1], others[1])
@@ -61,8 +65,9 @@ def test_it_has_the_bits_of_a_prepared_step():
 
 @pytest.mark.parametrize("format", ["float32", "int4", "lossless32"])
 @pytest.mark.parametrize("b", [2, 17])
-def test_opcheck(format, b):
-    arguments = (torch.randn(b, H), *make_states(b), *make_model(format).flat())
+@pytest.mark.parametrize("norms", ["plain", "jamba"])
+def test_opcheck(format, b, norms):
+    arguments = (torch.randn(b, H), *make_states(b), *make_model(format, norms).flat())
     torch.library.opcheck(torch.ops.mambakit.decode.default, arguments, test_utils=CHECKS)
 
 
@@ -167,4 +172,4 @@ def test_what_does_not_fit():
     with pytest.raises(RuntimeError, match="is for inference"):
         decode(x.requires_grad_(), model, conv, ssm)
     with pytest.raises(ValueError, match="a model of L layers has"):
-        torch.ops.mambakit.decode(x.detach(), conv, ssm, [model.final_norm], ["float32"], [64], 1e-5)
+        torch.ops.mambakit.decode(x.detach(), conv, ssm, [model.final_norm], ["float32"], [64], 1e-5, None)

@@ -22,6 +22,7 @@ from mambakit.ops._backends import nvrtc, prepared_triton
 from mambakit.ops.causal_conv1d import prepared as conv
 from mambakit.ops.fused_mixer import layer, parameters, signature
 from mambakit.ops.rms_norm import prepared as norm
+from mambakit.ops.selection_norm import prepared as selection_norm
 from mambakit.ops.selective_scan import prepared_token as token
 from tests.ops.selective_scan import cuda_on_cpu
 
@@ -101,7 +102,7 @@ def install(monkeypatch, folder: Path) -> None:
         return ParametersModule(folder, macros) if own else scan_module(where, source, macros, device)
 
     monkeypatch.setattr(nvrtc, "Module", module)
-    for user in (conv, norm, token):
+    for user in (conv, norm, selection_norm, token):
         monkeypatch.setattr(user, "PreparedTriton", InterpretedTriton)
     monkeypatch.setattr(signature, "unavailable", lambda: None)
     monkeypatch.setattr(layer, "_plans", {})

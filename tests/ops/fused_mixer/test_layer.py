@@ -19,7 +19,7 @@ from mambakit.compat.early_block import Block as EarlyBlock
 from mambakit.compat.inner import mamba_inner_fn, mamba_inner_fn_no_out_proj
 from mambakit.compat.mamba import Mamba
 from mambakit.compat.norm import RMSNorm as CompatNorm
-from mambakit.modules import Packing, StateCache
+from mambakit.modules import LayerConfig, Packing, StateCache
 from mambakit.modules.block import MambaBlock
 from mambakit.modules.mixers import fused_layer
 from mambakit.modules.mixers.fused_layer import FusedLayer
@@ -38,7 +38,14 @@ CASES = [
     ((2, 37), {"hidden_size": 32, "time_step_rank": 3}),  # B and C begin at odd elements
     ((1, 1), {"hidden_size": 16, "time_step_rank": 8}),
     ((3, 70), {"hidden_size": 24, "state_size": 5, "use_bias": True, "use_conv_bias": False, "conv_kernel": 3}),
+    ((2, 37), {"hidden_size": 32, "time_step_rank": 3, "mixer_rms_eps": 1e-3}),
+    (
+        (2, 19),
+        {"hidden_size": 32, "time_step_rank": 12, "state_size": 9, "mixer_rms_eps": 1e-3, "mixer_norm_weights": True},
+    ),
 ]
+NAMES = ["odd", "token", "bias", "falcon", "jamba"]
+"""The last two have norms of dt, B and C, without weights and with."""
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +86,7 @@ def planned(monkeypatch, folder):
 
 def block_of(fields: dict, device: str = "cpu", dtype: torch.dtype = F32) -> MambaBlock:
     torch.manual_seed(0)
-    block = MambaBlock(MambaConfig(num_hidden_layers=1, **fields), 0).train()
+    block = MambaBlock(LayerConfig(num_hidden_layers=1, **fields), 0).train()
     with torch.no_grad():
         for name, parameter in block.named_parameters():
             if parameter.dim() == 1 and name != "mixer.dt_proj.bias":
@@ -123,7 +130,7 @@ def exact(fields, shape, alone=False, **how) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("residual", [True, False], ids=["stream", "first"])
-@pytest.mark.parametrize(("shape", "fields"), CASES, ids=["odd", "token", "bias"])
+@pytest.mark.parametrize(("shape", "fields"), CASES, ids=NAMES)
 def test_float32_beside_float64(device, shape, fields, residual, planned):
     expected = exact(fields, shape, residual=residual)
     passes = planned(device)
@@ -136,8 +143,9 @@ def test_float32_beside_float64(device, shape, fields, residual, planned):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("alone", [False, True], ids=["block", "mixer"])
-def test_under_autocast_it_is_as_exact_as_the_modules(device, alone, planned):
-    shape, fields = CASES[0]
+@pytest.mark.parametrize("case", [0, 4], ids=["plain", "jamba"])
+def test_under_autocast_it_is_as_exact_as_the_modules(device, alone, case, planned):
+    shape, fields = CASES[case]
     wanted = exact(fields, shape, alone)
     block = block_of(fields, device)
     block = block.mixer if alone else block
@@ -204,9 +212,10 @@ def test_parts_of_a_layer(device, log, projected, batched, planned):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_model_in_bfloat16(device, planned):
+@pytest.mark.parametrize("case", [0, 4], ids=["plain", "jamba"])
+def test_a_model_in_bfloat16(device, case, planned):
     """Without autocast: weights in bfloat16 are read as they are, A_log, D and the steps' bias in float32."""
-    shape, fields = CASES[0]
+    shape, fields = CASES[case]
     block = block_of(fields, device, BF16)
     wanted = exact(fields, shape)
     passes = planned(device)
@@ -315,10 +324,11 @@ def test_frozen_weights_have_no_gradient(device, planned):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
-def test_states_in_place(device, half, planned):
+@pytest.mark.parametrize("norms", [{}, CASES[4][1]], ids=["plain", "jamba"])
+def test_states_in_place(device, half, norms, planned):
     """A prefill longer than a decoding step's kernel takes, a shorter one, one token; rows beside the batch's stay."""
-    _, fields = CASES[0]
-    config = MambaConfig(num_hidden_layers=1, **fields)
+    fields = CASES[0][1] | {k: v for k, v in norms.items() if k.startswith("mixer")}
+    config = MambaConfig(num_hidden_layers=1, **CASES[0][1])
     x = torch.randn(2, 37 + 9 + 1, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         whole, _ = block_of(fields).double()(x.double())
@@ -408,9 +418,10 @@ def test_a_second_derivative_raises(device, planned):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("alone", [False, True], ids=["block", "mixer"])
-def test_gradients_of_several_outputs_at_once(device, alone, planned):
+@pytest.mark.parametrize("case", [0, 4], ids=["plain", "jamba"])
+def test_gradients_of_several_outputs_at_once(device, alone, case, planned):
     """vmap in the backward pass: no kernel may read the address of its wrapped tensors."""
-    shape, fields = CASES[0]
+    shape, fields = CASES[case]
     passes = planned(device)
     block = block_of(fields, device)
     x = torch.randn(*shape, 32, device=device, requires_grad=True)

@@ -9,9 +9,10 @@ from array import array
 
 import pytest
 
+from mambakit.serving.api.completions import prepare
 from mambakit.serving.api.intake import SMALL, IntakeOptions
-from mambakit.serving.api.prompts import Codec, prepare
-from mambakit.serving.api.protocol import ApiError
+from mambakit.serving.api.prompts import Codec
+from mambakit.serving.errors import ApiError
 from mambakit.serving.http.connection_limits import ConnectionLimits
 from tests.serving.api_server import LIMITS, api_server, byte_tokenizer, read_all, status_of
 from tests.serving.conftest import wait_until

@@ -12,8 +12,11 @@ from starlette.responses import JSONResponse
 import mambakit
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling, StoppingDecoder
-from mambakit.serving.api.fields import _UNSERVED, FIELDS, MOST_STOP_CHARACTERS
-from mambakit.serving.api.protocol import ApiError, Limits, parse, parse_body
+from mambakit.serving.api.asked import parse_body
+from mambakit.serving.api.checks import MOST_STOP_CHARACTERS
+from mambakit.serving.api.completions import COMPLETIONS, parse
+from mambakit.serving.api.declarations import Limits
+from mambakit.serving.errors import ApiError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -32,7 +35,7 @@ OTHERS = [
     '{"include_usage":true}', '{"include_usage":1}', '{"5":100}', '{"\\ud800":1}', '"' + "x" * 5000 + '"',
     "[" + "1," * 60 + "1]", "[" * 200 + "]" * 200, "[1e400]", "[" + "9" * 300 + "]", '{"include_usage":false,"b":2}',
 ]  # fmt: skip
-NAMES = [*FIELDS, *_UNSERVED, "metadata", "best-of", "", "\\ud800", "x" * 5000, "Temperature", "max_new_tokens", "日"]
+NAMES = [*COMPLETIONS, "metadata", "best-of", "", "\\ud800", "x" * 5000, "Temperature", "max_new_tokens", "日"]
 
 
 @pytest.fixture(scope="module")

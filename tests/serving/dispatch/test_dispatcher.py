@@ -99,8 +99,8 @@ def test_requests_and_keys_take_turns():
         dispatcher.receive(replica, Batch(4, 0, [Piece(order[-1].id, "x", 1, "stop")]))
     assert max(order.index(one) for one in many + two) < 45, "others' texts do not wait until the big request is done"
     assert [order.index(one) for one in big] == sorted(order.index(one) for one in big), "its own are in order"
-    assert not dispatcher._queue._turns._leaves
-    assert not dispatcher._queue._turns._root.children
+    assert not dispatcher._queue._texts._leaves
+    assert not dispatcher._queue._texts._root.children
 
 
 def test_a_full_queue_lets_in_those_who_have_less_than_their_share():
@@ -153,7 +153,7 @@ def test_random_requests_all_end(seed):
     assert all(one.ended for one in jobs)
     assert len(sent_ids) == len(set(sent_ids))
     assert dispatcher.waiting == 0
-    assert not dispatcher._queue._turns._root.children
+    assert not dispatcher._queue._texts._root.children
 
 
 def test_a_cancelled_text_leaves_the_queue_or_is_told_to_its_replica(dispatcher):

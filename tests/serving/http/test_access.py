@@ -7,8 +7,9 @@ import logging
 import pytest
 
 from mambakit import cli
-from mambakit.serving.api.protocol import ApiError
-from mambakit.serving.http.access import AccessRules, check_hosts, check_origins, is_loopback, read_keys
+from mambakit.serving.errors import ApiError
+from mambakit.serving.http.access import AccessRules, check_hosts, check_origins, is_loopback
+from mambakit.serving.http.keys import Keys, read_keys
 from tests.serving.api_server import api_server
 
 KEY, OTHER = "sixteen-visible-characters", "another-key-of-mine"
@@ -46,9 +47,9 @@ def test_keys_that_are_none_are_refused_wherever_they_come_from(key, tmp_path):
 def test_where_keys_come_from(tmp_path):
     file = tmp_path / "keys"
     file.write_text(f"{OTHER}\r\n\r\n{KEY}\r\n")
-    assert read_keys(None, None, {}) == ()
-    assert read_keys(None, None, {"MAMBAKIT_API_KEY": KEY}) == (KEY,)
-    assert read_keys([KEY], str(file), {"MAMBAKIT_API_KEY": "x"}) == (KEY, OTHER)
+    assert read_keys(None, None, {}).all == ()
+    assert read_keys(None, None, {"MAMBAKIT_API_KEY": KEY}).all == Keys.of(KEY).all
+    assert read_keys([KEY], str(file), {"MAMBAKIT_API_KEY": "x"}).all == Keys.of(KEY, OTHER).all
     file.write_text("\n\n")
     with pytest.raises(ValueError, match="holds no key"):
         read_keys(None, str(file), {})
@@ -81,21 +82,22 @@ def test_the_command_refuses_them(monkeypatch, capsys):
     ],
 )  # fmt: skip
 def test_keys_are_compared_whole(sent, known):
-    rules = AccessRules(keys=(KEY, OTHER))
+    rules = AccessRules(keys=Keys.of(KEY, OTHER))
     if known:
         rules.require_key(sent)
     else:
-        with pytest.raises(ApiError, match="missing or wrong"):
+        with pytest.raises(ApiError, match="missing, wrong or expired"):
             rules.require_key(sent)
     AccessRules().require_key(sent)
 
 
-def test_a_key_is_one_client_however_it_is_written():
-    rules = AccessRules(keys=(KEY, OTHER))
-    assert len({rules.holder(f"{kind} {KEY}") for kind in ("Bearer", "bearer", "BEARER ", "Bearer  ")}) == 1
-    assert rules.holder(f"Bearer {KEY}") != rules.holder(f"Bearer {OTHER}")
-    assert KEY not in rules.holder(f"Bearer {KEY}")
-    assert AccessRules().holder(f"Bearer {KEY}") == AccessRules().holder("") == "", (
+def test_a_key_is_one_owner_however_it_is_written():
+    rules = AccessRules(keys=Keys.of(KEY, OTHER))
+    names = [rules.require_key(f"{kind} {KEY}").name for kind in ("Bearer", "bearer", "BEARER ", "Bearer  ")]
+    assert len(set(names)) == 1
+    assert names[0] != rules.require_key(f"Bearer {OTHER}").name
+    assert KEY not in names[0]
+    assert AccessRules().require_key(f"Bearer {KEY}") is AccessRules().require_key("") is None, (
         "without keys clients could invent some"
     )
 
@@ -111,7 +113,7 @@ def test_names_of_a_server_on_loopback():
     rules = AccessRules()
     assert [host for host in LOCAL if not rules.allows_host(host)] == []
     assert [host for host in FOREIGN if rules.allows_host(host)] in ([], ["127.0.0.1."])
-    named = AccessRules(hosts=check_hosts(["Models.Example.", "10.0.0.1"]), keys=(KEY,))
+    named = AccessRules(hosts=check_hosts(["Models.Example.", "10.0.0.1"]), keys=Keys.of(KEY))
     assert named.allows_host("models.example")
     assert named.allows_host("10.0.0.1")
     assert not named.allows_host("evil.example")
@@ -119,13 +121,13 @@ def test_names_of_a_server_on_loopback():
 
 
 def test_names_of_a_public_server():
-    without, with_key = AccessRules(loopback=False), AccessRules(loopback=False, keys=(KEY,))
+    without, with_key = AccessRules(loopback=False), AccessRules(loopback=False, keys=Keys.of(KEY))
     for host in ("10.0.0.1", "[2001:db8::1]", "localhost"):
         assert without.allows_host(host)
         assert with_key.allows_host(host)
     assert not without.allows_host("evil.example"), "a page may have pointed its name here"
     assert with_key.allows_host("models.example"), "a page does not know the key"
-    assert not AccessRules(loopback=False, keys=(KEY,), hosts=("models.example",)).allows_host("evil.example")
+    assert not AccessRules(loopback=False, keys=Keys.of(KEY), hosts=("models.example",)).allows_host("evil.example")
 
 
 def test_what_is_allowed_is_named_as_it_is_compared():
@@ -145,7 +147,7 @@ def test_addresses():
 
 @pytest.fixture(scope="module")
 def local():
-    with api_server(access=AccessRules(keys=(KEY,), origins=("https://pages.example",))) as one:
+    with api_server(access=AccessRules(keys=Keys.of(KEY), origins=("https://pages.example",))) as one:
         yield one
 
 
@@ -223,5 +225,5 @@ def test_a_key_is_asked_for_before_the_body(local):
 
 @pytest.mark.parametrize("keys", [(), (KEY,)])
 def test_a_public_address_without_a_key_warns(keys, caplog):
-    with caplog.at_level(logging.WARNING), api_server(host="0.0.0.0", access=AccessRules(keys=keys)):
+    with caplog.at_level(logging.WARNING), api_server(host="0.0.0.0", access=AccessRules(keys=Keys.of(*keys))):
         assert ("everybody there may use this server" in caplog.text) == (not keys)

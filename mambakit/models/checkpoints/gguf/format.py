@@ -30,7 +30,7 @@ class GGUFFormat:
 
     name = "gguf"
     packed = False
-    tokenizer_source = ""
+    holds_tokenizers = True
 
     def detect(self, folder: Path, config_json: dict[str, Any]) -> bool:
         return "general.architecture" in config_json

@@ -1,0 +1,223 @@
+"""`mambakit::linear` and its relatives on a GPU: packed weights at every number of rows. `triton_plan.py` chooses.
+
+Weights are widened to x's dtype: in registers for few rows, in memory for many. fp8 weights meet many rows in float8:
+each row of x is rounded to e4m3 with a scale of its own, found in the norm before it where there is one
+(`normed_linear`).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from mambakit.ops._autocast import no_autocast
+from mambakit.ops.linear import chunked, triton_plan
+from mambakit.ops.linear import triton_kernels as kernels
+from mambakit.ops.linear.packed import FLOAT8, PackedWeight
+from mambakit.ops.linear.schema import packed_of
+from mambakit.ops.linear.triton_plan import BITS, Product
+from mambakit.ops.rms_norm.triton import forward as rms_norm
+
+_HALF = (torch.bfloat16, torch.float16)
+KEPT = 4096  # bytes of shared memory that Triton takes beside the pipeline's stages
+# In the interpreter, on a CPU: multiprocessors and shared memory of an H100.
+_INTERPRETED = (132, 227 * 1024, (9, 0))
+
+
+@functools.cache
+def card(index: int) -> tuple[int, int, tuple[int, int]]:
+    """(multiprocessors, bytes of shared memory of a CTA, compute capability)."""
+    found = triton.runtime.driver.active.utils.get_device_properties(index)
+    return found["multiprocessor_count"], found["max_shared_mem"], torch.cuda.get_device_capability(index)
+
+
+def _card_of(x: Tensor) -> tuple[int, int, tuple[int, int]]:
+    return card(x.device.index) if x.is_cuda else _INTERPRETED
+
+
+def linear(x, data, scales, starts, columns, values, bias, format, in_features, group):
+    """`mambakit::linear`."""
+    weight = packed_of(data, scales, starts, columns, values, format, in_features, group)
+    require_float8(x, weight)
+    if x.dtype not in (*_HALF, torch.float32) or not x.numel() or not data.numel():
+        return chunked.linear(x, weight, bias)
+    with torch.cuda.device_of(x), no_autocast(x.device):
+        flat = x.reshape(-1, in_features)
+        if flat.stride(1) != 1:
+            flat = flat.contiguous()
+        y = _multiply(flat, weight, None if bias is None else bias.contiguous())
+    return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])
+
+
+def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """x (rows, in) with adjacent columns."""
+    rows, n = x.shape[0], weight.out_features
+    if weight.format in BITS:
+        plan = triton_plan.product_of(weight.format, x.dtype, weight.group, rows, _card_of(x)[1] - KEPT)
+        if plan is not None:
+            return in_registers(x, weight, bias, plan)
+        if weight.format == "fp8" and triton_plan.takes_float8(x.dtype, rows, n, weight.in_features):
+            return scaled(*rows_in_float8(x), weight, bias, x.dtype)
+    return widened(x, weight, bias, triton_plan.MANY.slab)
+
+
+def require_float8(x: Tensor, weight: PackedWeight) -> None:
+    """ValueError where the weight is fp8 and the card has no 8-bit floats: it would be slower than plain weights."""
+    if weight.format != "fp8":
+        return
+    capability = _card_of(x)[2]
+    if capability < triton_plan.FLOAT8_CAPABILITY:
+        raise ValueError(
+            f"fp8 weights need a GPU with 8-bit floats, of compute capability {_dotted(triton_plan.FLOAT8_CAPABILITY)} "
+            f"(Ada, Hopper, Blackwell), and this one has {_dotted(capability)}: quantise the original checkpoint to "
+            'int8 instead (model.quantize("int8"), mambakit quantize --to int8), or call model.dequantize()'
+        )
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+# -- few rows: the weight is widened in registers ----------------------------------------------------------------------
+
+
+def in_registers(x: Tensor, weight: PackedWeight, bias: Tensor | None, plan: Product) -> Tensor:
+    """x weight^T + bias by `product_kernel`."""
+    (rows, k), n = x.shape, weight.out_features
+    splits, columns = plan.splits(rows, n, k, _card_of(x)[0])
+    y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    parts = y if splits == 1 else torch.empty((splits, rows, n), dtype=torch.float32, device=x.device)
+    kernels.product_kernel[(triton.cdiv(n, plan.BN) * triton.cdiv(rows, plan.BB), splits)](
+        x, weight.data, weight.scales, bias, parts, rows, x.stride(0),
+        n, k, columns, BITS[weight.format], weight.group, BN=plan.BN, BB=plan.BB, BK=plan.BK, STAGES=plan.stages,
+        SPLITS=splits, AFTER=plan.after, ASM=x.is_cuda, HAS_BIAS=bias is not None, num_warps=plan.warps,
+    )  # fmt: skip
+    if splits > 1:
+        size = min(1024, triton.next_power_of_2(n))
+        kernels.sum_kernel[(rows, triton.cdiv(n, size))](
+            parts, bias, y, rows, n, splits, SIZE=size, HAS_BIAS=bias is not None, num_warps=4
+        )
+    return y
+
+
+# -- many rows: the weight is widened in memory ------------------------------------------------------------------------
+
+
+def widened(x: Tensor, weight: PackedWeight, bias: Tensor | None, slab: int = 0) -> Tensor:
+    """x weight^T + bias by PyTorch's product, the weight in x's dtype, ``slab`` bytes of it at a time (0: all)."""
+    n, k = weight.out_features, weight.in_features
+    y = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
+    bias = None if bias is None else bias.to(x.dtype)
+
+    def multiply(w: Tensor, first: int, count: int) -> None:
+        out = y[:, first : first + count]
+        if bias is None:
+            torch.mm(x, w.T, out=out)
+        else:
+            torch.addmm(bias[first : first + count], x, w.T, out=out)
+
+    if weight.format not in BITS:
+        multiply(weight.dequantized().to(x.dtype), 0, n)
+    else:
+        step = n if not slab else min(n, max(128, slab // (k * x.dtype.itemsize) // 128 * 128))
+        memory = torch.empty((step, k), dtype=x.dtype, device=x.device)
+        for first in range(0, n, step):
+            count = min(step, n - first)
+            widen_into(memory[:count], weight, first)
+            multiply(memory[:count], first, count)
+    return y
+
+
+def widen_into(y: Tensor, weight: PackedWeight, first: int = 0) -> None:
+    """Rows of an int8, int4 or fp8 weight from ``first`` on into y (rows, in), contiguous, in its dtype."""
+    (rows, k), bits = y.shape, BITS[weight.format]
+    columns = weight.data.shape[1]  # of the packed row: bytes, or words of 4 columns
+    block = min(512 if bits == 4 else 2048, triton.next_power_of_2(columns))
+    BN = max(1, (1024 if bits == 4 else 4096) // block)
+    kernels.widen_kernel[(triton.cdiv(rows, BN), triton.cdiv(columns, block))](
+        weight.data, weight.scales, y, first,
+        weight.out_features, k, bits, weight.group, BN=BN, BK=block, num_warps=8 if bits != 4 else 4,
+    )  # fmt: skip
+
+
+def dequantize(data, scales, starts, columns, values, format, in_features, group):
+    """`mambakit::dequantize`: the weight (out, in) in float32."""
+    weight = packed_of(data, scales, starts, columns, values, format, in_features, group)
+    if format not in BITS or not data.numel():
+        found = weight.dequantized()
+        return found.clone() if found is data else found
+    with torch.cuda.device_of(data):
+        y = torch.empty((data.shape[0], in_features), dtype=torch.float32, device=data.device)
+        widen_into(y, weight)
+    return y
+
+
+# -- many rows of fp8: the rows of x are float8, too -------------------------------------------------------------------
+
+
+def rows_in_float8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (rows, k) with adjacent columns in float8, and the scales (rows, 1) of its rows: `packed.to_float8`'s bits."""
+    rows, k = x.shape
+    q = torch.empty((rows, k), dtype=FLOAT8, device=x.device)
+    scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    size = triton.next_power_of_2(k)
+    kernels.float8_kernel[(rows,)](
+        x, q.view(torch.uint8), scales, x.stride(0), k, SIZE=size, num_warps=min(16, max(1, size // 512))
+    )
+    return q, scales
+
+
+def scaled(q: Tensor, scales: Tensor, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(q scales) weight^T + bias; PyTorch's product of float8 with scales of rows gives bfloat16."""
+    assert weight.scales is not None
+    y = torch._scaled_mm(
+        q,
+        weight.data.view(FLOAT8).T,
+        scale_a=scales,
+        scale_b=weight.scales.T,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    y = y.to(dtype)
+    return y if bias is None else y.add_(bias)
+
+
+def normed_linear(
+    x, norm, residual, eps, residual_dtype, dtype, data, scales, starts, columns, values, bias, format, in_features,
+    group,
+):  # fmt: skip
+    """`mambakit::normed_linear`: (linear of the norm, residual)."""
+    weight = packed_of(data, scales, starts, columns, values, format, in_features, group)
+    require_float8(x, weight)
+    rows = x.numel() // max(1, in_features)
+    fused = format == "fp8" and triton_plan.takes_float8(dtype, rows, weight.out_features, in_features)
+    if not fused or torch.float64 in (x.dtype, residual_dtype):
+        y, kept = rms_norm(x, norm, residual, eps, residual_dtype, dtype)
+        return linear(y, data, scales, starts, columns, values, bias, format, in_features, group), kept
+    with torch.cuda.device_of(x), no_autocast(x.device):
+        q, row_scales, kept = norm_in_float8(x, norm, residual, eps, residual_dtype, dtype)
+        y = scaled(q, row_scales, weight, None if bias is None else bias.contiguous(), dtype)
+    return y.unflatten(0, x.shape[:-1]), kept
+
+
+def norm_in_float8(x, norm, residual, eps, residual_dtype, dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The float8 rows and scales of the RMS norm, rounded to ``dtype`` before; and the residual stream."""
+    h = x.shape[-1]
+    kept = torch.empty(x.shape, dtype=residual_dtype, device=x.device)
+    flat = x.reshape(-1, h)
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
+    before = None if residual is None else residual.reshape(-1, h)
+    before = before if before is None or before.stride(1) == 1 else before.contiguous()
+    q = torch.empty((flat.shape[0], h), dtype=FLOAT8, device=x.device)
+    scales = torch.empty((flat.shape[0], 1), dtype=torch.float32, device=x.device)
+    size = triton.next_power_of_2(h)
+    kernels.norm_float8_kernel[(flat.shape[0],)](
+        flat, norm.contiguous(), before, kept, q.view(torch.uint8), scales, flat.stride(0),
+        0 if before is None else before.stride(0), eps,
+        h, SIZE=size, HAS_RESIDUAL=before is not None, ROUNDED=1 + _HALF.index(dtype),
+        num_warps=min(16, max(1, size // 512)),
+    )  # fmt: skip
+    return q, scales, kept

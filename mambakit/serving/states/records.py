@@ -1,0 +1,114 @@
+"""What is known of a kept state: one small JSON file each, written durably."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mambakit.serving.states.blobs import not_written, sync_folder
+from mambakit.writing import replacing
+
+_ID = re.compile(r"state_[0-9a-f]{24}")
+
+
+def new_id() -> str:
+    return f"state_{secrets.token_hex(12)}"
+
+
+@dataclass(frozen=True)
+class StateRecord:
+    """
+    Attributes:
+        id: by which clients name it.
+        owner: the key that made it, as `AccessRules.holder` names keys.
+        blob: SHA-256 of its file.
+        bytes: of that file.
+        tokens: how many tokens of text it stands after.
+        digest: a hash of those tokens; "" where they are not known, as in some imported files.
+        origin: "prompt", "completion", "chat", "score", "fork", "branch" or "import".
+        parent: the id of the state that it was made from; "" for none.
+        created, expires: seconds since 1970; None: it does not expire.
+        fingerprint: of the model that read it.
+        metadata: the client's own.
+    """
+
+    owner: str
+    blob: str
+    bytes: int
+    tokens: int
+    fingerprint: str
+    digest: str = ""
+    origin: str = "prompt"
+    parent: str = ""
+    expires: float | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    created: float = field(default_factory=time.time)
+    id: str = field(default_factory=new_id)
+
+    def expired(self, now: float) -> bool:
+        return self.expires is not None and self.expires <= now
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """As clients see it."""
+        return {
+            "id": self.id, "object": "state", "created": int(self.created), "tokens": self.tokens, "bytes": self.bytes,
+            "origin": self.origin, "parent": self.parent or None,
+            "expires_at": None if self.expires is None else int(self.expires), "sha256": self.blob,
+            "can_branch": bool(self.digest), "metadata": self.metadata,
+        }  # fmt: skip
+
+
+class Records:
+    """A folder of them, made with the first."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+
+    def _path(self, id: str) -> Path:
+        return self.folder / f"{id}.json"
+
+    def write(self, record: StateRecord) -> None:
+        """Durably.
+
+        Raises:
+            ApiError: the disk is full, or cannot be written to.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self._path(record.id)) as temporary:
+                temporary.write_text(json.dumps(asdict(record)), encoding="utf-8")
+            sync_folder(self.folder)
+        except OSError as error:
+            raise not_written(error, self.folder) from error
+
+    def read(self, id: str) -> StateRecord | None:
+        """None where there is none, or where its file is damaged."""
+        if _ID.fullmatch(id) is None:
+            return None
+        try:
+            found = json.loads(self._path(id).read_text(encoding="utf-8"))
+            record = StateRecord(**{one.name: found[one.name] for one in fields(StateRecord)})
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return record if record.id == id and re.fullmatch("[0-9a-f]{64}", str(record.blob)) else None
+
+    def delete(self, id: str) -> None:
+        with contextlib.suppress(OSError):
+            self._path(id).unlink()
+            sync_folder(self.folder)
+
+    def all(self) -> Iterator[StateRecord]:
+        """Those that can be read."""
+        if self.folder.is_dir():
+            for path in self.folder.glob("state_*.json"):
+                if (record := self.read(path.stem)) is not None:
+                    yield record
