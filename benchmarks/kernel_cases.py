@@ -166,9 +166,11 @@ SHAPES = {"130m": (768, 24), "370m": (1024, 48), "1.4b": (2048, 48), "2.8b": (25
 
 
 def weights_of(
-    h: int, layers: int, v: int, dtype: torch.dtype, device: str, format: str | None = None, fill: bool = True
-) -> ModelWeights:
-    """A model whose layers share one layer's weights. Without ``fill`` their memory is not touched."""
+    h: int, layers: int, v: int, dtype: torch.dtype, device: str, format: str | None = None, fill: bool = True,
+    norms: int = 0,
+) -> ModelWeights:  # fmt: skip
+    """A model whose layers share one layer's weights. Without ``fill`` their memory is not touched. ``norms`` of dt, B
+    and C: 0 none, 1 without weights, 2 with weights."""
 
     def make(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         empty = torch.empty(shape, dtype=kind, device=device)
@@ -182,8 +184,9 @@ def weights_of(
         norm=make(h), in_proj=large(2 * d, h), in_proj_bias=None, conv=make(d, 4), conv_bias=make(d),
         x_proj=large(r + 2 * n, d), dt_proj=make(d, r), dt_bias=make(d, kind=torch.float32),
         A_log=make(d, n, kind=torch.float32), D=make(d, kind=torch.float32), out_proj=large(h, d), out_proj_bias=None,
+        **(dict(zip(("dt_norm", "B_norm", "C_norm"), map(make, (r, n, n)), strict=True)) if norms == 2 else {}),
     )  # fmt: skip
-    return ModelWeights([layer] * layers, make(v, h), make(h), large(v, h), 1e-5)
+    return ModelWeights([layer] * layers, make(v, h), make(h), large(v, h), 1e-5, 1e-6 if norms else None)
 
 
 def states_of(weights: ModelWeights, rows: int, ssm: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -202,35 +205,35 @@ def _width(small: bool) -> tuple[int, int]:
     return (128, 320) if small else (2048, 50280)
 
 
-def few_rows(format: str | None, dtype: torch.dtype) -> Case:
+def few_rows(format: str | None, dtype: torch.dtype, norms: int = 0) -> Case:
     def case(device: str, small: bool) -> None:
         from mambakit.ops.decode.triton_few_rows import FewRowsStep
 
         h, v = _width(small)
-        weights = weights_of(h, 1, v, dtype, device, format)
+        weights = weights_of(h, 1, v, dtype, device, format, norms=norms)
         for rows in (1, 4):
             FewRowsStep(weights, *states_of(weights, rows), 2)(choose=True)
 
     return case
 
 
-def many_rows(rows: int, dtype: torch.dtype, ssm: torch.dtype = torch.float32) -> Case:
+def many_rows(rows: int, dtype: torch.dtype, ssm: torch.dtype = torch.float32, norms: int = 0) -> Case:
     def case(device: str, small: bool) -> None:
         from mambakit.ops.decode.triton_many_rows import ManyRowsStep
 
         h, v = _width(small)
-        weights = weights_of(h, 1, v, dtype, device)
+        weights = weights_of(h, 1, v, dtype, device, norms=norms)
         ManyRowsStep(weights, *states_of(weights, rows, ssm), 2)(choose=True)
 
     return case
 
 
-def drafts(slots: int, tokens: int, dtype: torch.dtype) -> Case:
+def drafts(slots: int, tokens: int, dtype: torch.dtype, norms: int = 0) -> Case:
     def case(device: str, small: bool) -> None:
         from mambakit.ops.decode.triton_verify import ManyRowsVerification
 
         h, v = _width(small)
-        weights = weights_of(h, 1, v, dtype, device)
+        weights = weights_of(h, 1, v, dtype, device, norms=norms)
         verify = ManyRowsVerification(weights, *states_of(weights, slots), tokens)
         verify()
         verify.kept.fill_(tokens // 2)
@@ -271,6 +274,19 @@ def norm(dtype: torch.dtype) -> Case:
         residual = torch.randn(tokens, h, device=device)
         y, kept = norm.forward(x, weight, residual, 1e-5, torch.float32, dtype)
         norm.backward(torch.randn_like(y), torch.randn_like(kept), kept, weight, 1e-5, dtype, True)
+
+    return case
+
+
+def selection_norm(dtype: torch.dtype, weighted: bool) -> Case:
+    def case(device: str, small: bool) -> None:
+        from mambakit.ops.selection_norm import triton as norm
+
+        (r, n), tokens = ((6, 16), 50) if small else ((128, 16), 4096)
+        x = torch.randn(tokens, r + 2 * n, dtype=dtype, device=device)
+        weights = [torch.ones(size, device=device) if weighted else None for size in (r, n, n)]
+        y = norm.forward(x, *weights, r, 1e-6)
+        norm.backward(torch.randn_like(y), x, *weights, r, 1e-6)
 
     return case
 
@@ -343,6 +359,11 @@ TRITON_CASES: dict[str, Case] = {
     "convolution, (b, d, l), packed": convolution(True, True, F16),
     "norm": norm(BF16),
     "norm, float32": norm(F32),
+    "norms of dt, B and C": selection_norm(BF16, False),
+    "norms of dt, B and C, weights": selection_norm(F32, True),
+    "decode, few rows, norms": few_rows(None, F32, 1),
+    "decode, 16 rows, norms": many_rows(16, BF16, norms=2),
+    "drafts of 8 slots, norms": drafts(8, 4, BF16, 1),
     "scan": triton_scan(BF16),
     "scan, float32": triton_scan(F32),
     "head and loss": cross_entropy(BF16),
