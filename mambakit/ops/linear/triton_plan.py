@@ -37,7 +37,7 @@ class Product:
         plan = replace(self, BK=max(self.BK, unit))
         if format == "int8" and group < plan.BK:
             plan = replace(plan, BK=plan.BK // group * group)
-        while plan.BN * plan.BB * 4 > shared and plan.BB > 16:
+        while shared < plan.BN * plan.BB * 4 and plan.BB > 16:
             plan = replace(plan, BB=plan.BB // 2)
         while plan.stages > 1 and plan.shared_bytes(format, itemsize) > shared:
             plan = replace(plan, stages=plan.stages - 1)
