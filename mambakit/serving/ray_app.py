@@ -26,6 +26,7 @@ from mambakit.serving.replicas.ray_actor import Place, RayReplica
 from mambakit.serving.replicas.scaling import Scaling, ScalingOptions
 from mambakit.serving.replicas.supervisor import Supervisor
 from mambakit.serving.server import ServerOptions, make_dispatcher, make_intake, make_services
+from mambakit.serving.states.options import StatesOptions
 from mambakit.toml_files import read_toml
 
 
@@ -41,6 +42,7 @@ class RayOptions:
         api_key_file: as the option of `mambakit serve`, read where the API runs.
         allowed_host, allowed_origin: the same, separated by commas.
         log_format, log_level: the same.
+        states_mb, states_seconds: of the states in ``states_folder``: disk for them, and when they expire (0: never).
         config: a TOML file of arguments, read where `build` is called; the others replace its own.
     """
 
@@ -55,6 +57,8 @@ class RayOptions:
     allowed_origin: str = ""
     log_format: str = "text"
     log_level: str = "info"
+    states_mb: int = 16384
+    states_seconds: float = 0.0
     config: str = ""
 
 
@@ -109,13 +113,17 @@ def read_arguments(arguments: Mapping[str, Any]) -> tuple[RayOptions, ServerOpti
 
     logs = LogOptions(ray_options.log_format, ray_options.log_level)
     of_worker = {"model": str(default_model_path())} | {n: v for n, v in values.items() if n in _WORKER}
+    if of_worker.get("states_folder"):  # prefixes are shared, too
+        of_worker.setdefault("prefix_cache_folder", str(Path(of_worker["states_folder"]) / "prefixes"))
     worker = WorkerOptions(**of_worker, logs=logs)
+    states = StatesOptions(ray_options.states_mb << 20, ray_options.states_seconds or None)
     kind = "cuda" if ray_options.gpus_per_replica else "cpu"
     of_server: dict[str, Any] = {"name": Path(worker.model).name if Path(worker.model).is_dir() else worker.model}
     of_server |= {name: value for name, value in values.items() if name in _SERVER}
     return ray_options, ServerOptions(
-        worker=worker, devices=(kind,) * ray_options.max_replicas, logs=logs, access=_access(ray_options), **of_server
-    )
+        worker=worker, devices=(kind,) * ray_options.max_replicas, logs=logs, access=_access(ray_options),
+        states=states, **of_server,
+    )  # fmt: skip
 
 
 def _access(options: RayOptions) -> AccessRules:

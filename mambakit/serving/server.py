@@ -30,6 +30,7 @@ from mambakit.serving.logs import LogOptions, fields
 from mambakit.serving.messages import WorkerOptions
 from mambakit.serving.metrics import Metrics
 from mambakit.serving.replicas.supervisor import Supervisor
+from mambakit.serving.states.options import StatesOptions, open_store
 
 _log = logging.getLogger("mambakit.serving")
 
@@ -57,6 +58,7 @@ class ServerOptions:
         drain_seconds: how long running texts may continue after a signal to stop.
         request_seconds: how long a request may take.
         chat_template: Jinja, instead of the tokenizer's own; None: its own.
+        states: where states are kept; their folder is `WorkerOptions.states_folder`.
         access: keys and allowed hosts and origins; ``loopback`` is filled in here.
         tls: the certificate of the address; None: plain HTTP.
         logs: of this process and of the replicas.
@@ -79,6 +81,7 @@ class ServerOptions:
     drain_seconds: float = 30.0
     request_seconds: float = 1800.0
     chat_template: str | None = None
+    states: StatesOptions = field(default_factory=StatesOptions)
     access: AccessRules = field(default_factory=AccessRules)
     tls: TlsOptions | None = None
     logs: LogOptions = field(default_factory=LogOptions)
@@ -113,6 +116,7 @@ class _Server(uvicorn.Server):
         while True:
             await asyncio.sleep(_SWEEP)
             check_all(self.server_state.connections)
+            self._dispatcher.expire()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -155,7 +159,14 @@ def serve(options: ServerOptions) -> None:
     dispatcher = make_dispatcher(options)
     supervisor = Supervisor(options.worker, dispatcher, failed)
     intake = make_intake(options)
-    options = replace(options, limits=replace(options.limits, connections=room))
+    options = replace(
+        options,
+        limits=replace(
+            options.limits,
+            connections=room,
+            upload_bytes=options.states.upload_bytes if options.worker.states_folder else 0,
+        ),
+    )
     server = make_server(options, listener, dispatcher, supervisor, intake, failed)
     # uvicorn raises the signal again when it has stopped; by then all is done, and the exit status is to be 0.
     before = {number: signal.signal(number, _nothing) for number in _SIGNALS}
@@ -170,7 +181,10 @@ def serve(options: ServerOptions) -> None:
 
 
 def make_dispatcher(options: ServerOptions) -> Dispatcher:
-    return Dispatcher(options.devices, slots=options.worker.slots, max_waiting=options.max_waiting, metrics=Metrics())
+    return Dispatcher(
+        options.devices, slots=options.worker.slots, max_waiting=options.max_waiting, metrics=Metrics(),
+        caching=options.worker.prefix_cache_bytes > 0,
+    )  # fmt: skip
 
 
 def make_intake(options: ServerOptions) -> Intake:
@@ -178,8 +192,12 @@ def make_intake(options: ServerOptions) -> Intake:
 
 
 def make_services(options: ServerOptions, access: AccessRules, dispatcher: Dispatcher, intake: Intake) -> Services:
+    """What the endpoints call, with the states that were kept before."""
     caching = options.worker.prefix_cache_bytes > 0
-    return Services(dispatcher, intake, options.name, access, options.request_seconds, caching, options.logs)
+    return Services(
+        dispatcher, intake, options.name, access, options.request_seconds, caching, options.logs,
+        states=open_store(options.worker.states_folder, options.states, len(access.keys.all)),
+    )  # fmt: skip
 
 
 def make_server(

@@ -228,7 +228,7 @@ def test_stop_edit_and_again(page):
     page.fill("#max_tokens", "2000")
     page.fill("#input", "Once upon a time")
     page.press("#input", "Control+Enter")
-    page.wait_for_function("document.querySelectorAll('#text .token').length > 5")
+    page.locator("#text .token").nth(5).wait_for()
     page.keyboard.press("Escape")
     done(page)
     count = page.locator("#text .token").count()
@@ -281,6 +281,51 @@ def test_a_chat_without_a_template(page, tmp_path):
     done(page)
     assert page.locator(".turn.user .part").inner_text() == "Where are you?"
     page.screenshot(path=tmp_path / "chat.png")
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_chat_with_a_template(browser, model, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    options = ("--model", model, "--chat-template", str(template), "--states", str(tmp_path / "states"))
+    sent: list[dict] = []
+
+    def note(asked) -> None:
+        if asked.url.endswith("/v1/chat/completions"):
+            sent.append(json.loads(asked.post_data))
+
+    with serving(tmp_path / "log", *options) as server:
+        server.ready()
+        page = browser.new_page()
+        page.set_default_timeout(60_000)
+        page.on("request", note)
+        page.goto(server.url)
+        page.wait_for_selector("#go:not([disabled])")
+        page.fill("#max_tokens", "12")
+        page.click("#mode-chat")
+        for words in ("The cat", "The dog"):
+            page.fill("#input", words)
+            page.press("#input", "Enter")
+            done(page)
+        assert page.locator(".turn").count() == 4
+        assert page.locator(".turn .token").count() > 10
+        assert "plain turns" not in page.inner_text("#where")
+        first, second = sent
+        assert first["messages"] == [{"role": "user", "content": "The cat"}]
+        assert second["messages"] == [{"role": "user", "content": "The dog"}], "only what is new"
+        assert second["state"].startswith("state_")
+        page.locator(".turn.user").first.get_by_text("edit").click()
+        page.fill("#input", "A mouse")
+        page.press("#input", "Enter")
+        done(page)
+        assert "state" not in sent[-1], "the fork is before every state"
+        assert [turn.inner_text() for turn in page.locator(".turn.user .part").all()] == ["A mouse"]
+        page.close()
 
 
 def test_dark_and_light(page):

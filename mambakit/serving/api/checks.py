@@ -71,7 +71,7 @@ def check_tokens(ids: list[int], limits: Limits, param: str = "prompt") -> None:
         ApiError: too many, or one that the model does not have.
     """
     check_length(len(ids), limits, param)
-    if max(ids) >= limits.vocab_size:
+    if ids and max(ids) >= limits.vocab_size:
         known = f"its tokens are 0 to {limits.vocab_size - 1}"
         raise wrong(param, f"the {param}'s text has token {max(ids)}, which the model does not have; {known}")
 

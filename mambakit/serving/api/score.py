@@ -18,6 +18,7 @@ from mambakit.serving.api.declarations import Field, Fields, Limits, read, wrong
 from mambakit.serving.api.fields import MODEL
 from mambakit.serving.api.log_probs import LEAST
 from mambakit.serving.api.prompts import Codec, depth_is_bounded
+from mambakit.serving.api.states import QUEUE, TEXT_STATES, Keep
 from mambakit.serving.api.values import flag, require_unicode, text
 from mambakit.serving.messages import Continuation
 
@@ -64,6 +65,8 @@ SCORE: Fields = {
         required=True,
     ),
     "log_probs": flag("Whether the log-probability of each token comes, too."),
+    **TEXT_STATES,
+    **QUEUE,
     "user": text("Of no effect."),
 }
 
@@ -90,10 +93,18 @@ class PreparedScores:
     Attributes:
         prefixes: usually one. A tokenizer may split the prompt's end differently before some continuations.
         log_probs: whether each token's is shown.
+        state: the id of the state that the prompt follows; "" for none.
+        keep: how the state after prompt and continuation is kept; None: it is not.
+        priority, deadline, cache_salt: as of a request for texts.
     """
 
     prefixes: tuple[Prefix, ...]
     log_probs: bool
+    state: str = ""
+    keep: Keep | None = None
+    priority: int = 0
+    deadline: float = math.inf
+    cache_salt: str = ""
 
 
 def prepare(body: bytes, codec: Codec, limits: Limits) -> PreparedScores:
@@ -106,7 +117,11 @@ def prepare(body: bytes, codec: Codec, limits: Limits) -> PreparedScores:
     with depth_is_bounded():
         values = read(SCORE, parse_body(body), limits)
     prompt, total = values["prompt"], 0
-    own = codec.encode(prompt, limits) if isinstance(prompt, str) else prompt
+    state, keep = values["state"] or "", values["keep_state"]
+    if keep is not None and len(values["continuations"]) > 1:
+        message = f"there are {len(values['continuations'])} continuations, and a state goes on from one; give one"
+        raise wrong("keep_state", message)
+    own = prompt if isinstance(prompt, list) else codec.encode(prompt, limits) if prompt or not state else []
     bare = prompt.rstrip() if isinstance(prompt, str) else ""
     split = len(codec.encode(bare, limits)) if bare else 0
     found: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
@@ -139,16 +154,23 @@ def prepare(body: bytes, codec: Codec, limits: Limits) -> PreparedScores:
             for before, members in found.items()
         ),
         values["log_probs"],
+        state,
+        keep,
+        values["priority"],
+        values["deadline"] or math.inf,
+        values["cache_salt"] or "",
     )
 
 
-def answer(model: str, scores: Iterable[Continuation], usage: Usage, shown: bool) -> dict[str, Any]:
+def answer(
+    model: str, scores: Iterable[Continuation], usage: Usage, shown: bool, state: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The response, of the continuations in their order. No number is infinite."""
     data = []
     for index, score in enumerate(scores):
         values = [max(LEAST, p) for p in array("f", score.log_probs)]
         one = {"index": index, "log_prob": math.fsum(values), "tokens": len(values), "greedy": score.greedy}
-        data.append(one | {"log_probs": values} if shown else one)
+        data.append(one | ({"log_probs": values} if shown else {}) | ({} if state is None else {"state": state}))
     return {
         "id": f"score-{uuid.uuid4().hex}", "object": "score", "created": int(time.time()), "model": model, "data": data,
         "usage": usage.body,

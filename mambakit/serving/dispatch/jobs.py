@@ -111,6 +111,8 @@ class Job:
     """When it is of no use any more, by the dispatcher's clock."""
 
     id: int = field(default_factory=itertools.count().__next__, init=False)
+    request_id: str = field(default="", init=False)
+    """Of its request, for the log."""
     created: float = field(default_factory=time.monotonic, init=False)
     first: float = field(default=0.0, init=False)
     """When its first token came."""

@@ -184,6 +184,7 @@ class Supervisor:
         elif isinstance(message, Ready):
             one.been_ready = True
             one.replica.pid = process.pid
+            self.dispatcher.layout = message.layout
             _log.info("%s is ready", one.replica.name)
             self.dispatcher.ready(one.replica)
         elif isinstance(message, Failed):
