@@ -134,10 +134,11 @@ def compile_only(capability: int) -> Iterator[list[Compiled]]:
 
     from mambakit.ops.causal_conv1d import triton as conv
     from mambakit.ops.decode import triton_many_rows
+    from mambakit.ops.linear import triton as linear
 
     found: list[Compiled] = []
     run, active, card = JITFunction.run, triton.runtime.driver._active, CARDS[capability]
-    processors, within = conv._processors, triton_many_rows.ManyRowsStep.__init__
+    processors, within, without = conv._processors, triton_many_rows.ManyRowsStep.__init__, linear.WITHOUT_CARD
 
     def compile_it(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
@@ -152,11 +153,12 @@ def compile_only(capability: int) -> Iterator[list[Compiled]]:
     try:
         JITFunction.run = compile_it
         conv._processors = lambda _device: card.processors
+        linear.WITHOUT_CARD = card.processors, card.shared, divmod(capability, 10)
         triton_many_rows.ManyRowsStep.__init__ = with_the_cards_memory
         yield found
     finally:
         JITFunction.run, conv._processors, triton_many_rows.ManyRowsStep.__init__ = run, processors, within
-        triton.runtime.driver._active = active
+        linear.WITHOUT_CARD, triton.runtime.driver._active = without, active
 
 
 # -- calls -------------------------------------------------------------------------------------------------------------
@@ -224,6 +226,37 @@ def many_rows(rows: int, dtype: torch.dtype, ssm: torch.dtype = torch.float32, n
         h, v = _width(small)
         weights = weights_of(h, 1, v, dtype, device, norms=norms)
         ManyRowsStep(weights, *states_of(weights, rows, ssm), 2)(choose=True)
+
+    return case
+
+
+def packed_rows(rows: int, format: str) -> Case:
+    def case(device: str, small: bool) -> None:
+        from mambakit.ops.decode.triton_packed_rows import PackedRowsStep
+
+        h, v = _width(small)
+        weights = weights_of(h, 1, v, torch.bfloat16, device, format)
+        PackedRowsStep(weights, *states_of(weights, rows), 2)(choose=True)
+
+    return case
+
+
+def packed_products(format: str) -> Case:
+    def case(device: str, small: bool) -> None:
+        from mambakit.ops.linear import triton as gpu
+        from mambakit.ops.linear import triton_plan
+        from mambakit.ops.linear.schema import parts_of
+
+        n, k = (96, 192) if small else (2048, 4096)
+        weight = pack(torch.randn(n, k, device=device), format)
+        gpu.dequantize(*parts_of(weight), format, k, weight.group)
+        for rows in (3, 20, 50, 100, 300):
+            x = torch.randn(rows, k, device=device).to(torch.bfloat16)
+            tile = triton_plan.tile_of(format, rows).fitting(format, weight.group, 2, gpu.card_of(x)[1] - gpu.KEPT)
+            gpu.in_registers(x, weight, x[0, :1].expand(n).contiguous(), tile)
+        if format == "fp8":
+            gpu.rows_in_float8(x)
+            gpu.norm_in_float8(x, x[0], x.float(), 1e-5, torch.float32, torch.bfloat16)
 
     return case
 
@@ -350,6 +383,13 @@ TRITON_CASES: dict[str, Case] = {
     "decode, 128 rows": many_rows(128, F16),
     "decode, 512 rows": many_rows(512, BF16),
     "decode, 32 rows, float32": many_rows(32, F32),
+    "decode, few rows, fp8": few_rows("fp8", BF16),
+    "decode, 48 rows, int8": packed_rows(48, "int8"),
+    "decode, 128 rows, int4": packed_rows(128, "int4"),
+    "decode, 128 rows, fp8": packed_rows(128, "fp8"),
+    "products, int8": packed_products("int8"),
+    "products, int4": packed_products("int4"),
+    "products, fp8": packed_products("fp8"),
     "drafts of 8 slots": drafts(8, 4, BF16),
     "drafts of 32 slots": drafts(32, 5, BF16),
     "drafts, float32": drafts(2, 3, F32),
