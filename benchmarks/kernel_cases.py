@@ -302,7 +302,7 @@ def packed_products(format: str, dtype: torch.dtype) -> Case:
         from mambakit.ops.linear import triton as linear
         from mambakit.ops.linear import triton_plan
 
-        n, k = (192, 256) if small else (2048, 2048)
+        n, k = (64, 2048) if small else (2048, 2048)
         x = torch.randn(1024, k, dtype=dtype, device=device)
         if format == "fp8" and linear._card_of(x)[2] < triton_plan.FLOAT8_CAPABILITY:
             return  # refused there
