@@ -20,7 +20,7 @@ import pytest
 from mambakit import AutoModelForCausalLM, AutoTokenizer
 from mambakit.errors import UsageError
 from mambakit.generation.stream import SamplingParams, Stream
-from mambakit.serving.dispatch.queue import AHEAD
+from mambakit.serving.dispatch.queue import EARLY
 from mambakit.serving.ray_app import read_arguments
 from tests.serving.conftest import ROOT, wait_until
 
@@ -66,7 +66,7 @@ APP = """
 import json, signal, sys, time
 import ray
 from ray import serve
-from mambakit.serving.dispatch.queue import AHEAD
+from mambakit.serving.dispatch.queue import EARLY
 from mambakit.serving.ray_app import build
 
 ray.init(num_cpus=4, include_dashboard=False, logging_level="error")
@@ -188,7 +188,7 @@ def test_more_replicas_under_load_and_one_killed(cluster):
     whole = [answer.json()["choices"][0]["text"] for answer in answers if answer.status_code == 200]
     assert set(whole) == {expected}, "none is wrong"
     lost = [answer.json()["error"]["message"] for answer in answers if answer.status_code == 503]
-    assert 1 <= len(lost) <= 2 + AHEAD, "the texts that it had"
+    assert 1 <= len(lost) <= 2 * EARLY, "the texts that it had"
     assert all("killed by signal 9" in message for message in lost)
     wait_until(lambda: cluster.states() == ["ready", "ready"], "it is started again", PATIENCE)
     assert cluster.replicas()[0]["restarts"] == 1
