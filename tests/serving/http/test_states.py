@@ -1,7 +1,8 @@
-"""States over HTTP: texts go on from them, on another replica and after the server was killed; forks, branches, files."""
+"""States over HTTP: texts go on from them, on any replica and after the server was killed; forks, branches, files."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -149,7 +150,7 @@ def test_a_file_is_that_of_the_library(states, model, tmp_path):
 
 def test_scores_from_a_state_and_leaving_one(states):
     pieces = [[5, 17, 99], [3, 42], [8, 250, 7]]
-    asked = {"log_probs": True, "continuations": [sum(pieces[1:], [])], "prompt": pieces[0]}
+    asked = {"log_probs": True, "continuations": [[3, 42, 8, 250, 7]], "prompt": pieces[0]}
     whole = states.client.post("/v1/score", json=asked).json()["data"][0]
     state, found = ask(states, "POST", "", json={"prompt": pieces[0]})["id"], []
     for piece in pieces[1:]:
@@ -162,7 +163,9 @@ def test_scores_from_a_state_and_leaving_one(states):
     assert found == pytest.approx(whole["log_probs"], abs=1e-4)
     assert ask(states, "GET", f"/{state}")["tokens"] == 8
     many = states.client.post("/v1/score", json={"prompt": "", "continuations": [[1], [2, 3]], "state": state}).json()
-    plain = states.client.post("/v1/score", json={"prompt": sum(pieces, []), "continuations": [[1], [2, 3]]}).json()
+    plain = states.client.post(
+        "/v1/score", json={"prompt": [5, 17, 99, 3, 42, 8, 250, 7], "continuations": [[1], [2, 3]]}
+    ).json()
     for one, other in zip(many["data"], plain["data"], strict=True):
         assert one["log_prob"] == pytest.approx(other["log_prob"], abs=1e-4)
     both = {"prompt": "", "continuations": [[1], [2]], "state": state, "keep_state": True}
@@ -228,6 +231,36 @@ def test_killed_and_started_again(model, tmp_path):
             assert text_of(server.complete(prompt="", state=id, max_tokens=9, temperature=0)) == text
         listed = {state["id"] for state in ask(server, "GET", "")["data"]}
         assert listed == set(expected), "the one that was not acknowledged is not there"
+
+
+def test_a_chat_goes_on_from_a_state(chat_model, tmp_path):
+    """New messages alone: the state stands where all messages would, and no token is read twice."""
+    options = ("--model", chat_model, "--served-model-name", "tiny", "--states", str(tmp_path / "states"))
+    with serving(tmp_path / "log", *options) as server:
+        server.ready()
+        first = [{"role": "user", "content": "one two"}]
+        then = [{"role": "user", "content": "and three"}]
+        asked = {"max_tokens": 8, "temperature": 0, "keep_state": True}
+
+        def chat(messages: list[dict[str, str]], **more: Any) -> dict[str, Any]:
+            answer = server.client.post("/v1/chat/completions", json=asked | {"messages": messages} | more)
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        turn = chat(first)
+        reply, state = turn["choices"][0]["message"]["content"], kept(turn)
+        assert state["origin"] == "chat"
+        second = chat(then, state=state["id"])
+        whole = chat([*first, {"role": "assistant", "content": reply}, *then])
+        assert second["choices"][0]["message"]["content"] == whole["choices"][0]["message"]["content"]
+        shown = [ask(server, "GET", f"/{kept(one)['id']}/text")["text"] for one in (second, whole)]
+        assert shown[0] == shown[1]
+        assert second["usage"]["prompt_tokens"] < whole["usage"]["prompt_tokens"]
+        events = server.client.post(
+            "/v1/chat/completions", json=asked | {"messages": then, "state": state["id"], "stream": True}
+        ).text
+        last = [json.loads(line[6:]) for line in events.splitlines() if line.startswith("data: {")][-1]
+        assert last["choices"][0]["state"]["tokens"] == kept(second)["tokens"]
 
 
 def test_without_a_folder(server):
