@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,13 @@ _REPLICAS = (
     _Number("--progress-seconds", 300.0, 1.0, _WEEK, "the same for one that has work and completes no step"),
     _Number("--load-seconds", 1800.0, 1.0, _WEEK, "the same for one that takes longer to load the model"),
 )
+_STATES = (
+    _Number("--states-mb", 16384, 1, 1 << 30, "disk for kept states; each API key may have an even part of it"),
+    _Number("--states-memory-mb", 256, 0, 1 << 30, "memory for kept states, at each replica"),
+    _Number("--states-seconds", None, 1.0, 10 * 366 * 86400.0, "after which a state expires (default: never)"),
+    _Number("--max-state-mb", 64, 1, 1 << 20, "of a state that is imported"),
+    _Number("--prefix-cache-disk-mb", 4096, 1, 1 << 30, "disk for the prefix cache, where states are kept"),
+)
 _LIMITS = (
     _Number("--max-waiting", 256, 0, _MOST, "texts that may wait for a slot"),
     _Number("--max-new-tokens", 4096, 1, _MOST, "of a text, at most"),
@@ -88,7 +96,7 @@ _CONNECTIONS = (
     _Number("--parse-processes", 2, 1, 64, "that parse large bodies; the first starts with the first such body"),
 )
 _PORT = _Number("--port", 8000, 0, 65535, "port to listen on; 0: any that is free")
-_NUMBERS = (_PORT, *_REPLICAS, *_LIMITS, *_CONNECTIONS)
+_NUMBERS = (_PORT, *_REPLICAS, *_STATES, *_LIMITS, *_CONNECTIONS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +128,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefix-cache", action="store_true", help="keep states of prompts, and start from the longest known prefix"
     )
     _add(replicas, _REPLICAS)
+    states = parser.add_argument_group("states that clients keep")
+    states.add_argument(
+        "--states", metavar="FOLDER", help="keep states here, and the prefix cache's; they are there after a restart"
+    )
+    _add(states, _STATES)
     _add(parser.add_argument_group("limits of texts"), _LIMITS)
     _add(parser.add_argument_group("limits of connections"), _CONNECTIONS)
     add_operation_arguments(parser)
@@ -149,6 +162,7 @@ def run(args: argparse.Namespace) -> int:
     from mambakit.serving.logs import configure
     from mambakit.serving.messages import WorkerOptions
     from mambakit.serving.server import ServerOptions, serve
+    from mambakit.serving.states.options import StatesOptions
 
     access = AccessRules(
         keys=keys_of(args),
@@ -169,6 +183,10 @@ def run(args: argparse.Namespace) -> int:
                 chunk_size=args.prefill_chunk_size,
                 state=args.load_state,
                 prefix_cache_bytes=(args.prefix_cache_mb or _CACHE_MB) << 20 if args.prefix_cache else 0,
+                prefix_cache_folder=None if args.states is None else str(Path(args.states) / "prefixes"),
+                prefix_cache_disk_bytes=args.prefix_cache_disk_mb << 20,
+                states_folder=args.states,
+                states_memory_bytes=args.states_memory_mb << 20,
                 heartbeat_seconds=args.heartbeat_seconds,
                 progress_seconds=args.progress_seconds,
                 load_seconds=args.load_seconds,
@@ -203,6 +221,11 @@ def run(args: argparse.Namespace) -> int:
             drain_seconds=args.drain_seconds,
             chat_template=None if args.chat_template is None else _template(args.chat_template),
             request_seconds=args.request_seconds,
+            states=StatesOptions(
+                budget=args.states_mb << 20,
+                seconds=args.states_seconds,
+                upload_bytes=min(args.max_state_mb, args.max_unfinished_mb) << 20,
+            ),
             access=access,
             tls=tls,
             logs=logs,
@@ -235,7 +258,7 @@ def _check(args: argparse.Namespace) -> None:
             low, high = (f"{bound:.10g}" for bound in (number.low, number.high))
             bound = f"{low} or more" if value < number.low else f"at most {high}" if value > number.high else "a number"
             raise ValueError(f"{number.name} is {value}; it must be {bound}")
-    for name in ("host", "served_model_name", "device"):
+    for name in ("host", "served_model_name", "device", "states"):
         if getattr(args, name) == "":
             raise ValueError(
                 f"--{name.replace('_', '-')} is empty, as an unset variable is; leave it out, or give a value"
@@ -247,6 +270,8 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(
                 "--prefix-cache finds a prompt by all of its tokens, which a saved state does not hold; drop one"
             )
+    if args.states is not None:
+        _check_folder(args.states)
     if args.device and args.devices:
         raise ValueError("--device and --devices both say where; give one")
     if args.max_unfinished_mb < args.max_body_mb:
@@ -255,6 +280,17 @@ def _check(args: argparse.Namespace) -> None:
             "least "
             "that"
         )
+
+
+def _check_folder(name: str) -> None:
+    """Refuse a folder that files cannot be written to before the model is loaded."""
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=name):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"--states {brief(name)} cannot be written to ({reason}); name a folder that can") from None
 
 
 def _devices(args: argparse.Namespace) -> tuple[str, ...]:

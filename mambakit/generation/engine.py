@@ -61,9 +61,9 @@ class Engine:
             on a CPU a chunk in one layer, on a GPU a chunk.
         slice_tokens: how many tokens a text writes at least before it makes room for one of another share.
         tokens_per_look: tokens that each slot writes between two device-to-host syncs, where no constraint needs one.
-            More than 1 leaves the host behind the device: `step` launches the next tokens before
-            it returns those that were launched before. The texts are the same, but `step` gives several tokens of a
-            text at once. None: 1, and with a captured decoder as many as take 10 ms, up to 8.
+            More than 1 leaves the host behind the device: `step` launches the next tokens before it returns those that
+            were launched before. The texts are the same, but `step` gives several tokens of a text at once. None: 1,
+            and with a captured decoder as many as take 10 ms, up to 8.
         clock: gives the time in seconds.
         drafter: proposes tokens that are verified several at a time, for all slots together: `DraftModel(small)`,
             `PromptLookup()` or another `Drafter`, which is copied for each text. The texts are the same, of sampled
@@ -324,6 +324,7 @@ class Engine:
             request.final_state = self._states.read_on(text, states[0])
         if self.prefix_cache is not None and request.state is None:
             try:
-                self.prefix_cache.store(text.tokens()[: states[0].get_seq_length()], states[0])
+                read = text.tokens()[: states[0].get_seq_length()]
+                self.prefix_cache.store(read, states[0], salt=request.cache_salt, owner=request.owner)
             except Exception as error:  # the text itself is whole
                 warnings.warn(f"a text's state could not be kept in the prefix cache: {error}", stacklevel=2)

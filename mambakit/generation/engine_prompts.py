@@ -56,9 +56,11 @@ class PromptReader:
         alone = not request.share or request.state is not None or prefix_cache is not None
         prompt = None if alone else (request.share, hashlib.sha256(ids.numpy().tobytes()).digest())
         most = NEW_TOKENS.read("max_new_tokens", request.max_new_tokens)
-        reading = PromptReading(self._model, ids, chunk_size, request.state, prefix_cache)
+        reading = PromptReading(
+            self._model, ids, chunk_size, request.state, prefix_cache, request.cache_salt, request.owner
+        )
         before = 0 if request.state is None else request.state.get_seq_length()
-        ends = frozenset() if request.ignore_ends else self._ends
+        ends = frozenset[int]() if request.ignore_ends else self._ends
         return Text(request, most, reading, ends, prompt, before)
 
     def step(self, read: Callable[[Text, int], None], failed: Callable[[Text, Exception], None]) -> None:

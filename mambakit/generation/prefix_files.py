@@ -1,12 +1,14 @@
-"""The files of a prefix cache: ``<folder>/<model>/<position>-<digest>.safetensors``.
+"""The files of a prefix cache: ``<folder>/<model>/<position>-<digest>[-<owner>].safetensors``.
 
 Several processes may use one folder. A file is renamed into place once it is whole, its modification time is that of
-its last use, and any process may delete it at any time.
+its last use, and any process may delete it at any time. Beyond the budget, files of the owner with the most bytes go
+first, so that one owner's prompts do not push out another's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import time
@@ -22,8 +24,10 @@ from mambakit.generation.prefix_keys import PrefixKey
 from mambakit.generation.state import write_tensors
 from mambakit.reading import open_safetensors
 
-_FORMAT = "mambakit.PrefixCache/1"
-_NAME = re.compile(r"\d+-[0-9a-f]{64}\.safetensors")
+_FORMAT = "mambakit.PrefixCache/2"
+_NAME = re.compile(r"(\d+)-([0-9a-f]{64})(?:-([0-9a-f]+))?\.safetensors")
+# A listing is kept while the folder does not change. Changes within so many seconds may have the same time stamp.
+_SETTLED = 1.0
 # A temporary file this old (seconds) belongs to a process that was killed while it wrote.
 _ABANDONED = 3600
 
@@ -33,38 +37,54 @@ class PrefixFiles:
 
     def __init__(self, folder: str | os.PathLike):
         self._folder = Path(folder)
+        self._listed: dict[str, tuple[int, dict[PrefixKey, Path]]] = {}  # by model: time of the folder, its files
 
-    def keys(self, model: str) -> set[PrefixKey]:
-        """Those of a model's files."""
-        return {_key_of(file) for file in self._files(model)}
+    def keys(self, model: str) -> dict[PrefixKey, Path]:
+        """A model's files."""
+        folder = self._folder / model
+        try:
+            changed = folder.stat().st_mtime_ns
+        except FileNotFoundError:
+            return {}
+        known = self._listed.get(model)
+        if known is not None and known[0] == changed:
+            return known[1]
+        found = {_key_of(file): file for file in self._files(model)}
+        if time.time() - changed / 1e9 > _SETTLED:
+            self._listed[model] = changed, found
+        return found
 
-    def touch(self, key: PrefixKey) -> None:
+    def touch(self, path: Path) -> None:
         """Note a use, for all processes to see."""
         with contextlib.suppress(FileNotFoundError):
-            os.utime(self._path(key))
+            os.utime(path)
 
-    def write(self, key: PrefixKey, tensors: dict[str, Tensor], budget: int) -> int:
-        """Write a state unless it is there, then delete the model's files used longest ago, beyond ``budget`` bytes.
+    def write(self, key: PrefixKey, tensors: dict[str, Tensor], budget: int, owner: str = "") -> int:
+        """Write a state unless it is there, then delete files of the model beyond ``budget`` bytes: of the owner with
+        the most bytes the one used longest ago, until the rest fits.
 
         Returns:
             How many files were deleted.
         """
-        path = self._path(key)
+        path = self._path(key, owner)
         if path.exists() or sum(t.nbytes for t in tensors.values()) > budget:
             return 0
         path.parent.mkdir(parents=True, exist_ok=True)
         contents = {name: t.cpu().contiguous() for name, t in tensors.items()}
-        write_tensors(path, contents, {"format": _FORMAT, "key": _text_of(key)})
+        write_tensors(path, contents, {"format": _FORMAT, "key": _text_of(key), "sha256": _digest(contents)})
         return _trim(path, budget)
 
-    def read(self, key: PrefixKey, names: Sequence[str], device: torch.device) -> dict[str, Tensor] | None:
+    def read(self, path: Path, key: PrefixKey, names: Sequence[str], device: torch.device) -> dict[str, Tensor] | None:
         """The tensors of these names, on ``device``; None where the file is gone or damaged, with a warning then."""
-        path = self._path(key)
         try:
             with open_safetensors(path) as file:
-                if (file.metadata() or {}).get("key") != _text_of(key):
+                metadata = file.metadata() or {}
+                if metadata.get("key") != _text_of(key):
                     raise CheckpointError("it holds the state of other tokens")
-                return {name: file.get_tensor(name).to(device, copy=True) for name in names}
+                tensors = {name: file.get_tensor(name) for name in names}
+            if metadata.get("sha256") != _digest(tensors):
+                raise CheckpointError("its contents are not those that were written")
+            return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
         except FileNotFoundError:  # deleted by another process since the folder was listed
             return None
         except CheckpointError as error:
@@ -77,8 +97,9 @@ class PrefixFiles:
         for file in self._files(model):
             file.unlink(missing_ok=True)
 
-    def _path(self, key: PrefixKey) -> Path:
-        return self._folder / key.model / f"{key.position}-{key.digest}.safetensors"
+    def _path(self, key: PrefixKey, owner: str) -> Path:
+        mark = f"-{hashlib.sha256(owner.encode()).hexdigest()[:16]}" if owner else ""
+        return self._folder / key.model / f"{key.position}-{key.digest}{mark}.safetensors"
 
     def _files(self, model: str) -> list[Path]:
         folder = self._folder / model
@@ -90,25 +111,43 @@ def _text_of(key: PrefixKey) -> str:
 
 
 def _key_of(file: Path) -> PrefixKey:
-    position, _, digest = file.stem.partition("-")
-    return PrefixKey(file.parent.name, int(position), digest)
+    found = _NAME.fullmatch(file.name)
+    assert found is not None, "it is one of `_files`"
+    return PrefixKey(file.parent.name, int(found[1]), found[2])
+
+
+def _owner_of(file: Path) -> str:
+    found = _NAME.fullmatch(file.name)
+    return "" if found is None else found[3] or ""
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def _trim(newest: Path, budget: int) -> int:
-    """Delete the files used longest ago until the rest fits; how many. Another process may be doing the same."""
-    found, deleted = [], 0
+    """Delete files until the rest fits; how many. Another process may be doing the same."""
+    deleted = 0
+    by_owner: dict[str, list[tuple[bool, int, int, Path]]] = {}
     for file in newest.parent.iterdir():
         with contextlib.suppress(FileNotFoundError):
             status = file.stat()
             if file.suffix == ".safetensors":
-                found.append((file == newest, status.st_mtime_ns, status.st_size, file))
+                one = (file == newest, status.st_mtime_ns, status.st_size, file)
+                by_owner.setdefault(_owner_of(file), []).append(one)
             elif time.time() - status.st_mtime > _ABANDONED:
                 file.unlink(missing_ok=True)
-    total = sum(size for _, _, size, _ in found)
-    for _, _, size, file in sorted(found):
-        if total <= budget:
-            break
+    for files in by_owner.values():
+        files.sort(reverse=True)  # the one to delete first is last
+    bytes_of = {owner: sum(size for _, _, size, _ in files) for owner, files in by_owner.items()}
+    while sum(bytes_of.values()) > budget:
+        owner = max(bytes_of, key=lambda one: bytes_of[one])
+        _, _, size, file = by_owner[owner].pop()
         file.unlink(missing_ok=True)
-        total -= size
+        bytes_of[owner] -= size
         deleted += 1
     return deleted

@@ -17,7 +17,7 @@ class PrefixKey(NamedTuple):
 
     model: str
     position: int  # how many tokens have been read
-    digest: str  # of the model and of those tokens
+    digest: str  # of the model, the salt and those tokens
 
 
 def model_name(model: Any) -> str:
@@ -25,15 +25,20 @@ def model_name(model: Any) -> str:
     return f"{fingerprint(model)[:32]}-{str(model.dtype).removeprefix('torch.')}"
 
 
-def prefix_keys(model: str, tokens: list[int]) -> Callable[[int], PrefixKey]:
-    """position -> key of the first ``position`` tokens; while positions rise, each token is hashed once."""
-    digest, done = hashlib.sha256(model.encode()), 0
+def prefix_keys(model: str, tokens: list[int], salt: str = "") -> Callable[[int], PrefixKey]:
+    """position -> key of the first ``position`` tokens; while positions rise, each token is hashed once.
+
+    Keys of different salts are different.
+    """
+    begin = model.encode() + (b"\0" + salt.encode() if salt else b"")
+    digest, done = hashlib.sha256(begin), 0
+    content = memoryview(array("q", tokens)).cast("B")
 
     def key(position: int) -> PrefixKey:
         nonlocal digest, done
         if position < done:
-            digest, done = hashlib.sha256(model.encode()), 0
-        digest.update(array("q", tokens[done:position]).tobytes())
+            digest, done = hashlib.sha256(begin), 0
+        digest.update(content[8 * done : 8 * position])
         done = position
         return PrefixKey(model, position, digest.hexdigest())
 
@@ -49,8 +54,9 @@ def prefix_tokens(ids: Tensor | Sequence[int]) -> list[int]:
     if isinstance(ids, Tensor):
         if ids.dim() != 1:
             raise ValueError(f"ids have shape {tuple(ids.shape)}, expected (l,); a prefix is of one text")
-        ids = ids.tolist()
-    tokens = [int(t) for t in ids]
+        tokens: list[int] = ids.tolist()
+    else:
+        tokens = [int(t) for t in ids]
     if not tokens:
         raise ValueError("there are no tokens to look up; give at least one")
     return tokens

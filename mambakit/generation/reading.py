@@ -63,6 +63,7 @@ class PromptReading:
         chunk_size: tokens per forward.
         state: a cache of one row to start from, which is copied; None: zero states.
         prefix_cache: its states of known prefixes are used, and new ones are added to it; ignored with a ``state``.
+        salt, owner: of the prefix cache.
 
     Attributes:
         begun, done: whether the first part has been read, and whether all of the prompt has.
@@ -72,8 +73,16 @@ class PromptReading:
     """
 
     def __init__(
-        self, model: Any, ids: Tensor, chunk_size: int, state: StateCache | None, prefix_cache: PrefixCache | None
+        self,
+        model: Any,
+        ids: Tensor,
+        chunk_size: int,
+        state: StateCache | None,
+        prefix_cache: PrefixCache | None,
+        salt: str = "",
+        owner: str = "",
     ):
+        self._salt, self._owner = salt, owner
         self._model, self._ids, self._chunk_size = model, ids, chunk_size
         self._state, self._prefix_cache = state, prefix_cache if state is None else None
         self._parts: Generator[None, None, Tensor | None] | None = None
@@ -161,7 +170,7 @@ class PromptReading:
     def _begin(self) -> Iterator[int]:
         length = self._ids.shape[0]
         if self._prefix_cache is not None:
-            self._known = self._prefix_cache.begin(self._ids)
+            self._known = self._prefix_cache.begin(self._ids, self._salt, self._owner)
             self.cache = self._known.cache
             self._position = self._stop = self.cached = self._known.position
             return iter([*self._known.stops(), length])  # the last token is a chunk, for its logits

@@ -30,6 +30,7 @@ class Request:
         max_new_tokens: the maximum number of new tokens.
         state: a `StateCache` (`MambaCache`) of one row to start from; it is copied, never changed.
         keep_state: whether to return the final state.
+        cache_salt: of the engine's prefix cache: prompts of another salt are never found, nor is this one by them.
         keep_states: whether to return the latest states of the text that are at hand, without reading anything again:
             for a caller that cuts the text, or reads its last tokens later.
         context: (p,) int64, the tokens that ``state`` has read: a repetition penalty counts them, too.
@@ -71,6 +72,7 @@ class Request:
     share: Path = ()
     draft_tokens: int | None = None
     keep_states: bool = False
+    cache_salt: str = ""
 
     tokens: list[int] = field(default_factory=list, init=False)
     token_log_probs: list[TokenLogProb] = field(default_factory=list, init=False)
@@ -108,6 +110,11 @@ class Request:
             raise TypeError(f"the state is a {type(self.state).__name__}; give a MambaCache of one row")
         if self.state.max_batch_size != 1:
             raise ValueError(f"the state has {self.state.max_batch_size} rows; a request continues one: select a row")
+
+    @property
+    def owner(self) -> str:
+        """The outermost of its owners, to whose share of a prefix cache its states count."""
+        return str(self.share[0]) if self.share else ""
 
     def cancel(self) -> None:
         """Stop before the next token."""

@@ -32,14 +32,15 @@ class State:
 
     Args:
         cache: the states of b rows.
-        pending: (b, 1) int64, the last tokens; or (b, 0) where everything has been read: `extend` it before it is used.
+        pending: (b, p) int64, the last tokens, as a rule one of each; (b, 0) where everything has been read: `extend`
+            it before it is used.
     """
 
     def __init__(self, cache: StateCache, pending: Tensor):
-        if pending.dim() != 2 or pending.shape[0] != cache.max_batch_size or pending.shape[1] > 1:
+        if pending.dim() != 2 or pending.shape[0] != cache.max_batch_size:
             raise ValueError(
                 f"pending has shape {tuple(pending.shape)}; it must be {(cache.max_batch_size, 1)}, "
-                f"one unread token for each row of the cache, or {(cache.max_batch_size, 0)}"
+                f"one unread token for each row of the cache, or ({cache.max_batch_size}, p) for any number of them"
             )
         self.cache, self.pending = cache, pending.to(cache.device, torch.long)
 
@@ -104,7 +105,7 @@ class State:
         if not states:
             raise ValueError("there are no states to stack; give at least one")
         if len({state.pending.shape[1] for state in states}) > 1:
-            raise ValueError("some of the states have an unread token and some have none; extend those that have none")
+            raise ValueError("some of the states have more unread tokens than others; extend those that have fewer")
         first, at = states[0].cache, 0
         cache = first.empty_like(sum(s.rows for s in states))
         for state in states:

@@ -20,6 +20,10 @@ class WorkerOptions:
         sharers: replicas that compute on this machine's CPU; each takes its part of the threads.
         chunk_size: prompt tokens per forward; None is 512 on a CPU and 2,048 elsewhere.
         prefix_cache_bytes: budget of the prefix cache; 0 disables it.
+        prefix_cache_folder: keep its states in files, too, which all replicas have in common; None: in memory alone.
+        prefix_cache_disk_bytes: budget of those files.
+        states_folder: where states are kept that clients ask for; None: none are.
+        states_memory_bytes: budget of those that are in memory, too.
         state: a file of one row's state that every text starts from; None: zeros.
         heartbeat_seconds: a replica that sends nothing for longer is killed and restarted.
         progress_seconds: the same for one that has work and completes no step.
@@ -34,11 +38,30 @@ class WorkerOptions:
     sharers: int = 1
     chunk_size: int | None = None
     prefix_cache_bytes: int = 0
+    prefix_cache_folder: str | None = None
+    prefix_cache_disk_bytes: int = 4 << 30
+    states_folder: str | None = None
+    states_memory_bytes: int = 256 << 20
     state: str | None = None
     heartbeat_seconds: float = 20.0
     progress_seconds: float = 300.0
     load_seconds: float = 1800.0
     logs: LogOptions = field(default_factory=LogOptions)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a state of a server's model is.
+
+    Attributes:
+        fingerprint: of the model.
+        tensors: by name, (dtype as safetensors names it, shape) of the state of one text.
+        vocab_size: token ids are below it.
+    """
+
+    fingerprint: str
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -48,29 +71,31 @@ class StateTask:
     Attributes:
         start: the blob of the state that it starts from; "" for none.
         keep: whether to write the state at its end to a blob, which its last piece names.
-        penalise: whether penalties count the tokens that the state has read.
     """
 
     start: str = ""
     keep: bool = False
-    penalise: bool = True
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A state that is durable: its blob, and what it has read.
+    """A state that is durable: its blob, and what it has read. Or why there is none.
 
     Attributes:
         blob: SHA-256 of the file.
         bytes: its size.
         tokens: how many tokens of text it stands after.
         digest: a hash of those tokens; "" where they are not known.
+        error, status, code: why it could not be kept, as in an `ApiError`; "" where it was.
     """
 
     blob: str
     bytes: int
     tokens: int
     digest: str = ""
+    error: str = ""
+    status: int = 500
+    code: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +159,13 @@ class Stop:
 
 @dataclass(frozen=True)
 class Ready:
-    """Worker to server: the model is loaded and warmed up."""
+    """Worker to server: the model is loaded and warmed up.
+
+    Attributes:
+        layout: of the states of its texts, where states are kept.
+    """
+
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)

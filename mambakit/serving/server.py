@@ -30,6 +30,7 @@ from mambakit.serving.logs import LogOptions, fields
 from mambakit.serving.messages import WorkerOptions
 from mambakit.serving.metrics import Metrics
 from mambakit.serving.replicas.supervisor import Supervisor
+from mambakit.serving.states.options import StatesOptions, open_store
 
 _log = logging.getLogger("mambakit.serving")
 
@@ -57,6 +58,7 @@ class ServerOptions:
         drain_seconds: how long running texts may continue after a signal to stop.
         request_seconds: how long a request may take.
         chat_template: Jinja, instead of the tokenizer's own; None: its own.
+        states: where states are kept; their folder is `WorkerOptions.states_folder`.
         access: keys and allowed hosts and origins; ``loopback`` is filled in here.
         tls: the certificate of the address; None: plain HTTP.
         logs: of this process and of the replicas.
@@ -79,6 +81,7 @@ class ServerOptions:
     drain_seconds: float = 30.0
     request_seconds: float = 1800.0
     chat_template: str | None = None
+    states: StatesOptions = field(default_factory=StatesOptions)
     access: AccessRules = field(default_factory=AccessRules)
     tls: TlsOptions | None = None
     logs: LogOptions = field(default_factory=LogOptions)
@@ -113,6 +116,7 @@ class _Server(uvicorn.Server):
         while True:
             await asyncio.sleep(_SWEEP)
             check_all(self.server_state.connections)
+            self._dispatcher.expire()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -152,13 +156,17 @@ def serve(options: ServerOptions) -> None:
         failures.append(reason)
         server.should_exit = True
 
-    metrics = Metrics()
-    dispatcher = Dispatcher(
-        options.devices, slots=options.worker.slots, max_waiting=options.max_waiting, metrics=metrics
-    )
+    dispatcher = make_dispatcher(options)
     supervisor = Supervisor(options.worker, dispatcher, failed)
-    intake = Intake(lambda: _load(options), options.intake)
-    options = replace(options, limits=replace(options.limits, connections=room))
+    intake = make_intake(options)
+    options = replace(
+        options,
+        limits=replace(
+            options.limits,
+            connections=room,
+            upload_bytes=options.states.upload_bytes if options.worker.states_folder else 0,
+        ),
+    )
     server = make_server(options, listener, dispatcher, supervisor, intake, failed)
     # uvicorn raises the signal again when it has stopped; by then all is done, and the exit status is to be 0.
     before = {number: signal.signal(number, _nothing) for number in _SIGNALS}
@@ -170,6 +178,26 @@ def serve(options: ServerOptions) -> None:
             signal.signal(number, handler)
     if failures:
         raise ValueError(failures[0])
+
+
+def make_dispatcher(options: ServerOptions) -> Dispatcher:
+    return Dispatcher(
+        options.devices, slots=options.worker.slots, max_waiting=options.max_waiting, metrics=Metrics(),
+        caching=options.worker.prefix_cache_bytes > 0,
+    )  # fmt: skip
+
+
+def make_intake(options: ServerOptions) -> Intake:
+    return Intake(lambda: _load(options), options.intake)
+
+
+def make_services(options: ServerOptions, access: AccessRules, dispatcher: Dispatcher, intake: Intake) -> Services:
+    """What the endpoints call, with the states that were kept before."""
+    caching = options.worker.prefix_cache_bytes > 0
+    return Services(
+        dispatcher, intake, options.name, access, options.request_seconds, caching, options.logs,
+        states=open_store(options.worker.states_folder, options.states, len(access.keys.all)),
+    )  # fmt: skip
 
 
 def make_server(
@@ -189,8 +217,7 @@ def make_server(
             "(--api-key-file), or listen on 127.0.0.1",
             options.host,
         )
-    caching = options.worker.prefix_cache_bytes > 0
-    services = Services(dispatcher, intake, options.name, access, options.request_seconds, caching, options.logs)
+    services = make_services(options, access, dispatcher, intake)
     config = uvicorn.Config(
         make_app(services, supervisor, failed, options.worker.model if options.playground else None),
         http=functools.partial(Connection, limits=options.limits),  # type: ignore[arg-type]

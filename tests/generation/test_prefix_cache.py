@@ -118,7 +118,9 @@ def test_a_long_prompt_takes_few_snapshots(model):
     prompt = tokens(1, 500)[0]
     cache = PrefixCache(model, chunk_size=4)
     cache.read(prompt)
-    assert 8 < len(cache) <= 17
+    assert 8 < len(cache) <= 30
+    _, read = read_tokens(model, lambda: cache.read(torch.cat([prompt[:490], prompt[:1]])))
+    assert read <= 4, "the denser the nearer its end"
     _, read = read_tokens(model, lambda: cache.read(prompt[:300]))
     assert read <= 32
 
@@ -177,7 +179,8 @@ def test_damaged_files_are_read_again(model, ids, tmp_path):
     PrefixCache(model, folder=tmp_path).read(ids)
     (file,) = tmp_path.rglob("*.safetensors")
     whole = file.read_bytes()
-    for contents in (whole[:100], b"", whole[: len(whole) - 10]):
+    flipped = bytes([*whole[:-10], whole[-10] ^ 1, *whole[-9:]])
+    for contents in (whole[:100], b"", whole[: len(whole) - 10], flipped):
         file.write_bytes(contents)
         with pytest.warns(UserWarning, match="read again"):
             state = PrefixCache(model, folder=tmp_path).read(ids)
@@ -198,6 +201,28 @@ def test_a_file_of_other_tokens_is_refused(model, ids, tmp_path):
     ours.write_bytes(contents)
     with pytest.warns(UserWarning, match="of other tokens"):
         assert PrefixCache(model, folder=tmp_path).lookup(ids.flip(0)[:20])[0] == 0
+
+
+def test_a_salt_keeps_texts_apart(model, ids):
+    cache = PrefixCache(model, chunk_size=8)
+    reading = cache.begin(ids, salt="a")
+    cache.store(ids[:49], State.read(model, ids).cache, salt="a")
+    assert reading.position == 0
+    assert [cache.begin(ids, salt=salt).position for salt in ("a", "b", "")] == [49, 0, 0]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_one_owner_s_prompts_do_not_push_out_another_s(model, tmp_path, on_disk):
+    where = {"memory_bytes": 0, "folder": tmp_path, "disk_bytes": 8 * (ONE + 1000)} if on_disk else {
+        "memory_bytes": 8 * ONE
+    }  # fmt: skip
+    cache = PrefixCache(model, **where)
+    prompts = {owner: [tokens(1, 5 + i)[0] for i in range(n)] for owner, n in (("small", 4), ("big", 40))}
+    for owner, texts in prompts.items():
+        for prompt in texts:
+            cache.store(prompt[:-1], State.read(model, prompt).cache, owner=owner)
+    found = {owner: sum(cache.lookup(prompt)[0] > 0 for prompt in texts) for owner, texts in prompts.items()}
+    assert found == {"small": 4, "big": 4}, "an even share for each"
 
 
 WORKER = """

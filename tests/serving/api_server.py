@@ -49,6 +49,7 @@ class Replicas:
         self.metrics = Metrics()
         self.piece, self.seconds = "x", 0.0
         self.cancelled = 0
+        self.clock, self.layout = time.monotonic, None
         self.jobs: list[Any] = []
 
     def start(self) -> None:
@@ -59,6 +60,7 @@ class Replicas:
             task.cancel()
 
     def kill(self) -> None: ...
+    def expire(self) -> None: ...
     def measure(self) -> None: ...
     def require_ready(self) -> None: ...
 
@@ -77,6 +79,7 @@ class Replicas:
             await asyncio.sleep(self.seconds)
             if job.ended:
                 return
+            job.tokens += 1
             job.inbox.put(job.index, Piece(job.id, self.piece, 1, "" if left else "length"))
         job.ended = True
 

@@ -14,20 +14,25 @@ SERVING = ROOT / "mambakit" / "serving"
 # From the bottom up: files and folders, and the files of each folder. Each may import those before it.
 FOLDERS = [
     "errors", "logs", "messages", "metrics", "states", "api", "dispatch", "replicas", "playground", "http", "server",
+    "ray_app",
 ]  # fmt: skip
 FILES = {
     "playground": ["files", "about"],
     "api": [
-        "declarations", "values", "checks", "shapes", "formats", "fields", "asked", "templates", "prompts",
+        "declarations", "values", "checks", "shapes", "formats", "states", "fields", "asked", "templates", "prompts",
         "completions", "reply", "chat_messages", "chat", "log_probs", "answers", "chat_answers", "tokens", "score",
-        "operations", "openapi", "intake",
+        "operations", "state_bodies", "state_operations", "openapi", "intake",
     ],
-    "states": ["tensors", "blobs", "records", "store"],
+    "states": ["tensors", "blobs", "records", "store", "options"],
     "dispatch": ["shares", "jobs", "fair_queue", "queue", "affinity", "rates", "promises", "suspects", "dispatcher"],
-    "replicas": ["heartbeat", "outbox", "constraints", "scoring", "worker", "process", "supervisor"],
+    "replicas": [
+        "heartbeat", "states", "outbox", "receiving", "constraints", "scoring", "worker", "transport", "process",
+        "ray_actor", "scaling", "supervisor",
+    ],
     "http": [
         "keys", "quotas", "tls", "request_log", "access", "refusals", "connection_limits", "connection", "request_ids",
-        "routing", "services", "texts", "generation", "scores", "tokens", "models", "probes", "playground", "app",
+        "routing", "services", "kept", "texts", "generation", "states", "scores", "tokens", "models", "probes",
+        "playground", "app",
     ],
 }  # fmt: skip
 ORDER = [f"{folder}.{file}" if file else folder for folder in FOLDERS for file in FILES.get(folder, [""])]

@@ -67,22 +67,22 @@ class Many:
 
 
 # Rows of x up to which weights are widened in registers, by format. Of the largest tile's number of rows.
-MOST_IN_REGISTERS = {"int8": 256, "int4": 128, "fp8": 32}
+MOST_IN_REGISTERS = {"int8": 512, "int4": 512, "fp8": 32}
 # float32 x has no tensor cores here (products are exact): few rows only, for which reading the weight is the time.
 MOST_IN_FLOAT32 = 16
 
 # By format, then by rows up to which a tile serves.
 PRODUCTS: dict[str, tuple[tuple[int, Product], ...]] = {
     "int8": (
-        (16, Product(64, 16, 128, 4, 4)),
-        (32, Product(64, 32, 128, 4, 4)),
+        (16, Product(64, 16, 128, 4, 4, after=True)),
+        (32, Product(64, 32, 128, 4, 4, after=True)),
         (64, Product(64, 64, 64, 4, 4)),
         (128, Product(128, 128, 64, 8, 4)),
         (1 << 30, Product(128, 256, 64, 8, 3, waves=1)),
     ),
     "int4": (
-        (16, Product(64, 16, 128, 4, 4)),
-        (32, Product(64, 32, 128, 4, 4)),
+        (16, Product(64, 16, 128, 4, 4, after=True)),
+        (32, Product(64, 32, 128, 4, 4, after=True)),
         (64, Product(64, 64, 64, 4, 4)),
         (128, Product(128, 128, 64, 8, 3)),
         (1 << 30, Product(128, 256, 64, 8, 3, waves=1)),
@@ -98,28 +98,20 @@ FLOAT32_PRODUCT = Product(32, 16, 32, 4, 2)
 MANY = Many()
 
 # What the benchmark tries beside them, for up to BB rows. Of the fastest ones it then tries other numbers of waves.
-CANDIDATES: tuple[Product, ...] = (
-    *(
-        Product(bn, bb, bk, 4, stages, after=after)
-        for bb in (16, 32)
-        for bn in (32, 64, 128)
-        for bk, stages in ((64, 4), (128, 3), (128, 5), (256, 3))
-        for after in (True, False)
-    ),
-    *(
-        Product(bn, 64, bk, warps, stages, after=after)
-        for bn, warps in ((64, 4), (128, 4), (128, 8))
-        for bk, stages in ((64, 4), (128, 3))
-        for after in (True, False)
-    ),
-    *(
-        Product(128, 128, bk, warps, stages, after=after)
-        for warps in (4, 8)
-        for bk, stages in ((64, 3), (64, 4), (128, 3))
-        for after in (True, False)
-    ),
-    *(Product(128, 256, bk, 8, stages) for bk, stages in ((64, 3), (64, 4), (128, 2))),
-    *(Product(256, 128, 64, 8, stages) for stages in (3, 4)),
+# Where `after` keeps two sums of a tile, a thread's share of it is small: others would spill.
+CANDIDATES: tuple[Product, ...] = tuple(
+    Product(bn, bb, bk, warps, stages, after=after)
+    for bb, rows_of_weight, steps in (
+        (16, ((32, 4), (64, 4), (128, 4)), ((64, 4), (128, 3), (128, 5), (256, 3))),
+        (32, ((32, 4), (64, 4), (128, 4)), ((64, 4), (128, 3), (128, 5), (256, 3))),
+        (64, ((64, 4), (128, 4), (128, 8)), ((64, 4), (128, 3))),
+        (128, ((128, 4), (128, 8), (256, 8)), ((64, 3), (64, 4), (128, 3))),
+        (256, ((128, 8),), ((64, 3), (64, 4), (128, 2))),
+    )
+    for bn, warps in rows_of_weight
+    for bk, stages in steps
+    for after in (True, False)
+    if not (after and bn * bb > 32 * 32 * warps)
 )
 WAVES = (1, 2, 4)
 SLABS = (0, 8 << 20, 16 << 20, 32 << 20)
@@ -130,6 +122,11 @@ LEAST_FLOAT8 = 512
 FLOAT8_CAPABILITY = (8, 9)
 
 
+def tile_of(format: str, rows: int) -> Product:
+    """The table's tile for so many rows of a half dtype."""
+    return next(product for most, product in PRODUCTS[format] if rows <= most)
+
+
 def product_of(format: str, dtype: torch.dtype, group: int, rows: int, shared: int) -> Product | None:
     """The tile that multiplies ``rows`` rows with the weight in registers; None where another way does."""
     if dtype == torch.float32:
@@ -137,7 +134,7 @@ def product_of(format: str, dtype: torch.dtype, group: int, rows: int, shared: i
     elif rows > MOST_IN_REGISTERS[format]:
         chosen = None
     else:
-        chosen = next(product for most, product in PRODUCTS[format] if rows <= most)
+        chosen = tile_of(format, rows)
     return None if chosen is None else chosen.fitting(format, group, dtype.itemsize, shared)
 
 

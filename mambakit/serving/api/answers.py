@@ -64,6 +64,7 @@ class Choice:
         finish_reason: "" while it continues.
         prompt: with echo and log-probabilities, those of the prompt's tokens; ``offsets`` are the characters before
             each.
+        state: what it has left, where that was asked for.
     """
 
     index: int
@@ -72,6 +73,12 @@ class Choice:
     log_probs: Sequence[Scored] = ()
     prompt: Sequence[Scored] = ()
     offsets: Sequence[int] = ()
+    state: dict[str, Any] | None = None
+
+    @property
+    def more(self) -> dict[str, Any]:
+        """Fields that only some choices have."""
+        return {} if self.state is None else {"state": self.state}
 
 
 class Answer(Protocol):
@@ -154,7 +161,8 @@ class CompletionAnswer:
         if self._texts is not None:
             before = len(self._echoed[one.index])
             log_probs = completion_log_probs(self._texts, one.log_probs, before, one.prompt, one.offsets)
-        return {"index": one.index, "text": text, "logprobs": log_probs, "finish_reason": one.finish_reason or None}
+        found = {"index": one.index, "text": text, "logprobs": log_probs, "finish_reason": one.finish_reason or None}
+        return found | one.more
 
 
 def event(body: dict[str, Any]) -> bytes:

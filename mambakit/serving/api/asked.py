@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from mambakit.quoting import quoted
 from mambakit.serving.api.checks import check_texts
 from mambakit.serving.api.declarations import Limits, wrong
 from mambakit.serving.api.formats import read_form
+from mambakit.serving.api.states import Keep
 from mambakit.serving.errors import ApiError
 from mambakit.serving.messages import TextOptions
 
@@ -25,6 +27,10 @@ class Asked:
         best_of: texts that are written for each prompt; the ``n`` likeliest are in the answer.
         options: of each text.
         shows_log_probs: whether the answer has log-probabilities.
+        state: the id of the state to start from; "" for none.
+        keep: how the states of its texts are kept; None: they are not.
+        priority: among the texts of its key, the smallest first.
+        deadline: in so many seconds it is of no use any more.
     """
 
     prompts: list[str] | list[list[int]]
@@ -38,6 +44,10 @@ class Asked:
     options: TextOptions
     shows_log_probs: bool = False
     echo: bool = False
+    state: str = ""
+    keep: Keep | None = None
+    priority: int = 0
+    deadline: float = math.inf
     metadata: dict[str, str] | None = None
 
     def sampling_of(self, copy: int) -> dict[str, Any]:
@@ -99,9 +109,14 @@ def asked(
             log_probs=0 if log_probs is None and best_of > n else log_probs,  # texts are ranked by theirs
             prompt_log_probs=echo and log_probs is not None,
             constraint=constraint,
+            cache_salt=values["cache_salt"] or "",
         ),
         shows_log_probs=log_probs is not None,
         echo=echo,
+        state=values["state"] or "",
+        keep=values["keep_state"],
+        priority=values["priority"],
+        deadline=values["deadline"] or math.inf,
         metadata=values["metadata"],
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from mambakit.serving.api.chat_messages import (
     TOOL,
     for_template,
     items,
+    message_schema,
     tools_for_template,
 )
 from mambakit.serving.api.checks import check_tokens
@@ -25,7 +26,7 @@ from mambakit.serving.api.fields import GENERATION, MOST_ALTERNATIVES, max_token
 from mambakit.serving.api.prompts import Codec, Prepared, depth_is_bounded
 from mambakit.serving.api.reply import ReplyForm
 from mambakit.serving.api.shapes import ANY_OBJECT
-from mambakit.serving.api.templates import ChatTemplate, missing
+from mambakit.serving.api.templates import ChatTemplate, after_reply, missing
 from mambakit.serving.api.values import choice, flag, number, unserved
 
 
@@ -48,7 +49,14 @@ def _tool_choice(name: str, value: Any, _: Limits) -> str:
 
 
 PROMPT: Fields = {
-    "messages": items(MESSAGE, MOST_MESSAGES, "give the chat so far, oldest first", required=True, what="messages"),
+    "messages": items(
+        MESSAGE,
+        MOST_MESSAGES,
+        "give the chat so far, oldest first",
+        required=True,
+        what="messages",
+        schema_of_one=message_schema,
+    ),
     "tools": items(TOOL, MOST_TOOLS, "Functions that the model may call, where its template has tools.", what="tools"),
     "tool_choice": Field(_tool_choice, {"type": "string", "enum": ["auto", "none"]}, "none: no tool is shown."),
     "reasoning_effort": choice(
@@ -137,13 +145,20 @@ def prompt_of(values: Mapping[str, Any], template: ChatTemplate | None) -> tuple
                 "unsupported_parameter",
             )  # fmt: skip
         variables["reasoning_effort"] = values["reasoning_effort"]
-    text = template.render(
-        for_template(values["messages"], template.knows("developer")),
-        None if tools is None else tools_for_template(tools),
-        begin_answer=values["add_generation_prompt"] and not going_on,
-        continue_answer=going_on,
-        variables=variables,
-    )
+    if going_on and values["state"]:
+        raise wrong("continue_final_message", "a state has no last message to go on with; leave it out")
+
+    def render(messages: Sequence[Mapping[str, Any]]) -> str:
+        return template.render(
+            messages,
+            None if tools is None else tools_for_template(tools),
+            begin_answer=values["add_generation_prompt"] and not going_on,
+            continue_answer=going_on,
+            variables=variables,
+        )
+
+    messages = for_template(values["messages"], template.knows("developer"))
+    text = after_reply(render, messages) if values["state"] else render(messages)
     thinks = template.knows("<think>")
     return text, ReplyForm(
         thinks, tools is not None and template.knows("<tool_call>"), thinks and text.rstrip().endswith("<think>")

@@ -53,7 +53,7 @@ class ChatAnswer:
         for delta in deltas:  # log-probabilities come with the first
             events.append(self._event(choice.index, delta, choice.log_probs if not events else ()))
         if choice.finish_reason:
-            events.append(self._event(choice.index, {}, (), _reason(choice.finish_reason, reply)))
+            events.append(self._event(choice.index, {}, (), _reason(choice.finish_reason, reply), choice.more))
         return b"".join(events)
 
     def usage_event(self, usage: Usage) -> bytes:
@@ -71,12 +71,19 @@ class ChatAnswer:
         return {
             "index": one.index, "message": message, "logprobs": self._log_probs(one.log_probs),
             "finish_reason": _reason(one.finish_reason, reply),
-        }  # fmt: skip
+        } | one.more  # fmt: skip
 
-    def _event(self, index: int, delta: dict[str, Any], scored: Sequence[Any] = (), reason: str = "") -> bytes:
+    def _event(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        scored: Sequence[Any] = (),
+        reason: str = "",
+        more: dict[str, Any] | None = None,
+    ) -> bytes:
         log_probs = self._log_probs(scored) if scored else None
         choice = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": reason or None}
-        return self._head.event([choice])
+        return self._head.event([choice | (more or {})])
 
     def _log_probs(self, scored: Sequence[Any]) -> dict[str, Any] | None:
         return None if self._texts is None else chat_log_probs(self._texts, scored)

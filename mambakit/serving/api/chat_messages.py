@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mambakit.quoting import quoted
@@ -15,8 +16,19 @@ MOST_MESSAGES, MOST_TOOLS = 4096, 128
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def items(fields: Fields, most: int, about: str, required: bool = False, what: str = "objects") -> Field:
-    """A list of up to ``most`` objects of ``fields``; None where there is none."""
+def items(
+    fields: Fields,
+    most: int,
+    about: str,
+    required: bool = False,
+    what: str = "objects",
+    schema_of_one: Callable[[Limits], dict[str, Any]] | None = None,
+) -> Field:
+    """A list of up to ``most`` objects of ``fields``; None where there is none.
+
+    Args:
+        schema_of_one: a narrower schema of an object than that of its fields.
+    """
 
     def check(name: str, value: Any, limits: Limits) -> list[dict[str, Any]] | None:
         if value is None:
@@ -35,7 +47,8 @@ def items(fields: Fields, most: int, about: str, required: bool = False, what: s
         return found
 
     def schema(limits: Limits) -> dict[str, Any]:
-        found = {"type": "array", "items": object_schema(fields, limits), "maxItems": most}
+        one = object_schema(fields, limits) if schema_of_one is None else schema_of_one(limits)
+        found = {"type": "array", "items": one, "maxItems": most}
         return found | {"minItems": 1} if required else found
 
     return Field(check, schema, about, required)
@@ -67,7 +80,7 @@ _FUNCTION_CALL: Fields = {
 _TOOL_CALL: Fields = {
     "id": text("What the answer of the tool names it by."),
     "type": choice(("function",), "Its kind.", default="function"),
-    "function": group(_FUNCTION_CALL, "The call."),
+    "function": group(_FUNCTION_CALL, "give its name and arguments", required=True),
 }
 _NEVER: dict[str, Any] = {"type": "null"}
 MESSAGE: Fields = {
@@ -88,6 +101,21 @@ MESSAGE: Fields = {
 }
 
 
+def message_schema(limits: Limits) -> dict[str, Any]:
+    """A message has content; an assistant's may have calls instead."""
+    said = replace(MESSAGE["content"], required=True)
+    assistant = choice(("assistant",), MESSAGE["role"].about, required=True)
+    others = choice([role for role in ROLES if role != "assistant"], MESSAGE["role"].about, required=True)
+    calling = {**MESSAGE, "role": assistant, "tool_calls": replace(MESSAGE["tool_calls"], required=True)}
+    plain = {name: field for name, field in MESSAGE.items() if name != "tool_calls"}
+    variants: list[Fields] = [
+        {**plain, "role": others, "content": said},
+        {**MESSAGE, "role": assistant, "content": said},
+        calling,
+    ]
+    return {"anyOf": [object_schema(fields, limits) for fields in variants]}
+
+
 def _parameters(name: str, value: Any, _: Limits) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise TypeError(f"{name} is {quoted(value)}; it must be a JSON schema, as an object")
@@ -102,7 +130,7 @@ _FUNCTION: Fields = {
 }
 TOOL: Fields = {
     "type": choice(("function",), "Its kind.", required=True),
-    "function": group(_FUNCTION, "The function."),
+    "function": group(_FUNCTION, "give its name and parameters", required=True),
 }
 
 
@@ -110,7 +138,7 @@ def for_template(messages: list[dict[str, Any]], knows_developer: bool) -> list[
     """Messages as chat templates read them: only what is there, arguments of calls as objects.
 
     Raises:
-        ApiError: a message without content, or arguments that are no JSON object.
+        ApiError: a message without content, or calls of somebody else than the assistant.
     """
     found = []
     for index, message in enumerate(messages):
@@ -126,39 +154,25 @@ def for_template(messages: list[dict[str, Any]], knows_developer: bool) -> list[
             place = f"messages[{index}].tool_calls"
             if one["role"] != "assistant":
                 raise wrong(place, f"{place} are there, but only an assistant's message has calls; leave them out")
-            one["tool_calls"] = [_call(f"{place}[{i}].function", call) for i, call in enumerate(one["tool_calls"])]
+            one["tool_calls"] = [_call(call) for call in one["tool_calls"]]
         one.setdefault("content", "")
         found.append(one)
     return found
 
 
-def _call(name: str, call: Mapping[str, Any]) -> dict[str, Any]:
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that are no JSON object, as a model may write them, stay text."""
     function = call["function"]
-    if function is None:
-        raise wrong(name, f"there is no {name}; give its name and arguments", "missing_required_parameter")
     try:
-        arguments = json.loads(function["arguments"])
-    except ValueError:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
         arguments = None
-    if not isinstance(arguments, dict):
-        given = quoted(function["arguments"])
-        raise wrong(f"{name}.arguments", f"{name}.arguments are {given}; they must be a JSON object, as a string")
-    return {
-        **{name: value for name, value in call.items() if value is not None},
-        "function": {**function, "arguments": arguments},
-    }
+    function = {**function, "arguments": arguments if isinstance(arguments, dict) else function["arguments"]}
+    return {**{name: value for name, value in call.items() if value is not None}, "function": function}
 
 
 def tools_for_template(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tools as chat templates read them.
-
-    Raises:
-        ApiError: a tool without its function.
-    """
-    for index, tool in enumerate(tools):
-        if tool["function"] is None:
-            name = f"tools[{index}].function"
-            raise wrong(name, f"there is no {name}; give its name and parameters", "missing_required_parameter")
+    """Tools as chat templates read them."""
     return [
         {
             "type": "function",

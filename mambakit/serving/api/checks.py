@@ -18,7 +18,7 @@ def read_prompts(name: str, value: Any, limits: Limits) -> list[str] | list[list
     if isinstance(value, str):
         value = [value]
     kinds = set(map(type, value)) if isinstance(value, list) else set()
-    if kinds == {int}:
+    if kinds and kinds <= {int, float}:
         value, kinds = [value], {list}
     if kinds not in ({str}, {list}):
         raise ValueError(
@@ -30,9 +30,7 @@ def read_prompts(name: str, value: Any, limits: Limits) -> list[str] | list[list
     for prompt in value:
         if isinstance(prompt, str):
             require_unicode(name, prompt)
-        else:
-            check_ids(prompt, limits)
-    return value
+    return value if kinds == {str} else [read_ids(prompt, limits) for prompt in value]
 
 
 def prompts_schema(limits: Limits) -> dict[str, Any]:
@@ -47,14 +45,17 @@ def prompts_schema(limits: Limits) -> dict[str, Any]:
     }
 
 
-def check_ids(ids: list[Any], limits: Limits) -> None:
-    """Raises ValueError, or an `ApiError` where there are too many."""
+def read_ids(ids: list[Any], limits: Limits) -> list[int]:
+    """Token ids; 16.0 is one. Raises ValueError, or an `ApiError` where there are too many."""
     if not ids:
-        raise ValueError("a prompt has no token ids; give at least one")
+        raise ValueError("there are no token ids; give at least one")
     check_length(len(ids), limits)
+    if float in set(map(type, ids)):
+        ids = [int(one) if isinstance(one, float) and one.is_integer() else one for one in ids]
     if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= limits.vocab_size:
         token = next(t for t in ids if type(t) is not int or not 0 <= t < limits.vocab_size)
         raise ValueError(f"a token id is {quoted(token)}; they are 0 to {limits.vocab_size - 1}")
+    return ids
 
 
 def ids_schema(limits: Limits) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def check_tokens(ids: list[int], limits: Limits, param: str = "prompt") -> None:
         ApiError: too many, or one that the model does not have.
     """
     check_length(len(ids), limits, param)
-    if max(ids) >= limits.vocab_size:
+    if ids and max(ids) >= limits.vocab_size:
         known = f"its tokens are 0 to {limits.vocab_size - 1}"
         raise wrong(param, f"the {param}'s text has token {max(ids)}, which the model does not have; {known}")
 

@@ -53,7 +53,7 @@ def prepare(body: bytes, codec: Codec, limits: Limits) -> Prepared:
         asked = parse(parse_body(body), limits)
     prompts, texts = [], []
     for prompt in asked.prompts:
-        ids = codec.encode(prompt, limits) if isinstance(prompt, str) else prompt
+        ids = prompt if isinstance(prompt, list) else codec.encode(prompt, limits) if prompt or not asked.state else []
         check_tokens(ids, limits)
         prompts.append(array("q", ids).tobytes())
         texts.append(prompt if asked.echo and isinstance(prompt, str) else None)

@@ -70,7 +70,10 @@ Fields: TypeAlias = Mapping[str, Field]
 
 
 def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(kind := schema.get("type"), str):
+    kind = schema.get("type")
+    if kind == "null":
+        return schema
+    if not isinstance(kind, str):
         return {"anyOf": [schema, {"type": "null"}]} if schema else schema
     return {
         **schema,

@@ -10,7 +10,8 @@ from mambakit.quoting import cut, quoted
 from mambakit.serving.api.checks import STOP_SCHEMA, read_stop_strings
 from mambakit.serving.api.declarations import Field, Fields, Limits
 from mambakit.serving.api.formats import FORMS
-from mambakit.serving.api.values import check_text, flag, group, number, require_unicode, text, unserved
+from mambakit.serving.api.states import QUEUE, TEXT_STATES
+from mambakit.serving.api.values import check_text, flag, group, metadata, number, text, unserved
 from mambakit.serving.errors import ApiError
 
 
@@ -50,21 +51,7 @@ def _logit_bias(name: str, value: Any, limits: Limits) -> dict[int, float] | Non
     return found or None
 
 
-def _metadata(name: str, value: Any, _: Limits) -> dict[str, str] | None:
-    if value is None:
-        return None
-    if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
-        raise TypeError(f"{name} is {quoted(value)}; it must be an object of strings")
-    if len(value) > MOST_METADATA:
-        raise ValueError(f"{name} has {len(value)} entries; at most {MOST_METADATA} are served")
-    for key, entry in value.items():
-        if len(key) > 64 or len(entry) > 512:
-            raise ValueError(f"{name} has the entry {quoted(key)}; keys have up to 64 characters, values up to 512")
-        require_unicode(name, key + entry)
-    return value
-
-
-MOST_BIASES, MOST_METADATA = 1024, 16
+MOST_BIASES = 1024
 MOST_ALTERNATIVES = 20  # of the likeliest tokens, at each place
 _BIAS = Number(0.0, -100, 100)
 
@@ -121,15 +108,8 @@ GENERATION: Fields = {
     "stream": flag("Whether the answer comes as server-sent events."),
     "stream_options": group(STREAM_OPTIONS, "Options of a stream."),
     "user": text("Of no effect."),
-    "metadata": Field(
-        _metadata,
-        {
-            "type": "object",
-            "additionalProperties": {"type": "string", "maxLength": 512},
-            "propertyNames": {"maxLength": 64},
-            "maxProperties": MOST_METADATA,
-        },
-        "Strings that come back with the answer.",
-    ),
+    "metadata": metadata("Strings that come back with the answer."),
+    **TEXT_STATES,
+    **QUEUE,
 }
 """In the order of the document."""

@@ -8,11 +8,13 @@ from http import HTTPStatus
 from typing import Any
 
 from mambakit.serving.api.declarations import Limits, Operation
-from mambakit.serving.api.shapes import ERROR
+from mambakit.serving.api.shapes import ERROR, STRING, record
 from mambakit.serving.api.values import object_schema
 
 # Errors of any request: one that cannot be read, another host's or page's, limits of connections, a failure here.
 _ANY = (400, 403, 431, 500)
+# Of server-sent events: JSON, or [DONE] in the last.
+_EVENT = record({"data": STRING})
 
 
 def document(operations: Iterable[Operation], limits: Limits, version: str, keys: bool) -> dict[str, Any]:
@@ -39,12 +41,8 @@ def document(operations: Iterable[Operation], limits: Limits, version: str, keys
 
 
 def _operation(operation: Operation, limits: Limits, keys: bool) -> dict[str, Any]:
-    ok: dict[str, Any] = {}
-    for media in operation.media:
-        schema = (
-            operation.result if media == "application/json" and operation.result is not None else {"type": "string"}
-        )
-        ok[media] = {"schema": schema}
+    schemas = {"application/json": operation.result or STRING, "text/event-stream": _EVENT}
+    ok = {media: {"schema": schemas.get(media, STRING)} for media in operation.media}
     guarded = keys and not operation.open
     statuses = sorted({*_ANY, *operation.statuses, *((401,) if guarded else ())})
     found: dict[str, Any] = {

@@ -13,6 +13,7 @@ from mambakit.serving.api.shapes import (
     ANY_OBJECT,
     BOOLEAN,
     INTEGER,
+    KEPT_STATE,
     NUMBER,
     STRING,
     USAGE,
@@ -25,7 +26,7 @@ from mambakit.serving.api.tokens import DETOKENIZE, TOKENIZE
 
 _STREAMED = ("application/json", "text/event-stream")
 # 429 and 503: queues that are full, no replica that is ready. 504: --request-seconds.
-_QUEUED = (404, 408, 413, 415, 429, 503, 504)
+_QUEUED = (404, 408, 409, 410, 413, 415, 429, 503, 504, 507)
 
 COMPLETE = Operation(
     "POST",
@@ -45,7 +46,9 @@ COMPLETE = Operation(
                         "text": STRING,
                         "logprobs": COMPLETION_LOG_PROBS,
                         "finish_reason": {"type": "string", "enum": ["stop", "length"]},
-                    }
+                        "state": KEPT_STATE,
+                    },
+                    optional=("state",),
                 )
             ),
             "usage": USAGE,
@@ -85,7 +88,9 @@ CHAT_COMPLETE = Operation(
                         ),
                         "logprobs": CHAT_LOG_PROBS,
                         "finish_reason": {"type": "string", "enum": ["stop", "length", "tool_calls"]},
-                    }
+                        "state": KEPT_STATE,
+                    },
+                    optional=("state",),
                 )
             ),
             "usage": USAGE,
@@ -116,8 +121,9 @@ SCORE_TEXTS = Operation(
                         "tokens": INTEGER,
                         "greedy": BOOLEAN,
                         "log_probs": array(NUMBER),
+                        "state": KEPT_STATE,
                     },
-                    optional=("log_probs",),
+                    optional=("log_probs", "state"),
                 )
             ),
             "usage": USAGE,

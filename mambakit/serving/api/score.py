@@ -13,11 +13,12 @@ from typing import Any
 from mambakit.quoting import quoted
 from mambakit.serving.api.answers import Usage
 from mambakit.serving.api.asked import parse_body
-from mambakit.serving.api.checks import check_ids, check_length, check_texts, check_tokens, ids_schema
+from mambakit.serving.api.checks import check_length, check_texts, check_tokens, ids_schema, read_ids
 from mambakit.serving.api.declarations import Field, Fields, Limits, read, wrong
 from mambakit.serving.api.fields import MODEL
 from mambakit.serving.api.log_probs import LEAST
 from mambakit.serving.api.prompts import Codec, depth_is_bounded
+from mambakit.serving.api.states import QUEUE, TEXT_STATES, Keep
 from mambakit.serving.api.values import flag, require_unicode, text
 from mambakit.serving.messages import Continuation
 
@@ -30,8 +31,7 @@ def _text_or_ids(name: str, value: Any, limits: Limits) -> str | list[int]:
         return value
     if not isinstance(value, list):
         raise TypeError(f"{name} is {quoted(value)}; it must be a string or a list of token ids")
-    check_ids(value, limits)
-    return value
+    return read_ids(value, limits)
 
 
 def _continuations(name: str, value: Any, limits: Limits) -> list[str | list[int]]:
@@ -46,16 +46,27 @@ def _schema(limits: Limits) -> dict[str, Any]:
     return {"anyOf": [{"type": "string"}, ids_schema(limits)]}
 
 
+def _continuation_schema(limits: Limits) -> dict[str, Any]:
+    return {"anyOf": [{"type": "string", "minLength": 1}, ids_schema(limits)]}
+
+
 SCORE: Fields = {
     "model": MODEL,
     "prompt": Field(_text_or_ids, _schema, "give a string or token ids: what comes first", required=True),
     "continuations": Field(
         _continuations,
-        lambda limits: {"type": "array", "items": _schema(limits), "minItems": 1, "maxItems": MOST_CONTINUATIONS},
+        lambda limits: {
+            "type": "array",
+            "items": _continuation_schema(limits),
+            "minItems": 1,
+            "maxItems": MOST_CONTINUATIONS,
+        },
         "give strings or lists of token ids: what may come next",
         required=True,
     ),
     "log_probs": flag("Whether the log-probability of each token comes, too."),
+    **TEXT_STATES,
+    **QUEUE,
     "user": text("Of no effect."),
 }
 
@@ -82,10 +93,18 @@ class PreparedScores:
     Attributes:
         prefixes: usually one. A tokenizer may split the prompt's end differently before some continuations.
         log_probs: whether each token's is shown.
+        state: the id of the state that the prompt follows; "" for none.
+        keep: how the state after prompt and continuation is kept; None: it is not.
+        priority, deadline, cache_salt: as of a request for texts.
     """
 
     prefixes: tuple[Prefix, ...]
     log_probs: bool
+    state: str = ""
+    keep: Keep | None = None
+    priority: int = 0
+    deadline: float = math.inf
+    cache_salt: str = ""
 
 
 def prepare(body: bytes, codec: Codec, limits: Limits) -> PreparedScores:
@@ -98,7 +117,11 @@ def prepare(body: bytes, codec: Codec, limits: Limits) -> PreparedScores:
     with depth_is_bounded():
         values = read(SCORE, parse_body(body), limits)
     prompt, total = values["prompt"], 0
-    own = codec.encode(prompt, limits) if isinstance(prompt, str) else prompt
+    state, keep = values["state"] or "", values["keep_state"]
+    if keep is not None and len(values["continuations"]) > 1:
+        message = f"there are {len(values['continuations'])} continuations, and a state goes on from one; give one"
+        raise wrong("keep_state", message)
+    own = prompt if isinstance(prompt, list) else codec.encode(prompt, limits) if prompt or not state else []
     bare = prompt.rstrip() if isinstance(prompt, str) else ""
     split = len(codec.encode(bare, limits)) if bare else 0
     found: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
@@ -131,16 +154,23 @@ def prepare(body: bytes, codec: Codec, limits: Limits) -> PreparedScores:
             for before, members in found.items()
         ),
         values["log_probs"],
+        state,
+        keep,
+        values["priority"],
+        values["deadline"] or math.inf,
+        values["cache_salt"] or "",
     )
 
 
-def answer(model: str, scores: Iterable[Continuation], usage: Usage, shown: bool) -> dict[str, Any]:
+def answer(
+    model: str, scores: Iterable[Continuation], usage: Usage, shown: bool, state: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The response, of the continuations in their order. No number is infinite."""
     data = []
     for index, score in enumerate(scores):
         values = [max(LEAST, p) for p in array("f", score.log_probs)]
         one = {"index": index, "log_prob": math.fsum(values), "tokens": len(values), "greedy": score.greedy}
-        data.append(one | {"log_probs": values} if shown else one)
+        data.append(one | ({"log_probs": values} if shown else {}) | ({} if state is None else {"state": state}))
     return {
         "id": f"score-{uuid.uuid4().hex}", "object": "score", "created": int(time.time()), "model": model, "data": data,
         "usage": usage.body,

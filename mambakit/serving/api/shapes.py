@@ -40,6 +40,22 @@ ERROR = record(
         )
     }
 )
+STATE = record(
+    {
+        "id": STRING,
+        "object": constant("state"),
+        "created": INTEGER,
+        "tokens": INTEGER,
+        "bytes": INTEGER,
+        "origin": STRING,
+        "parent": nullable(STRING),
+        "expires_at": nullable(INTEGER),
+        "sha256": STRING,
+        "can_branch": BOOLEAN,
+        "metadata": ANY_OBJECT,
+    }
+)
+KEPT_STATE = {"anyOf": [STATE, ERROR]}
 USAGE = record(
     {
         "prompt_tokens": INTEGER,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,28 @@ class ChatTemplate:
             ) from error
         found: str = rendered[0]
         return found
+
+
+# What stands for a conversation that a state has read: a template's text after the reply does not depend on it.
+_QUESTION, _REPLY = "question", "\u27e6reply\u27e7"
+
+
+def after_reply(render: Callable[[Sequence[Mapping[str, Any]]], str], messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text of new ``messages`` after a reply that was read already, from the end of the reply's own text on.
+
+    It takes as long as the new messages, whatever the conversation has been.
+
+    Raises:
+        ApiError: the template refuses them, or does not show a reply as it is.
+    """
+    before = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _REPLY}]
+    shown = render([*before, *messages])
+    if shown.count(_REPLY) != 1:
+        raise wrong(
+            "state", "the model's chat template does not show earlier replies as they are, so that messages cannot go "
+            "on from a state; send all messages, or use /v1/completions with the text that comes next",
+        )  # fmt: skip
+    return shown.partition(_REPLY)[2]
 
 
 def missing() -> ApiError:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mambakit.serving.api.asked import parse_body
 from mambakit.serving.api.chat import PROMPT, prompt_of
-from mambakit.serving.api.checks import check_ids, check_tokens, ids_schema
+from mambakit.serving.api.checks import check_tokens, ids_schema, read_ids
 from mambakit.serving.api.declarations import Field, Fields, Limits, read, wrong
 from mambakit.serving.api.fields import MODEL
 from mambakit.serving.api.prompts import Codec, depth_is_bounded
@@ -25,9 +25,7 @@ TOKENIZE: Fields = {
 def _ids(name: str, value: Any, limits: Limits) -> list[int]:
     if not isinstance(value, list):
         raise TypeError(f"{name} must be a list of token ids")
-    if value:
-        check_ids(value, limits)
-    return value
+    return read_ids(value, limits) if value else value
 
 
 def _ids_schema(limits: Limits) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from mambakit.number import LARGEST
 from mambakit.quoting import quoted
 from mambakit.serving.api.declarations import Field, Fields, Limits, Schema, read, wrong
 
+MOST_METADATA = 16
+
 
 def number(declared: Number, about: str, required: bool = False) -> Field:
     """A number in its range."""
@@ -56,6 +58,32 @@ def check_text(name: str, value: Any, most: int | None = None) -> str:
     return value
 
 
+def metadata(about: str) -> Field:
+    """An object of strings; None where there is none."""
+
+    def check(name: str, value: Any, _: Limits) -> dict[str, str] | None:
+        if value is None:
+            return None
+        if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
+            raise TypeError(f"{name} is {quoted(value)}; it must be an object of strings")
+        if len(value) > MOST_METADATA:
+            raise ValueError(f"{name} has {len(value)} entries; at most {MOST_METADATA} are served")
+        for key, entry in value.items():
+            if len(key) > 64 or len(entry) > 512:
+                message = "keys have up to 64 characters, values up to 512"
+                raise ValueError(f"{name} has the entry {quoted(key)}; {message}")
+            require_unicode(name, key + entry)
+        return value
+
+    schema = {
+        "type": "object",
+        "additionalProperties": {"type": "string", "maxLength": 512},
+        "propertyNames": {"maxLength": 64},
+        "maxProperties": MOST_METADATA,
+    }
+    return Field(check, schema, about)
+
+
 def choice(values: Sequence[str], about: str, default: str | None = None, required: bool = False) -> Field:
     """One of a few strings."""
 
@@ -70,7 +98,7 @@ def choice(values: Sequence[str], about: str, default: str | None = None, requir
     return Field(check, {"type": "string", "enum": list(values)}, about, required)
 
 
-def group(fields: Fields, about: str) -> Field:
+def group(fields: Fields, about: str, required: bool = False) -> Field:
     """An object of ``fields``: their values, or None where there is no object."""
 
     def check(name: str, value: Any, limits: Limits) -> dict[str, Any] | None:
@@ -80,7 +108,7 @@ def group(fields: Fields, about: str) -> Field:
             raise TypeError(f"{name} is {quoted(value)}; it must be an object of {', '.join(fields)}")
         return read(fields, value, limits, f"{name}.")
 
-    return Field(check, lambda limits: object_schema(fields, limits), about)
+    return Field(check, lambda limits: object_schema(fields, limits), about, required)
 
 
 def object_schema(fields: Fields, limits: Limits) -> dict[str, Any]:

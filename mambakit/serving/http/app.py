@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from mambakit.serving.errors import ApiError
-from mambakit.serving.http import generation, models, playground, probes, scores, tokens
+from mambakit.serving.http import generation, models, playground, probes, scores, states, tokens
 from mambakit.serving.http.access import Access
 from mambakit.serving.http.refusals import bug, http_error, refusal
 from mambakit.serving.http.request_ids import HEADER, RequestIds
@@ -31,6 +31,7 @@ def endpoints(services: Services, page_of: str | None = None) -> list[Endpoint]:
     """
     found = [
         *generation.endpoints(services),
+        *states.endpoints(services),
         *scores.endpoints(services),
         *tokens.endpoints(services),
         *models.endpoints(services),

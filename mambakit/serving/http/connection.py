@@ -7,7 +7,6 @@ enforces deadlines.
 
 from __future__ import annotations
 
-import functools
 import json
 import time
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mambakit.serving.errors import ApiError
-from mambakit.serving.http.connection_limits import ConnectionLimits
+from mambakit.serving.http.connection_limits import UPLOADS, ConnectionLimits
 
 # Seconds in which a refused client may finish sending and read the error: closing a socket with unread bytes resets it.
 _LINGER = 2.0
@@ -120,7 +119,7 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         length = self._check_headers()
-        if length > self._limits.body_bytes:
+        if length > self._most_bytes:
             self._stop(self._too_long, 413)
         super().on_headers_complete()
         self._enter("body")
@@ -157,7 +156,7 @@ class Connection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._body += len(body)
-        if self._body > self._limits.body_bytes:
+        if self._body > self._most_bytes:
             self._stop(self._too_long, 413)
         super().on_body(body)
 
@@ -173,10 +172,17 @@ class Connection(HttpToolsProtocol):
             self._enter("idle")
         super().on_response_complete()
 
-    @functools.cached_property
+    @property
+    def _most_bytes(self) -> int:
+        """Of the body."""
+        limits = self._limits
+        return max(limits.body_bytes, limits.upload_bytes if self.url.partition(b"?")[0] in UPLOADS else 0)
+
+    @property
     def _too_long(self) -> str:
-        limit = self._limits.body_bytes / (1 << 20)
-        return f"the body is longer than {limit:g} MiB; shorten it, or serve with a larger --max-body-mb"
+        option = "--max-body-mb" if self._most_bytes == self._limits.body_bytes else "--max-state-mb"
+        limit = self._most_bytes / (1 << 20)
+        return f"the body is longer than {limit:g} MiB; shorten it, or serve with a larger {option}"
 
     def _enter(self, phase: str) -> None:
         self._phase, self._since = phase, time.monotonic()

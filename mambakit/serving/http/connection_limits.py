@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 
 BACKLOG = 128
+UPLOADS = (b"/v1/states/import",)  # paths whose bodies are files
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class ConnectionLimits:
         headers: their number.
         url_bytes: of a request's target.
         body_bytes: of a request.
+        upload_bytes: of one to `UPLOADS`.
         header_seconds: to receive the headers, counted from the connection or the first byte.
         body_seconds: to receive a body, plus one second for each ``rate`` bytes received.
         idle_seconds: between requests.
@@ -30,6 +32,7 @@ class ConnectionLimits:
     headers: int = 100
     url_bytes: int = 8 << 10
     body_bytes: int = 4 << 20
+    upload_bytes: int = 0
     header_seconds: float = 10.0
     body_seconds: float = 20.0
     idle_seconds: float = 15.0

@@ -18,6 +18,7 @@ from mambakit.serving.api.intake import Prepare
 from mambakit.serving.api.prompts import Prepared, check_echo
 from mambakit.serving.dispatch.jobs import Inbox, Job
 from mambakit.serving.errors import ApiError
+from mambakit.serving.http.kept import Keeping
 from mambakit.serving.http.quotas import Grant
 from mambakit.serving.http.request_log import note
 from mambakit.serving.http.routing import Endpoint
@@ -32,10 +33,10 @@ DISCONNECTED = Response(status_code=499)  # what proxies log for a client that d
 
 def endpoints(services: Services) -> list[Endpoint]:
     async def complete(request: Request) -> Response:
-        return await answer(services, request, completions.prepare, _completion)
+        return await answer(services, request, completions.prepare, _completion, "completion")
 
     async def reply(request: Request) -> Response:
-        return await answer(services, request, chat.prepare, _chat)
+        return await answer(services, request, chat.prepare, _chat, "chat")
 
     return [Endpoint(operations.COMPLETE, complete), Endpoint(operations.CHAT_COMPLETE, reply)]
 
@@ -45,27 +46,40 @@ async def answer(
     request: Request,
     prepare: Prepare[_P],
     shape: Callable[[Services, _P], Awaitable[Answer]],
+    origin: str,
 ) -> Response:
     """The response to a request for texts.
 
     Args:
         prepare: reads its body.
         shape: makes the answer's shape.
+        origin: of the states that its texts leave.
     """
     try:
         services.dispatcher.require_ready()  # cheap checks come before the body is read
         prepared = await services.read(request, prepare)
-        texts = _texts(services, prepared, await shape(services, prepared), services.owner(request))
-        await _note_prompts(services, prepared, request)
-        grant = services.submit(request, texts.jobs, texts.usage.prompt_tokens)
+        owner = services.owner(request)
+        keeping = Keeping(services, str(owner[0]), prepared.asked.keep, origin)
+        with keeping.closed_on_error():
+            await keeping.begin(prepared.asked.state, *_size(prepared))
+            texts = _texts(services, prepared, await shape(services, prepared), owner, keeping)
+            await _note_prompts(services, prepared, request)
+            grant = services.submit(request, texts.jobs, texts.usage.prompt_tokens)
     except ApiError as error:
         services.metrics.requests.labels("", "rejected" if error.retry_after else "invalid").inc()
         raise
     except ClientDisconnect:
         return DISCONNECTED
     return await finish(
-        services, request, texts, lambda ended: texts.stream(ended) if texts.asked.stream else texts.whole(), grant
-    )
+        services, request, texts, lambda ended: texts.stream(ended) if texts.asked.stream else texts.whole(), grant,
+        keeping.close,
+    )  # fmt: skip
+
+
+def _size(prepared: Prepared) -> tuple[int, int]:
+    """(number of texts, tokens of the longest at most)."""
+    texts = len(prepared.prompts) * prepared.asked.best_of
+    return texts, max(len(ids) for ids in prepared.prompts) // 8 + prepared.asked.max_tokens
 
 
 async def _note_prompts(services: Services, prepared: Prepared, request: Request) -> None:
@@ -81,6 +95,7 @@ async def finish(
     texts: Any,
     respond: Callable[[Callable[[], None]], Awaitable[Response]],
     grant: Grant,
+    close: Callable[[], None] = lambda: None,
 ) -> Response:
     """The response of submitted jobs, while the client is there and the time of a request lasts.
 
@@ -88,6 +103,7 @@ async def finish(
         texts: has ``jobs`` and their ``inbox``.
         respond: makes the response. It is given what an `EventStream` calls at its end.
         grant: that `Services.submit` gave for the jobs.
+        close: called at the end, however it comes.
     """
     # Timed from here: until now the limits of the connection and of the intake applied.
     timeout = asyncio.get_running_loop().call_later(services.request_seconds, _expire, services, texts)
@@ -98,6 +114,7 @@ async def finish(
         tokens = sum(job.tokens for job in texts.jobs)
         grant.end(tokens)
         note(request.scope, texts=len(texts.jobs), prompt_tokens=grant.prompt_tokens, tokens=tokens)
+        close()
 
     try:
         # Nothing is sent before the first token: a replica that dies until then is an HTTP error.
@@ -116,26 +133,40 @@ def _expire(services: Services, texts: Any) -> None:
     services.dispatcher.cancel(texts.jobs)
 
 
-def _texts(services: Services, prepared: Prepared, answer: Answer, share: tuple[Any, ...]) -> Texts:
+def _texts(services: Services, prepared: Prepared, answer: Answer, share: tuple[Any, ...], keeping: Keeping) -> Texts:
     asked, inbox = prepared.asked, Inbox()
     lengths = [len(ids) // 8 for ids in prepared.prompts]
     jobs: list[Job] = []
+    deadline = services.deadline(asked.deadline)
     for ids, length in zip(prepared.prompts, lengths, strict=True):
         for copy in range(asked.best_of):
             # The prompt is scored once for all of its texts, unless each goes out as it comes.
-            options = asked.options
+            options = replace(asked.options, state=keeping.task)
             if copy and not asked.stream:
                 options = replace(options, prompt_log_probs=False)
             sampling = asked.sampling_of(copy)
             jobs.append(
-                Job(inbox, len(jobs), ids, length, sampling, asked.max_tokens, asked.stop, copy, share, options)
+                Job(
+                    inbox,
+                    len(jobs),
+                    ids,
+                    length,
+                    sampling,
+                    asked.max_tokens,
+                    asked.stop,
+                    copy,
+                    share,
+                    options,
+                    asked.priority,
+                    deadline,
+                )
             )
     usage = Usage(lengths, asked.best_of, caching=services.caching)
 
     def offsets(tokens: Sequence[int]) -> list[int]:
         return services.token_texts.offsets(tokens)
 
-    return Texts(asked, answer, inbox, jobs, usage, offsets)
+    return Texts(asked, answer, inbox, jobs, usage, offsets, keeping)
 
 
 async def _completion(services: Services, prepared: Prepared) -> Answer:

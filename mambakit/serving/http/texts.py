@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -15,7 +15,8 @@ from mambakit.serving.api.answers import DONE, Answer, Choice, Usage, event
 from mambakit.serving.api.asked import Asked
 from mambakit.serving.dispatch.jobs import Inbox, Job
 from mambakit.serving.errors import ApiError
-from mambakit.serving.messages import Piece, Scored
+from mambakit.serving.http.kept import Keeping
+from mambakit.serving.messages import Kept, Piece, Scored
 
 _T = TypeVar("_T")
 # An answer of more log-probabilities than this is written by a thread.
@@ -30,12 +31,13 @@ class _Written:
     log_probs: list[Scored] = field(default_factory=list)
     prompt: tuple[Scored, ...] = ()
     finish_reason: str = ""
+    kept: Kept | None = None
 
     def add(self, piece: Piece) -> None:
         self.parts.append(piece.text)
         self.log_probs += piece.log_probs
         self.prompt = self.prompt or piece.prompt_log_probs
-        self.finish_reason = piece.finish_reason
+        self.finish_reason, self.kept = piece.finish_reason, piece.kept
 
     @property
     def mean_log_prob(self) -> float:
@@ -50,6 +52,7 @@ class Texts:
     Attributes:
         jobs: one for each, all with ``inbox``: `Asked.best_of` for each prompt.
         offsets: the number of characters before each of a prompt's tokens.
+        keeping: the states that they start from and leave.
     """
 
     asked: Asked
@@ -58,6 +61,7 @@ class Texts:
     jobs: list[Job]
     usage: Usage
     offsets: Callable[[Sequence[int]], list[int]]
+    keeping: Keeping
 
     def _count(self, index: int, piece: Piece) -> None:
         self.usage.count(index, piece.tokens, piece.cached_tokens if piece.finish_reason else None)
@@ -70,18 +74,19 @@ class Texts:
                 texts[index].add(piece)
                 self._count(index, piece)
         chosen = self._chosen(texts)
+        states = [await self.keeping.acknowledge(text.kept) for text in chosen]
         if sum(len(text.log_probs) + len(text.prompt) for text in chosen) > _MANY:
-            return await asyncio.to_thread(self._response, chosen)
-        return self._response(chosen)
+            return await asyncio.to_thread(self._response, chosen, states)
+        return self._response(chosen, states)
 
-    def _response(self, texts: Sequence[_Written]) -> Response:
+    def _response(self, texts: Sequence[_Written], states: Sequence[dict[str, Any] | None]) -> Response:
         shown = self.asked.shows_log_probs
         choices = [
             Choice(
                 index, "".join(text.parts), text.finish_reason, text.log_probs if shown else (), text.prompt,
-                self._offsets(text.prompt),
+                self._offsets(text.prompt), state,
             )
-            for index, text in enumerate(texts)
+            for index, (text, state) in enumerate(zip(texts, states, strict=True))
         ]  # fmt: skip
         return JSONResponse(self.answer.whole(choices, self.usage))
 
@@ -121,6 +126,7 @@ class Texts:
                         yield answer.begin(Choice(index, prompt=prompt, offsets=offsets))
                     one = gained.setdefault(index, Choice(index, log_probs=[]))
                     one.text, one.finish_reason = one.text + piece.text, piece.finish_reason
+                    one.state = await self.keeping.acknowledge(piece.kept)
                     one.log_probs = [*one.log_probs, *piece.log_probs] if self.asked.shows_log_probs else ()
                 left -= sum(bool(one.finish_reason) for one in gained.values())
                 yield b"".join(map(answer.gain, gained.values()))

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mambakit.quoting import cut
-from mambakit.serving.messages import Batch, Cancel, Continuation, Piece, Scored, Task
+from mambakit.serving.messages import Batch, Cancel, Continuation, Kept, Piece, Scored, Task
 from mambakit.serving.replicas.heartbeat import Channel
 
 if TYPE_CHECKING:
     from mambakit.decoding.log_probs import TokenLogProb
+    from mambakit.serving.replicas.states import HeldState, Keeper, Left
 
 _log = logging.getLogger("mambakit.serving")
 
@@ -50,6 +51,13 @@ class Text:
         self.prompt_log_probs: tuple[Scored, ...] = ()
         self.continuations: tuple[Continuation, ...] = ()
         """Scores that are to be sent with the next piece."""
+        self.left: Left | None = None
+        """What it leaves where its state is to be kept; the main thread completes it before the last event."""
+        self.reads = False
+        """Whether nothing is written: its prompt is read for the state after it."""
+        self._parts: list[str] = []  # what has been shown, and where each token's text ends; of such texts
+        self._ends: list[int] = []
+        self._tokenizer = tokenizer
         self._unsent: deque[tuple[Scored, int]] = deque()  # with the number of characters up to each token's end
         self._tokens = 0
         self._decoder = StoppingDecoder(tokenizer, task.stop)
@@ -77,8 +85,24 @@ class Text:
         if self.log_probs is not None:
             found = self.log_probs[self._tokens]
             self._unsent.append((Scored(token, found.log_prob, before, found.top), self._decoder.decoded))
+        if self.left is not None:
+            self._parts.append(piece)
+            self._ends.append(self._decoder.decoded)
         self._tokens += 1
         return piece
+
+    def state(self) -> HeldState:
+        """The state after the prompt and the text that has been shown, to the character."""
+        assert self.left is not None
+        if not self.stopped:
+            return self.left.state(len(self.left.tokens), [])
+        ends, shown = [0, *self._ends], self._decoder.shown
+        count = next((i for i, end in enumerate(self._ends) if end > shown), len(self._ends))
+        while count and ends[count] == ends[count - 1]:  # part of a character that is not shown
+            count -= 1
+        rest = "".join(self._parts)[ends[count] : shown]
+        more = self._tokenizer(rest, add_special_tokens=False, verbose=False).input_ids if rest else []
+        return self.left.state(count, more)
 
     def take_log_probs(self) -> tuple[Scored, ...]:
         """Those of tokens whose text has been shown; of a text that has ended, all but those of its stop string."""
@@ -114,8 +138,8 @@ class Text:
         return self._decoder.rest()
 
 
-# (text, token, "") or (text, None, why it ended)
-Event: TypeAlias = "tuple[Text, int | None, str]"
+# (text, token, "") or (text, None, why it ended); or a whole piece
+Event: TypeAlias = "tuple[Text, int | None, str] | Piece"
 
 
 class Outbox:
@@ -125,6 +149,12 @@ class Outbox:
         self._connection, self._inbox = connection, inbox
         self._queue: queue.SimpleQueue[tuple[int, int, list[Event]]] = queue.SimpleQueue()
         self._last_load = (0, 0)
+        self.keeper: Keeper | None = None
+        """Writes the states that are to be kept; the last piece of such a text is sent when its state is durable."""
+
+    def kept(self, last: Piece, kept: Kept) -> None:
+        """Send the last piece of a text whose state was written, or could not be."""
+        self._queue.put((*self._last_load, [last._replace(kept=kept)]))
 
     def put(self, busy: int, waiting: int, events: list[Event]) -> None:
         if events or (busy, waiting) != self._last_load:
@@ -142,10 +172,21 @@ class Outbox:
 
     def _pieces(self, events: list[Event]) -> list[Piece]:
         pieces: dict[int, Piece] = {}
-        for text, token, reason in events:
-            if text.ended:
-                continue  # tokens after a stop string, until the engine has read the `Cancel`
+        for event in events:
+            if isinstance(event, Piece):
+                pieces[event.id] = event
+                continue
+            text, token, reason = event
+            if text.ended:  # tokens after a stop string, until the engine has read the `Cancel`
+                if token is None:
+                    self._keep(text, Piece(text.id, finish_reason="stop", cached_tokens=text.cached_tokens))
+                continue
             shown, tokens, reason = self._take(text, token, reason)
+            ended = token is None
+            if text.left is not None and reason in ("stop", "length"):
+                if ended:
+                    self._keep(text, Piece(text.id, finish_reason=reason, cached_tokens=text.cached_tokens))
+                reason = ""
             before = pieces.get(text.id, Piece(text.id))
             prompt, continuations = text.take_scores()
             pieces[text.id] = Piece(
@@ -154,6 +195,10 @@ class Outbox:
                 before.prompt_log_probs or prompt, before.continuations or continuations,
             )  # fmt: skip
         return list(pieces.values())
+
+    def _keep(self, text: Text, last: Piece) -> None:
+        if text.left is not None and self.keeper is not None:
+            self.keeper.add(last, text.state)
 
     def _take(self, text: Text, token: int | None, reason: str) -> tuple[str, int, str]:
         """(text that can be sent after this event, tokens, why the text has ended or "")."""

@@ -18,10 +18,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from mambakit.serving.logs import configure
-from mambakit.serving.messages import Failed, Ready, Stop, Task, WorkerOptions
+from mambakit.serving.messages import Failed, Ready, Task, WorkerOptions
 from mambakit.serving.replicas.constraints import Compiler
 from mambakit.serving.replicas.heartbeat import BEATS, Channel, send_heartbeats
-from mambakit.serving.replicas.outbox import Event, Outbox, Text, end_of_process
+from mambakit.serving.replicas.outbox import Event, Outbox, Text
+from mambakit.serving.replicas.receiving import Prefetch, receive
 from mambakit.threads import bound_spinning
 
 _log = logging.getLogger("mambakit.serving")
@@ -38,12 +39,14 @@ def main(options: WorkerOptions, connection: Connection) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    prefetch = Prefetch()
+    threading.Thread(target=receive, args=(connection, inbox, prefetch), daemon=True).start()
     channel, progress = Channel(connection), _Progress()
     send_heartbeats(channel, options.heartbeat_seconds / BEATS, lambda: (progress.steps, progress.busy))
     try:
         worker = _Worker(options, channel, inbox, progress)
-        channel.send(Ready())
+        prefetch.states = worker.states
+        channel.send(Ready(worker.states.layout))
         worker.run()
     except Exception as error:
         with contextlib.suppress(OSError):
@@ -57,15 +60,6 @@ class _Progress:
 
     steps = 0
     busy = False
-
-
-def _receive(connection: Connection, inbox: queue.SimpleQueue[Any]) -> None:
-    """A thread: everything the server sends. When the server is gone the process ends, whatever its other threads
-    do.
-    """
-    with end_of_process():
-        while not isinstance(message := connection.recv(), Stop):
-            inbox.put(message)
 
 
 def _load(options: WorkerOptions) -> tuple[Any, Any]:
@@ -88,18 +82,6 @@ def _load(options: WorkerOptions) -> tuple[Any, Any]:
     return model.to(device).eval(), AutoTokenizer.from_pretrained(options.model)
 
 
-def _state(path: str | None, model: Any) -> Any:
-    """The state that every text starts from, of one row; None without a file."""
-    if path is None:
-        return None
-    from mambakit.generation.state import State
-
-    state = State.load(path, model)
-    if state.rows != 1:
-        raise ValueError(f"{path} holds {state.rows} rows; select one and save it alone")
-    return state
-
-
 class _Worker:
     """The main thread: submits tasks to the engine and steps it."""
 
@@ -114,18 +96,27 @@ class _Worker:
         from mambakit.generation.engine import Engine
         from mambakit.generation.prefix_cache import PrefixCache
         from mambakit.serving.replicas.scoring import Scorer
+        from mambakit.serving.replicas.states import Keeper, ReplicaStates
 
         self.model, self.tokenizer = _load(options)
         on_cpu = self.model.device.type == "cpu"
         chunk_size = options.chunk_size or chunk_sizes(self.model.device).shared
         self.engine = Engine(self.model, options.slots, chunk_size)
         self.prefix_cache = (
-            PrefixCache(self.model, memory_bytes=options.prefix_cache_bytes, chunk_size=chunk_size)
+            PrefixCache(
+                self.model,
+                memory_bytes=options.prefix_cache_bytes,
+                folder=options.prefix_cache_folder,
+                disk_bytes=options.prefix_cache_disk_bytes,
+                chunk_size=chunk_size,
+                write_behind=True,
+            )
             if options.prefix_cache_bytes
             else None
         )
-        self.state = _state(options.state, self.model)
         self.inbox, self.outbox = inbox, Outbox(channel, inbox)
+        self.states = ReplicaStates(self.model, options)
+        self.outbox.keeper = Keeper(self.states, self.outbox.kept)
         self.progress = progress or _Progress()
         self.running: dict[Any, Text] = {}  # by `Request`
         self.scorer = Scorer(self.model, min(chunk_size, _SCORING_CHUNK))
@@ -213,33 +204,30 @@ class _Worker:
             self._send([(text, None, "error")])
 
     def _score_or_write(self, text: Text, task: Task, constraint: Any = None) -> None:
+        beginning = self.states.begin(task, write=bool(task.max_new_tokens))
+        text.left = beginning.left
         if task.options.scores:
-            cache, pending = (None, _ids(b"")) if self.state is None else (self.state.cache, self.state.pending[0])
-            self.scorer.add(task.id, task, cache, pending.cpu())
+            self.scorer.add(task.id, task, beginning.cache, beginning.pending)
             self.scored[task.id] = text, task, constraint
         elif task.max_new_tokens:
-            self._submit(text, task, constraint)
+            self._submit(text, task, beginning, constraint)
+        elif text.left is not None and not text.left.states:
+            self._submit(text, task, beginning)
         else:
             self._send([(text, None, "length")])
 
-    def _submit(self, text: Text, task: Task, constraint: Any = None, read: Any = None) -> None:
-        """Have the engine write a text; ``read`` is the state after all of its prompt but the last token."""
-        import torch
-
+    def _submit(self, text: Text, task: Task, beginning: Any, constraint: Any = None) -> None:
+        """Have the engine write a text after its ``beginning``, or only read its prompt but for the last token."""
         from mambakit.decoding.sampling_params import SamplingParams
         from mambakit.generation.engine import Request
 
-        ids, cache, options = _ids(task.prompt_ids), None, task.options
-        context = None
-        if read is not None:
-            ids, cache, context = ids[-1:], read, ids[:-1]
-        elif self.state is not None:  # with its unread token, if it has one
-            ids, cache = torch.cat([self.state.pending[0].cpu(), ids]), self.state.cache
-        sampling = SamplingParams(**task.sampling)
+        options, sampling, ids = task.options, SamplingParams(**task.sampling), beginning.ids
+        text.reads = not task.max_new_tokens
         request = Request(
-            ids, sampling if constraint is None else constraint.sampling(sampling), task.max_new_tokens,
-            state=cache, context=context, share=task.share, log_probs=options.log_probs,
-            min_new_tokens=options.min_new_tokens, ignore_ends=options.ignore_ends,
+            ids[:-1] if text.reads else ids, sampling if constraint is None else constraint.sampling(sampling),
+            task.max_new_tokens or 1, state=beginning.cache, context=beginning.read, share=task.share,
+            log_probs=options.log_probs, min_new_tokens=options.min_new_tokens, ignore_ends=options.ignore_ends,
+            keep_states=text.left is not None, cache_salt=options.cache_salt,
         )  # fmt: skip
         text.log_probs = None if options.log_probs is None else request.token_log_probs
         self.running[self.engine.submit(request)] = text
@@ -252,10 +240,12 @@ class _Worker:
             self._send([(text, None, "length")])
             return
         text.prompt_log_probs = found.scored
+        if not task.max_new_tokens and text.left is not None:
+            text.left.states = [found.state]
         self._send([(text, None, "" if task.max_new_tokens else "length")])
         if task.max_new_tokens:
             with self._may_fail(text):
-                self._submit(text, task, constraint, found.state)
+                self._submit(text, task, self.states.after_scoring(task, found.state), constraint)
 
     def _was_not_scored(self, id: int, error: Exception) -> None:
         text, *_ = self.scored.pop(id)
@@ -266,10 +256,13 @@ class _Worker:
         self.progress.steps += 1
         if self.scored:
             self.scorer.step(self._was_scored, self._was_not_scored)
-        events: list[Event] = [(self.running[request], token, "") for request, token in self.engine.step()]
+        written = [(self.running[request], token) for request, token in self.engine.step()]
+        events: list[Event] = [(text, token, "") for text, token in written if not text.reads]
         for request in [r for r in self.running if r.finish_reason]:
             text = self.running.pop(request)
             text.error, text.cached_tokens = request.error, request.cached_tokens
+            if text.left is not None:
+                text.left.states, text.left.tokens = request.states, [] if text.reads else request.tokens
             events.append((text, None, request.finish_reason))
         self._send(events)
 
@@ -284,15 +277,6 @@ class _Compiled:
 
     task: Task
     found: Any
-
-
-def _ids(content: bytes) -> Any:
-    """(l,) int64."""
-    import torch
-
-    if not content:
-        return torch.zeros(0, dtype=torch.int64, device="cpu")
-    return torch.frombuffer(bytearray(content), dtype=torch.int64)
 
 
 def _device_error() -> type[Exception]:

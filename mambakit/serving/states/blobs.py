@@ -98,6 +98,11 @@ class Blobs:
                     path.unlink(missing_ok=True)
 
 
+def blobs_of(folder: str | os.PathLike) -> Blobs:
+    """Those of a `StateStore`'s folder."""
+    return Blobs(Path(folder) / "blobs")
+
+
 def _read(path: Path) -> bytes:
     return path.read_bytes()
 

@@ -21,10 +21,10 @@ from threading import RLock
 
 from mambakit.quoting import cut
 from mambakit.serving.errors import ApiError
-from mambakit.serving.messages import Kept
-from mambakit.serving.states.blobs import Blobs
+from mambakit.serving.messages import Kept, Layout
+from mambakit.serving.states.blobs import blobs_of
 from mambakit.serving.states.records import Records, StateRecord, new_id
-from mambakit.serving.states.tensors import Layout, StateFile, check, digest_of
+from mambakit.serving.states.tensors import StateFile, check, digest_of
 
 # A file without a record may be of a text whose record is about to be written. After so many seconds it is not.
 _UNCLAIMED = 900.0
@@ -50,7 +50,7 @@ class StateStore:
         clock: Callable[[], float] = time.time,
     ):
         self.folder, self.budget, self.seconds, self.clock = Path(folder), budget, seconds, clock
-        self.blobs, self._files = Blobs(self.folder / "blobs"), Records(self.folder / "records")
+        self.blobs, self._files = blobs_of(self.folder), Records(self.folder / "records")
         self.share = budget // max(1, keys)
         self._lock = RLock()
         self._records: dict[str, StateRecord] = {}
@@ -66,6 +66,16 @@ class StateStore:
         with self._lock:
             files = {r.blob: r.bytes for r in self._records.values() if owner is None or r.owner == owner}
         return sum(files.values())
+
+    def by_owner(self) -> dict[str, tuple[int, int]]:
+        """How many states each owner has, and the bytes of their files."""
+        counts: Counter[str] = Counter()
+        files: dict[str, dict[str, int]] = {}
+        with self._lock:
+            for record in self._records.values():
+                counts[record.owner] += 1
+                files.setdefault(record.owner, {})[record.blob] = record.bytes
+        return {owner: (count, sum(files[owner].values())) for owner, count in counts.items()}
 
     def count(self) -> int:
         return len(self._records)
@@ -135,12 +145,20 @@ class StateStore:
         return self._write(record)
 
     def fork(
-        self, owner: str, id: str, expires_after: float | None = None, metadata: dict[str, str] | None = None
+        self,
+        owner: str,
+        id: str,
+        expires_after: float | None = None,
+        metadata: dict[str, str] | None = None,
+        *,
+        origin: str = "fork",
+        parent: str = "",
     ) -> StateRecord:
-        """Another state of the same file, which lives on its own."""
+        """Another state of the same file, which lives on its own. Its parent is this one, unless another is named."""
         old = self.get(owner, id)
         new = replace(
-            old, id=new_id(), origin="fork", parent=id, expires=self._expiry(expires_after), created=self.clock(),
+            old, id=new_id(), origin=origin, parent=parent or id,
+            expires=self._expiry(expires_after), created=self.clock(),
             metadata=old.metadata if metadata is None else metadata,
         )  # fmt: skip
         return self._write(new)

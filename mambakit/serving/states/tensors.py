@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from mambakit.quoting import cut
 from mambakit.serving.errors import ApiError
+from mambakit.serving.messages import Layout
 
 FORMAT = "mambakit.State/1"
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1, "I16": 2, "BOOL": 1}
@@ -29,27 +30,7 @@ class Place(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _SIZES[self.dtype]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a state of this server's model is.
-
-    Attributes:
-        fingerprint: of the model.
-        tensors: by name, (dtype as safetensors names it, shape) of the state of one text.
-        vocab_size: token ids are below it.
-    """
-
-    fingerprint: str
-    tensors: dict[str, tuple[str, tuple[int, ...]]]
-    vocab_size: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors of one state."""
-        return sum(Place(dtype, shape, 0, 0).nbytes for dtype, shape in self.tensors.values())
+        return nbytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
@@ -75,6 +56,11 @@ class StateFile:
     def digest(self) -> str:
         """A hash of the text's tokens; "" where they are not known."""
         return "" if self.tokens is None else digest_of(self.tokens)
+
+
+def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * _SIZES[dtype]
 
 
 def digest_of(tokens: array[int]) -> str:

@@ -33,7 +33,14 @@ def test_defaults_are_those_of_the_api():
 
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
-    [("", [""]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
+    [
+        ("", [""]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+        ([1, 2.0], [[1, 2]]),
+        ([[3.0]], [[3]]),
+    ],
 )
 def test_prompts(prompt, prompts):
     assert parse({"prompt": prompt}, LIMITS).prompts == prompts
