@@ -327,7 +327,7 @@ def selection_norm(dtype: torch.dtype, weighted: bool) -> Case:
     return case
 
 
-def scan_inputs(device: str, small: bool, dtype: torch.dtype, n: int = 16) -> list[Any]:
+def scan_inputs(device: str, small: bool, dtype: torch.dtype, n: int = 16, length: int | None = None) -> list[Any]:
     """u, delta, A, B, C, D, z, delta_bias of the scan."""
     d = 96 if small else 4096
     length = length or (70 if small else 512)
@@ -400,11 +400,6 @@ TRITON_CASES: dict[str, Case] = {
     "drafts of 32 slots": drafts(32, 5, BF16),
     "drafts, float32": drafts(2, 3, F32),
     "drafts, FalconMamba": drafts(4, 4, BF16, 1),
-    "packed products, int8": packed_products("int8", BF16),
-    "packed products, int4": packed_products("int4", F16),
-    "packed products, fp8": packed_products("fp8", BF16),
-    "norm of dt, B and C": selection_norm(False, BF16),
-    "norm of dt, B and C, weighted": selection_norm(True, F32),
     "convolution": convolution(False, False, BF16),
     "convolution, packed": convolution(False, True, F32),
     "convolution, (b, d, l)": convolution(True, False, BF16),
