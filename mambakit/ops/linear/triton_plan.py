@@ -32,9 +32,11 @@ class Product:
     after: bool = False
 
     def fitting(self, format: str, group: int, itemsize: int, shared: int) -> Product:
-        """With steps of whole units, and with fewer stages until they fit ``shared`` bytes."""
+        """With steps of whole units, and with fewer rows of x and then fewer stages until it fits ``shared`` bytes."""
         unit = 64 if format == "int4" else 16
         plan = replace(self, BK=max(self.BK, unit))
+        while plan.BB > 16 and shared < plan.BN * plan.BB * 4:
+            plan = replace(plan, BB=plan.BB // 2)
         if format == "int8" and group < plan.BK:
             plan = replace(plan, BK=plan.BK // group * group)
         while plan.stages > 1 and plan.shared_bytes(format, itemsize) > shared:
