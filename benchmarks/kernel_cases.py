@@ -138,8 +138,7 @@ def compile_only(capability: int) -> Iterator[list[Compiled]]:
 
     found: list[Compiled] = []
     run, active, card = JITFunction.run, triton.runtime.driver._active, CARDS[capability]
-    processors, within = conv._processors, triton_many_rows.ManyRowsStep.__init__
-    card_of, whole = linear._card_of, (card.processors, card.shared, divmod(capability, 10))
+    processors, within, without = conv._processors, triton_many_rows.ManyRowsStep.__init__, linear.WITHOUT_CARD
 
     def compile_it(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         if "ASM" in options:
@@ -155,13 +154,13 @@ def compile_only(capability: int) -> Iterator[list[Compiled]]:
     triton.runtime.driver.set_active(_Driver(capability))
     try:
         JITFunction.run = compile_it
-        conv._processors, linear._card_of = (lambda _device: card.processors), (lambda _x: whole)
+        conv._processors = lambda _device: card.processors
+        linear.WITHOUT_CARD = card.processors, card.shared, divmod(capability, 10)
         triton_many_rows.ManyRowsStep.__init__ = with_the_cards_memory
         yield found
     finally:
         JITFunction.run, conv._processors, triton_many_rows.ManyRowsStep.__init__ = run, processors, within
-        linear._card_of = card_of
-        triton.runtime.driver._active = active
+        linear.WITHOUT_CARD, triton.runtime.driver._active = without, active
 
 
 # -- calls -------------------------------------------------------------------------------------------------------------
@@ -190,7 +189,7 @@ def weights_of(
         norm=make(h), in_proj=large(2 * d, h), in_proj_bias=None, conv=make(d, 4), conv_bias=make(d),
         x_proj=large(r + 2 * n, d), dt_proj=make(d, r), dt_bias=make(d, kind=torch.float32),
         A_log=make(d, n, kind=torch.float32), D=make(d, kind=torch.float32), out_proj=large(h, d), out_proj_bias=None,
-        **(dict(zip(("dt_norm", "B_norm", "C_norm"), (make(r), make(n), make(n)), strict=True)) if norms == 2 else {}),
+        **(dict(zip(("dt_norm", "B_norm", "C_norm"), map(make, (r, n, n)), strict=True)) if norms == 2 else {}),
     )  # fmt: skip
     return ModelWeights([layer] * layers, make(v, h), make(h), large(v, h), 1e-5, 1e-6 if norms else None)
 
@@ -216,7 +215,7 @@ def few_rows(format: str | None, dtype: torch.dtype, norms: int = 0) -> Case:
         from mambakit.ops.decode.triton_few_rows import FewRowsStep
 
         h, v = _width(small)
-        weights = weights_of(h, 1, v if format is None else min(v, 2048), dtype, device, format, norms=norms)
+        weights = weights_of(h, 1, v, dtype, device, format, norms=norms)
         for rows in (1, 4):
             FewRowsStep(weights, *states_of(weights, rows), 2)(choose=True)
 
@@ -230,6 +229,37 @@ def many_rows(rows: int, dtype: torch.dtype, ssm: torch.dtype = torch.float32, n
         h, v = _width(small)
         weights = weights_of(h, 1, v, dtype, device, norms=norms)
         ManyRowsStep(weights, *states_of(weights, rows, ssm), 2)(choose=True)
+
+    return case
+
+
+def packed_rows(rows: int, format: str) -> Case:
+    def case(device: str, small: bool) -> None:
+        from mambakit.ops.decode.triton_packed_rows import PackedRowsStep
+
+        h, v = _width(small)
+        weights = weights_of(h, 1, v, torch.bfloat16, device, format)
+        PackedRowsStep(weights, *states_of(weights, rows), 2)(choose=True)
+
+    return case
+
+
+def packed_products(format: str) -> Case:
+    def case(device: str, small: bool) -> None:
+        from mambakit.ops.linear import triton as gpu
+        from mambakit.ops.linear import triton_plan
+        from mambakit.ops.linear.schema import parts_of
+
+        n, k = (96, 192) if small else (2048, 4096)
+        weight = pack(torch.randn(n, k, device=device), format)
+        gpu.dequantize(*parts_of(weight), format, k, weight.group)
+        for rows in (3, 20, 50, 100, 300):
+            x = torch.randn(rows, k, device=device).to(torch.bfloat16)
+            tile = triton_plan.tile_of(format, rows).fitting(format, weight.group, 2, gpu.card_of(x)[1] - gpu.KEPT)
+            gpu.in_registers(x, weight, x[0, :1].expand(n).contiguous(), tile)
+        if format == "fp8":
+            gpu.rows_in_float8(x)
+            gpu.norm_in_float8(x, x[0], x.float(), 1e-5, torch.float32, torch.bfloat16)
 
     return case
 
@@ -284,37 +314,15 @@ def norm(dtype: torch.dtype) -> Case:
     return case
 
 
-def selection_norm(weighted: bool, dtype: torch.dtype) -> Case:
+def selection_norm(dtype: torch.dtype, weighted: bool) -> Case:
     def case(device: str, small: bool) -> None:
         from mambakit.ops.selection_norm import triton as norm
 
-        rank, n, tokens = (6, 4, 50) if small else (256, 16, 4096)
-        x = torch.randn(tokens, rank + 2 * n, dtype=dtype, device=device)
-        weights = [torch.ones(size, dtype=dtype, device=device) if weighted else None for size in (rank, n, n)]
-        y = norm.forward(x, *weights, rank, 1e-6)
-        norm.backward(torch.randn_like(y), x, *weights, rank, 1e-6)
-
-    return case
-
-
-def packed_products(format: str, dtype: torch.dtype) -> Case:
-    def case(device: str, small: bool) -> None:
-        from mambakit.ops.linear import triton as linear
-        from mambakit.ops.linear import triton_plan
-
-        n, k = (64, 2048) if small else (2048, 2048)
-        x = torch.randn(1024, k, dtype=dtype, device=device)
-        if format == "fp8" and linear._card_of(x)[2] < triton_plan.FLOAT8_CAPABILITY:
-            return  # refused there
-        weight = pack(torch.randn(n, k, device=device), format)
-        for rows in (1, 3, 16, 64, 512):
-            plan = triton_plan.product_of(format, dtype, weight.group, rows, linear._card_of(x)[1] - linear.KEPT)
-            if plan is not None:
-                linear.in_registers(x[:rows], weight, None, plan)
-        linear.widen_into(torch.empty(n, k, dtype=dtype, device=device), weight)
-        if format == "fp8":
-            linear.rows_in_float8(x)
-            linear.norm_in_float8(x, torch.ones(k, device=device), x.float(), 1e-5, torch.float32, torch.bfloat16)
+        (r, n), tokens = ((6, 16), 50) if small else ((128, 16), 4096)
+        x = torch.randn(tokens, r + 2 * n, dtype=dtype, device=device)
+        weights = [torch.ones(size, device=device) if weighted else None for size in (r, n, n)]
+        y = norm.forward(x, *weights, r, 1e-6)
+        norm.backward(torch.randn_like(y), x, *weights, r, 1e-6)
 
     return case
 
@@ -381,21 +389,28 @@ TRITON_CASES: dict[str, Case] = {
     "decode, 128 rows": many_rows(128, F16),
     "decode, 512 rows": many_rows(512, BF16),
     "decode, 32 rows, float32": many_rows(32, F32),
+    "decode, few rows, fp8": few_rows("fp8", BF16),
+    "decode, 48 rows, int8": packed_rows(48, "int8"),
+    "decode, 128 rows, int4": packed_rows(128, "int4"),
+    "decode, 128 rows, fp8": packed_rows(128, "fp8"),
+    "products, int8": packed_products("int8"),
+    "products, int4": packed_products("int4"),
+    "products, fp8": packed_products("fp8"),
     "drafts of 8 slots": drafts(8, 4, BF16),
     "drafts of 32 slots": drafts(32, 5, BF16),
     "drafts, float32": drafts(2, 3, F32),
     "drafts, FalconMamba": drafts(4, 4, BF16, 1),
-    "packed products, int8": packed_products("int8", BF16),
-    "packed products, int4": packed_products("int4", F16),
-    "packed products, fp8": packed_products("fp8", BF16),
-    "norm of dt, B and C": selection_norm(False, BF16),
-    "norm of dt, B and C, weighted": selection_norm(True, F32),
     "convolution": convolution(False, False, BF16),
     "convolution, packed": convolution(False, True, F32),
     "convolution, (b, d, l)": convolution(True, False, BF16),
     "convolution, (b, d, l), packed": convolution(True, True, F16),
     "norm": norm(BF16),
     "norm, float32": norm(F32),
+    "norms of dt, B and C": selection_norm(BF16, False),
+    "norms of dt, B and C, weights": selection_norm(F32, True),
+    "decode, few rows, norms": few_rows(None, F32, 1),
+    "decode, 16 rows, norms": many_rows(16, BF16, norms=2),
+    "drafts of 8 slots, norms": drafts(8, 4, BF16, 1),
     "scan": triton_scan(BF16),
     "scan, float32": triton_scan(F32),
     "head and loss": cross_entropy(BF16),
