@@ -139,10 +139,8 @@ def say_end(output: Path, version: str) -> None:
     files = sorted(path for path in output.iterdir() if path.suffix in (".whl", ".gz"))
     (output / "SHA256SUMS").write_text("".join(f"{digest(path)}  {path.name}\n" for path in files), encoding="utf-8")
     print((output / "SHA256SUMS").read_text(encoding="utf-8"), end="")
-    print(
-        f"left to do:\n  git tag -s v{version} && git push origin v{version}\n"
-        f"  twine upload {output}/*.whl {output}/*.tar.gz"
-    )
+    print(f"left to do:\n  git tag -s v{version} && git push origin v{version}")
+    print(f"  twine upload {output}/*.whl {output}/*.tar.gz")
 
 
 def digest(path: Path) -> str:

@@ -2,13 +2,14 @@
 
     python benchmarks/falcon_mamba.py --json out.json                 # the 7B shape on a GPU, bfloat16, int8 and int4
     python benchmarks/falcon_mamba.py --device cpu --shape 130m --rows 1 4
-    python benchmarks/falcon_mamba.py --device cpu --shape 7b --formats int4 --prompts --llama    # and llama.cpp's Q4_0
+    python benchmarks/falcon_mamba.py --device cpu --shape 7b --formats int4 --rows 1 --prompts --llama    # Q4_0, too
 
 Random weights: one layer's, copied into memory of its own for every layer, so that 7B models are made in seconds. Each
 figure names the decoder that the registry chooses. On a GPU it is the median of `--rounds` calls. On a CPU the
 contenders are timed in turn in every round and the smallest time counts, since other work only adds to it; the forward
 of FalconMamba, which served before there was a step for it, is timed there, too. Nothing is timed before its logits are
-near the forward's. llama.cpp (llama-cpp-python, gguf) has the same weights in its own format and its defaults.
+near the forward's. llama.cpp (llama-cpp-python, gguf) has the same weights in its own format and its defaults. The 7B
+shape in int4 takes about 5 GiB a model; `--families FalconMamba` leaves plain Mamba out.
 """
 
 from __future__ import annotations
@@ -136,14 +137,15 @@ def llama_step(options: argparse.Namespace, format: str) -> Callable[[], object]
 
 def measure(options: argparse.Namespace, format: str) -> list[dict[str, object]]:
     layers = SHAPES[options.shape][1]
-    models = {f: repeated(one_layer(f, options.shape, options.device), format, layers) for f in FAMILIES}
+    models = {f: repeated(one_layer(f, options.shape, options.device), format, layers) for f in options.families}
     found: list[dict[str, object]] = []
 
     def note(what: str, rows: int, seconds: dict[str, float], decoders: dict[str, str]) -> None:
-        ratio = seconds["FalconMamba"] / seconds["Mamba"]
         text = ", ".join(f"{who} {t * 1e3:.3f} ms" for who, t in seconds.items())
+        if len(options.families) > 1:
+            text += f"; FalconMamba / Mamba {seconds['FalconMamba'] / seconds['Mamba']:.2f}"
         by = " and ".join(sorted(set(decoders.values())))
-        print(f"{options.shape} {format:>8} {what:>16}: {text}; FalconMamba / Mamba {ratio:.2f}  [{by}]", flush=True)
+        print(f"{options.shape} {format:>8} {what:>16}: {text}  [{by}]", flush=True)
         for who, t in seconds.items():
             found.append(
                 {
@@ -158,11 +160,10 @@ def measure(options: argparse.Namespace, format: str) -> list[dict[str, object]]
         if options.device == "cuda":
             seconds = {family: on_gpu(call, options.rounds) for family, call in calls.items()}
         else:
-            if not options.llama:  # 7B models are widened by a forward
-                token, falcon = torch.zeros(rows, dtype=torch.int64), models["FalconMamba"]
-                forward = ForwardDecoder(falcon, falcon.backbone.new_cache(rows))
-                calls["FalconMamba's forward"] = lambda f=forward, t=token: f.step(t)
-            elif rows == 1:
+            token, (first, model) = torch.zeros(rows, dtype=torch.int64), next(iter(models.items()))
+            forward = ForwardDecoder(model, model.backbone.new_cache(rows))
+            calls[f"{first}'s forward"] = lambda f=forward, t=token: f.step(t)
+            if options.llama and rows == 1:
                 calls["llama.cpp, FalconMamba"] = llama_step(options, format)
             seconds = in_turn(calls, options.rounds)
         note(f"step x {rows}", rows, seconds, decoders)
@@ -182,6 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--formats", nargs="+", choices=FORMATS["cpu"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32, 64], help="texts of a step; on a CPU 1 to 16")
     parser.add_argument("--prompts", nargs="*", default=["4x2048", "1x512"], metavar="ROWSxTOKENS")

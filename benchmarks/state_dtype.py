@@ -32,7 +32,7 @@ def compare(path: str, dtype: str, device: str, ids: torch.Tensor, parts: int) -
         model = mambakit.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, ssm_state_dtype=kind)
         models[kind] = model.to(device).eval()
     caches = {kind: model.backbone.new_cache(len(ids)) for kind, model in models.items()}
-    assert caches["bfloat16"].ssm_states.dtype == torch.bfloat16
+    assert list(caches["bfloat16"].tensors().values())[1].dtype == torch.bfloat16
     ids, sums, found = ids.to(device), torch.zeros(4, dtype=torch.float64), []
     each = -(-(ids.shape[1] - 1) // parts)
     for i in range(ids.shape[1] - 1):
@@ -48,7 +48,7 @@ def compare(path: str, dtype: str, device: str, ids: torch.Tensor, parts: int) -
         ]).cpu()  # fmt: skip
         count = i % each + 1
         if count == each or i == ids.shape[1] - 2:
-            exact, rounded = (caches[kind].ssm_states.double() for kind in ("float32", "bfloat16"))
+            exact, rounded = (list(caches[kind].tensors().values())[1].double() for kind in ("float32", "bfloat16"))
             nll, other, divergence, flips = (sums / count).tolist()
             error = float((exact - rounded).norm() / exact.norm())
             found.append({

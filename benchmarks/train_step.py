@@ -5,9 +5,9 @@
 
 float32 parameters, bfloat16 autocast, fused AdamW, no activation checkpointing, random tokens; median of steps between
 CUDA events, as one CUDA graph (what `mambakit train` runs), with --eager eagerly too, with --recompute also with
-`recompute_selection`. `peer` is mamba-ssm at commit e9594ce with the same settings, RECORDED on an H100 on 2026-11-23,
-not measured in this run. A model is first checked: its loss and its embedding's gradient against the float64 reference
-on the CPU, on a small model of the same make.
+`recompute_selection`, with --float8 with in_proj and out_proj in float8 (torchao). `peer` is mamba-ssm at commit
+e9594ce with the same settings, RECORDED on an H100 on 2026-11-23, not measured in this run. A model is first checked:
+its loss and its embedding's gradient against the float64 reference on the CPU, on a small model of the same make.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mambakit
 from benchmarks import record
+from mambakit.training.float8 import require_float8, use_float8
 from mambakit.training.model import recompute_selection
 from mambakit.training.optimizer import make_optimizer
 from mambakit.training.step import CapturedStep, TrainingStep
@@ -62,6 +63,9 @@ def measure(width: int, layers: int, batch: int, length: int, how: str, steps: i
         model = mambakit.MambaForCausalLM(config).train()
     if how == "recompute":
         recompute_selection(model)
+    if how == "float8":
+        require_float8(torch.device("cuda", torch.cuda.current_device()))
+        use_float8(model, batch * length)
     plain = TrainingStep(model, make_optimizer(model, 1e-4, (0.9, 0.95), 0.1), 1.0, "bfloat16", False)
     run = CapturedStep(plain) if captured else plain
     rows = [torch.randint(0, config.vocab_size, (batch, length + 1), device="cuda") for _ in range(3)]
@@ -96,6 +100,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--eager", action="store_true", help="eager steps too")
     parser.add_argument("--recompute", action="store_true", help="and with recompute_selection: less memory, more work")
+    parser.add_argument("--float8", action="store_true", help="and with in_proj and out_proj in float8, by torchao")
     parser.add_argument(
         "--profile", action="store_true", help="and the kernels of one step that take longest, by torch's profiler"
     )
@@ -109,7 +114,8 @@ def main() -> None:
     for name, width, layers, batch, length, peer in CASES:
         if arguments.only and name != arguments.only:
             continue
-        for how in ["graph", *["eager"] * arguments.eager, *["recompute"] * arguments.recompute]:
+        more = ("eager", "recompute", "float8")
+        for how in ["graph", *(how for how in more if getattr(arguments, how))]:
             result = measure(width, layers, batch, length, how, arguments.steps, arguments.profile)
             rate = batch * length / result["ms"] * 1e3
             print(

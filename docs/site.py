@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 LANGUAGES = {".py": "python", ".toml": "toml", ".cpp": "cpp", ".yml": "yaml"}
 PREFIX = "repository"
+# What the theme would fetch so that its search works from files, and what stands in its place.
+FETCHED, OWN = "https://unpkg.com/iframe-worker/shim", "assets/offline_search.js"
 
 
 def outside(page: str, link: str) -> Path | None:
@@ -89,3 +91,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
     blocks = re.split(r"(^```.*?^```)", markdown, flags=re.DOTALL | re.MULTILINE)
     return "".join(block if block.startswith("```") else LINK.sub(rewritten, block) for block in blocks)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    return output.replace(FETCHED, posixpath.relpath(OWN, posixpath.dirname(page.file.dest_uri) or "."))
+
+
+def on_post_template(output: str, template_name: str, config: Any) -> str:
+    return output.replace(FETCHED, "/" + OWN)

@@ -55,7 +55,7 @@ model = mambakit.BiMambaForMaskedLM(config)
 ids, draw = genome(arguments.train, 1), torch.Generator().manual_seed(0)
 optimizer = torch.optim.AdamW(model.parameters(), 8e-3, weight_decay=0.1)
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8e-3, total_steps=arguments.steps)
-for _step in range(arguments.steps):
+for _ in range(arguments.steps):
     masked, labels = batch(ids, 16, draw)
     loss = model(masked, labels=labels).loss
     loss.backward()

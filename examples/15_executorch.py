@@ -18,7 +18,7 @@ model = mambakit.AutoModelForCausalLM.from_pretrained(source, dtype="float32").e
 if is_quantized(model.config):
     model.dequantize()
 step, cache = TokenStep(model), mambakit.MambaCache(model.config, 1, dtype=torch.float32)
-inputs = (torch.ones(1, 1, dtype=torch.int64), cache.conv_states.clone(), cache.ssm_states.clone())
+inputs = (torch.ones(1, 1, dtype=torch.int64), *(states.clone() for states in cache.tensors().values()))
 with torch.no_grad():
     program = torch.export.export(step, inputs)
     lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()

@@ -42,6 +42,18 @@ def test_example(name, arguments, promise):
     assert promise in run(name, *arguments)
 
 
+def test_a_program_for_small_devices(tmp_path):
+    pytest.importorskip("executorch")
+    assert "logits differ by" in run("15_executorch.py", str(save(tmp_path)), str(tmp_path / "m.pte"))
+
+
+def save(folder: Path) -> Path:
+    from tests.models.tiny import save_tiny
+
+    save_tiny(folder / "tiny")
+    return folder / "tiny"
+
+
 def test_examples_are_short():
     for path in (ROOT / "examples").glob("*.py"):
         assert len(path.read_text().splitlines()) < 80, path.name

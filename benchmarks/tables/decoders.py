@@ -8,15 +8,16 @@ from benchmarks.tables.records import Content, Records
 SERVES = {
     "native library (CPU)": "any format of weights on a CPU; one call into C++ a step",
     "persistent kernel (CUDA)": (
-        "bfloat16, float16, int8, int4; up to 8 slots (of 1.4b 6, of 2.8b 5, in bfloat16); 16 states; widths that are "
-        "multiples of 128 (int4: 256); one kernel a step"
+        "bfloat16, float16, int8, int4, fp8; up to 8 slots (of 1.4b 6, of 2.8b 5, in bfloat16); 16 states; widths that "
+        "are multiples of 128 (int4: 256); one kernel a step"
     ),
     "kernels for few rows (Triton)": (
         "up to 4 slots of what the persistent kernel does not serve: float32, other state sizes, other widths "
         "of packed weights; four kernels a layer"
     ),
     "kernels for many rows (Triton)": (
-        "plain weights, up to 512 slots (of 2.8b 64; in float32 32, of 2.8b 16); six kernels a layer"
+        "plain weights, up to 512 slots (of 2.8b 64; in float32 32, of 2.8b 16); packed ones of a model in bfloat16 or "
+        "float16, up to 128; six kernels a layer"
     ),
     "captured forward (CUDA graph)": "any other plain model on a GPU; the forward's own kernels, in one CUDA graph",
     "forward": "everything: models with hooks, on several devices, in training mode",

@@ -63,10 +63,12 @@ class Memory:
     """
     Attributes:
         text: that ``state`` has read, its unread token included.
+        ids: the tokens of it, which a repetition penalty counts.
     """
 
     text: str
     state: Any
+    ids: list[int]
 
 
 class LocalModel:
@@ -97,36 +99,37 @@ class LocalModel:
 
         assert turn.parent is not None
         text = self._text(turn.parent.path())
-        state = self._read(turn.parent, text)
-        turn.parent.memory = Memory(text, state)  # where a template shows a reply otherwise than it was written
+        known = self._read(turn.parent, text)
+        turn.parent.memory = known  # where a template shows a reply otherwise than it was written
         options = dict(sampling)
         most, stops = options.pop("max_new_tokens"), tuple(options.pop("stop"))
         if self.plain is not None:
             stops = (*stops, self.plain.stop)
-        prompt = state.prompt()
-        before = state.cache.get_seq_length()
+        prompt = known.state.prompt()
+        before = known.state.cache.get_seq_length()
         stream = Stream(
-            self.model, self.tokenizer, sampling=SamplingParams(**options), max_new_tokens=most, stop=stops, **prompt
-        )
+            self.model, self.tokenizer, sampling=SamplingParams(**options), max_new_tokens=most, stop=stops,
+            context=self._tensor(known.ids[: len(known.ids) - len(prompt["prompt_ids"])]), **prompt,
+        )  # fmt: skip
         for piece in stream:
             turn.text += piece
             yield piece
-        turn.memory = self._after(stream, text, prompt["prompt_ids"].tolist(), before)
+        turn.memory = self._after(stream, known, prompt["prompt_ids"].tolist(), before)
 
-    def _read(self, parent: Turn, text: str) -> Any:
-        """The state after ``text``, with its last token unread."""
+    def _read(self, parent: Turn, text: str) -> Memory:
+        """``text`` with its last token unread."""
         from mambakit.generation.state import State
 
         for turn in reversed(parent.path()):
             memory = turn.memory
             if memory is not None and text.startswith(memory.text) and (new := self._ids(text[len(memory.text) :])):
                 self.reading = len(new)
-                return memory.state.extend(self.model, self._tensor(new))
+                return Memory(text, memory.state.extend(self.model, self._tensor(new)), memory.ids + new)
         ids = self._ids(text) or self._first()
         self.reading = len(ids)
-        return State.read(self.model, self._tensor(ids))
+        return Memory(text, State.read(self.model, self._tensor(ids)), ids)
 
-    def _after(self, stream: Any, text: str, prompt: list[int], before: int) -> Memory | None:
+    def _after(self, stream: Any, known: Memory, prompt: list[int], before: int) -> Memory | None:
         """What is kept of a whole reply: a state may have one token unread."""
         import torch
 
@@ -138,7 +141,7 @@ class LocalModel:
             return None
         said = self.tokenizer.decode(stream.tokens, skip_special_tokens=False)
         pending = torch.tensor([tokens[read:]], dtype=torch.int64, device="cpu").reshape(1, len(tokens) - read)
-        return Memory(text + said, State(stream.cache, pending))
+        return Memory(known.text + said, State(stream.cache, pending), known.ids + stream.tokens)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
@@ -173,7 +176,7 @@ class LocalModel:
     def load(self, turn: Turn, file: str, text: str) -> None:
         from mambakit.generation.state import State
 
-        turn.memory = Memory(text, State.load(file, self.model))
+        turn.memory = Memory(text, State.load(file, self.model), self._ids(text))
 
 
 class RemoteModel:

@@ -1,6 +1,7 @@
-"""Export a model for another runtime: ONNX (onnxruntime), PyTorch's pt2 (torch.export), or AOTInductor for C++.
+"""Export a model for another runtime: ONNX (onnxruntime), PyTorch's pt2 (torch.export), or C++ (AOTInductor).
 
-What is written is run beside the model and compared."""
+What is written is run beside the model and compared.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -38,10 +40,18 @@ def run(args: argparse.Namespace) -> int:
     elif args.script is None:
         raise UsageError("run has nothing to run; name a script: mambakit run train.py, or mambakit run -m MODULE")
     elif args.script != "-" and not Path(args.script).exists():
-        raise UsageError(f"there is no script {args.script!r}; for a module use mambakit run -m MODULE")
+        raise UsageError(f"there is no script {args.script!r}; {_where(args.script)}")
     else:
         command = [args.script]
     return _become([sys.executable, *command, *args.program_arguments], environment(args.override, os.environ))
+
+
+def _where(name: str) -> str:
+    """What to do about a script that is not there."""
+    command = shutil.which(name)
+    if command is None:
+        return "for a module use mambakit run -m MODULE"
+    return f"for the installed command, if it is one of Python's, use mambakit run {shlex.quote(command)}"
 
 
 def _become(command: list[str], variables: dict[str, str]) -> int:

@@ -17,7 +17,7 @@ _SECONDS = 2
 # Options that are about text, or about several of them.
 _OF_TEXT = (
     "json", "logprobs", "echo", "stop", "load_state", "save_state", "prefix_cache", "json_schema", "regex", "grammar",
-    "draft_model", "prompt_lookup",
+    "draft_model", "prompt_lookup", "prefix_cache_mb", "draft_tokens",
 )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def write_sound(args: argparse.Namespace) -> int:
         0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed
     )
     ids = torch.tensor(start, dtype=torch.int64, device="cpu")
-    stream = Stream(model, tokenizer, ids, sampling, count)
+    stream = Stream(model, tokenizer, ids, sampling, count, chunk_size=args.prefill_chunk_size)
     if console.is_terminal:
         with console.status(literal("writing")) as status:
             for _ in stream:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,7 @@ class Loader(importlib.abc.Loader):
             module.__dict__["__version__"] = VERSIONS.get(name, VERSIONS["mamba_ssm"])
         module.__dict__["__all__"] = sorted(n for n in names if not n.startswith("_"))
         module.__dict__["__getattr__"] = _attributes(module, names)
+        module.__dict__["__dir__"] = lambda: sorted({*module.__dict__, *names, *_submodules(name)})
 
 
 def _attributes(module: ModuleType, names: dict[str, str]) -> Any:
@@ -63,6 +65,10 @@ def _attributes(module: ModuleType, names: dict[str, str]) -> Any:
     return __getattr__
 
 
+def _submodules(package: str) -> list[str]:
+    return [name.rpartition(".")[2] for name in MODULES if name.rpartition(".")[0] == package]
+
+
 def _spec(name: str, folders: Sequence[str] = ()) -> importlib.machinery.ModuleSpec:
     """The module of the table; submodules are looked for in ``folders`` before they are ours."""
     spec = importlib.machinery.ModuleSpec(name, Loader(), origin=_ORIGIN, is_package=is_package(name))
@@ -82,12 +88,18 @@ class MissingFinder(importlib.abc.MetaPathFinder):
         return None
 
     def find_distributions(self, context: Any = None) -> Iterator[metadata.Distribution]:
-        """The version of a package that is given whole, for `importlib.metadata`."""
-        wanted = getattr(context, "name", None)
-        for package, name in DISTRIBUTIONS.items():
-            asked = wanted is None or wanted.replace("_", "-").lower() == name
-            if asked and (FRONT.override or installed.locate(package) is None):
-                yield _Distribution(package, name)
+        return iter(()) if FRONT.override else _distributions(context, lambda name: installed.locate(name) is None)
+
+
+def _distributions(context: Any, given: Callable[[str], bool]) -> Iterator[metadata.Distribution]:
+    """The versions of packages that are given whole, for `importlib.metadata`, and so for pip.
+
+    They are in no folder: whatever folders are asked about, they are there, as the modules are.
+    """
+    wanted = getattr(context, "name", None)
+    for package, name in DISTRIBUTIONS.items():
+        if (wanted is None or re.sub("[-_.]+", "-", wanted).lower() == name) and given(package):
+            yield _Distribution(package, name)
 
 
 class _Distribution(metadata.Distribution):
@@ -133,6 +145,10 @@ class FrontFinder(importlib.abc.MetaPathFinder):
         if module is not None:
             spec.loader = installed.Loaded(module)  # type: ignore[assignment]
         return spec
+
+    def find_distributions(self, context: Any = None) -> Iterator[metadata.Distribution]:
+        """In front of an installed one's, of which transformers asks the version."""
+        return _distributions(context, lambda name: True) if self.override else iter(())
 
 
 _WARNED: set[str] = set()

@@ -114,6 +114,9 @@ class Mamba(nn.Module):
                 later calls continue from them, with any number of tokens.
             T: VideoMamba's number of frames, which changes nothing there either.
         """
+        if hidden_states.dim() != 3:
+            shape = tuple(hidden_states.shape)
+            raise ValueError(f"hidden_states has shape {shape}, expected (b, l, d_model); pass x[None] for one row")
         states = None
         if inference_params is not None:
             self._require_one_direction("inference_params")

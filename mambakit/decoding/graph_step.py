@@ -116,11 +116,14 @@ def why_not_many_rows(model: Any, rows: int, *, states: Any = None, called: bool
     """Why Triton's kernels for many rows do not decode ``rows`` rows of this model, or None where they do."""
     if (reason := _why_not_triton(model, called)) is not None:
         return reason
-    from mambakit.ops.decode import triton_many_rows
+    from mambakit.ops.decode import triton_many_rows, triton_packed_rows
 
-    if gpu_weights(model).kind is not None:
-        return "packed weights; they read floating ones"
     width, dtype = model.config.hidden_size, model.dtype
+    if gpu_weights(model).kind is not None:
+        if dtype == torch.float32:
+            return "packed weights in a float32 model; they read them in one of a half dtype"
+        most = triton_packed_rows.MOST_ROWS
+        return None if rows <= most else f"{rows} rows; of packed weights they serve up to {most}"
     most = triton_many_rows.most_rows(width, dtype)
     if rows <= most:
         return None
@@ -237,8 +240,11 @@ def few_rows_decoder(model: Any, states: MambaCache) -> GraphDecoder:
 def many_rows_decoder(model: Any, states: MambaCache) -> GraphDecoder:
     """Triton's kernels for many rows, six launches per layer."""
     from mambakit.ops.decode.triton_many_rows import ManyRowsStep
+    from mambakit.ops.decode.triton_packed_rows import PackedRowsStep
 
-    run = ManyRowsStep(gpu_weights(model), states.conv_states, states.ssm_states, _CAPACITY)
+    weights = gpu_weights(model)
+    kind = ManyRowsStep if weights.kind is None else PackedRowsStep
+    run = kind(weights, states.conv_states, states.ssm_states, _CAPACITY)
     return GraphDecoder(model, states, run, _CAPACITY)
 
 
@@ -294,6 +300,13 @@ def why_not_verification(model: Any, rows: int, tokens: int, *, states: Any = No
     if (kind := dtype_of_states(model)) is not None:
         return f"states of {kind} (ssm_state_dtype); it reads float32 ones"
     return cuda_persistent.why_not(gpu_weights(model), tokens, model.backbone.norm_f.weight.dtype)
+
+
+def many_rows_verification(model: Any, cache: Any, tokens: int) -> Any:
+    """Triton's kernels for drafts of up to ``tokens`` tokens of each of the cache's rows."""
+    from mambakit.ops.decode.triton_verify import ManyRowsVerification
+
+    return ManyRowsVerification(gpu_weights(model), cache.conv_states, cache.ssm_states, tokens)
 
 
 def verification_step(model: Any, tokens: int) -> VerificationStep:

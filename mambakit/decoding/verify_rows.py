@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.cuda_graph import CapturedGraph
-from mambakit.decoding.graph_step import gpu_weights, why_not_many_rows
+from mambakit.decoding.graph_step import many_rows_verification, why_not_many_rows
 from mambakit.decoding.verify import require_read
 
 
@@ -23,10 +23,8 @@ class ManyRowsVerifier:
 
     @torch.no_grad()
     def __init__(self, model: Any, cache: Any, tokens: int):
-        from mambakit.ops.decode.triton_verify import ManyRowsVerification
-
         self._cache, self._read = cache, 0
-        self._step = ManyRowsVerification(gpu_weights(model), cache.conv_states, cache.ssm_states, tokens)
+        self._step = many_rows_verification(model, cache, tokens)
         self._tokens = self._step.tokens.view(cache.max_batch_size, tokens)
         self._logits = self._step.logits.view(cache.max_batch_size, tokens, -1)
         self._verifying = CapturedGraph(self._step, model.device, warm_ups=1)

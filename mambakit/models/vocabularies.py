@@ -71,8 +71,8 @@ def stand_in(checkpoint: str, size: int) -> str:
             "that it was trained with"
         )
     raise CheckpointError(
-        f"{checkpoint} holds no tokenizer, and {size:,} tokens are no known one's; give the one that it was "
-        "trained with: --tokenizer FOLDER, or save its files into the folder"
+        f"{checkpoint} holds no tokenizer, and {size:,} tokens are no known one's; give the one that it was trained "
+        "with: --tokenizer FOLDER, or save its files into the folder"
     )
 
 

@@ -55,8 +55,6 @@ def implementations() -> list[Implementation]:
 
 
 def _on_gpu(op: str) -> Implementation:
-    if op == "linear":
-        return Implementation(op, "cuda", "PyTorch; packed weights are widened first")
     if op == "fused_mixer":
         why_not = unavailable()
         if why_not is None:
@@ -77,4 +75,6 @@ def _on_gpu(op: str) -> Implementation:
         remedy = ""
     if importlib.util.find_spec("triton") is None:
         return Implementation(op, "cuda", "none", "triton is not installed (it comes with PyTorch's CUDA builds)")
+    if op == "linear":
+        return Implementation(op, "cuda", "Triton: few rows widen packed weights in registers, many in memory first")
     return Implementation(op, "cuda", "Triton, a step as a CUDA graph" if op == "decode" else "Triton", remedy)

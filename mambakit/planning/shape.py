@@ -18,12 +18,19 @@ class Shape:
     expand: int = 2
     conv_kernel: int = 4
     tie_word_embeddings: bool = True
+    time_step_rank: int | None = None
+    """None: a sixteenth of hidden_size, rounded up."""
 
     @staticmethod
     def of(config: Any) -> Shape:
+        """The shape of a model's or a training run's configuration."""
+        # FalconMamba's expand is not what its intermediate_size says; the weights have the latter.
+        inner = getattr(config, "intermediate_size", config.expand * config.hidden_size)
+        rank = getattr(config, "time_step_rank", None)
         return Shape(
             config.hidden_size, config.num_hidden_layers, config.vocab_size, config.state_size,
-            int(config.expand), config.conv_kernel, bool(config.tie_word_embeddings),
+            round(inner / config.hidden_size), config.conv_kernel, bool(config.tie_word_embeddings),
+            None if rank in (None, math.ceil(config.hidden_size / 16)) else rank,
         )  # fmt: skip
 
     @property
@@ -34,7 +41,8 @@ class Shape:
     @property
     def linear(self) -> int:
         """Weights of a layer's four projections."""
-        h, d, n, r = self.hidden_size, self.inner, self.state_size, math.ceil(self.hidden_size / 16)
+        h, d, n = self.hidden_size, self.inner, self.state_size
+        r = self.time_step_rank or math.ceil(h / 16)
         return h * 2 * d + d * (r + 2 * n) + r * d + d * h
 
     @property

@@ -156,16 +156,9 @@ def serve(options: ServerOptions) -> None:
         failures.append(reason)
         server.should_exit = True
 
-    metrics = Metrics()
-    dispatcher = Dispatcher(
-        options.devices,
-        slots=options.worker.slots,
-        max_waiting=options.max_waiting,
-        metrics=metrics,
-        caching=options.worker.prefix_cache_bytes > 0,
-    )
+    dispatcher = make_dispatcher(options)
     supervisor = Supervisor(options.worker, dispatcher, failed)
-    intake = Intake(lambda: _load(options), options.intake)
+    intake = make_intake(options)
     options = replace(
         options,
         limits=replace(
@@ -187,6 +180,26 @@ def serve(options: ServerOptions) -> None:
         raise ValueError(failures[0])
 
 
+def make_dispatcher(options: ServerOptions) -> Dispatcher:
+    return Dispatcher(
+        options.devices, slots=options.worker.slots, max_waiting=options.max_waiting, metrics=Metrics(),
+        caching=options.worker.prefix_cache_bytes > 0,
+    )  # fmt: skip
+
+
+def make_intake(options: ServerOptions) -> Intake:
+    return Intake(lambda: _load(options), options.intake)
+
+
+def make_services(options: ServerOptions, access: AccessRules, dispatcher: Dispatcher, intake: Intake) -> Services:
+    """What the endpoints call, with the states that were kept before."""
+    caching = options.worker.prefix_cache_bytes > 0
+    return Services(
+        dispatcher, intake, options.name, access, options.request_seconds, caching, options.logs,
+        states=open_store(options.worker.states_folder, options.states, len(access.keys.all)),
+    )  # fmt: skip
+
+
 def make_server(
     options: ServerOptions,
     listener: socket.socket,
@@ -204,11 +217,7 @@ def make_server(
             "(--api-key-file), or listen on 127.0.0.1",
             options.host,
         )
-    caching = options.worker.prefix_cache_bytes > 0
-    services = Services(
-        dispatcher, intake, options.name, access, options.request_seconds, caching, options.logs,
-        states=open_store(options.worker.states_folder, options.states, len(access.keys.all)),
-    )  # fmt: skip
+    services = make_services(options, access, dispatcher, intake)
     config = uvicorn.Config(
         make_app(services, supervisor, failed, options.worker.model if options.playground else None),
         http=functools.partial(Connection, limits=options.limits),  # type: ignore[arg-type]

@@ -113,6 +113,9 @@ class TrainConfig:
     """Wall-clock budget in place of `steps` and `epochs`; the schedule then follows the clock. 0: none."""
     autocast: str = "bfloat16"
     """Dtype of matrix products on CUDA ("bfloat16", "float16" is not offered: it needs loss scaling) or "float32"."""
+    float8: bool = False
+    """Multiply in_proj and out_proj in float8 (e4m3 forward, e5m2 for gradients), through torchao, on a GPU that has
+    8-bit floats; weights, optimiser and everything else are as without it."""
     cuda_graph: bool = True
     """On CUDA, capture the whole step once, collectives included, and replay it: a small model is otherwise bound by
     launches. With context_parallel the step is not captured, which the run reports."""
@@ -210,6 +213,12 @@ class TrainConfig:
                 "stateful and activation_checkpointing exclude each other: a layer computed again would move the state "
                 "twice; set recompute_selection to save memory"
             )
+        if self.float8 and self.autocast != "bfloat16":
+            raise ValueError(
+                f'float8 replaces products in bfloat16, and autocast is "{self.autocast}"; drop one of them'
+            )
+        if self.float8 and (self.lora_rank or self.tune == "state"):
+            raise ValueError("float8 is for training all weights, not adapters or a state; drop one of them")
         if self.recompute_selection and self.activation_checkpointing:
             raise ValueError("recompute_selection has no effect with activation_checkpointing; drop one of them")
         if self.recompute_selection and self.context_parallel > 1:

@@ -17,6 +17,7 @@ from mambakit.training.config import TrainConfig
 from mambakit.training.data.store import remove_tokens
 from mambakit.training.distributed import ProcessMesh, process_mesh
 from mambakit.training.export import export
+from mambakit.training.float8 import plain_layers, require_float8, use_float8
 from mambakit.training.folder import RunFolder
 from mambakit.training.lora import merge_adapters, save_adapters
 from mambakit.training.model import make_model
@@ -77,7 +78,12 @@ def _train(
     vocabulary = mesh.share(None if data is None else dataclasses.replace(data.vocabulary, source=None))
     data = data or prepare(config, out, console, vocabulary)
     torch.manual_seed(config.seed)
+    if config.float8:
+        require_float8(mesh.device)
     model = make_model(config, data.vocabulary, console).to(mesh.device)
+    if config.float8:
+        tokens = config.batch_size * config.sequence_length // config.accumulate // mesh.world
+        use_float8(model, tokens)
     run = Run(config, model, data, folder, console, mesh)
     # All checks are done. From here on the folder is this run's.
     if folder is not None:
@@ -93,6 +99,8 @@ def _train(
         raise RunInterrupted(interrupted(run.step, run.saved) if mesh.first else "") from error
     summary: dict[str, Any] | None = None
     whole = mesh.whole(model)
+    if whole is not None:
+        plain_layers(whole)
     best = run.best.step if config.keep_best else 0
     if whole is not None and folder is not None and best:
         run.best.restore(whole)

@@ -73,6 +73,7 @@ def test_written_and_read_again(tmp_path):
     (["--output", "x.wav", "hello"], "--file start.wav, in place of text"),
     (["--output", "x.wav", "--json"], "--json is for text"),
     (["--output", "x.wav", "--regex", "a"], "--regex is for text"),
+    (["--output", "x.wav", "--draft-tokens", "3"], "--draft-tokens is for text"),
     (["--output", "x.wav", "--num-return-sequences", "2"], "one sound"),
     (["--output", "x.wav", "--file", "none.wav"], "there is no WAV file none.wav"),
     (["--sample-rate", "8000", "x"], "--sample-rate has no effect without --output"),

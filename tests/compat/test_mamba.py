@@ -213,6 +213,18 @@ def test_calls_that_cannot_be_right_are_refused():
         Mamba(8, bimamba_type="v2", layer_idx=0)(x, inference_params=params)
     with pytest.raises(ValueError, match="needs a layer_idx"):
         Mamba(8)(x, inference_params=params)
+    with pytest.raises(ValueError, match=r"hidden_states has shape \(7, 8\), expected \(b, l, d_model\)"):
+        Mamba(8)(x[0])
+
+
+def test_traced():
+    """Also where parameters are trained: torch compares a second trace, made without gradients, with the first."""
+    layer = Mamba(16)
+    traced = torch.jit.trace(layer, (torch.randn(2, 6, 16),))
+    x = torch.randn(3, 9, 16)
+    assert error(traced(x), layer(x)) < 1e-6
+    gradients = [torch.autograd.grad(call(x).square().sum(), layer.A_log)[0] for call in (traced, layer)]
+    assert error(*gradients) < 1e-6
 
 
 def test_compile_and_export():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -162,6 +163,44 @@ def test_override_comes_first(tmp_path):
         write(tmp_path, VENDORED),
     )
     assert found == [len(MODULES), "1.2.2+mambakit", False]
+
+
+def test_the_version_is_that_of_what_is_imported(tmp_path):
+    """transformers asks for it, and takes Mamba-2's functions from 2.0.4 on; pip takes it for installed."""
+    pip = pytest.importorskip("pip")
+    assert pip
+    write(tmp_path, {"mamba_ssm/__init__": "__version__ = '2.2.2'"})
+    (tmp_path / "mamba_ssm-2.2.2.dist-info").mkdir()
+    (tmp_path / "mamba_ssm-2.2.2.dist-info" / "METADATA").write_text("Name: mamba-ssm\nVersion: 2.2.2\n")
+    code = """
+        import importlib.metadata, mambakit
+        mambakit.provide({})
+        import mamba_ssm
+        print(json.dumps([mamba_ssm.__version__, *map(importlib.metadata.version, ("mamba_ssm", "causal.conv1d"))]))
+    """
+    assert told(code.format(""), tmp_path) == ["2.2.2", "2.2.2", "1.5.2+mambakit"]
+    assert told(code.format("override=True"), tmp_path) == ["1.2.2+mambakit", "1.2.2+mambakit", "1.5.2+mambakit"]
+    command = [sys.executable, "-m", "mambakit", "run", "-m", "pip", "install", "--dry-run", "--no-index"]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    names = ["mamba_ssm", "causal-conv1d>=1.4"]
+    done = subprocess.run([*command, *names], capture_output=True, text=True, env=variables, cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Requirement already satisfied") == 2
+
+
+def test_names_are_listed_and_modules_loaded_again(tmp_path):
+    found = told(
+        """
+        import importlib, mambakit
+        mambakit.provide()
+        import mamba_ssm, mamba_ssm.modules.mamba_simple as simple
+        listed = [name in dir(mamba_ssm) for name in ("Mamba", "modules", "__version__")]
+        kept = simple.Mamba
+        print(json.dumps([*listed, importlib.reload(mamba_ssm) is mamba_ssm, importlib.reload(simple).Mamba is kept]))
+        """,
+        tmp_path,
+    )
+    assert found == [True] * 5
 
 
 def test_an_installed_package_without_its_extension(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mambakit.commands.run import split
+from mambakit.compat.children import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -56,6 +57,16 @@ def test_a_script_and_its_children(tmp_path):
     assert third == f"scan_fwd {own / 'sitecustomize.py'}"
 
 
+def test_the_path_of_modules_keeps_its_entries():
+    """An empty one is the current folder: `export PYTHONPATH=$PYTHONPATH:tools` makes one."""
+    missing, override = (environment(value, {})["PYTHONPATH"] for value in (False, True))
+    assert [Path(place).name for place in (missing, override)] == ["missing", "override"]
+    assert environment(False, {"PYTHONPATH": f"{override}{os.pathsep}{os.pathsep}tools"}) == {
+        "PYTHONPATH": f"{missing}{os.pathsep}{os.pathsep}tools"
+    }
+    assert environment(False, {"PYTHONPATH": ""})["PYTHONPATH"] == missing
+
+
 def test_a_module(tmp_path):
     (tmp_path / "package").mkdir()
     code = "import os, sys, mamba_ssm; print(sys.argv[1:], __package__, os.environ.get('GOMP_SPINCOUNT'))"
@@ -74,7 +85,8 @@ def test_override(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((), "run has nothing to run"), (("nothing.py",), "there is no script 'nothing.py'"),
+    [((), "run has nothing to run"), (("nothing.py",), "there is no script 'nothing.py'; for a module use"),
+     (("ls", "-l"), "there is no script 'ls'; for the installed command"),
      (("--what", "x.py"), "unrecognized arguments: --what")],
 )  # fmt: skip
 def test_what_cannot_be_run(tmp_path, arguments, message):

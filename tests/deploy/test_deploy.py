@@ -6,8 +6,11 @@ import configparser
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
+import pytest
 import yaml
 
 from mambakit import cli
@@ -48,6 +51,14 @@ def test_the_unit():
     drain = read_toml(DEPLOY / "serve.toml")["drain-seconds"]
     assert int(unit["Service"]["TimeoutStopSec"]) > drain + 10
     assert set(unit.sections()) == {"Unit", "Service", "Install"}
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd")
+def test_systemd_reads_the_unit():
+    command = ["systemd-analyze", "verify", str(DEPLOY / "mambakit.service")]
+    told = subprocess.run(command, capture_output=True, text=True).stderr.splitlines()
+    # The program itself is not installed there.
+    assert [line for line in told if line.startswith("mambakit.service") and "not executable" not in line] == []
 
 
 def documents() -> dict[str, dict]:

@@ -23,7 +23,7 @@ SERVED = ("docs/guides/serving-api.md", "docs/guides/states.md")
 PAGES = {name: blocks for name, blocks in PAGES.items() if blocks and name not in SERVED}
 # They change the import system of their process.
 OWN_PROCESS = ("docs/guides/dropin.md", "docs/guides/migration-mamba-ssm.md", "docs/migration/transformers.md")
-# Blocks that need a package which is in no extra of the tests, by what they import.
+# Packages that tests do not install, or that a bare environment lacks: blocks that import them are left out without.
 OPTIONAL = ("jax", "sentence_transformers", "onnxruntime", "peft", "llguidance")
 
 

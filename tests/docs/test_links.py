@@ -146,11 +146,19 @@ def test_commands_parse(path, capsys):
 def test_options():
     """Options in backticks are of a command or of a script."""
     known = {option for command in cli._parser().commands.values() for option in command.option_names()}
-    for script in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("experiments/*.py"), *ROOT.glob("mambakit/commands/*.py")]:
+    for script in [
+        *ROOT.glob("benchmarks/*.py"),
+        *ROOT.glob("experiments/*.py"),
+        *ROOT.glob("mambakit/commands/*.py"),
+        *ROOT.glob(".ci/*.py"),
+    ]:
         known |= set(re.findall(r'"(--[\w-]+)"', script.read_text(encoding="utf-8")))
     known |= {"--version", "--help", "--config"}  # the last one is the evaluation harness's own
     for path in TODAY:
-        spans = CODE.findall(without_blocks(path.read_text(encoding="utf-8")))
+        text = without_blocks(path.read_text(encoding="utf-8"))
+        if path.parent.name == "migration":  # the first column of a table is the other program's
+            text = re.sub(r"^\|[^|]*\|", "|", text, flags=re.MULTILINE)
+        spans = CODE.findall(text)
         for option in re.findall(r"(?<!\S)--[\w-]+", " ".join(span for span in spans if span.startswith("--"))):
             settings = option[2:].replace("-", "_")  # experiments' flags are the fields of dataclasses
             assert option in known or settings in EXPERIMENTS, f"{path.name}: nothing has {option}"

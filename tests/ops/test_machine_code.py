@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import mambakit
 from mambakit.decoding.graph_step import gpu_weights
 from mambakit.ops._backends import nvrtc
 from mambakit.ops.decode import persistent_plan
 from mambakit.ops.selective_scan import cuda_launch
 from mambakit.ops.selective_scan.plan import PLAIN, Variant, backward_plan, forward_plan
+from tests.ops.decode.with_norms import with_norms
 
 # Where the dev extra brings NVRTC it has to be found, so that these tests do not stay away unnoticed.
 pytestmark = pytest.mark.skipif(
@@ -94,12 +94,12 @@ def test_the_scans_variants(kind, n, options):
 
 
 @pytest.mark.parametrize("arch", CARDS)
-@pytest.mark.parametrize("kind", ["plain", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("kind", ["plain", "int8", "int4", "fp8", "falcon", "jamba"])
 def test_the_decode_step(kind, arch):
-    model = mambakit.MambaForCausalLM(mambakit.MambaConfig(vocab_size=512, hidden_size=768, num_hidden_layers=1)).to(
-        BF16
-    )
-    if kind != "plain":
+    norms = {"falcon": {"mixer_rms_eps": 1e-6}, "jamba": {"mixer_rms_eps": 1e-6, "mixer_norm_weights": True}}
+    shape = {"vocab_size": 512, "hidden_size": 768, "num_hidden_layers": 1}
+    model = with_norms(shape | norms.get(kind, {})).to(BF16)
+    if kind in ("int8", "int4", "fp8"):
         model.quantize(kind)
     plan = persistent_plan.plan_of(gpu_weights(model), 1, BF16, CARDS[arch])
     assert not isinstance(plan, str), plan

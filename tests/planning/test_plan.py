@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.tables import planning
-from mambakit import MambaConfig, MambaForCausalLM, cli
+from mambakit import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM, cli
 from mambakit.errors import UsageError
 from mambakit.planning import devices
 from mambakit.planning.estimate import FORMATS, generating, training
@@ -19,13 +19,13 @@ from mambakit.training.throughput import flops_per_token
 
 SHAPES = [
     Shape(48, 3, 96), Shape(40, 2, 104, state_size=4, conv_kernel=3, tie_word_embeddings=False),
-    Shape(24, 1, 8, expand=3), PUBLISHED["130m"],
+    Shape(24, 1, 8, expand=3), Shape(24, 1, 8, time_step_rank=5), PUBLISHED["130m"],
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_shape_is_the_models(shape):
-    fields = {name: getattr(shape, name) for name in Shape.__dataclass_fields__}
+    fields = {name: value for name in Shape.__dataclass_fields__ if (value := getattr(shape, name)) is not None}
     config = MambaConfig(**fields)
     with torch.device("meta"):
         model = MambaForCausalLM(config)
@@ -34,6 +34,16 @@ def test_a_shape_is_the_models(shape):
     assert shape.flops == flops_per_token(model)
     assert shape.state_bytes(2) == config.state_spec(torch.bfloat16).nbytes
     assert shape.state_bytes(4) == config.state_spec(torch.float32).nbytes
+
+
+def test_falcon_mambas_expand_is_not_its_width():
+    config = FalconMambaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, expand=16, intermediate_size=64, tie_word_embeddings=False
+    )
+    with torch.device("meta"):
+        model = FalconMambaForCausalLM(config)
+    assert Shape.of(config).parameters == sum(p.numel() for p in model.parameters())
+    assert Shape.of(config).inner == 64
 
 
 def test_what_is_shipped_is_what_the_records_say():

@@ -79,6 +79,7 @@ class Replicas:
             await asyncio.sleep(self.seconds)
             if job.ended:
                 return
+            job.tokens += 1
             job.inbox.put(job.index, Piece(job.id, self.piece, 1, "" if left else "length"))
         job.ended = True
 

@@ -14,6 +14,7 @@ SERVING = ROOT / "mambakit" / "serving"
 # From the bottom up: files and folders, and the files of each folder. Each may import those before it.
 FOLDERS = [
     "errors", "logs", "messages", "metrics", "states", "api", "dispatch", "replicas", "playground", "http", "server",
+    "ray_app",
 ]  # fmt: skip
 FILES = {
     "playground": ["files", "about"],
@@ -22,18 +23,11 @@ FILES = {
         "completions", "reply", "chat_messages", "chat", "log_probs", "answers", "chat_answers", "tokens", "score",
         "operations", "state_bodies", "state_operations", "openapi", "intake",
     ],
-    "states": ["tensors", "blobs", "records", "store", "options"],
+    "states": ["tensors", "blobs", "records", "remote", "places", "store", "options"],
     "dispatch": ["shares", "jobs", "fair_queue", "queue", "affinity", "rates", "promises", "suspects", "dispatcher"],
     "replicas": [
-        "heartbeat",
-        "states",
-        "outbox",
-        "receiving",
-        "constraints",
-        "scoring",
-        "worker",
-        "process",
-        "supervisor",
+        "heartbeat", "states", "outbox", "receiving", "constraints", "scoring", "worker", "transport", "process",
+        "ray_actor", "scaling", "supervisor",
     ],
     "http": [
         "keys", "quotas", "tls", "request_log", "access", "refusals", "connection_limits", "connection", "request_ids",

@@ -18,9 +18,10 @@ _FOLDER = Path(__file__).parent
 
 
 def environment(override: bool, inherited: Mapping[str, str]) -> dict[str, str]:
-    """``inherited`` with the folder in front of PYTHONPATH."""
+    """``inherited`` with the folder in front of PYTHONPATH, whose empty entries stay: they are the current folder."""
     folder = str(_FOLDER / ("override" if override else "missing"))
-    rest = [entry for entry in inherited.get("PYTHONPATH", "").split(os.pathsep) if entry and not _is_here(entry)]
+    before = inherited.get("PYTHONPATH")
+    rest = [entry for entry in before.split(os.pathsep) if not _is_here(entry)] if before else []
     return {**inherited, "PYTHONPATH": os.pathsep.join([folder, *rest])}
 
 

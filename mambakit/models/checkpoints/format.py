@@ -45,7 +45,7 @@ class CheckpointFormat(Protocol):
     """It holds packed (quantised) weights, and models with plain weights cannot be written in it."""
 
     holds_tokenizers: bool
-    """Whether a tokenizer belongs to a checkpoint; else `mambakit.models.vocabularies` says which one is taken."""
+    """Whether a tokenizer belongs to a checkpoint. Where none does, `mambakit.models.vocabularies` chooses."""
 
     def detect(self, folder: Path, config_json: dict[str, Any]) -> bool:
         """Whether ``folder`` is of this format; the first format of the table that says so is taken.

@@ -50,12 +50,13 @@ class FusedLayer:
     def __init__(self, norm: Any, mixer: Fusable):
         children = mixer._modules
         self._children, self._norm = list(children.values()), norm
-        watched: list[Any] = [*self._children] if norm is None else [norm, mixer, *self._children]
+        there = [child for child in self._children if child is not None]
+        watched: list[Any] = there if norm is None else [norm, mixer, *there]
         self._watch = Watch(watched)
         self._setting = mixer.fusion_setting()
         self.known = KnownWeights()
         places: list[Any] = [(mixer if not child else children[child], name) for child, name in _PARAMETERS]
-        places += [(children[child], "weight") for child in _NORMS if child in children]
+        places += [(children[child], "weight") for child in _NORMS if children.get(child) is not None]
         if norm is not None:
             places.insert(0, (norm, "weight"))
         # A dictionary each: a module finds its parameters the slow way.
@@ -136,7 +137,7 @@ def _run_traced(
     weights = LayerWeights(
         None if norm is None else norm.weight, m.in_proj.weight, m.in_proj.bias, m.conv1d.weight, m.conv1d.bias,
         m.x_proj.weight, m.dt_proj.weight, m.dt_proj.bias, m.A_log, m.D, m.out_proj.weight, m.out_proj.bias,
-        *(m._modules[name].weight for name in _NORMS if name in m._modules),
+        *(m._modules[name].weight for name in _NORMS if m._modules.get(name) is not None),
     )  # fmt: skip
     return traced.fused_layer(x, residual, weights, 0.0 if norm is None else norm.eps, residual_dtype, m.mixer_rms_eps)
 

@@ -233,10 +233,8 @@ class MambaMixer(Mixer):
         )  # fmt: skip
 
     def fusion_setting(self) -> tuple:
-        return (
-            self.act, self.mixer_rms_eps, self.causal_conv1d, self.selective_scan, self.recompute_selection,
-            *(norm.eps for norm in self.norms()),
-        )  # fmt: skip
+        setting = self.act, self.mixer_rms_eps, self.causal_conv1d, self.selective_scan, self.recompute_selection
+        return setting if self.dt_layernorm is None else (*setting, *(norm.eps for norm in self.norms()))
 
     def norms(self) -> tuple[Any, ...]:
         """The modules of dt's, B's and C's norms; none where they have no weights, or where there are no norms."""

@@ -117,6 +117,8 @@ class ManyRowsStep:
         ValueError: states that cannot be updated in place, too many rows, or packed weights.
     """
 
+    packed = False  # whether it reads packed weights (`triton_packed_rows`)
+
     def __init__(
         self,
         weights: ModelWeights,
@@ -131,8 +133,12 @@ class ManyRowsStep:
         if not 1 <= rows <= MOST_ROWS:
             raise ValueError(f"ManyRowsStep: {rows} rows; it serves 1 to {MOST_ROWS}, split larger batches")
         check_states(conv_states, ssm_states, (torch.float32, torch.bfloat16))
-        if weights.kind is not None:
-            raise ValueError("ManyRowsStep reads floating weights, and these are packed; FewRowsStep serves them")
+        if (weights.kind is not None) != self.packed:
+            raise ValueError(
+                "ManyRowsStep reads floating weights, and these are packed; PackedRowsStep serves them"
+                if not self.packed
+                else "PackedRowsStep reads packed weights, and these are floating ones; ManyRowsStep serves them"
+            )
         self.layers, self.embeddings, self.final_norm = weights.layers, weights.embeddings, weights.final_norm
         self.head, self.eps = weights.head, weights.eps
         self._norms, self._mixer_eps = weights.norms, weights.mixer_eps or 0.0
@@ -174,7 +180,6 @@ class ManyRowsStep:
         self._u, self._y = (buffer(padded, d, dtype=dtype) for _ in range(2))
 
     def __call__(self, choose: bool = False) -> Tensor:
-        rows, (v, h) = self.rows, shape_of(self.head)
         self._buffers.embed(self.embeddings, self._residual)
         self._normalise(self.layers[0].norm, None, 0)
         norms = [w.norm for w in self.layers[1:]] + [self.final_norm]
@@ -183,14 +188,18 @@ class ManyRowsStep:
             self._recur(i, w)
             self._multiply("out_proj", self._y, w.out_proj)
             self._normalise(norm, w.out_proj_bias, self._splits["out_proj"])
-        plan = self._product_plan("head")
-        kernels.head_kernel[(self._row_blocks, self._blocks)](
-            self._x, self.head, self.logits, self._buffers.best, self._buffers.best_token, rows, h, v, self._blocks,
-            BB=self._block, BK=plan.BK, BN=plan.BN, STAGES=plan.stages, num_warps=plan.warps,
-        )  # fmt: skip
+        self._multiply_head()
         if choose:
             self._buffers.choose()
         return self.logits
+
+    def _multiply_head(self) -> None:
+        (v, h), plan = shape_of(self.head), self._product_plan("head")
+        kernels.head_kernel[(self._row_blocks, self._blocks)](
+            self._x, self.head, self.logits, self._buffers.best, self._buffers.best_token, self.rows, h, v,
+            self._blocks,
+            BB=self._block, BK=plan.BK, BN=plan.BN, STAGES=plan.stages, num_warps=plan.warps,
+        )  # fmt: skip
 
     def _recur(self, i: int, w: LayerWeights) -> None:
         """y of layer ``i`` from in_proj's partial sums: convolution, x_proj and scan."""

@@ -32,11 +32,13 @@ class Product:
     after: bool = False
 
     def fitting(self, format: str, group: int, itemsize: int, shared: int) -> Product:
-        """With steps of whole units, and with fewer stages until they fit ``shared`` bytes."""
+        """With steps of whole units, and with fewer rows of x and fewer stages until they fit ``shared`` bytes."""
         unit = 64 if format == "int4" else 16
         plan = replace(self, BK=max(self.BK, unit))
         if format == "int8" and group < plan.BK:
             plan = replace(plan, BK=plan.BK // group * group)
+        while shared < plan.BN * plan.BB * 4 and plan.BB > 16:
+            plan = replace(plan, BB=plan.BB // 2)
         while plan.stages > 1 and plan.shared_bytes(format, itemsize) > shared:
             plan = replace(plan, stages=plan.stages - 1)
         return plan
@@ -54,35 +56,23 @@ class Product:
         return -(-k // columns), columns
 
 
-@dataclass(frozen=True)
-class Many:
-    """How more rows than a product in registers serves are multiplied.
-
-    Attributes:
-        slab: bytes of widened weight that are written and multiplied at a time; 0: the whole weight. A slab that stays
-            in the L2 cache is not read from memory again.
-    """
-
-    slab: int = 0
-
-
 # Rows of x up to which weights are widened in registers, by format. Of the largest tile's number of rows.
-MOST_IN_REGISTERS = {"int8": 256, "int4": 128, "fp8": 32}
+MOST_IN_REGISTERS = {"int8": 512, "int4": 512, "fp8": 32}
 # float32 x has no tensor cores here (products are exact): few rows only, for which reading the weight is the time.
 MOST_IN_FLOAT32 = 16
 
 # By format, then by rows up to which a tile serves.
 PRODUCTS: dict[str, tuple[tuple[int, Product], ...]] = {
     "int8": (
-        (16, Product(64, 16, 128, 4, 4)),
-        (32, Product(64, 32, 128, 4, 4)),
+        (16, Product(64, 16, 128, 4, 4, after=True)),
+        (32, Product(64, 32, 128, 4, 4, after=True)),
         (64, Product(64, 64, 64, 4, 4)),
         (128, Product(128, 128, 64, 8, 4)),
         (1 << 30, Product(128, 256, 64, 8, 3, waves=1)),
     ),
     "int4": (
-        (16, Product(64, 16, 128, 4, 4)),
-        (32, Product(64, 32, 128, 4, 4)),
+        (16, Product(64, 16, 128, 4, 4, after=True)),
+        (32, Product(64, 32, 128, 4, 4, after=True)),
         (64, Product(64, 64, 64, 4, 4)),
         (128, Product(128, 128, 64, 8, 3)),
         (1 << 30, Product(128, 256, 64, 8, 3, waves=1)),
@@ -95,31 +85,26 @@ PRODUCTS: dict[str, tuple[tuple[int, Product], ...]] = {
     ),
 }
 FLOAT32_PRODUCT = Product(32, 16, 32, 4, 2)
-MANY = Many()
+# More rows of int8 and int4: bytes of widened weight that are written and multiplied at a time, by rows up to which; 0:
+# the whole weight. A slab that stays in the L2 cache is not read from memory again; fewer rows need larger slabs to
+# fill the card.
+SLABS_BY_ROWS: tuple[tuple[int, int], ...] = ((1024, 32 << 20), (1 << 30, 16 << 20))
 
 # What the benchmark tries beside them, for up to BB rows. Of the fastest ones it then tries other numbers of waves.
-CANDIDATES: tuple[Product, ...] = (
-    *(
-        Product(bn, bb, bk, 4, stages, after=after)
-        for bb in (16, 32)
-        for bn in (32, 64, 128)
-        for bk, stages in ((64, 4), (128, 3), (128, 5), (256, 3))
-        for after in (True, False)
-    ),
-    *(
-        Product(bn, 64, bk, warps, stages, after=after)
-        for bn, warps in ((64, 4), (128, 4), (128, 8))
-        for bk, stages in ((64, 4), (128, 3))
-        for after in (True, False)
-    ),
-    *(
-        Product(128, 128, bk, warps, stages, after=after)
-        for warps in (4, 8)
-        for bk, stages in ((64, 3), (64, 4), (128, 3))
-        for after in (True, False)
-    ),
-    *(Product(128, 256, bk, 8, stages) for bk, stages in ((64, 3), (64, 4), (128, 2))),
-    *(Product(256, 128, 64, 8, stages) for stages in (3, 4)),
+# Where `after` keeps two sums of a tile, a thread's share of it is small: others would spill.
+CANDIDATES: tuple[Product, ...] = tuple(
+    Product(bn, bb, bk, warps, stages, after=after)
+    for bb, rows_of_weight, steps in (
+        (16, ((32, 4), (64, 4), (128, 4)), ((64, 4), (128, 3), (128, 5), (256, 3))),
+        (32, ((32, 4), (64, 4), (128, 4)), ((64, 4), (128, 3), (128, 5), (256, 3))),
+        (64, ((64, 4), (128, 4), (128, 8)), ((64, 4), (128, 3))),
+        (128, ((128, 4), (128, 8), (256, 8)), ((64, 3), (64, 4), (128, 3))),
+        (256, ((128, 8),), ((64, 3), (64, 4), (128, 2))),
+    )
+    for bn, warps in rows_of_weight
+    for bk, stages in steps
+    for after in (True, False)
+    if not (after and bn * bb > 32 * 32 * warps)
 )
 WAVES = (1, 2, 4)
 SLABS = (0, 8 << 20, 16 << 20, 32 << 20)
@@ -130,6 +115,11 @@ LEAST_FLOAT8 = 512
 FLOAT8_CAPABILITY = (8, 9)
 
 
+def tile_of(format: str, rows: int) -> Product:
+    """The table's tile for so many rows of a half dtype."""
+    return next(product for most, product in PRODUCTS[format] if rows <= most)
+
+
 def product_of(format: str, dtype: torch.dtype, group: int, rows: int, shared: int) -> Product | None:
     """The tile that multiplies ``rows`` rows with the weight in registers; None where another way does."""
     if dtype == torch.float32:
@@ -137,8 +127,13 @@ def product_of(format: str, dtype: torch.dtype, group: int, rows: int, shared: i
     elif rows > MOST_IN_REGISTERS[format]:
         chosen = None
     else:
-        chosen = next(product for most, product in PRODUCTS[format] if rows <= most)
+        chosen = tile_of(format, rows)
     return None if chosen is None else chosen.fitting(format, group, dtype.itemsize, shared)
+
+
+def slab_of(rows: int) -> int:
+    """Bytes of widened weight at a time; 0: all of it."""
+    return next(slab for most, slab in SLABS_BY_ROWS if rows <= most)
 
 
 def takes_float8(dtype: torch.dtype, rows: int, out_features: int, in_features: int) -> bool:

@@ -84,10 +84,10 @@ def selective_scan(
     if in_functorch():
         return chunked.forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, 0)[:2]
     B, C = selection.matched(op, u.shape[1], selection.compact(B), selection.compact(C))
-    # An exported program is for inference (its gradient still works: it recomputes the checkpoints).
+    # A program that is exported or traced is for inference (its gradient still works: it recomputes the checkpoints).
     needs_grad = (
         torch.is_grad_enabled()
-        and not is_exporting()
+        and not (is_exporting() or (torch._C._get_tracing_state() is not None and not torch.compiler.is_compiling()))
         and any(t is not None and t.requires_grad for t in differentiable)
     )
     y, final_state, _ = torch.ops.mambakit.selective_scan(

@@ -21,6 +21,7 @@ from mambakit.serving.dispatch.queue import WaitingQueue
 from mambakit.serving.dispatch.rates import Rates
 from mambakit.serving.dispatch.suspects import Suspects
 from mambakit.serving.errors import ApiError
+from mambakit.serving.logs import fields
 from mambakit.serving.messages import Batch, Cancel, Layout, Piece, Task
 from mambakit.serving.metrics import Metrics
 
@@ -209,6 +210,9 @@ class Dispatcher:
         for job in jobs:
             replica.remove(job)
         suspected = self._suspects.died(jobs)
+        if jobs:
+            lost = {"replica": replica.number, "request_ids": sorted({job.request_id for job in jobs})}
+            _log.error("texts were lost with their replica", extra=fields(**lost))
         for job in jobs:
             self._queue.ended(job)
             if not job.ended:
@@ -241,7 +245,10 @@ class Dispatcher:
         if piece.error and not job.ended:
             if piece.text:
                 job.inbox.put(job.index, piece._replace(finish_reason="", error=""))
-            _log.error("%s failed on a text of %d prompt tokens: %s", replica.name, job.prompt_tokens, piece.error)
+            # What is wrong with a request is told to its client; the message may quote it.
+            why = piece.error if piece.status >= 500 else f"the request is at fault ({piece.status})"
+            known = fields(request_id=job.request_id, replica=replica.number, prompt_tokens=job.prompt_tokens)
+            _log.log(logging.ERROR if piece.status >= 500 else logging.INFO, "a text failed: %s", why, extra=known)
             message = f"text {job.index} of this request could not be written: {piece.error}"
             self._fail(job, ApiError(piece.status, message))
             return
@@ -267,7 +274,7 @@ class Dispatcher:
 
     def health(self) -> dict[str, Any]:
         """ "ok" where every replica is ready, "degraded" where some are, else "loading" or "unavailable"."""
-        states = {r.state for r in self.replicas}
+        states = {r.state for r in self.replicas if r.state != "asleep"}
         status = "degraded" if "ready" in states else "loading" if "loading" in states else "unavailable"
         return {
             "status": "ok" if states == {"ready"} else status,

@@ -53,7 +53,8 @@ class Replica:
     number: int
     device: str
     state: str = "loading"
-    """"loading", "ready", "silent" while its heartbeat is late, or "dead" until it is restarted."""
+    """"loading", "ready", "silent" while its heartbeat is late, or "dead" until it is restarted; where the number of
+    replicas changes also "draining" (it gets no more texts) and "asleep" (it does not run)."""
     jobs: dict[int, Job] = field(default_factory=dict)
     """The texts that it has, by `Job.id`, in the order in which they were sent."""
     shares: Shares = field(default_factory=Shares)
@@ -110,6 +111,8 @@ class Job:
     """When it is of no use any more, by the dispatcher's clock."""
 
     id: int = field(default_factory=itertools.count().__next__, init=False)
+    request_id: str = field(default="", init=False)
+    """Of its request, for the log."""
     created: float = field(default_factory=time.monotonic, init=False)
     first: float = field(default=0.0, init=False)
     """When its first token came."""

@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from mambakit.errors import MambakitError
 from mambakit.quoting import cut
 from mambakit.serving.api import operations
 from mambakit.serving.errors import ApiError
@@ -36,7 +37,10 @@ def endpoints(services: Services, model: str) -> list[Endpoint]:
             raise ApiError(503, "the tokenizer is being loaded; try again in a few seconds", retry_after=5)
         codec = services.intake.loaded.result()[1]
         if not known:
-            known.update(await asyncio.to_thread(about, model))
+            try:
+                known.update(await asyncio.to_thread(about, model))
+            except (MambakitError, OSError) as error:
+                raise ApiError(503, f"the model's configuration cannot be read: {error}", retry_after=5) from error
         return JSONResponse(
             known | {"id": services.name, "chat_template": codec.template is not None, "states": services.keeps_states}
         )

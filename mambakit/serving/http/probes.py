@@ -31,6 +31,8 @@ def endpoints(services: Services) -> list[Endpoint]:
 
     async def metrics(_: Request) -> Response:
         dispatcher.measure()
+        if services.states is not None:
+            services.metrics.set_states(services.states.by_owner())
         return Response(services.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return [

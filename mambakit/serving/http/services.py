@@ -21,6 +21,7 @@ from mambakit.serving.errors import ApiError
 from mambakit.serving.http.access import AccessRules
 from mambakit.serving.http.quotas import Grant, Quotas
 from mambakit.serving.http.refusals import require_json
+from mambakit.serving.http.request_ids import request_id
 from mambakit.serving.http.routing import key_of
 from mambakit.serving.logs import LogOptions
 from mambakit.serving.messages import Layout
@@ -107,6 +108,8 @@ class Services:
         Raises:
             ApiError: the key has too little left, or the dispatcher refuses the texts.
         """
+        for job in jobs:
+            job.request_id = request_id(request)
         most = sum(job.max_new_tokens for job in jobs)
         grant = self.quotas.admit(key_of(request), len(jobs), prompt_tokens, most)
         try:

@@ -69,14 +69,13 @@ export class Api {
     }
   }
 
-  async deleteState(id) {
-    await this.request(`/v1/states/${encodeURIComponent(id)}`, { method: "DELETE" });
+  /** {id, bytes, tokens} of a state that has read `body.prompt`, after `body.state` where there is one. */
+  async createState(body, signal) {
+    return await (await this.request("/v1/states", { method: "POST", body, signal })).json();
   }
 
-  /** Ids and sizes of the states that the server has of this key: a Map of bytes. */
-  async states() {
-    const listed = await (await this.request("/v1/states")).json();
-    return new Map(listed.data.map((one) => [one.id, one.bytes]));
+  async deleteState(id) {
+    await this.request(`/v1/states/${encodeURIComponent(id)}`, { method: "DELETE" });
   }
 }
 

@@ -22,6 +22,10 @@ export function align(text, tokens) {
   return parts;
 }
 
+const MOST_BITS = 8; // a token as unlikely as one in 256, or more, has the full colour
+
+const bits = (logprob) => -logprob / Math.LN2;
+
 export function percent(logprob) {
   const p = Math.exp(logprob) * 100;
   return p >= 10 ? `${p.toFixed(0)} %` : p >= 0.1 ? `${p.toFixed(1)} %` : "< 0.1 %";
@@ -36,7 +40,7 @@ export function tokenSpans(node) {
       span.className = "token";
       span.dataset.index = index;
       span.dataset.node = node.id;
-      span.style.setProperty("--p", Math.exp(token.logprob).toFixed(4));
+      span.style.setProperty("--surprise-share", Math.min(1, bits(token.logprob) / MOST_BITS).toFixed(3));
     }
     return span;
   });
@@ -58,7 +62,7 @@ export class Popover {
     const others = token.others.some((other) => other.text === token.text)
       ? token.others : [...token.others, { text: token.text, logprob: token.logprob }];
     const head = document.createElement("p");
-    head.textContent = `${percent(token.logprob)}, −${Math.abs(token.logprob / Math.LN2).toFixed(1)} bits. Pick another to fork here:`;
+    head.textContent = `${percent(token.logprob)}, ${bits(token.logprob).toFixed(1)} bits. Pick another to fork here:`;
     const buttons = others.map((other) => {
       const button = document.createElement("button"), code = document.createElement("code"), p = document.createElement("span");
       code.textContent = other.text.replaceAll("\n", "⏎").replaceAll(" ", "·") || "∅";

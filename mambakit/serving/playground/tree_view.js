@@ -35,16 +35,17 @@ export class TreeView {
       div.title = node.text.slice(0, 300);
       div.append(sign, label, dot);
       li.append(div);
-      // A chain of single children stays at one depth: only forks indent.
       return li;
     };
     const fill = (parent, ids) => {
       for (const id of ids) {
         let node = tree.get(id);
         parent.append(item(id));
-        while (node.children.length === 1) {
+        while (node.children.length === 1) { // a chain of single children stays in one list: only forks make another
           node = tree.get(node.children[0]);
-          parent.append(item(node.id));
+          const next = item(node.id);
+          next.className = "chained";
+          parent.append(next);
         }
         if (node.children.length > 1) {
           const group = document.createElement("ul");

@@ -16,6 +16,11 @@ function trimStart(piece) {
   if (piece.tokens.length) piece.tokens[0] = { ...piece.tokens[0], text: piece.tokens[0].text.trimStart() };
 }
 
+/** The turns of a path as the API's messages; only those after `known`, where that is given. */
+function messages(path, known = null) {
+  return path.slice(known === null ? 0 : path.indexOf(known) + 1).map(({ role, text }) => ({ role, content: text }));
+}
+
 export class Writer {
   constructor(api) {
     this.api = api;
@@ -36,6 +41,7 @@ export class Writer {
     const began = performance.now();
     let first = 0, tokens = 0;
     try {
+      if (node.role === "model") await this.#keepParent(tree, node);
       const { path, body } = this.#request(tree, node, settings);
       for await (const piece of this.#withStates(tree, node, path, body)) {
         if (node.role === "assistant" && !node.text) trimStart(piece);
@@ -45,7 +51,7 @@ export class Writer {
         tokens += piece.tokens.length || (piece.text ? 1 : 0);
         if (piece.usage) {
           tokens = piece.usage.completion_tokens;
-          node.read = piece.usage.prompt_tokens + tokens;
+          if (!node.state) node.read = piece.usage.prompt_tokens + tokens; // a state says itself what it has read
           node.cached = piece.usage.prompt_tokens_details?.cached_tokens ?? 0;
         }
         if (piece.state) {
@@ -71,10 +77,13 @@ export class Writer {
   #request(tree, node, settings) {
     const common = { ...settings.sampling, stream_options: { include_usage: true } };
     if (node.role === "assistant" && this.api.can.chat) {
-      const messages = tree.path(node.parent).map(({ role, text }) => ({ role, content: text }));
-      const body = { ...common, messages };
+      const body = { ...common, messages: messages(tree.path(node.parent)) };
       if (this.api.can.logprobs) Object.assign(body, { logprobs: true, top_logprobs: ALTERNATIVES });
-      if (this.api.can.chatStates) body.keep_state = true;
+      if (this.api.can.chatStates) {
+        body.keep_state = true;
+        const { node: known, state } = tree.since(node.parent);
+        if (state !== null) Object.assign(body, { state, messages: messages(tree.path(node.parent), known) });
+      }
       return { path: "/v1/chat/completions", body };
     }
     const body = { ...common };
@@ -90,6 +99,18 @@ export class Writer {
       if (node.role === "model") this.#startFrom(tree, node, body);
     }
     return { path: "/v1/completions", body };
+  }
+
+  /** Have the node's parent leave a state, so that each of its continuations begins there. */
+  async #keepParent(tree, node) {
+    const parent = tree.get(node.parent), { state, text } = tree.since(parent.id);
+    if (!this.api.can.states || parent.state || !text) return;
+    try {
+      const kept = await this.api.createState(state === null ? { prompt: text } : { prompt: text, state }, this.abort.signal);
+      Object.assign(parent, { state: kept.id, stateBytes: kept.bytes, read: kept.tokens });
+    } catch (error) {
+      if (error.name === "AbortError") throw error; // without a state the text itself is sent
+    }
   }
 
   /** Begin at the nearest state before the node, so that only what came since is read. */
@@ -111,7 +132,8 @@ export class Writer {
       if (!gone) throw error;
       for (const one of tree.path(node.parent)) if (one.state === body.state) one.state = null;
       const { state, ...rest } = body;
-      rest.prompt = tree.textTo(node.parent);
+      if (rest.messages) rest.messages = messages(tree.path(node.parent));
+      else rest.prompt = tree.textTo(node.parent);
       yield* this.api.stream(path, rest, this.abort.signal);
     }
   }

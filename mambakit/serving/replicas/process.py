@@ -1,4 +1,4 @@
-"""The server's side of one replica's process, from its start to its exit.
+"""A replica as a process of this machine: the server's side of it, from its start to its exit.
 
 One thread receives messages, and one sends them, so that a process that does not read its pipe blocks no other.
 """
@@ -10,39 +10,30 @@ import contextlib
 import multiprocessing
 import queue
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from mambakit.serving.messages import Heartbeat, WorkerOptions
 from mambakit.serving.replicas import worker
 from mambakit.serving.replicas.heartbeat import HeartbeatMonitor
+from mambakit.serving.replicas.transport import Lost, Received
 
 _EXIT_SECONDS = 5.0  # for a process to exit after its pipe has closed
 
 
 class ReplicaProcess:
-    """A started process.
-
-    Args:
-        options: of the worker.
-        outgoing: the messages for it; None ends the thread that sends them.
-        loop: the event loop on which the callbacks run.
-        on_message: called with every message except heartbeats.
-        on_exit: called once with the exit status.
-    """
+    """`Transport` to a started process, over a pipe."""
 
     def __init__(
         self,
         options: WorkerOptions,
         outgoing: queue.SimpleQueue[Any],
         loop: asyncio.AbstractEventLoop,
-        on_message: Callable[[ReplicaProcess, Any], None],
-        on_exit: Callable[[ReplicaProcess, int], None],
+        received: Received,
+        lost: Lost,
     ):
         self.monitor = HeartbeatMonitor(options)
         self.reason = ""
-        """Why it ends, where that is known before it does."""
-        self._loop, self._on_message, self._on_exit = loop, on_message, on_exit
+        self._loop, self._received, self._lost = loop, received, lost
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         self._process = context.Process(target=worker.main, args=(options, theirs), daemon=True)
@@ -69,7 +60,7 @@ class ReplicaProcess:
                     message = connection.recv()
                     self.monitor.received(message)
                     if not isinstance(message, Heartbeat):
-                        self._loop.call_soon_threadsafe(self._on_message, self, message)
+                        self._loop.call_soon_threadsafe(self._received, self, message)
             outgoing.put(None)
             self._process.join(_EXIT_SECONDS)
             if self._process.exitcode is None:
@@ -77,7 +68,8 @@ class ReplicaProcess:
                 self._process.join()
             status = self._process.exitcode
             assert status is not None, "it was joined"
-            self._loop.call_soon_threadsafe(self._on_exit, self, status)
+            how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+            self._loop.call_soon_threadsafe(self._lost, self, how)
 
 
 def _send(outgoing: queue.SimpleQueue[Any], connection: Any) -> None:

@@ -10,7 +10,7 @@ from mambakit.ops.decode.cpu import DecodeStep
 from mambakit.ops.decode.cpu_verify import VerifyStep
 from mambakit.ops.decode.packed import PackedLayer
 from mambakit.ops.linear import pack
-from mambakit.ops.linear.packed import FORMATS
+from mambakit.ops.linear.cpu import KINDS
 from tests.ops.closeness import relative_error
 
 H, D, N, R, K, VOCABULARY, LAYERS = 40, 80, 16, 5, 4, 99, 3
@@ -39,7 +39,7 @@ def make_layers(format="float32", weighted=False):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", KINDS)
 @pytest.mark.parametrize("norms", NORMS)
 def test_tokens_in_a_row(isa, format, norms):
     mixer_eps, weighted = NORMS[norms]

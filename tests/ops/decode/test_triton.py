@@ -21,7 +21,9 @@ from mambakit.ops.decode import triton_few_rows as few
 from mambakit.ops.decode import triton_few_rows_kernels as few_kernels
 from mambakit.ops.decode import triton_many_rows as many
 from mambakit.ops.decode import triton_many_rows_kernels as many_kernels
+from mambakit.ops.decode import triton_packed_rows as packed_rows
 from mambakit.ops.decode import triton_tokens
+from mambakit.ops.linear.triton_plan import Product
 from tests.ops.decode.with_norms import with_norms
 from tests.ops.interpreter import DEVICES, INTERPRETED, run_interpreted
 
@@ -206,6 +208,41 @@ def test_bfloat16_is_no_worse_than_the_forward_and_a_row_is_its_own(rows, norms)
     assert torch.equal(other()[0], logits[0])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("format", "rows"), [("int8", 5), ("int4", 17), ("fp8", 19)])
+@torch.no_grad()
+def test_packed_weights_of_many_rows(device, format, rows):
+    """float16: the interpreter multiplies no bfloat16."""
+    norms = {"mixer_rms_eps": 1e-3, "mixer_norm_weights": True} if rows == 17 else {}
+    shape = {"num_hidden_layers": 1, "use_bias": True, "hidden_size": 72} | norms
+    model = made(shape, torch.float16, device).quantize(format)
+    exact = copy.deepcopy(model).cpu().dequantize("float64")
+    ids = torch.randint(0, 97, (rows, 5))
+    cache, wide = model.backbone.new_cache(rows), exact(ids[:, :3], use_cache=True).cache_params
+    cache.conv_states.copy_(wide.conv_states)
+    cache.ssm_states.copy_(wide.ssm_states)
+    tile = Product(16, 16, 64, 4, 2, waves=1)
+    tiles = dict.fromkeys(("in_proj", "x_proj", "out_proj", "head"), tile) if rows == 17 else None
+    small = {name: plan for name, plan in SMALL[many.ManyRowsStep].items() if name in ("conv", "scan")}
+    step = packed_rows.PackedRowsStep(
+        gpu_weights(model), cache.conv_states, cache.ssm_states, 2, small if device == "cpu" else None, tiles=tiles
+    )
+    whole, chosen = exact(ids, use_cache=True), []
+    for t in range(3, 5):
+        step.tokens.copy_(ids[:, t])
+        logits = step(choose=True).double().cpu()
+        assert (logits - whole.logits[:, t]).norm() / whole.logits[:, t].norm() < 4e-3
+        assert torch.equal(step.tokens.cpu(), logits.argmax(-1))
+        chosen.append(step.tokens.clone())
+    assert torch.equal(step.history, torch.stack(chosen, 1))
+    states = cache.ssm_states.double().cpu()
+    assert (states - whole.cache_params.ssm_states).norm() / whole.cache_params.ssm_states.norm() < 4e-3
+    if format == "int8":
+        plain, states = made({}, torch.float16, device), model.backbone.new_cache(2)
+        with pytest.raises(ValueError, match="these are floating ones; ManyRowsStep serves them"):
+            packed_rows.PackedRowsStep(gpu_weights(plain), states.conv_states, states.ssm_states)
+
+
 def test_what_it_cannot_serve():
     model = made({}, torch.float32, "cpu")
     cache = model.backbone.new_cache(many.MOST_ROWS + 1)
@@ -216,7 +253,7 @@ def test_what_it_cannot_serve():
     with pytest.raises(ValueError, match="contiguous"):
         step_of(model, cache)
     packed = made({}, torch.float32, "cpu").quantize("int8")
-    with pytest.raises(ValueError, match="these are packed; FewRowsStep serves them"):
+    with pytest.raises(ValueError, match="these are packed; PackedRowsStep serves them"):
         step_of(packed, packed.backbone.new_cache(5))
     with pytest.raises(ValueError, match="5 rows; it serves 1 to 4"):
         step_of(packed, packed.backbone.new_cache(5), few.FewRowsStep)

@@ -1,14 +1,22 @@
 """Packed weights on a GPU, or in Triton's interpreter, against float64; and the kernels compiled for Hopper."""
 
 import dataclasses
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from mambakit.ops.linear import pack, reference
 from mambakit.ops.linear import triton as gpu
+from mambakit.ops.linear import triton_kernels as kernels
 from mambakit.ops.linear import triton_plan as plans
 from mambakit.ops.linear.packed import SCALED, PackedWeight, dequantize, to_float8
 from mambakit.ops.linear.schema import parts_of
@@ -64,6 +72,13 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
+@pytest.fixture
+def small_table(monkeypatch):
+    """Few rows are few enough for the interpreter."""
+    monkeypatch.setattr(plans, "LEAST_FLOAT8", 48)
+    monkeypatch.setattr(plans, "MOST_IN_REGISTERS", {"int8": 64, "int4": 64, "fp8": 32})
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("format", SCALED)
@@ -106,15 +121,12 @@ def test_widening(device, format, group, shape):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("format", SCALED)
-@pytest.mark.parametrize("rows", [1, 16, 40, 300])
+@pytest.mark.parametrize("rows", [1, 16, 40, 100])
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
-def test_every_number_of_rows(device, format, rows, dtype, monkeypatch):
-    """The table's own choices; 300 rows widen, in slabs, too, and of fp8 become float8."""
+def test_every_number_of_rows(device, format, rows, dtype, small_table, monkeypatch):
+    """The table's own choices; 100 rows widen, in slabs, too, and of fp8 become float8."""
     if INTERPRETED and dtype == BF16 and rows <= plans.MOST_IN_REGISTERS[format]:
         pytest.skip("see HALF")
-    if INTERPRETED and rows == 300 and format == "fp8":
-        pytest.skip("slow in the interpreter, and as 40 rows")
-    monkeypatch.setattr(plans, "LEAST_FLOAT8", 48)
     n, k = (144, 64) if INTERPRETED else (528, 512)
     weight = packed_of(n, k, format, 64, device)
     x, bias = rows_of(rows, k, dtype, device), rows_of(1, n, dtype, device)[0]
@@ -128,7 +140,7 @@ def test_every_number_of_rows(device, format, rows, dtype, monkeypatch):
     assert relative_error(call(x.view(1, rows, k), weight)[0], exact(x, weight)) < bound
     turned = rows_of(k, rows, dtype, device).T
     assert relative_error(call(turned, weight), exact(turned, weight)) < bound
-    monkeypatch.setattr(plans, "MANY", plans.Many(slab=128 * k * dtype.itemsize))
+    monkeypatch.setattr(plans, "SLABS_BY_ROWS", ((1 << 30, 128 * k * dtype.itemsize),))
     assert relative_error(call(x, weight, bias), exact(x, weight, bias)) < bound
     if rounded:  # exactly the product of the rows' float8
         q, scales = to_float8(x)
@@ -172,10 +184,9 @@ def test_rows_in_float8(device, columns):
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5, 64), (2, 40, 112)])
 @pytest.mark.parametrize("dtype", [BF16, F16])
-def test_a_norm_and_its_product(device, residual, shape, dtype, monkeypatch):
+def test_a_norm_and_its_product(device, residual, shape, dtype, small_table):
     if INTERPRETED and dtype == BF16 and shape[1] == 5:
         pytest.skip("see HALF")
-    monkeypatch.setattr(plans, "LEAST_FLOAT8", 48)
     h = shape[-1]
     weight = packed_of(96, h, "fp8", 64, device)
     x, norm = rows_of(shape[0] * shape[1], h, dtype, device).view(shape), rows_of(1, h, F32, device)[0]
@@ -199,10 +210,9 @@ def test_a_norm_and_its_product(device, residual, shape, dtype, monkeypatch):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("format", SCALED)
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf])
-def test_a_fault_in_x_shows(device, format, fault, monkeypatch):
-    monkeypatch.setattr(plans, "LEAST_FLOAT8", 48)
+def test_a_fault_in_x_shows(device, format, fault, small_table):
     weight = packed_of(80, 64, format, 64, device)
-    for rows in (3, 40) if format == "fp8" else (3, 300):
+    for rows in (3, 40) if format == "fp8" else (3, 100):
         x = rows_of(rows, 64, HALF, device)
         x[1, 50] = fault
         y = call(x, weight)
@@ -220,17 +230,17 @@ def test_nothing_to_multiply(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_card_without_8_bit_floats(device, monkeypatch):
     weight = packed_of(16, 64, "fp8", 64, device)
-    monkeypatch.setattr(gpu, "_card_of", lambda x: (108, 163 << 10, (8, 0)))
+    monkeypatch.setattr(gpu, "card_of", lambda x: (108, 163 << 10, (8, 0)))
     with pytest.raises(ValueError, match=r"compute capability 8.9 .* has 8.0.* int8 .*model.dequantize\(\)"):
         call(rows_of(3, 64, BF16, device), weight)
 
 
 def test_the_table():
     for format in SCALED:
-        for rows in (1, 16, 17, 100, plans.MOST_IN_REGISTERS[format]):
+        for rows in (1, 16, 17, plans.MOST_IN_REGISTERS[format]):
             for shared in (227 << 10, 163 << 10, 99 << 10):
                 plan = plans.product_of(format, BF16, 64, rows, shared)
-                assert plan.shared_bytes(format, 2) <= shared or plan.stages == 1
+                assert plan.shared_bytes(format, 2) <= shared
                 splits, columns = plan.splits(rows, 4096, 8192, 132)
                 assert columns % plan.BK == 0
                 assert (splits - 1) * columns < 8192 <= splits * columns
@@ -238,6 +248,65 @@ def test_the_table():
     assert Product(64, 16, 256, 4, 4).fitting("int8", 64, 2, 1 << 20).BK == 256
     assert Product(64, 16, 64, 4, 4).fitting("int8", 32, 2, 1 << 20).BK == 64
     assert Product(64, 16, 32, 4, 4).fitting("int4", 64, 2, 1 << 20).BK == 64
+
+
+def compiled(kernel, constants: dict, types: dict, capability: int, warps: int):
+    """The kernel for a card, which need not be here: (bytes of shared memory, bytes of a thread's stack)."""
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    places = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n == "stride_x"]
+    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(kernel, signature, constexprs=places, attrs=attributes)
+    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(found.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    stack = re.search(r"STACK:(\d+)", usage.stdout)
+    assert stack, usage.stdout
+    return found.metadata.shared, int(stack[1])
+
+
+CARDS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CARDS)
+@pytest.mark.parametrize("format", SCALED)
+def test_the_tables_tiles_compile(capability, format):
+    """At out_proj of the 7B shape: they fit the card's shared memory, and a Hopper's registers."""
+    n, k, shared = 4096, 8192, CARDS[capability]
+    types = {"x": "*bf16", "data": {"int8": "*i8", "int4": "*i16", "fp8": "*u8"}[format], "scales": "*fp32"}
+    for most, product in plans.PRODUCTS[format] if capability == 90 else plans.PRODUCTS[format][::4]:
+        plan = product.fitting(format, 64, 2, shared - gpu.KEPT)
+        splits, columns = plan.splits(min(most, 512), n, k, 132)
+        constants = {
+            "N": n, "K": k, "COLUMNS": columns, "BITS": plans.BITS[format], "GROUP": 64, "BN": plan.BN, "BB": plan.BB,
+            "BK": plan.BK, "STAGES": plan.stages, "SPLITS": splits, "AFTER": plan.after, "ASM": True,
+            "HAS_BIAS": False, "bias": None,
+        }  # fmt: skip
+        types["y"] = "*fp32" if splits > 1 else "*bf16"
+        taken, stack = compiled(kernels.product_kernel, constants, types, capability, plan.warps)
+        assert taken <= shared
+        assert stack == 0 or capability != 90, f"{plan} spills"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+def test_the_other_kernels_compile():
+    common = {"N": 4096, "K": 8192, "GROUP": 64}
+    for bits, kind in ((8, "*i8"), (4, "*i16"), (1, "*u8")):
+        constants = common | {"BITS": bits, "BN": 2, "BK": 512 if bits == 4 else 2048}
+        types = {"data": kind, "scales": "*fp32", "y": "*bf16"}
+        assert compiled(kernels.widen_kernel, constants, types, 90, 4)[1] == 0
+    types = {"parts": "*fp32", "y": "*bf16"}
+    constants = {"N": 4096, "SPLITS": 8, "SIZE": 1024, "HAS_BIAS": False, "bias": None}
+    assert compiled(kernels.sum_kernel, constants, types, 90, 4)[1] == 0
+    types = {"x": "*bf16", "q": "*u8", "scales": "*fp32", "residual": "*fp32", "kept": "*fp32", "weight": "*bf16"}
+    assert compiled(kernels.float8_kernel, {"K": 8192, "SIZE": 8192}, types, 90, 16)[1] == 0
+    constants = {"H": 4096, "SIZE": 4096, "HAS_RESIDUAL": True, "ROUNDED": 1}
+    assert compiled(kernels.norm_float8_kernel, constants, types | {"eps": "fp32"}, 90, 8)[1] == 0
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the one that starts it")

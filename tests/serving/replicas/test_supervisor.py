@@ -80,7 +80,7 @@ def test_what_is_stopped_gets_nothing_more_and_is_killed_with_its_texts(ends, mo
                 assert [job.replica for job in jobs[1:]] == [other.replica] * 2
                 assert dispatcher.health()["status"] == "degraded"
             if first.killed and ends:
-                supervisor._exited(stopped, -9, first)
+                supervisor._lost(stopped, "killed by signal 9", first)
             await asyncio.sleep(0.02)
         assert states == {"ready", "silent"}
         assert first.killed == 1
@@ -95,7 +95,7 @@ def test_what_is_stopped_gets_nothing_more_and_is_killed_with_its_texts(ends, mo
             for one in (other, stopped):
                 one.process.monitor.received(Heartbeat(0, False))
             await asyncio.sleep(0.02)
-        supervisor._exited(stopped, -9, first)  # its end, late: another process has its place
+        supervisor._lost(stopped, "killed by signal 9", first)  # its end, late: another process has its place
         supervisor._receive(stopped, Batch(0, 0, [Piece(jobs[0].id, "late", 1, "stop")]), first)  # and its last words
         assert launched == [stopped, other, stopped]
         assert stopped.replica.state == "loading"
@@ -141,7 +141,7 @@ def test_a_dead_replica_fails_its_texts_alone(monkeypatch):
         (after,) = (m for m in iter_queue(second.replica.outgoing) if isinstance(m, Task))
         for count in range(3):
             first.replica.state = "ready"
-            supervisor._exited(first, -9, first.process)
+            supervisor._lost(first, "killed by signal 9", first.process)
             await asyncio.sleep(0.01)
             assert launched[2:] == [first] * min(count + 1, 2), "the third death within a minute is waited out"
         with pytest.raises(ApiError, match="killed by signal 9.*send the request again"):
@@ -165,11 +165,11 @@ def test_the_first_failure_to_load_is_reported(monkeypatch):
         supervisor.start()
         (one,) = supervisor.supervised
         supervisor._receive(one, Failed("no such model"), one.process)
-        supervisor._exited(one, 1, one.process)
+        supervisor._lost(one, "exit status 1", one.process)
         assert failures == ["replica 0 (cpu) could not start: no such model"]
         await asyncio.sleep(0.01)
         supervisor._receive(one, Ready(), one.process)
-        supervisor._exited(one, 1, one.process)
+        supervisor._lost(one, "exit status 1", one.process)
         assert len(failures) == 1
         assert one.replica.error == "exit status 1"
         supervisor._watching.cancel()
