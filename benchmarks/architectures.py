@@ -77,7 +77,7 @@ def compile_cuda(capability: int) -> dict[str, tuple[int, int]]:
             note([*names, "ops/selective_scan/common.cuh:selective_scan_sequences"], shared)
     for shape, format, rows, verify in (
         ("1.4b", None, 1, False), ("130m", None, 8, False), ("1.4b", None, 5, True), ("130m", "int8", 4, False),
-        ("130m", "int4", 1, False),
+        ("130m", "int4", 1, False), ("130m", "fp8", 4, False),
     ):  # fmt: skip
         plan = persistent(card, shape, format, rows, verify)
         if not isinstance(plan, str):

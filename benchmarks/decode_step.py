@@ -30,7 +30,7 @@ import mambakit
 from benchmarks import record
 from mambakit.decoding.graph_step import gpu_weights
 from mambakit.ops.decode import cuda_persistent as persistent
-from mambakit.ops.decode import triton_few_rows, triton_many_rows
+from mambakit.ops.decode import triton_few_rows, triton_many_rows, triton_packed_rows
 from mambakit.ops.decode.cuda_persistent import PARTS, PersistentStep
 
 SHAPES = {
@@ -102,6 +102,8 @@ def ways(model, rows: int) -> dict[str, Callable[[bool], torch.Tensor]]:
         found["few rows"] = triton_few_rows.FewRowsStep(weights, *states(), capacity=8)
     if weights.kind is None and rows <= triton_many_rows.MOST_ROWS:
         found["many rows"] = triton_many_rows.ManyRowsStep(weights, *states(), capacity=8)
+    if weights.kind is not None and rows <= triton_packed_rows.MOST_ROWS:
+        found["many rows, packed"] = triton_packed_rows.PackedRowsStep(weights, *states(), capacity=8)
     for step in found.values():
         if hasattr(step, "tokens"):
             step.tokens.fill_(TOKEN)
@@ -130,7 +132,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["130m", "1.4b", "2.8b"])
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=["plain"])
-    parser.add_argument("--formats", nargs="+", choices=("plain", "int8", "int4"), default=["plain", "int8", "int4"])
+    parser.add_argument(
+        "--formats", nargs="+", choices=("plain", "int8", "int4", "fp8"), default=["plain", "int8", "int4"]
+    )
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--clock", action="store_true")

@@ -400,8 +400,8 @@ def main() -> None:
             failed.append(path)
         for part, rows in found.items():
             results.setdefault(part, []).extend(rows)
+        record.write(arguments.json, results, gpus=1)  # each time: a later path may not end
     show(results, arguments.paths)
-    record.write(arguments.json, results, gpus=1)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -360,7 +360,11 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[part for part in PARTS if part != "context"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64, 128])
     parser.add_argument(
-        "--formats", nargs="+", choices=("plain", "int8", "int4"), default=["plain"], help="of the weights, in steps"
+        "--formats",
+        nargs="+",
+        choices=("plain", "int8", "int4", "fp8"),
+        default=["plain"],
+        help="of the weights, in steps",
     )
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--new", type=int, default=128)

@@ -2,8 +2,8 @@
 
 `TRITON_CASES` and `CUDA_CASES` are calls of the ops' own code on tensors of one device. On a CPU with `compile_only`
 nothing is launched: each kernel is compiled for a card as its code would launch it there
-(`benchmarks/architectures.py`). On a GPU they run, small (`.ci/sanitizers.py`). `triton_kernels` and `cuda_kernels` find
-what there is in the sources, so that a test sees a kernel that no case launches.
+(`benchmarks/architectures.py`). On a GPU they run, small (`.ci/sanitizers.py`). `triton_kernels` and `cuda_kernels`
+find what there is in the sources, so that a test sees a kernel that no case launches.
 """
 
 from __future__ import annotations
@@ -134,12 +134,15 @@ def compile_only(capability: int) -> Iterator[list[Compiled]]:
 
     from mambakit.ops.causal_conv1d import triton as conv
     from mambakit.ops.decode import triton_many_rows
+    from mambakit.ops.linear import triton as linear
 
     found: list[Compiled] = []
     run, active, card = JITFunction.run, triton.runtime.driver._active, CARDS[capability]
-    processors, within = conv._processors, triton_many_rows.ManyRowsStep.__init__
+    processors, within, without = conv._processors, triton_many_rows.ManyRowsStep.__init__, linear.WITHOUT_CARD
 
     def compile_it(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if "ASM" in options:
+            options["ASM"] = True  # off for a CPU's interpreter
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
         path = Path(self.fn.__code__.co_filename).relative_to(PACKAGE)
         found.append(Compiled(f"{path}:{self.fn.__name__}", kernel.metadata.shared, kernel.metadata.num_warps))
@@ -152,11 +155,12 @@ def compile_only(capability: int) -> Iterator[list[Compiled]]:
     try:
         JITFunction.run = compile_it
         conv._processors = lambda _device: card.processors
+        linear.WITHOUT_CARD = card.processors, card.shared, divmod(capability, 10)
         triton_many_rows.ManyRowsStep.__init__ = with_the_cards_memory
         yield found
     finally:
         JITFunction.run, conv._processors, triton_many_rows.ManyRowsStep.__init__ = run, processors, within
-        triton.runtime.driver._active = active
+        linear.WITHOUT_CARD, triton.runtime.driver._active = without, active
 
 
 # -- calls -------------------------------------------------------------------------------------------------------------
@@ -166,13 +170,16 @@ SHAPES = {"130m": (768, 24), "370m": (1024, 48), "1.4b": (2048, 48), "2.8b": (25
 
 
 def weights_of(
-    h: int, layers: int, v: int, dtype: torch.dtype, device: str, format: str | None = None, fill: bool = True
-) -> ModelWeights:
-    """A model whose layers share one layer's weights. Without ``fill`` their memory is not touched."""
+    h: int, layers: int, v: int, dtype: torch.dtype, device: str, format: str | None = None, fill: bool = True,
+    norms: int = 0,
+) -> ModelWeights:  # fmt: skip
+    """A model whose layers share one layer's weights. Without ``fill`` their memory is not touched. ``norms`` of dt, B
+    and C: 0 none, 1 without weights, 2 with weights."""
 
     def make(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-        empty = torch.empty(shape, dtype=kind, device=device)
-        return empty.normal_(std=0.02) if fill else empty
+        empty = torch.empty if format is None else torch.zeros  # what is packed must be numbers
+        values = empty(shape, dtype=kind, device=device)
+        return values.normal_(std=0.02) if fill else values
 
     def large(*shape: int) -> Any:
         return make(*shape) if format is None else pack(make(*shape).float(), format)
@@ -182,8 +189,9 @@ def weights_of(
         norm=make(h), in_proj=large(2 * d, h), in_proj_bias=None, conv=make(d, 4), conv_bias=make(d),
         x_proj=large(r + 2 * n, d), dt_proj=make(d, r), dt_bias=make(d, kind=torch.float32),
         A_log=make(d, n, kind=torch.float32), D=make(d, kind=torch.float32), out_proj=large(h, d), out_proj_bias=None,
+        **(dict(zip(("dt_norm", "B_norm", "C_norm"), map(make, (r, n, n)), strict=True)) if norms == 2 else {}),
     )  # fmt: skip
-    return ModelWeights([layer] * layers, make(v, h), make(h), large(v, h), 1e-5)
+    return ModelWeights([layer] * layers, make(v, h), make(h), large(v, h), 1e-5, 1e-6 if norms else None)
 
 
 def states_of(weights: ModelWeights, rows: int, ssm: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -202,35 +210,66 @@ def _width(small: bool) -> tuple[int, int]:
     return (128, 320) if small else (2048, 50280)
 
 
-def few_rows(format: str | None, dtype: torch.dtype) -> Case:
+def few_rows(format: str | None, dtype: torch.dtype, norms: int = 0) -> Case:
     def case(device: str, small: bool) -> None:
         from mambakit.ops.decode.triton_few_rows import FewRowsStep
 
         h, v = _width(small)
-        weights = weights_of(h, 1, v, dtype, device, format)
+        weights = weights_of(h, 1, v, dtype, device, format, norms=norms)
         for rows in (1, 4):
             FewRowsStep(weights, *states_of(weights, rows), 2)(choose=True)
 
     return case
 
 
-def many_rows(rows: int, dtype: torch.dtype, ssm: torch.dtype = torch.float32) -> Case:
+def many_rows(rows: int, dtype: torch.dtype, ssm: torch.dtype = torch.float32, norms: int = 0) -> Case:
     def case(device: str, small: bool) -> None:
         from mambakit.ops.decode.triton_many_rows import ManyRowsStep
 
         h, v = _width(small)
-        weights = weights_of(h, 1, v, dtype, device)
+        weights = weights_of(h, 1, v, dtype, device, norms=norms)
         ManyRowsStep(weights, *states_of(weights, rows, ssm), 2)(choose=True)
 
     return case
 
 
-def drafts(slots: int, tokens: int, dtype: torch.dtype) -> Case:
+def packed_rows(rows: int, format: str) -> Case:
+    def case(device: str, small: bool) -> None:
+        from mambakit.ops.decode.triton_packed_rows import PackedRowsStep
+
+        h, v = _width(small)
+        weights = weights_of(h, 1, v, torch.bfloat16, device, format)
+        PackedRowsStep(weights, *states_of(weights, rows), 2)(choose=True)
+
+    return case
+
+
+def packed_products(format: str) -> Case:
+    def case(device: str, small: bool) -> None:
+        from mambakit.ops.linear import triton as gpu
+        from mambakit.ops.linear import triton_plan
+        from mambakit.ops.linear.schema import parts_of
+
+        n, k = (96, 192) if small else (2048, 4096)
+        weight = pack(torch.randn(n, k, device=device), format)
+        gpu.dequantize(*parts_of(weight), format, k, weight.group)
+        for rows in (3, 20, 50, 100, 300):
+            x = torch.randn(rows, k, device=device).to(torch.bfloat16)
+            tile = triton_plan.tile_of(format, rows).fitting(format, weight.group, 2, gpu.card_of(x)[1] - gpu.KEPT)
+            gpu.in_registers(x, weight, x[0, :1].expand(n).contiguous(), tile)
+        if format == "fp8":
+            gpu.rows_in_float8(x)
+            gpu.norm_in_float8(x, x[0], x.float(), 1e-5, torch.float32, torch.bfloat16)
+
+    return case
+
+
+def drafts(slots: int, tokens: int, dtype: torch.dtype, norms: int = 0) -> Case:
     def case(device: str, small: bool) -> None:
         from mambakit.ops.decode.triton_verify import ManyRowsVerification
 
         h, v = _width(small)
-        weights = weights_of(h, 1, v, dtype, device)
+        weights = weights_of(h, 1, v, dtype, device, norms=norms)
         verify = ManyRowsVerification(weights, *states_of(weights, slots), tokens)
         verify()
         verify.kept.fill_(tokens // 2)
@@ -275,9 +314,23 @@ def norm(dtype: torch.dtype) -> Case:
     return case
 
 
-def scan_inputs(device: str, small: bool, dtype: torch.dtype, n: int = 16) -> list[Any]:
+def selection_norm(dtype: torch.dtype, weighted: bool) -> Case:
+    def case(device: str, small: bool) -> None:
+        from mambakit.ops.selection_norm import triton as norm
+
+        (r, n), tokens = ((6, 16), 50) if small else ((128, 16), 4096)
+        x = torch.randn(tokens, r + 2 * n, dtype=dtype, device=device)
+        weights = [torch.ones(size, device=device) if weighted else None for size in (r, n, n)]
+        y = norm.forward(x, *weights, r, 1e-6)
+        norm.backward(torch.randn_like(y), x, *weights, r, 1e-6)
+
+    return case
+
+
+def scan_inputs(device: str, small: bool, dtype: torch.dtype, n: int = 16, length: int | None = None) -> list[Any]:
     """u, delta, A, B, C, D, z, delta_bias of the scan."""
-    d, length = (96, 70) if small else (4096, 512)
+    d = 96 if small else 4096
+    length = length or (70 if small else 512)
     u, delta, z = (torch.randn(2, length, d, dtype=dtype, device=device) for _ in range(3))
     A, (B, C) = -torch.rand(d, n, device=device), torch.randn(2, 2, length, n, dtype=dtype, device=device)
     D, bias = torch.randn(2, d, device=device)
@@ -329,23 +382,107 @@ TRITON_CASES: dict[str, Case] = {
     "decode, few rows, float32": few_rows(None, F32),
     "decode, few rows, int8": few_rows("int8", BF16),
     "decode, few rows, int4": few_rows("int4", BF16),
+    "decode, few rows, FalconMamba": few_rows(None, BF16, 1),
     "decode, 16 rows": many_rows(16, BF16),
+    "decode, 16 rows, Jamba's norms": many_rows(16, BF16, norms=2),
     "decode, 64 rows, states in bfloat16": many_rows(64, BF16, BF16),
     "decode, 128 rows": many_rows(128, F16),
     "decode, 512 rows": many_rows(512, BF16),
     "decode, 32 rows, float32": many_rows(32, F32),
+    "decode, few rows, fp8": few_rows("fp8", BF16),
+    "decode, 48 rows, int8": packed_rows(48, "int8"),
+    "decode, 128 rows, int4": packed_rows(128, "int4"),
+    "decode, 128 rows, fp8": packed_rows(128, "fp8"),
+    "products, int8": packed_products("int8"),
+    "products, int4": packed_products("int4"),
+    "products, fp8": packed_products("fp8"),
     "drafts of 8 slots": drafts(8, 4, BF16),
     "drafts of 32 slots": drafts(32, 5, BF16),
     "drafts, float32": drafts(2, 3, F32),
+    "drafts, FalconMamba": drafts(4, 4, BF16, 1),
     "convolution": convolution(False, False, BF16),
     "convolution, packed": convolution(False, True, F32),
     "convolution, (b, d, l)": convolution(True, False, BF16),
     "convolution, (b, d, l), packed": convolution(True, True, F16),
     "norm": norm(BF16),
     "norm, float32": norm(F32),
+    "norms of dt, B and C": selection_norm(BF16, False),
+    "norms of dt, B and C, weights": selection_norm(F32, True),
+    "decode, few rows, norms": few_rows(None, F32, 1),
+    "decode, 16 rows, norms": many_rows(16, BF16, norms=2),
+    "drafts of 8 slots, norms": drafts(8, 4, BF16, 1),
     "scan": triton_scan(BF16),
     "scan, float32": triton_scan(F32),
     "head and loss": cross_entropy(BF16),
     "head and loss, float32": cross_entropy(F32),
     "sampling": sampling,
 }
+
+
+def cuda_scan(length: int, packed: bool, dtype: torch.dtype) -> Case:
+    def case(device: str, small: bool) -> None:
+        from mambakit.ops.selective_scan import cuda as scan
+
+        inputs = scan_inputs(device, small, dtype, length=length)
+        u, A = inputs[0], inputs[2]
+        starts, sequences = None, u.shape[0]
+        if packed:
+            inputs = [t if t.dim() < 3 else t[:1].contiguous() for t in inputs]
+            starts, sequences = torch.tensor([0, 17, length], dtype=torch.int32, device=device), 2
+        initial = torch.randn(sequences, u.shape[2], A.shape[1], device=device)
+        y, final, checkpoints = scan.forward(*inputs, True, initial, starts, 256)
+        scan.backward(torch.randn_like(y), torch.randn_like(final), *inputs, True, initial, starts, checkpoints, 256)
+        slots = torch.arange(sequences, dtype=torch.int32, device=device)
+        scan.forward_(initial.clone(), slots, *inputs, True, starts)
+
+    return case
+
+
+def persistent_step(rows: int, format: str | None, verify: bool = False, norms: int = 0) -> Case:
+    def case(device: str, small: bool) -> None:
+        from mambakit.ops.decode.cuda_persistent import PersistentStep
+
+        weights = weights_of(256, 2, 512, torch.bfloat16, device, format, norms=norms)
+        states = states_of(weights, rows + verify)
+        step = PersistentStep(weights, *states, verify=verify)
+        step()
+        step()  # what the first one left is read
+
+    return case
+
+
+def mixer_parameters(device: str, small: bool) -> None:
+    from mambakit.ops.fused_mixer.parameters import PreparedParameters
+
+    counts, states = [100, 4096, 7], 320
+    sources = [torch.randn(n, device=device) for n in counts]
+    targets = [torch.empty(n, dtype=torch.bfloat16, device=device) for n in counts]
+    A_log, A = torch.randn(states, device=device), torch.empty(states, device=device)
+    launch = PreparedParameters(counts, states, torch.bfloat16, torch.device(device).index or 0)
+    addresses = ([t.data_ptr() for t in tensors] for tensors in (sources, targets))
+    launch(torch.cuda.current_stream().cuda_stream, *addresses, A_log.data_ptr(), A.data_ptr())
+    torch.cuda.synchronize()
+
+
+_SCAN = "ops/selective_scan/"
+_BACKWARD = (f"{_SCAN}backward.cuh:selective_scan_backward", f"{_SCAN}backward.cuh:selective_scan_reduce")
+_FORWARD = f"{_SCAN}forward.cuh:selective_scan_forward"
+_STEP = ("ops/decode/persistent.cu:decode_step",)
+CUDA_CASES: dict[str, tuple[Case, tuple[str, ...]]] = {
+    "scan in CUDA C++": (cuda_scan(70, False, BF16), (_FORWARD, *_BACKWARD)),
+    "scan in CUDA C++, several chunks": (
+        cuda_scan(1500, False, F32), (_FORWARD, *_BACKWARD, f"{_SCAN}backward.cuh:selective_scan_backward_carries"),
+    ),
+    "scan in CUDA C++, packed": (
+        cuda_scan(300, True, BF16), (_FORWARD, *_BACKWARD, f"{_SCAN}common.cuh:selective_scan_sequences"),
+    ),
+    "decode step in one kernel": (persistent_step(1, None), _STEP),
+    "decode step in one kernel, 8 rows": (persistent_step(8, None), _STEP),
+    "decode step in one kernel, int8": (persistent_step(2, "int8"), _STEP),
+    "decode step in one kernel, int4": (persistent_step(4, "int4"), _STEP),
+    "decode step in one kernel, fp8": (persistent_step(1, "fp8"), _STEP),
+    "decode step in one kernel, FalconMamba": (persistent_step(3, None, norms=1), _STEP),
+    "drafts in one kernel": (persistent_step(4, None, verify=True), _STEP),
+    "parameters of the fused mixer": (mixer_parameters, ("ops/fused_mixer/parameters.cu:mixer_parameters",)),
+}  # fmt: skip
+"""Calls that launch kernels of CUDA C++, on a GPU alone, and which ones they launch."""

@@ -1,6 +1,8 @@
 """Training on several NVIDIA GPUs of one machine, against one of them.
 
     python benchmarks/multi_gpu.py --gpus 2 --json multi_gpu.json
+    python benchmarks/multi_gpu.py --gpus 4 --only training --rows 4 --json training.json   # in parts of some minutes
+    python benchmarks/multi_gpu.py --gpus 4 --only context --sequences 2 --json context.json
     python benchmarks/multi_gpu.py --one-gpu      # what one GPU can say: the one-GPU rows, and a process's own share
 
 1. training: tokens per second of the 1.4b shape with DDP and FSDP2, --rows of 2048 tokens a GPU, against one GPU that
@@ -14,7 +16,8 @@
 speed-up that is left if communication cost nothing.
 
 float32 parameters, bfloat16 autocast, random weights and tokens. Every measurement is a process (torchrun starts as
-many as it takes), so that memory is its own. NCCL's NVLink multicast stays off (NCCL_NVLS_ENABLE=0).
+many as it takes), so that memory is its own. NCCL's NVLink multicast stays off (NCCL_NVLS_ENABLE=0). Replicas of the
+server are another script's: `benchmarks/serving.py --replicas 4 --compare`.
 """
 
 from __future__ import annotations
@@ -214,6 +217,9 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="training steps without CUDA graphs, too")
     parser.add_argument("--only", choices=["training", "context"])
     parser.add_argument("--shortest", action="store_true", help="only the shortest sequence")
+    parser.add_argument(
+        "--sequences", nargs="+", type=int, choices=range(len(SEQUENCES)), help="which of the sequences (default: all)"
+    )
     record.add_argument(parser)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -241,7 +247,11 @@ def main() -> None:
         columns = ["how", "gpus", "rows a GPU", "tokens_per_second", "speedup", "seconds", "gib", "error"]
         print(table(report["training"], columns), flush=True)
     if arguments.only != "training":
-        report["context"] = context_rows(gpus, SEQUENCES[: 1 if arguments.shortest else None])
+        chosen = [0] if arguments.shortest else arguments.sequences or range(len(SEQUENCES))
+        odd = [SEQUENCES[i] for i in chosen if SEQUENCES[i][1] % gpus]
+        if odd:
+            sys.exit(f"{odd[0][1]} tokens cannot be divided evenly over {gpus} GPUs; choose others by --sequences")
+        report["context"] = context_rows(gpus, [SEQUENCES[i] for i in chosen])
         columns = ["model", "length", "how", "seconds", "speedup", "gib", "memory_ratio", "loss", "gradient_error"]
         print(table(report["context"], [*columns, "worst_error", "worst", "error"]), flush=True)
     record.write(arguments.json, report, gpus=gpus, notes="NCCL_NVLS_ENABLE=0", cuda=str(torch.version.cuda))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.tables import context, cpu, decoders, experiments, gpu, kernels, readme
+from benchmarks.tables import architectures, context, cpu, decoders, experiments, gpu, kernels, readme
 from benchmarks.tables.records import Content, Records, plain
 
 TABLES: dict[str, Callable[[Records], Content]] = {
@@ -24,6 +24,8 @@ TABLES: dict[str, Callable[[Records], Content]] = {
     "draft": gpu.draft,
     "drafts": gpu.drafts,
     "context": context.context,
+    "architectures": architectures.architectures,
+    "cards": architectures.cards,
     "prompt-lengths": gpu.prompt_lengths,
     "multi-gpu-training": gpu.multi_gpu_training,
     "multi-gpu-context": gpu.multi_gpu_context,

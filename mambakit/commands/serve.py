@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mambakit.commands.configuration import add_config_argument
@@ -21,7 +19,7 @@ from mambakit.commands.serve_operations import (
     make_key,
     tls_options,
 )
-from mambakit.commands.served_model import check_model, own_name
+from mambakit.commands.served_model import check_model, check_states, own_name, prefix_folder, read_template
 from mambakit.commands.texts import require_file
 from mambakit.quoting import brief
 
@@ -130,7 +128,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(replicas, _REPLICAS)
     states = parser.add_argument_group("states that clients keep")
     states.add_argument(
-        "--states", metavar="FOLDER", help="keep states here, and the prefix cache's; they are there after a restart"
+        "--states",
+        metavar="FOLDER",
+        help="keep states here, and the prefix cache's, also after a restart; or a URL as s3://..., for states alone",
     )
     _add(states, _STATES)
     _add(parser.add_argument_group("limits of texts"), _LIMITS)
@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
                 chunk_size=args.prefill_chunk_size,
                 state=args.load_state,
                 prefix_cache_bytes=(args.prefix_cache_mb or _CACHE_MB) << 20 if args.prefix_cache else 0,
-                prefix_cache_folder=None if args.states is None else str(Path(args.states) / "prefixes"),
+                prefix_cache_folder=prefix_folder(args.states),
                 prefix_cache_disk_bytes=args.prefix_cache_disk_mb << 20,
                 states_folder=args.states,
                 states_memory_bytes=args.states_memory_mb << 20,
@@ -219,7 +219,7 @@ def run(args: argparse.Namespace) -> int:
                 unfinished_bytes=args.max_unfinished_mb << 20,
             ),
             drain_seconds=args.drain_seconds,
-            chat_template=None if args.chat_template is None else _template(args.chat_template),
+            chat_template=None if args.chat_template is None else read_template(args.chat_template),
             request_seconds=args.request_seconds,
             states=StatesOptions(
                 budget=args.states_mb << 20,
@@ -234,20 +234,6 @@ def run(args: argparse.Namespace) -> int:
         )
     )
     return 0
-
-
-def _template(file: str) -> str:
-    """The text of --chat-template, checked as far as it can be without messages."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    require_file(file, "chat template", "write one in Jinja, as a tokenizer's chat_template")
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
-    except (TemplateError, UnicodeDecodeError) as error:
-        raise ValueError(f"--chat-template {brief(file)} is no template ({error}); give a file of Jinja") from None
-    return text
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -271,7 +257,7 @@ def _check(args: argparse.Namespace) -> None:
                 "--prefix-cache finds a prompt by all of its tokens, which a saved state does not hold; drop one"
             )
     if args.states is not None:
-        _check_folder(args.states)
+        check_states(args.states)
     if args.device and args.devices:
         raise ValueError("--device and --devices both say where; give one")
     if args.max_unfinished_mb < args.max_body_mb:
@@ -280,17 +266,6 @@ def _check(args: argparse.Namespace) -> None:
             "least "
             "that"
         )
-
-
-def _check_folder(name: str) -> None:
-    """Refuse a folder that files cannot be written to before the model is loaded."""
-    try:
-        Path(name).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=name):
-            pass
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ValueError(f"--states {brief(name)} cannot be written to ({reason}); name a folder that can") from None
 
 
 def _devices(args: argparse.Namespace) -> tuple[str, ...]:

@@ -1,9 +1,11 @@
-"""The model of `mambakit serve`, before it is loaded."""
+"""What `mambakit serve` is given, checked before anything is loaded: model, chat template, folder of states."""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
+from mambakit.commands.texts import require_file
 from mambakit.errors import CheckpointError
 from mambakit.quoting import brief
 
@@ -28,3 +30,38 @@ def check_model(name: str) -> None:
             )
     elif folder.is_absolute() or name.startswith((".", "~")):
         raise CheckpointError(f"there is no folder {brief(name)}; give a folder that holds a model, or a hub id")
+
+
+def read_template(file: str) -> str:
+    """The text of --chat-template, checked as far as it can be without messages."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    require_file(file, "chat template", "write one in Jinja, as a tokenizer's chat_template")
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except (TemplateError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat-template {brief(file)} is no template ({error}); give a file of Jinja") from None
+    return text
+
+
+def prefix_folder(states: str | None) -> str | None:
+    """The folder of the prefix cache: beside the states, where those are in a folder of this machine."""
+    return None if states is None or "://" in states else str(Path(states) / "prefixes")
+
+
+def check_states(name: str) -> None:
+    """Refuse a folder that files cannot be written to before the model is loaded."""
+    if "://" in name:
+        from mambakit.serving.states.remote import RemoteFolder
+
+        RemoteFolder(name)
+        return
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=name):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"--states {brief(name)} cannot be written to ({reason}); name a folder that can") from None

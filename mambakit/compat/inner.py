@@ -193,55 +193,6 @@ def _projected(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(y.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
 
 
-def mamba_inner_ref(
-    xz: Tensor,
-    conv1d_weight: Tensor,
-    conv1d_bias: Tensor | None,
-    x_proj_weight: Tensor,
-    delta_proj_weight: Tensor,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    A: Tensor,
-    B: Tensor | None = None,
-    C: Tensor | None = None,
-    D: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    B_proj_bias: Tensor | None = None,
-    C_proj_bias: Tensor | None = None,
-    delta_softplus: bool = True,
-) -> Tensor:
-    """Upstream's name for `mamba_inner_fn` made of the functions one by one, as it is here."""
-    return mamba_inner_fn(
-        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B, C, D,
-        delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
-    )  # fmt: skip
-
-
-def bimamba_inner_ref(
-    xz: Tensor,
-    conv1d_weight: Tensor,
-    conv1d_bias: Tensor | None,
-    x_proj_weight: Tensor,
-    delta_proj_weight: Tensor,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    A: Tensor,
-    A_b: Tensor,
-    B: Tensor | None = None,
-    C: Tensor | None = None,
-    D: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    B_proj_bias: Tensor | None = None,
-    C_proj_bias: Tensor | None = None,
-    delta_softplus: bool = True,
-) -> Tensor:
-    """Vim's name for `bimamba_inner_fn` made of the functions one by one, as it is here."""
-    return bimamba_inner_fn(
-        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, A_b, B, C,
-        D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
-    )  # fmt: skip
-
-
 class MambaInnerFn:
     """mamba_ssm's autograd function, of which callers use ``apply``."""
 

@@ -20,7 +20,9 @@ def _from(home: str, names: str) -> dict[str, str]:
 _SCAN = _from("selective_scan", "SelectiveScanFn selective_scan_fn selective_scan_ref")
 _INNER = _from(
     "inner",
-    "MambaInnerFn mamba_inner_fn mamba_inner_ref mamba_inner_fn_no_out_proj bimamba_inner_fn bimamba_inner_ref",
+    "MambaInnerFn mamba_inner_fn mamba_inner_fn_no_out_proj bimamba_inner_fn "
+    # Of the ops one by one upstream, as the functions are here.
+    "mamba_inner_ref=mamba_inner_fn bimamba_inner_ref=bimamba_inner_fn",
 )
 _UPDATE = _from("state_update", "selective_state_update selective_state_update_ref")
 _NORM_REFERENCES = _from("norm_references", "layer_norm_ref rms_norm_ref")

@@ -27,6 +27,7 @@ from mambakit.serving.replicas.scaling import Scaling, ScalingOptions
 from mambakit.serving.replicas.supervisor import Supervisor
 from mambakit.serving.server import ServerOptions, make_dispatcher, make_intake, make_services
 from mambakit.serving.states.options import StatesOptions
+from mambakit.serving.states.remote import is_url
 from mambakit.toml_files import read_toml
 
 
@@ -113,7 +114,7 @@ def read_arguments(arguments: Mapping[str, Any]) -> tuple[RayOptions, ServerOpti
 
     logs = LogOptions(ray_options.log_format, ray_options.log_level)
     of_worker = {"model": str(default_model_path())} | {n: v for n, v in values.items() if n in _WORKER}
-    if of_worker.get("states_folder"):  # prefixes are shared, too
+    if of_worker.get("states_folder") and not is_url(of_worker["states_folder"]):  # prefixes are shared, too
         of_worker.setdefault("prefix_cache_folder", str(Path(of_worker["states_folder"]) / "prefixes"))
     worker = WorkerOptions(**of_worker, logs=logs)
     states = StatesOptions(ray_options.states_mb << 20, ray_options.states_seconds or None)

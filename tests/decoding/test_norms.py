@@ -104,6 +104,8 @@ SERVED = [
     (8, torch.bfloat16, None, "persistent kernel (CUDA)"),
     (1, torch.bfloat16, "int8", "persistent kernel (CUDA)"),
     (3, torch.bfloat16, "int4", "persistent kernel (CUDA)"),
+    (1, torch.bfloat16, "fp8", "persistent kernel (CUDA)"),
+    (16, torch.bfloat16, "int4", "kernels for many rows (Triton)"),
     (2, torch.float32, None, "kernels for few rows (Triton)"),
     (48, torch.bfloat16, None, "kernels for many rows (Triton)"),
 ]

@@ -18,9 +18,9 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): BLOCK.findall(path.read_text(encoding="utf-8"))
     for path in [*documents(), ROOT / "CONTRIBUTING.md"]
 }
-# Its blocks need a server: tests/docs/test_serving_api.py runs them beside one.
-ELSEWHERE = ("docs/guides/serving-api.md",)
-PAGES = {name: blocks for name, blocks in PAGES.items() if blocks and name not in ELSEWHERE}
+# Their examples ask a server: test_serving_api.py, test_states.py.
+SERVED = ("docs/guides/serving-api.md", "docs/guides/states.md")
+PAGES = {name: blocks for name, blocks in PAGES.items() if blocks and name not in SERVED}
 # They change the import system of their process.
 OWN_PROCESS = ("docs/guides/dropin.md", "docs/guides/migration-mamba-ssm.md", "docs/migration/transformers.md")
 # Packages that tests do not install, or that a bare environment lacks: blocks that import them are left out without.

@@ -84,7 +84,8 @@ def random_request(chance: random.Random, model, kept: float) -> Request:
         ).backbone.new_cache(1)
     return Request(
         ids, samplings(chance), max_new_tokens=chance.choice([1, 1, 2, 3, 5, 9, MOST]), state=state, context=context,
-        keep_state=chance.random() < kept, share=chance.choice(SHARES),
+        keep_state=chance.random() < kept, keep_states=chance.random() < kept, share=chance.choice(SHARES),
+        cache_salt=chance.choice(["", "", "salt"]),
     )  # fmt: skip
 
 
@@ -156,6 +157,7 @@ def schedule(seed: int, model, way: str) -> None:
     assert not engine._schedule.unread
     assert not engine._schedule.ready
     assert not any(engine._pool.occupants)
+    assert not engine._states._copies, "no copy of a state is left"
     for request in requests:
         assert request.tokens == seen[request]
         tokens, reason = alone(model, way, rows, chunk, request)
@@ -170,6 +172,13 @@ def schedule(seed: int, model, way: str) -> None:
             assert request.final_state.get_seq_length() == len(read)
             expected = model(torch.tensor([read]), use_cache=True).cache_params
             torch.testing.assert_close(request.final_state.ssm_states, expected.ssm_states, rtol=1e-3, atol=1e-4)
+        for state in () if request.state is not None or request.exception or request.error else request.states:
+            read = [*request.prompt_ids.tolist(), *request.tokens][: state.get_seq_length()]
+            assert state.get_seq_length() == len(read) >= len(request.prompt_ids)
+            expected = model(torch.tensor([read]), use_cache=True).cache_params
+            torch.testing.assert_close(state.ssm_states, expected.ssm_states, rtol=1e-3, atol=1e-4)
+        if request.keep_states and request.finish_reason in ("stop", "length"):
+            assert request.states
         if request.keep_state and request.finish_reason in ("stop", "length"):
             assert request.final_state is not None
 

@@ -94,6 +94,26 @@ def test_random_bytes_are_the_whole_text():
         assert "".join(decoder.push(t) for t in tokens) + decoder.flush() == tokenizer.decode(tokens), tokens
 
 
+def test_tokens_pushed_together_are_the_whole_text():
+    """In random parts, of plain text mostly: then two decodes a part."""
+    rng = random.Random(2)
+    odd = [*"é日🙂".encode(), 0x80, 0xFF, 300]
+    for share in (0.0, 0.05, 0.5):
+        for _ in range(300):
+            tokens = [
+                rng.choice(odd) if rng.random() < share else rng.choice(b"ab ") for _ in range(rng.randint(1, 60))
+            ]
+            tokenizer = Bytes()
+            decoder, shown, parts, at = _TextDecoder(tokenizer), "", 0, 0
+            while at < len(tokens):
+                part = tokens[at : at + rng.randint(1, 9)]
+                at, parts = at + len(part), parts + 1
+                shown += decoder.push_all(part)
+                if not share:
+                    assert shown == tokenizer.decode(tokens[:at])
+            assert shown + decoder.flush() == Bytes().decode(tokens), tokens
+
+
 def test_a_stop_string_before_half_a_character_is_found_at_the_end():
     class Words:
         def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:

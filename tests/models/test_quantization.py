@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import mambakit
+from mambakit.decoding.prefill import prefill
 from mambakit.decoding.registry import token_step
 from mambakit.generation.score import score_text
 from mambakit.models.checkpoints import describe
@@ -210,3 +213,31 @@ def test_base_models_and_classifiers_of_a_language_models_file(format, tmp_path)
         base.save_pretrained(tmp_path / f"{name} base")
         again = mambakit.AutoModel.from_pretrained(tmp_path / f"{name} base")
         assert torch.equal(again(ids).last_hidden_state, want)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8", "lossless"])
+@torch.no_grad()
+def test_prompts_and_tokens_on_a_gpu(format):
+    """Few rows and many, captured prompts, and steps of 1 to 20 slots, beside float64; fp8 rounds activations."""
+    config = mambakit.MambaConfig(hidden_size=512, num_hidden_layers=3, vocab_size=1000)
+    torch.manual_seed(0)
+    model = mambakit.MambaForCausalLM(config).to("cuda", torch.bfloat16).eval().quantize(format)
+    exact = copy.deepcopy(model).cpu().dequantize("float64")
+    bound = 8e-2 if format == "fp8" else 2e-2
+    for b, length in ((1, 20), (1, 300), (1, 700), (3, 90), (20, 40)):
+        ids = torch.randint(0, 1000, (b, length + 2), device="cuda")
+        want = exact(ids.cpu()).logits
+        got = model(ids).logits.double().cpu()
+        assert (got - want).norm() / want.norm() < bound
+        for _ in range(3):  # eager, captured, replayed
+            cache = model.backbone.new_cache(b)
+            last = prefill(model, ids[:, :length], cache).double().cpu()
+            assert (last - want[:, length - 1]).norm() / want[:, length - 1].norm() < bound
+        step = token_step(model, cache)
+        for t in (length, length + 1):
+            logits = step(ids[:, t]).double().cpu()
+            assert (logits - want[:, t]).norm() / want[:, t].norm() < bound
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)

@@ -70,3 +70,18 @@ def test_a_gradient_takes_the_two_ops(calls):
 def test_other_formats_call_their_modules(format, calls):
     pair("plain")[0].eval().quantize(format)(tokens(1, 9))
     assert not calls
+
+
+@torch.no_grad()
+def test_it_compiles_as_one_graph_and_is_exported(calls, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(fused_layer, "on_gpu", lambda x: True)
+    monkeypatch.setattr(fused_layer, "run", lambda *_, **__: None)
+    torch._dynamo.reset()
+    model, ids = pair("use_bias")[0].eval().quantize("fp8"), tokens(2, 24)
+    want = model(ids, use_cache=False).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids, use_cache=False).logits, want)
+    program = torch.export.export(model, (ids,), {"use_cache": False})
+    assert "mambakit.linear" in str(program.graph)  # parameters may get gradients there: the two ops
+    assert worst(program.module()(ids, use_cache=False).logits, want) < 1e-5

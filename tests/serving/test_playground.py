@@ -202,6 +202,8 @@ def test_forks_states_and_what_is_read_again(page, books):
     assert sent["/v1/states"]["state"].startswith("state_")
     assert sent["/v1/completions"]["prompt"] == ""
     assert sent["/v1/completions"]["state"] != sent["/v1/states"]["state"]
+    read = int(re.search(r"a state of (\d+) tokens", page.inner_text("#where"))[1])
+    assert read > 100 + 24, "with all that came before"
     page.keyboard.press("Alt+r")
     done(page)
     assert dots.count() == 5

@@ -17,8 +17,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from mambakit import AutoModelForCausalLM, AutoTokenizer
 from mambakit.errors import UsageError
-from mambakit.serving.dispatch.queue import AHEAD
+from mambakit.generation.stream import SamplingParams, Stream
+from mambakit.serving.dispatch.queue import EARLY
 from mambakit.serving.ray_app import read_arguments
 from tests.serving.conftest import ROOT, wait_until
 
@@ -64,7 +66,7 @@ APP = """
 import json, signal, sys, time
 import ray
 from ray import serve
-from mambakit.serving.dispatch.queue import AHEAD
+from mambakit.serving.dispatch.queue import EARLY
 from mambakit.serving.ray_app import build
 
 ray.init(num_cpus=4, include_dashboard=False, logging_level="error")
@@ -138,8 +140,11 @@ BODY = {"prompt": "The cat sat on the mat", "temperature": 0, "max_tokens": 24}
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_it_writes_what_a_server_without_ray_writes(cluster, server):
-    assert cluster.complete(**BODY)["text"] == server.complete(**BODY)["choices"][0]["text"]
+def test_it_writes_what_the_model_writes(cluster, model):
+    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(BODY["prompt"], return_tensors="pt").input_ids[0]
+    alone = Stream(loaded, tokenizer, ids, max_new_tokens=24, sampling=SamplingParams(temperature=0.0))
+    assert cluster.complete(**BODY)["text"] == "".join(alone)
     with cluster.client.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as answer:
         events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     assert events[-1] == "[DONE]"
@@ -183,7 +188,7 @@ def test_more_replicas_under_load_and_one_killed(cluster):
     whole = [answer.json()["choices"][0]["text"] for answer in answers if answer.status_code == 200]
     assert set(whole) == {expected}, "none is wrong"
     lost = [answer.json()["error"]["message"] for answer in answers if answer.status_code == 503]
-    assert 1 <= len(lost) <= 2 + AHEAD, "the texts that it had"
+    assert 1 <= len(lost) <= 2 * EARLY, "the texts that it had"
     assert all("killed by signal 9" in message for message in lost)
     wait_until(lambda: cluster.states() == ["ready", "ready"], "it is started again", PATIENCE)
     assert cluster.replicas()[0]["restarts"] == 1

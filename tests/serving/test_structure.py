@@ -23,7 +23,7 @@ FILES = {
         "completions", "reply", "chat_messages", "chat", "log_probs", "answers", "chat_answers", "tokens", "score",
         "operations", "state_bodies", "state_operations", "openapi", "intake",
     ],
-    "states": ["tensors", "blobs", "records", "store", "options"],
+    "states": ["tensors", "blobs", "records", "remote", "places", "store", "options"],
     "dispatch": ["shares", "jobs", "fair_queue", "queue", "affinity", "rates", "promises", "suspects", "dispatcher"],
     "replicas": [
         "heartbeat", "states", "outbox", "receiving", "constraints", "scoring", "worker", "transport", "process",

@@ -16,7 +16,7 @@ from mambakit.ops.decode.triton_many_rows import ManyRowsStep, Product, Tile
 from mambakit.ops.decode.triton_tokens import TokenBuffers
 from mambakit.ops.decode.weights import ModelWeights, Weight, shape_of
 from mambakit.ops.linear import triton_plan
-from mambakit.ops.linear.triton import KEPT, card
+from mambakit.ops.linear.triton import ASM, KEPT, card_of
 from mambakit.ops.linear.triton_kernels import product_kernel
 
 MOST_ROWS = 128
@@ -70,11 +70,10 @@ class PackedRowsStep(ManyRowsStep):
         tiles: dict[str, triton_plan.Product] | None = None,
     ):
         super().__init__(weights, conv_states, ssm_states, capacity, chosen, shared=shared)
-        rows, dtype, device = self.rows, self._x.dtype, self.embeddings.device
+        rows, dtype, device = self.rows, self._x.dtype, self._x.device
         if rows > MOST_ROWS:
             raise ValueError(f"PackedRowsStep: {rows} rows; it serves 1 to {MOST_ROWS}, split larger batches")
-        index = torch.cuda.current_device() if device.index is None and device.type == "cuda" else device.index
-        processors, memory, _ = card(index) if device.type == "cuda" else (132, 227 * 1024, None)
+        processors, memory, _ = card_of(self._x)
         layer = self.layers[0]
         self._packed_tiles: dict[str, triton_plan.Product] = {}
         for name, weight in (
@@ -97,7 +96,7 @@ class PackedRowsStep(ManyRowsStep):
         product_kernel[(triton.cdiv(n, tile.BN) * triton.cdiv(self.rows, tile.BB), self._splits[name])](
             x, weight.data, weight.scales, None, self._parts[name], self.rows, k,
             n, k, self._columns[name], triton_plan.BITS[weight.format], weight.group, BN=tile.BN, BB=tile.BB,
-            BK=tile.BK, STAGES=tile.stages, SPLITS=self._splits[name], AFTER=tile.after, ASM=x.is_cuda, HAS_BIAS=False,
+            BK=tile.BK, STAGES=tile.stages, SPLITS=self._splits[name], AFTER=tile.after, ASM=ASM, HAS_BIAS=False,
             num_warps=tile.warps,
         )  # fmt: skip
 

@@ -23,8 +23,9 @@ from mambakit.ops.rms_norm.triton import forward as rms_norm
 
 _HALF = (torch.bfloat16, torch.float16)
 KEPT = 4096  # bytes of shared memory that Triton takes beside the pipeline's stages
-# In the interpreter, on a CPU: multiprocessors and shared memory of an H100.
-_INTERPRETED = (132, 227 * 1024, (9, 0))
+# For tensors on a CPU, interpreted, or compiled for a card that is not here: an H100's multiprocessors, shared memory.
+WITHOUT_CARD = (132, 227 * 1024, (9, 0))
+ASM = isinstance(kernels.product_kernel, triton.runtime.jit.JITFunction)  # the interpreter has no assembly
 
 
 @functools.cache
@@ -34,8 +35,8 @@ def card(index: int) -> tuple[int, int, tuple[int, int]]:
     return found["multiprocessor_count"], found["max_shared_mem"], torch.cuda.get_device_capability(index)
 
 
-def _card_of(x: Tensor) -> tuple[int, int, tuple[int, int]]:
-    return card(x.device.index) if x.is_cuda else _INTERPRETED
+def card_of(x: Tensor) -> tuple[int, int, tuple[int, int]]:
+    return card(x.device.index) if x.is_cuda else WITHOUT_CARD
 
 
 def linear(x, data, scales, starts, columns, values, bias, format, in_features, group):
@@ -56,19 +57,19 @@ def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x (rows, in) with adjacent columns."""
     rows, n = x.shape[0], weight.out_features
     if weight.format in BITS:
-        plan = triton_plan.product_of(weight.format, x.dtype, weight.group, rows, _card_of(x)[1] - KEPT)
+        plan = triton_plan.product_of(weight.format, x.dtype, weight.group, rows, card_of(x)[1] - KEPT)
         if plan is not None:
             return in_registers(x, weight, bias, plan)
         if weight.format == "fp8" and triton_plan.takes_float8(x.dtype, rows, n, weight.in_features):
             return scaled(*rows_in_float8(x), weight, bias, x.dtype)
-    return widened(x, weight, bias, triton_plan.MANY.slab)
+    return widened(x, weight, bias, triton_plan.slab_of(rows))
 
 
 def require_float8(x: Tensor, weight: PackedWeight) -> None:
     """ValueError where the weight is fp8 and the card has no 8-bit floats: it would be slower than plain weights."""
     if weight.format != "fp8":
         return
-    capability = _card_of(x)[2]
+    capability = card_of(x)[2]
     if capability < triton_plan.FLOAT8_CAPABILITY:
         raise ValueError(
             f"fp8 weights need a GPU with 8-bit floats, of compute capability {_dotted(triton_plan.FLOAT8_CAPABILITY)} "
@@ -87,13 +88,13 @@ def _dotted(capability: tuple[int, int]) -> str:
 def in_registers(x: Tensor, weight: PackedWeight, bias: Tensor | None, plan: Product) -> Tensor:
     """x weight^T + bias by `product_kernel`."""
     (rows, k), n = x.shape, weight.out_features
-    splits, columns = plan.splits(rows, n, k, _card_of(x)[0])
+    splits, columns = plan.splits(rows, n, k, card_of(x)[0])
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     parts = y if splits == 1 else torch.empty((splits, rows, n), dtype=torch.float32, device=x.device)
     kernels.product_kernel[(triton.cdiv(n, plan.BN) * triton.cdiv(rows, plan.BB), splits)](
         x, weight.data, weight.scales, bias, parts, rows, x.stride(0),
         n, k, columns, BITS[weight.format], weight.group, BN=plan.BN, BB=plan.BB, BK=plan.BK, STAGES=plan.stages,
-        SPLITS=splits, AFTER=plan.after, ASM=x.is_cuda, HAS_BIAS=bias is not None, num_warps=plan.warps,
+        SPLITS=splits, AFTER=plan.after, ASM=ASM, HAS_BIAS=bias is not None, num_warps=plan.warps,
     )  # fmt: skip
     if splits > 1:
         size = min(1024, triton.next_power_of_2(n))

@@ -32,11 +32,13 @@ class Product:
     after: bool = False
 
     def fitting(self, format: str, group: int, itemsize: int, shared: int) -> Product:
-        """With steps of whole units, and with fewer stages until they fit ``shared`` bytes."""
+        """With steps of whole units, and with fewer rows of x and fewer stages until they fit ``shared`` bytes."""
         unit = 64 if format == "int4" else 16
         plan = replace(self, BK=max(self.BK, unit))
         if format == "int8" and group < plan.BK:
             plan = replace(plan, BK=plan.BK // group * group)
+        while shared < plan.BN * plan.BB * 4 and plan.BB > 16:
+            plan = replace(plan, BB=plan.BB // 2)
         while plan.stages > 1 and plan.shared_bytes(format, itemsize) > shared:
             plan = replace(plan, stages=plan.stages - 1)
         return plan
@@ -52,18 +54,6 @@ class Product:
         wanted = max(1, min(self.waves * processors // programs, k // _LEAST_COLUMNS, 32))
         columns = -(-k // (wanted * self.BK)) * self.BK
         return -(-k // columns), columns
-
-
-@dataclass(frozen=True)
-class Many:
-    """How more rows than a product in registers serves are multiplied.
-
-    Attributes:
-        slab: bytes of widened weight that are written and multiplied at a time; 0: the whole weight. A slab that stays
-            in the L2 cache is not read from memory again.
-    """
-
-    slab: int = 0
 
 
 # Rows of x up to which weights are widened in registers, by format. Of the largest tile's number of rows.
@@ -95,7 +85,10 @@ PRODUCTS: dict[str, tuple[tuple[int, Product], ...]] = {
     ),
 }
 FLOAT32_PRODUCT = Product(32, 16, 32, 4, 2)
-MANY = Many()
+# More rows of int8 and int4: bytes of widened weight that are written and multiplied at a time, by rows up to which; 0:
+# the whole weight. A slab that stays in the L2 cache is not read from memory again; fewer rows need larger slabs to
+# fill the card.
+SLABS_BY_ROWS: tuple[tuple[int, int], ...] = ((1024, 32 << 20), (1 << 30, 16 << 20))
 
 # What the benchmark tries beside them, for up to BB rows. Of the fastest ones it then tries other numbers of waves.
 # Where `after` keeps two sums of a tile, a thread's share of it is small: others would spill.
@@ -136,6 +129,11 @@ def product_of(format: str, dtype: torch.dtype, group: int, rows: int, shared: i
     else:
         chosen = tile_of(format, rows)
     return None if chosen is None else chosen.fitting(format, group, dtype.itemsize, shared)
+
+
+def slab_of(rows: int) -> int:
+    """Bytes of widened weight at a time; 0: all of it."""
+    return next(slab for most, slab in SLABS_BY_ROWS if rows <= most)
 
 
 def takes_float8(dtype: torch.dtype, rows: int, out_features: int, in_features: int) -> bool:

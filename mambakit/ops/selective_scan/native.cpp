@@ -67,26 +67,31 @@ struct Selection {
   int64_t l, n, half;
   const float* constant;  // (d, n), or null
 
-  // Rows of `pitch` floats, one for each of `tokens` tokens.
+  // Rows of `pitch` floats, one for each of `tokens` tokens. Few states one by one: a part of a vector is a call of
+  // memcpy, twice for every token.
   void rows(float* target, int64_t pitch, int64_t token, int64_t tokens, int64_t count) const {
-    Operand{const_cast<void*>(p), 0, l, n, half}.in(target, pitch, 0, token, 0, tokens, count);
+    if (count >= W) return Operand{const_cast<void*>(p), 0, l, n, half}.in(target, pitch, 0, token, 0, tokens, count);
+    half ? states_as<bfloat16>(target, pitch, 1, token, tokens, count)
+         : states_as<float>(target, pitch, 1, token, tokens, count);
   }
   // The same with one row, of `pitch` floats, for each state.
   void columns(float* target, int64_t pitch, int64_t token, int64_t tokens, int64_t count) const {
-    half ? columns_as<bfloat16>(target, pitch, token, tokens, count) : columns_as<float>(target, pitch, token, tokens, count);
+    half ? states_as<bfloat16>(target, 1, pitch, token, tokens, count)
+         : states_as<float>(target, 1, pitch, token, tokens, count);
   }
 
  private:
   template <class T>
-  void columns_as(float* target, int64_t pitch, int64_t token, int64_t tokens, int64_t count) const {
+  void states_as(float* target, int64_t per_token, int64_t per_state, int64_t token, int64_t tokens,
+                 int64_t count) const {
     const T* from = static_cast<const T*>(p) + token * l;
     for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t i = 0; i < count; ++i) target[i * pitch + t] = to_float(from[t * l + i * n]);
+      for (int64_t i = 0; i < count; ++i) target[t * per_token + i * per_state] = to_float(from[t * l + i * n]);
   }
 };
 template <class T>
-Selection selection(const void* p, int64_t b, int64_t l, int64_t g, int64_t n, int64_t other, int64_t constant, int64_t row,
-                    int64_t group) {
+Selection selection(const void* p, int64_t b, int64_t l, int64_t g, int64_t n, int64_t other, int64_t constant,
+                    int64_t row, int64_t group) {
   const int64_t half = is_half(static_cast<T*>(nullptr)) ^ other;
   if (constant) return {nullptr, 0, 0, 0, static_cast<const float*>(p) + row * b};
   const char* at = static_cast<const char*>(p) + (row * b + group * g) * (half ? 2 : 4);
@@ -142,8 +147,8 @@ float* checkpoint_at(const Arguments& a, int64_t row, int64_t token, int64_t cha
 // K states of one vector of channels over the tokens of a tile; `steps`, `inputs` and `y` hold VECTORS vectors a token.
 // B and C have rows of n states, or (OWN_B, OWN_C) are constants of each channel, one vector a state.
 template <int64_t VECTORS, int K, bool OWN_B, bool OWN_C>
-void advance(float* h, const float* A, const float* B, const float* C, const float* steps, const float* inputs, float* y,
-             int64_t tokens, int64_t n) {
+void advance(float* h, const float* A, const float* B, const float* C, const float* steps, const float* inputs,
+             float* y, int64_t tokens, int64_t n) {
   constexpr int64_t kStride = VECTORS * W;
   V state[K], rate[K], own_B[K], own_C[K];
   for (int k = 0; k < K; ++k) {
@@ -165,8 +170,8 @@ void advance(float* h, const float* A, const float* B, const float* C, const flo
 
 // All n states of one vector of channels, four at a time.
 template <int64_t VECTORS, bool OWN_B, bool OWN_C>
-void advance_all(float* h, const float* A, const float* B, const float* C, const float* steps, const float* inputs, float* y,
-                 int64_t tokens, int64_t n) {
+void advance_all(float* h, const float* A, const float* B, const float* C, const float* steps, const float* inputs,
+                 float* y, int64_t tokens, int64_t n) {
   constexpr int64_t kB = OWN_B ? W : 1, kC = OWN_C ? W : 1;
   int64_t i = 0;
   for (; i + 4 <= n; i += 4)
@@ -247,8 +252,9 @@ void scan_channels(const Arguments& a, const Sequence& s, int64_t group, int64_t
     for (int64_t v = 0; v < vectors; ++v) {
       float *hv = h + v * n * W, *Av = A + v * n * W, *yv = y + v * W;
       const float *Bv = B_rows.constant ? own_B + v * n * W : B, *Cv = C_rows.constant ? own_C + v * n * W : C;
-      auto all = B_rows.constant ? (C_rows.constant ? advance_all<VECTORS, true, true> : advance_all<VECTORS, true, false>)
-                                 : (C_rows.constant ? advance_all<VECTORS, false, true> : advance_all<VECTORS, false, false>);
+      auto of_own_B = C_rows.constant ? advance_all<VECTORS, true, true> : advance_all<VECTORS, true, false>;
+      auto of_B = C_rows.constant ? advance_all<VECTORS, false, true> : advance_all<VECTORS, false, false>;
+      auto all = B_rows.constant ? of_own_B : of_B;
       all(hv, Av, Bv, Cv, steps + v * W, inputs + v * W, yv, tokens, n);
     }
     if (copies_z) z_of.in(steps, kPitch, s.row, t0, channel, tokens, channels);  // the step sizes are used
@@ -323,8 +329,8 @@ void scan_states(const Arguments& a, const Sequence& s, int64_t channel, float* 
 
 // Whether all is as `scan_states` reads it.
 bool is_plain(const Arguments& a) {
-  return !(a.u_c | a.delta_c | a.z_c | a.y_c | a.delta_other | a.z_other | a.B_other | a.C_other | a.groups | a.B_n | a.C_n |
-           a.B_constant | a.C_constant);
+  return !(a.u_c | a.delta_c | a.z_c | a.y_c | a.delta_other | a.z_other | a.B_other | a.C_other | a.groups | a.B_n |
+           a.C_n | a.B_constant | a.C_constant);
 }
 
 template <class T, int64_t VECTORS>
@@ -385,7 +391,8 @@ Interval place(float* memory, int64_t n, int64_t interval) {
   Interval s;
   s.B = memory;
   s.C = s.B + n * interval;
-  float** fields[] = {&s.step, &s.u, &s.input, &s.dy, &s.y, &s.gB, &s.dstep, &s.decay, &s.to_B, &s.to_C, &s.raw, &s.z, &s.out, &s.dz};
+  float** fields[] = {&s.step,  &s.u,    &s.input, &s.dy,  &s.y, &s.gB,  &s.dstep,
+                      &s.decay, &s.to_B, &s.to_C,  &s.raw, &s.z, &s.out, &s.dz};
   float* next = s.C + n * interval;
   for (float** field : fields) {
     *field = next;
@@ -399,8 +406,8 @@ Interval place(float* memory, int64_t n, int64_t interval) {
 // leaves what dB and dC get from each channel in to_B and to_C; g is the gradient of the state, from right to left.
 // Of constants (OWN_B, OWN_C) it adds to dB and dC, the sums over time.
 template <bool OWN_B, bool OWN_C>
-void differentiate(const Interval& s, int64_t tokens, int64_t interval, int64_t i, V h, V rate, V own_B, V own_C, V& g, V& dA,
-                   V& dB, V& dC) {
+void differentiate(const Interval& s, int64_t tokens, int64_t interval, int64_t i, V h, V rate, V own_B, V own_C, V& g,
+                   V& dA, V& dB, V& dC) {
   const float *B = s.B + i * interval, *C = s.C + i * interval;
   const V exponent = rate * kLog2e;
   store(s.h, h);
@@ -446,8 +453,8 @@ struct Vectors {
 
 template <class T>
 void differentiate_sequence(const Arguments& a, const Gradients& o, const Sequence& s, int64_t channel, int64_t end,
-                            const Selection& B_rows, const Selection& C_rows, float* dB, float* dC, const Vectors& m, V& dD,
-                            V& dbias, const Interval& x) {
+                            const Selection& B_rows, const Selection& C_rows, float* dB, float* dC, const Vectors& m,
+                            V& dD, V& dbias, const Interval& x) {
   const int64_t n = a.n, lanes = min64(W, end - channel), I = a.interval;
   transpose_in(m.g, o.dfinal ? o.dfinal + (s.slot * a.d + channel) * n : nullptr, lanes, n, 1.0f);
   const V bias = a.bias ? load(a.bias + channel, lanes) : splat(0.0f);
@@ -531,7 +538,8 @@ void differentiate_sequence(const Arguments& a, const Gradients& o, const Sequen
 }
 
 template <class T>
-void differentiate_part(const Arguments& a, const Gradients& o, int64_t row, int64_t group, int64_t part, float* memory) {
+void differentiate_part(const Arguments& a, const Gradients& o, int64_t row, int64_t group, int64_t part,
+                        float* memory) {
   const int64_t n = a.n;
   const Groups groups(a, W);
   Vectors m;
@@ -570,14 +578,16 @@ void differentiate_part(const Arguments& a, const Gradients& o, int64_t row, int
 
 // target (b, l, groups of B and C, n) = the parts (groups, parts, b, n, l), summed in their order.
 template <class T>
-void sum_parts(const Arguments& a, const Gradients& o, const float* parts, T* target, int64_t groups, int64_t row, int64_t t0) {
+void sum_parts(const Arguments& a, const Gradients& o, const float* parts, T* target, int64_t groups, int64_t row,
+               int64_t t0) {
   const int64_t n = a.n, tokens = min64(W, a.l - t0), stride = a.b * n * a.l;
   for (int64_t group = 0; group < groups; ++group)
     for (int64_t i = 0; i < n; ++i) {
       const float* part = parts + group * o.groups * stride + (row * n + i) * a.l + t0;
       V total = splat(0.0f);
       for (int64_t p = 0; p < o.groups; ++p) total += load(part + p * stride, tokens);
-      for (int64_t t = 0; t < tokens; ++t) from_float(target + ((row * a.l + t0 + t) * groups + group) * n + i, total[t]);
+      T* to = target + ((row * a.l + t0) * groups + group) * n + i;
+      for (int64_t t = 0; t < tokens; ++t) from_float(to + t * groups * n, total[t]);
     }
 }
 

@@ -51,7 +51,7 @@ export class Writer {
         tokens += piece.tokens.length || (piece.text ? 1 : 0);
         if (piece.usage) {
           tokens = piece.usage.completion_tokens;
-          node.read = piece.usage.prompt_tokens + tokens;
+          if (!node.state) node.read = piece.usage.prompt_tokens + tokens; // a state says itself what it has read
           node.cached = piece.usage.prompt_tokens_details?.cached_tokens ?? 0;
         }
         if (piece.state) {

@@ -60,7 +60,7 @@ class Text:
         self._tokenizer = tokenizer
         self._unsent: deque[tuple[Scored, int]] = deque()  # with the number of characters up to each token's end
         self._tokens = 0
-        self._decoder = StoppingDecoder(tokenizer, task.stop)
+        self._decoder, self._plain = StoppingDecoder(tokenizer, task.stop), not task.stop
 
     @contextlib.contextmanager
     def bad_request(self) -> Iterator[None]:
@@ -77,8 +77,19 @@ class Text:
             _log.error("a text failed", exc_info=error)
         self.error = f"{type(error).__name__}: {cut(str(error), 500)}" if self.status == 500 else cut(str(error), 500)
 
-    def add(self, token: int) -> str:
-        """The text that can be sent now; a stop string ends it."""
+    def add(self, tokens: list[int]) -> tuple[str, int]:
+        """(the text that can be sent now, how many of the tokens belong to the text); a stop string ends it."""
+        if self._plain and self.log_probs is None and self.left is None:
+            self._tokens += len(tokens)
+            return self._decoder.push_all(tokens), len(tokens)
+        shown = ""
+        for count, token in enumerate(tokens, 1):
+            shown += self._add(token)
+            if self.ended:
+                return shown, count
+        return shown, len(tokens)
+
+    def _add(self, token: int) -> str:
         before = self._decoder.decoded
         piece = self._decoder.push(token)
         self.ended = self._decoder.stopped
@@ -138,8 +149,8 @@ class Text:
         return self._decoder.rest()
 
 
-# (text, token, "") or (text, None, why it ended); or a whole piece
-Event: TypeAlias = "tuple[Text, int | None, str] | Piece"
+# (text, tokens, "") or (text, None, why it ended); or a whole piece
+Event: TypeAlias = "tuple[Text, list[int] | None, str] | Piece"
 
 
 class Outbox:
@@ -176,13 +187,13 @@ class Outbox:
             if isinstance(event, Piece):
                 pieces[event.id] = event
                 continue
-            text, token, reason = event
+            text, written, reason = event
             if text.ended:  # tokens after a stop string, until the engine has read the `Cancel`
-                if token is None:
+                if written is None:
                     self._keep(text, Piece(text.id, finish_reason="stop", cached_tokens=text.cached_tokens))
                 continue
-            shown, tokens, reason = self._take(text, token, reason)
-            ended = token is None
+            shown, tokens, reason = self._take(text, written, reason)
+            ended = written is None
             if text.left is not None and reason in ("stop", "length"):
                 if ended:
                     self._keep(text, Piece(text.id, finish_reason=reason, cached_tokens=text.cached_tokens))
@@ -200,18 +211,18 @@ class Outbox:
         if text.left is not None and self.keeper is not None:
             self.keeper.add(last, text.state)
 
-    def _take(self, text: Text, token: int | None, reason: str) -> tuple[str, int, str]:
+    def _take(self, text: Text, written: list[int] | None, reason: str) -> tuple[str, int, str]:
         """(text that can be sent after this event, tokens, why the text has ended or "")."""
         try:
-            if token is None:
+            if written is None:
                 shown = text.rest() if reason in ("stop", "length") else ""
                 return shown, 0, "stop" if text.stopped else reason
-            shown = text.add(token)
+            shown, tokens = text.add(written)
         except Exception as error:  # the tokenizer's: of this text's tokens alone
             text.fail(error)
             text.ended = True
-            shown, reason = "", "error"
+            shown, tokens, reason = "", len(written or ()), "error"
         if text.ended:
             reason = reason or "stop"
             self._inbox.put(Cancel(text.id))
-        return shown, int(token is not None), reason
+        return shown, tokens, reason

@@ -23,6 +23,7 @@ from mambakit.generation.token_ids import require_in_vocabulary
 from mambakit.generation.token_scores import score_after
 from mambakit.modules import StateCache
 from mambakit.serving.messages import Continuation, Scored, Task
+from mambakit.serving.replicas.states import ids_of
 
 # Tokens of continuations in a forward: it runs to its end before the next token of any text.
 _PACKED_TOKENS, _PACKED_BYTES = {"cpu": 128, "cuda": 2048}, 256 << 20
@@ -75,7 +76,7 @@ class Scorer:
             state: that its prompt follows, of one row; it is not changed. None: zeros.
             unread: (u,) int64, tokens between the state and the prompt, which the state has not read.
         """
-        ids = torch.frombuffer(bytearray(task.prompt_ids), dtype=torch.int64)
+        ids = ids_of(array("q", task.prompt_ids))
         require_in_vocabulary("prompt", ids, self._model.config.vocab_size)
         parts: Generator[None, None, Any]
         if task.options.continuations is not None:

@@ -19,7 +19,7 @@ from mambakit.modules import StateCache
 from mambakit.quoting import cut
 from mambakit.serving.errors import ApiError
 from mambakit.serving.messages import Kept, Layout, StateTask, Task, WorkerOptions
-from mambakit.serving.states.blobs import Blobs, blobs_of
+from mambakit.serving.states.places import AnyBlobs, blobs_of
 from mambakit.serving.states.tensors import FORMAT, check, digest_of, header_of
 
 _DTYPES = {
@@ -190,7 +190,7 @@ class ReplicaStates:
         digest = "" if state.tokens is None else digest_of(state.tokens)
         return Kept(blob, len(data), state.seen + len(state.pending), digest)
 
-    def _require_files(self) -> tuple[Blobs, Layout]:
+    def _require_files(self) -> tuple[AnyBlobs, Layout]:
         if self._blobs is None or self.layout is None:
             raise ApiError(400, "this server keeps no states; serve with --states FOLDER", code="states_off")
         return self._blobs, self.layout

@@ -256,8 +256,10 @@ class _Worker:
         self.progress.steps += 1
         if self.scored:
             self.scorer.step(self._was_scored, self._was_not_scored)
-        written = [(self.running[request], token) for request, token in self.engine.step()]
-        events: list[Event] = [(text, token, "") for text, token in written if not text.reads]
+        written: dict[Text, list[int]] = {}  # a look has several tokens of a text
+        for request, token in self.engine.step():
+            written.setdefault(self.running[request], []).append(token)
+        events: list[Event] = [(text, tokens, "") for text, tokens in written.items() if not text.reads]
         for request in [r for r in self.running if r.finish_reason]:
             text = self.running.pop(request)
             text.error, text.cached_tokens = request.error, request.cached_tokens

@@ -81,6 +81,10 @@ class Blobs:
         except OSError:
             return None
 
+    def changed(self, digest: str) -> float:
+        """When a file was written or used, in seconds since 1970. Raises an OSError where it is gone."""
+        return self.path(digest).stat().st_mtime
+
     def delete(self, digest: str) -> None:
         with contextlib.suppress(OSError):
             self.path(digest).unlink()
@@ -96,11 +100,6 @@ class Blobs:
                     yield path.stem, status.st_size, status.st_mtime
                 elif path.suffix == ".tmp" and time.time() - status.st_mtime > _ABANDONED:
                     path.unlink(missing_ok=True)
-
-
-def blobs_of(folder: str | os.PathLike) -> Blobs:
-    """Those of a `StateStore`'s folder."""
-    return Blobs(Path(folder) / "blobs")
 
 
 def _read(path: Path) -> bytes:

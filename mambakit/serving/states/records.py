@@ -67,6 +67,16 @@ class StateRecord:
         }  # fmt: skip
 
 
+def parse(id: str, text: str) -> StateRecord | None:
+    """The record of a file's text; None where it is damaged, or another's."""
+    try:
+        found = json.loads(text)
+        record = StateRecord(**{one.name: found[one.name] for one in fields(StateRecord)})
+    except (ValueError, KeyError, TypeError):
+        return None
+    return record if record.id == id and re.fullmatch("[0-9a-f]{64}", str(record.blob)) else None
+
+
 class Records:
     """A folder of them, made with the first."""
 
@@ -95,11 +105,9 @@ class Records:
         if _ID.fullmatch(id) is None:
             return None
         try:
-            found = json.loads(self._path(id).read_text(encoding="utf-8"))
-            record = StateRecord(**{one.name: found[one.name] for one in fields(StateRecord)})
-        except (OSError, ValueError, KeyError, TypeError):
+            return parse(id, self._path(id).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return None
-        return record if record.id == id and re.fullmatch("[0-9a-f]{64}", str(record.blob)) else None
 
     def delete(self, id: str) -> None:
         with contextlib.suppress(OSError):

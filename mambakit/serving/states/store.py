@@ -22,8 +22,9 @@ from threading import RLock
 from mambakit.quoting import cut
 from mambakit.serving.errors import ApiError
 from mambakit.serving.messages import Kept, Layout
-from mambakit.serving.states.blobs import blobs_of
-from mambakit.serving.states.records import Records, StateRecord, new_id
+from mambakit.serving.states.places import blobs_of, records_of
+from mambakit.serving.states.records import StateRecord, new_id
+from mambakit.serving.states.remote import is_url
 from mambakit.serving.states.tensors import StateFile, check, digest_of
 
 # A file without a record may be of a text whose record is about to be written. After so many seconds it is not.
@@ -33,7 +34,7 @@ _UNCLAIMED = 900.0
 class StateStore:
     """
     Args:
-        folder: made with the first state.
+        folder: made with the first state; or a URL of fsspec, as s3://bucket/states.
         budget: bytes of all files.
         keys: how many keys divide the budget evenly; 1 where there are none.
         seconds: after which a state expires where its request says nothing; None: never.
@@ -49,8 +50,9 @@ class StateStore:
         seconds: float | None = None,
         clock: Callable[[], float] = time.time,
     ):
-        self.folder, self.budget, self.seconds, self.clock = Path(folder), budget, seconds, clock
-        self.blobs, self._files = blobs_of(self.folder), Records(self.folder / "records")
+        self.folder = str(folder) if is_url(folder) else Path(folder)
+        self.budget, self.seconds, self.clock = budget, seconds, clock
+        self.blobs, self._files = blobs_of(folder), records_of(folder)
         self.share = budget // max(1, keys)
         self._lock = RLock()
         self._records: dict[str, StateRecord] = {}
@@ -190,7 +192,7 @@ class StateStore:
     def _delete_unclaimed(self, blob: str) -> None:
         """Delete a file that no record has, unless it was written so lately that a record of it may be on its way."""
         with contextlib.suppress(OSError):
-            if self.clock() - self.blobs.path(blob).stat().st_mtime > _UNCLAIMED:
+            if self.clock() - self.blobs.changed(blob) > _UNCLAIMED:
                 self.blobs.delete(blob)
 
     def list(self, owner: str, limit: int = 100, after: str = "") -> tuple[list[StateRecord], bool]:

@@ -28,7 +28,7 @@ def written(tokens: list[int], stop: tuple[str, ...], asked: bool = True) -> tup
     for number, token in enumerate(tokens):
         if asked:
             text.log_probs.append(TokenLogProb(token, -float(number)))
-        pieces.append((text.add(token), text.take_log_probs()))
+        pieces.append((text.add([token])[0], text.take_log_probs()))
         if text.ended:
             break
     else:

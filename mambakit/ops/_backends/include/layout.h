@@ -23,15 +23,49 @@ __attribute__((noinline)) void block_out(T* p, int64_t channel_stride, const flo
   for (int j = 0; j < W; ++j, p += channel_stride) store(p, v[j]);
 }
 
+// Of bfloat16, W channels and 2 W tokens are a block of as many 32-bit pairs of tokens, and half the work.
+typedef uint32_t UnalignedPairs __attribute__((vector_size(W * 4), aligned(2), may_alias));
+__attribute__((noinline)) void pairs_in(float* tile, int64_t pitch, const bfloat16* p, int64_t channel_stride) {
+  V v[W];
+  for (int j = 0; j < W; ++j, p += channel_stride) v[j] = as_float(*reinterpret_cast<const UnalignedPairs*>(p));
+  transpose(v);
+  for (int j = 0; j < W; ++j, tile += 2 * pitch) {
+    store(tile, as_float((U)v[j] << 16));
+    store(tile + pitch, as_float((U)v[j] & 0xffff0000u));
+  }
+}
+__attribute__((noinline)) void pairs_out(bfloat16* p, int64_t channel_stride, const float* tile, int64_t pitch) {
+  V v[W];
+  for (int j = 0; j < W; ++j, tile += 2 * pitch)
+    v[j] = as_float(half_bits(load(tile)) | (half_bits(load(tile + pitch)) << 16));
+  transpose(v);
+  for (int j = 0; j < W; ++j, p += channel_stride) *reinterpret_cast<UnalignedPairs*>(p) = (U)v[j];
+}
+// Tokens that such a block takes of those that are left; 0 where it takes none.
+inline int64_t pairs_in(float* tile, int64_t pitch, const bfloat16* p, int64_t channel_stride, int64_t left) {
+  if (left < 2 * W) return 0;
+  pairs_in(tile, pitch, p, channel_stride);
+  return 2 * W;
+}
+inline int64_t pairs_out(bfloat16* p, int64_t channel_stride, const float* tile, int64_t pitch, int64_t left) {
+  if (left < 2 * W) return 0;
+  pairs_out(p, channel_stride, tile, pitch);
+  return 2 * W;
+}
+inline int64_t pairs_in(float*, int64_t, const float*, int64_t, int64_t) { return 0; }
+inline int64_t pairs_out(float*, int64_t, const float*, int64_t, int64_t) { return 0; }
+
 // `tokens` neighbouring tokens of each channel become rows of a tile, `pitch` floats apart. Where a row has room for
 // more channels than there are, the rest of a vector is 0.
 template <class T>
 void tokens_in(float* tile, int64_t pitch, const T* p, int64_t channel_stride, int64_t tokens, int64_t channels) {
   for (int64_t c = 0; c < channels; c += W)
-    for (int64_t t = 0; t < tokens; t += W) {
+    for (int64_t t = 0, taken; t < tokens; t += taken) {
       const int64_t rows = min64(W, channels - c), count = min64(W, tokens - t);
       const T* at = p + c * channel_stride + t;
       float* to = tile + t * pitch + c;
+      if (rows == W && (taken = pairs_in(to, pitch, at, channel_stride, tokens - t))) continue;
+      taken = W;
       if (rows == W && count == W) {
         block_in(to, pitch, at, channel_stride);
         continue;
@@ -46,10 +80,12 @@ void tokens_in(float* tile, int64_t pitch, const T* p, int64_t channel_stride, i
 template <class T>
 void tokens_out(T* p, int64_t channel_stride, const float* tile, int64_t pitch, int64_t tokens, int64_t channels) {
   for (int64_t c = 0; c < channels; c += W)
-    for (int64_t t = 0; t < tokens; t += W) {
+    for (int64_t t = 0, taken; t < tokens; t += taken) {
       const int64_t rows = min64(W, channels - c), count = min64(W, tokens - t);
       const float* from = tile + t * pitch + c;
       T* at = p + c * channel_stride + t;
+      if (rows == W && (taken = pairs_out(at, channel_stride, from, pitch, tokens - t))) continue;
+      taken = W;
       if (rows == W && count == W) {
         block_out(at, channel_stride, from, pitch);
         continue;

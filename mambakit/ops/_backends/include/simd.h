@@ -80,12 +80,15 @@ inline V widen(H x) {
 }
 inline V load(const bfloat16* p) { return widen(*reinterpret_cast<const UnalignedH*>(p)); }
 
-// Round to nearest even; a NaN stays one.
-inline H narrow(V x) {
+// The bits of the bfloat16s, rounded to nearest even; a NaN stays one.
+inline U half_bits(V x) {
   U bits = (U)x;
   U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   U quiet = (bits >> 16) | 0x40u;
-  U kept = x == x ? rounded : quiet;
+  return x == x ? rounded : quiet;
+}
+inline H narrow(V x) {
+  const U kept = half_bits(x);
 #if defined(__AVX512F__)
   return (H)_mm512_cvtepi32_epi16((__m512i)kept);
 #elif defined(__AVX2__)
