@@ -14,16 +14,17 @@ def architectures(records: Records) -> Content:
     ran: list[dict] = []
     if any(FOLDER.glob("*-sanitizers.json")):
         ran = records.rows(latest("sanitizers"), "sanitizers", covered=True)
+    compiled = [capability for capability in CARDS if select(found, capability=capability)]
     lines = []
     for kernel in dict.fromkeys(row["kernel"] for row in found):
         cells = []
-        for capability in CARDS:
+        for capability in compiled:
             (row,) = select(found, kernel=kernel, capability=capability)
             cells.append(f"{row['shared'] / 1024:.1f}" if row["launches"] else "refused")
         file, name = kernel.split(":")
         cells.append(", ".join(row["tool"] for row in select(ran, kernel=kernel)))
         lines.append([f"`{file.removeprefix('ops/')}` {name}", *cells])
-    heads = [f"sm_{capability}" for capability in CARDS]
+    heads = [f"sm_{capability}" for capability in compiled]
     return ["KiB of shared memory of a CTA", *heads, "run on a card under"], lines
 
 
