@@ -377,7 +377,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=50)
     records.add_argument(parser)
-    parser.add_argument("--plots", type=Path, help="a folder for generate.png and length.png")
+    parser.add_argument("--plots", type=Path, help="a folder for generate.png, length.png and context.png")
     from benchmarks import context
 
     context.add_arguments(parser)
@@ -402,6 +402,8 @@ def main() -> None:
             )
     if options.plots:
         plot(record, options.plots)
+        if record["context"]:
+            context.draw(record["context"], record["device"], options.plots / "context.png")
 
 
 if __name__ == "__main__":

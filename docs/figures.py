@@ -10,7 +10,6 @@ images/persistent.png  a layer of the persistent decode kernel
 images/cpu_scan.png    a tile of the CPU's scan
 images/generate.png    tokens a second by batch, from the records in docs/benchmarks
 images/inspection.png  what `mambakit inspect` shows of a text
-images/context.png     new tokens a second over a Llama's by the length of the prompt, from the latest record of it
 images/length.png      time to read a prompt by its length, from the records
 """
 
@@ -305,14 +304,6 @@ def length():
     )
 
 
-def context():
-    from benchmarks.context import draw
-    from benchmarks.tables.records import latest
-
-    name, records = latest("context"), Records()
-    draw(records.rows(name, "context"), records.load(name)["machine"], IMAGES / "context.png")
-
-
 def inspection():
     import mambakit
     from mambakit.assets import default_model_path
@@ -353,7 +344,6 @@ FIGURES = {
         cpu_scan,
         generate,
         length,
-        context,
         inspection,
     )
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.tables import architectures, context, cpu, decoders, experiments, gpu, kernels, readme
+from benchmarks.tables import architectures, cpu, decoders, experiments, gpu, kernels, readme
 from benchmarks.tables.records import Content, Records, plain
 
 TABLES: dict[str, Callable[[Records], Content]] = {
@@ -21,9 +21,7 @@ TABLES: dict[str, Callable[[Records], Content]] = {
     "first-token": gpu.first_token,
     "serving-sampled": gpu.serving_sampled,
     "sampling": gpu.sampling,
-    "draft": gpu.draft,
     "drafts": gpu.drafts,
-    "context": context.context,
     "architectures": architectures.architectures,
     "cards": architectures.cards,
     "prompt-lengths": gpu.prompt_lengths,

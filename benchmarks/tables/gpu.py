@@ -133,19 +133,6 @@ def sampling(records: Records) -> Content:
     return ["choice", "op, us", "`Sampler.choose`, us", "transformers, us"], lines
 
 
-def draft(records: Records) -> Content:
-    new, h200, old = "2026-11-28-h100-draft", "2026-11-27-h200-generation", "2026-11-25-h100-generation"
-    rows = []
-    for count in (2, 3, 4):
-        runs: dict[int, list[str]] = {}
-        for row in records.rows(new, "draft", draft_tokens=count):
-            runs.setdefault(row.get("run", 1), []).append(f"{row['speedup']:.2f}x")
-            kept = f"{row['accepted']} of {row['proposed']}"
-        others = [f"{records.row(name, 'draft', draft_tokens=count)['speedup']:.2f}x" for name in (h200, old)]
-        rows.append([str(count), ", ".join(" and ".join(run) for run in runs.values()), kept, *others])
-    return ["guesses at a time", "H100, 2026-11-28, two runs", "kept", "H200, 2026-11-27", "H100, 2026-11-25"], rows
-
-
 def drafts(records: Records) -> Content:
     """Of the latest record of `drafts.py`: the best number of guesses of each drafter."""
     found = records.rows(latest("drafts"), "drafts")
