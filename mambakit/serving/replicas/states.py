@@ -160,7 +160,7 @@ class ReplicaStates:
                 return held
         blobs, layout = self._require_files()
         data = blobs.get(blob)
-        file = check(data, layout)
+        file = check(data, layout, kept=True)
         _, places = header_of(data)
         tensors = {
             name: torch.frombuffer(bytearray(data[places[name].begin : places[name].end]), dtype=dtype).reshape(shape)

@@ -104,8 +104,12 @@ def header_of(data: bytes | memoryview) -> tuple[dict[str, str], dict[str, Place
     return metadata, moved
 
 
-def check(data: bytes | memoryview, layout: Layout) -> StateFile:
+def check(data: bytes | memoryview, layout: Layout, *, kept: bool = False) -> StateFile:
     """Read a state's file.
+
+    Args:
+        kept: whether it is what was written when the state was kept: its tokens have been checked then, which takes as
+            long as the text is long.
 
     Raises:
         ApiError: it is no safetensors file, not whole, no state of one text, or one of another model.
@@ -140,7 +144,7 @@ def check(data: bytes | memoryview, layout: Layout) -> StateFile:
     if not seen.isdecimal() or len(seen) > 15:
         raise ApiError(400, f"the file's seen_tokens is {cut(seen)!r}, not a number of tokens; {_AGAIN}")
     pending = _ids(data, tensors, "pending", layout.vocab_size)
-    tokens = _ids(data, tensors, "tokens", layout.vocab_size) if "tokens" in tensors else None
+    tokens = _ids(data, tensors, "tokens", None if kept else layout.vocab_size) if "tokens" in tensors else None
     if tokens is not None and (
         len(tokens) != int(seen) + len(pending) or (pending and tokens[-len(pending) :] != pending)
     ):
@@ -148,11 +152,11 @@ def check(data: bytes | memoryview, layout: Layout) -> StateFile:
     return StateFile(int(seen), pending, tokens)
 
 
-def _ids(data: bytes | memoryview, tensors: dict[str, Place], name: str, vocab_size: int) -> array[int]:
+def _ids(data: bytes | memoryview, tensors: dict[str, Place], name: str, vocab_size: int | None) -> array[int]:
     dtype, shape, begin, end = tensors.get(name, Place("", (), 0, 0))
     if dtype not in ("I64", "I32") or len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != 1):
         raise ApiError(400, f"the file's {name} are no token ids of one text; {_AGAIN}")
     ids = array("q" if dtype == "I64" else "i", bytes(data[begin:end]))
-    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+    if vocab_size is not None and ids and not (min(ids) >= 0 and max(ids) < vocab_size):
         raise ApiError(400, f"the file's {name} are not of the model's vocabulary, 0 to {vocab_size - 1}; {_AGAIN}")
     return array("q", ids)
