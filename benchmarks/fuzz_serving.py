@@ -5,9 +5,9 @@
 
 Of the requests, nine in ten are made from the document (by schemathesis): half of them follow it, half of them do not.
 The others are bytes: requests that are cut, changed or no HTTP at all. Each answer must have a status that the document
-has, be in its schema and come in --seconds; none may be a 5xx, but for a 503 with Retry-After. In the end no replica
-has died, no slot is taken, and a greedy text is the one from before. Ends with status 1 where one of that fails, with
-the first requests that did.
+has, be in its schema and come in --seconds; none may be a 5xx, but for a 503 with Retry-After and a 505, the answer to
+bytes that are another version of HTTP. In the end no replica has died, no slot is taken, and a greedy text is the one
+from before. Ends with status 1 where one of that fails, with the first requests that did.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def _fuzz_document(url: str, requests: int, seed: int, seconds: float, findings:
               checks.response_schema_conformance]  # fmt: skip
     operations = [found.ok() for found in schema.get_all_operations()]
     posts = [one for one in operations if one.method == "post"]
-    share = max(1, requests // (8 * len(posts) + 2 * (len(operations) - len(posts))))
+    gets = [one for one in operations if one not in posts and one.path_parameters]
+    share = max(1, requests // (8 * len(posts) + 2 * len(gets)))
     session = http.Session()
 
     rng = random.Random(seed)
@@ -148,7 +149,7 @@ def _fuzz_bytes(url: str, requests: int, seed: int, seconds: float, findings: Fi
         while received.startswith(b"HTTP/1.1 100"):
             received = received.partition(b"\r\n\r\n")[2]
         status = int(received[9:12]) if received.startswith(b"HTTP/1.1 ") else None
-        failed = status is not None and status >= 500 and b"retry-after" not in received.lower()
+        failed = status is not None and status >= 500 and status != 505 and b"retry-after" not in received.lower()
         findings.note("bytes", status, f"{received[:300]!r} after {sent[:300]!r}" if failed else None)
 
 

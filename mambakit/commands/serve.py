@@ -1,4 +1,4 @@
-"""Serve a model over HTTP (OpenAI's completions API), any number of replicas of it behind one address."""
+"""Serve a model over HTTP (OpenAI's API), any number of replicas of it behind one address."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import mambakit
 from mambakit.decoding.slots import SlotPool
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.logprobs import token_log_probs
@@ -109,3 +110,28 @@ def test_ends_that_are_ignored(model):
 def test_refusals(name, value, says):
     with pytest.raises((TypeError, ValueError), match=says):
         Request(PROMPTS[0], **{name: value})
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("per_look", [None, 1, 8])
+def test_on_a_gpu(per_look):
+    """Captured decoders, with several tokens per look: the same texts, and the log-probabilities of a forward."""
+    torch.manual_seed(0)
+    config = mambakit.MambaConfig(vocab_size=512, hidden_size=256, num_hidden_layers=2)
+    model = mambakit.MambaForCausalLM(config).eval().cuda()
+    model.generation_config.eos_token_id = None
+
+    def texts(tops: list[int | None]) -> list[Request]:
+        made = [
+            Request(row, SamplingParams(float(i % 2), seed=i), max_new_tokens=40, log_probs=top)
+            for i, (row, top) in enumerate(zip(PROMPTS, tops, strict=True))
+        ]
+        return Engine(model, 8, tokens_per_look=per_look).write(made)
+
+    for row, one, other in zip(PROMPTS, texts([3, None, 0, 1, 5]), texts([None] * 5), strict=True):
+        assert one.tokens == other.tokens
+        if one.log_probs is None:
+            continue
+        scored = token_log_probs(model, torch.tensor([*row.tolist(), *one.tokens]), top=one.log_probs)
+        own = torch.tensor([entry.log_prob for entry in one.token_log_probs])
+        torch.testing.assert_close(own, scored.log_probs[len(row) :], atol=1e-2, rtol=1e-2, check_dtype=False)

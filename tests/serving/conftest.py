@@ -50,7 +50,9 @@ class Server:
         return self.client.get("/health").json()
 
     def ready(self) -> Server:
-        wait_until(lambda: self.health()["status"] == "ok" or self.process.poll(), "every replica is ready")
+        wait_until(
+            lambda: self.health()["status"] == "ok" or self.process.poll(), "every replica is ready", 3 * PATIENCE
+        )
         assert self.process.poll() is None, self.log.read_text()
         return self
 

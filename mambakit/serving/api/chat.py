@@ -145,7 +145,8 @@ def prompt_of(values: Mapping[str, Any], template: ChatTemplate | None) -> tuple
                 "unsupported_parameter",
             )  # fmt: skip
         variables["reasoning_effort"] = values["reasoning_effort"]
-    if going_on and values["state"]:
+    state = values.get("state")  # /tokenize has none
+    if going_on and state:
         raise wrong("continue_final_message", "a state has no last message to go on with; leave it out")
 
     def render(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -158,7 +159,7 @@ def prompt_of(values: Mapping[str, Any], template: ChatTemplate | None) -> tuple
         )
 
     messages = for_template(values["messages"], template.knows("developer"))
-    text = after_reply(render, messages) if values["state"] else render(messages)
+    text = after_reply(render, messages) if state else render(messages)
     thinks = template.knows("<think>")
     return text, ReplyForm(
         thinks, tools is not None and template.knows("<tool_call>"), thinks and text.rstrip().endswith("<think>")

@@ -105,5 +105,9 @@ def test_tokens():
     assert token_ids(b'{"tokens": [1, 2.0]}', CODEC, LIMITS) == [1, 2]
     assert "give one of them" in refused(tokenise).message
     assert refused(tokenise, messages=[{"role": "user", "content": "a"}]).code == "chat_template_missing"
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template, tokenizer.special_tokens_map = "{{ messages[0].content }}", {}
+    chat = b'{"messages": [{"role": "user", "content": "ab"}]}'
+    assert tokenise(chat, Codec(tokenizer), LIMITS).ids == encode("ab")
     assert "they are 0 to 255" in refused(token_ids, tokens=[256]).message
     assert "must be a list" in refused(token_ids, tokens="a").message
