@@ -5,8 +5,8 @@ without.
     python benchmarks/drafts.py --drafters free --rows 1 --phases     # what the parts of a round take
     python benchmarks/drafts.py --device cpu --target tiny --draft tiny --new 24  # a look at the script itself
 
-Random weights and tokens, greedy. Every guess is right with probability --acceptance, whatever the draft model says:
-its work is done, and its guesses are replaced. Drafters:
+Random weights and tokens, greedy. A coin decides which guesses are accepted, right with probability --acceptance each:
+drafts and verifications do their work, and what they say is replaced. Drafters:
 
     model    the draft model of --draft, all slots together
     packed   the same with int4 weights
@@ -20,6 +20,7 @@ round.
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import sys
 import time
@@ -33,72 +34,50 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import record as records
 from benchmarks.generation import SHAPES, VOCABULARY, check, mamba, released
-from mambakit.decoding.draft_model import DraftModel, DraftSlots
+from mambakit.decoding import loop
+from mambakit.decoding.draft_model import DraftModel
 from mambakit.decoding.drafting import Draft
 from mambakit.generation.engine import Engine, Request
 
 
-class Oracle:
-    """Right and wrong guesses: the texts are known, and each guess is right with a given probability.
+class Coin:
+    """Decides which guesses are accepted, in place of what the verification says: its work is done all the same.
+
+    The texts are not the model's then, and the acceptance does not depend on where random weights have ties.
 
     Args:
-        texts: of each prompt its tokens and what plain decoding writes.
-        acceptance: the probability.
+        acceptance: the probability that a guess is right, where all before it were.
     """
 
-    def __init__(self, texts: dict[tuple[int, ...], list[int]], acceptance: float):
-        self.texts, self.acceptance = texts, acceptance
-        self._chance = torch.Generator().manual_seed(0)
+    def __init__(self, acceptance: float):
+        self.acceptance, self._chance = acceptance, random.Random(0)
+        self._choose = loop.choose_together
 
-    def guesses(self, prompt: tuple[int, ...], at: int, count: int) -> list[int]:
-        """The guesses of tokens ``at`` onwards of the text of this prompt."""
-        truth = self.texts[prompt][at : at + count]
-        right = (torch.rand(count, generator=self._chance) < self.acceptance).tolist()
-        return [token if good else (token + 1) % VOCABULARY for token, good in zip(truth, right, strict=False)]
+    def __enter__(self) -> None:
+        loop.choose_together = self._replaced
+
+    def __exit__(self, *_: object) -> None:
+        loop.choose_together = self._choose
+
+    def _replaced(self, acceptances: Any, logits: torch.Tensor, drafts: Any) -> list[list[int]]:
+        found = self._choose(acceptances, logits, drafts)
+        for i, (one, draft) in enumerate(zip(acceptances, drafts, strict=True)):
+            count = 0
+            while count < len(draft.tokens) and self._chance.random() < self.acceptance:
+                count += 1
+            one.text.position += count + 1 - len(found[i])
+            found[i] = [*draft.tokens[:count], max(0, found[i][-1])]
+        return found
 
 
 class FreeGuesses:
     """A `Drafter` whose guesses cost nothing."""
 
-    def __init__(self, oracle: Oracle):
-        self._oracle = oracle
-
     def begin(self, ids: torch.Tensor, sampling: Any, scores: Any, generator: Any) -> None:
-        self._prompt = tuple(ids.tolist())
+        pass
 
     def propose(self, text: list[int], most: int) -> Draft:
-        return Draft(self._oracle.guesses(self._prompt, len(text), most))
-
-
-class ReplacedGuesses(DraftModel):
-    """A draft model whose work is done, and whose guesses are the oracle's."""
-
-    def __init__(self, model: Any, oracle: Oracle):
-        super().__init__(model)
-        self._oracle = oracle
-
-    def for_slots(self, slots: int) -> DraftSlots:
-        return _ReplacingSlots(self.model, slots, self._oracle)
-
-
-class _ReplacingSlots(DraftSlots):
-    def __init__(self, model: Any, slots: int, oracle: Oracle):
-        super().__init__(model, slots)
-        self._oracle, self._prompts, self._lengths = oracle, {}, [0] * slots
-
-    def begin(self, slot: int, ids: torch.Tensor, sampling: Any) -> None:
-        super().begin(slot, ids, sampling)
-        self._prompts[slot] = tuple(ids.tolist())
-
-    def propose(self, texts: Any, most: Any) -> list[Draft]:
-        self._lengths = [0 if text is None else len(text) for text in texts]
-        return super().propose(texts, most)
-
-    def guesses(self, found: list[list[int]]) -> list[list[int]]:
-        return [
-            self._oracle.guesses(self._prompts[slot], length, len(row)) if length else row
-            for slot, (row, length) in enumerate(zip(found, self._lengths, strict=True))
-        ]
+        return Draft([(text[-1] + i) % VOCABULARY for i in range(most)])
 
 
 def requests_of(prompts: list[torch.Tensor], new: int) -> list[Request]:
@@ -195,17 +174,15 @@ def main() -> None:
         prompts = list(torch.randint(0, VOCABULARY, (rows, options.prompt), generator=torch.Generator().manual_seed(1)))
         plain = Engine(model, rows)
         base, step = rate(plain, prompts, options.new, options.rounds, cuda)
-        written = plain.write(requests_of(prompts, options.new + 16))
-        texts = {tuple(r.prompt_ids.tolist()): r.prompt_ids.tolist() + r.tokens for r in written}
         found.append({"rows": rows, "drafter": "none", "tokens_per_second": base, "round": step})
         print(f"{rows:>4} {'none':>8} {'':>6} {'':>2} {base:10,.0f} {'':>14} {'':>8} {step * 1e3:7.3f}", flush=True)
         for name in options.drafters:
             for acceptance in options.acceptance:
                 for k in options.draft_tokens:
-                    oracle = Oracle(texts, acceptance)
-                    drafter = FreeGuesses(oracle) if name == "free" else ReplacedGuesses(small[name], oracle)
+                    drafter = FreeGuesses() if name == "free" else DraftModel(small[name])
                     engine = Engine(model, rows, drafter=drafter, draft_tokens=k)
-                    speed, seconds = rate(engine, prompts, options.new, options.rounds, cuda)
+                    with Coin(acceptance):
+                        speed, seconds = rate(engine, prompts, options.new, options.rounds, cuda)
                     drafts = engine.drafts
                     kept = drafts.accepted / max(1, drafts.proposed)
                     row = {
@@ -214,7 +191,8 @@ def main() -> None:
                         "expected": (1 - acceptance ** (k + 1)) / (1 - acceptance) if acceptance < 1 else k + 1,
                     }  # fmt: skip
                     if options.phases:
-                        row["phases"] = phases(engine, prompts, options.new, cuda)
+                        with Coin(acceptance):
+                            row["phases"] = phases(engine, prompts, options.new, cuda)
                     found.append(row)
                     print(
                         f"{rows:>4} {name:>8} {acceptance:6.2f} {k:>2} {speed:10,.0f} {speed / base:13.2f}x "

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     hide_progress_bars()
     target = Path(args.target)
-    check_group(args.to, args.group)  # before anything is loaded
+    check_group(args.to, args.group, "--group")  # before anything is loaded
     folder = resolve(args.source)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     if is_quantized(model.config):

@@ -24,12 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from mambakit.training.config_file import load_config
-    from mambakit.training.loop import RunInterrupted, train
 
     config = load_config(args.config, args.overrides)
     if not config.train_files:
         raise UsageError("train_files is empty; name files: 'train_files=[\"my_text.txt\"]'")
     check_output_folder("out", config.out)
+    from mambakit.training.loop import RunInterrupted, train  # after the checks, which need not wait for it
+
     hide_progress_bars()  # the run has its own
     try:
         train(config, terminal(stderr=True), terminal())

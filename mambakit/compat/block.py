@@ -30,12 +30,19 @@ def added_and_normalized(
 def whole(
     owner: nn.Module, norm: Any, mixer: Any, x: Tensor, residual: Tensor | None, fused: bool, residual_in_fp32: bool
 ) -> tuple[Tensor, Any] | None:
-    """A block's norm and mixer as one function on a GPU (`mambakit.modules.mixers.fused_layer`), or None."""
-    if not (fused and type(norm) is RMSNorm and norm.drop is None and type(mixer) is Mamba) or not on_gpu(x):
+    """A block's norm and mixer as one function on a GPU (`mambakit.modules.mixers.fused_layer`), or None.
+
+    The stream that is not ``fused`` has the dtype of the sum; its norm is of the sum before that is rounded.
+    """
+    if not (type(norm) is RMSNorm and norm.drop is None and type(mixer) is Mamba) or not on_gpu(x):
         return None
     if mixer.init_layer_scale is not None:
         return None
-    stream = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
+    if fused and residual is not None:
+        stream = residual.dtype
+    else:
+        stream = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        stream = torch.float32 if residual_in_fp32 and stream != torch.float64 else stream
     return run(owner, norm, mixer, x, residual, stream)
 
 

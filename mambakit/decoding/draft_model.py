@@ -122,7 +122,7 @@ class DraftSlots:
             chosen.append(picked)
             kept.append(q)
         found: list[list[int]] = torch.stack(chosen, 1).tolist()  # the only device-to-host sync
-        found = self.guesses([row[behind.get(slot, 0) :] for slot, row in enumerate(found)])
+        found = [row[behind.get(slot, 0) :] for slot, row in enumerate(found)]
         drafts = [NO_DRAFT] * len(texts)
         for slot, own, text in active:
             late = behind[slot]
@@ -137,11 +137,6 @@ class DraftSlots:
                 q = torch.stack([kept[late + i][slot] for i in range(len(guesses))])  # type: ignore[index]
             drafts[slot] = Draft(guesses, q)
         return drafts
-
-    def guesses(self, found: list[list[int]]) -> list[list[int]]:
-        """The guesses of every slot, as the draft model chose them; a benchmark overrides it to control how many are
-        right."""
-        return found
 
     # -- states ----------------------------------------------------------------------------------------------------
 

@@ -177,10 +177,13 @@ class SlotPool:
         if self._graph is None or not self._watch.holds():
             return verifier(self.model, self.states, tokens)
         kept: dict[int, Verifier] = self._graph.verifiers  # over the same states
-        if tokens not in kept:
-            kept[tokens] = verifier(self.model, self.states, tokens)
-        kept[tokens].reload()
-        return kept[tokens]
+        if tokens in kept:
+            kept[tokens].reload()
+            return kept[tokens]
+        made = verifier(self.model, self.states, tokens)
+        if not made.holds_model:
+            kept[tokens] = made
+        return made
 
     def _states_changed(self) -> None:
         """Forget drafts: the states were changed by something other than a commit."""

@@ -27,6 +27,9 @@ from mambakit.ops.decode.cpu_verify import VerifyStep
 class Verifier(Protocol):
     """Verifies drafts against the b rows of a cache, up to a number of tokens that it was made for."""
 
+    holds_model: bool
+    """Whether it refers to the model, so that it must not be kept with it."""
+
     def __call__(self, tokens: Tensor) -> Tensor:
         """(b, t, v) logits after each of ``tokens`` (b, t) int64 on the model's device; the cache is unchanged. They
         are valid until the next call."""
@@ -58,6 +61,8 @@ def why_not_native(model: Any, rows: int, tokens: int, *, states: Any = None) ->
 class NativeVerifier:
     """One call into the native library, with the bits of token-by-token decoding."""
 
+    holds_model = True  # its embeddings
+
     def __init__(self, model: Any, cache: MambaCache, tokens: int):
         layers, head = native_step.native_weights(model)
         self._embeddings, self._cache = model.backbone.embeddings, cache
@@ -87,6 +92,8 @@ class PersistentVerifier:
     All texts of a model share one `VerificationStep`. A verifier loads its own state if another's is in it.
     """
 
+    holds_model = False
+
     def __init__(self, model: Any, cache: StateCache, tokens: int):
         self._step, self._cache, self._read = verification_step(model, tokens), cache, 0
 
@@ -114,6 +121,8 @@ class PersistentVerifier:
 class ForwardVerifier:
     """The model's forward on a copy of the states; `commit` reads the kept prefixes again, packed. It serves any
     number of tokens."""
+
+    holds_model = True
 
     def __init__(self, model: Any, cache: StateCache, tokens: int):
         self.model, self.cache = model, cache

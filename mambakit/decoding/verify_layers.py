@@ -34,6 +34,8 @@ def why_not_layers(model: Any, rows: int, tokens: int, *, states: Any = None) ->
 class LayersVerifier:
     """Calls the model's own projections and norms, and the ops that leave the state unchanged."""
 
+    holds_model = True
+
     def __init__(self, model: Any, cache: StateCache, tokens: int):
         self.model, self.cache = model, cache
         self.inputs: list[tuple[Tensor, tuple]] = []  # per layer: those of the convolution and of the scan
@@ -91,7 +93,9 @@ class LayersVerifier:
 
 class CapturedVerifier:
     """`LayersVerifier` as two CUDA graphs for a fixed number of tokens; shorter drafts are padded, and only they are
-    kept. It holds no reference to the model, so that it may be kept with it."""
+    kept."""
+
+    holds_model = False
 
     def __init__(self, model: Any, cache: StateCache, tokens: int):
         rows, device, self._cache, self._read = cache.max_batch_size, model.device, cache, 0

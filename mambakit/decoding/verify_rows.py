@@ -21,6 +21,8 @@ def why_not_verify_rows(model: Any, rows: int, tokens: int, *, states: Any = Non
 class ManyRowsVerifier:
     """All rows' drafts in one pass over the weights. Shorter drafts are padded, and only they are kept."""
 
+    holds_model = False
+
     @torch.no_grad()
     def __init__(self, model: Any, cache: Any, tokens: int):
         self._cache, self._read = cache, 0

@@ -117,17 +117,3 @@ class Turns(Generic[T]):
                 wanted[above] -= 1
                 taken[above] = taken.get(above, 0) + 1
         return chosen
-
-
-def within_share(path: Path, taken: Iterable[Path], capacity: float, count: int = 1) -> bool:
-    """Whether ``path`` stays within its even share of ``capacity`` with ``count`` texts beside those ``taken``.
-
-    At every level the share is divided among the owners that have texts there. Others may hold more than their share,
-    which must not keep a newcomer out; so the total stays below ``capacity`` times the logarithm of the number of
-    paths.
-    """
-    paths, share = list(taken), float(capacity)
-    for level, name in enumerate(path):
-        share /= len({other[level] for other in paths if len(other) > level} | {name})
-        paths = [other for other in paths if len(other) > level and other[level] == name]
-    return len(paths) + count <= share

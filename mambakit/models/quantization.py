@@ -69,11 +69,11 @@ def quantize(model: Any, format: str, group: int | None = None) -> Any:
     return model.eval()
 
 
-def check_group(format: str, group: int | None) -> None:
-    """ValueError where a format has no groups and one is given."""
+def check_group(format: str, group: int | None, given: str = "group is") -> None:
+    """ValueError where a format has no groups and one is given; ``given`` is how the message begins."""
     if format in FORMATS and format not in GROUPED and group is not None:
         why = "lossless packing has no scales to share" if format == "lossless" else "fp8 has one scale for each row"
-        raise ValueError(f"group is {group}: {why}; drop it, or choose {' or '.join(GROUPED)}")
+        raise ValueError(f"{given} {group}: {why}; drop it, or choose {' or '.join(GROUPED)}")
 
 
 def require_float8(format: str, device: torch.device) -> None:

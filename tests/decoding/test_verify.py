@@ -216,3 +216,29 @@ def test_two_texts_take_turns():
         verify(ids[:1, :2])
     with pytest.raises(RuntimeError, match="another text"):
         verifiers[0].commit([1])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rows", [2, 8])
+@pytest.mark.parametrize("most", [2, 5])
+@torch.no_grad()
+def test_many_rows_on_a_gpu(rows, most):
+    """Triton's kernels verify the drafts of several rows as the forward does, within bfloat16's rounding."""
+    from mambakit.decoding.verify_rows import ManyRowsVerifier
+
+    for dtype, limit in ((torch.bfloat16, 3e-2), (torch.float32, 1e-3)):
+        model = served(dtype)
+        cache = model.backbone.new_cache(rows)
+        assert isinstance(verifier(model, cache, most), ManyRowsVerifier)
+        ids = torch.randint(0, 999, (rows, 60), device="cuda")
+        assert compare_rows(model, lambda m, c, n: ManyRowsVerifier(m, c, 7), ids)[1] < limit
+
+
+@torch.no_grad()
+def test_what_is_kept_with_a_model_does_not_refer_to_it():
+    model = pair("plain")[0].eval()
+    cache = model.backbone.new_cache(2)
+    assert LayersVerifier(model, cache, 4).holds_model
+    assert ForwardVerifier(model, cache, 4).holds_model
+    assert not CapturedVerifier.holds_model
+    assert not PersistentVerifier.holds_model

@@ -79,7 +79,7 @@ def test_greedy_texts_and_states_are_plain_decodings(models, kind, draft_tokens,
     if kind == "same":
         assert engine.drafts.accepted > 0.9 * engine.drafts.proposed
     if kind in ("right", "same") and draft_tokens == 4:
-        assert engine.drafts.rounds < 0.6 * sum(lengths) / min(slots, 4)
+        assert engine.drafts.accepted > 0.4 * sum(lengths)
 
 
 @pytest.mark.parametrize("name", ["falcon", "gelu", "odd_everything"])

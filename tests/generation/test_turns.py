@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from mambakit.generation.turns import Turns, within_share
+from mambakit.generation.turns import Turns
 
 
 def turns_of(**texts: tuple) -> Turns[str]:
@@ -89,19 +89,3 @@ def test_random_texts_have_even_shares_and_none_starves(seed):
         assert len(turns) == len(paths)
     assert turns.next(3, everybody) == []
     assert not turns._root.children
-
-
-def test_shares():
-    one = [("key", "r1")] * 5
-    assert within_share(("key", "r1"), one, 6)
-    assert not within_share(("key", "r1"), one, 6, 2)
-    assert within_share(("key", "r2"), one, 6, 3), "the other request has more than its share"
-    assert not within_share(("key", "r2"), one, 6, 4)
-    assert within_share(("other", "r1"), one, 5, 2)
-    assert not within_share(("other", "r1"), one, 5, 3)
-    assert not within_share(("other", "r1"), one, 0)
-    many = [("key", f"r{i}") for i in range(8)]
-    assert not within_share(("key", "new"), many, 8)
-    assert within_share(("other", "new"), many, 8, 4)
-    assert within_share((), [()] * 3, 4)
-    assert not within_share((), [()] * 3, 4, 2)

@@ -140,10 +140,11 @@ def test_guidance_that_cannot_be():
 def test_a_group_for_lossless_packing(folder, tmp_path, capsys):
     model = mambakit.MambaForCausalLM.from_pretrained(folder)
     for group in (32, 64, 128):
-        with pytest.raises(ValueError, match=f"group is {group}: lossless packing has no scales"):
-            model.quantize("lossless", group)
-        assert main(["quantize", str(folder), str(tmp_path / "x"), "--to", "lossless", "--group", str(group)]) != 0
-        assert f"--group {group}: lossless packing has no scales" in capsys.readouterr().err
+        for format, why in (("lossless", "lossless packing has no scales"), ("fp8", "fp8 has one scale for each row")):
+            with pytest.raises(ValueError, match=f"group is {group}: {why}"):
+                model.quantize(format, group)
+            assert main(["quantize", str(folder), str(tmp_path / "x"), "--to", format, "--group", str(group)]) != 0
+            assert f"--group {group}: {why}" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
     assert model.quantize("int8", 32).config.quantization_config["group"] == 32
     assert model.quantize("int8").config.quantization_config["group"] == 64

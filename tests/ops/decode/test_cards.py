@@ -9,6 +9,8 @@ from benchmarks.architectures import persistent
 from benchmarks.kernel_cases import CARDS, SHAPES
 from mambakit.ops.decode.persistent_plan import PersistentPlan
 from mambakit.ops.decode.triton_many_rows import Product, plans
+from mambakit.ops.linear import triton as linear
+from mambakit.ops.linear import triton_plan
 
 # The most rows that the persistent kernel serves of each shape in bfloat16, by compute capability. The decoding layer
 # gives larger batches to Triton's kernels earlier where those are faster (`mambakit.decoding.graph_step`).
@@ -63,3 +65,19 @@ def test_products_of_many_rows_fit(rows, dtype, capability):
         assert fitted.BK >= 32
         if dtype == torch.bfloat16 and capability in (90, 100):
             assert fitted == plan, "these cards have room for what was measured"
+
+
+@pytest.mark.parametrize("capability", CARDS)
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
+def test_products_of_packed_weights_fit(format, capability):
+    """A tile of 256 rows of x is turned in 128 KiB of shared memory, which cards of 99 do not have."""
+    limit = CARDS[capability].shared - linear.KEPT
+    for dtype in (torch.bfloat16, torch.float32):
+        for rows in (1, 16, 32, 64, 128, 256, 512):
+            plan = triton_plan.product_of(format, dtype, 64, rows, limit)
+            if plan is None:
+                continue
+            assert plan.shared_bytes(format, dtype.itemsize) <= limit, rows
+            assert plan.stages >= 2
+            if capability in (90, 100) and dtype == torch.bfloat16:
+                assert plan == triton_plan.tile_of(format, rows), "these cards have room for what was measured"

@@ -277,14 +277,16 @@ def test_the_layer_and_the_functions_of_mamba_ssm(device, kind, planned):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("early", [False, True], ids=["block", "early block"])
-def test_the_blocks_of_mamba_ssm(device, early, planned):
+@pytest.mark.parametrize(
+    ("early", "fused"), [(False, True), (True, True), (False, False)], ids=["block", "early block", "norm apart"]
+)
+def test_the_blocks_of_mamba_ssm(device, early, fused, planned):
     torch.manual_seed(0)
     mixer = functools.partial(Mamba, dt_rank=3)
     if early:
-        block = EarlyBlock(32, mixer, CompatNorm, True, True)
+        block = EarlyBlock(32, mixer, CompatNorm, fused, True)
     else:
-        block = CompatBlock(32, mixer, nn.Identity, CompatNorm, True, True)
+        block = CompatBlock(32, mixer, nn.Identity, CompatNorm, fused, True)
     x, residual, dy, dstream = torch.randn(4, 2, 37, 32)
 
     def run(b, dtype, place):
