@@ -33,16 +33,21 @@ def check_model(name: str) -> None:
 
 
 def read_template(file: str) -> str:
-    """The text of --chat-template, checked as far as it can be without messages."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    """The text of --chat-template, its syntax checked."""
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
 
     require_file(file, "chat template", "write one in Jinja, as a tokenizer's chat_template")
+    wrong: Exception | None = None
     try:
         text = Path(file).read_text(encoding="utf-8")
-        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
-    except (TemplateError, UnicodeDecodeError) as error:
-        raise ValueError(f"--chat-template {brief(file)} is no template ({error}); give a file of Jinja") from None
+        render_jinja_template([[{"role": "user", "content": ""}]], chat_template=text)
+    except (TemplateSyntaxError, UnicodeDecodeError) as error:
+        wrong = error
+    except Exception:  # it compiles, and may refuse this message
+        pass
+    if wrong is not None:
+        raise ValueError(f"--chat-template {brief(file)} is no template ({wrong}); give a file of Jinja")
     return text
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from mambakit import cli
 from mambakit.commands.serve import _NUMBERS
+from mambakit.commands.served_model import read_template
+from mambakit.errors import UsageError
 from tests.serving.conftest import serving, wait_until
 
 KEY = "a-key-of-sixteen-or-more"
@@ -240,3 +242,15 @@ def test_room_for_connections(monkeypatch):
     limits.append((64, 64))
     with pytest.raises(ValueError, match="open files"):
         connections_that_fit(None, 2)
+
+
+def test_a_chat_template(tmp_path):
+    whole = tmp_path / "whole.jinja"
+    whole.write_text("{% generation %}{{ raise_exception('no') }}{% endgeneration %}{{ messages }}")
+    assert read_template(str(whole)) == whole.read_text()
+    broken = tmp_path / "broken.jinja"
+    broken.write_text("{% if")
+    with pytest.raises(ValueError, match="broken.jinja' is no template .*; give a file of Jinja"):
+        read_template(str(broken))
+    with pytest.raises(UsageError, match="there is no chat template file"):
+        read_template(str(tmp_path / "none"))
