@@ -136,7 +136,8 @@ def _outside(shape: Shape, known: list[Shape]) -> list[str]:
     sizes = [s.parameters for s in known]
     if min(sizes) * 0.98 <= shape.parameters <= max(sizes) * 1.02:
         return []
-    kind = "smaller" if shape.parameters < min(sizes) else "larger"
-    return [
-        f"{shape.parameters / 1e6:,.1f} M parameters are {kind} than the recorded models: the nearest one's figures"
-    ]
+    small = shape.parameters < min(sizes)
+    kind = "smaller" if small else "larger"
+    more = ", which small layers do not reach" if small else ""
+    count = f"{shape.parameters / 1e6:,.1f} M parameters"
+    return [f"{count} are {kind} than the recorded models: the nearest one's utilisation{more}"]
