@@ -20,7 +20,7 @@ def architectures(records: Records) -> Content:
         cells = []
         for capability in compiled:
             (row,) = select(found, kernel=kernel, capability=capability)
-            cells.append(f"{row['shared'] / 1024:.1f}" if row["launches"] else "refused")
+            cells.append(f"{row['shared'] / 1024:.1f}" if row["launches"] else "not compiled")
         file, name = kernel.split(":")
         cells.append(", ".join(row["tool"] for row in select(ran, kernel=kernel)))
         lines.append([f"`{file.removeprefix('ops/')}` {name}", *cells])
