@@ -19,6 +19,7 @@ TABLES: dict[str, Callable[[Records], Content]] = {
     "engine": gpu.engine,
     "eager": gpu.eager,
     "first-token": gpu.first_token,
+    "falcon": gpu.falcon,
     "serving-sampled": gpu.serving_sampled,
     "sampling": gpu.sampling,
     "drafts": gpu.drafts,

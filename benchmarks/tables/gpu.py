@@ -94,24 +94,26 @@ def first_token(records: Records) -> Content:
 
 
 def eager(records: Records) -> Content:
-    """The ordinary path was timed in an earlier run, on another host."""
+    """Layers and models: all paths of one run. Inference: the plan and the ordinary path of two runs on two hosts."""
+    new, inference, before = "2026-11-29-h200-eager-paths", "2026-11-29-h200-eager", "2026-11-29-h200-eager-before"
     rows = []
-    for part in ("mixers", "models", "inference"):
-        found = records.rows("2026-11-29-h200-eager", part, path="prepared")
-        before = records.rows("2026-11-29-h200-eager-before", part, path="ordinary")
-        for now in found:
+    for part, name, ordinary in (
+        ("mixers", new, new), ("models", new, new), ("inference", inference, before)
+    ):  # fmt: skip
+        for now in records.rows(name, part, path="prepared"):
             case = {key: now[key] for key in ("h", "layers", "b", "l") if key in now}
-            old = select(before, **case)
+            given = select(records.rows(name, part), path="drop-in", **case)
+            old = select(records.rows(ordinary, part), path="ordinary", **case)
             what = {"mixers": "mixer", "models": "model", "inference": "inference"}[part]
             layers = f" x {now['layers']}" if "layers" in now else ""
             rows.append(
                 [
                     f"{what}, width {now['h']}{layers}, {now['b']} x {now['l']}", cell("{ms:.2f}", now),
-                    cell("{one_thread_ms:.2f}", now), cell("{card_ms:.2f}", now),
-                    cell("{ms:.2f}", old[0] if old else {}),
+                    cell("{ms:.2f}", given[0] if given else {}), cell("{one_thread_ms:.2f}", now),
+                    cell("{card_ms:.2f}", now), cell("{ms:.2f}", old[0] if old else {}),
                 ]
             )  # fmt: skip
-    return ["ms", "as a plan", "autograd in the calling thread", "the card alone", "op by op, another host"], rows
+    return ["ms", "as a plan", "the drop-in", "autograd in the calling thread", "the card alone", "op by op"], rows
 
 
 def serving_sampled(records: Records) -> Content:
@@ -194,3 +196,18 @@ def serving_replicas(records: Records) -> Content:
         first = f"{r['first_token_p50'] * 1e3:.0f}, {r['first_token_p99'] * 1e3:.0f} ms"
         rows.append([str(r["replicas"]), f"{r['requests_per_second']:.1f}", rate, first])
     return ["replicas", "requests/s", "tokens/s", "first token, median and 99th percentile"], rows
+
+
+def falcon(records: Records) -> Content:
+    """A step and prompts of the 7B shape, FalconMamba and in brackets plain Mamba, by format of the weights."""
+    found = records.rows("2026-11-29-h200-falcon-mamba", "falcon")
+    formats = list(dict.fromkeys(str(row["format"]) for row in found))
+    lines = []
+    for what in dict.fromkeys(str(row["what"]) for row in found):
+        cells = []
+        for format in formats:
+            times = [select(found, what=what, format=format, who=who) for who in ("FalconMamba", "Mamba")]
+            mine, plain = (f"{row[0]['seconds'] * 1e3:.2f}" if row else "-" for row in times)
+            cells.append(f"{mine} ({plain})")
+        lines.append([what, *cells])
+    return ["ms", *formats], lines

@@ -46,6 +46,7 @@ class _Number:
 
 # Of --prefix-cache-mb; the option itself stays None, so that it is known to be given.
 _CACHE_MB = 1024
+_UNREAD = 64  # bodies; a burst of as many requests as there are slots is taken, too
 # Whole numbers have whole bounds.
 _REPLICAS = (
     _Number("--replicas", None, 1, 1024, "how many (default: one for each of --devices, else 1)"),
@@ -89,7 +90,9 @@ _CONNECTIONS = (
     _Number("--idle-seconds", 15.0, 0.1, _WEEK, "between a connection's requests"),
     _Number("--write-seconds", 30.0, 0.1, _WEEK, "for a client to read what was sent, and more as with --body-seconds"),
     _Number("--min-rate", 16 << 10, 1, _MOST, "bytes per second below which a client is too slow"),
-    _Number("--max-unread", 64, 1, _MOST, "received bodies that may wait to be parsed"),
+    _Number(
+        "--max-unread", None, 1, _MOST, f"received bodies that may wait to be parsed (default {_UNREAD}, or all slots)"
+    ),
     _Number("--parse-seconds", 30.0, 0.1, _WEEK, "to parse and tokenise a large body"),
     _Number("--parse-processes", 2, 1, 64, "that parse large bodies; the first starts with the first such body"),
 )
@@ -174,6 +177,7 @@ def run(args: argparse.Namespace) -> int:
     configure(logs)
     model = str(args.model or default_model_path())
     check_model(model)
+    devices = _devices(args)
     serve(
         ServerOptions(
             worker=WorkerOptions(
@@ -192,7 +196,7 @@ def run(args: argparse.Namespace) -> int:
                 load_seconds=args.load_seconds,
                 logs=logs,
             ),
-            devices=_devices(args),
+            devices=devices,
             name=args.served_model_name or own_name(model),
             host=args.host,
             port=args.port,
@@ -214,7 +218,7 @@ def run(args: argparse.Namespace) -> int:
             ),
             intake=IntakeOptions(
                 processes=args.parse_processes,
-                waiting=args.max_unread,
+                waiting=args.max_unread or max(_UNREAD, args.slots * len(devices)),
                 seconds=args.parse_seconds,
                 unfinished_bytes=args.max_unfinished_mb << 20,
             ),
