@@ -193,7 +193,7 @@ def test_a_state_that_says_nonsense(model, tmp_path):
             State.load(path, model)
     for name, tensor in (
         ("pending", torch.tensor([[999_999]])), ("pending", torch.tensor([[-1]])),
-        ("pending", torch.zeros(1, 2).long()),
+        ("pending", torch.zeros(2, 1).long()),
         ("pending", torch.zeros(1, 1)), ("conv_states", torch.zeros(2)), ("ssm_states", torch.zeros(1, 1, 1, 1)),
     ):  # fmt: skip
         save_file({**tensors, name: tensor}, path, metadata)

@@ -12,7 +12,6 @@ from mambakit.modules.mixers import MambaMixer, fused_layer, mixer_class
 from mambakit.modules.norm import RMSNorm
 from mambakit.modules.packing import Packing
 from mambakit.modules.placement import CacheHandle, is_dispatched, opened
-from mambakit.modules.quantized_linear import normed_projection
 from mambakit.modules.state_cache import StateCache
 
 
@@ -53,7 +52,9 @@ class MambaBlock(nn.Module):
                 found = fused_layer.run(self, self.norm, mixer, x, residual, residual_dtype, cache_params)
                 if found is not None:
                     return found  # type: ignore[return-value]
-        if isinstance(self.mixer, MambaMixer) and fused_layer.on_gpu(x):
+        if isinstance(self.mixer, MambaMixer) and type(self.mixer.in_proj) is not nn.Linear and fused_layer.on_gpu(x):
+            from mambakit.modules.quantized_linear import normed_projection  # imports Triton
+
             projected = normed_projection(self.norm, self.mixer, x, residual, residual_dtype)
             if projected is not None:
                 cache = opened(cache_params, self.mixer.layer_idx, x.device)

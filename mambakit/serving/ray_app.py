@@ -144,7 +144,7 @@ def build(arguments: Mapping[str, Any]) -> Any:
 
     Raises:
         UsageError: an argument is wrong.
-        ModuleNotFoundError: Ray is not installed: pip install "mambakit[ray]".
+        ModuleNotFoundError: Ray is not installed; the message names the extra.
     """
     from ray import serve
 

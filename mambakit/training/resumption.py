@@ -22,8 +22,7 @@ MAY_CHANGE = frozenset({
     # where its files are; documents are compared by their contents
     "out", "token_cache", "train_files", "heldout_files",
     # what it writes, when, and how the model is saved
-    "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "tensorboard", "report_to",
-    "project",
+    "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "report_to", "project",
     "export_dtype", "max_shard_size", "sample_prompt",
     # how the same update is computed: processes, memory, launches
     "parallel", "context_parallel", "accumulate", "activation_checkpointing", "recompute_selection", "cuda_graph",

@@ -96,7 +96,7 @@ def test_tensors_that_are_kept_are_not_of_an_inference_mode(model):
 def test_a_cpu_has_no_graphs(model):
     assert "on cpu" in why_not_captured(model)
     assert "on cpu" in graph_step.why_not_persistent(model, 1)
-    assert "on cpu" in graph_step.why_not_verification(model, 4)
+    assert "on cpu" in graph_step.why_not_verification(model, 1, 4)
 
 
 @pytest.mark.cuda

@@ -213,8 +213,8 @@ def test_what_cannot_be_done_is_refused(model):
         model.generate(ids, prefill_chunk_size=-3)
     with pytest.raises(ValueError, match="temprature"):
         model.generate(ids, temprature=0.5)
-    with pytest.raises(ValueError, match="[Aa]ssisted"):
-        model.generate(ids, prompt_lookup_num_tokens=3)
+    with pytest.raises(ValueError, match="drafts are of one text each, and num_beams"):
+        model.generate(ids, prompt_lookup_num_tokens=3, num_beams=2)
 
 
 @pytest.mark.parametrize(

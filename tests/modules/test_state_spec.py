@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import mambakit
 from mambakit.generation.fingerprint import fingerprint
 from mambakit.generation.prefix_cache import PrefixCache
+from mambakit.generation.prefix_files import _digest
 from mambakit.generation.state import State
 from mambakit.modules import MambaCache, StateCache, StateSpec, StateTensor, new_cache
 from tests.models.configurations import pair, tokens
@@ -178,7 +179,8 @@ def test_a_prefix_cache(known, tmp_path):
     key = files[-1].parent.name, *files[-1].stem.split("-")
     tensors = {name: t.contiguous() for name, t in expected.tensors().items()}
     assert set(tensors) == {"conv_states", "ssm_states"}
-    save_file(tensors, files[-1], {"format": "mambakit.PrefixCache/1", "key": "-".join(key)})
+    metadata = {"format": "mambakit.PrefixCache/2", "key": "-".join(key), "sha256": _digest(tensors)}
+    save_file(tensors, files[-1], metadata)
     again = PrefixCache(model, folder=tmp_path)
     assert torch.equal(again.read(ids).cache.ssm_states, expected.ssm_states)
     assert again.statistics.disk_hits == 1
