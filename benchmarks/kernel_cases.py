@@ -250,13 +250,14 @@ def packed_products(format: str) -> Case:
         from mambakit.ops.linear import triton_plan
         from mambakit.ops.linear.schema import parts_of
 
-        n, k = (96, 192) if small else (2048, 4096)
-        weight = pack(torch.randn(n, k, device=device), format)
-        gpu.dequantize(*parts_of(weight), format, k, weight.group)
-        for rows in (3, 20, 50, 100, 300):
-            x = torch.randn(rows, k, device=device).to(torch.bfloat16)
-            tile = triton_plan.tile_of(format, rows).fitting(format, weight.group, 2, gpu.card_of(x)[1] - gpu.KEPT)
-            gpu.in_registers(x, weight, x[0, :1].expand(n).contiguous(), tile)
+        n, widths = (96, (192, 576)) if small else (2048, (4096,))  # of the small ones, the second's sums are split
+        for k in widths:
+            weight = pack(torch.randn(n, k, device=device), format)
+            gpu.dequantize(*parts_of(weight), format, k, weight.group)
+            for rows in (3, 20, 50, 100, 300):
+                x = torch.randn(rows, k, device=device).to(torch.bfloat16)
+                tile = triton_plan.tile_of(format, rows).fitting(format, weight.group, 2, gpu.card_of(x)[1] - gpu.KEPT)
+                gpu.in_registers(x, weight, x[0, :1].expand(n).contiguous(), tile)
         if format == "fp8":
             gpu.rows_in_float8(x)
             gpu.norm_in_float8(x, x[0], x.float(), 1e-5, torch.float32, torch.bfloat16)

@@ -15,9 +15,8 @@ from torch import Tensor
 from mambakit.ops.decode.triton_many_rows import ManyRowsStep, Product, Tile
 from mambakit.ops.decode.triton_tokens import TokenBuffers
 from mambakit.ops.decode.weights import ModelWeights, Weight, shape_of
-from mambakit.ops.linear import triton_plan
+from mambakit.ops.linear import triton_kernels, triton_plan
 from mambakit.ops.linear.triton import ASM, KEPT, card_of
-from mambakit.ops.linear.triton_kernels import product_kernel
 
 MOST_ROWS = 128
 _LOGITS = 1024  # of a program of `logits_kernel`
@@ -93,7 +92,7 @@ class PackedRowsStep(ManyRowsStep):
     def _multiply(self, name: str, x: Tensor, weight: Weight) -> None:
         assert not isinstance(weight, Tensor)
         (n, k), tile = shape_of(weight), self._packed_tiles[name]
-        product_kernel[(triton.cdiv(n, tile.BN) * triton.cdiv(self.rows, tile.BB), self._splits[name])](
+        triton_kernels.product_kernel[(triton.cdiv(n, tile.BN) * triton.cdiv(self.rows, tile.BB), self._splits[name])](
             x, weight.data, weight.scales, None, self._parts[name], self.rows, k,
             n, k, self._columns[name], triton_plan.BITS[weight.format], weight.group, BN=tile.BN, BB=tile.BB,
             BK=tile.BK, STAGES=tile.stages, SPLITS=self._splits[name], AFTER=tile.after, ASM=ASM, HAS_BIAS=False,
