@@ -80,7 +80,7 @@ mambakit.cli.main(["info", "--help"])
 
 
 REPLICA = """
-import os, sys, types
+import multiprocessing, os, sys, types
 from mambakit.serving.logs import LogOptions
 from mambakit.serving.replicas import worker
 
@@ -90,8 +90,8 @@ class Told(worker._Worker):
         os._exit(0)
 
 worker._Worker = Told
-worker._receive = lambda *_: None
-worker.main(types.SimpleNamespace(heartbeat_seconds=1e6, logs=LogOptions()), None)
+server, replica = multiprocessing.Pipe()  # its threads end the process where they cannot use it
+worker.main(types.SimpleNamespace(heartbeat_seconds=1e6, logs=LogOptions()), replica)
 """
 
 

@@ -187,7 +187,7 @@ def test_numbers_are_checked_before_anything_is_loaded(option, value, monkeypatc
         status = cli.main(["serve", option, value])
     except SystemExit as ended:  # argparse's: no whole number
         status = ended.code
-    if value == "0" and option in ("--port", "--max-waiting", "--drain-seconds"):
+    if value == "0" and option in ("--port", "--max-waiting", "--drain-seconds", "--states-memory-mb"):
         assert status == 0
     else:
         assert status == 2
