@@ -85,7 +85,7 @@ def tokenize(line: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None, method: str = "spawn") -> int:
-    """``method`` starts the processes; "fork" is quicker, where this process has not touched a GPU."""
+    """``method`` starts the processes; "forkserver" is quicker, where several programs are run by one process."""
     parser = argparse.ArgumentParser(prog="python -m experiments", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(WEIGHTS)}; all when none is given")
     parser.add_argument("--seconds", type=float, required=True, help="wall-clock seconds for all of them together")

@@ -60,9 +60,10 @@ class TextStates:
 
         The first is its state at the end, where its slot has not read further.
         """
+        end = _end_of(text)
         # The text may have ended in a look that was launched before the last copy.
-        copies = [copy for copy in self._copies.pop(text, []) if copy.get_seq_length() <= text.length]
-        current = text.state if slot is None else pool.copy_of(slot) if pool.seen(slot) <= text.length else None
+        copies = [copy for copy in self._copies.pop(text, []) if copy.get_seq_length() <= end]
+        current = text.state if slot is None else pool.copy_of(slot) if pool.seen(slot) <= end else None
         if current is not None:
             if copies and copies[-1].get_seq_length() == current.get_seq_length():
                 del copies[-1]
@@ -70,9 +71,8 @@ class TextStates:
         return copies[::-1]
 
     def read_on(self, text: Text, state: StateCache) -> StateCache:
-        """A state of the text that has read all of its tokens but those that its slot would not have read either."""
-        end = text.length - (text.request.finish_reason != "stop")
-        unread = text.tokens()[state.get_seq_length() - text.before : end - text.before]
+        """A state that has read on to the end of its text."""
+        unread = text.tokens()[state.get_seq_length() - text.before : _end_of(text) - text.before]
         if unread:
             state = state.clone()
             ids = torch.tensor([unread], dtype=torch.int64, device=self._model.device)
@@ -82,3 +82,12 @@ class TextStates:
     def _drop_old(self, text: Text) -> None:
         copies = self._copies[text]
         del copies[1 : len(copies) - _HELD]
+
+
+def _end_of(text: Text) -> int:
+    """The number of tokens that a text's state has read at its end.
+
+    It has read all tokens but the last one, which nothing was chosen after. After an end-of-text token, which the text
+    does not have, it has read all.
+    """
+    return text.length - (text.request.finish_reason != "stop")

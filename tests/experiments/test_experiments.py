@@ -291,7 +291,7 @@ def test_run_all_in_turn_and_plots(common, data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "arguments_of", tiny)
     line = ["--seconds", "200", "--out", str(out), "--device", "cpu", "audio", "genomics"]
-    assert runner.main(line, method="fork") == 0
+    assert runner.main(line, method="forkserver") == 0
     assert sorted(path.name for path in out.iterdir()) == ["audio.json", "genomics.json"]
     docs = tmp_path / "docs"
     plot.main([str(out), "--out", str(docs)])
@@ -303,7 +303,7 @@ def test_run_all_in_turn_and_plots(common, data, tmp_path, monkeypatch):
 
 def test_a_failing_experiment_is_reported(tmp_path, capfd):
     line = ["--seconds", "60", "--out", str(tmp_path), "--data", str(tmp_path), "--device", "cpu", "audio"]
-    assert runner.main(line, method="fork") == 1
+    assert runner.main(line) == 1
     assert "speech_digits.npz" in capfd.readouterr().err
 
 

@@ -92,10 +92,11 @@ def test_states_go_in_and_come_out(model):
     assert torch.equal(first.final_state.ssm_states, before), "a state that was given stays"
 
 
-def test_a_state_has_seen_its_own_tokens_alone(model):
-    """However long the others are, and whenever its row came."""
+@pytest.mark.parametrize("per_look", [None, 1, 2, 3, 4, 5, 6, 7, 8])
+def test_a_state_has_seen_its_own_tokens_alone(model, per_look):
+    """However long the others are, whenever its row came, and however far its slot has read beyond its end."""
     lengths = [7, 1, 12, 3, 9, 2]
-    requests = Engine(model, 3, chunk_size=4).write(
+    requests = Engine(model, 3, chunk_size=4, tokens_per_look=per_look).write(
         Request(p, max_new_tokens=n, keep_state=True) for p, n in zip(prompts(6), lengths, strict=True)
     )
     for request in requests:

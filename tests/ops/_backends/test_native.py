@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import warnings
 
@@ -43,6 +44,17 @@ def test_float64_and_wide_filters_are_plain_pytorchs(isa):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_computes(isa):
+    """In a small process: one that has run a thousand tests may be too large to be forked."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.preloaded"])
+    parent = context.Process(target=_compute_and_fork, args=(isa,))
+    parent.start()
+    parent.join(120)
+    assert parent.exitcode == 0
+
+
+def _compute_and_fork(isa: str) -> None:
+    native.use_isa(isa)
     x = torch.randn(64, 512)
     arguments = (x, None, None, 1e-5, torch.float32, torch.float32)
     y, _ = norm.forward(*arguments)
