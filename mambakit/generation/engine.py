@@ -192,22 +192,31 @@ class Engine:
         if self._taken:
             self._note(self._next(), chosen)
         if not self._taken:
-            self._looks.forget()
+            (self._looks if self.drafts is None else self.drafts).forget()
         if not len(self._schedule):
             self._prompts.drop_held()
         return chosen
 
     def _next(self) -> Found | None:
         """The next tokens of every slot."""
-        self._states.before_look(self._pool, self.drafts is not None or self._looks.several)
-        return self._looks.next() if self.drafts is None else self.drafts.next()
+        if self.drafts is None:
+            self._states.before_look(self._pool, self._looks.several)
+            return self._looks.next()
+        if self.drafts.in_flight and self._states.are_due(self._pool, False):
+            return self.drafts.wait()
+        self._states.before_look(self._pool, False)  # a text's state is the one after its end
+        return self.drafts.next()
+
+    def _wait(self) -> Found | None:
+        """The tokens that the device works on. Afterwards states are those after their texts."""
+        return self._looks.wait() if self.drafts is None else self.drafts.wait()
 
     def _writing(self) -> list[Text]:
         return [text for text in self._pool.occupants if text is not None]
 
     def _give_slots(self, chosen: list[tuple[Request, int]]) -> None:
         leaving, entering = self._schedule.admission(self._writing(), self.slice_tokens)
-        if leaving and (found := self._looks.wait()) is not None:  # their states may be ahead of their tokens
+        if leaving and (found := self._wait()) is not None:  # their states may be ahead of their tokens
             self._note(found, chosen)
             leaving, entering = self._schedule.admission(self._writing(), self.slice_tokens)
         for text in leaving:  # each continues later from a copy of its state

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mambakit.decoding.acceptance import probabilities
+from mambakit.decoding.distributions import probabilities
 from mambakit.decoding.drafting import Draft, Drafter, read_draft_tokens
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.slots import SlotPool
