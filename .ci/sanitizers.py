@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,10 +117,17 @@ def find_sanitizer(given: str | None) -> str:
     raise SystemExit("compute-sanitizer is not on PATH; install the CUDA toolkit, or give --sanitizer PATH")
 
 
-def check(tool: str, sanitizer: str, names: list[str], deadline: float) -> dict:
-    """Every case under one tool, until the deadline."""
+def check(tool: str, sanitizer: str, names: list[str], deadline: float, save: Callable[[dict], None]) -> dict:
+    """Every case under one tool, until the deadline. ``save`` gets what is known after each piece."""
     covered: set[str] = set()
-    failed, reported, done = {}, [], set()
+    failed, reported, done, kernels = {}, [], set(), every_kernel()
+
+    def found_so_far() -> dict:
+        return {
+            "tool": tool, "covered": sorted(covered & set(kernels)), "left": sorted(set(kernels) - covered),
+            "cases left": [name for name in names if name not in done], "failed": failed, "reported": reported,
+        }  # fmt: skip
+
     for begin in range(0, len(names), _PIECE):
         piece = names[begin : begin + _PIECE]
         left = deadline - time.monotonic()
@@ -137,11 +145,19 @@ def check(tool: str, sanitizer: str, names: list[str], deadline: float) -> dict:
         if missing and "stopped after" not in output:
             failed |= dict.fromkeys(missing, output[-500:])
         print(f"{tool}: {', '.join(piece)}: {count} reported, {time.monotonic() - began:.0f} s", flush=True)
-    kernels = every_kernel()
-    return {
-        "tool": tool, "covered": sorted(covered & set(kernels)), "left": sorted(set(kernels) - covered),
-        "cases left": [name for name in names if name not in done], "failed": failed, "reported": reported,
-    }  # fmt: skip
+        save(found_so_far())
+    return found_so_far()
+
+
+def write_record(path: Path | None, results: list[dict]) -> None:
+    from benchmarks import record
+
+    rows = [
+        {"tool": r["tool"], "kernel": kernel, "covered": kernel in r["covered"]}
+        for r in results
+        for kernel in every_kernel()
+    ]
+    record.write(path, {"sanitizers": rows, "reported": [r["reported"] for r in results]}, gpus=1)
 
 
 def main() -> int:
@@ -173,10 +189,14 @@ def main() -> int:
         print(output[-3000:])
         return 1
     print(f"compiled and run without a sanitizer in {time.monotonic() - began:.0f} s", flush=True)
-    results = []
+    results: list[dict] = []
     for i, tool in enumerate(options.tools):
-        now = time.monotonic()
-        results.append(check(tool, sanitizer, names, now + (end - now) / (len(options.tools) - i)))
+        now, before = time.monotonic(), list(results)
+
+        def save(found: dict, before: list[dict] = before) -> None:
+            write_record(options.json, [*before, found])
+
+        results.append(check(tool, sanitizer, names, now + (end - now) / (len(options.tools) - i), save))
     for result in results:
         print(f"\n{result['tool']}: {len(result['covered'])} of {len(every_kernel())} kernels ran under it")
         for name in result["left"]:
@@ -185,14 +205,6 @@ def main() -> int:
             print(f"  FAILED: {name}: {error}")
         for one in result["reported"]:
             print(f"  {one['count']} reported in {', '.join(one['cases'])}:\n{one['output']}")
-    from benchmarks import record
-
-    rows = [
-        {"tool": r["tool"], "kernel": kernel, "covered": kernel in r["covered"]}
-        for r in results
-        for kernel in every_kernel()
-    ]
-    record.write(options.json, {"sanitizers": rows, "reported": [r["reported"] for r in results]}, gpus=1)
     clean = all(not (r["reported"] or r["failed"] or (r["left"] and not options.only)) for r in results)
     print("\nnone reported" if clean else "\nsee above")
     return 0 if clean and not broken else 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def make(who: str, options: argparse.Namespace, longest: int) -> tuple[Any, dict
     return model, {}
 
 
-def measure(options: argparse.Namespace, clock: Clock, record: dict[str, Any]) -> None:
+def measure(options: argparse.Namespace, clock: Clock, record: dict[str, Any], save: Callable[[], None]) -> None:
+    """``save`` writes the record, after every batch."""
     found = earlier(options.json, options.contexts, options.contenders)
     record["context"] = found
     print(f"\ncontext: {options.context_shape}\n{'context':>10} {'who':>30} {'rows':>5} {'tokens/s':>10} {'GiB':>6}")
@@ -94,6 +96,7 @@ def measure(options: argparse.Namespace, clock: Clock, record: dict[str, Any]) -
                 rate = row["tokens_per_second"]
                 text = "out of memory" if rate is None else f"{rate:10,.0f} {row['gib'] or 0:6.1f}"
                 print(f"{context:>10} {who:>30} {rows:>5} {text}", flush=True)
+                save()
             del model
             torch.compiler.reset()
             released()

@@ -143,8 +143,13 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no NVIDIA GPU is here; the kernel's logic runs on a CPU in tests/ops/decode/test_cuda_persistent.py")
-    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
     results, clocks = [], []
+
+    def save() -> None:
+        part = "ways" if options.ways else "variants"
+        record.write(options.json, {part: results, **({"cycles": clocks} if options.clock else {})}, gpus=1)
+
     cases = itertools.product(options.families, options.shapes, options.formats)
     for family, shape, format in cases:
         model = made(family, shape, format)
@@ -159,7 +164,8 @@ def main() -> None:
                     ms = milliseconds(step, options.rounds)
                     wrong = "" if error < 1.2e-2 else f"  WRONG, {error:.1e}"
                     print(f"{label} {format:>5} x {rows}  {name}: {ms:.4f} ms{wrong}", flush=True)
-                    results.append({**what, "rows": rows, "way": name, "ms": ms})
+                    results.append({**what, "rows": rows, "way": name, "ms": ms, "error": error})
+                save()
                 continue
             variants = [{}, *RIVALS]
             for index, step in compiled(model, rows, variants).items():
@@ -172,6 +178,7 @@ def main() -> None:
                 ms = milliseconds(step, options.rounds)
                 print(f"{name}: {ms:.4f} ms" + ("" if error < 1.2e-2 else f"  WRONG, {error:.1e}"), flush=True)
                 results.append({**what, "rows": rows, **variants[index], "ms": ms, "error": error})
+                save()
             if options.clock:
                 step = step_of(model, rows, clock=True)
                 for _ in range(5):
@@ -181,8 +188,7 @@ def main() -> None:
                 print("   ", ", ".join(f"{part} {count:.0f}" for part, count in zip(PARTS, cycles, strict=True)))
         del model
         torch.cuda.empty_cache()
-    part = "ways" if options.ways else "variants"
-    record.write(options.json, {part: results, **({"cycles": clocks} if options.clock else {})}, gpus=1)
+    save()
 
 
 if __name__ == "__main__":

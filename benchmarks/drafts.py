@@ -194,6 +194,7 @@ def main() -> None:
                         with Coin(acceptance):
                             row["phases"] = phases(engine, prompts, options.new, cuda)
                     found.append(row)
+                    records.write(options.json, {"drafts": found}, gpus=int(cuda))
                     print(
                         f"{rows:>4} {name:>8} {acceptance:6.2f} {k:>2} {speed:10,.0f} {speed / base:13.2f}x "
                         f"{speed * seconds / rows:8.2f} {seconds * 1e3:7.3f}",
@@ -203,7 +204,6 @@ def main() -> None:
                         print("     " + ", ".join(f"{n} {1e3 * s:.3f}" for n, s in row["phases"].items()))
                     del engine
                     released()
-    records.write(options.json, {"drafts": found}, gpus=int(cuda))
 
 
 if __name__ == "__main__":

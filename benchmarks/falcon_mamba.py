@@ -135,10 +135,10 @@ def llama_step(options: argparse.Namespace, format: str) -> Callable[[], object]
     return lambda: context.feed([7])
 
 
-def measure(options: argparse.Namespace, format: str) -> list[dict[str, object]]:
+def measure(options: argparse.Namespace, format: str, found: list[dict[str, object]]) -> None:
+    """Steps and prompts of one format, added to what is found; the record is written after each."""
     layers = SHAPES[options.shape][1]
     models = {f: repeated(one_layer(f, options.shape, options.device), format, layers) for f in options.families}
-    found: list[dict[str, object]] = []
 
     def note(what: str, rows: int, seconds: dict[str, float], decoders: dict[str, str]) -> None:
         text = ", ".join(f"{who} {t * 1e3:.3f} ms" for who, t in seconds.items())
@@ -153,6 +153,7 @@ def measure(options: argparse.Namespace, format: str) -> list[dict[str, object]]
                     "decoder": decoders.get(who, ""),
                 }
             )  # fmt: skip
+        record.write(options.json, {"falcon": found}, gpus=int(options.device == "cuda"))
 
     for rows in options.rows:
         decoders = {family: choose(model, rows).name for family, model in models.items()}
@@ -175,7 +176,6 @@ def measure(options: argparse.Namespace, format: str) -> list[dict[str, object]]
         else:
             seconds = in_turn(calls, max(2, options.rounds // 4))
         note(f"prompt {prompt}", rows, seconds, {})
-    return found
 
 
 @torch.no_grad()
@@ -195,8 +195,9 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no NVIDIA GPU is here: --device cpu compares the steps of the native library")
     torch.set_num_threads(options.threads)
-    results = [row for format in options.formats or FORMATS[options.device] for row in measure(options, format)]
-    record.write(options.json, {"falcon": results}, gpus=int(options.device == "cuda"))
+    results: list[dict[str, object]] = []
+    for format in options.formats or FORMATS[options.device]:
+        measure(options, format, results)
 
 
 if __name__ == "__main__":

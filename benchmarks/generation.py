@@ -316,7 +316,7 @@ def measure_engine(options: Options, clock: Clock, record: dict) -> None:
 def measure_context(options: Options, clock: Clock, record: dict) -> None:
     from benchmarks import context  # which reads this module
 
-    context.measure(options, clock, record)
+    context.measure(options, clock, record, lambda: save(options, record))
 
 
 def plot(record: dict, folder: Path) -> None:
@@ -344,6 +344,13 @@ def plot(record: dict, folder: Path) -> None:
         figure.savefig(folder / f"{name}.png", dpi=130)
         pyplot.close(figure)
         print(folder / f"{name}.png")
+
+
+def save(options: Options, record: dict) -> None:
+    import transformers
+
+    results = {key: value for key, value in record.items() if key != "device"}
+    records.write(options.json, results, gpus=int(options.device == "cuda"), transformers=transformers.__version__)
 
 
 PARTS = {
@@ -395,11 +402,7 @@ def main() -> None:
     released()
     for part in options.parts:
         PARTS[part](options, clock, record)
-        if options.json:  # after each part: a run that is cut off leaves what it has
-            results = {key: value for key, value in record.items() if key != "device"}
-            records.write(
-                options.json, results, gpus=int(options.device == "cuda"), transformers=transformers.__version__
-            )
+        save(options, record)  # after each part: a run that is cut off leaves what it has
     if options.plots:
         plot(record, options.plots)
         if record["context"]:

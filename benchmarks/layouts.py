@@ -216,13 +216,14 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--rounds", type=int, default=20, help="of a CPU")
+    parser.add_argument("--shapes", type=int, help="only the first so many")
     record.add_argument(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     device, results, green = options.device, [], True
-    print(torch.cuda.get_device_name() if device == "cuda" else f"CPU, threads: {options.threads}")
-    for shape, (name, dtype) in itertools.product(SHAPES[device], DTYPES.items()):
+    print(torch.cuda.get_device_name() if device == "cuda" else f"CPU, threads: {options.threads}", flush=True)
+    for shape, (name, dtype) in itertools.product(SHAPES[device][: options.shapes], DTYPES.items()):
         right, found = measure(shape, dtype, device, options.rounds)
         green &= right
         for (op, kind), times in found.items():
@@ -230,8 +231,11 @@ def main() -> None:
                 ratio = ms / times["channels last"]
                 row = {"op": op, "shape": shape, "dtype": name, "kind": kind, "case": case, "ms": ms, "ratio": ratio}
                 results.append(row)
-                print(f"{op:<5}{'x'.join(map(str, shape)):<19}{name:<9}{kind:<8}{case:<22}{ms:9.3f} ms {ratio:6.2f} x")
-    record.write(options.json, {"layouts": results}, gpus=1 if device == "cuda" else 0)
+                print(
+                    f"{op:<5}{'x'.join(map(str, shape)):<19}{name:<9}{kind:<8}{case:<22}{ms:9.3f} ms {ratio:6.2f} x",
+                    flush=True,
+                )
+        record.write(options.json, {"layouts": results}, gpus=1 if device == "cuda" else 0)
     raise SystemExit(0 if green else 1)
 
 

@@ -29,6 +29,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,6 +42,15 @@ from benchmarks.record import ROOT
 
 SHAPES = {"1.4b": (2048, 48), "130m": (768, 24), "130m, 12 layers": (768, 12), "130m, 4 layers": (768, 4)}
 LENGTH = 2048
+WAYS: dict[str, tuple[str, dict]] = {
+    "one GPU": ("none", {}),
+    "ddp": ("ddp", {}),
+    "fsdp": ("fsdp", {}),
+    "fsdp, reshard_after_forward=false": ("fsdp", {"reshard_after_forward": False}),
+    "ddp, reduce_dtype=bfloat16": ("ddp", {"reduce_dtype": "bfloat16"}),
+    "fsdp, both": ("fsdp", {"reshard_after_forward": False, "reduce_dtype": "bfloat16"}),
+}
+"""By name: mode and options."""
 # The last one is more than one GPU of 80 GB holds.
 SEQUENCES = [("130m", 262_144), ("130m, 4 layers", 1_048_576), ("130m, 12 layers", 1_048_576)]
 
@@ -67,15 +78,17 @@ def timed(run, warm: int, count: int) -> float:
     return statistics.median(times)
 
 
-def training(mode: str, captured: bool, per_gpu: int, parts: int) -> dict:
-    """Whole steps: forward and backward of ``parts`` times ``per_gpu`` rows, clip, AdamW."""
+def training(mode: str, captured: bool, per_gpu: int, parts: int, options: dict) -> dict:
+    """Whole steps: forward and backward of ``parts`` times ``per_gpu`` rows, clip, AdamW. ``options``: `mambakit
+    train`'s reduce_dtype and reshard_after_forward."""
     from mambakit.training.distributed import process_mesh
     from mambakit.training.optimizer import make_optimizer
     from mambakit.training.step import CapturedStep, Objective, TrainingStep
 
     with process_mesh(mode) as mesh:
         model = make_model("1.4b")
-        objective = mesh.parallelize(Objective(model), model)
+        options["reduce_dtype"] = getattr(torch, options.get("reduce_dtype", "float32"))
+        objective = mesh.parallelize(Objective(model), model, **options)
         optimizer = make_optimizer(model, 1e-4, (0.9, 0.95), 0.1)
         step = TrainingStep(
             model, optimizer, 1.0, "bfloat16", False, accumulate=parts, processes=mesh, objective=objective
@@ -160,25 +173,29 @@ def measure(gpus: int, name: str, *arguments: object) -> dict:
     sys.exit(f"{name} {arguments} on {gpus} GPUs failed:\n{done.stderr[-4000:]}")
 
 
-def training_rows(gpus: int, batch: str, eager: bool) -> list[dict]:
+def training_rows(
+    gpus: int, batch: str, eager: bool, ways: list[str], rows: list[dict], save: Callable[[list[dict]], None]
+) -> None:
+    """``rows`` gets this batch's, and is saved after each: a run that is cut off leaves what it has."""
     per_gpu, parts = (int(number) for number in f"{batch}x1".split("x")[:2])
-    rows = []
-    for mode, count in (("none", 1), ("ddp", gpus), ("fsdp", gpus)):
-        if mode != "none" and gpus == 1:
-            continue
+    mine: list[dict] = []
+    for way in ("one GPU", *ways) if gpus > 1 else ("one GPU",):
+        mode, options = WAYS[way]
+        count = 1 if mode == "none" else gpus
         for captured in (False, True) if eager else (True,):
-            how = f"{'one GPU' if mode == 'none' else mode}, {'CUDA graph' if captured else 'eager'}"
-            case = {"how": how, "gpus": count, "rows a GPU": batch}
-            rows.append({**case, **measure(count, "training", mode, captured, per_gpu, parts)})
-    best = max(row.get("tokens_per_second", 0.0) for row in rows if row["gpus"] == 1)
-    for row in rows:
-        if "tokens_per_second" in row:
-            row["speedup"] = row["tokens_per_second"] / best
-    return rows
+            case = {"how": f"{way}, {'CUDA graph' if captured else 'eager'}", "gpus": count, "rows a GPU": batch}
+            row = {**case, **measure(count, "training", mode, captured, per_gpu, parts, options)}
+            mine.append(row)
+            rows.append(row)
+            best = max(one.get("tokens_per_second", 0.0) for one in mine if one["gpus"] == 1)
+            for one in mine:
+                if "tokens_per_second" in one and best:
+                    one["speedup"] = one["tokens_per_second"] / best
+            save(rows)
 
 
-def context_rows(gpus: int, sequences: list) -> list[dict]:
-    rows = []
+def context_rows(gpus: int, sequences: list, save: Callable[[list[dict]], None]) -> list[dict]:
+    rows: list[dict] = []
     for index, (shape, length) in enumerate(sequences):
         with tempfile.TemporaryDirectory() as folder:
             kept = str(Path(folder) / "gradients.pt")
@@ -197,6 +214,7 @@ def context_rows(gpus: int, sequences: list) -> list[dict]:
                 row["speedup"] = one["seconds"] / row["seconds"]
                 row["memory_ratio"] = row["gib"] / one["gib"]
             rows.append(row)
+            save(rows)
     return rows
 
 
@@ -214,6 +232,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--one-gpu", action="store_true", help="only what one GPU can say")
     parser.add_argument("--rows", nargs="+", default=["4", "8", "8x2"], help="of 2048 tokens a GPU, in training")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS)[1:], default=["ddp", "fsdp"], help="of training")
     parser.add_argument("--eager", action="store_true", help="training steps without CUDA graphs, too")
     parser.add_argument("--only", choices=["training", "context"])
     parser.add_argument("--shortest", action="store_true", help="only the shortest sequence")
@@ -240,10 +259,17 @@ def main() -> None:
         )
     if gpus == 1 and not arguments.one_gpu:
         sys.exit("--gpus is 1; --one-gpu is that run")
-    report: dict = {}
+    report: dict[str, list[dict]] = {}
+
+    def save(part: str, rows: list[dict]) -> None:
+        report[part] = rows
+        record.write(arguments.json, report, gpus=gpus, notes="NCCL_NVLS_ENABLE=0", cuda=str(torch.version.cuda))
+
     print(f"{gpus} x {torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     if arguments.only != "context":
-        report["training"] = [row for batch in arguments.rows for row in training_rows(gpus, batch, arguments.eager)]
+        found: list[dict] = []
+        for batch in arguments.rows:
+            training_rows(gpus, batch, arguments.eager, arguments.ways, found, partial(save, "training"))
         columns = ["how", "gpus", "rows a GPU", "tokens_per_second", "speedup", "seconds", "gib", "error"]
         print(table(report["training"], columns), flush=True)
     if arguments.only != "training":
@@ -251,10 +277,9 @@ def main() -> None:
         odd = [SEQUENCES[i] for i in chosen if SEQUENCES[i][1] % gpus]
         if odd:
             sys.exit(f"{odd[0][1]} tokens cannot be divided evenly over {gpus} GPUs; choose others by --sequences")
-        report["context"] = context_rows(gpus, [SEQUENCES[i] for i in chosen])
+        context_rows(gpus, [SEQUENCES[i] for i in chosen], partial(save, "context"))
         columns = ["model", "length", "how", "seconds", "speedup", "gib", "memory_ratio", "loss", "gradient_error"]
         print(table(report["context"], [*columns, "worst_error", "worst", "error"]), flush=True)
-    record.write(arguments.json, report, gpus=gpus, notes="NCCL_NVLS_ENABLE=0", cuda=str(torch.version.cuda))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Products of packed weights on one NVIDIA GPU, at every number of rows: check, then time every way beside bfloat16.
 
     python benchmarks/packed_products.py                                   # check, then the table of ways
+    python benchmarks/packed_products.py --ways ours --rows 1 8 16 32 64 128 --shapes "7b in_proj" "7b out_proj"
     python benchmarks/packed_products.py --sweep                           # and every candidate tile, best first
     python benchmarks/packed_products.py --parts prompts --models 1.4b 7b  # whole prompts, bfloat16 beside each format
 
-What is wrong is not timed. `ms` is the median of CUDA-graph replays over rotating weights, so that they come from
-memory; x is bfloat16. The ways, for weights of the layers of a 1.4b and a 7B model:
+What is wrong is not timed. Kernels are compiled side by side first: most of the time of a run on a new machine. The
+record is written after every number of rows. `ms` is the median of CUDA-graph replays over rotating weights, so that
+they come from memory; x is bfloat16. The ways, for weights of the layers of a 1.4b and a 7B model:
 
     bf16          cuBLAS on the plain weight
     ours          `torch.ops.mambakit.linear`, what mambakit.ops.linear.triton_plan chooses; the column after ms is the
@@ -20,11 +22,13 @@ memory; x is bfloat16. The ways, for weights of the layers of a 1.4b and a 7B mo
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +51,7 @@ SHAPES = {  # out, in
     "7b in_proj": (16384, 4096), "7b out_proj": (4096, 8192), "7b x_proj": (288, 8192),
 }  # fmt: skip
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+WAYS = ("ours", "registers", "widen", "PyTorch")
 SWEPT_ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 MODELS = {
     "1.4b": {"hidden_size": 2048, "num_hidden_layers": 48},
@@ -60,57 +65,98 @@ FLOAT8_BOUND = 4e-2  # x is rounded to 4 bits
 # -- correctness -------------------------------------------------------------------------------------------------------
 
 
-def wrong() -> list[str]:
-    """What differs from float64 by more than it may."""
+@dataclass(frozen=True)
+class Expected:
+    """What a call should give, and how far from it it may be."""
+
+    name: str
+    call: Callable[[], Tensor]
+    want: Tensor  # float64
+    bound: float
+
+
+def expectations(device: str) -> list[Expected]:
+    """Every format, group, way and tile of the table. Each takes a compilation or two, so there are few of each."""
     found = []
-
-    def expect(name: str, got: Tensor, want: Tensor, bound: float) -> None:
-        error = ((got.double() - want).norm() / want.norm()).item()
-        if not error <= bound:
-            found.append(f"{name}: {error:.1e}, more than {bound:g}")
-
-    for dtype in (BF16, torch.float16):
-        for plan in (plans.Product(64, 32, 64, 4, 3, after=True), plans.Product(32, 16, 128, 4, 3, after=True)):
-            for name, weight in every_number().items():  # exactly, one number at a time
-                fitted = plan.fitting(name, weight.group, 2, 200 << 10)
-                eye = torch.eye(weight.in_features, dtype=dtype, device="cuda")
-                got = gpu.in_registers(eye, weight, None, fitted).T
-                if not torch.equal(got, weight.dequantized().to(dtype)):
-                    found.append(f"{name} in {dtype}: a number is not exact ({plan})")
     for format in SCALED:
-        for group in (32, 64, 128) if format != "fp8" else (64,):
-            for n, k in ((1000, 520), (144, 4096), (512, 1088)):
-                weight = packed(n, k, format, group)
-                exact, bias = weight.dequantized().double(), torch.randn(n, device="cuda")
-                for rows in (1, 5, 16, 33, 100, 257, 700):
-                    x = torch.randn(rows, k, device="cuda").to(BF16)
-                    want = x.double() @ exact.T + bias.double()
-                    rounded = format == "fp8" and plans.takes_float8(BF16, rows, n, k)
-                    name = f"{format} {group} {rows} x {n} x {k}"
-                    expect(name, linear(x, weight, bias), want, FLOAT8_BOUND if rounded else BOUND)
-                    expect(f"{name} float32", linear(x.float(), weight, bias), want, 1e-5)
-                    expect(f"{name} slabs", gpu.widened(x, weight, bias, 256 * k * 2), want, BOUND)
-                    if rows in (5, 100):
-                        for plan in plans.CANDIDATES[:: 5 if group == 64 else 25]:
-                            fitted = plan.fitting(format, group, 2, 220 << 10)
-                            expect(f"{name} {fitted}", gpu.in_registers(x, weight, bias, fitted), want, BOUND)
-        x = torch.randn(64, 2048, device="cuda").to(BF16)
-        weight, norm = packed(2048, 2048, format, 64), torch.rand(2048, device="cuda")
-        y, kept = mambakit.ops.linear.normed_linear(x, norm, weight, residual=x.float())
-        exact_sum = 2 * x.double()
-        normed = exact_sum * torch.rsqrt(exact_sum.square().mean(1, keepdim=True) + 1e-5) * norm.double()
-        expect(f"{format} norm", y, normed @ weight.dequantized().double().T, FLOAT8_BOUND if format == "fp8" else 1e-2)
-        expect(f"{format} residual", kept, exact_sum, 1e-6)
+        for group in (64, 32, 128) if format != "fp8" else (64,):
+            n, k = (1000, 520) if group == 64 else (144, 1088)  # an odd size, and one whose sums are split
+            weight = packed(n, k, format, group, device)
+            exact, bias = weight.dequantized().double(), torch.randn(n, device=device)
+            for rows in (5, 33, 100, 257, 700) if group == 64 else (5, 100):
+                x = torch.randn(rows, k, device=device).to(BF16)
+                want, name = x.double() @ exact.T + bias.double(), f"{format} {group} {rows} x {n} x {k}"
+                rounded = format == "fp8" and plans.takes_float8(BF16, rows, n, k)
+                found.append(Expected(name, partial(linear, x, weight, bias), want, FLOAT8_BOUND if rounded else BOUND))
+                if rows == 5:
+                    found.append(Expected(f"{name} float32", partial(linear, x.float(), weight, bias), want, 1e-5))
+                if rows == 700:
+                    slabs = partial(gpu.widened, x, weight, bias, 256 * k * 2)
+                    found.append(Expected(f"{name} slabs", slabs, want, BOUND))
+        x = torch.randn(64, 2048, device=device).to(BF16)
+        weight, norm = packed(2048, 2048, format, 64, device), torch.rand(2048, device=device)
+        total = 2 * x.double()
+        normed = total * torch.rsqrt(total.square().mean(1, keepdim=True) + 1e-5) * norm.double()
+
+        def both(i: int, x: Tensor = x, norm: Tensor = norm, weight: PackedWeight = weight) -> Tensor:
+            return mambakit.ops.linear.normed_linear(x, norm, weight, residual=x.float())[i]
+
+        want = normed @ weight.dequantized().double().T
+        found.append(Expected(f"{format} norm", partial(both, 0), want, FLOAT8_BOUND if format == "fp8" else 1e-2))
+        found.append(Expected(f"{format} residual", partial(both, 1), total, 1e-6))
     return found
 
 
-def every_number() -> dict[str, PackedWeight]:
+def exactly(device: str) -> list[Expected]:
+    """Numbers of each format that a product gives back: of a weight with every one of them, and rows of x that are 1
+    in one column."""
+    found = []
+    for dtype, plan in (
+        (BF16, plans.Product(64, 32, 128, 2, 3, after=True)), (BF16, plans.Product(64, 64, 128, 4, 3, rows_first=True)),
+        (torch.float16, plans.Product(64, 32, 64, 4, 3, after=True)),
+        (torch.float16, plans.Product(64, 64, 64, 4, 3, rows_first=True)),
+    ):  # fmt: skip
+        for name, weight in every_number(device).items():
+            fitted = plan.fitting(name, weight.group, 2, 200 << 10)
+            eye = torch.eye(weight.in_features, dtype=dtype, device=device)
+            call = partial(gpu.in_registers, eye, weight, None, fitted)
+            found.append(Expected(f"{name} in {dtype} by {plan}", call, weight.dequantized().double().T, 0.0))
+    return found
+
+
+def side_by_side(calls: list[Callable[[], object]]) -> list[object]:
+    """Their results, or errors. Threads, because each compiles a kernel first, mostly outside of Python."""
+
+    def attempt(call: Callable[[], object]) -> object:
+        try:
+            return call()
+        except Exception as error:  # whatever the compiler says
+            return error
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        return list(pool.map(attempt, calls))
+
+
+def wrong(device: str = "cuda") -> list[str]:
+    """What differs from float64 by more than it may."""
+    expected, found = [*exactly(device), *expectations(device)], []
+    for one, got in zip(expected, side_by_side([one.call for one in expected]), strict=True):
+        if not isinstance(got, Tensor):
+            found.append(f"{one.name}: {str(got).splitlines()[0]}")
+            continue
+        error = ((got.double() - one.want).norm() / one.want.norm()).item()
+        if not error <= one.bound:
+            found.append(f"{one.name}: {error:.1e}, more than {one.bound:g}")
+    return found
+
+
+def every_number(device: str) -> dict[str, PackedWeight]:
     """Weights with each number of a format, scales 1."""
-    q8 = torch.arange(-128, 128, device="cuda").to(torch.int8).repeat(64, 1)
-    q4 = torch.arange(-8, 8, device="cuda").to(torch.int8).repeat(64, 16)
-    e4m3 = torch.arange(256, device="cuda").to(torch.uint8)
+    q8 = torch.arange(-128, 128, device=device).to(torch.int8).repeat(64, 1)
+    q4 = torch.arange(-8, 8, device=device).to(torch.int8).repeat(64, 16)
+    e4m3 = torch.arange(256, device=device).to(torch.uint8)
     e4m3[(e4m3 & 127) == 127] = 0  # no NaN
-    ones = torch.ones(64, 4, device="cuda")
+    ones = torch.ones(64, 4, device=device)
     from mambakit.ops.linear.packed import pack_integers
 
     return {
@@ -119,8 +165,8 @@ def every_number() -> dict[str, PackedWeight]:
     }  # fmt: skip
 
 
-def packed(n: int, k: int, format: str, group: int = 64) -> PackedWeight:
-    return pack(torch.randn(n, k, device="cuda") / k**0.5, format, group)
+def packed(n: int, k: int, format: str, group: int = 64, device: str = "cuda") -> PackedWeight:
+    return pack(torch.randn(n, k, device=device) / k**0.5, format, group)
 
 
 # -- times -------------------------------------------------------------------------------------------------------------
@@ -189,7 +235,9 @@ def attempt(calls: list[Callable[[], object]]) -> float | str:
         return str(error).splitlines()[0][:100]
 
 
-def time_rows(shape: str, rows: int, weights: dict[str, list[PackedWeight]], plain: list[Tensor], first: bool):
+def time_rows(
+    shape: str, rows: int, weights: dict[str, list[PackedWeight]], plain: list[Tensor], chosen: list[str], first: bool
+) -> list[dict]:
     """Every way of one number of rows."""
     n, k = SHAPES[shape]
     x = torch.randn(rows, k, device="cuda").to(BF16)
@@ -199,18 +247,18 @@ def time_rows(shape: str, rows: int, weights: dict[str, list[PackedWeight]], pla
     print(f"{shape:<14}{rows:>6} rows  bf16 {base:.4f} ms", flush=True)
     for format, several in weights.items():
         ways: dict[str, list[Callable[[], object]]] = {"ours": [partial(linear, x, w) for w in several]}
-        tile = next(product for most, product in plans.PRODUCTS[format] if rows <= most)
-        tile = tile.fitting(format, 64, 2, shared_memory())
-        if rows <= 4096:
+        tile = plans.tile_of(format, rows).fitting(format, 64, 2, shared_memory())
+        if "registers" in chosen and rows <= 4096:
             ways["registers"] = [partial(gpu.in_registers, x, w, None, tile) for w in several]
-        for slab in plans.SLABS if rows >= 64 else ():
+        for slab in plans.SLABS if "widen" in chosen and rows >= 64 else ():
             if slab < n * k * 2:
                 name = f"widen, slab {slab >> 20}" if slab else "widen"
                 ways[name] = [partial(gpu.widened, x, w, None, slab) for w in several]
         if first:
             memory = torch.empty(n, k, dtype=BF16, device="cuda")
             ways["widen alone"] = [partial(gpu.widen_into, memory, w) for w in several]
-        ways |= {f"PyTorch {name}": calls for name, calls in peers(format, x, n, k).items()}
+        if "PyTorch" in chosen:
+            ways |= {f"PyTorch {name}": calls for name, calls in peers(format, x, n, k).items()}
         for way, calls in ways.items():
             ms = attempt(calls)
             if isinstance(ms, str):
@@ -227,27 +275,43 @@ def shared_memory() -> int:
     return gpu.card(torch.cuda.current_device())[1] - gpu.KEPT
 
 
-def time_ways(options: argparse.Namespace) -> list[dict]:
-    results: list[dict] = []
+def time_ways(options: argparse.Namespace, results: list[dict], save: Callable[[], None]) -> None:
     for shape in options.shapes:
         n, k = SHAPES[shape]
         weights = {format: copies(packed(n, k, format)) for format in options.formats}
         plain = [torch.randn(n, k, device="cuda").to(BF16) for _ in range(max(2, min(8, 160_000_000 // (2 * n * k))))]
+        xs = [torch.zeros(rows, k, device="cuda", dtype=BF16) for rows in options.rows]
+        side_by_side([partial(linear, x, several[0]) for several in weights.values() for x in xs])
         for i, rows in enumerate(options.rows):
-            results += time_rows(shape, rows, weights, plain, i == 0)
+            results += time_rows(shape, rows, weights, plain, options.ways, i == 0)
+            save()
             torch.cuda.empty_cache()
-    return results
 
 
-def sweep(options: argparse.Namespace) -> list[dict]:
+def sweep(options: argparse.Namespace, results: list[dict], save: Callable[[], None]) -> None:
     """Every candidate of every format at some numbers of rows; the best three of each, and the best splits of them."""
-    results: list[dict] = []
     for shape in options.shapes:
-        for format in options.formats:
-            several = copies(packed(*SHAPES[shape], format))
-            for rows in options.swept_rows:
-                results += sweep_rows(shape, format, several, rows)
-    return results
+        several = {format: copies(packed(*SHAPES[shape], format)) for format in options.formats}
+        for rows in options.swept_rows:
+            for format, weights in several.items():
+                results += sweep_rows(shape, format, weights, rows)
+                save()
+    print_best(results)
+
+
+def print_best(results: list[dict]) -> None:
+    """By format and rows the tile whose time, relative to the fastest of each shape, is the smallest on average."""
+    print("the best tiles over all shapes:")
+    keys = dict.fromkeys((row["format"], row["rows"]) for row in results)
+    for format, rows in keys:
+        found = [row for row in results if (row["format"], row["rows"]) == (format, rows)]
+        fastest = {shape: min(r["ms"] for r in found if r["shape"] == shape) for shape in {r["shape"] for r in found}}
+        ratios: dict[str, list[float]] = {}
+        for row in found:
+            ratios.setdefault(row["tile"], []).append(row["ms"] / fastest[row["shape"]])
+        whole = {tile: statistics.mean(r) for tile, r in ratios.items() if len(r) == len(fastest)}
+        for tile in sorted(whole, key=whole.__getitem__)[:2]:
+            print(f"    {format} {rows} rows: {whole[tile]:.3f}  {tile}", flush=True)
 
 
 def sweep_rows(shape: str, format: str, several: list[PackedWeight], rows: int) -> list[dict]:
@@ -256,36 +320,30 @@ def sweep_rows(shape: str, format: str, several: list[PackedWeight], rows: int) 
     tiles = dict.fromkeys(
         plan.fitting(format, 64, 2, shared_memory())
         for plan in plans.CANDIDATES
-        if (rows <= plan.BB or plan.BB >= 128) and max(16, 2 * rows) >= plan.BB
+        if (rows <= plan.BB or plan.BB >= 128) and max(64 if plan.rows_first else 16, 2 * rows) >= plan.BB
         and not (format == "fp8" and plan.after)
     )  # fmt: skip
-
-    def compile_one(plan: plans.Product) -> Tensor | str:
-        try:
-            return gpu.in_registers(x, several[0], None, plan)
-        except Exception as error:  # whatever the compiler says of a candidate
-            return str(error).splitlines()[0][:80]
 
     def time_one(plan: plans.Product) -> float:
         return milliseconds([partial(gpu.in_registers, x, w, None, plan) for w in several])
 
-    with ThreadPoolExecutor(16) as pool:  # compilation takes seconds each
-        made = dict(zip(tiles, pool.map(compile_one, tiles), strict=True))
+    outputs = side_by_side([partial(gpu.in_registers, x, several[0], None, plan) for plan in tiles])
+    made = dict(zip(tiles, outputs, strict=True))
     torch.cuda.synchronize()
     times: dict[plans.Product, float] = {}
     for plan, y in made.items():
-        if isinstance(y, str):
-            print(f"    {plan}: {y}")
+        if not isinstance(y, Tensor):
+            print(f"    {plan}: {str(y).splitlines()[0][:80]}")
             continue
         error = ((y.float() - want).norm() / want.norm()).item()
         if not error <= BOUND:
             print(f"    {plan}: WRONG, {error:.1e}")
             continue
         times[plan] = time_one(plan)
-    for plan in sorted(times, key=times.__getitem__)[:2]:
-        for waves in set(plans.WAVES) - {plan.waves}:
-            other = replace(plan, waves=waves)
-            times[other] = time_one(other)
+    best = sorted(times, key=times.__getitem__)[:3]
+    others = [replace(plan, waves=waves) for plan in best for waves in plans.WAVES if waves != plan.waves]
+    side_by_side([partial(gpu.in_registers, x, several[0], None, plan) for plan in others])
+    times |= {plan: time_one(plan) for plan in others}
     ordered = sorted(times.items(), key=lambda item: item[1])
     ours = milliseconds([partial(linear, x, w) for w in several])
     chosen = plans.product_of(format, BF16, 64, rows, shared_memory())
@@ -303,8 +361,7 @@ def read_prompt(model: torch.nn.Module, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def time_prompts(options: argparse.Namespace) -> list[dict]:
-    results: list[dict] = []
+def time_prompts(options: argparse.Namespace, results: list[dict], save: Callable[[], None]) -> None:
     for name in options.models:
         for format in ("bf16", *options.formats):
             torch.manual_seed(0)
@@ -313,9 +370,8 @@ def time_prompts(options: argparse.Namespace) -> list[dict]:
             model = model.to(BF16).eval()
             if format != "bf16":
                 model.quantize(format)
-            for b, length in PROMPTS:
+            for b, length in options.prompts:
                 ids = torch.randint(0, 50000, (b, length), device="cuda")
-
                 read = partial(read_prompt, model, ids)
                 for _ in range(3):  # compiled, captured
                     read()
@@ -330,38 +386,50 @@ def time_prompts(options: argparse.Namespace) -> list[dict]:
                 ms = statistics.median(times)
                 results.append({"model": name, "format": format, "batch": b, "length": length, "ms": ms})
                 print(f"{name} {format:<5} {b} x {length}: {ms:.2f} ms", flush=True)
+                save()
             del model
             torch.cuda.empty_cache()
-    return results
+
+
+def prompt(text: str) -> tuple[int, int]:
+    batch, length = map(int, text.split("x"))
+    return batch, length
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("products", "prompts"), default=["products"])
+    parser.add_argument("--parts", nargs="+", choices=("products", "prompts", "none"), default=["products"])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--formats", nargs="+", choices=SCALED, default=list(SCALED))
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--sweep", action="store_true", help="time the candidate tiles, too")
     parser.add_argument("--swept-rows", nargs="+", type=int, default=list(SWEPT_ROWS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["1.4b"])
+    parser.add_argument("--prompts", nargs="+", type=prompt, default=PROMPTS, metavar="BATCHxLENGTH")
     record.add_argument(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no NVIDIA GPU is here; the kernels run interpreted in tests/ops/linear/test_triton.py")
-    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
     torch.manual_seed(0)
+    began = time.perf_counter()
     if red := wrong():
         sys.exit("\n".join(["WRONG, not timed:", *red]))
-    print("all products are right", flush=True)
+    print(f"all products are right ({time.perf_counter() - began:.0f} s)", flush=True)
     results: dict[str, list[dict]] = {}
-    if "products" in options.parts:
-        results["products"] = time_ways(options)
-    if options.sweep:
-        results["tiles"] = sweep(options)
-    if "prompts" in options.parts:
-        results["prompts"] = time_prompts(options)
-    record.write(options.json, results, gpus=1)
+
+    def save() -> None:
+        record.write(options.json, results, gpus=1)
+
+    for name, chosen, measure in (
+        ("products", "products" in options.parts, time_ways), ("tiles", options.sweep, sweep),
+        ("prompts", "prompts" in options.parts, time_prompts),
+    ):  # fmt: skip
+        if chosen:
+            results[name] = []
+            measure(options, results[name], save)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     check()
-    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
     print(f"{'model':6} {'batch':>12} {'how':>9} {'ms':>8} {'tokens/s':>10} {'GiB':>6} {'of peer (recorded)':>18}")
     results = []
     for name, width, layers, batch, length, peer in CASES:
@@ -126,7 +126,7 @@ def main() -> None:
             results.append(
                 {"model": name, "batch": batch, "length": length, "how": how, "tokens_per_second": rate, **result}
             )
-    record.write(arguments.json, {"train_step": results}, gpus=1)
+            record.write(arguments.json, {"train_step": results}, gpus=1)
 
 
 if __name__ == "__main__":

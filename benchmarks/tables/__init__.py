@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.tables import architectures, cpu, decoders, experiments, gpu, kernels, readme
-from benchmarks.tables.records import Content, Records, plain
+from benchmarks.tables import architectures, context, cpu, decoders, experiments, gpu, kernels, readme
+from benchmarks.tables.records import Content, Records, kept, plain
 
 TABLES: dict[str, Callable[[Records], Content]] = {
     "train-step": gpu.train_step,
@@ -50,6 +50,8 @@ TABLES: dict[str, Callable[[Records], Content]] = {
     "readme-cpu": readme.readme_cpu,
     "readme-gpu": readme.readme_gpu,
 }
+if kept("context"):  # else there is nothing to show yet
+    TABLES["context"] = context.context
 
 
 def table(name: str, records: Records) -> Content:

@@ -46,10 +46,15 @@ def latest(kind: str) -> str:
     Raises:
         FileNotFoundError: there is none yet.
     """
-    names = sorted(path.stem for path in FOLDER.glob(f"*-{kind}.json"))
+    names = kept(kind)
     if not names:
         raise FileNotFoundError(f"docs/benchmarks has no record *-{kind}.json; measure one first")
     return names[-1]
+
+
+def kept(kind: str) -> list[str]:
+    """The names of all records ``<date>-<machine>-<kind>``, oldest first."""
+    return sorted(path.stem for path in FOLDER.glob(f"*-{kind}.json"))
 
 
 def select(rows: Iterable[Row], /, **where: object) -> list[Row]:

@@ -122,6 +122,12 @@ class TrainConfig:
     parallel: str = "none"
     """How the processes that torchrun started divide the work: "ddp", each holds the model and takes a shard of the
     batch; "fsdp", each holds a shard of the model as well (FSDP2); "none", one process."""
+    reduce_dtype: str = "float32"
+    """With "ddp" or "fsdp": dtype in which gradients are exchanged. "bfloat16" is half the bytes; each process's
+    gradient and their sum are rounded to it."""
+    reshard_after_forward: bool = True
+    """With "fsdp": drop other processes' shards after the forward pass, and gather them again in backward. false: a
+    gather less, for the memory of the whole model's parameters on each device."""
     context_parallel: int = 1
     """Processes over which one row is sharded, with "ddp" or "fsdp": for rows longer than one device's memory."""
     seed: int = 0
@@ -167,6 +173,7 @@ class TrainConfig:
             ("format", ("auto", "text", "jsonl", "parquet", "fasta", "wav")),
             ("ambiguous", ("mask", "predict", "split")),
             ("parallel", ("none", "ddp", "fsdp")),
+            ("reduce_dtype", ("float32", "bfloat16")),
             ("tune", ("all", "state")),
         ):
             if getattr(self, name) not in choices:
@@ -189,6 +196,14 @@ class TrainConfig:
         if self.context_parallel > 1 and self.parallel == "none":
             raise ValueError(
                 f'context_parallel is {self.context_parallel} but parallel is "none"; set it to ddp or fsdp'
+            )
+        if self.reduce_dtype != "float32" and self.parallel == "none":
+            raise ValueError(
+                f'reduce_dtype is {self.reduce_dtype} but parallel is "none"; set parallel to ddp or fsdp, or drop it'
+            )
+        if not self.reshard_after_forward and self.parallel != "fsdp":
+            raise ValueError(
+                f'reshard_after_forward is false but parallel is "{self.parallel}"; set parallel=fsdp, or drop it'
             )
         if self.context_parallel > 1 and self.stateful:
             raise ValueError(

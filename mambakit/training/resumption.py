@@ -25,7 +25,8 @@ MAY_CHANGE = frozenset({
     "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "report_to", "project",
     "export_dtype", "max_shard_size", "sample_prompt",
     # how the same update is computed: processes, memory, launches
-    "parallel", "context_parallel", "accumulate", "activation_checkpointing", "recompute_selection", "cuda_graph",
+    "parallel", "context_parallel", "reduce_dtype", "reshard_after_forward",
+    "accumulate", "activation_checkpointing", "recompute_selection", "cuda_graph",
     # flags of this start only
     "resume", "overwrite", "export_only",
 })  # fmt: skip

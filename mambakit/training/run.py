@@ -58,7 +58,10 @@ class Run:
         )  # fmt: skip
         self.rows = StatefulRows(*how, config.fresh_rows) if config.stateful else ShuffledRows(*how)
         self.steps = config.steps or max(1, round(config.epochs * self.rows.steps_per_epoch))
-        objective = mesh.parallelize(Objective(model), model)
+        objective = mesh.parallelize(
+            Objective(model), model, reduce_dtype=getattr(torch, config.reduce_dtype),
+            reshard_after_forward=config.reshard_after_forward,
+        )  # fmt: skip
         self.optimizer = make_optimizer(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
         self.plain = TrainingStep(
             model, self.optimizer, config.clip, config.autocast, config.respect_documents,

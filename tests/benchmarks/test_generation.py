@@ -6,9 +6,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+from benchmarks import render, tables
 from benchmarks.context import draw
 from benchmarks.record import ROOT
-from benchmarks.tables import context
+from benchmarks.tables import context, records
 
 PARTS = ("prefill", "step", "length", "long", "engine")  # without the Transformer beside it
 
@@ -53,6 +56,36 @@ def test_contexts_are_measured_in_parts_and_rendered(tmp_path):
     assert [line[0] for line in lines[:3]] == ["mambakit", "mambakit, states in bfloat16", "Llama"]
     draw(rows, "a CPU", tmp_path / "context.png")
     assert (tmp_path / "context.png").stat().st_size > 5000
+
+
+def test_the_table_is_rendered_from_a_record(tmp_path, monkeypatch):
+    """As `render.py` will, once docs/benchmarks has one: of made-up rates, in a folder of its own."""
+    made_up = {"mambakit": 3000.0, "Llama, compiled": 1000.0, "Llama": 500.0}
+    rows = [
+        {"context": c, "who": who, "batch": 64, "tokens_per_second": rate, "shape": "1.4b"}
+        for c in context.CONTEXTS
+        for who, rate in made_up.items()
+    ]
+    content = {"machine": "a GPU", "date": "2026-01-01", "command": "python x.py", "results": {"context": rows}}
+    for module in (records, render):
+        monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.setitem(tables.TABLES, "context", context.context)
+    (tmp_path / "2026-01-01-gpu-context.json").write_text(json.dumps(content))
+    document = tmp_path / "page.md"
+    document.write_text("before\n<!-- table: context -->\n<!-- end -->\n")
+    text = render.rendered(document)
+    assert "| tokens/s (rows) | 128 + 512 | 2,048 + 128 | 8,192 + 256 | 32,768 + 256 |" in text
+    assert "| mambakit | 3,000 (64) | 3,000 (64) | 3,000 (64) | 3,000 (64) |" in text
+    assert "| mambakit against the compiled Llama | 3.0x | 3.0x | 3.0x | 3.0x |" in text
+    assert "[a GPU, 2026-01-01](2026-01-01-gpu-context.json): `python x.py`" in text
+
+
+def test_a_measured_context_is_shown():
+    """Its table in the benchmarks' page, its picture in the README."""
+    if not records.kept("context"):
+        pytest.skip("not measured yet")
+    assert "<!-- table: context -->" in (records.FOLDER / "README.md").read_text(encoding="utf-8")
+    assert "docs/images/context.png" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_best_batch_and_ratios():

@@ -42,11 +42,11 @@ def untrained():
     return pair("untied")[0].train()
 
 
-def update(mode: str, context: int, respect: bool, accumulate: int, clip: float = 0.5):
+def update(mode: str, context: int, respect: bool, accumulate: int, clip: float = 0.5, options: dict | None = None):
     """Loss, gradient norm, the held-out loss of an odd number of rows, and the parameters after two updates."""
     model = untrained()
     with process_mesh(mode, context) as mesh:
-        objective = mesh.parallelize(Objective(model), model)
+        objective = mesh.parallelize(Objective(model), model, **(options or {}))
         # A large eps: Adam's own division would hide a gradient's scale, and follow its rounding where it is tiny.
         optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, eps=1.0, fused=True)
         step = TrainingStep(
@@ -84,6 +84,29 @@ def test_an_update_is_one_processes(world, mode, context, respect, accumulate):
         assert np.abs(moved).max() > 0
         error = worst(torch.from_numpy(results[0][1][name]), torch.from_numpy(expected))
         assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_gradients_exchanged_in_bfloat16(mode):
+    """Not those of float32, by a rounding; the parameters stay float32."""
+    before = dict(untrained().named_parameters())
+    numbers, weights = update("none", 1, False, 2)
+    ((actual, found), _) = launch(update, 2, mode, 1, False, 2, 0.5, {"reduce_dtype": torch.bfloat16})
+    assert actual == pytest.approx(numbers, rel=1e-2)
+    assert actual != pytest.approx(numbers, rel=1e-6)
+    for name, expected in weights.items():
+        assert found[name].dtype == np.float32
+        moved = torch.from_numpy(expected - before[name].detach().numpy())
+        error = (torch.from_numpy(found[name] - expected).norm() / moved.norm()).item()
+        assert error < 2e-2, f"{name}: {error:.1e}"
+
+
+def test_shards_that_stay_gathered():
+    numbers, weights = update("none", 1, True, 1)
+    ((actual, found), _) = launch(update, 2, "fsdp", 1, True, 1, 0.5, {"reshard_after_forward": False})
+    assert actual == pytest.approx(numbers, rel=1e-4)
+    for name, expected in weights.items():
+        assert worst(torch.from_numpy(found[name]), torch.from_numpy(expected)) < 1e-5, name
 
 
 def small_config(folder: Path, **fields) -> TrainConfig:

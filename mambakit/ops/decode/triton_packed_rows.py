@@ -95,8 +95,8 @@ class PackedRowsStep(ManyRowsStep):
         triton_kernels.product_kernel[(triton.cdiv(n, tile.BN) * triton.cdiv(self.rows, tile.BB), self._splits[name])](
             x, weight.data, weight.scales, None, self._parts[name], self.rows, k,
             n, k, self._columns[name], triton_plan.BITS[weight.format], weight.group, BN=tile.BN, BB=tile.BB,
-            BK=tile.BK, STAGES=tile.stages, SPLITS=self._splits[name], AFTER=tile.after, ASM=ASM, HAS_BIAS=False,
-            num_warps=tile.warps,
+            BK=tile.BK, STAGES=tile.stages, SPLITS=self._splits[name], AFTER=tile.after, ROWS_FIRST=tile.rows_first,
+            ASM=ASM, HAS_BIAS=False, num_warps=tile.warps,
         )  # fmt: skip
 
     def _multiply_head(self) -> None:

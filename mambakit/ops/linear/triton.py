@@ -94,7 +94,8 @@ def in_registers(x: Tensor, weight: PackedWeight, bias: Tensor | None, plan: Pro
     kernels.product_kernel[(triton.cdiv(n, plan.BN) * triton.cdiv(rows, plan.BB), splits)](
         x, weight.data, weight.scales, bias, parts, rows, x.stride(0),
         n, k, columns, BITS[weight.format], weight.group, BN=plan.BN, BB=plan.BB, BK=plan.BK, STAGES=plan.stages,
-        SPLITS=splits, AFTER=plan.after, ASM=ASM, HAS_BIAS=bias is not None, num_warps=plan.warps,
+        SPLITS=splits, AFTER=plan.after, ROWS_FIRST=plan.rows_first, ASM=ASM, HAS_BIAS=bias is not None,
+        num_warps=plan.warps,
     )  # fmt: skip
     if splits > 1:
         size = min(1024, triton.next_power_of_2(n))
@@ -134,13 +135,12 @@ def widened(x: Tensor, weight: PackedWeight, bias: Tensor | None, slab: int = 0)
 
 def widen_into(y: Tensor, weight: PackedWeight, first: int = 0) -> None:
     """Rows of an int8, int4 or fp8 weight from ``first`` on into y (rows, in), contiguous, in its dtype."""
-    (rows, k), bits = y.shape, BITS[weight.format]
-    columns = weight.data.shape[1]  # of the packed row: bytes, or words of 4 columns
-    block = min(512 if bits == 4 else 2048, triton.next_power_of_2(columns))
-    BN = max(1, (1024 if bits == 4 else 4096) // block)
-    kernels.widen_kernel[(triton.cdiv(rows, BN), triton.cdiv(columns, block))](
+    rows, k = y.shape
+    block = max(128, min(1024, triton.next_power_of_2(k)))
+    BN = 4096 // block
+    kernels.widen_kernel[(triton.cdiv(rows, BN), triton.cdiv(k, block))](
         weight.data, weight.scales, y, first,
-        weight.out_features, k, bits, weight.group, BN=BN, BK=block, num_warps=8 if bits != 4 else 4,
+        weight.out_features, k, BITS[weight.format], weight.group, BN=BN, BK=block, ASM=ASM, num_warps=4,
     )  # fmt: skip
 
 

@@ -149,6 +149,98 @@ def numbers_of_nibbles(words, part: tl.constexpr, dtype: tl.constexpr, ASM: tl.c
     return float_of_nibble(words.to(tl.int32), 4 * part).to(dtype)
 
 
+# Two bfloat16 integers times a scale that is the sum of two bfloat16: rounded once, but for 2^-17 of the product.
+_SCALE_BFLOAT16: tl.constexpr = tl.constexpr("""{
+    .reg .b32 p, k0;
+    mov.b32 k0, 0x80008000;
+    fma.rn.bf16x2 p, $1, $3, k0;
+    fma.rn.bf16x2 $0, $1, $2, p;
+}""")
+
+
+@triton.jit
+def scaled_numbers(w, scale, dtype: tl.constexpr, ASM: tl.constexpr):
+    """w times float32 scales, in dtype. With ASM one bfloat16 in 1,400 is its neighbour's: two instructions for two
+    numbers in place of five."""
+    if ASM and dtype == tl.bfloat16:
+        high = scale.to(tl.bfloat16)
+        low = (scale - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.inline_asm_elementwise(
+            _SCALE_BFLOAT16, "=r,r,r,r", [w, high, low], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    return (w.to(tl.float32) * scale).to(dtype)
+
+
+@triton.jit
+def _words_tile(
+    data, scales, row, first, dtype: tl.constexpr,
+    K: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    EXACT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """`weight_tile` of int4."""
+    STEP: tl.constexpr = GROUP if GROUP > 64 else 64
+    PADDED: tl.constexpr = (K + STEP - 1) // STEP * STEP
+    BLOCKS: tl.constexpr = BK // 64
+    FAST: tl.constexpr = ASM and not EXACT
+    word = first // 4 + tl.arange(0, BK // 4)
+    place = data + row[:, None].to(tl.int64) * (PADDED // 4) + word[None, :]
+    words = tl.load(place) if EVEN else tl.load(place, mask=(word < PADDED // 4)[None, :], other=0)
+    block = first + 64 * tl.arange(0, BLOCKS)
+    there = (block < PADDED)[None, :]
+    place_scales = scales + row[:, None].to(tl.int64) * (PADDED // GROUP) + (block // GROUP)[None, :]
+    scale = tl.load(place_scales, mask=there, other=0.0)[:, :, None]
+    upper = scale  # of the block's second half
+    if GROUP == 32:
+        upper = tl.load(place_scales + 1, mask=there, other=0.0)[:, :, None]
+    # Scaled before the four parts are joined, while pairs of neighbours share a register.
+    a = scaled_numbers(numbers_of_nibbles(words, 0, dtype, ASM).reshape(BN, BLOCKS, 16), scale, dtype, FAST)
+    b = scaled_numbers(numbers_of_nibbles(words, 1, dtype, ASM).reshape(BN, BLOCKS, 16), scale, dtype, FAST)
+    c = scaled_numbers(numbers_of_nibbles(words, 2, dtype, ASM).reshape(BN, BLOCKS, 16), upper, dtype, FAST)
+    d = scaled_numbers(numbers_of_nibbles(words, 3, dtype, ASM).reshape(BN, BLOCKS, 16), upper, dtype, FAST)
+    joined = tl.join(tl.join(a, c), tl.join(b, d))  # (BN, BLOCKS, 16, 2, 2): part 2 u + v of a block is [u, v]
+    return joined.permute(0, 1, 3, 4, 2).reshape(BN, BK)
+
+
+@triton.jit
+def _bytes_tile(
+    data, scales, row, first, dtype: tl.constexpr,
+    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    EXACT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """`weight_tile` of int8 and fp8."""
+    k = first + tl.arange(0, BK)
+    place = data + row[:, None].to(tl.int64) * K + k[None, :]
+    q = tl.load(place) if EVEN else tl.load(place, mask=(k < K)[None, :], other=0)
+    if BITS == 1:
+        w = numbers_of_e4m3(q, dtype, ASM)
+    else:
+        SPAN: tl.constexpr = GROUP if GROUP < BK else BK  # columns of the tile that share a scale
+        GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+        group = first // GROUP + tl.arange(0, BK // SPAN)
+        place_scales = scales + row[:, None].to(tl.int64) * GROUPS + group[None, :]
+        scale = tl.load(place_scales) if EVEN else tl.load(place_scales, mask=(group < GROUPS)[None, :], other=0.0)
+        w = numbers_of_int8(q, dtype, ASM).reshape(BN, BK // SPAN, SPAN)
+        w = scaled_numbers(w, scale[:, :, None], dtype, ASM and not EXACT).reshape(BN, BK)
+    return w
+
+
+@triton.jit
+def weight_tile(
+    data, scales, row, first, dtype: tl.constexpr,
+    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    EXACT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """(BN, BK) of rows ``row`` and columns from ``first`` on, in dtype. fp8's scale, one of a row, is left out.
+
+    EVEN: all columns are there, else those beyond K are 0. EXACT: scaled in float32 and rounded once.
+    """
+    if BITS == 4:
+        w = _words_tile(data, scales, row, first, dtype, K, GROUP, BN, BK, EVEN, EXACT, ASM)
+    else:
+        w = _bytes_tile(data, scales, row, first, dtype, K, BITS, GROUP, BN, BK, EVEN, EXACT, ASM)
+    return w
+
+
 @triton.jit
 def e4m3_of_float(x):
     """The e4m3 bytes (uint8) of float32 x, rounded to nearest, ties to even; beyond 448: 448; of NaN: NaN."""
@@ -262,30 +354,68 @@ def weight_products(
     return total
 
 
+@triton.jit
+def row_products(
+    x, data, scales, row, b_mask, begin,
+    K: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
+    BB: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """(BB, BN) float32: what `weight_products` gives, turned. ``x`` (BB, 1) is where rows of x begin.
+
+    The weight is the second operand, which Hopper's products take from shared memory: a thread widens neighbours of a
+    row and writes them there. As the first operand they would be a thread's own registers, which hold pairs of columns
+    8 apart: twice the instructions a number.
+    """
+    total = tl.zeros((BB, BN), tl.float32)
+    EVEN: tl.constexpr = K % COLUMNS == 0 and COLUMNS % BK == 0
+    for k0 in tl.range(0, COLUMNS, BK, num_stages=STAGES):
+        k = begin + k0 + tl.arange(0, BK)
+        inside = b_mask[:, None] if EVEN else b_mask[:, None] & (k < K)[None, :]
+        values = tl.load(x + k[None, :], mask=inside, other=0.0)
+        w = weight_tile(
+            data, scales, row, begin + k0, x.dtype.element_ty, K, BITS, GROUP, BN, BK, EVEN, False, ASM
+        )  # fmt: skip
+        total = tl.dot(values, w.T, total, input_precision="ieee")
+    if BITS == 1:
+        total *= tl.load(scales + row)[None, :]
+    return total
+
+
 @triton.jit(do_not_specialize=["rows"])
 def product_kernel(
     x, data, scales, bias, y, rows, stride_x,
     N: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BN: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
-    AFTER: tl.constexpr, ASM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    AFTER: tl.constexpr, ROWS_FIRST: tl.constexpr, ASM: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """x weight^T of BN rows of the weight and BB rows of x, over COLUMNS columns: one split of K.
 
-    y is (rows, N) in x's dtype with one split, else (SPLITS, rows, N) float32, which `sum_kernel` adds.
+    y is (rows, N) in x's dtype with one split, else (SPLITS, rows, N) float32, which `sum_kernel` adds. ROWS_FIRST:
+    x is the first operand of the products, and not the weight.
     """
     blocks = (rows + BB - 1) // BB
     b = tl.program_id(0) % blocks * BB + tl.arange(0, BB)  # programs of one weight tile follow each other
     n = tl.program_id(0) // blocks * BN + tl.arange(0, BN)
     split = tl.program_id(1)
     row, b_mask = tl.minimum(n, N - 1), b < rows
-    total = weight_products(
-        x + b[None, :].to(tl.int64) * stride_x, data, scales, row, b_mask, split * COLUMNS,
-        K, COLUMNS, BITS, GROUP, BN, BB, BK, STAGES, AFTER, ASM,
-    )  # fmt: skip
-    if SPLITS == 1 and HAS_BIAS:
-        total += tl.load(bias + row).to(tl.float32)[:, None]
-    place = y + (split * rows + b[None, :].to(tl.int64)) * N + n[:, None]
-    tl.store(place, total.to(y.dtype.element_ty), mask=(n < N)[:, None] & b_mask[None, :])
+    if ROWS_FIRST:
+        total = row_products(
+            x + b[:, None].to(tl.int64) * stride_x, data, scales, row, b_mask, split * COLUMNS,
+            K, COLUMNS, BITS, GROUP, BN, BB, BK, STAGES, ASM,
+        )  # fmt: skip
+        if SPLITS == 1 and HAS_BIAS:
+            total += tl.load(bias + row).to(tl.float32)[None, :]
+        turned = y + (split * rows + b[:, None].to(tl.int64)) * N + n[None, :]
+        tl.store(turned, total.to(y.dtype.element_ty), mask=(n < N)[None, :] & b_mask[:, None])
+    else:
+        total = weight_products(
+            x + b[None, :].to(tl.int64) * stride_x, data, scales, row, b_mask, split * COLUMNS,
+            K, COLUMNS, BITS, GROUP, BN, BB, BK, STAGES, AFTER, ASM,
+        )  # fmt: skip
+        if SPLITS == 1 and HAS_BIAS:
+            total += tl.load(bias + row).to(tl.float32)[:, None]
+        place = y + (split * rows + b[None, :].to(tl.int64)) * N + n[:, None]
+        tl.store(place, total.to(y.dtype.element_ty), mask=(n < N)[:, None] & b_mask[None, :])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -307,37 +437,21 @@ def sum_kernel(
 def widen_kernel(
     data, scales, y, first,
     N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """y (rows, K): rows of the weight from ``first`` on, in y's dtype. int4's BK is of words, 4 columns each."""
+    """y (rows, K): rows of the weight from ``first`` on, in y's dtype, which are rounded once."""
     i = tl.program_id(0) * BN + tl.arange(0, BN)  # rows of y
-    n = first + i
-    inside = (n < N)[:, None]
-    at = n[:, None].to(tl.int64)
-    place = y + i[:, None].to(tl.int64) * K
-    dtype = y.dtype.element_ty
-    if BITS == 4:
-        PADDED: tl.constexpr = (
-            (K + (GROUP if GROUP > 64 else 64) - 1) // (GROUP if GROUP > 64 else 64) * (GROUP if GROUP > 64 else 64)
-        )
-        word = tl.program_id(1) * BK + tl.arange(0, BK)
-        words = tl.load(
-            data + at * (PADDED // 4) + word[None, :], mask=inside & (word < PADDED // 4)[None, :], other=0
-        ).to(tl.int32)
-        for part in tl.static_range(4):
-            k = word // 16 * 64 + part * 16 + word % 16
-            mask = inside & (k < K)[None, :]
-            scale = tl.load(scales + at * (PADDED // GROUP) + (k // GROUP)[None, :], mask=mask, other=0.0)
-            tl.store(place + k[None, :], (float_of_nibble(words, 4 * part) * scale).to(dtype), mask=mask)
-    else:
-        k = tl.program_id(1) * BK + tl.arange(0, BK)
-        mask = inside & (k < K)[None, :]
-        q = tl.load(data + at * K + k[None, :], mask=mask, other=0)
-        if BITS == 1:
-            w = float_of_e4m3(q) * tl.load(scales + n, mask=n < N, other=0.0)[:, None]
-        else:
-            GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-            w = float_of_int8(q) * tl.load(scales + at * GROUPS + (k // GROUP)[None, :], mask=mask, other=0.0)
-        tl.store(place + k[None, :], w.to(dtype), mask=mask)
+    row = tl.minimum(first + i, N - 1)
+    begin = tl.program_id(1) * BK
+    k = begin + tl.arange(0, BK)
+    dtype: tl.constexpr = y.dtype.element_ty
+    EVEN: tl.constexpr = K % BK == 0
+    w = weight_tile(data, scales, row, begin, dtype, K, BITS, GROUP, BN, BK, EVEN, True, ASM)
+    if BITS == 1:
+        w = (w.to(tl.float32) * tl.load(scales + row)[:, None]).to(dtype)
+    inside = (first + i < N)[:, None]
+    place = y + i[:, None].to(tl.int64) * K + k[None, :]
+    tl.store(place, w, mask=inside if EVEN else inside & (k < K)[None, :])
 
 
 @triton.jit

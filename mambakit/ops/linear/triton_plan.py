@@ -21,6 +21,7 @@ class Product:
     """A tile of `product_kernel`: BN rows of the weight and BB rows of x, BK columns in a step.
 
     ``waves``: programs for each multiprocessor that splitting K aims at. ``after``: scales multiply sums, not weights.
+    ``rows_first``: x is the first operand, of 64 rows or more; the weight is widened into shared memory.
     """
 
     BN: int
@@ -30,23 +31,30 @@ class Product:
     stages: int
     waves: int = 2
     after: bool = False
+    rows_first: bool = False
 
     def fitting(self, format: str, group: int, itemsize: int, shared: int) -> Product:
-        """With steps of whole units, and with fewer rows of x and fewer stages until they fit ``shared`` bytes."""
+        """With steps of whole units, and with fewer stages, columns and rows of x until they fit ``shared`` bytes."""
         unit = 64 if format == "int4" else 16
         plan = replace(self, BK=max(self.BK, unit))
-        if format == "int8" and group < plan.BK:
+        if format == "int8" and group < plan.BK and not plan.rows_first:
             plan = replace(plan, BK=plan.BK // group * group)
-        while shared < plan.BN * plan.BB * 4 and plan.BB > 16:
-            plan = replace(plan, BB=plan.BB // 2)
-        while plan.stages > 1 and plan.shared_bytes(format, itemsize) > shared:
-            plan = replace(plan, stages=plan.stages - 1)
+        while plan.shared_bytes(format, itemsize) > shared:
+            if plan.stages > 2:
+                plan = replace(plan, stages=plan.stages - 1)
+            elif plan.BK >= 128:
+                plan = replace(plan, BK=plan.BK // 2)
+            elif plan.BB > 16:
+                plan = replace(plan, BB=plan.BB // 2)
+            else:
+                return replace(plan, stages=1)
         return plan
 
     def shared_bytes(self, format: str, itemsize: int) -> int:
         weights = self.BN * self.BK // (2 if format == "int4" else 1)
-        stages = self.stages * (weights + self.BB * self.BK * itemsize + self.BN * 8)  # a scale or two of each row
-        return max(stages, self.BN * self.BB * 4)  # what is stored is turned in shared memory
+        step = weights + self.BB * self.BK * itemsize + self.BN * 8  # a scale or two of each row
+        widened = self.BN * self.BK * itemsize if self.rows_first else 0
+        return max(self.stages * step + widened, self.BN * self.BB * 4)  # what is stored is turned in shared memory
 
     def splits(self, rows: int, n: int, k: int, processors: int) -> tuple[int, int]:
         """(splits of K, columns of each): as many programs as fill the card, of at least 256 columns each."""
@@ -61,27 +69,19 @@ MOST_IN_REGISTERS = {"int8": 512, "int4": 512, "fp8": 32}
 # float32 x has no tensor cores here (products are exact): few rows only, for which reading the weight is the time.
 MOST_IN_FLOAT32 = 16
 
-# By format, then by rows up to which a tile serves.
+# By format, then by rows up to which a tile serves. Two warps: Triton then multiplies by mma.sync, whose operands both
+# are registers in an order of columns that suits bytes; four would take wgmma, with twice the instructions a number.
+_FEW, _SOME = Product(64, 16, 128, 2, 4, waves=4, after=True), Product(64, 32, 128, 2, 4, waves=4, after=True)
+_MORE, _MANY = Product(128, 64, 128, 8, 3, rows_first=True), Product(128, 128, 128, 8, 3, waves=1, rows_first=True)
+_MOST = Product(128, 256, 64, 8, 3, waves=1, rows_first=True)
 PRODUCTS: dict[str, tuple[tuple[int, Product], ...]] = {
-    "int8": (
-        (16, Product(64, 16, 128, 4, 4, after=True)),
-        (32, Product(64, 32, 128, 4, 4, after=True)),
-        (64, Product(64, 64, 64, 4, 4)),
-        (128, Product(128, 128, 64, 8, 4)),
-        (1 << 30, Product(128, 256, 64, 8, 3, waves=1)),
-    ),
-    "int4": (
-        (16, Product(64, 16, 128, 4, 4, after=True)),
-        (32, Product(64, 32, 128, 4, 4, after=True)),
-        (64, Product(64, 64, 64, 4, 4)),
-        (128, Product(128, 128, 64, 8, 3)),
-        (1 << 30, Product(128, 256, 64, 8, 3, waves=1)),
-    ),
+    "int8": ((16, _FEW), (32, _SOME), (64, _MORE), (128, _MANY), (1 << 30, _MOST)),
+    "int4": ((16, _FEW), (32, _SOME), (64, _MORE), (128, _MANY), (1 << 30, _MOST)),
     "fp8": (
-        (16, Product(64, 16, 128, 4, 4)),
-        (32, Product(64, 32, 128, 4, 4)),
-        (64, Product(64, 64, 64, 4, 4)),
-        (1 << 30, Product(128, 128, 64, 8, 4)),
+        (16, replace(_FEW, after=False)),
+        (32, replace(_SOME, after=False)),
+        (64, _MORE),
+        (1 << 30, _MANY),
     ),
 }
 FLOAT32_PRODUCT = Product(32, 16, 32, 4, 2)
@@ -92,19 +92,30 @@ SLABS_BY_ROWS: tuple[tuple[int, int], ...] = ((1024, 32 << 20), (1 << 30, 16 << 
 
 # What the benchmark tries beside them, for up to BB rows. Of the fastest ones it then tries other numbers of waves.
 # Where `after` keeps two sums of a tile, a thread's share of it is small: others would spill.
+_WEIGHT_FIRST = (
+    (16, ((64, 2), (32, 2), (32, 4), (64, 4)), ((128, 4), (128, 3), (256, 3))),
+    (32, ((64, 2), (128, 2), (32, 2), (64, 4)), ((128, 3), (128, 4), (64, 4))),
+    (64, ((64, 4), (128, 8)), ((64, 4),)),
+    (128, ((128, 8),), ((64, 3),)),
+    (256, ((128, 8),), ((64, 3),)),
+)
+_ROWS_FIRST = (
+    (64, ((64, 4), (128, 4), (128, 8)), ((64, 4), (128, 3), (128, 4))),
+    (128, ((64, 4), (128, 8), (256, 8)), ((64, 3), (64, 4), (128, 3))),
+    (256, ((128, 8),), ((64, 3), (128, 2))),
+)
 CANDIDATES: tuple[Product, ...] = tuple(
     Product(bn, bb, bk, warps, stages, after=after)
-    for bb, rows_of_weight, steps in (
-        (16, ((32, 4), (64, 4), (128, 4)), ((64, 4), (128, 3), (128, 5), (256, 3))),
-        (32, ((32, 4), (64, 4), (128, 4)), ((64, 4), (128, 3), (128, 5), (256, 3))),
-        (64, ((64, 4), (128, 4), (128, 8)), ((64, 4), (128, 3))),
-        (128, ((128, 4), (128, 8), (256, 8)), ((64, 3), (64, 4), (128, 3))),
-        (256, ((128, 8),), ((64, 3), (64, 4), (128, 2))),
-    )
+    for bb, rows_of_weight, steps in _WEIGHT_FIRST
     for bn, warps in rows_of_weight
     for bk, stages in steps
     for after in (True, False)
     if not (after and bn * bb > 32 * 32 * warps)
+) + tuple(
+    Product(bn, bb, bk, warps, stages, rows_first=True)
+    for bb, rows_of_weight, steps in _ROWS_FIRST
+    for bn, warps in rows_of_weight
+    for bk, stages in steps
 )
 WAVES = (1, 2, 4)
 SLABS = (0, 8 << 20, 16 << 20, 32 << 20)

@@ -75,10 +75,18 @@ class ProcessMesh:
                 f"{self.data_size}"
             )
 
-    def parallelize(self, objective: nn.Module, model: nn.Module) -> nn.Module:
+    def parallelize(
+        self, objective: nn.Module, model: nn.Module, *, reduce_dtype: torch.dtype = torch.float32,
+        reshard_after_forward: bool = True,
+    ) -> nn.Module:  # fmt: skip
         """The module to call in place of ``objective``, whose forward is the loss of ``model``, its submodule.
 
         Call this before the optimiser is made: FSDP replaces the model's parameters by shards.
+
+        Args:
+            reduce_dtype: of the exchanged gradients, float32 or bfloat16; gradients are float32 before and after.
+            reshard_after_forward: FSDP's, see `TrainConfig`. Parameters are gathered in float32: FSDP casts a unit's
+                parameters all alike, and A_log, D and the norms lose too much in bfloat16.
         """
         if self.first and (self.mode == "fsdp" or self.context_size > 1):
             self._skeleton = _empty_copy(model)
@@ -88,20 +96,29 @@ class ProcessMesh:
             from torch.nn.parallel import DistributedDataParallel
 
             if self.stream is None:
-                return DistributedDataParallel(objective, **_DDP)
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                wrapped = DistributedDataParallel(objective, device_ids=[self.device], **_DDP)
-            torch.cuda.current_stream().wait_stream(self.stream)
+                wrapped = DistributedDataParallel(objective, **_DDP)
+            else:
+                self.stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.stream):
+                    wrapped = DistributedDataParallel(objective, device_ids=[self.device], **_DDP)
+                torch.cuda.current_stream().wait_stream(self.stream)
+            if reduce_dtype == torch.bfloat16:
+                wrapped.register_comm_hook(None, _reduce_in_bfloat16)
             return wrapped
         if self.mode == "fsdp":
-            from torch.distributed.fsdp import fully_shard
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
             mesh = init_device_mesh(self.device.type, (self.world,))
             blocks: list[nn.Module] = [block for block in model.modules() if isinstance(block, MambaBlock)]
+            policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+            options: dict[str, Any] = {
+                "mesh": mesh,
+                "mp_policy": policy,
+                "reshard_after_forward": reshard_after_forward,
+            }
             for i in range(0, len(blocks), _BLOCKS_PER_UNIT):
-                fully_shard(blocks[i : i + _BLOCKS_PER_UNIT], mesh=mesh)
-            fully_shard(objective, mesh=mesh)
+                fully_shard(blocks[i : i + _BLOCKS_PER_UNIT], **options)
+            fully_shard(objective, **options)
         return objective
 
     @contextlib.contextmanager
@@ -181,6 +198,18 @@ class ProcessMesh:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+
+def _reduce_in_bfloat16(_, bucket):  # DDP reads annotations, and refuses them as text
+    """DDP's hook: the mean of a bucket of gradients over processes, exchanged in bfloat16. PyTorch's own such hook is
+    refused without NCCL."""
+    gradients = bucket.buffer()
+    half = gradients.to(torch.bfloat16).div_(dist.get_world_size())
+
+    def widen(reduced: torch.futures.Future) -> Tensor:
+        return gradients.copy_(reduced.value()[0])
+
+    return dist.all_reduce(half, async_op=True).get_future().then(widen)
 
 
 def _empty_copy(model: nn.Module) -> nn.Module:

@@ -34,6 +34,8 @@ TILES = {
     "after": Product(32, 16, 128, 4, 3, after=True),
     "two blocks of rows": Product(16, 16, 64, 4, 2, waves=1),
     "split": Product(16, 32, 32, 4, 2, waves=4),
+    "rows first": Product(32, 64, 128, 4, 2, rows_first=True),
+    "rows first, split": Product(16, 64, 64, 4, 2, waves=4, rows_first=True),
 }
 
 
@@ -87,6 +89,7 @@ def small_table(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 5, 35])
 def test_a_product_in_registers(device, tile, format, group, shape, rows):
     one_of = {"small": (33, 200, 5), "after": (33, 200, 5), "two blocks of rows": (7, 1000, 35), "split": (1, 1, 1)}
+    one_of |= {"rows first": (33, 200, 5), "rows first, split": (7, 1000, 35)}
     if INTERPRETED and (*shape, rows) != one_of[tile]:
         pytest.skip("slow in the interpreter")
     if format == "fp8" and group != 64:
@@ -284,8 +287,8 @@ def test_the_tables_tiles_compile(capability, format):
         splits, columns = plan.splits(min(most, 512), n, k, 132)
         constants = {
             "N": n, "K": k, "COLUMNS": columns, "BITS": plans.BITS[format], "GROUP": 64, "BN": plan.BN, "BB": plan.BB,
-            "BK": plan.BK, "STAGES": plan.stages, "SPLITS": splits, "AFTER": plan.after, "ASM": True,
-            "HAS_BIAS": False, "bias": None,
+            "BK": plan.BK, "STAGES": plan.stages, "SPLITS": splits, "AFTER": plan.after,
+            "ROWS_FIRST": plan.rows_first, "ASM": True, "HAS_BIAS": False, "bias": None,
         }  # fmt: skip
         types["y"] = "*fp32" if splits > 1 else "*bf16"
         taken, stack = compiled(kernels.product_kernel, constants, types, capability, plan.warps)
@@ -295,9 +298,9 @@ def test_the_tables_tiles_compile(capability, format):
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 def test_the_other_kernels_compile():
-    common = {"N": 4096, "K": 8192, "GROUP": 64}
+    common = {"N": 4096, "K": 8192, "GROUP": 64, "BN": 4, "BK": 1024, "ASM": True}
     for bits, kind in ((8, "*i8"), (4, "*i16"), (1, "*u8")):
-        constants = common | {"BITS": bits, "BN": 2, "BK": 512 if bits == 4 else 2048}
+        constants = common | {"BITS": bits}
         types = {"data": kind, "scales": "*fp32", "y": "*bf16"}
         assert compiled(kernels.widen_kernel, constants, types, 90, 4)[1] == 0
     types = {"parts": "*fp32", "y": "*bf16"}
