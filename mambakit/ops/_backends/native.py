@@ -145,6 +145,18 @@ def runner() -> Callable:
     return library.mambakit_run
 
 
+@functools.cache
+def launcher() -> Callable:
+    """The C function that enqueues a list of GPU work (`launch_list.cpp`)."""
+    library = _library()
+    assert library is not None, "lists are launched by it only where the library is"
+    function = library.mambakit_launch_list
+    word, address = ctypes.c_int64, ctypes.c_void_p
+    function.argtypes = [address, address, word, word, address, address, address, word]
+    function.restype = word
+    return function
+
+
 def is_available() -> bool:
     return _library() is not None
 
