@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mambakit.decoding.distributions import GREEDY, Filters
 from mambakit.decoding.draft_slots import DraftSlots
-from mambakit.decoding.guess_count import Guesses
+from mambakit.decoding.guess_count import GuessCount, Guesses
 from mambakit.decoding.round_graphs import (
     ACCEPTED,
     BLOCKS,
@@ -33,6 +33,7 @@ from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampling_params import BLOCK
 from mambakit.decoding.slots import SlotPool
 from mambakit.decoding.transfers import Arrival, integers, to_device, to_host
+from mambakit.modules import StateCache
 
 
 @dataclass(eq=False)
@@ -40,14 +41,12 @@ class WrittenText:
     """A text that is written with drafts.
 
     Args:
-        occupant: what is in its slot.
         known: all tokens so far.
         written: those of them that are new.
         most: the maximum number of new tokens.
         ends: tokens that end it.
     """
 
-    occupant: Any
     sampled: SampledText
     known: list[int]
     written: int
@@ -56,6 +55,8 @@ class WrittenText:
     late: int = 0
     """Tokens that the draft model has not read, the last one not counted."""
     ended: bool = False
+    count: GuessCount | None = None
+    """How many guesses its drafts have; it stays with a text that leaves its slot for a while."""
 
     def take(self, tokens: Sequence[int]) -> None:
         """It has got these tokens, none of them after its end."""
@@ -92,12 +93,18 @@ class Launched:
     Args:
         texts: by slot.
         guesses: of each of them.
-        plain: whether the draft model is not stepped.
+        start: the states before it, where somebody wants them.
         found: `RoundGraphs.found`.
+
+    Attributes:
+        plain: whether the draft model is not stepped.
     """
 
-    def __init__(self, texts: dict[int, WrittenText], guesses: dict[int, Guesses], plain: bool, found: torch.Tensor):
-        self.texts, self.guesses, self.plain = texts, guesses, plain
+    def __init__(
+        self, texts: dict[int, WrittenText], guesses: dict[int, Guesses], start: StateCache | None, found: Tensor
+    ):
+        self.texts, self.guesses, self.start = texts, guesses, start
+        self.plain = not any(one.most for one in guesses.values())
         # The next round overwrites it; a copy to the host is made before.
         self._found = to_host(found) if found.is_cuda else found.clone()
         self._arrival = Arrival(found.device)
@@ -167,8 +174,10 @@ class DraftRounds:
         for text in texts.values():
             self._blocks[text] = text.sampled.position // BLOCK
 
-    def launch(self, texts: dict[int, WrittenText], guesses: dict[int, Guesses]) -> Launched:
-        """A round of these texts, which were seated, without waiting for it."""
+    def launch(
+        self, texts: dict[int, WrittenText], guesses: dict[int, Guesses], start: StateCache | None = None
+    ) -> Launched:
+        """A round of these texts, which were seated, without waiting for it. The arguments are those of `Launched`."""
         most = max(guesses[slot].most for slot in texts)
         steps = max((one.steps for one in guesses.values() if one.most), default=0)
         filters = Filters.of(text.sampled.params for text in texts.values()).rounded()
@@ -176,7 +185,7 @@ class DraftRounds:
         self._ask(texts, guesses)
         self._send_numbers(texts)
         self._graphs.launch(self._pool.model, self._draft.model, verifier, Shape(most, steps, filters))
-        return Launched(texts, guesses, not most, self._graphs.found)
+        return Launched(texts, guesses, start, self._graphs.found)
 
     def _graphs_for(self, ends: int) -> RoundGraphs:
         graph, draft = self._pool.graph, self._draft

@@ -86,7 +86,7 @@ def write_drafted_tokens(
         if _take(text, [token], stops, most):
             end(slot)
         else:
-            written = WrittenText(text, one, [*ids.tolist(), token], 1, most, stops)
+            written = WrittenText(one, [*ids.tolist(), token], 1, most, stops)
             speculation.begin(slot, written, ids, drafting.draft_tokens)
     while any(text is not None for text in loop.pool.occupants):
         if (found := speculation.next()) is None:

@@ -29,6 +29,10 @@ class Guesses(NamedTuple):
     """Tokens that the draft model reads: ``most``, or one more, so that it has always read its last guess."""
 
 
+NO_GUESSES = Guesses(0, 2)
+"""2 steps, so that a draft model that is stepped for other texts has read all tokens of this one."""
+
+
 class GuessCount:
     """The number of guesses of one text's drafts.
 
@@ -58,7 +62,7 @@ class GuessCount:
         if self._plain:
             self._plain -= 1
             if self._plain:
-                return Guesses(0, 2)
+                return NO_GUESSES
             self._acceptance, self._chosen = _AFTER_PAUSE, None
         if self._chosen is None:
             self._chosen = self._best()
@@ -83,8 +87,8 @@ class GuessCount:
         options = [Guesses(k, steps) for k in self._tried for steps in dict.fromkeys((max(2, k), k + 1))]
         if not self._step:
             options = [Guesses(k, k + 1) for k in self._tried]
-        best = max(options, key=self._speed, default=Guesses(0, 2))
-        return best if best.most and self._speed(best) > 1 else Guesses(0, 2)
+        best = max(options, key=self._speed, default=NO_GUESSES)
+        return best if best.most and self._speed(best) > 1 else NO_GUESSES
 
     def _speed(self, one: Guesses) -> float:
         """Tokens of a round for its cost: of a plain round 1."""
@@ -102,10 +106,11 @@ class GuessCount:
 
 
 def step_cost(model: object, draft: object) -> float:
-    """The cost of a step of ``draft`` in steps of ``model``, both language models: by their bytes, and by their
-    layers, as a small model waits for its layers more than for its weights. Measured for 130m by 1.4b: 0.27 of a step of
-    one row on an H200, 0.17 of one of 8 rows on an H100; this gives 0.17. At most 0.25: whoever gives a larger draft
-    model wants it to draft.
+    """The cost of a step of ``draft`` in steps of ``model``, both language models.
+
+    By their bytes, and by their layers, as a small model waits for its layers more than for its weights. Measured for
+    130m by 1.4b: 0.27 of a step of one row on an H200, 0.17 of one of 8 rows on an H100; this gives 0.17. At most 0.25:
+    whoever gives a larger draft model wants it to draft.
     """
 
     def size(one: object) -> tuple[int, int]:

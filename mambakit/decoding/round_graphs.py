@@ -117,7 +117,7 @@ class RoundGraphs:
     def _round(self, model: Any, small: Any, verifier: DeviceVerifier, shape: Shape) -> None:
         k = shape.guesses
         last, previous, late, position, most, ended = self.rows[:, :FIELDS].unbind(1)
-        limit, steps, wanted = self.asked.unbind(1)
+        _, steps, wanted = self.asked.unbind(1)
         going = (wanted > 0) & (ended == 0)
         proposed, broken = self._propose(small, shape)
         verifier.tokens[:, 0].copy_(last)
@@ -163,7 +163,8 @@ class RoundGraphs:
         if not k:
             none = last.new_zeros(b, 0)
             return Proposed(none, torch.zeros_like(last), None, late), broken
-        every, picks = list(range(b)), []
+        every = list(range(b))
+        picks: list[Tensor] = []
         is_late = late > 0
         for i in range(shape.steps):
             if i == 0:

@@ -162,7 +162,12 @@ class SlotPool:
         size, t = tokens.shape
         assert size == self.size
         most = max(t, most)
-        if self._verifier is None or not self._watch.holds() or t > self._most or (self.captured and most != self._most):
+        if (
+            self._verifier is None
+            or not self._watch.holds()
+            or t > self._most
+            or (self.captured and most != self._most)
+        ):
             self._use(most)
         assert self._verifier is not None
         self._draft = self._verifier(tokens)

@@ -86,14 +86,16 @@ class LayersVerifier:
 
 def _replay(cache: StateCache, inputs: list[tuple[Tensor, tuple]], m: Tensor) -> None:
     """Run the recurrences over each row's first m (b,) tokens. Shapes do not depend on m, as a CUDA graph requires."""
-    for i, (conv_input, (u, delta, *rest)) in enumerate(inputs):
+    for i, (conv_input, (u, delta, A, B, *rest)) in enumerate(inputs):
         conv_state, ssm_state = cache.memory(i)
         d, width = conv_state.shape[1:]
         windows = torch.cat([conv_state, conv_input.transpose(1, 2).to(conv_state.dtype)], 2)  # (b, d, k - 1 + t)
         at = m[:, None] + torch.arange(width, dtype=torch.int64, device=m.device)
         conv_state.copy_(windows.gather(2, at[:, None].expand(-1, d, -1)))
-        kept = torch.arange(delta.shape[1], dtype=torch.int64, device=m.device) < m[:, None]
-        selective_scan_(u, torch.where(kept[:, :, None], delta, _NO_STEP), *rest, state=ssm_state)
+        kept = (torch.arange(delta.shape[1], dtype=torch.int64, device=m.device) < m[:, None])[:, :, None]
+        # What follows the kept tokens may not be a number.
+        u, delta, B = torch.where(kept, u, 0), torch.where(kept, delta, _NO_STEP), torch.where(kept, B, 0)
+        selective_scan_(u, delta, A, B, *rest, state=ssm_state)
 
 
 class CapturedVerifier:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -30,6 +31,7 @@ class Drafts:
 
     def __init__(self, loop: SlotLoop, model: Any, drafter: Drafter, slots: int, draft_tokens: int):
         self.draft_tokens = read_draft_tokens(draft_tokens)
+        self._texts: WeakKeyDictionary[Text, WrittenText] = WeakKeyDictionary()  # also of those that wait for a slot
         self.speculation = Speculation(
             loop, slot_drafter(drafter, model, slots), slots, self.draft_tokens, draft_cost(drafter, model), _failed
         )
@@ -57,8 +59,9 @@ class Drafts:
         most = self.draft_tokens if own is None else min(own, self.draft_tokens)
         prompt = torch.cat([ids.cpu() for ids in (request.context, request.prompt_ids) if ids is not None])
         prompt = prompt.to(torch.int64)
-        known = [*prompt.tolist(), *text.written]
-        written = WrittenText(text, sampled, known, len(text.written), text.most, text.ends)
+        if (written := self._texts.get(text)) is None:
+            known = [*prompt.tolist(), *text.written]
+            written = self._texts[text] = WrittenText(sampled, known, len(text.written), text.most, text.ends)
         self.speculation.begin(slot, written, prompt, most)
 
     def release(self, slot: int) -> None:
