@@ -145,6 +145,13 @@ def runner() -> Callable:
     return library.mambakit_run
 
 
+@functools.cache
+def lacks_bfloat16_products() -> bool:
+    """Whether the processor is known to have no instructions for products of bfloat16, which torch then emulates."""
+    library = _library()
+    return library is not None and not library.mambakit_supports(b"bfloat16")
+
+
 def is_available() -> bool:
     return _library() is not None
 
