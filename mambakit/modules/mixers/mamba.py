@@ -26,6 +26,7 @@ from mambakit.modules.state_cache import StateCache
 from mambakit.modules.state_spec import StateTensor
 from mambakit.ops import causal_conv1d, causal_conv1d_, selection_norm, selective_scan, selective_scan_
 from mambakit.ops._backends.memory import all_plain
+from mambakit.ops._products import linear
 from mambakit.ops.fused_mixer import MixerWeights, fused_mixer, mix_rows
 from mambakit.quoting import brief
 
@@ -60,7 +61,7 @@ class TimeStepProjection(nn.Linear):
         return product if self.bias is None else product + self.bias
 
     def product(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight)
+        return linear(input, self.weight)
 
     def _apply(self, fn: Callable, recurse: bool = True):
         return super()._apply(lambda t: keep_float32(fn, t) if t.dim() == 1 else fn(t), recurse)
@@ -359,7 +360,7 @@ class MambaMixer(Mixer):
     def _selected(self, x: Tensor) -> tuple[Tensor, ...]:
         """dt (b, l, r), B and C (b, l, n)."""
         r, n, norms = self.time_step_rank, self.ssm_state_size, self.norms()
-        selected = self.x_proj(x)
+        selected = project(self.x_proj, x)
         if self.mixer_rms_eps is None:
             return selected.split([r, n, n], -1)
         if self._norms_are_plain():

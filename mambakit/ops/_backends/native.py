@@ -157,6 +157,13 @@ def launcher() -> Callable:
     return function
 
 
+@functools.cache
+def lacks_bfloat16_products() -> bool:
+    """Whether the processor is known to have no instructions for products of bfloat16, which torch then emulates."""
+    library = _library()
+    return library is not None and not library.mambakit_supports(b"bfloat16")
+
+
 def is_available() -> bool:
     return _library() is not None
 
