@@ -23,6 +23,7 @@ from mambakit.decoding.prefill import prefill_states
 from mambakit.decoding.transfers import integers
 from mambakit.modules import MambaCache, StateCache
 from mambakit.ops.decode.cpu_verify import VerifyStep
+from mambakit.ops.linear.api import MOST_ROWS
 
 
 class Verifier(Protocol):
@@ -75,6 +76,8 @@ def require_read(kept: Sequence[int], read: int) -> None:
 
 def why_not_native(model: Any, rows: int, tokens: int, *, states: Any = None) -> str | None:
     """Why `NativeVerifier` cannot verify drafts of ``rows`` rows, or None where it can."""
+    if rows > MOST_ROWS:
+        return f"{rows} rows; it serves 1 to {MOST_ROWS}"
     return native_step.why_not(model, rows, states=states)
 
 

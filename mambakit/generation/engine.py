@@ -57,8 +57,8 @@ class Engine:
         chunk_size: tokens of a prompt per forward, and at most about as many between two steps; memory does not grow
             with the prompt.
         prefix_cache: where beginnings of prompts are looked up, and prompts and texts are kept.
-        read_seconds: the time for reading prompts between two steps. The smallest part that can be read may exceed it:
-            on a CPU a chunk in one layer, on a GPU a chunk.
+        read_seconds: the time for reading prompts between two steps, or that of the last step where it is more. The
+            smallest part that can be read may exceed it: on a CPU a chunk in one layer, on a GPU a chunk. 0: one part.
         slice_tokens: how many tokens a text writes at least before it makes room for one of another share.
         tokens_per_look: tokens that each slot writes between two device-to-host syncs, where no constraint needs one.
             More than 1 leaves the host behind the device: `step` launches the next tokens before it returns those that
@@ -112,7 +112,8 @@ class Engine:
         self._looks = Looks(self._loop, tokens_per_look, clock)
         self.drafts = None if drafter is None else Drafts(self._loop, model, drafter, slots, draft_tokens)
         self._schedule = Schedule(slots)
-        self._prompts = PromptReader(model, ReadingShare(read_seconds, chunk_size, clock), self._schedule, ends)
+        self._share, self._clock = ReadingShare[Text](read_seconds, chunk_size, clock), clock
+        self._prompts = PromptReader(model, self._share, self._schedule, ends)
         self._cancelled: deque[Request] = deque()  # by whichever thread
         self._taken = 0  # of the slots
         self._freed = False  # whether slots have become free
@@ -199,6 +200,12 @@ class Engine:
 
     def _next(self) -> Found | None:
         """The next tokens of every slot."""
+        began = self._clock()
+        found = self._look()
+        self._share.step_seconds = self._clock() - began
+        return found
+
+    def _look(self) -> Found | None:
         if self.drafts is None:
             self._states.before_look(self._pool, self._looks.several)
             return self._looks.next()
