@@ -24,7 +24,7 @@ from benchmarks.tables.context import COMPILED, CONTENDERS, CONTEXTS, PLAIN, STA
 from benchmarks.tables.records import Row
 
 _MOST_ROWS = 512
-_LONG = 4096  # prompts from here on are warmed up once, and not twice
+_WARM_UP = 8  # new tokens of the call before, which compiles and captures what the timed one runs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +65,13 @@ def make(who: str, options: argparse.Namespace, longest: int) -> tuple[Any, dict
     return model, {}
 
 
+def stopping_at(length: int) -> dict[str, Any]:
+    """An argument of transformers' `generate`: whole texts of so many tokens are enough."""
+    from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
+
+    return {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(length)])}
+
+
 def measure(options: argparse.Namespace, clock: Clock, record: dict[str, Any], save: Callable[[], None]) -> None:
     """``save`` writes the record, after every batch."""
     found = earlier(options.json, options.contexts, options.contenders)
@@ -76,15 +83,17 @@ def measure(options: argparse.Namespace, clock: Clock, record: dict[str, Any], s
             model, extra = make(who, options, prompt + new)
             free = torch.cuda.mem_get_info()[0] if options.device == "cuda" else 2**28
             for rows in options.context_rows or batches(model, prompt + new, free):
+                released()
                 ids = torch.randint(0, VOCABULARY, (rows, prompt), device=options.device)
                 mask = torch.ones_like(ids)
 
                 def run(m=model, i=ids, a=mask, e=extra, n=new):
                     return m.generate(i, attention_mask=a, max_new_tokens=n, do_sample=False, **e)
 
-                def timed(r=run, p=prompt):
-                    for _ in range(1 if p >= _LONG else 2):
-                        r()
+                def timed(r=run, w=who, p=prompt, extra=extra):
+                    # The Llama's caches and compiled graphs are of prompt and new tokens: it stops early.
+                    torch.compiler.reset()
+                    r(**({"e": extra | stopping_at(p + _WARM_UP)} if w.startswith("Llama") else {"n": _WARM_UP}))
                     return clock.peak(r)
 
                 measured: Any = fits(timed)
