@@ -4,8 +4,9 @@
     python benchmarks/architectures.py --capabilities 86 120 --cases "drafts of 8 slots" norm
 
 For each kernel and compute capability: the launches that were compiled, at the 1.4b model's shapes, and the most shared
-memory that one of them has, which must be within the card's. It says nothing of results or speed. --json keeps the rows
-of other capabilities that are in the file already.
+memory that one of them has, which must be within the card's. It says nothing of results or speed. --json keeps what is
+in the file already of other capabilities and, with --cases, of kernels that these do not launch; CUDA C++ is compiled
+without --cases.
 """
 
 from __future__ import annotations
@@ -106,23 +107,32 @@ def compile_triton(capability: int, cases: list[str]) -> dict[str, tuple[int, in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capabilities", nargs="+", type=int, choices=CARDS, default=list(CARDS))
-    parser.add_argument("--cases", nargs="+", choices=TRITON_CASES, default=list(TRITON_CASES))
+    parser.add_argument("--cases", nargs="+", choices=TRITON_CASES, help="default: all")
     record.add_argument(parser)
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
     if options.json is not None and options.json.exists():
-        rows = json.loads(options.json.read_text(encoding="utf-8"))["results"]["architectures"]
-        rows = [row for row in rows if row["capability"] not in options.capabilities]
+        earlier = json.loads(options.json.read_text(encoding="utf-8"))["results"]["architectures"]
+        rows = {(row["kernel"], row["capability"]): row for row in earlier}
+    there = {*triton_kernels(), *cuda_kernels()}
+    rows = {key: row for key, row in rows.items() if key[0] in there}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MAMBAKIT_CACHE"] = os.environ["TRITON_CACHE_DIR"] = folder  # compiled, not read
         for capability in options.capabilities:
             card = CARDS[capability]
             print(f"sm_{capability} ({card.name}, {card.shared:,} bytes)", flush=True)
-            for name, (count, shared) in (compile_cuda(capability) | compile_triton(capability, options.cases)).items():
+            found = compile_triton(capability, options.cases or list(TRITON_CASES))
+            if not options.cases:
+                found |= compile_cuda(capability)
+            for name, (count, shared) in found.items():
                 assert shared <= card.shared, f"{name} takes {shared:,} bytes of the {card.shared:,} of {card.name}"
-                rows.append({"kernel": name, "capability": capability, "launches": count, "shared": shared})
-            record.write(options.json, {"architectures": rows}, gpus=0)
-    missing = [row for row in rows if not row["launches"]]
+                if count or not options.cases or (name, capability) not in rows:
+                    row = {"kernel": name, "capability": capability, "launches": count, "shared": shared}
+                    rows[name, capability] = row
+            order = [*cuda_kernels(), *triton_kernels()]
+            ordered = sorted(rows.values(), key=lambda row: (row["capability"], order.index(row["kernel"])))
+            record.write(options.json, {"architectures": ordered}, gpus=0)
+    missing = [row for row in rows.values() if not row["launches"]]
     for row in missing:
         print(f"not compiled for sm_{row['capability']}: {row['kernel']}")
 

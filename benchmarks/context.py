@@ -24,7 +24,8 @@ from benchmarks.tables.context import COMPILED, CONTENDERS, CONTEXTS, PLAIN, STA
 from benchmarks.tables.records import Row
 
 _MOST_ROWS = 512
-_LONG = 4096  # prompts from here on are warmed up once, and not twice
+_MOST_TOKENS = 1 << 22  # of all prompts together: more texts of such lengths do not raise the rate
+_WARM_UP = 8  # new tokens of the call before, which compiles and captures what the timed one runs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     group.add_argument("--context-shape", default="1.4b")
     group.add_argument("--context-rows", nargs="+", type=int, help="batches; default: by the memory that is free")
+    group.add_argument("--context-tries", type=int, choices=(1, 2, 3), default=3, help="of those batches")
 
 
 def cache_bytes(model: Any, tokens: int) -> int:
@@ -44,14 +46,14 @@ def cache_bytes(model: Any, tokens: int) -> int:
     return int(model.config.state_spec(model.dtype).nbytes)
 
 
-def batches(model: Any, tokens: int, free: int) -> list[int]:
-    """The largest power of 2 whose caches take half of the free memory at most, up to 512 rows, and its half. A static
-    cache, a copy of it and the activations of the prompt have the rest."""
-    most = max(1, min(_MOST_ROWS, int(0.5 * free // cache_bytes(model, tokens))))
+def batches(model: Any, tokens: int, free: int, tries: int) -> list[int]:
+    """The largest power of 2 whose caches take half of the free memory at most, up to 512 rows; with more tries its
+    half, and half as much again, which may fit, too. A static cache, a copy of it and the activations of the prompt
+    have the rest."""
+    most = max(1, min(_MOST_ROWS, int(0.5 * free // cache_bytes(model, tokens)), _MOST_TOKENS // tokens))
     largest = 1 << (most.bit_length() - 1)
-    # A batch that is no power of 2 may fit, too: half as much again.
-    candidates = {largest // 2, largest, largest * 3 // 2 if largest < _MOST_ROWS else largest}
-    return sorted(rows for rows in candidates if rows)
+    candidates = (largest, largest // 2, largest * 3 // 2 if largest < _MOST_ROWS else largest)
+    return sorted({rows for rows in candidates[:tries] if rows})
 
 
 def make(who: str, options: argparse.Namespace, longest: int) -> tuple[Any, dict[str, Any]]:
@@ -65,6 +67,13 @@ def make(who: str, options: argparse.Namespace, longest: int) -> tuple[Any, dict
     return model, {}
 
 
+def stopping_at(length: int) -> dict[str, Any]:
+    """An argument of transformers' `generate`: whole texts of so many tokens are enough."""
+    from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
+
+    return {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(length)])}
+
+
 def measure(options: argparse.Namespace, clock: Clock, record: dict[str, Any], save: Callable[[], None]) -> None:
     """``save`` writes the record, after every batch."""
     found = earlier(options.json, options.contexts, options.contenders)
@@ -75,16 +84,18 @@ def measure(options: argparse.Namespace, clock: Clock, record: dict[str, Any], s
         for who in options.contenders:
             model, extra = make(who, options, prompt + new)
             free = torch.cuda.mem_get_info()[0] if options.device == "cuda" else 2**28
-            for rows in options.context_rows or batches(model, prompt + new, free):
+            for rows in options.context_rows or batches(model, prompt + new, free, options.context_tries):
+                released()
                 ids = torch.randint(0, VOCABULARY, (rows, prompt), device=options.device)
                 mask = torch.ones_like(ids)
 
                 def run(m=model, i=ids, a=mask, e=extra, n=new):
                     return m.generate(i, attention_mask=a, max_new_tokens=n, do_sample=False, **e)
 
-                def timed(r=run, p=prompt):
-                    for _ in range(1 if p >= _LONG else 2):
-                        r()
+                def timed(r=run, w=who, p=prompt, extra=extra):
+                    # The Llama's caches and compiled graphs are of prompt and new tokens: it stops early.
+                    torch.compiler.reset()
+                    r(**({"e": extra | stopping_at(p + _WARM_UP)} if w.startswith("Llama") else {"n": _WARM_UP}))
                     return clock.peak(r)
 
                 measured: Any = fits(timed)

@@ -32,6 +32,7 @@ from mambakit.decoding.graph_step import gpu_weights
 from mambakit.ops.decode import cuda_persistent as persistent
 from mambakit.ops.decode import triton_few_rows, triton_many_rows, triton_packed_rows
 from mambakit.ops.decode.cuda_persistent import PARTS, PersistentStep
+from mambakit.ops.linear.triton_plan import MOST_IN_REGISTERS
 
 SHAPES = {
     "130m": (768, 24),
@@ -162,7 +163,9 @@ def main() -> None:
                 for name, step in ways(model, rows).items():
                     error = float((step(False).float() - expected).norm() / expected.norm())
                     ms = milliseconds(step, options.rounds)
-                    wrong = "" if error < 1.2e-2 else f"  WRONG, {error:.1e}"
+                    # The forward rounds many rows to float8, and the step does not.
+                    bound = 0.1 if format == "fp8" and rows > MOST_IN_REGISTERS["fp8"] else 1.2e-2
+                    wrong = "" if error < bound else f"  WRONG, {error:.1e}"
                     print(f"{label} {format:>5} x {rows}  {name}: {ms:.4f} ms{wrong}", flush=True)
                     results.append({**what, "rows": rows, "way": name, "ms": ms, "error": error})
                 save()

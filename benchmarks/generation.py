@@ -209,8 +209,12 @@ def measure_generate(options: Options, clock: Clock, record: dict) -> None:
     )
     longest = options.prompt + options.new
     for shape in options.shapes:
-        for who in ("mambakit", "Llama", *(["Llama, compiled"] if options.compiled else [])):
-            model = mamba(shape, options.device) if who == "mambakit" else llama(shape, options.device, longest)
+        ours = {"mambakit" if format == "plain" else f"mambakit, {format}": format for format in options.formats}
+        peers = ["Llama", *(["Llama, compiled"] if options.compiled else [])] if not options.alone else []
+        for who in (*ours, *peers):
+            model = mamba(shape, options.device) if who in ours else llama(shape, options.device, longest)
+            if ours.get(who, "plain") != "plain":
+                model.quantize(ours[who])
             extra = {"cache_implementation": "static"} if who.endswith("compiled") else {}
             for rows in options.batches:
                 ids = torch.randint(0, VOCABULARY, (rows, options.prompt), device=options.device)
@@ -371,7 +375,7 @@ def main() -> None:
         nargs="+",
         choices=("plain", "int8", "int4", "fp8"),
         default=["plain"],
-        help="of the weights, in steps",
+        help="of the weights, in steps and generate",
     )
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--new", type=int, default=128)
@@ -382,6 +386,7 @@ def main() -> None:
     parser.add_argument(
         "--compiled", action="store_true", help="the Transformer with a static cache and torch.compile, too"
     )
+    parser.add_argument("--alone", action="store_true", help="generate without the Transformer")
     parser.add_argument("--rounds", type=int, default=50)
     records.add_argument(parser)
     parser.add_argument("--plots", type=Path, help="a folder for generate.png, length.png and context.png")
