@@ -162,12 +162,8 @@ class SlotPool:
         size, t = tokens.shape
         assert size == self.size
         most = max(t, most)
-        if (
-            self._verifier is None
-            or not self._watch.holds()
-            or t > self._most
-            or (self.captured and most != self._most)
-        ):
+        another = most != self._most if self.captured else t > self._most  # a graph's work does not shrink with t
+        if self._verifier is None or another or not self._watch.holds():
             self._use(most)
         assert self._verifier is not None
         self._draft = self._verifier(tokens)
