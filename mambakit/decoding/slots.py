@@ -170,11 +170,9 @@ class SlotPool:
         return self._draft
 
     def verifies_on_device(self, tokens: int) -> bool:
-        """Whether `device_verifier` serves drafts of up to ``tokens`` tokens."""
-        if not self.captured:
-            return False
+        """Whether `device_verifier` serves drafts of up to ``tokens`` tokens while there is a `graph`; asked once."""
         if self._on_device is None:
-            self._on_device = choose_verifier(self.model, self.states, tokens).on_device
+            self._on_device = self.captured and choose_verifier(self.model, self.states, tokens).on_device
         return self._on_device
 
     def device_verifier(self, tokens: int) -> DeviceVerifier:
