@@ -4,8 +4,9 @@
 
 Decoders and verifiers have the control flow of a GPU's, but a replay of a graph runs the captured function again, on
 the CPU, with the clock and the counters stopped. What is left is what a GPU would wait for, or what it would hide.
-Columns, a round: torch ops that the host dispatches, device-to-host syncs (`tolist`, `item`, `wait`), host
-microseconds (the median of rounds in a steady state, all slots writing), and tokens of all slots.
+Columns, a round: torch ops that the host dispatches, device-to-host syncs (`tolist`, `item`; not those of a copy that
+was launched a round ago), host microseconds (medians of rounds in a steady state, all slots writing), and tokens of
+all slots. Random numbers and the sampling op of texts that the host samples run on this CPU, and count.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import statistics
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import record as records
 from mambakit import MambaConfig, MambaForCausalLM
-from mambakit.decoding import loop, registry
+from mambakit.decoding import draft_rounds, loop, registry, round_graphs
 from mambakit.decoding import verify_layers as layers
 from mambakit.decoding.draft_model import DraftModel
 from mambakit.decoding.drafting import Draft
@@ -42,7 +44,7 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.paused = False
+        self.paused = self.copied = False
         self.ops = self.syncs = 0
         self.away = 0.0  # seconds in replays
 
@@ -71,8 +73,22 @@ def counted(owner: Any, name: str) -> None:
     inner = getattr(owner, name)
 
     def call(*arguments: Any) -> Any:
-        METER.syncs += not METER.paused
+        METER.syncs += not (METER.paused or METER.copied)
         return inner(*arguments)
+
+    setattr(owner, name, call)
+
+
+def of_a_copy(owner: Any, name: str) -> None:
+    """Have a method not count: it waits for a copy that was launched a round ago."""
+    inner = getattr(owner, name)
+
+    def call(*arguments: Any) -> Any:
+        METER.copied = True
+        try:
+            return inner(*arguments)
+        finally:
+            METER.copied = False
 
     setattr(owner, name, call)
 
@@ -98,6 +114,7 @@ class Decoder(GraphDecoder):
     def __init__(self, model: Any, states: Any, run: Any = None, capacity: int = 64):
         self.model, self.states, self.rows, self.capacity = model, states, states.max_batch_size, capacity
         self.holder, self.verifiers = None, {}
+        self.rounds = weakref.WeakKeyDictionary()
         self.tokens = torch.zeros(self.rows, dtype=torch.int64)
         self.history = torch.zeros(self.rows, capacity, dtype=torch.int64)
         self.position = torch.zeros(1, dtype=torch.int64)
@@ -128,15 +145,13 @@ def emulate() -> None:
     registry.DECODERS = (kind, registry.FORWARD)
     registry.why_not_captured = lambda *_, **__: None
     layers.CapturedGraph = Replayed
-    with contextlib.suppress(ImportError):
-        from mambakit.decoding import draft_rounds
-
-        draft_rounds.CapturedGraph = Replayed
-    captured = registry.VerifierKind("a graph", lambda *_, **__: None, layers.CapturedVerifier)
+    round_graphs.CapturedGraph = Replayed
+    captured = registry.VerifierKind("a graph", lambda *_, **__: None, layers.CapturedVerifier, True)
     registry.VERIFIERS = (captured,)
-    for owner, name in ((torch.Tensor, "tolist"), (torch.Tensor, "item"), (torch.Tensor, "__bool__"),
-                        (loop.HostCopy, "wait")):  # fmt: skip
-        counted(owner, name)
+    for name in ("tolist", "item", "__bool__"):
+        counted(torch.Tensor, name)
+    of_a_copy(loop.HostCopy, "wait")
+    of_a_copy(draft_rounds.Launched, "wait")
 
 
 def measure(model: Any, drafter: Any, slots: int, k: int, sampling: SamplingParams, steps: int) -> dict[str, float]:

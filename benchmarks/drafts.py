@@ -2,7 +2,7 @@
 without.
 
     python benchmarks/drafts.py --json out.json                       # 1.4b by 130m, on one NVIDIA GPU
-    python benchmarks/drafts.py --drafters free --rows 1 --phases     # what the parts of a round take
+    python benchmarks/drafts.py --rows 1 8 --phases                   # and what the parts of a round take
     python benchmarks/drafts.py --device cpu --target tiny --draft tiny --new 24  # a look at the script itself
 
 Random weights and tokens, greedy. A coin decides which guesses are accepted, right with probability --acceptance each:
@@ -14,7 +14,11 @@ drafts and verifications do their work, and what they say is replaced. Drafters:
 
 Figures are tokens a second of all slots, from two lengths of text, so that prompts and captures are not counted; the
 median of --rounds. `expected` is what independent guesses of that acceptance give: (1 - a^(k + 1)) / (1 - a) tokens a
-round.
+round. Every text has k guesses in each round; --adaptive lets their number follow the acceptance, as it does for users.
+
+Columns, milliseconds a round: `ms` from one to the next, `host` what Python and PyTorch do without waiting for the
+device, `gpu` between the beginning and the end of a round's graph (rounds on the device alone). With --phases: a step
+of the draft model, a verification of k + 1 tokens of each row, and a commit, each in a loop of its own.
 """
 
 from __future__ import annotations
@@ -34,9 +38,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import record as records
 from benchmarks.generation import SHAPES, VOCABULARY, check, mamba, released
-from mambakit.decoding import loop
+from mambakit.decoding import loop, round_graphs, speculation, transfers
+from mambakit.decoding.device_acceptance import accepted_of
 from mambakit.decoding.draft_model import DraftModel
+from mambakit.decoding.draft_slots import DraftSlots
 from mambakit.decoding.drafting import Draft
+from mambakit.decoding.guess_count import GuessCount, Guesses
 from mambakit.generation.engine import Engine, Request
 
 
@@ -51,13 +58,13 @@ class Coin:
 
     def __init__(self, acceptance: float):
         self.acceptance, self._chance = acceptance, random.Random(0)
-        self._choose = loop.choose_together
+        self._choose, self._on_device = loop.choose_together, round_graphs.choose
 
     def __enter__(self) -> None:
-        loop.choose_together = self._replaced
+        loop.choose_together, round_graphs.choose = self._replaced, self._replaced_on_device
 
     def __exit__(self, *_: object) -> None:
-        loop.choose_together = self._choose
+        loop.choose_together, round_graphs.choose = self._choose, self._on_device
 
     def _replaced(self, acceptances: Any, logits: torch.Tensor, drafts: Any) -> list[list[int]]:
         found = self._choose(acceptances, logits, drafts)
@@ -68,6 +75,63 @@ class Coin:
             one.text.position += count + 1 - len(found[i])
             found[i] = [*draft.tokens[:count], max(0, found[i][-1])]
         return found
+
+    def _replaced_on_device(self, logits: torch.Tensor, proposed: Any, *arguments: Any) -> Any:
+        tokens, accepted = self._on_device(logits, proposed, *arguments)
+        guesses = proposed.tokens
+        if guesses.shape[1]:
+            last = tokens.gather(1, accepted[:, None]).clamp(min=0)
+            places = torch.arange(guesses.shape[1], device=guesses.device)
+            right = torch.rand(guesses.shape, device=guesses.device) < self.acceptance
+            accepted = accepted_of(right & (places < proposed.counts[:, None]))
+            tokens = torch.cat([guesses, last], 1).scatter(1, accepted[:, None], last)
+        return tokens, accepted
+
+
+class Always(GuessCount):
+    """As many guesses in every round."""
+
+    def next(self) -> Guesses:
+        return Guesses(self._most, max(2, self._most))
+
+
+class Clock:
+    """The host's time and the device's in an engine's rounds, while it is entered."""
+
+    def __init__(self, cuda: bool):
+        self._cuda, self.waited = cuda, 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> Clock:
+        self._wait, self._launch = transfers.Arrival.wait, round_graphs.RoundGraphs.launch
+        clock, wait, launch = self, self._wait, self._launch
+
+        def waiting(arrival: Any) -> None:
+            began = time.perf_counter()
+            wait(arrival)
+            clock.waited += time.perf_counter() - began
+
+        def launching(graphs: Any, *arguments: Any) -> None:
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * clock._cuda)]
+            for event in events[:1]:
+                event.record()
+            launch(graphs, *arguments)
+            for event in events[1:]:
+                event.record()
+                clock._events.append((events[0], event))
+
+        transfers.Arrival.wait, round_graphs.RoundGraphs.launch = waiting, launching
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        transfers.Arrival.wait, round_graphs.RoundGraphs.launch = self._wait, self._launch
+
+    def device_seconds(self) -> float | None:
+        """The median of the rounds; None where none was on the device."""
+        if not self._events:
+            return None
+        torch.cuda.synchronize()
+        return statistics.median(begin.elapsed_time(end) for begin, end in self._events) / 1e3
 
 
 class FreeGuesses:
@@ -107,34 +171,39 @@ def rate(engine: Engine, prompts: list[torch.Tensor], new: int, rounds: int, cud
     return len(prompts) * (new - short) / seconds, seconds / (counted[new] - counted[short])
 
 
-def phases(engine: Engine, prompts: list[torch.Tensor], new: int, cuda: bool) -> dict[str, float]:
-    """Seconds a round of proposing, verifying and keeping, each waited for: their sum is more than a round."""
-    spent: dict[str, float] = {}
-    assert engine.drafts is not None
+def round_times(engine: Engine, prompts: list[torch.Tensor], new: int, cuda: bool) -> dict[str, float | None]:
+    """Seconds of the host and of the device in a round, prompts not counted. The host's part of a round that it sees
+    itself contains its waiting, which is no copy's."""
+    found = []
+    for length in (max(2, new // 4), new):
+        before = engine.drafts.rounds
+        with Clock(cuda) as clock:
+            seconds = seconds_of(lambda n=length: engine.write(requests_of(prompts, n)), cuda)
+        found.append((engine.drafts.rounds - before, seconds - clock.waited, clock.device_seconds()))
+    (few, short, _), (many, long, device) = found
+    return {"host": (long - short) / max(1, many - few), "gpu": device}
 
-    def timed(owner: Any, name: str, label: str) -> None:
-        inner = getattr(owner, name)
 
-        def call(*arguments: Any) -> Any:
-            if cuda:
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            result = inner(*arguments)
-            if cuda:
-                torch.cuda.synchronize()
-            spent[label] = spent.get(label, 0.0) + time.perf_counter() - began
-            return result
+def phases(engine: Engine, k: int, cuda: bool) -> dict[str, float]:
+    """Seconds of the parts of a round, each in a loop of its own. The engine must not be used afterwards."""
+    pool, drafter = engine._pool, engine.drafts.speculation._drafter
 
-        setattr(owner, name, call)
+    def timed(run: Callable[[], object], times: int = 30) -> float:
+        run()
+        return seconds_of(lambda: [run() for _ in range(times)], cuda) / times
 
-    for owner, name, label in (
-        (engine.drafts._drafter, "propose", "propose"), (engine._pool, "verify", "verify"),
-        (engine._pool, "commit", "commit"), (engine._loop, "verify", "verify and choose"),
-    ):  # fmt: skip
-        timed(owner, name, label)
-    before = engine.drafts.rounds
-    engine.write(requests_of(prompts, new))
-    return {label: seconds / (engine.drafts.rounds - before) for label, seconds in spent.items()}
+    tokens = torch.zeros(pool.size, k + 1, dtype=torch.int64, device=pool.model.device)
+
+    def verify_and_commit() -> None:
+        pool.verify(tokens, k + 1)
+        pool.commit([1] * pool.size)
+
+    with torch.no_grad():
+        found = {"verify": timed(lambda: pool.verify(tokens, k + 1))}
+        found["commit"] = timed(verify_and_commit) - found["verify"]
+        if isinstance(drafter, DraftSlots):
+            found["draft step"] = timed(lambda: drafter.pool.step(tokens[:, 0]))
+    return found
 
 
 def main() -> None:
@@ -152,6 +221,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--phases", action="store_true", help="also the time of each part of a round")
+    parser.add_argument("--adaptive", action="store_true", help="the number of guesses follows the acceptance")
     records.add_argument(parser)
     options = parser.parse_args()
     cuda = options.device == "cuda"
@@ -167,8 +237,10 @@ def main() -> None:
     print(f"{options.target} by {options.draft}, {options.prompt} + {options.new} tokens")
     print(
         f"{'rows':>4} {'drafter':>8} {'right':>6} {'k':>2} {'tokens/s':>10} {'against plain':>14} {'a round':>8} "
-        f"{'ms':>7}"
+        f"{'ms':>7} {'host':>7} {'gpu':>7}"
     )
+    if not options.adaptive:
+        speculation.GuessCount = Always
     found = []
     for rows in options.rows:
         prompts = list(torch.randint(0, VOCABULARY, (rows, options.prompt), generator=torch.Generator().manual_seed(1)))
@@ -183,21 +255,23 @@ def main() -> None:
                     engine = Engine(model, rows, drafter=drafter, draft_tokens=k)
                     with Coin(acceptance):
                         speed, seconds = rate(engine, prompts, options.new, options.rounds, cuda)
+                        times = round_times(engine, prompts, options.new, cuda)
                     drafts = engine.drafts
                     kept = drafts.accepted / max(1, drafts.proposed)
                     row = {
                         "rows": rows, "drafter": name, "acceptance": acceptance, "draft_tokens": k,
                         "tokens_per_second": speed, "speedup": speed / base, "round": seconds, "kept": kept,
                         "expected": (1 - acceptance ** (k + 1)) / (1 - acceptance) if acceptance < 1 else k + 1,
+                        **times,
                     }  # fmt: skip
                     if options.phases:
-                        with Coin(acceptance):
-                            row["phases"] = phases(engine, prompts, options.new, cuda)
+                        row["phases"] = phases(engine, k, cuda)
                     found.append(row)
                     records.write(options.json, {"drafts": found}, gpus=int(cuda))
                     print(
                         f"{rows:>4} {name:>8} {acceptance:6.2f} {k:>2} {speed:10,.0f} {speed / base:13.2f}x "
-                        f"{speed * seconds / rows:8.2f} {seconds * 1e3:7.3f}",
+                        f"{speed * seconds / rows:8.2f} {seconds * 1e3:7.3f} {times['host'] * 1e3:7.3f} "
+                        + ("" if times["gpu"] is None else f"{times['gpu'] * 1e3:7.3f}"),
                         flush=True,
                     )
                     if options.phases:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.distributions import Filters, distributions
-from mambakit.decoding.logits import are_numbers
 from mambakit.ops.sampling.api import NO_TOKEN, OFF, sample
 
 
@@ -29,7 +28,7 @@ class Proposed(NamedTuple):
     Args:
         tokens: (b, k) int64.
         counts: (b,) int64, how many of them are guesses of a row; the others are ignored.
-        steps: (s, b, v) float64, the distributions of a draft model's steps; None: no text is drawn.
+        steps: (s, b, v) float64, the distributions of a draft model's steps.
         late: (b,) int64, by how many steps a row's guesses are late: guess j is of step ``j + late``.
     """
 
@@ -40,7 +39,7 @@ class Proposed(NamedTuple):
 
 
 def choose(
-    logits: Tensor, proposed: Proposed, columns: Tensor, filters: Filters, numbers: Numbers | None
+    logits: Tensor, proposed: Proposed, columns: Tensor, filters: Filters, numbers: Numbers
 ) -> tuple[Tensor, Tensor]:
     """Each row's accepted guesses and one more token.
 
@@ -48,22 +47,18 @@ def choose(
         logits: (b, k + 1, v), after each row's last token and after each of its guesses.
         columns: (b, 6) float64, the sampling parameters of each row.
         filters: those of all rows.
-        numbers: None where no text is drawn.
+        numbers: of each row.
 
     Returns:
         tokens (b, k + 1) int64, of which those up to the accepted guesses and one more count, and accepted (b,) int64.
         A token is `NO_TOKEN` where none can be chosen.
     """
     b, width, v = logits.shape
-    best = logits.argmax(-1)
-    best = best.masked_fill(~are_numbers(logits.flatten(0, 1), best.flatten()).view(b, width), NO_TOKEN)
+    best = likeliest(logits)
     guesses, k = proposed.tokens, width - 1
     places = torch.arange(k, dtype=torch.int64, device=logits.device)
     right = guesses == best[:, :k]
     greedy = columns[:, 0] == 0
-    if not filters.draws:
-        return best, accepted_of(right & (places < proposed.counts[:, None]))
-    assert numbers is not None
     rows = torch.arange(b, dtype=torch.int64, device=logits.device)
     p = steps = None
     if k:
@@ -98,3 +93,9 @@ def choose(
 def accepted_of(right: Tensor) -> Tensor:
     """(b,) the number of leading guesses that are right (b, k)."""
     return right.long().cumprod(1).sum(1)
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """(b, t) int64, the most probable token of each of ``logits`` (b, t, v); `NO_TOKEN` where that logit is NaN."""
+    best = logits.argmax(-1, keepdim=True)
+    return torch.where(logits.gather(-1, best).isnan(), NO_TOKEN, best)[..., 0]

@@ -17,18 +17,8 @@ from torch import Tensor
 from mambakit.decoding.distributions import GREEDY, Filters
 from mambakit.decoding.draft_slots import DraftSlots
 from mambakit.decoding.guess_count import GuessCount, Guesses
-from mambakit.decoding.round_graphs import (
-    ACCEPTED,
-    BLOCKS,
-    BROKEN,
-    GUESSED,
-    READ,
-    TOKENS,
-    RoundGraphs,
-    Shape,
-    graphs_of,
-    padded,
-)
+from mambakit.decoding.round_graphs import BLOCKS, RoundGraphs, Shape, graphs_of, padded
+from mambakit.decoding.round_steps import ACCEPTED, BROKEN, GUESSED, READ, TOKENS
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampling_params import BLOCK
 from mambakit.decoding.slots import SlotPool

@@ -8,6 +8,7 @@ depends on the text alone, not on clocks or on other texts, and a seed gives the
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 COUNTS = (1, 2, 3, 4, 5, 6, 8, 11, 15)  # that are tried, besides the largest: each is a graph of its own
@@ -45,7 +46,6 @@ class GuessCount:
 
     def __init__(self, most: int, step: float):
         self._most, self._step = most, step
-        self._tried = tuple(k for k in COUNTS if k < most) + ((most,) if most else ())
         self._acceptance = _EXPECTED
         self._plain, self._pause = 0, _FIRST_PAUSE  # plain rounds left, and of the next pause
         self._launched = 0
@@ -65,7 +65,7 @@ class GuessCount:
                 return NO_GUESSES
             self._acceptance, self._chosen = _AFTER_PAUSE, None
         if self._chosen is None:
-            self._chosen = self._best()
+            self._chosen = best_guesses(self._most, self._step, round(_LEVELS * self._acceptance))
             if not self._chosen.most and self._most:
                 self._plain, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
         return self._chosen
@@ -83,26 +83,35 @@ class GuessCount:
                 self._pause = _FIRST_PAUSE
             self._chosen = None
 
-    def _best(self) -> Guesses:
-        options = [Guesses(k, steps) for k in self._tried for steps in dict.fromkeys((max(2, k), k + 1))]
-        if not self._step:
-            options = [Guesses(k, k + 1) for k in self._tried]
-        best = max(options, key=self._speed, default=NO_GUESSES)
-        return best if best.most and self._speed(best) > 1 else NO_GUESSES
 
-    def _speed(self, one: Guesses) -> float:
-        """Tokens of a round for its cost: of a plain round 1."""
-        a, k = min(self._acceptance, 0.99), one.most
-        cost = _VERIFICATION + _TOKEN * k + self._step * one.steps
+_LEVELS = 100  # to which an acceptance is rounded
 
-        def tokens(guesses: int) -> float:
-            return (1 - a ** (guesses + 1)) / (1 - a)
 
-        if one.steps > k:
-            return tokens(k) / cost
-        # After a draft that was all right the draft model must read its last guess first, and makes one less.
-        late = a**k / (1 + a**k - a ** (k - 1))
-        return ((1 - late) * tokens(k) + late * tokens(k - 1)) / cost
+@functools.cache
+def best_guesses(most: int, step: float, level: int) -> Guesses:
+    """The fastest number of guesses, up to ``most``, at an acceptance of ``level`` / 100; none where a plain step is
+    faster. ``step`` is that of `GuessCount`."""
+    a = min(level / _LEVELS, 0.99)
+    tried = [k for k in COUNTS if k < most] + [most] * (most > 0)
+    # One more step of the draft model costs nothing where guesses are free.
+    options = [Guesses(k, n) for k in tried for n in sorted({max(2, k) if step else k + 1, k + 1})]
+    best = max(options, key=lambda one: _speed(one, a, step), default=NO_GUESSES)
+    return best if best.most and _speed(best, a, step) > 1 else NO_GUESSES
+
+
+def _speed(one: Guesses, a: float, step: float) -> float:
+    """Tokens of a round for its cost, at acceptance ``a``: of a plain round 1."""
+    k = one.most
+    cost = _VERIFICATION + _TOKEN * k + step * one.steps
+
+    def tokens(guesses: int) -> float:
+        return (1 - a ** (guesses + 1)) / (1 - a)
+
+    if one.steps > k:
+        return tokens(k) / cost
+    # After a draft that was all right the draft model must read its last guess first, and makes one less.
+    late = a**k / (1 + a**k - a ** (k - 1))
+    return ((1 - late) * tokens(k) + late * tokens(k - 1)) / cost
 
 
 def step_cost(model: object, draft: object) -> float:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.cuda_graph import CapturedGraph
-from mambakit.decoding.device_acceptance import Numbers, Proposed, choose
+from mambakit.decoding.device_acceptance import Numbers, Proposed, choose, likeliest
 from mambakit.decoding.distributions import Filters, distributions
+from mambakit.decoding.round_steps import FIELDS, LATE, POSITION, TOKENS, steps_for
 from mambakit.decoding.sampling_params import ACCEPT, BLOCK, DRAW, PROPOSE
 from mambakit.decoding.verify import DeviceVerifier
 from mambakit.modules import StateCache
@@ -27,12 +28,6 @@ from mambakit.ops.sampling.api import OFF, sample
 
 BLOCKS = 4  # of random numbers that a row has on the device: that of its position, those around it
 _WINDOW = BLOCKS * BLOCK
-# Columns of `RoundGraphs.rows`, before those of end tokens. PREVIOUS is the token before the last one, which the draft
-# model reads first where LATE is 1. POSITION: the number of tokens chosen so far. MOST: where the text ends.
-LAST, PREVIOUS, LATE, POSITION, MOST, ENDED, FIELDS = range(7)
-# Columns of `RoundGraphs.found`, before those of the tokens: how many of them the text gets, the guesses and those that
-# were accepted, and whether the draft model had no distribution to draw a guess from.
-READ, GUESSED, ACCEPTED, BROKEN, TOKENS = range(5)
 
 
 class Shape(NamedTuple):
@@ -58,7 +53,8 @@ class RoundGraphs:
         vocabulary: v.
 
     Attributes:
-        rows: (b, FIELDS + ends) int64: what is known of each row's text, and its end tokens, filled up with -1.
+        rows: (b, FIELDS + ends) int64: what is known of each row's text (`round_steps`), and its end tokens, filled up
+            with -1.
         asked: (b, 3) int64: a row's maximum number of guesses, the draft model's steps for it, and whether its text
             is written.
         columns: (b, 6) float64, each row's sampling parameters.
@@ -74,7 +70,8 @@ class RoundGraphs:
         self.columns = torch.zeros(b, 6, dtype=torch.float64, device=device)
         self.numbers = torch.zeros(3, b, _WINDOW, dtype=torch.float64, device=device)
         self.found = torch.zeros(b, TOKENS + most + 1, dtype=torch.int64, device=device)
-        self._vocabulary = vocabulary
+        self._continued = torch.zeros(b, dtype=torch.int64, device=device)  # rows of snapshots
+        self._vocabulary, self._ops = vocabulary, steps_for(device)
         self._snapshots = draft.states.empty_like((most + 1) * b)
         self._steps: Tensor | None = None  # (most + 1, b, v) float64, a draft's distributions
         self._graphs: dict[Shape, tuple[DeviceVerifier, CapturedGraph[None]]] = {}
@@ -115,80 +112,59 @@ class RoundGraphs:
         return graph
 
     def _round(self, model: Any, small: Any, verifier: DeviceVerifier, shape: Shape) -> None:
-        k = shape.guesses
-        last, previous, late, position, most, ended = self.rows[:, :FIELDS].unbind(1)
-        _, steps, wanted = self.asked.unbind(1)
-        going = (wanted > 0) & (ended == 0)
-        proposed, broken = self._propose(small, shape)
-        verifier.tokens[:, 0].copy_(last)
-        if k:
-            verifier.tokens[:, 1:].copy_(proposed.tokens)
-        numbers = Numbers(self._numbers(DRAW, k + 1), self._numbers(ACCEPT, k + 1)) if shape.filters.draws else None
+        k, ops, verified = shape.guesses, self._ops, verifier.tokens
+        counts, broken = torch.zeros_like(self._continued), torch.zeros_like(self._continued)
+        picks = self._propose(small, shape, counts, broken)
+        ops.assemble(self.rows, picks, verified)
         logits = verifier.launch(model)
-        tokens, accepted = choose(logits, proposed, self.columns, shape.filters, numbers)
-        # What the text gets of them, up to its end.
-        places = torch.arange(k + 1, dtype=torch.int64, device=tokens.device)
-        is_end = (tokens < 0) | (tokens[:, :, None] == self.rows[:, None, FIELDS:]).any(-1)
-        is_end |= position[:, None] + places + 1 >= most[:, None]
-        is_end &= places <= accepted[:, None]
-        before = (is_end.long().cumsum(1) == 0).long().sum(1)  # the first end
-        read = torch.minimum(before, accepted) + 1
-        read = torch.where(going, read, 0)
-        verifier.kept.copy_(read)
+        if shape.filters.draws:
+            late = self.rows[:, LATE].clone()
+            proposed = Proposed(verified[:, 1:], counts, self._steps, late)
+            numbers = Numbers(self._numbers(DRAW, k + 1), self._numbers(ACCEPT, k + 1))
+            tokens, accepted = choose(logits, proposed, self.columns, shape.filters, numbers)
+        else:
+            tokens, accepted = likeliest(logits), torch.zeros_like(self._continued)
+            ops.accept(verified, tokens, counts, accepted)
+        ops.finish(
+            self.rows, self.asked, tokens, accepted, counts, broken, shape.steps, self.found, verifier.kept,
+            self._continued,
+        )  # fmt: skip
         verifier.advance()
-        self.found[:, READ], self.found[:, GUESSED], self.found[:, ACCEPTED] = read, proposed.counts, accepted
-        self.found[:, BROKEN] = broken
-        self.found[:, TOKENS : TOKENS + k + 1] = tokens
-        need = late + 1 + accepted  # steps after which the draft model has read all but the new token
         if shape.steps:
-            behind = (need > steps).long()
-            rows = torch.arange(len(tokens), dtype=torch.int64, device=tokens.device)
-            at = (need - behind).clamp(1, shape.steps) - 1
-            self.draft.states.gather_(self._snapshots, at * len(tokens) + rows)
-            late.copy_(torch.where(going, behind, late))
-            before_last = tokens.gather(1, (accepted - 1).clamp(min=0)[:, None])[:, 0]
-            previous.copy_(torch.where(going, before_last.clamp(min=0), previous))
-        newest = tokens.gather(1, (read - 1).clamp(min=0)[:, None])[:, 0].clamp(min=0)
-        last.copy_(torch.where(going, newest, last))
-        position.add_(read)
-        ended.add_(going & (before <= accepted))
+            self.draft.states.gather_(self._snapshots, self._continued)
 
-    def _propose(self, small: Any, shape: Shape) -> tuple[Proposed, Tensor]:
-        """(the guesses, (b,) whether a row's guesses could not be drawn)."""
-        last, previous, late, position, most, _ = self.rows[:, :FIELDS].unbind(1)
-        limit, steps, _ = self.asked.unbind(1)
-        b, k, draft = len(last), shape.guesses, self.draft
-        counts = torch.minimum(torch.minimum(limit, steps - late), most - position - 1).clamp(min=0)
-        broken = torch.zeros_like(last)
-        if not k:
-            none = last.new_zeros(b, 0)
-            return Proposed(none, torch.zeros_like(last), None, late), broken
+    def _propose(self, small: Any, shape: Shape, counts: Tensor, broken: Tensor) -> Tensor:
+        """(s, b) what the draft model's steps have picked; written: how many of a row's are guesses, and whether they
+        could not be drawn."""
+        b, draft, draws = len(self.rows), self.draft, shape.filters.draws
+        picks = torch.zeros(shape.steps, b, dtype=torch.int64, device=self.rows.device)
+        if not shape.guesses:
+            return picks
+        self._ops.begin(self.rows, self.asked, draft.tokens, counts)
         every = list(range(b))
-        picks: list[Tensor] = []
-        is_late = late > 0
         for i in range(shape.steps):
-            if i == 0:
-                draft.tokens.copy_(torch.where(is_late, previous, last))
-            elif i == 1:
-                draft.tokens.copy_(torch.where(is_late, last, picks[0]))
-            elif shape.filters.draws:
-                draft.tokens.copy_(picks[-1])
+            if i == 1:
+                self._ops.second(self.rows, picks[0], draft.tokens)
+            elif i and draws:
+                draft.tokens.copy_(picks[i - 1])
             draft.launch(small)
-            if shape.filters.draws:
-                assert self._steps is not None
-                q = distributions(draft.logits, self.columns, shape.filters)
-                self._steps[i] = q
-                off = torch.stack([torch.full_like(q[:, 0], value, dtype=torch.float32) for value in OFF], 1)
-                at = ((position + i - late) % _WINDOW)[:, None]
-                picked = sample(q.log(), self.numbers[PROPOSE].gather(1, at)[:, 0], off)
-                broken |= (picked < 0) & (late <= i) & (i < late + counts)
-                picks.append(picked.clamp(min=0))
+            if draws:
+                self._draw(i, shape, picks[i], counts, broken)
             else:
-                picks.append(draft.tokens.clone())  # the decoder has chosen it
+                picks[i] = draft.tokens  # the decoder has chosen it
             self._snapshots.copy_(draft.states, every, [i * b + row for row in every])
-        at = torch.arange(k, dtype=torch.int64, device=last.device) + late[:, None]
-        tokens = torch.stack(picks, 1).gather(1, at.clamp(max=shape.steps - 1))
-        return Proposed(tokens, counts, self._steps if shape.filters.draws else None, late.clone()), broken
+        return picks
+
+    def _draw(self, i: int, shape: Shape, picked: Tensor, counts: Tensor, broken: Tensor) -> None:
+        assert self._steps is not None
+        q = distributions(self.draft.logits, self.columns, shape.filters)
+        self._steps[i] = q
+        off = torch.stack([torch.full_like(q[:, 0], value, dtype=torch.float32) for value in OFF], 1)
+        late = self.rows[:, LATE]
+        at = ((self.rows[:, POSITION] + i - late) % _WINDOW)[:, None]
+        drawn = sample(q.log(), self.numbers[PROPOSE].gather(1, at)[:, 0], off)
+        broken |= (drawn < 0) & (late <= i) & (i < late + counts)
+        picked.copy_(drawn.clamp(min=0))
 
     def _numbers(self, sequence: int, count: int) -> Tensor:
         """(b, count) float64, those of each row's next tokens."""

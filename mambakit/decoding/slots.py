@@ -162,23 +162,17 @@ class SlotPool:
         size, t = tokens.shape
         assert size == self.size
         most = max(t, most)
-        if (
-            self._verifier is None
-            or not self._watch.holds()
-            or t > self._most
-            or (self.captured and most != self._most)
-        ):
+        another = most != self._most if self.captured else t > self._most  # a graph's work does not shrink with t
+        if self._verifier is None or another or not self._watch.holds():
             self._use(most)
         assert self._verifier is not None
         self._draft = self._verifier(tokens)
         return self._draft
 
     def verifies_on_device(self, tokens: int) -> bool:
-        """Whether `device_verifier` serves drafts of up to ``tokens`` tokens."""
-        if not self.captured:
-            return False
+        """Whether `device_verifier` serves drafts of up to ``tokens`` tokens while there is a `graph`; asked once."""
         if self._on_device is None:
-            self._on_device = choose_verifier(self.model, self.states, tokens).on_device
+            self._on_device = self.captured and choose_verifier(self.model, self.states, tokens).on_device
         return self._on_device
 
     def device_verifier(self, tokens: int) -> DeviceVerifier:

@@ -153,7 +153,8 @@ class Speculation:
         return found
 
     def wait(self) -> Written | None:
-        """The tokens of the round that was launched, if one was; call `settle` next. Afterwards states are those after its tokens."""
+        """The tokens of the round that was launched, if one was; call `settle` next. Afterwards states are those after
+        its tokens."""
         found = self._arrived(None)
         self._launched = None
         self._note_ahead()
@@ -316,7 +317,8 @@ class Speculation:
         """Have the loop and the draft model's records know what was written on the device."""
         if self._rounds is None:
             return
-        assert self._launched is None and isinstance(self._drafter, DraftSlots)
+        assert self._launched is None
+        assert isinstance(self._drafter, DraftSlots)
         self._drafter.stepped(self._known(), [0 if t is None else t.late for t in self._texts], self._plain)
         for slot, text in enumerate(self._going()):
             if text is not None:
