@@ -190,10 +190,14 @@ class ReadingShare(Generic[T]):
         seconds: the maximum delay of texts that decode; at least one part is read, however long it takes.
         tokens: the maximum number of tokens per step; the part that exceeds it is read to its end.
         clock: returns the time in seconds.
+
+    Attributes:
+        hurried: whether the time limit holds: not where nobody waits for the texts that decode.
     """
 
     def __init__(self, seconds: float, tokens: int, clock: Callable[[], float]):
         self.seconds, self.tokens, self._clock = seconds, tokens, clock
+        self.hurried = True
         self._owed = 0.0  # seconds owed to the oldest prompt: a third of those of others, minus its own
         self._first: object = None
         self._spent, self._read = 0.0, 0.0  # decaying sums over recent parts: seconds, and tokens
@@ -216,7 +220,8 @@ class ReadingShare(Generic[T]):
             now = self._clock()
             chosen = self._choose(able, reading)
             left = reading(chosen).left
-            if some and max(now - began, queued) + self._expected(min(left, self.tokens)) > self.seconds:
+            late = max(now - began, queued) + self._expected(min(left, self.tokens)) > self.seconds
+            if some and late and self.hurried:
                 return
             done, some = part(chosen), True
             if done.timing is None:
