@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import generation
 
 from mambakit.decoding.scaling import WidePenalty, WideTemperature
+from mambakit.ops.sampling import cpu_multinomial
 from mambakit.ops.sampling.api import NO_TOKEN
 
 # Processors that run on the device alone. Not EtaLogitsWarper and TopHLogitsWarper, for which torch.distributions
@@ -31,6 +32,8 @@ def multinomial(probabilities: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (b,) int64 tokens, and (b,) bool, False for a row of NaN or of zeros, from which nothing can be drawn.
     """
+    if cpu_multinomial.serves(probabilities):
+        return cpu_multinomial.multinomial(probabilities)
     times = probabilities / torch.empty_like(probabilities).exponential_()
     token = times.argmax(-1, keepdim=True)
     return token[:, 0], (times.gather(-1, token) > 0)[:, 0]

@@ -160,10 +160,18 @@ class Engine:
             yield from self.step()
 
     def write(self, requests: Iterable[Request]) -> list[Request]:
-        """Submit all of them and wait until they are done. Raises RuntimeError then if one ended with an error."""
-        requests = [self.submit(request) for request in requests]
-        for _ in self.run():
-            pass
+        """Submit all of them and wait until they are done. Raises RuntimeError then if one ended with an error.
+
+        Where the engine has no other requests, nobody waits for single tokens: prompts are then read without regard to
+        ``read_seconds``, so that texts start together and share their steps.
+        """
+        self._prompts.hurried = len(self._schedule) > 0
+        try:
+            requests = [self.submit(request) for request in requests]
+            for _ in self.run():
+                pass
+        finally:
+            self._prompts.hurried = True
         for request in requests:
             if request.error:
                 kind = LogitsError if request.exception is None else RuntimeError

@@ -74,6 +74,15 @@ class PromptReader:
             self._schedule.may_be_read, lambda text: text.reading, lambda text: self._read_part(text, read, failed)
         )
 
+    @property
+    def hurried(self) -> bool:
+        """Whether reading keeps to its time between two steps."""
+        return self._share.hurried
+
+    @hurried.setter
+    def hurried(self, hurried: bool) -> None:
+        self._share.hurried = hurried
+
     def drop_held(self) -> None:
         """Drop the states held for other texts."""
         self._held.clear()

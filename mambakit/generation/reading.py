@@ -195,11 +195,13 @@ class ReadingShare(Generic[T]):
 
     Attributes:
         step_seconds: how long the last step of the texts that decode took.
+        hurried: whether the time limit holds: not where nobody waits for the texts that decode.
     """
 
     def __init__(self, seconds: float, tokens: int, clock: Callable[[], float]):
         self.seconds, self.tokens, self._clock = seconds, tokens, clock
         self.step_seconds = 0.0
+        self.hurried = True
         self._owed = 0.0  # seconds owed to the oldest prompt: a third of those of others, minus its own
         self._first: object = None
         self._spent, self._read = 0.0, 0.0  # decaying sums over recent parts: seconds, and tokens
@@ -224,7 +226,8 @@ class ReadingShare(Generic[T]):
             now = self._clock()
             chosen = self._choose(able, reading)
             left = reading(chosen).left
-            if some and max(now - began, queued) + self._expected(min(left, self.tokens)) > most:
+            late = max(now - began, queued) + self._expected(min(left, self.tokens)) > most
+            if some and late and self.hurried:
                 return
             done, some = part(chosen), True
             if done.timing is None:

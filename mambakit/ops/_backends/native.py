@@ -126,7 +126,7 @@ def kernel(name: str) -> Callable:
     """The C function ``name`` for the instruction set in use. It takes pointers to structures and int64, returns 0."""
     isa = current_isa()
     assert isa is not None, "kernels are asked for only where the library is"
-    function = _symbol(name, isa) or _symbol(name, EXTENDS[isa])
+    function = _symbol(name, isa) or _symbol(name, EXTENDS.get(isa, isa))
     assert function is not None, f"{name} was not built for {isa}"
     function.restype = ctypes.c_int  # type: ignore[attr-defined]
     return function
