@@ -149,10 +149,12 @@ def _fuzz_bytes(url: str, requests: int, seed: int, seconds: float, findings: Fi
         while received.startswith(b"HTTP/1.1 100"):
             received = received.partition(b"\r\n\r\n")[2]
         status = int(received[9:12]) if received.startswith(b"HTTP/1.1 ") else None
-        failed = status is not None and status >= 500 and status != 505 and b"retry-after" not in received.lower()
+        failed = status is not None and status >= 500 and b"retry-after" not in received.lower()
+        failed = failed and not (status == 505 and not sent.partition(b"\r\n")[0].rstrip().endswith(_VERSIONS))
         findings.note("bytes", status, f"{received[:300]!r} after {sent[:300]!r}" if failed else None)
 
 
+_VERSIONS = (b"HTTP/1.1", b"HTTP/1.0")
 _BODIES = (
     {"prompt": "a", "max_tokens": 2},
     {"prompt": ["a", "b"], "stream": True, "max_tokens": 2, "logprobs": 1, "echo": True},
