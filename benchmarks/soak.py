@@ -82,6 +82,7 @@ class Stream(asyncio.Protocol):
         self._parts: list[bytes] = []
         self._case: Case | None = None
         self._sent = self.last = 0.0
+        self.heard = 0.0  # by `Phase.ran`
         self._begun = False
         self.begun = False  # whether anything has come
 
@@ -95,6 +96,7 @@ class Stream(asyncio.Protocol):
             return
         self._case, self._parts, self._begun = next(self._cases), [], False
         self._sent = self.last = time.perf_counter()
+        self.heard = self._phase.ran
         self._transport.write(self._case.request)
 
     def data_received(self, data: bytes) -> None:
@@ -106,7 +108,7 @@ class Stream(asyncio.Protocol):
                     now - (self.last if self._begun else self._sent)
                 )
             self._begun = self.begun = True
-            self.last = now
+            self.last, self.heard = now, phase.ran
         if data.endswith(_END):
             whole = b"".join(self._parts)
             if b"data: [DONE]" in whole or not whole.startswith(b"HTTP/1.1 200"):
@@ -143,6 +145,13 @@ class Phase:
 
     measuring: bool = False
     stopping: bool = False
+    ran: float = 0.0
+    """Seconds so far, without those in which this process was stopped."""
+
+    async def sleep(self, seconds: float) -> None:
+        began = time.perf_counter()
+        await asyncio.sleep(seconds)
+        self.ran += min(time.perf_counter() - began, 2 * seconds)
 
 
 def text_of(response: bytes) -> str:
@@ -266,16 +275,16 @@ async def run(server: Server, cases: list[Case], count: int, seconds: float, opt
         streams.append(stream)
         await asyncio.sleep(options.ramp_seconds / count)
     while not (found.texts >= count and all(stream.begun for stream in streams)) and not found.lost:
-        await asyncio.sleep(0.2)
-        check_silence(streams)
+        await phase.sleep(0.2)
+        check_silence(streams, phase)
     memory = [await asyncio.to_thread(server.megabytes)]
     tokens, cpu = await asyncio.to_thread(server.tokens), await asyncio.to_thread(server.cpu_seconds)
     began, own, phase.measuring = time.perf_counter(), time.process_time(), True
     told = began
     while (left := began + seconds - time.perf_counter()) > 0 and not found.lost:
-        await asyncio.sleep(min(left, max(1.0, seconds / 60)))
+        await phase.sleep(min(left, max(1.0, seconds / 60)))
         memory.append(await asyncio.to_thread(server.megabytes))
-        check_silence(streams)
+        check_silence(streams, phase)
         if time.perf_counter() - told > 60:
             told = time.perf_counter()
             print(f"  {told - began:.0f} s: {found.texts} texts, {memory[-1]:.0f} MB", flush=True)
@@ -293,7 +302,8 @@ async def run(server: Server, cases: list[Case], count: int, seconds: float, opt
     gaps, firsts = sorted(found.gaps), sorted(found.firsts)
     last = memory[-max(1, len(memory) // 10) :]
     row = {
-        "streams": count, "seconds": took, "tokens_per_second": written / took, "texts": found.texts,
+        "streams": count, "seconds": took, "texts": found.texts,
+        "tokens_per_second": written / took if took > 1 else float("nan"),
         "gap_p50": quantile(gaps, 0.5), "gap_p99": quantile(gaps, 0.99),
         "first_p50": quantile(firsts, 0.5), "first_p99": quantile(firsts, 0.99),
         "memory_mb": memory[0], "growth_mb": statistics.median(last) - memory[0],
@@ -306,10 +316,9 @@ async def run(server: Server, cases: list[Case], count: int, seconds: float, opt
     return row
 
 
-def check_silence(streams: list[Stream]) -> None:
-    now = time.perf_counter()
+def check_silence(streams: list[Stream], phase: Phase) -> None:
     for stream in streams:
-        if stream._case is not None and now - stream.last > _LOST_AFTER:
+        if stream._case is not None and phase.ran - stream.heard > _LOST_AFTER:
             stream.lose(f"no event for {_LOST_AFTER:g} seconds")
 
 

@@ -110,7 +110,10 @@ def not_written(error: OSError, folder: Path) -> ApiError:
     """What a client is told where a file could not be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     what = "the disk is full" if full else f"{error.strerror or error}"
-    remedy = "delete states (DELETE /v1/states/{id}), or serve with --states on another disk"
+    remedy = (
+        "delete states (DELETE /v1/states/{id}; their files go once they are 15 minutes old), or serve with --states "
+        "on another disk"
+    )
     return ApiError(507, f"the state could not be kept: {what}; {remedy}", code="state_not_kept")
 
 
