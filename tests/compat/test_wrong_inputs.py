@@ -35,8 +35,8 @@ STEP = {"x": draw(b, d), "conv_state": draw(b, d, 4), "weight": draw(d, 4)}
 NORM = {"x": draw(b, d), "weight": draw(d), "bias": draw(d)}
 INNER = {
     "xz": draw(b, 2 * d, length), "conv1d_weight": draw(d, 1, 4), "conv1d_bias": None,
-    "x_proj_weight": draw(r + 2 * n, d), "delta_proj_weight": draw(d, r), "out_proj_weight": draw(6, d), "out_proj_bias": None,
-    "A": SCAN["A"],
+    "x_proj_weight": draw(r + 2 * n, d), "delta_proj_weight": draw(d, r), "out_proj_weight": draw(6, d),
+    "out_proj_bias": None, "A": SCAN["A"],
 }  # fmt: skip
 INDICES = torch.zeros(b, dtype=torch.int32)
 
