@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambakit.compat.forms import require
+from mambakit.compat.forms import require, require_integers, require_tensors
 from mambakit.ops import causal_conv1d, causal_conv1d_
 
 
@@ -43,6 +43,7 @@ def causal_conv1d_fn(
     kind = _activation(op, activation)
     if isinstance(seq_idx, str) or isinstance(initial_states, str):  # (x, weight, bias, activation) of release 1.0
         raise TypeError(f"{op}: seq_idx is {seq_idx!r}; pass activation= by name")
+    require_tensors(op, x=x, weight=weight)
     require(x.dim() == 3, f"{op}: x has shape {tuple(x.shape)}, expected (b, d, l)")
     if seq_idx is not None:
         require(
@@ -68,10 +69,7 @@ def _activation(op: str, name: str | None) -> str | None:
 def _packed(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, activation: str | None) -> Tensor:
     """All rows as one packed row; where a number differs from the one before, a sequence starts."""
     b, d, length = x.shape
-    require(
-        tuple(seq_idx.shape) == (b, length),
-        f"causal_conv1d_fn: seq_idx has shape {tuple(seq_idx.shape)}, expected (b, l) = {(b, length)}",
-    )
+    require_integers("causal_conv1d_fn", "seq_idx", seq_idx, "(b, l)", (b, length))
     if b * length == 0:
         return x.clone()
     starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
@@ -136,6 +134,7 @@ def causal_conv1d_update(
     """
     op = "causal_conv1d_update"
     kind = _activation(op, activation)
+    require_tensors(op, x=x, conv_state=conv_state, weight=weight)
     require(x.dim() in (2, 3), f"{op}: x has shape {tuple(x.shape)}, expected (b, d) or (b, d, l)")
     tokens = x[..., None] if x.dim() == 2 else x
     b, d, length = tokens.shape
@@ -148,6 +147,9 @@ def causal_conv1d_update(
         conv_state.dim() == 3 and conv_state.shape[1] == d and size >= k - 1 and rows in ("slots", conv_state.shape[0]),
         f"{op}: conv_state has shape {tuple(conv_state.shape)}, expected ({rows}, d, s) with d = {d} and s >= {k - 1}",
     )
+    for name, numbers in (("cache_seqlens", cache_seqlens), ("conv_state_indices", conv_state_indices)):
+        if numbers is not None:
+            require_integers(op, name, numbers, "(b,)", (b,))
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, conv_state, weight, bias))
     if size == k - 1 and not recorded and cache_seqlens is None and conv_state_indices is None:
         y, _ = causal_conv1d_(tokens.transpose(1, 2), weight, bias, kind, state=conv_state)

@@ -168,8 +168,14 @@ FRONT, MISSING = FrontFinder(), MissingFinder()
 
 
 def install(override: bool) -> None:
-    """Put both finders in their places; a second call changes nothing, or adds ``override``."""
-    FRONT.override = FRONT.override or override
+    """Put both finders in their places; a second call changes nothing, or adds ``override``.
+
+    Finders of this module as it was before it was loaded again leave theirs; their ``override`` stays.
+    """
+    ours = [f for f in sys.meta_path if type(f).__module__ == __name__ and f not in (FRONT, MISSING)]
+    FRONT.override = FRONT.override or override or any(getattr(f, "override", False) for f in ours)
+    for finder in ours:
+        sys.meta_path.remove(finder)
     if FRONT not in sys.meta_path:
         sys.meta_path.insert(0, FRONT)
     if MISSING not in sys.meta_path:

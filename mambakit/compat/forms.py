@@ -21,6 +21,22 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_tensors(op: str, **given: object) -> None:
+    """Each of these is a tensor, where upstream's callers pass arrays and None by mistake."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a tensor")
+
+
+def require_integers(op: str, name: str, value: Tensor, letters: str, shape: tuple[int, ...]) -> None:
+    """Numbers of slots, sequences or tokens: a float's fraction would be dropped, another shape broadcast."""
+    require_tensors(op, **{name: value})
+    integral = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    require(integral, f"{op}: {name} is {value.dtype}, expected integers; convert it with .to(torch.int32)")
+    found = tuple(value.shape)
+    require(found == shape, f"{op}: {name} has shape {found}, expected {letters} = {shape}")
+
+
 def grouped(op: str, name: str, value: Tensor, b: int, d: int, n: int, length: int) -> Tensor:
     """B or C as (b, l, n); as (b, l, g, n) where groups of channels have their own; as (1, 1, d, n) if constant.
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambakit.compat.forms import as_complex, grouped, require
+from mambakit.compat.forms import as_complex, grouped, require, require_tensors
 from mambakit.modules.mixers.fused_layer import on_gpu
 from mambakit.ops import causal_conv1d, rms_norm, selective_scan
 from mambakit.ops.fused_mixer import LayerWeights, fused_layer
@@ -148,21 +148,32 @@ def _inner(
     """(b, l, d)"""
     op = "mamba_inner_fn"
     require(checkpoint_lvl in (0, 1), f"{op}: checkpoint_lvl is {checkpoint_lvl!r}; it must be 0 or 1")
+    require_tensors(
+        op, xz=xz, conv1d_weight=conv1d_weight, x_proj_weight=x_proj_weight, delta_proj_weight=delta_proj_weight, A=A
+    )
     d, r = delta_proj_weight.shape
     require(
         xz.dim() == 3 and xz.shape[1] == 2 * d,
         f"{op}: xz has shape {tuple(xz.shape)}, expected (b, 2 d, l) with d = {d}, delta_proj_weight's rows",
     )
     (b, _, length), n = xz.shape, A.shape[1]
+    # Both are taken from one product, from its two ends: of another size they would overlap, or leave a gap.
+    states = n * (2 if A.is_complex() else 1)
+    selected = (B is None) + (C is None)
+    found, rows = tuple(x_proj_weight.shape), r + states * selected
+    require(
+        len(found) == 2 and found[1] == d and (found[0] == rows or (selected < 2 and found[0] > rows)),
+        f"{op}: x_proj_weight has shape {found}, expected (r + {selected} n, d) = {(rows, d)}, where A has n = {n} "
+        f"states and delta_proj_weight r = {r} columns",
+    )
     x, z = xz.transpose(1, 2).chunk(2, -1)
     weight = conv1d_weight.squeeze(1) if conv1d_weight.dim() == 3 else conv1d_weight
     x, _ = causal_conv1d(x, weight, conv1d_bias, "silu")
-    selected = F.linear(x, x_proj_weight)  # (b, l, r + 2 n), twice that many states where A is complex
-    delta = F.linear(selected[..., :r], delta_proj_weight)  # (b, l, d)
-    states = n * (2 if A.is_complex() else 1)
+    projected = F.linear(x, x_proj_weight)  # (b, l, r + 2 n), twice that many states where A is complex
+    delta = F.linear(projected[..., :r], delta_proj_weight)  # (b, l, d)
     b_norm, c_norm, delta_norm = norms
-    B = _selection("B", B, selected[..., r : r + states], B_proj_bias, b_norm, eps, A, (b, d, n, length))
-    C = _selection("C", C, selected[..., -states:], C_proj_bias, c_norm, eps, A, (b, d, n, length))
+    B = _selection("B", B, projected[..., r : r + states], B_proj_bias, b_norm, eps, A, (b, d, n, length))
+    C = _selection("C", C, projected[..., -states:], C_proj_bias, c_norm, eps, A, (b, d, n, length))
     if delta_norm is not None:
         delta, _ = rms_norm(delta, delta_norm, eps)
     y, _ = selective_scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
@@ -190,6 +201,10 @@ def _selection(name, given, selected, bias, norm, eps, A, sizes) -> Tensor:
 
 def _projected(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """out_proj in its weight's dtype, or in autocast's."""
+    require(
+        weight.dim() == 2 and weight.shape[1] == y.shape[-1],
+        f"mamba_inner_fn: out_proj_weight has shape {tuple(weight.shape)}, expected (h, d) with d = {y.shape[-1]}",
+    )
     return F.linear(y.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from mambakit.compat.convolution import causal_conv1d_update
 from mambakit.compat.forms import parameter_dtype, require
+from mambakit.compat.mamba_start import initial_a_log, initial_d, start_steps
 from mambakit.compat.state_update import selective_state_update
 from mambakit.modules.interception import untouched
 from mambakit.modules.mixers import fused_layer
@@ -73,10 +75,20 @@ class Mamba(nn.Module):
         bimamba_type = "v2" if bimamba and bimamba_type == "none" else bimamba_type
         require(bimamba_type in _DIRECTIONS, f"bimamba_type {bimamba_type!r} is not one of {sorted(_DIRECTIONS)}")
         require(dt_init in ("random", "constant"), f"dt_init {dt_init!r} is not 'random' or 'constant'")
+        require(
+            dt_rank == "auto" or not isinstance(dt_rank, str), f"dt_rank {dt_rank!r} is neither a number nor 'auto'"
+        )
+        require(min(dt_min, dt_max) > 0, f"dt_min is {dt_min} and dt_max {dt_max}; both must be above 0")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
+        sizes = {"d_model": d_model, "d_state": d_state, "d_conv": d_conv, "expand * d_model": self.d_inner}
+        for name, size in (sizes | {"dt_rank": self.dt_rank, "nslices": nslices}).items():
+            require(
+                isinstance(size, numbers.Integral) and size > 0,
+                f"{name} is {size!r}; it must be a whole number above 0",
+            )
         self.use_fast_path, self.layer_idx = use_fast_path, layer_idx
         self.bimamba_type, self.if_divide_out, self.nslices = bimamba_type, if_divide_out, nslices
         self.init_layer_scale = init_layer_scale
@@ -86,16 +98,16 @@ class Mamba(nn.Module):
         self.activation, self.act = "silu", nn.SiLU()
         self.in_proj = nn.Linear(d_model, 2 * d, bias=bias, **factory)
         self._add_selection("", conv_bias, factory)
-        _start_steps(self._submodules("")[2], dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
-        self.A_log, self.D = _initial_a_log(d, n, device), _initial_d(d, device)
+        start_steps(self._submodules("")[2], dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+        self.A_log, self.D = initial_a_log(d, n, device), initial_d(d, device)
         for suffix in _DIRECTIONS[bimamba_type]:
             if bimamba_type == "v1":
-                self.A_b_log = _initial_a_log(d, n, device)
+                self.A_b_log = initial_a_log(d, n, device)
                 continue
             log = f"A{suffix}_log"
-            setattr(self, log, _initial_a_log(d, n, device))
+            setattr(self, log, initial_a_log(d, n, device))
             self._add_selection(suffix, conv_bias, factory)
-            setattr(self, f"D{suffix}", _initial_d(d, device))
+            setattr(self, f"D{suffix}", initial_d(d, device))
         self.out_proj = nn.Linear(d, d_model, bias=bias, **factory)
 
     def _add_selection(self, suffix: str, conv_bias: bool, factory: dict[str, Any]) -> None:
@@ -299,32 +311,3 @@ class Mamba(nn.Module):
 def _decay(A_log: Tensor) -> Tensor:
     """A in float32 (float64) whatever the parameter was cast to."""
     return -torch.exp(A_log.to(parameter_dtype(A_log.dtype)))
-
-
-def _start_steps(dt_proj: nn.Linear, low: float, high: float, scheme: str, scale: float, floor: float) -> None:
-    """Weights within +- r^-0.5 * scale, and biases whose softplus is log-uniform from ``low`` to ``high``."""
-    bound = dt_proj.in_features**-0.5 * scale
-    if scheme == "constant":
-        nn.init.constant_(dt_proj.weight, bound)
-    else:
-        nn.init.uniform_(dt_proj.weight, -bound, bound)
-    bias = dt_proj.bias
-    uniform = torch.rand(bias.shape, device=bias.device, dtype=bias.dtype)
-    steps = torch.exp(uniform * (math.log(high) - math.log(low)) + math.log(low)).clamp(min=floor)
-    with torch.no_grad():
-        bias.copy_(steps + torch.log(-torch.expm1(-steps)))
-    bias._no_reinit = True  # type: ignore[attr-defined]
-
-
-def _initial_a_log(d: int, n: int, device: Any) -> nn.Parameter:
-    """log(1), ..., log(n) for every channel (S4D-real), float32 in a layer of any dtype."""
-    log = torch.log(torch.arange(1, n + 1, dtype=torch.float32, device=device))
-    parameter = nn.Parameter(log.repeat(d, 1))
-    parameter._no_weight_decay = True  # type: ignore[attr-defined]
-    return parameter
-
-
-def _initial_d(d: int, device: Any) -> nn.Parameter:
-    parameter = nn.Parameter(torch.ones(d, device=device, dtype=torch.float32))
-    parameter._no_weight_decay = True  # type: ignore[attr-defined]
-    return parameter

@@ -119,7 +119,14 @@ def rms_norm_fn(
 
 
 def _sum(x, residual, x1, dropout_p, rowscale) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-    require(x1 is None or rowscale is None, "layer_norm_fn: rowscale does not go with x1; scale the rows before")
+    op = "layer_norm_fn"
+    require(x1 is None or rowscale is None, f"{op}: rowscale does not go with x1; scale the rows before")
+    require(0 <= dropout_p <= 1, f"{op}: dropout_p is {dropout_p}; it must be from 0 to 1")
+    for name, value, expected in (("x1", x1, x.shape), ("rowscale", rowscale, x.shape[:-1])):
+        require(
+            value is None or value.shape == expected,
+            f"{op}: {name} has shape {None if value is None else tuple(value.shape)}, expected {tuple(expected)}",
+        )
     dtype = parameter_dtype(x.dtype)
     branches = [x.to(dtype) if rowscale is None else x.to(dtype) * rowscale[..., None].to(dtype)]
     if x1 is not None:
@@ -128,13 +135,19 @@ def _sum(x, residual, x1, dropout_p, rowscale) -> tuple[Tensor, tuple[Tensor | N
     if dropout_p > 0:
         for i, branch in enumerate(branches):
             kept = torch.rand(branch.shape, device=x.device, dtype=torch.float32) > dropout_p
-            branches[i], masks[i] = branch * kept / (1 - dropout_p), kept
+            branches[i], masks[i] = branch * kept * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0), kept
     if residual is not None:
         branches.append(residual.to(dtype))
     return sum(branches[1:], branches[0]), (masks[0], masks[1])
 
 
 def _norm(total: Tensor, weight: Tensor, bias: Tensor | None, eps: float, is_rms_norm: bool) -> Tensor:
+    for name, value in (("weight", weight), ("bias", bias)):
+        require(
+            value is None or value.shape == total.shape[-1:],
+            f"layer_norm_fn: {name} has shape {None if value is None else tuple(value.shape)}, expected (h,) = "
+            f"{tuple(total.shape[-1:])}",
+        )
     weight = weight.to(total.dtype)
     bias = None if bias is None else bias.to(total.dtype)
     if not is_rms_norm:

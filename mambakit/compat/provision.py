@@ -55,8 +55,13 @@ def provide(override: bool = False) -> dict[str, str]:
     Returns:
         The modules that mambakit gives, and why each: {} where a complete installation serves.
 
+    Raises:
+        TypeError: ``override`` is no bool.
+
     What mambakit does not have, Mamba-2 and 3, raises an ImportError that says so where it is imported.
     """
+    if not isinstance(override, bool):  # a module's name, say, would put ours in front of everything
+        raise TypeError(f"provide: override is {override!r}; it must be True or False")
     found = rows(override)
     install(override)
     given = {row.module: row.why for row in found if row.given}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambakit.compat.forms import alike, as_complex, grouped, parameter_dtype, require
+from mambakit.compat.forms import alike, as_complex, grouped, parameter_dtype, require, require_tensors
 from mambakit.ops import selective_scan
 
 
@@ -51,6 +51,7 @@ def channels_first_scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`selective_scan_fn`'s output and last state."""
     op = "selective_scan_fn"
+    require_tensors(op, u=u, delta=delta, A=A, B=B, C=C)
     require(u.dim() == 3, f"{op}: u has shape {tuple(u.shape)}, expected (b, d, l)")
     require(A.dim() == 2, f"{op}: A has shape {tuple(A.shape)}, expected (d, n)")
     (b, d, length), n = u.shape, A.shape[1]

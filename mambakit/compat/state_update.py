@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.compat.forms import require
+from mambakit.compat.forms import require, require_integers, require_tensors
 from mambakit.ops import selective_scan, selective_scan_
 from mambakit.ops.selective_scan.schema import state_dtype
 
@@ -38,6 +38,7 @@ def selective_state_update(
         Of x's shape and dtype. Where gradients are recorded they flow through the states, too.
     """
     op = "selective_state_update"
+    require_tensors(op, state=state, x=x, dt=dt, A=A, B=B, C=C)
     require(
         state.dim() in (3, 4) and x.dim() == state.dim() - 1,
         f"{op}: state has shape {tuple(state.shape)} and x {tuple(x.shape)}; expected (b, d, n) and (b, d), or "
@@ -45,6 +46,13 @@ def selective_state_update(
     )
     b, n, d = x.shape[0], state.shape[-1], x[0].numel() if x.shape[0] else 0
     require(tuple(state.shape[1:-1]) == tuple(x.shape[1:]), f"{op}: state {tuple(state.shape)}, x {tuple(x.shape)}")
+    if state_batch_indices is not None:
+        require_integers(op, "state_batch_indices", state_batch_indices, "(b,)", (b,))
+    else:
+        require(
+            state.shape[0] == b,
+            f"{op}: state has {state.shape[0]} rows, x {b}; name the rows' slots with state_batch_indices",
+        )
     heads = x.shape[1] if x.dim() == 3 else 1
     shapes = {"dt": (dt, x.shape), "z": (z, x.shape), "A": (A, state.shape[1:])}
     shapes |= {"D": (D, x.shape[1:]), "dt_bias": (dt_bias, x.shape[1:])}

@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="seq_idx packs whole sequences"):
         causal_conv1d_fn(x, weight, bias, torch.zeros(2, 17), torch.zeros(2, 6, 3))
     with pytest.raises(ValueError, match=r"seq_idx has shape \(2, 16\)"):
-        causal_conv1d_fn(x, weight, bias, torch.zeros(2, 16))
+        causal_conv1d_fn(x, weight, bias, torch.zeros(2, 16, dtype=torch.int32))
     with pytest.raises(ValueError, match="expected .b, d, l."):
         causal_conv1d_fn(x[0], weight, bias)
     with pytest.raises(ValueError, match="s >= 3"):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import mambakit
 from mambakit.compat.surface import ABSENT, EXTENSIONS, MODULES, TRITON
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -331,6 +332,35 @@ print(json.dumps([selective_scan_cuda is early, [str(w.message) for w in caught]
     assert found[0] is True
     (message,) = found[1]
     assert message.startswith("selective_scan_cuda were imported before mambakit.provide()")
+
+
+def test_loaded_again_it_has_one_pair_of_finders(tmp_path):
+    """Plugin systems and notebooks drop a package from sys.modules, or reload it."""
+    found = told(
+        """
+        import importlib, importlib.metadata
+        import mambakit
+        mambakit.provide(override=True)
+        importlib.reload(sys.modules["mambakit.compat.finder"])
+        for name in [name for name in sys.modules if name.startswith("mambakit")]:
+            del sys.modules[name]
+        import mambakit
+        given = mambakit.provide()
+        import mambakit.compat.finder as finder
+        ours = [f for f in sys.meta_path if type(f).__module__ == finder.__name__]
+        names = [d.metadata["Name"] for d in importlib.metadata.distributions()]
+        print(json.dumps([[f in (finder.FRONT, finder.MISSING) for f in ours], finder.FRONT.override,
+                          names.count("mamba-ssm")]))
+        """,
+        tmp_path,
+    )
+    assert found == [[True, True], True, 1]
+
+
+def test_override_is_a_bool():
+    for value in ("mamba_ssm", 1, None):
+        with pytest.raises(TypeError, match="override is .*; it must be True or False"):
+            mambakit.provide(value)
 
 
 def test_a_folder_of_that_name_beside_the_script(tmp_path):
