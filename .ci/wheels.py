@@ -92,6 +92,7 @@ def native_library(platform: Platform, build: Path) -> Path:
         "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
         f"-DCMAKE_SYSTEM_NAME={platform.system}", f"-DCMAKE_SYSTEM_PROCESSOR={platform.processor}",
         f"-DCMAKE_CXX_COMPILER={tools['c++']}", "-DCMAKE_SHARED_LINKER_FLAGS=-s",
+        "-DCMAKE_TRY_COMPILE_TARGET_TYPE=STATIC_LIBRARY",  # no check links either
         *(unused if platform.system == "Darwin" else ()),
     )  # fmt: skip
     run("cmake", "--build", str(build), "--target", "mambakit_native")
@@ -106,7 +107,15 @@ def native_library(platform: Platform, build: Path) -> Path:
 def compiler_script(build: Path, tool: str, target: str) -> Path:
     """An executable that is zig's compiler for ``target``."""
     path = build / f"zig-{tool}"
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} -m ziglang {tool} -target {target} "$@"\n', encoding="utf-8")
+    # CMake links a program to know its compiler, with other options than the library's; for these zig would build the
+    # platform's C and C++ libraries, hundreds of files, a second time.
+    path.write_text(
+        f"""#!/bin/sh
+case "$*" in *CMakeCXXCompilerId.cpp*) set -- "$@" -c ;; esac
+exec {sys.executable} -m ziglang {tool} -target {target} "$@"
+""",
+        encoding="utf-8",
+    )
     path.chmod(0o755)
     return path
 

@@ -50,19 +50,19 @@ class Findings:
 def fuzz(url: str, requests: int, seed: int = 0, seconds: float = PATIENCE) -> Findings:
     """Send about so many requests, and compare the server before and after them."""
     findings = Findings()
-    before = _text(url), _replicas(url)
+    before = _text(url, seconds), _replicas(url, seconds)
     documented = requests * 9 // 10
     _fuzz_document(url, documented, seed, seconds, findings)
     _fuzz_bytes(url, requests - documented, seed, seconds, findings)
     end = time.monotonic() + seconds
-    while any(one["busy"] or one["waiting"] for one in _replicas(url)) and time.monotonic() < end:
+    while any(one["busy"] or one["waiting"] for one in _replicas(url, seconds)) and time.monotonic() < end:
         time.sleep(0.1)
-    for one, then in zip(_replicas(url), before[1], strict=True):
+    for one, then in zip(_replicas(url, seconds), before[1], strict=True):
         if one["busy"] or one["waiting"] > 0:
             findings.wrong.append(f"replica {one['replica']} has {one['busy']} taken slots and {one['waiting']} texts")
         if one["restarts"] != then["restarts"] or one["state"] != "ready":
             findings.wrong.append(f"replica {one['replica']} died: {one['error']}")
-    if _text(url) != before[0]:
+    if _text(url, seconds) != before[0]:
         findings.wrong.append("a greedy text is another one than before")
     return findings
 
@@ -196,18 +196,18 @@ def _bytes(rng: random.Random, host: bytes) -> bytes:
     return bytes(sent) if rng.random() < 0.95 else rng.randbytes(rng.randrange(1, 2000))
 
 
-def _replicas(url: str) -> list[dict[str, Any]]:
+def _replicas(url: str, seconds: float) -> list[dict[str, Any]]:
     import requests as http
 
-    found: list[dict[str, Any]] = http.get(f"{url}/health", timeout=PATIENCE).json()["replicas"]
+    found: list[dict[str, Any]] = http.get(f"{url}/health", timeout=seconds).json()["replicas"]
     return found
 
 
-def _text(url: str) -> str:
+def _text(url: str, seconds: float) -> str:
     import requests as http
 
     body = {"prompt": "The", "max_tokens": 8, "temperature": 0}
-    answer = http.post(f"{url}/v1/completions", json=body, timeout=PATIENCE).json()
+    answer = http.post(f"{url}/v1/completions", json=body, timeout=seconds).json()
     text: str = answer["choices"][0]["text"]
     return text
 

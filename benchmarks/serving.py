@@ -8,8 +8,14 @@ Starts a server, sends it all requests from --concurrency clients over HTTP, str
 same with one replica before, and the ratios. Without --temperature and --top-p everything is measured twice: greedy,
 and with temperature 1, which is OpenAI's default. Sampled requests carry no seed, as most clients' do not. Each prompt
 is other random tokens, each text runs to its full length or to the end that the model chooses, and tokens are counted
-by the server's usage field. Nothing is timed before the server has answered one request from each client. The clients
+by the server's usage field. Before, `generate` writes as many texts as a replica has slots, with the same prompts,
+lengths and sampling, on the first device alone: the server's tokens per second are also given as a share of what its
+replicas would write that way. Nothing is timed before the server has answered one request from each client. The clients
 are processes of their own, so that reading streams does not slow down the server.
+
+It needs no network with the embedded model, a folder or --random-shape, and of packages `mambakit[serve]` alone: torch,
+transformers, tokenizers, safetensors, huggingface_hub, filelock, numpy, rich, starlette, uvicorn, httptools, uvloop,
+prometheus-client, jinja2, llguidance, and what these require.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -32,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import record
 from benchmarks.record import ROOT
+from mambakit.threads import bound_spinning
 
 SHAPES = {"tiny": (64, 2), "130m": (768, 24), "1.4b": (2048, 48)}
 VOCABULARY = 50280
@@ -177,7 +185,38 @@ def load(
         return [one for part in parts for one in part.result()]
 
 
-def measure(model: str | None, replicas: int, options: Options) -> list[dict]:
+def generated(model: str | None, options: Options) -> list[float]:
+    """Tokens per second of `generate` at a batch of --slots, of each setting. Runs in a process of its own, so that the
+    device is free for the server afterwards.
+    """
+    import torch
+
+    import mambakit
+    from mambakit.assets import default_model_path
+    from mambakit.models.devices import default_dtype
+
+    device = torch.device((options.devices or ["cuda:0" if torch.cuda.is_available() else "cpu"])[0])
+    name = model or default_model_path()
+    loaded = mambakit.AutoModelForCausalLM.from_pretrained(name, dtype=default_dtype(device)).to(device).eval()
+    loaded.generation_config.eos_token_id = None  # as long as the server's texts, which may end
+    found = []
+    for sampling in samplings(options):
+        given = {"do_sample": False} if not sampling["temperature"] else {"do_sample": True, "top_k": 0, **sampling}
+        times = []
+        for seed in range(1 + options.generate_rounds):
+            ids = torch.tensor(prompts(options.slots, options, seed), dtype=torch.int64, device=device)
+            began = time.monotonic()
+            loaded.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.new_tokens,
+                min_new_tokens=options.new_tokens, **given,
+            ).cpu()  # fmt: skip
+            times.append(time.monotonic() - began)
+        found.append(options.slots * options.new_tokens / statistics.median(times[1:]))
+        print(f"generate, batch {options.slots}, {title(sampling)}: {found[-1]:.0f} tokens/s", flush=True)
+    return found
+
+
+def measure(model: str | None, replicas: int, options: Options, alone: list[float]) -> list[dict]:
     """One server with ``replicas``: a row for each setting."""
     server = Server(model, replicas, options)
     try:
@@ -186,6 +225,10 @@ def measure(model: str | None, replicas: int, options: Options) -> list[dict]:
             load(server, options, options.concurrency, min(8, options.new_tokens), sampling, seed=2 * number + 1)
             found = load(server, options, options.requests, options.new_tokens, sampling, seed=2 * number + 2)
             rows.append(summary(found, replicas, sampling, server.start_seconds))
+            if alone:
+                share = rows[-1]["tokens_per_second"] / (replicas * alone[number])
+                rows[-1] |= {"generate_tokens_per_second": alone[number], "share_of_generate": share}
+                print(f"  {share:.2f} of {replicas} x generate's {alone[number]:.0f} tokens/s", flush=True)
         return rows
     finally:
         server.stop()
@@ -232,8 +275,10 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--clients", type=int, default=min(8, os.cpu_count() or 1), help="processes that send")
+    parser.add_argument("--generate-rounds", type=int, default=3, help="of generate beside it; 0: none")
     record.add_argument(parser)
     options = parser.parse_args()
+    bound_spinning()  # as the command does: of this process, and of those that it starts
     options.concurrency = options.concurrency or options.slots * options.replicas
     options.requests = options.requests or 4 * options.concurrency
     with tempfile.TemporaryDirectory() as folder:
@@ -242,8 +287,12 @@ def main() -> None:
         if options.random_shape:
             make_checkpoint(options.random_shape, Path(folder))
             model = folder
+        alone: list[float] = []
+        if options.generate_rounds:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                alone = process.submit(generated, model, options).result()
         counts = [1, options.replicas] if options.compare else [options.replicas]
-        measured = [measure(model, count, options) for count in counts]
+        measured = [measure(model, count, options, alone) for count in counts]
     if options.compare:
         for one, many in zip(*measured, strict=True):
             ratio = {name: many[name] / one[name] for name in RATIOS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib
 import io
 import os
@@ -98,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         name, debug = args.parser.prog, hasattr(args, "debug")
         code = args.run(args)
         sys.stdout.flush()
+        gc.freeze()  # else the interpreter looks at every object before it ends: 0.4 s
         return code
     except KeyboardInterrupt:
         return 130

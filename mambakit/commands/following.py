@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import threading
 import time
@@ -80,7 +81,9 @@ def check(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"{name} is compressed: what is appended to it cannot be read as it comes; name the log itself"
             )
-    if len(set(args.files)) < len(args.files):
+        if name != "-" and Path(name).exists() and not (Path(name).is_file() or Path(name).is_dir()):
+            raise UsageError(f"{name} is a pipe or a device, not a file that grows: --follow - < {name} reads it")
+    if len(set(map(os.path.realpath, args.files))) < len(args.files):
         raise UsageError("--follow was given a file twice; each is a stream of its own: name it once")
     if args.state:
         check_output_file("--state", args.state)

@@ -125,11 +125,11 @@ def run(args: argparse.Namespace) -> int:
     if args.save_state and (len(prompts) > 1 or args.num_return_sequences > 1):
         raise UsageError("--save-state keeps the state of one text; give one prompt and one return sequence")
 
-    from mambakit.generation.state import State
-
     model, tokenizer = load(args, inference=True)
     loaded = None
     if args.load_state:
+        from mambakit.generation.state import State
+
         loaded = State.load(args.load_state, model)
         if loaded.rows != 1:
             raise UsageError(f"{args.load_state} holds {loaded.rows} rows; select one and save it alone")

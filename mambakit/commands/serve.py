@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mambakit.commands.configuration import add_config_argument
-from mambakit.commands.loading import add_model_arguments
+from mambakit.commands.loading import add_model_arguments, add_tokenizer_argument
 from mambakit.commands.options import require_with
 from mambakit.commands.serve_operations import (
     add_access_arguments,
@@ -19,9 +19,15 @@ from mambakit.commands.serve_operations import (
     make_key,
     tls_options,
 )
-from mambakit.commands.served_model import check_model, check_states, own_name, prefix_folder, read_template
+from mambakit.commands.served_model import (
+    check_model,
+    check_states,
+    devices_of,
+    own_name,
+    prefix_folder,
+    read_template,
+)
 from mambakit.commands.texts import require_file
-from mambakit.quoting import brief
 
 _MOST = (1 << 31) - 1
 _WEEK = 7 * 24 * 3600.0
@@ -61,6 +67,8 @@ _REPLICAS = (
     _Number("--progress-seconds", 300.0, 1.0, _WEEK, "the same for one that has work and completes no step"),
     _Number("--load-seconds", 1800.0, 1.0, _WEEK, "the same for one that takes longer to load the model"),
 )
+_DRAFT_TOKENS = 4  # of --draft-tokens, as of --prefix-cache-mb
+_DRAFTS = (_Number("--draft-tokens", None, 1, 15, f"draft tokens per verification (default {_DRAFT_TOKENS})"),)
 _STATES = (
     _Number("--states-mb", 16384, 1, 1 << 30, "disk for kept states; each API key may have an even part of it"),
     _Number("--states-memory-mb", 256, 0, 1 << 30, "memory for kept states, at each replica"),
@@ -97,11 +105,12 @@ _CONNECTIONS = (
     _Number("--parse-processes", 2, 1, 64, "that parse large bodies; the first starts with the first such body"),
 )
 _PORT = _Number("--port", 8000, 0, 65535, "port to listen on; 0: any that is free")
-_NUMBERS = (_PORT, *_REPLICAS, *_STATES, *_LIMITS, *_CONNECTIONS)
+_NUMBERS = (_PORT, *_REPLICAS, *_DRAFTS, *_STATES, *_LIMITS, *_CONNECTIONS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add_tokenizer_argument(parser)
     parser.add_argument(
         "--served-model-name", metavar="NAME", help="name of the model in the API (default: its own name)"
     )
@@ -129,6 +138,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefix-cache", action="store_true", help="keep states of prompts, and start from the longest known prefix"
     )
     _add(replicas, _REPLICAS)
+    drafts = parser.add_argument_group("speculative decoding: draft tokens are verified several at a time")
+    drafts.add_argument("--draft-model", metavar="MODEL", help="draft with this smaller model of the same vocabulary")
+    drafts.add_argument(
+        "--prompt-lookup", action="store_true", help="draft what followed the same tokens earlier in the text"
+    )
+    _add(drafts, _DRAFTS)
     states = parser.add_argument_group("states that clients keep")
     states.add_argument(
         "--states",
@@ -177,14 +192,20 @@ def run(args: argparse.Namespace) -> int:
     configure(logs)
     model = str(args.model or default_model_path())
     check_model(model)
-    devices = _devices(args)
+    if args.draft_model is not None:
+        check_model(args.draft_model)
+    devices = devices_of(args)
     serve(
         ServerOptions(
             worker=WorkerOptions(
                 model=model,
+                tokenizer=args.tokenizer,
                 dtype=args.dtype,
                 slots=args.slots,
                 chunk_size=args.prefill_chunk_size,
+                draft_model=args.draft_model,
+                prompt_lookup=args.prompt_lookup,
+                draft_tokens=args.draft_tokens or _DRAFT_TOKENS,
                 state=args.load_state,
                 prefix_cache_bytes=(args.prefix_cache_mb or _CACHE_MB) << 20 if args.prefix_cache else 0,
                 prefix_cache_folder=prefix_folder(args.states),
@@ -248,11 +269,15 @@ def _check(args: argparse.Namespace) -> None:
             low, high = (f"{bound:.10g}" for bound in (number.low, number.high))
             bound = f"{low} or more" if value < number.low else f"at most {high}" if value > number.high else "a number"
             raise ValueError(f"{number.name} is {value}; it must be {bound}")
-    for name in ("host", "served_model_name", "device", "states"):
+    for name in ("host", "served_model_name", "device", "states", "tokenizer", "draft_model"):
         if getattr(args, name) == "":
             raise ValueError(
                 f"--{name.replace('_', '-')} is empty, as an unset variable is; leave it out, or give a value"
             )
+    if args.draft_model and args.prompt_lookup:
+        raise ValueError("--draft-model and --prompt-lookup are two drafters; give one")
+    drafted = bool(args.draft_model or args.prompt_lookup)
+    require_with("--draft-tokens", args.draft_tokens is not None, "--draft-model or --prompt-lookup", drafted)
     require_with("--prefix-cache-mb", args.prefix_cache_mb is not None, "--prefix-cache", args.prefix_cache)
     if args.load_state is not None:
         require_file(args.load_state, "state", 'make one with mambakit generate --save-state, or tune = "state"')
@@ -270,29 +295,3 @@ def _check(args: argparse.Namespace) -> None:
             "least "
             "that"
         )
-
-
-def _devices(args: argparse.Namespace) -> tuple[str, ...]:
-    """One for each replica."""
-    devices = [args.device] if args.device else args.devices
-    if devices is None or any(device.startswith("cuda") for device in devices):
-        import torch
-
-        gpus = torch.cuda.device_count()  # makes no CUDA context here: each GPU is its replica's own
-    if devices is None:
-        devices = [f"cuda:{i}" for i in range(gpus)] or ["cpu"]
-        if args.replicas is None:
-            devices = devices[:1]
-    devices = ["cuda:0" if device == "cuda" else device for device in devices]
-    for device in devices:
-        kind, _, index = device.partition(":")
-        if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-            raise ValueError(f"there is no device {brief(device)}; give cpu, cuda:0, cuda:1, ...")
-        if kind == "cuda" and int(index) >= gpus:
-            raise ValueError(f"{device} is not here: there are {gpus} NVIDIA GPUs; use one that `mambakit env` lists")
-    count = args.replicas or len(devices)
-    if args.devices and count < len(devices):
-        raise ValueError(
-            f"--replicas is {count}, but {len(devices)} --devices are named; name fewer, or have a replica on each"
-        )
-    return tuple(devices[i % len(devices)] for i in range(count))

@@ -1,7 +1,8 @@
-"""What `mambakit serve` is given, checked before anything is loaded: model, chat template, folder of states."""
+"""What `mambakit serve` is given, checked before anything is loaded: model, template, folder of states, devices."""
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -70,3 +71,29 @@ def check_states(name: str) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(f"--states {brief(name)} cannot be written to ({reason}); name a folder that can") from None
+
+
+def devices_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """One for each replica."""
+    devices = [args.device] if args.device else args.devices
+    if devices is None or any(device.startswith("cuda") for device in devices):
+        import torch
+
+        gpus = torch.cuda.device_count()  # makes no CUDA context here: each GPU is its replica's own
+    if devices is None:
+        devices = [f"cuda:{i}" for i in range(gpus)] or ["cpu"]
+        if args.replicas is None:
+            devices = devices[:1]
+    devices = ["cuda:0" if device == "cuda" else device for device in devices]
+    for device in devices:
+        kind, _, index = device.partition(":")
+        if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+            raise ValueError(f"there is no device {brief(device)}; give cpu, cuda:0, cuda:1, ...")
+        if kind == "cuda" and int(index) >= gpus:
+            raise ValueError(f"{device} is not here: there are {gpus} NVIDIA GPUs; use one that `mambakit env` lists")
+    count = args.replicas or len(devices)
+    if args.devices and count < len(devices):
+        raise ValueError(
+            f"--replicas is {count}, but {len(devices)} --devices are named; name fewer, or have a replica on each"
+        )
+    return tuple(devices[i % len(devices)] for i in range(count))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -45,12 +46,16 @@ class Writer:
 
     def __init__(self, args: argparse.Namespace, model: Any, tokenizer: Any, loaded: Any):
         self.args, self.model, self.tokenizer, self.loaded = args, model, tokenizer, loaded
-        self.console = terminal(stderr=True)
         if args.logprobs is not None and args.logprobs > model.config.vocab_size:
             raise UsageError(f"--logprobs is {args.logprobs}; the model has {model.config.vocab_size} tokens")
         self.constraint = self._constraint()
         self.drafter = self._drafter()
         self.prefix_cache = self._prefix_cache()
+
+    @functools.cached_property
+    def console(self) -> Any:
+        """Made when something is said: rich is imported then, after the text."""
+        return terminal(stderr=True)
 
     def _constraint(self) -> Any:
         names = ("json_schema", "regex", "grammar")
@@ -58,9 +63,12 @@ class Writer:
         if all(value is None for value in given.values()):
             return None
         from mambakit.generation.constrain import Constraint
+        from mambakit.models.inference_tokenizer import InferenceTokenizer
 
+        known = self.tokenizer  # llguidance knows transformers' classes
+        tokenizer = known.of_transformers() if isinstance(known, InferenceTokenizer) else known
         try:
-            return Constraint(self.model, self.tokenizer, **given)
+            return Constraint(self.model, tokenizer, **given)
         except ImportError as error:
             raise UsageError(str(error)) from error
 
@@ -183,7 +191,7 @@ class Writer:
         chunk = self.args.prefill_chunk_size or chunk_sizes(self.model.device).single
         status = (
             self.console.status(literal("reading the prompt"))
-            if self.console.is_terminal and len(ids) > chunk
+            if len(ids) > chunk and self.console.is_terminal
             else None
         )
 

@@ -13,64 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mambakit.decoding.distributions import row_probabilities
 from mambakit.decoding.drafting import Draft
 from mambakit.decoding.logits import are_numbers
 from mambakit.decoding.sampled_text import SampledText
-from mambakit.decoding.sampling_params import ACCEPT, SamplingParams
+from mambakit.decoding.sampling_params import ACCEPT
 from mambakit.decoding.tables import Tables
-from mambakit.ops.sampling import reference
+from mambakit.decoding.transfers import integers, to_device
 from mambakit.ops.sampling.api import NO_TOKEN, OFF, sample
-
-
-def probabilities(params: SamplingParams, logits: Tensor) -> Tensor:
-    """The distributions that `mambakit.ops.sampling` draws from.
-
-    Args:
-        params: not greedy.
-        logits: (t, v).
-
-    Returns:
-        (t, v) float64; NaN where a row has no distribution.
-    """
-    temperature, top_k, top_p, min_p, typical_p, epsilon = params.columns
-    logits = logits.double()
-    s = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if typical_p < 1 or epsilon > 0:
-        columns = torch.tensor(params.columns[1:], dtype=torch.float64, device="cpu").to(s.device)
-        w = reference.kept(s, *columns.expand(len(s), -1)[:, :, None].unbind(1))
-    else:  # the same result without the sorts of filters that are off
-        w = s.exp()
-        if 0 < top_k < w.shape[1]:
-            w = torch.where(w >= w.topk(int(top_k)).values[:, -1:], w, 0.0)
-        if top_p < 1:
-            descending = w.sort(-1, descending=True).values
-            before = descending.cumsum(-1) - descending
-            kept = (before < top_p * descending.sum(-1, keepdim=True)).sum(-1, keepdim=True).clamp(min=1)
-            w = torch.where(w >= descending.gather(-1, kept - 1), w, 0.0)
-        w = torch.where(w >= min_p, w, 0.0) if min_p > 0 else w
-    return w / w.sum(-1, keepdim=True)
-
-
-def row_probabilities(params: Sequence[SamplingParams | None], logits: Tensor) -> Tensor:
-    """`probabilities` of rows that have parameters of their own.
-
-    A greedy row has all of the probability at its largest logit; a row of None is zero.
-    """
-    kinds = dict.fromkeys(one.columns for one in params if one is not None)
-    found = torch.zeros_like(logits, dtype=torch.float64)
-    for columns in kinds:
-        rows = [i for i, one in enumerate(params) if one is not None and one.columns == columns]
-        of_kind = next(one for one in params if one is not None and one.columns == columns)
-        whole = len(rows) == len(logits)
-        at = slice(None) if whole else _indices(rows, logits.device)
-        if of_kind.greedy:
-            best = logits[at].argmax(-1, keepdim=True)
-            found[at] = torch.zeros_like(found[at]).scatter_(1, best, 1.0)
-        elif whole:
-            return probabilities(of_kind, logits)
-        else:
-            found[at] = probabilities(of_kind, logits[at])
-    return found
 
 
 def draw(weights: Tensor, uniform: np.ndarray) -> Tensor:
@@ -83,8 +33,8 @@ def draw(weights: Tensor, uniform: np.ndarray) -> Tensor:
 
 
 def _drawn(logits: Tensor, uniform: np.ndarray, columns: Sequence[tuple[float, ...]]) -> Tensor:
-    numbers = torch.from_numpy(uniform).to(logits.device, non_blocking=True)
-    parameters = torch.tensor(columns, dtype=torch.float32, device="cpu").to(logits.device, non_blocking=True)
+    numbers = to_device(logits.device, torch.from_numpy(uniform))
+    parameters = to_device(logits.device, torch.tensor(columns, dtype=torch.float32, device="cpu"))
     return sample(logits, numbers, parameters)
 
 
@@ -189,11 +139,11 @@ def _chosen(
     columns += [texts[m].params.columns for m, _ in after]
     if guessed:
         p = row_probabilities([texts[m].params for m, _ in guessed], rows[: len(guessed)])
-        at = _indices([drafts[m].tokens[i] for m, i in guessed], device)[:, None]
+        at = integers(device, [drafts[m].tokens[i] for m, i in guessed])[:, None]
         q = torch.cat([_guessed_from(draft, p) for draft in drafts if draft.tokens])
         numbers = np.concatenate([text.numbers(text.position + offset, len(d.tokens), ACCEPT)
                                   for text, d in zip(texts, drafts, strict=True)])  # fmt: skip
-        chance = torch.from_numpy(numbers).to(device)[:, None]
+        chance = to_device(device, torch.from_numpy(numbers))[:, None]
         stays = (chance * q.gather(1, at) < p.gather(1, at))[:, 0].long()
         left = (p - q).clamp(min=0)
         left = torch.where(left.sum(-1, keepdim=True) > 0, left, p)
@@ -228,16 +178,12 @@ def _rows(logits: Tensor, places: list[tuple[int, int]]) -> Tensor:
     if len(logits) == 1 and [i for _, i in places] == list(range(len(places))):
         return logits[0, : len(places)]
     width = logits.shape[1]
-    return logits.flatten(0, 1)[_indices([m * width + i for m, i in places], logits.device)]
+    return logits.flatten(0, 1)[integers(logits.device, [m * width + i for m, i in places])]
 
 
 def _guessed_from(draft: Draft, like: Tensor) -> Tensor:
     """(t, v) the distributions that the guesses were drawn from; certain ones have all of the probability."""
     if draft.probabilities is not None:
         return draft.probabilities.to(like)
-    at = _indices(draft.tokens, like.device)[:, None]
+    at = integers(like.device, draft.tokens)[:, None]
     return like.new_zeros(len(draft.tokens), like.shape[1]).scatter_(1, at, 1.0)
-
-
-def _indices(numbers: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mambakit.decoding.draft_model import slot_drafter
+from mambakit.decoding.draft_model import draft_cost, slot_drafter
+from mambakit.decoding.draft_rounds import WrittenText
 from mambakit.decoding.drafting import Drafter
 from mambakit.decoding.logits import NO_CHOICE
 from mambakit.decoding.loop import SlotLoop
 from mambakit.decoding.prefill import prefill_states
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.slots import SlotPool
+from mambakit.decoding.speculation import Speculation
 from mambakit.errors import LogitsError
 from mambakit.modules import StateCache
 from mambakit.ops.sampling.api import NO_TOKEN
@@ -32,14 +34,6 @@ class Drafting:
 
     drafter: Drafter
     draft_tokens: int
-
-
-@dataclass(eq=False)
-class _Text:
-    sampled: SampledText
-    known: list[int]
-    """All tokens so far, without padding."""
-    written: list[int]
 
 
 def write_drafted_tokens(
@@ -71,59 +65,60 @@ def write_drafted_tokens(
         LogitsError: some logits are NaN, or a row has no distribution to draw from.
     """
     b, columns = len(prompts), cache.get_seq_length()
-    stops = set() if ends is None else set(ends.tolist())
+    stops = frozenset() if ends is None else frozenset(ends.tolist())
     loop = SlotLoop(SlotPool(model, b, cache), drafting.draft_tokens)
     drafter = slot_drafter(drafting.drafter, model, b)
-    texts = [_Text(one, ids.tolist(), []) for one, ids in zip(sampled, prompts, strict=True)]
-    read = [0] * b  # tokens of each text that its state has read
+    speculation = Speculation(loop, drafter, b, drafting.draft_tokens, draft_cost(drafting.drafter, model))
+    texts = []
     final: dict[int, StateCache] = {}  # by slot: a free slot's state may be stepped with the others'
 
     def end(slot: int) -> None:
         if cache_is_kept:
             final[slot] = loop.pool.copy_of(slot)
         loop.release(slot)
+        speculation.release(slot)
 
-    for slot, text in enumerate(texts):
+    for slot, (one, ids) in enumerate(zip(sampled, prompts, strict=True)):
+        text = _Text(one)
+        texts.append(text)
         (token,) = loop.first(text, logits[slot : slot + 1])
         loop.seat(slot, text, token)
         if _take(text, [token], stops, most):
             end(slot)
         else:
-            drafter.begin(slot, prompts[slot], text.sampled.params)
+            written = WrittenText(one, [*ids.tolist(), token], 1, most, stops)
+            speculation.begin(slot, written, ids, drafting.draft_tokens)
     while any(text is not None for text in loop.pool.occupants):
-        going: list[_Text | None] = list(loop.pool.occupants)
-        limits = [0 if t is None else min(drafting.draft_tokens, most - len(t.written) - 1) for t in going]
-        found = loop.verify(drafter.propose([None if t is None else t.known for t in going], limits))
-        counts = [0 if text is None else len(tokens) for text, tokens in zip(going, found, strict=True)]
-        ended = []
-        for slot, (one, tokens) in enumerate(zip(going, found, strict=True)):
+        if (found := speculation.next()) is None:
+            continue
+        for slot, (one, tokens) in enumerate(zip(found.texts, found.tokens, strict=True)):
             if one is not None and _take(one, tokens, stops, most):
-                counts[slot] = len(one.written) - 1 - read[slot]  # all but the last, as transformers' loop reads
-                ended.append(slot)
-            read[slot] += counts[slot]
-        loop.keep(counts)
-        for slot in ended:
-            end(slot)
-            drafter.release(slot)
+                end(slot)
+    speculation.close()
     loop.pool.close()
-    drafter.close()
     m = max(len(text.written) for text in texts)
     rows = [text.written + [padding] * (m - len(text.written)) for text in texts]
     new = torch.tensor(rows, dtype=torch.int64, device="cpu").to(logits.device)
     if cache_is_kept:
         for slot, state in final.items():
             cache.copy_(state, [0], [slot])
-        _read_padding(model, cache, new, read, columns + m - 1)
+        # Every text's state has read all of its tokens but the last, as after transformers' loop.
+        _read_padding(model, cache, new, [len(text.written) - 1 for text in texts], columns + m - 1)
     return new
 
 
-def _take(text: _Text, tokens: list[int], stops: set[int], most: int) -> bool:
+@dataclass(eq=False)
+class _Text:
+    sampled: SampledText
+    written: list[int] = field(default_factory=list)
+
+
+def _take(text: _Text, tokens: list[int], stops: frozenset[int], most: int) -> bool:
     """Append ``tokens`` up to the text's end. Returns whether it has ended."""
     for token in tokens:
         if token == NO_TOKEN:
             raise text.sampled.exception or LogitsError(text.sampled.error or NO_CHOICE)
         text.written.append(token)
-        text.known.append(token)
         if token in stops or len(text.written) == most:
             return True
     return False

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mambakit.decoding.guess_count import Guesses
 from mambakit.decoding.parameters import INT64, Number
 from mambakit.decoding.sampling_params import SamplingParams
 from mambakit.ops.linear.api import MOST_ROWS
@@ -50,21 +51,22 @@ class Drafter(Protocol):
 class SlotDrafter(Protocol):
     """Proposes the next tokens of the texts of several slots."""
 
-    def begin(self, slot: int, ids: Tensor, sampling: SamplingParams) -> None:
-        """Start a new text of a slot.
+    def begin(self, slot: int, ids: Tensor, sampling: SamplingParams, written: Sequence[int] = ()) -> None:
+        """Start a text of a slot.
 
         Args:
-            ids: (l,) int64, l >= 1, all tokens so far.
+            ids: (l,) int64, l >= 1, its prompt.
             sampling: how its tokens are chosen.
+            written: its tokens after the prompt, so far.
         """
 
-    def propose(self, texts: Sequence[list[int] | None], most: Sequence[int]) -> list[Draft]:
+    def propose(self, texts: Sequence[list[int] | None], guesses: Sequence[Guesses]) -> list[Draft]:
         """A draft for every slot.
 
         Args:
             texts: of each slot all tokens so far, of which the model has not read the last one; None: it is free, or
                 has no drafter.
-            most: the maximum number of guesses of each slot.
+            guesses: the maximum number of guesses of each slot, and of tokens that a draft model reads for them.
         """
 
     def release(self, slot: int) -> None:
@@ -87,7 +89,7 @@ class DrafterPerSlot:
         self._drafter, self._device = drafter, device
         self._of: list[Drafter | None] = [None] * slots
 
-    def begin(self, slot: int, ids: Tensor, sampling: SamplingParams) -> None:
+    def begin(self, slot: int, ids: Tensor, sampling: SamplingParams, written: Sequence[int] = ()) -> None:
         generator = torch.Generator(self._device)
         if sampling.seed is None:
             generator.seed()
@@ -97,9 +99,9 @@ class DrafterPerSlot:
         drafter.begin(ids, sampling, None, generator)
         self._of[slot] = drafter
 
-    def propose(self, texts: Sequence[list[int] | None], most: Sequence[int]) -> list[Draft]:
+    def propose(self, texts: Sequence[list[int] | None], guesses: Sequence[Guesses]) -> list[Draft]:
         drafts = []
-        for drafter, text, limit in zip(self._of, texts, most, strict=True):
+        for drafter, text, (limit, _) in zip(self._of, texts, guesses, strict=True):
             asked = drafter is not None and text is not None and limit > 0
             drafts.append(drafter.propose(text, limit) if asked else NO_DRAFT)  # type: ignore[union-attr, arg-type]
         return drafts

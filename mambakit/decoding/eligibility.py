@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mambakit.modules import MambaBlock, MambaMixer, MixerNorm, RMSNorm
 from mambakit.modules.interception import any_intercepted, is_ours, modules_of, untouched
-from mambakit.modules.mixers.mamba import TimeStepProjection
+from mambakit.modules.mixers.time_steps import TimeStepProjection
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops import causal_conv1d, selective_scan
 from mambakit.ops._backends.memory import all_plain, observed, transformed

@@ -152,6 +152,7 @@ class GraphDecoder:
         logits: (rows, v) float32 of the last step.
         holder: weak reference to the pool whose states are in it; None, or dead, where it is free.
         verifiers: of drafts of its states, by their number of tokens.
+        rounds: of speculation over its states, by draft model (`round_graphs`).
     """
 
     # Its tensors outlive the call, and inference tensors could not be written outside of inference mode.
@@ -161,28 +162,32 @@ class GraphDecoder:
         self.states, self.rows, self.capacity = states, states.max_batch_size, capacity
         self.holder: weakref.ref[Any] | None = None
         self.verifiers: dict[int, Any] = {}
+        self.rounds: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         rows, device = self.rows, model.device
+        self._run = run  # keeps the buffers alive that the graph reads and writes
         if run is not None:
-            self._run = run  # keeps the buffers alive that the graph reads and writes
             self.tokens, self.history, self.position = run.tokens, run.history, run.position
             self.logits = run.logits
-
-            def step() -> None:
-                run(True)
         else:
             self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
             self.history = torch.zeros(rows, capacity, dtype=torch.int64, device=device)
             self.position = torch.zeros(1, dtype=torch.int64, device=device)
             self.logits = torch.zeros(rows, model.config.vocab_size, dtype=torch.float32, device=device)
+        self._graph = CapturedGraph(lambda: self.launch(model), device, warm_ups=1)
 
-            def step() -> None:
-                self.logits.copy_(model(self.tokens[:, None], cache_params=self.states).logits[:, -1])
-                torch.argmax(self.logits, -1, out=self.tokens)
-                at = self.position.clamp(max=capacity - 1).expand(rows, 1)
-                self.history.scatter_(1, at, self.tokens[:, None])
-                self.position += 1
+    def launch(self, model: Any) -> None:
+        """The kernels of a step with ``tokens`` as they are, one by one: for a graph of more than a step.
 
-        self._graph = CapturedGraph(step, device, warm_ups=1)
+        ``model`` is the one that the decoder was made for; a decoder that is kept with a model must not refer to it.
+        """
+        if self._run is not None:
+            self._run(True)
+            return
+        self.logits.copy_(model(self.tokens[:, None], cache_params=self.states).logits[:, -1])
+        torch.argmax(self.logits, -1, out=self.tokens)
+        at = self.position.clamp(max=self.capacity - 1).expand(self.rows, 1)
+        self.history.scatter_(1, at, self.tokens[:, None])
+        self.position += 1
 
     def load(self, states: Any) -> None:
         """Copy these states, of the same number of rows, into the decoder's."""
@@ -262,33 +267,32 @@ class VerificationStep:
     tokens is to select a slot.
 
     Attributes:
-        tokens: the maximum number of tokens of a draft.
+        most: the maximum number of tokens of a draft.
+        tokens: (most,) int64, the draft.
+        kept: (1,) int64, how many of its tokens `keep` keeps.
         holder: the verifier whose state is loaded. Another verifier must load its own first.
     """
 
     def __init__(self, step: cuda_persistent.PersistentStep, slots: MambaCache):
-        self.tokens, self._step, self._slots = step.tokens.numel(), step, slots
+        self.tokens, self.most = step.tokens, step.tokens.numel()
+        self._step, self._slots = step, slots
+        self.kept = torch.zeros_like(step.slot)
         self.holder: Any = None
-        self._slot = 0
 
     def load(self, cache: Any, holder: Any) -> None:
         """Start from this state of one row."""
-        self.holder, self._slot = holder, 0
+        self.holder = holder
         self._step.slot.zero_()
         self._slots.copy_(cache, [0], [0])
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """(t, v) float32 logits after each of ``tokens`` (t,), valid until the next call. Shorter drafts are padded."""
-        self._step.tokens[: len(tokens)] = tokens  # what an earlier draft has left behind them is a token, too
-        return self._step()[: len(tokens)]
+    def __call__(self) -> Tensor:
+        """(most, v) float32 logits after each of ``tokens``, valid until the next call."""
+        return self._step()
 
-    def keep(self, m: int, cache: Any) -> None:
-        """Keep the first ``m`` tokens: continue from the state after them, and copy it into ``cache``."""
-        self._slot = (self._slot + m) % (self.tokens + 1)
-        self._step.slot.fill_(self._slot)
-        seen = cache.get_seq_length()
-        cache.copy_(self._slots, [self._slot], [0])
-        cache.advance(seen + m - cache.get_seq_length())
+    def keep(self, cache: Any) -> None:
+        """Keep the first ``kept`` tokens: continue from the state after them, and copy it into ``cache``."""
+        self._step.slot.add_(self.kept).remainder_(self.most + 1)
+        cache.gather_(self._slots, self._step.slot)
 
 
 def why_not_verification(model: Any, rows: int, tokens: int, *, states: Any = None) -> str | None:

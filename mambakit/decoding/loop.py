@@ -15,10 +15,12 @@ from torch import Tensor
 
 from mambakit.decoding.acceptance import Acceptance, choose_together
 from mambakit.decoding.drafting import Draft
+from mambakit.decoding.guess_count import COUNTS
 from mambakit.decoding.log_probs import Recorded, Recorder, TokenLogProb
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampler import Chooser, Sampler
 from mambakit.decoding.slots import SlotPool
+from mambakit.decoding.transfers import Arrival, integers, to_host
 from mambakit.modules import StateCache
 
 LogProbsBySlot: TypeAlias = "dict[int, list[TokenLogProb]]"
@@ -89,27 +91,15 @@ class HostCopy:
     """
 
     def __init__(self, tokens: Tensor, recorded: Recorded | None):
-        self._copied: torch.cuda.Event | None = None
-        self._tokens = _to_host(tokens)
-        self._recorded, self._values = recorded, None if recorded is None else _to_host(recorded.values)
-        if tokens.is_cuda:
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        self._tokens = to_host(tokens)
+        self._recorded, self._values = recorded, None if recorded is None else to_host(recorded.values)
+        self._arrival = Arrival(tokens.device)
 
     def wait(self) -> tuple[list[list[int]], LogProbsBySlot]:
         """The tokens of every slot, and log-probabilities of the slots that ask for them. Waits for the device."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        self._arrival.wait()
         found: list[list[int]] = self._tokens.tolist()
         return found, {} if self._recorded is None else self._recorded.by_slot(found, self._values)
-
-
-def _to_host(values: Tensor) -> Tensor:
-    """A copy in pinned memory, which is there once the device has reached this point; of a CPU's tensor itself."""
-    if not values.is_cuda:
-        return values
-    pinned = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
-    return pinned.copy_(values, non_blocking=True)
 
 
 class SlotLoop:
@@ -125,7 +115,9 @@ class SlotLoop:
     """
 
     def __init__(self, pool: SlotPool, guesses: int = 0):
-        self.pool, self.sampler, self._guesses = pool, Sampler(), guesses
+        self.pool, self.sampler = pool, Sampler()
+        # Numbers of guesses for which what a verifier captures or compiles is made once.
+        self._counts = [*(k for k in COUNTS if k < guesses), guesses]
         self._device = pool.model.device
         self._loop = TokenLoop(pool, self.sampler, self._zeros(pool.size))
         self._next: dict[int, int] = {}  # by slot: the token it reads next, not on the device yet
@@ -213,18 +205,18 @@ class SlotLoop:
 
         Where no slot has a guess, it is a plain step. The texts must not be written by `look` before or afterwards.
         """
-        last = self._tokens()
         most = max(len(draft.tokens) for draft in drafts)
         self._guessed = most > 0
+        rows = [[self._next.get(slot, 0), *draft.tokens, *[0] * (most - len(draft.tokens))]
+                for slot, draft in enumerate(drafts)]  # fmt: skip
+        tokens = integers(self._device, rows)
         if self._guessed:
-            rows = [draft.tokens + [0] * (most - len(draft.tokens)) for draft in drafts]
-            guesses = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self._device, non_blocking=True)
-            logits = self.pool.verify(torch.cat([last[:, None], guesses], 1), 1 + self._guesses)
+            logits = self.pool.verify(tokens, 1 + next((k for k in self._counts if k >= most), most))
         else:
-            logits = self.pool.step(last)[:, None]
+            logits = self.pool.step(tokens[:, 0])[:, None]
         taken = [slot for slot, text in enumerate(self.pool.occupants) if text is not None]
         acceptances = [self._acceptance(self.pool.occupants[slot]) for slot in taken]
-        given = logits if len(taken) == len(logits) else logits[taken]
+        given = logits if len(taken) == len(logits) else logits[integers(self._device, taken)]
         self._chosen = [[] for _ in drafts]
         for slot, chosen in zip(
             taken, choose_together(acceptances, given, [drafts[slot] for slot in taken]), strict=True
@@ -239,7 +231,7 @@ class SlotLoop:
         for slot, (text, chosen) in enumerate(zip(self.pool.occupants, self._chosen, strict=True)):
             if text is not None and text.sampled.log_probs is not None:
                 recorder = Recorder([text.sampled.log_probs])
-                tokens = torch.tensor(chosen, dtype=torch.int64, device="cpu").to(self._device)
+                tokens = integers(self._device, chosen)
                 for i in range(len(chosen)):
                     recorder.record(logits[slot, i : i + 1], tokens[i : i + 1])
                 if (recorded := recorder.take()) is not None:
@@ -256,6 +248,10 @@ class SlotLoop:
             if chosen:
                 self._next[slot] = chosen[count - 1]
 
+    def read_next(self, slot: int, token: int) -> None:
+        """The text of ``slot`` was written without the loop, and reads ``token`` next."""
+        self._next[slot] = token
+
     def first(self, text: Any, logits: Tensor) -> list[int]:
         """The first token of a text, from the ``logits`` (1, v) after its prompt."""
         return self._acceptance(text).choose(logits, Draft([]))
@@ -269,8 +265,7 @@ class SlotLoop:
     def _tokens(self) -> Tensor:
         """(size,) the tokens that slots read next, on the device."""
         if self._next:
-            slots = torch.tensor(list(self._next), dtype=torch.int64, device="cpu").to(self._device)
-            tokens = torch.tensor(list(self._next.values()), dtype=torch.int64, device="cpu").to(self._device)
+            slots, tokens = integers(self._device, [list(self._next), list(self._next.values())])
             self._loop.tokens = self._loop.tokens.index_copy(0, slots, tokens)
             self._next.clear()
         return self._loop.tokens

@@ -165,11 +165,13 @@ class VerifierKind:
         name: for printing.
         why_not: why it cannot verify drafts of so many rows and tokens, or None.
         make: makes the verifier over a cache, for drafts of at most that many tokens.
+        on_device: whether it is a `verify.DeviceVerifier`.
     """
 
     name: str
     why_not: WhyNotVerify
     make: Callable[[Any, Any, int], verify.Verifier]
+    on_device: bool = False
 
 
 def _serves_any_draft(model: Any, rows: int, tokens: int, *, states: Any = None) -> str | None:
@@ -178,16 +180,26 @@ def _serves_any_draft(model: Any, rows: int, tokens: int, *, states: Any = None)
 
 VERIFIERS: tuple[VerifierKind, ...] = (
     VerifierKind("native library (CPU)", verify.why_not_native, verify.NativeVerifier),
-    VerifierKind("persistent kernel (CUDA)", graph_step.why_not_verification, verify.PersistentVerifier),
-    VerifierKind("kernels for many rows (Triton)", verify_rows.why_not_verify_rows, verify_rows.ManyRowsVerifier),
-    VerifierKind("captured layers (CUDA graph)", verify_layers.why_not_captured_layers, verify_layers.CapturedVerifier),
+    VerifierKind("persistent kernel (CUDA)", graph_step.why_not_verification, verify.PersistentVerifier, True),
+    VerifierKind("kernels for many rows (Triton)", verify_rows.why_not_verify_rows, verify_rows.ManyRowsVerifier, True),
+    VerifierKind(
+        "captured layers (CUDA graph)", verify_layers.why_not_captured_layers, verify_layers.CapturedVerifier, True
+    ),
     VerifierKind("layers", verify_layers.why_not_layers, verify_layers.LayersVerifier),
     VerifierKind("forward", _serves_any_draft, verify.ForwardVerifier),
 )
 
 
+def choose_verifier(model: Any, cache: StateCache, tokens: int) -> VerifierKind:
+    """The first of `VERIFIERS` that serves; drafts of more than 16 tokens are the forward's."""
+    if tokens > MOST_ROWS:
+        return VERIFIERS[-1]
+    rows = cache.max_batch_size
+    return next(kind for kind in VERIFIERS if kind.why_not(model, rows, tokens, states=cache) is None)
+
+
 def verifier(model: Any, cache: StateCache, tokens: int) -> verify.Verifier:
-    """The first of `VERIFIERS` that serves this cache; drafts of more than 16 tokens are the forward's.
+    """A verifier of the kind that serves this cache (`choose_verifier`).
 
     Args:
         cache: of one or more rows; it must not be replaced while the verifier is in use.
@@ -199,10 +211,7 @@ def verifier(model: Any, cache: StateCache, tokens: int) -> verify.Verifier:
     rows = cache.max_batch_size
     if tokens < 1 or rows < 1:
         raise ValueError(f"a verification of {tokens} tokens of {rows} rows; give 1 or more of each")
-    if tokens > MOST_ROWS:
-        return verify.ForwardVerifier(model, cache, tokens)
-    kind = next(kind for kind in VERIFIERS if kind.why_not(model, rows, tokens, states=cache) is None)
-    return kind.make(model, cache, tokens)
+    return choose_verifier(model, cache, tokens).make(model, cache, tokens)
 
 
 # -- for people --------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ class SampledText:
 
     def numbers(self, start: int, count: int, sequence: int = DRAW) -> np.ndarray:
         """(count,) float64, the random numbers of tokens ``start`` onwards; zeros for a greedy text."""
-        if self.params.greedy:
+        if self.params.greedy or not count:
             return np.zeros(count)
         first, last = start // BLOCK, (start + count - 1) // BLOCK
         made = [self._block(sequence, block) for block in range(first, last + 1)]

@@ -19,6 +19,7 @@ from mambakit.decoding.logits import NO_CHOICE
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampling_params import BLOCK
 from mambakit.decoding.tables import Tables
+from mambakit.decoding.transfers import integers, to_device
 from mambakit.ops.sampling.api import NO_TOKEN, OFF, sample
 
 _FREE = (0.0, *OFF[1:])  # parameters of a free slot: greedy, the cheapest
@@ -177,10 +178,10 @@ class Sampler:
                 numbers[row, self._column :] = text.numbers(text.position, BLOCK - self._column)
         uniform = torch.from_numpy(numbers)
         if self._changed is None:
-            self._parameters, self._uniform = _on(device, parameters), _on(device, uniform)
+            self._parameters, self._uniform = to_device(device, parameters), to_device(device, uniform)
         else:
-            at = _on(device, torch.tensor(slots, dtype=torch.int64, device="cpu"))
-            self._parameters[at], self._uniform[at] = _on(device, parameters), _on(device, uniform)
+            at = integers(device, slots)
+            self._parameters[at], self._uniform[at] = to_device(device, parameters), to_device(device, uniform)
         self._changed = []
         changing = [text for text in self._texts if text is not None and text.changes_logits]
         if not changing:
@@ -195,9 +196,4 @@ class Sampler:
         for row, text in enumerate(self._texts):
             if text is not None:
                 numbers[row] = text.numbers(text.position, BLOCK)
-        self._uniform = _on(device, torch.from_numpy(numbers))
-
-
-def _on(device: torch.device, values: Tensor) -> Tensor:
-    """A copy on the device. The host waits for nothing: a copy from pageable memory would wait for earlier launches."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+        self._uniform = to_device(device, torch.from_numpy(numbers))

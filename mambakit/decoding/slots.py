@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mambakit.decoding.eligibility import skipped_modules
 from mambakit.decoding.logits import are_numbers
-from mambakit.decoding.registry import Decoder, ForwardDecoder, choose, kept_decoder, verifier
-from mambakit.decoding.verify import Verifier
+from mambakit.decoding.registry import Decoder, ForwardDecoder, choose, choose_verifier, kept_decoder, verifier
+from mambakit.decoding.verify import DeviceVerifier, Verifier
 from mambakit.modules import StateCache
 from mambakit.modules.interception import Watch
 from mambakit.ops.sampling.api import NO_TOKEN
@@ -55,9 +55,13 @@ class SlotPool:
         self.occupants: list[Any] = [None] * size
         # Per slot: the number of tokens seen when it was filled, minus the pool's steps until then.
         self._began = [0 if states is None else states.get_seq_length()] * size
-        self._last: Tensor | None = None  # (size, v) logits of the last step
-        self._verifier: Verifier | None = None
+        self._last: Tensor | None = None  # (size, v) logits of the last step; None after a commit
+        self._verifier: Verifier | None = None  # the last one that was used
         self._most = 0  # tokens of a draft that it serves
+        self._verifiers: dict[int, Verifier] = {}  # those that are captured, by that number
+        self._on_device: bool | None = None
+        # Slots whose states are ahead of `seen` by a number of tokens that is not on the host yet.
+        self.ahead: set[int] = set()
         self._draft: Tensor | None = None  # (size, t, v) logits of drafts that are not committed yet
         self._decoder: Decoder | None = None  # None while there are no slots
         # The captured decoder that is kept with the model, if it serves: it holds the given states until `close`.
@@ -86,7 +90,13 @@ class SlotPool:
     @property
     def captured(self) -> bool:
         """Whether a step of the current slots is launched without the host waiting for it."""
-        return self._decoder is not None and self._kind.captured and self._watch.holds()
+        return self.graph is not None
+
+    @property
+    def graph(self) -> Any:
+        """The captured decoder (`graph_step.GraphDecoder`) of the current slots; None where another one serves."""
+        captured = self._graph is not None or (self._decoder is not None and self._kind.captured)
+        return self._decoder if captured and self._watch.holds() else None
 
     @property
     def by_forward(self) -> bool:
@@ -99,7 +109,7 @@ class SlotPool:
         """Read one token per slot, ``tokens`` (size,). Returns the logits (size, v), valid until the next step."""
         assert len(tokens) == self.size
         self._steps += 1
-        self._states_changed()
+        self.changed()
         self._last = self._decoder_now().step(tokens)
         return self._last
 
@@ -118,7 +128,7 @@ class SlotPool:
                 found.append(tokens.masked_fill(~self.are_numbers(tokens), NO_TOKEN) if check else tokens)
             return torch.stack(found, 1)
         self._steps += count
-        self._states_changed()
+        self.changed()
         chosen: Tensor = decoder.likeliest(tokens, count, check)
         self._last = decoder.logits
         return chosen
@@ -151,11 +161,36 @@ class SlotPool:
         """
         size, t = tokens.shape
         assert size == self.size
-        if self._verifier is None or t > self._most or not self._watch.holds():
-            self._most = max(t, most)
-            self._verifier = self._verifier_of(self._most)
+        most = max(t, most)
+        if (
+            self._verifier is None
+            or not self._watch.holds()
+            or t > self._most
+            or (self.captured and most != self._most)
+        ):
+            self._use(most)
+        assert self._verifier is not None
         self._draft = self._verifier(tokens)
         return self._draft
+
+    def verifies_on_device(self, tokens: int) -> bool:
+        """Whether `device_verifier` serves drafts of up to ``tokens`` tokens."""
+        if not self.captured:
+            return False
+        if self._on_device is None:
+            self._on_device = choose_verifier(self.model, self.states, tokens).on_device
+        return self._on_device
+
+    def device_verifier(self, tokens: int) -> DeviceVerifier:
+        """The verifier of drafts of ``tokens`` tokens, for a CUDA graph to hold. `verify` and `commit` then use it."""
+        if self._most != tokens or self._verifier is None:
+            self._use(tokens)
+        one: Any = self._verifier
+        return one
+
+    def read_on(self, slot: int, tokens: int) -> None:
+        """Count ``tokens`` more that the state of ``slot`` has read, by a `DeviceVerifier`."""
+        self._began[slot] += tokens
 
     def commit(self, kept: Sequence[int]) -> None:
         """Advance the state of slot i by the first ``kept[i]`` tokens of its last verified draft.
@@ -167,29 +202,22 @@ class SlotPool:
             raise ValueError("no draft was verified since the last commit or step; call verify first")
         assert len(kept) == self.size
         self._verifier.commit(list(kept))
-        read = torch.tensor(kept, dtype=torch.int64, device="cpu").to(self._draft.device)
-        after = self._draft[torch.arange(self.size, dtype=torch.int64, device=read.device), (read - 1).clamp(min=0)]
-        self._last = after if self._last is None else torch.where((read > 0)[:, None], after, self._last)
         self._began = [began + m for began, m in zip(self._began, kept, strict=True)]
-        self._draft = None
+        self._draft = self._last = None
 
-    def _verifier_of(self, tokens: int) -> Verifier:
-        if self._graph is None or not self._watch.holds():
-            return verifier(self.model, self.states, tokens)
-        kept: dict[int, Verifier] = self._graph.verifiers  # over the same states
-        if tokens in kept:
-            kept[tokens].reload()
-            return kept[tokens]
-        made = verifier(self.model, self.states, tokens)
-        if not made.holds_model:
-            kept[tokens] = made
-        return made
-
-    def _states_changed(self) -> None:
-        """Forget drafts: the states were changed by something other than a commit."""
-        self._draft = None
-        if self._verifier is not None:
+    def _use(self, tokens: int) -> None:
+        """Let ``_verifier`` be one of drafts of ``tokens`` tokens, which reads the states as they are."""
+        self._most = tokens
+        kept: dict[int, Verifier] = self._verifiers if self._graph is None else self._graph.verifiers
+        if not self._watch.holds() or not self.captured:
+            self._verifier = verifier(self.model, self.states, tokens)
+        elif tokens in kept:
+            self._verifier = kept[tokens]
             self._verifier.reload()
+        else:
+            self._verifier = made = verifier(self.model, self.states, tokens)
+            if not made.holds_model or self._graph is None:
+                kept[tokens] = made
 
     # -- slots -----------------------------------------------------------------------------------------------------
 
@@ -226,6 +254,7 @@ class SlotPool:
                 if origin is not None:
                     self._last[slot] = last[origin]
         self.states, self._verifier, self._draft = states, None, None
+        self._verifiers.clear()
         self._make()
 
     def _make(self) -> None:
@@ -242,13 +271,20 @@ class SlotPool:
         if state.max_batch_size != 1:
             raise ValueError(f"the state has {state.max_batch_size} rows; a slot goes on from one: select it")
         self.states.copy_(state, [0], [slot])
-        self._states_changed()
+        self.changed()
+        self.ahead.discard(slot)
         self._began[slot] = state.get_seq_length() - self._steps
 
-    def load_slots(self, source: StateCache, rows: list[int]) -> None:
-        """Slot i continues from row ``rows[i]`` of ``source``. The numbers of tokens seen stay as they are."""
-        self.states.copy_(source, rows, list(range(self.size)))
-        self._states_changed()
+    def load_slots(self, source: StateCache, slots: list[int]) -> None:
+        """Slot ``slots[i]`` continues from row i of ``source``. The numbers of tokens seen stay as they are."""
+        self.states.copy_(source, list(range(len(slots))), slots)
+        self.changed()
+
+    def changed(self) -> None:
+        """Forget drafts: the states were changed by something other than a commit."""
+        self._draft = None
+        if self._verifier is not None:
+            self._verifier.reload()
 
     def seen(self, slot: int) -> int:
         """The number of tokens that the state of ``slot`` has read."""
@@ -271,7 +307,7 @@ class SlotPool:
         states, self._steps, began = snapshot
         self._began = list(began)
         self.states.load_(states)
-        self._states_changed()
+        self.changed()
 
     def close(self) -> None:
         """Update the cache given to the constructor. The pool must not be stepped afterwards."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mambakit.modules import MambaMixer
-from mambakit.modules.mixers.mamba import Selection
+from mambakit.modules.mixers.selection import Selection
 
 
 def require_traceable(model: Any) -> None:

@@ -20,8 +20,10 @@ from mambakit.decoding import native_step
 from mambakit.decoding.eligibility import mixer_eps
 from mambakit.decoding.graph_step import verification_step
 from mambakit.decoding.prefill import prefill_states
+from mambakit.decoding.transfers import integers
 from mambakit.modules import MambaCache, StateCache
 from mambakit.ops.decode.cpu_verify import VerifyStep
+from mambakit.ops.linear.api import MOST_ROWS
 
 
 class Verifier(Protocol):
@@ -46,6 +48,25 @@ class Verifier(Protocol):
         """The cache was changed by something other than `commit`: read it again, and forget the drafts."""
 
 
+class DeviceVerifier(Verifier, Protocol):
+    """A verifier whose parts a CUDA graph can hold, with the numbers of kept tokens on the device."""
+
+    tokens: Tensor
+    """(b, t) int64: what `launch` verifies; t is the number of tokens that it was made for."""
+    kept: Tensor
+    """(b,) int64: what `advance` keeps of them, 0 to t."""
+
+    def launch(self, model: Any) -> Tensor:
+        """The kernels of a verification: (b, t, v) logits, valid until the next one. ``model`` is the one that the
+        verifier was made for."""
+
+    def advance(self) -> None:
+        """The kernels of a commit of ``kept`` tokens. The cache's length stays; the caller counts."""
+
+    def hold(self) -> None:
+        """Before a graph with `launch` is replayed: have the verifier hold the cache's states."""
+
+
 def require_read(kept: Sequence[int], read: int) -> None:
     """ValueError unless every number of ``kept`` is at most ``read``."""
     for m in kept:
@@ -55,6 +76,8 @@ def require_read(kept: Sequence[int], read: int) -> None:
 
 def why_not_native(model: Any, rows: int, tokens: int, *, states: Any = None) -> str | None:
     """Why `NativeVerifier` cannot verify drafts of ``rows`` rows, or None where it can."""
+    if rows > MOST_ROWS:
+        return f"{rows} rows; it serves 1 to {MOST_ROWS}"
     return native_step.why_not(model, rows, states=states)
 
 
@@ -96,13 +119,15 @@ class PersistentVerifier:
 
     def __init__(self, model: Any, cache: StateCache, tokens: int):
         self._step, self._cache, self._read = verification_step(model, tokens), cache, 0
+        self.tokens, self.kept = self._step.tokens[None], self._step.kept
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
         self._read = tokens.shape[1]
-        if self._step.holder is not self:
-            self._step.load(self._cache, self)
-        return self._step(tokens[0])[None]
+        self.hold()
+        # Shorter drafts are padded: what an earlier draft has left behind them is a token, too.
+        self.tokens[:, : self._read] = tokens
+        return self._step()[None, : self._read]
 
     @torch.no_grad()
     def commit(self, kept: Sequence[int]) -> None:
@@ -110,7 +135,19 @@ class PersistentVerifier:
         if self._step.holder is not self:
             raise RuntimeError("another text was verified between these tokens and their commit")
         self._read = 0
-        self._step.keep(kept[0], self._cache)
+        self.kept.copy_(integers(self.kept.device, kept))
+        self.advance()
+        self._cache.advance(max(kept))
+
+    def launch(self, model: Any) -> Tensor:
+        return self._step()[None]
+
+    def advance(self) -> None:
+        self._step.keep(self._cache)
+
+    def hold(self) -> None:
+        if self._step.holder is not self:
+            self._step.load(self._cache, self)
 
     def reload(self) -> None:
         self._read = 0

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mambakit.decoding.cuda_graph import CapturedGraph, why_not_captured
 from mambakit.decoding.eligibility import why_not_by_layers
+from mambakit.decoding.transfers import integers
 from mambakit.decoding.verify import require_read
 from mambakit.modules import StateCache
 from mambakit.ops import causal_conv1d, selective_scan, selective_scan_
@@ -50,7 +51,7 @@ class LayersVerifier:
     def commit(self, kept: Sequence[int]) -> None:
         require_read(kept, self._read)
         self._read = 0
-        self.replay(torch.tensor(kept, dtype=torch.int64, device="cpu").to(self.model.device))
+        self.replay(integers(self.model.device, kept))
         self.cache.advance(max(kept))
 
     def reload(self) -> None:
@@ -79,16 +80,22 @@ class LayersVerifier:
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def replay(self, m: Tensor) -> None:
-        """Run the recurrences over each row's first m (b,) tokens. Shapes do not depend on m, as a CUDA graph
-        requires."""
-        for i, (conv_input, (u, delta, *rest)) in enumerate(self.inputs):
-            conv_state, ssm_state = self.cache.memory(i)
-            d, width = conv_state.shape[1:]
-            windows = torch.cat([conv_state, conv_input.transpose(1, 2).to(conv_state.dtype)], 2)  # (b, d, k - 1 + t)
-            at = m[:, None] + torch.arange(width, dtype=torch.int64, device=m.device)
-            conv_state.copy_(windows.gather(2, at[:, None].expand(-1, d, -1)))
-            kept = torch.arange(delta.shape[1], dtype=torch.int64, device=m.device) < m[:, None]
-            selective_scan_(u, torch.where(kept[:, :, None], delta, _NO_STEP), *rest, state=ssm_state)
+        """`_replay` of the last drafts."""
+        _replay(self.cache, self.inputs, m)
+
+
+def _replay(cache: StateCache, inputs: list[tuple[Tensor, tuple]], m: Tensor) -> None:
+    """Run the recurrences over each row's first m (b,) tokens. Shapes do not depend on m, as a CUDA graph requires."""
+    for i, (conv_input, (u, delta, A, B, *rest)) in enumerate(inputs):
+        conv_state, ssm_state = cache.memory(i)
+        d, width = conv_state.shape[1:]
+        windows = torch.cat([conv_state, conv_input.transpose(1, 2).to(conv_state.dtype)], 2)  # (b, d, k - 1 + t)
+        at = m[:, None] + torch.arange(width, dtype=torch.int64, device=m.device)
+        conv_state.copy_(windows.gather(2, at[:, None].expand(-1, d, -1)))
+        kept = (torch.arange(delta.shape[1], dtype=torch.int64, device=m.device) < m[:, None])[:, :, None]
+        # What follows the kept tokens may not be a number.
+        u, delta, B = torch.where(kept, u, 0), torch.where(kept, delta, _NO_STEP), torch.where(kept, B, 0)
+        selective_scan_(u, delta, A, B, *rest, state=ssm_state)
 
 
 class CapturedVerifier:
@@ -99,27 +106,40 @@ class CapturedVerifier:
 
     def __init__(self, model: Any, cache: StateCache, tokens: int):
         rows, device, self._cache, self._read = cache.max_batch_size, model.device, cache, 0
-        self._ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
-        self._kept = torch.zeros(rows, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(rows, tokens, dtype=torch.long, device=device)
+        self.kept = torch.zeros(rows, dtype=torch.long, device=device)
         layers = LayersVerifier(model, cache, tokens)
         with torch.no_grad():
-            self._verifying = CapturedGraph(lambda: layers.logits(self._ids), device, warm_ups=2)
+            self._verifying = CapturedGraph(lambda: layers.logits(self.tokens), device, warm_ups=2)
             # The warm-up replays 0 tokens, so the state is unchanged.
-            self._replaying = CapturedGraph(lambda: layers.replay(self._kept), device, warm_ups=2)
+            self._replaying = CapturedGraph(lambda: layers.replay(self.kept), device, warm_ups=2)
         self._inputs = layers.inputs  # the graphs write and read them
+        self._launched: list[tuple[Tensor, tuple]] = []  # the inputs of the last `launch`
 
     def __call__(self, tokens: Tensor) -> Tensor:
         self._read = tokens.shape[1]
-        self._ids[:, : self._read] = tokens
+        self.tokens[:, : self._read] = tokens
         self._verifying.replay()
         return self._verifying.result[:, : self._read]
 
     def commit(self, kept: Sequence[int]) -> None:
         require_read(kept, self._read)
         self._read = 0
-        self._kept.copy_(torch.tensor(kept, dtype=torch.int64, device="cpu"), non_blocking=True)
+        self.kept.copy_(integers(self.kept.device, kept))
         self._replaying.replay()
         self._cache.advance(max(kept))
+
+    def launch(self, model: Any) -> Tensor:
+        layers = LayersVerifier(model, self._cache, self.tokens.shape[1])
+        logits = layers.logits(self.tokens)
+        self._launched = layers.inputs
+        return logits
+
+    def advance(self) -> None:
+        _replay(self._cache, self._launched, self.kept)
+
+    def hold(self) -> None:
+        """The layers read the cache's own memory."""
 
     def reload(self) -> None:
         self._read = 0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mambakit.decoding.cuda_graph import CapturedGraph
 from mambakit.decoding.graph_step import many_rows_verification, why_not_many_rows
+from mambakit.decoding.transfers import integers
 from mambakit.decoding.verify import require_read
 
 
@@ -27,23 +28,34 @@ class ManyRowsVerifier:
     def __init__(self, model: Any, cache: Any, tokens: int):
         self._cache, self._read = cache, 0
         self._step = many_rows_verification(model, cache, tokens)
-        self._tokens = self._step.tokens.view(cache.max_batch_size, tokens)
+        self.tokens = self._step.tokens.view(cache.max_batch_size, tokens)
+        self.kept = self._step.kept
         self._logits = self._step.logits.view(cache.max_batch_size, tokens, -1)
         self._verifying = CapturedGraph(self._step, model.device, warm_ups=1)
         self._replaying = CapturedGraph(self._step.commit, model.device, warm_ups=1)  # of 0 tokens
 
     def __call__(self, tokens: Tensor) -> Tensor:
         self._read = tokens.shape[1]
-        self._tokens[:, : self._read] = tokens
+        self.tokens[:, : self._read] = tokens
         self._verifying.replay()
         return self._logits[:, : self._read]
 
     def commit(self, kept: Sequence[int]) -> None:
         require_read(kept, self._read)
         self._read = 0
-        self._step.kept.copy_(torch.tensor(kept, dtype=torch.int64, device="cpu"), non_blocking=True)
+        self.kept.copy_(integers(self.kept.device, kept))
         self._replaying.replay()
         self._cache.advance(max(kept))
+
+    def launch(self, model: Any) -> Tensor:
+        self._step()
+        return self._logits
+
+    def advance(self) -> None:
+        self._step.commit()
+
+    def hold(self) -> None:
+        """The kernels read the cache's own memory."""
 
     def reload(self) -> None:
         self._read = 0

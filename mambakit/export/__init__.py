@@ -3,6 +3,3 @@
 A graph reads any number of tokens from a state and gives the state after them, as `MambaCache` holds it:
 ``(input_ids (b, l), conv_states (layers, b, d, k - 1), ssm_states (layers, b, d, n)) -> (logits (b, l, v), both)``.
 """
-
-FAMILIES = ("mamba", "falcon_mamba")
-"""Model types whose causal language models are exported."""

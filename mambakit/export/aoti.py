@@ -15,12 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
-from mambakit.errors import CheckpointError, UsageError
-from mambakit.export import FAMILIES
+from mambakit.errors import UsageError
+from mambakit.export.checks import LARGEST_BATCH, require_exportable, require_same
 from mambakit.modules.cache import MambaCache
-
-LIMIT = 1e-4
-LARGEST_BATCH = 4096
 
 
 class TokenStep(nn.Module):
@@ -79,16 +76,9 @@ def to_aoti(model: Any, file: Path) -> None:
         UsageError: there is no compiler.
     """
     require_compiler()
-    config = model.config
-    if not hasattr(model, "lm_head") or config.model_type not in FAMILIES or not config.num_hidden_layers:
-        raise CheckpointError(
-            f"a causal language model ({', '.join(FAMILIES)}) with layers is exported, not a {type(model).__name__} "
-            f"({config.model_type})"
-        )
-    if config.hidden_act not in ("silu", "swish"):
-        raise CheckpointError(f"hidden_act is {config.hidden_act!r}; the package has silu alone")
+    require_exportable(model, only_silu="the package")
     step = TokenStep(model.eval())
-    cache = MambaCache(config, 2, model.device, torch.float32)
+    cache = MambaCache(model.config, 2, model.device, torch.float32)
     ids = torch.zeros(2, 1, dtype=torch.int64, device=model.device)
     batch = Dim("batch", min=1, max=LARGEST_BATCH)
     with torch.no_grad():
@@ -101,31 +91,5 @@ def to_aoti(model: Any, file: Path) -> None:
 
 
 def check(model: Any, file: Path, tokens: int = 9) -> float:
-    """Run the package beside the model, token by token, at two batches.
-
-    Returns:
-        The largest difference, relative to the largest value of its tensor.
-
-    Raises:
-        CheckpointError: it is beyond `LIMIT`.
-    """
-    run = torch._inductor.aoti_load_package(str(file))
-    worst = 0.0
-    with torch.no_grad():
-        for batch in (1, 3):
-            generator = torch.Generator().manual_seed(batch)
-            ids = torch.randint(
-                0, model.config.vocab_size, (batch, tokens), generator=generator, dtype=torch.int64, device="cpu"
-            ).to(model.device)
-            cache = MambaCache(model.config, batch, model.device, torch.float32)
-            states = cache.conv_states.clone(), cache.ssm_states.clone()
-            for t in range(tokens):
-                expected = model(ids[:, t : t + 1], cache_params=cache, use_cache=True).logits
-                logits, *states = run(ids[:, t : t + 1].contiguous(), *states)
-                wanted = (expected, cache.conv_states, cache.ssm_states)
-                for one, other in zip((logits, *states), wanted, strict=True):
-                    difference = (one.double() - other.double()).abs().max() / other.double().abs().max()
-                    worst = max(worst, difference.item())
-    if not worst <= LIMIT:
-        raise CheckpointError(f"{file}: the package differs from the model by {worst:.1e}, more than {LIMIT:g}")
-    return worst
+    """`require_same` of the package, token by token."""
+    return require_same(model, f"{file}: the package", torch._inductor.aoti_load_package(str(file)), (1,) * tokens)

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mambakit.decoding.registry import token_step
-from mambakit.errors import CheckpointError, UsageError
-from mambakit.export import FAMILIES
+from mambakit.errors import UsageError
+from mambakit.export.checks import require_exportable, require_same
 from mambakit.modules.cache import MambaCache
 
-LIMIT = 1e-4
-"""Of a logit's or a state's error, relative to the largest of its tensor."""
 _FILES = {"model.onnx": False, "step.onnx": True}
 _WEIGHTS = "model.onnx.data"
 
@@ -43,20 +42,6 @@ def require_packages() -> None:
             raise UsageError(f'exporting to ONNX needs {package}; pip install "mambakit[export]"')
 
 
-def require_exportable(model: Any) -> None:
-    """CheckpointError unless the graph says what the model computes."""
-    config = model.config
-    if not hasattr(model, "lm_head") or config.model_type not in FAMILIES:
-        raise CheckpointError(
-            f"a causal language model ({', '.join(FAMILIES)}) is exported, not a {type(model).__name__} "
-            f"({config.model_type})"
-        )
-    if config.hidden_act not in ("silu", "swish"):
-        raise CheckpointError(f"hidden_act is {config.hidden_act!r}; the graph has silu alone")
-    if not config.num_hidden_layers:
-        raise CheckpointError("the model has no layers, and so no state to give")
-
-
 def to_onnx(model: Any, folder: Path) -> None:
     """Write ``model.onnx`` (any number of tokens), ``step.onnx`` (one token) and their weights, float32.
 
@@ -65,7 +50,7 @@ def to_onnx(model: Any, folder: Path) -> None:
         UsageError: a package is missing.
     """
     require_packages()
-    require_exportable(model)
+    require_exportable(model, only_silu="the graph")
     import onnx
 
     from mambakit.export.onnx_graph import build, tensors_of
@@ -86,33 +71,17 @@ def check(model: Any, folder: Path, tokens: int = 33, speed: bool = True) -> Rep
     """Run the graphs in onnxruntime beside the model: prompt, continuation from the state, single steps, two batches.
 
     Raises:
-        CheckpointError: a difference beyond `LIMIT`.
+        CheckpointError: a difference beyond the limit (`mambakit.export.checks`).
     """
     require_packages()
     model = model.float().eval()
     sessions = {name: session(folder / name) for name in _FILES}
-    worst = 0.0
-    with torch.no_grad():
-        for batch in (1, 3):
-            generator = torch.Generator().manual_seed(batch)
-            ids = torch.randint(
-                0, model.config.vocab_size, (batch, tokens + 3), generator=generator, dtype=torch.int64, device="cpu"
-            )
-            cache = MambaCache(model.config, batch, dtype=torch.float32)
-            states = first_states(model.config, batch)
-            for name, start, end in (
-                ("model.onnx", 0, tokens - 8), ("model.onnx", tokens - 8, tokens),
-                *(("step.onnx", t, t + 1) for t in range(tokens, tokens + 3)),
-            ):  # fmt: skip
-                piece = ids[:, start:end]
-                expected = model(piece, cache_params=cache, use_cache=True).logits
-                logits, *states = run(sessions[name], piece.numpy(), states)
-                for found, wanted in zip(
-                    (logits, *states), (expected, cache.conv_states, cache.ssm_states), strict=True
-                ):
-                    worst = max(worst, _difference(found, wanted.numpy()))
-    if not worst <= LIMIT:
-        raise CheckpointError(f"{folder}: onnxruntime differs from the model by {worst:.1e}, more than {LIMIT:g}")
+
+    def graphs(ids: Tensor, *states: Tensor) -> list[Tensor]:
+        opened = sessions["step.onnx" if ids.shape[1] == 1 else "model.onnx"]
+        return [torch.from_numpy(part) for part in run(opened, ids.numpy(), [state.numpy() for state in states])]
+
+    worst = require_same(model, f"{folder}: onnxruntime", graphs, (tokens - 8, 8, 1, 1, 1))
     return Report(worst, speeds(model, sessions) if speed else {})
 
 
@@ -135,12 +104,6 @@ def run(opened: Any, ids: np.ndarray, states: list[np.ndarray]) -> list[np.ndarr
     """logits, and both states after ``ids``."""
     result: list[np.ndarray] = opened.run(None, {"input_ids": ids, "conv_states": states[0], "ssm_states": states[1]})
     return result
-
-
-def _difference(found: np.ndarray, wanted: np.ndarray) -> float:
-    if not wanted.size:
-        return 0.0
-    return float(np.abs(found - wanted).max() / max(float(np.abs(wanted).max()), 1e-30))
 
 
 def speeds(model: Any, sessions: dict[str, Any], prompt: int = 128, steps: int = 16) -> dict[str, float]:

@@ -13,11 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from mambakit.errors import CheckpointError
-from mambakit.export import FAMILIES
+from mambakit.export.checks import LARGEST_BATCH, require_exportable, require_same
 from mambakit.modules.cache import MambaCache
-
-LIMIT = 1e-4
 
 
 class _StateInStateOut(nn.Module):
@@ -41,16 +38,11 @@ def to_pt2(model: Any, file: Path) -> None:
     Raises:
         CheckpointError: no causal language model, or one without layers.
     """
-    config = model.config
-    if not hasattr(model, "lm_head") or config.model_type not in FAMILIES or not config.num_hidden_layers:
-        raise CheckpointError(
-            f"a causal language model ({', '.join(FAMILIES)}) with layers is exported, not a {type(model).__name__} "
-            f"({config.model_type})"
-        )
+    require_exportable(model)
     module = _StateInStateOut(model.eval())
     cache = MambaCache(model.config, 2, model.device, model.dtype)
     ids = torch.zeros(2, 7, dtype=torch.int64, device=model.device)
-    batch, length = Dim("batch", min=1, max=4096), Dim("length", min=1, max=1 << 20)
+    batch, length = Dim("batch", min=1, max=LARGEST_BATCH), Dim("length", min=1, max=1 << 20)
     with torch.no_grad():
         program = torch.export.export(
             module, (ids, cache.conv_states, cache.ssm_states),
@@ -61,33 +53,5 @@ def to_pt2(model: Any, file: Path) -> None:
 
 
 def check(model: Any, file: Path, tokens: int = 33) -> float:
-    """Run the program beside the model, in two pieces and a step, at two batches.
-
-    Returns:
-        The largest difference, relative to the largest value of its tensor.
-
-    Raises:
-        CheckpointError: it is beyond `LIMIT`.
-    """
-    program = torch.export.load(file).module()
-    worst = 0.0
-    with torch.no_grad():
-        for batch in (1, 3):
-            generator = torch.Generator().manual_seed(batch)
-            ids = torch.randint(
-                0, model.config.vocab_size, (batch, tokens), generator=generator, dtype=torch.int64, device="cpu"
-            ).to(model.device)
-            cache = MambaCache(model.config, batch, model.device, model.dtype)
-            states = cache.conv_states.clone(), cache.ssm_states.clone()
-            for start, end in ((0, tokens - 8), (tokens - 8, tokens - 1), (tokens - 1, tokens)):
-                piece = ids[:, start:end]
-                expected = model(piece, cache_params=cache, use_cache=True).logits
-                logits, *states = program(piece, *states)
-                for found, wanted in zip(
-                    (logits, *states), (expected, cache.conv_states, cache.ssm_states), strict=True
-                ):
-                    difference = (found.double() - wanted.double()).abs().max() / wanted.double().abs().max()
-                    worst = max(worst, difference.item())
-    if not worst <= LIMIT:
-        raise CheckpointError(f"{file}: the program differs from the model by {worst:.1e}, more than {LIMIT:g}")
-    return worst
+    """`require_same` of the program, in two pieces and a step."""
+    return require_same(model, f"{file}: the program", torch.export.load(file).module(), (tokens - 8, 7, 1))

@@ -57,8 +57,8 @@ class Engine:
         chunk_size: tokens of a prompt per forward, and at most about as many between two steps; memory does not grow
             with the prompt.
         prefix_cache: where beginnings of prompts are looked up, and prompts and texts are kept.
-        read_seconds: the time for reading prompts between two steps. The smallest part that can be read may exceed it:
-            on a CPU a chunk in one layer, on a GPU a chunk.
+        read_seconds: the time for reading prompts between two steps, or that of the last step where it is more. The
+            smallest part that can be read may exceed it: on a CPU a chunk in one layer, on a GPU a chunk. 0: one part.
         slice_tokens: how many tokens a text writes at least before it makes room for one of another share.
         tokens_per_look: tokens that each slot writes between two device-to-host syncs, where no constraint needs one.
             More than 1 leaves the host behind the device: `step` launches the next tokens before it returns those that
@@ -112,7 +112,8 @@ class Engine:
         self._looks = Looks(self._loop, tokens_per_look, clock)
         self.drafts = None if drafter is None else Drafts(self._loop, model, drafter, slots, draft_tokens)
         self._schedule = Schedule(slots)
-        self._prompts = PromptReader(model, ReadingShare(read_seconds, chunk_size, clock), self._schedule, ends)
+        self._share, self._clock = ReadingShare[Text](read_seconds, chunk_size, clock), clock
+        self._prompts = PromptReader(model, self._share, self._schedule, ends)
         self._cancelled: deque[Request] = deque()  # by whichever thread
         self._taken = 0  # of the slots
         self._freed = False  # whether slots have become free
@@ -192,22 +193,37 @@ class Engine:
         if self._taken:
             self._note(self._next(), chosen)
         if not self._taken:
-            self._looks.forget()
+            (self._looks if self.drafts is None else self.drafts).forget()
         if not len(self._schedule):
             self._prompts.drop_held()
         return chosen
 
     def _next(self) -> Found | None:
         """The next tokens of every slot."""
-        self._states.before_look(self._pool, self.drafts is not None or self._looks.several)
-        return self._looks.next() if self.drafts is None else self.drafts.next()
+        began = self._clock()
+        found = self._look()
+        self._share.step_seconds = self._clock() - began
+        return found
+
+    def _look(self) -> Found | None:
+        if self.drafts is None:
+            self._states.before_look(self._pool, self._looks.several)
+            return self._looks.next()
+        if self.drafts.in_flight and self._states.are_due(self._pool, False):
+            return self.drafts.wait()
+        self._states.before_look(self._pool, False)  # a text's state is the one after its end
+        return self.drafts.next()
+
+    def _wait(self) -> Found | None:
+        """The tokens that the device works on. Afterwards states are those after their texts."""
+        return self._looks.wait() if self.drafts is None else self.drafts.wait()
 
     def _writing(self) -> list[Text]:
         return [text for text in self._pool.occupants if text is not None]
 
     def _give_slots(self, chosen: list[tuple[Request, int]]) -> None:
         leaving, entering = self._schedule.admission(self._writing(), self.slice_tokens)
-        if leaving and (found := self._looks.wait()) is not None:  # their states may be ahead of their tokens
+        if leaving and (found := self._wait()) is not None:  # their states may be ahead of their tokens
             self._note(found, chosen)
             leaving, entering = self._schedule.admission(self._writing(), self.slice_tokens)
         for text in leaving:  # each continues later from a copy of its state

@@ -42,6 +42,7 @@ class Schedule:
 
     def add(self, text: Text) -> None:
         """Add a text whose prompt is unread."""
+        self._count_all_written()  # it starts level with others
         self._turns.add(text, text.request.share)
         self.texts[text.request] = text
         self.unread[text] = self._next = None
@@ -69,12 +70,14 @@ class Schedule:
         if not self.unread:
             return []
         if self._next is None:
-            self._count_all_written()
-            due = {
-                *self._turns.next(self._slots, _any_text),
-                *self._turns.next(_AHEAD * self._slots, _any_text, per_request=1),
-            }
-            able = [text for text in self.unread if text in due]
+            able = list(self.unread)
+            if len(self.texts) > self._slots:
+                self._count_all_written()
+                due = {
+                    *self._turns.next(self._slots, _any_text),
+                    *self._turns.next(_AHEAD * self._slots, _any_text, per_request=1),
+                }
+                able = [text for text in able if text in due]
             begun = {text.prompt for text in able if text.reading.begun}
             found: list[Text] = []
             for text in able:  # of several texts of one prompt, the others wait for the one that reads it

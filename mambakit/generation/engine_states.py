@@ -8,6 +8,7 @@ on to the end of the text.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,13 +42,20 @@ class TextStates:
 
     def before_look(self, pool: SlotPool, several: bool) -> None:
         """Copy the states that are due; ``several``: whether slots may read beyond their texts' ends."""
+        for slot, text in self._due(pool, several):
+            self._copies[text].append(pool.copy_of(slot))
+            self._drop_old(text)
+
+    def are_due(self, pool: SlotPool, several: bool) -> bool:
+        """Whether `before_look` would copy a state."""
+        return any(True for _ in self._due(pool, several))
+
+    def _due(self, pool: SlotPool, several: bool) -> Iterator[tuple[int, Text]]:
         for slot, text in enumerate(pool.occupants):
             if text is None or (copies := self._copies.get(text)) is None:
                 continue
-            due = pool.seen(slot) - copies[-1].get_seq_length() >= _EVERY
-            if due and (several or text.request.keep_states):
-                copies.append(pool.copy_of(slot))
-                self._drop_old(text)
+            if (several or text.request.keep_states) and pool.seen(slot) - copies[-1].get_seq_length() >= _EVERY:
+                yield slot, text
 
     def left(self, text: Text) -> None:
         """A text leaves its slot for another, and goes on later."""
@@ -63,7 +71,10 @@ class TextStates:
         end = _end_of(text)
         # The text may have ended in a look that was launched before the last copy.
         copies = [copy for copy in self._copies.pop(text, []) if copy.get_seq_length() <= end]
-        current = text.state if slot is None else pool.copy_of(slot) if pool.seen(slot) <= end else None
+        if slot is None:
+            current = text.state
+        else:
+            current = pool.copy_of(slot) if pool.seen(slot) <= end and slot not in pool.ahead else None
         if current is not None:
             if copies and copies[-1].get_seq_length() == current.get_seq_length():
                 del copies[-1]

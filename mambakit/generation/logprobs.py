@@ -18,6 +18,7 @@ from mambakit.generation.state import State
 from mambakit.generation.token_ids import require_in_vocabulary
 from mambakit.generation.token_scores import LOGIT_ROWS
 from mambakit.generation.token_texts import TokenTexts
+from mambakit.modules.projection import project
 from mambakit.quoting import brief
 
 
@@ -101,7 +102,7 @@ def score_alternatives(
         LogitsError: the model's log-probabilities are NaN.
     """
     for rows, these in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
-        log_probs = model.lm_head(rows).float().log_softmax(-1)
+        log_probs = project(model.lm_head, rows).float().log_softmax(-1)
         best = log_probs.topk(top)
         own = require_numbers(log_probs.gather(1, these[:, None])[:, 0].cpu())
         yield these.cpu(), own, best.indices.cpu(), best.values.cpu()

@@ -184,16 +184,22 @@ class PromptReading:
 class ReadingShare(Generic[T]):
     """Which prompts an engine step reads: the one with the fewest tokens left first, within limits of time and tokens.
 
-    A quarter of the time goes to the oldest prompt, so that it does not wait forever for shorter ones.
+    A quarter of the time goes to the oldest prompt, so that it does not wait forever for shorter ones. Where a step of
+    many slots takes long, prompts may take as long: else slots became free faster than prompts are read.
 
     Args:
-        seconds: the maximum delay of texts that decode; at least one part is read, however long it takes.
+        seconds: the maximum delay of texts that decode, or `step_seconds` where that is more; at least one part is
+            read, however long it takes.
         tokens: the maximum number of tokens per step; the part that exceeds it is read to its end.
         clock: returns the time in seconds.
+
+    Attributes:
+        step_seconds: how long the last step of the texts that decode took.
     """
 
     def __init__(self, seconds: float, tokens: int, clock: Callable[[], float]):
         self.seconds, self.tokens, self._clock = seconds, tokens, clock
+        self.step_seconds = 0.0
         self._owed = 0.0  # seconds owed to the oldest prompt: a third of those of others, minus its own
         self._first: object = None
         self._spent, self._read = 0.0, 0.0  # decaying sums over recent parts: seconds, and tokens
@@ -210,13 +216,15 @@ class ReadingShare(Generic[T]):
             part: reads a part of one, or of other short prompts that are read before it.
         """
         began, budget, some = self._clock(), self.tokens, False
+        most = max(self.seconds, self.step_seconds) if self.seconds else 0.0
         queued = 0.0  # expected GPU seconds of the parts launched in this step
         self._look()
-        while budget > 0 and (able := list(candidates())):
+        able: list[T] = []
+        while budget > 0 and (able := able or list(candidates())):
             now = self._clock()
             chosen = self._choose(able, reading)
             left = reading(chosen).left
-            if some and max(now - began, queued) + self._expected(min(left, self.tokens)) > self.seconds:
+            if some and max(now - began, queued) + self._expected(min(left, self.tokens)) > most:
                 return
             done, some = part(chosen), True
             if done.timing is None:
@@ -229,6 +237,8 @@ class ReadingShare(Generic[T]):
             self._owed += spent / 3 if chosen is not able[0] else -spent
             self._owed = max(self._owed, -self.seconds)
             budget -= done.read
+            if done.read or not done.work:  # else it was a layer of a chunk: there are the same prompts as before
+                able = []
 
     def _choose(self, able: list[T], reading: Callable[[T], PromptReading]) -> T:
         if able[0] is not self._first:

@@ -6,17 +6,23 @@ Greedy text is that of plain decoding. Sampled text has the distribution of plai
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mambakit.decoding.acceptance import probabilities
-from mambakit.decoding.drafting import Draft, Drafter, read_draft_tokens
+from mambakit.decoding.distributions import probabilities
+from mambakit.decoding.draft_model import draft_cost
+from mambakit.decoding.draft_rounds import WrittenText
+from mambakit.decoding.drafting import NO_DRAFT, Draft, Drafter, read_draft_tokens
+from mambakit.decoding.guess_count import Guesses
 from mambakit.decoding.sampled_text import SampledText
+from mambakit.decoding.sampling_params import SamplingParams
 from mambakit.decoding.slots import SlotPool
+from mambakit.decoding.speculation import Speculation
 from mambakit.generation.drafters import DraftModel, PromptLookup
-from mambakit.generation.stream import Stream, _Writer
+from mambakit.generation.stream import Stream, _end_tokens, _Writer
 from mambakit.modules import StateCache
 
 
@@ -59,30 +65,65 @@ class _VerifyingWriter(_Writer):
 
     def __init__(self, stream: SpeculativeStream, sampled: SampledText, cache: StateCache, known: Tensor):
         super().__init__(sampled, SlotPool(stream.model, 1, cache), stream.draft_tokens)
-        generator = torch.Generator(known.device)
-        if stream.sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(stream.sampling.seed)
+        drafter, device = stream.drafter, known.device
+        own = drafter.for_slots(1) if isinstance(drafter, DraftModel) else _OneText(drafter, sampled, device)
+        self._stream, self._prompt, self._begun = stream, known, False
+        self._speculation = Speculation(
+            self.loop, own, 1, stream.draft_tokens, draft_cost(drafter, stream.model), may_cut=bool(stream.stop)
+        )
+        self._verified = False  # whether the last tokens come from a round
 
-        def scores(_text: list[int], logits: Tensor) -> Tensor:
-            return logits if sampled.params.greedy else probabilities(sampled.params, logits).log()
+    def __exit__(self, *error: object) -> None:
+        self._speculation.close()
+        super().__exit__(*error)
 
-        stream.drafter.begin(known, sampled.params, scores, generator)
-        self._stream, self._draft = stream, Draft([])
-        self._verified = False  # whether the last tokens come from a verification
-        self._known: list[int] = known.tolist()  # all tokens so far
+    def first(self, logits: Tensor) -> list[int]:
+        stream, chosen = self._stream, super().first(logits)
+        known = [*self._prompt.tolist(), *chosen]
+        ends = frozenset(_end_tokens(stream.model))
+        text = WrittenText(self.sampled, known, 1, stream.max_new_tokens, ends)
+        self._speculation.begin(0, text, self._prompt, stream.draft_tokens)
+        return chosen
 
     def next(self, most: int) -> list[int]:
-        stream = self._stream
-        self._draft = stream.drafter.propose(self._known, min(stream.draft_tokens, most - 1))
-        chosen, self._verified = self.loop.verify([self._draft])[0], True
-        stream.proposed += len(self._draft.tokens)
+        stream, before = self._stream, self._speculation.proposed
+        while (found := self._speculation.round()) is None:
+            pass
+        self._verified = True
+        stream.proposed += self._speculation.proposed - before
         stream.rounds += 1
-        return chosen
+        return found.tokens[0]
 
     def keep(self, chosen: list[int], kept: list[int], read: int) -> None:
         if self._verified:
-            self.loop.keep([read])
+            self._speculation.settle([read])
         self._stream.accepted += min(len(kept), len(chosen) - 1)
-        self._known += kept
+
+
+class _OneText:
+    """A `SlotDrafter` of one slot that is the stream's own `Drafter`."""
+
+    def __init__(self, drafter: Drafter, sampled: SampledText, device: torch.device):
+        self._drafter, self._sampled, self._device = drafter, sampled, device
+
+    def begin(self, slot: int, ids: Tensor, sampling: SamplingParams, written: Sequence[int] = ()) -> None:
+        generator = torch.Generator(self._device)
+        if sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(sampling.seed)
+        self._drafter.begin(ids, sampling, self._scores, generator)
+
+    def _scores(self, _text: list[int], logits: Tensor) -> Tensor:
+        params = self._sampled.params
+        return logits if params.greedy else probabilities(params, logits).log()
+
+    def propose(self, texts: Sequence[list[int] | None], guesses: Sequence[Guesses]) -> list[Draft]:
+        (text,), ((most, _),) = texts, guesses
+        return [self._drafter.propose(text, most) if text is not None and most else NO_DRAFT]
+
+    def release(self, slot: int) -> None:
+        """The stream ends with its text."""
+
+    def close(self) -> None:
+        """See `SlotDrafter`."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from mambakit.decoding.logits import require_numbers
 from mambakit.decoding.prefill import hidden_states
 from mambakit.modules import StateCache
+from mambakit.modules.projection import project
 
 # Logits are formed for this many tokens at a time: with a vocabulary of 50,280 that is 51 MB of float32 on a CPU, and
 # 412 MB on a GPU, where the host's launches would otherwise bound it.
@@ -52,7 +53,7 @@ def _logits(model: Any, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tenso
     """(logits (r, v) float32, targets (r,)) of some rows at a time."""
     rows = LOGIT_ROWS if hidden.device.type == "cpu" else _LOGIT_ROWS_OF_GPUS
     for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-        logits = model.lm_head(some).float()
+        logits = project(model.lm_head, some).float()
         yield logits, wanted.to(logits.device)
 
 

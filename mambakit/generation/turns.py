@@ -7,6 +7,7 @@ order. Knows neither torch nor time.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -107,13 +108,21 @@ class Turns(Generic[T]):
                 for node in leaf.ancestors():
                     wanted[node] = wanted.get(node, 0) + len(mine)
         chosen: list[T] = []
+        # Of each node that was come to, its children with waiting texts. Only a choice changes their order, of the
+        # nodes above it alone, which are not in their parents' heaps meanwhile.
+        heaps: dict[_Node, list[tuple[int, float, int, _Node]]] = {}
         while len(chosen) < count and wanted.get(self._root):
             node = self._root
             while node not in waiting:
-                able = (child for child in node.children.values() if wanted.get(child))
-                node = min(able, key=lambda child: (taken.get(child, 0), child.served, child.order))
+                if node not in heaps:
+                    able_nodes = (child for child in node.children.values() if wanted.get(child))
+                    heaps[node] = [(taken.get(child, 0), child.served, child.order, child) for child in able_nodes]
+                    heapq.heapify(heaps[node])
+                node = heapq.heappop(heaps[node])[3]
             chosen.append(waiting[node].pop())
             for above in node.ancestors():
                 wanted[above] -= 1
                 taken[above] = taken.get(above, 0) + 1
+                if above.parent is not None and wanted[above]:
+                    heapq.heappush(heaps[above.parent], (taken[above], above.served, above.order, above))
         return chosen

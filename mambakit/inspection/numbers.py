@@ -17,7 +17,7 @@ from mambakit.generation.start_token import start_token
 from mambakit.generation.token_ids import require_in_vocabulary, token_ids
 from mambakit.generation.token_scores import surprise
 from mambakit.inspection.attention import attention_rows, implicit_attention
-from mambakit.modules.mixers.mamba import Selection
+from mambakit.modules.mixers.selection import Selection
 
 _CHUNK = 256
 # Where none are named: so many layers, evenly spaced, and so many channels of each, from short to long memory.

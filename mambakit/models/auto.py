@@ -20,6 +20,7 @@ from mambakit.models.checkpoints.storage import (
 from mambakit.models.checkpoints.table import format_of
 from mambakit.models.families import CAUSAL_LM, CLASSIFIER, CONFIG, FAMILIES, MASKED_LM, MODEL, TOKEN_CLASSIFIER
 from mambakit.models.options import check_loading
+from mambakit.models.vocabularies import MADE, made, stand_in
 from mambakit.quoting import brief
 from mambakit.reading import read_json, require_whole
 
@@ -115,8 +116,6 @@ class AutoModelForTokenClassification(_AutoModel):
 
 def _stand_in(name: str, config: Any, fields: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     """The tokenizer of a checkpoint without one."""
-    from mambakit.models.vocabularies import stand_in
-
     chosen = stand_in(name, fields.get("vocab_size", config.vocab_size))
     try:
         return AutoTokenizer.from_pretrained(chosen, *args, **{k: v for k, v in kwargs.items() if k != "config"})
@@ -135,9 +134,7 @@ class AutoTokenizer:
     def from_pretrained(name: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         import transformers
 
-        if not Path(name).exists() and str(name) in ("raw-bytes", "hyena-dna"):
-            from mambakit.models.vocabularies import made
-
+        if not Path(name).exists() and str(name) in MADE:
             return made(str(name))
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         folder = small_files(name, **hub)

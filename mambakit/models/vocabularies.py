@@ -43,11 +43,13 @@ STAND_INS = (
 )
 
 
+MADE = ("raw-bytes", "hyena-dna")
+"""Names of tokenizers that need no file."""
+
+
 def made(name: str) -> Any:
-    """The tokenizer of this name that needs no file, or None."""
-    if name == "raw-bytes":
-        return _raw_bytes()
-    return _hyena_dna() if name == "hyena-dna" else None
+    """The tokenizer of a name in `MADE`."""
+    return _raw_bytes() if name == "raw-bytes" else _hyena_dna()
 
 
 def stand_in(checkpoint: str, size: int) -> str:

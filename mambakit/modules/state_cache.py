@@ -216,6 +216,19 @@ class StateCache:
         self._seen_tokens = max(self._seen_tokens, source._seen_tokens)
         return self
 
+    def gather_(self: _Cache, source: StateCache, slots: Tensor) -> _Cache:
+        """Slot i becomes slot ``slots[i]`` of ``source``, in place; ``slots`` (b,) int64 on the caches' device.
+
+        Nothing is checked that would need the device, so that a CUDA graph can hold the copies. Indices must lie within
+        ``source``. The number of tokens seen stays.
+
+        Raises:
+            ValueError: a state of another specification.
+        """
+        self._require_alike(source)
+        self._memory.gather_(source._memory, slots)
+        return self
+
     def load_(self: _Cache, source: StateCache) -> _Cache:
         """Copy the values and the number of tokens seen of ``source``, which has as many slots, in place: the
         tensors stay where they are, for a captured graph or a native step that holds on to their memory. No gradient

@@ -80,6 +80,12 @@ class StateMemory:
         for key, stacked in self.tensors().items():
             stacked[:, to_index] = given[key][:, from_index].to(self.device, stacked.dtype)
 
+    def gather_(self, source: StateMemory, slots: Tensor) -> None:
+        """Slot i becomes slot ``slots[i]`` (b,) of ``source``, on one device, without a look at the indices."""
+        given = source.tensors()
+        for key, stacked in self.tensors().items():
+            torch.index_select(given[key], 1, slots, out=stacked)
+
     def zero_(self, rows: Tensor | list[int]) -> None:
         """Zero the slots ``rows``, in place: indices, or a mask (b,) bool, with which nothing waits for the device.
 

@@ -5,7 +5,10 @@ The oldest release is that of `mambakit._versions.TESTED`. A branch here names t
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.machinery
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -65,10 +68,44 @@ def outside_graphs(function: Callable, reason: str) -> Callable:
 def count_flops(op: Any, formula: Callable[..., int]) -> None:
     """torch's FlopCounterMode counts calls of ``op`` by ``formula`` of its arguments, shapes in the place of tensors.
 
-    2.4 registers a formula for the overload and looks for it by the packet of overloads.
+    The formula is registered when torch's module is imported: it imports Triton, a third of a second that a process
+    which counts nothing need not wait.
     """
+    if _COUNTER in sys.modules:
+        _register(op, formula)
+    else:
+        sys.meta_path.insert(0, _AfterImport(lambda: _register(op, formula)))
+
+
+_COUNTER = "torch.utils.flop_counter"
+
+
+def _register(op: Any, formula: Callable[..., int]) -> None:
+    """2.4 registers a formula for the overload and looks for it by the packet of overloads."""
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     register_flop_formula(op)(formula)
     if RELEASE < (2, 5):
         flop_registry[op] = flop_registry.pop(op.default)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Calls ``action`` once, when `_COUNTER` has been imported."""
+
+    def __init__(self, action: Callable[[], None]):
+        self.action = action
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        spec = importlib.machinery.PathFinder.find_spec(name, path) if name == _COUNTER else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.action()
+
+        setattr(spec.loader, "exec_module", exec_module)  # noqa: B010, which mypy takes for a method's
+        return spec

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mambakit.ops._backends import native, nvrtc
+from mambakit.ops._backends.launch_list import why_one_by_one
 from mambakit.ops.decode import cuda_persistent as persistent
 from mambakit.ops.fused_mixer.signature import unavailable
 from mambakit.ops.linear.api import MOST_ROWS
@@ -58,7 +59,9 @@ def _on_gpu(op: str) -> Implementation:
     if op == "fused_mixer":
         why_not = unavailable()
         if why_not is None:
-            return Implementation(op, "cuda", "whole layers, launches prepared once for a shape; else the ops' own")
+            one_by_one = why_one_by_one()
+            remedy = "" if one_by_one is None else f"the host's part is slower, launch by launch: {one_by_one}"
+            return Implementation(op, "cuda", "whole layers, a pass as one list of launches; else the ops' own", remedy)
         return Implementation(op, "cuda", _NOT_NATIVE[op], f"whole layers are faster, but {why_not}")
     if op == "selective_scan":
         why_not = nvrtc.available()

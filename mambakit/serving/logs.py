@@ -31,7 +31,7 @@ class LogOptions:
 
 def configure(options: LogOptions) -> None:
     """Write this process's log to standard error, in place of what was configured before."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StandardError()
     handler.setFormatter(_Json() if options.form == "json" else _Text())
     logging.basicConfig(level=options.level.upper(), handlers=[handler], force=True)
     for library in ("httpx", "httpcore", "huggingface_hub", "transformers", "uvicorn", "asyncio"):
@@ -41,6 +41,25 @@ def configure(options: LogOptions) -> None:
 def fields(**values: Any) -> dict[str, Any]:
     """The ``extra`` of a logging call; fields that are None are left out."""
     return {FIELDS: {name: value for name, value in values.items() if value is not None}}
+
+
+class _StandardError(logging.Handler):
+    """Writes to what standard error is at that moment. Where it is closed, or its reader is gone, lines are dropped
+    without a word: nobody reads what would be said about it.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr
+        if stream is None or stream.closed:
+            return
+        try:
+            stream.write(self.format(record) + "\n")
+            stream.flush()
+        except OSError:  # no reader, or no room
+            return
+        except Exception:
+            if not stream.closed:
+                self.handleError(record)
 
 
 class _Json(logging.Formatter):

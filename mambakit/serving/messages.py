@@ -14,6 +14,7 @@ class WorkerOptions:
 
     Attributes:
         model: hub id, folder or GGUF file.
+        tokenizer: hub id, folder or name of one; None: the model's.
         device: "cpu", "cuda:0", ...
         dtype: of the weights: "auto", "float32", ...; None is float32 on a CPU, the checkpoint's elsewhere.
         slots: texts that one replica decodes together.
@@ -24,6 +25,9 @@ class WorkerOptions:
         prefix_cache_disk_bytes: budget of those files.
         states_folder: where states are kept that clients ask for; None: none are.
         states_memory_bytes: budget of those that are in memory, too.
+        draft_model: a smaller model of the same vocabulary that drafts for the texts; None: none does.
+        prompt_lookup: draft what followed the same tokens earlier in the text.
+        draft_tokens: of a draft, at most.
         state: a file of one row's state that every text starts from; None: zeros.
         heartbeat_seconds: a replica that sends nothing for longer is killed and restarted.
         progress_seconds: the same for one that has work and completes no step.
@@ -32,6 +36,7 @@ class WorkerOptions:
     """
 
     model: str
+    tokenizer: str | None = None
     device: str = "cpu"
     dtype: str | None = None
     slots: int = 8
@@ -42,6 +47,9 @@ class WorkerOptions:
     prefix_cache_disk_bytes: int = 4 << 30
     states_folder: str | None = None
     states_memory_bytes: int = 256 << 20
+    draft_model: str | None = None
+    prompt_lookup: bool = False
+    draft_tokens: int = 4
     state: str | None = None
     heartbeat_seconds: float = 20.0
     progress_seconds: float = 300.0

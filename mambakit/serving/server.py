@@ -16,7 +16,6 @@ from typing import Any
 
 import uvicorn
 
-from mambakit.serving.api.declarations import Limits
 from mambakit.serving.api.intake import Intake, IntakeOptions
 from mambakit.serving.dispatch.dispatcher import Dispatcher
 from mambakit.serving.http.access import AccessRules, is_loopback
@@ -31,6 +30,7 @@ from mambakit.serving.messages import WorkerOptions
 from mambakit.serving.metrics import Metrics
 from mambakit.serving.replicas.supervisor import Supervisor
 from mambakit.serving.states.options import StatesOptions, open_store
+from mambakit.serving.tokenizing import load_tokenizer
 
 _log = logging.getLogger("mambakit.serving")
 
@@ -188,7 +188,7 @@ def make_dispatcher(options: ServerOptions) -> Dispatcher:
 
 
 def make_intake(options: ServerOptions) -> Intake:
-    return Intake(lambda: _load(options), options.intake)
+    return Intake(lambda: load_tokenizer(options), options.intake)
 
 
 def make_services(options: ServerOptions, access: AccessRules, dispatcher: Dispatcher, intake: Intake) -> Services:
@@ -254,23 +254,6 @@ def _reload(options: ServerOptions, context: ssl.SSLContext | None) -> None:
             _log.info("the certificate was read again", extra=fields(file=options.tls.certificate))
     except ValueError as error:
         _log.error("not read again, and what was there before is used: %s", error)
-
-
-def _load(options: ServerOptions) -> tuple[Any, Limits]:
-    """The tokenizer and the limits of requests: all that the server needs of the model."""
-    from mambakit.models.auto import AutoConfig, AutoTokenizer
-
-    limits = Limits(
-        model=options.name,
-        vocab_size=AutoConfig.from_pretrained(options.worker.model).vocab_size,
-        max_new_tokens=options.max_new_tokens,
-        max_prompt_tokens=options.max_prompt_tokens,
-        most_texts=min(options.max_texts, options.max_waiting + options.worker.slots * len(options.devices)),
-    )
-    tokenizer = AutoTokenizer.from_pretrained(options.worker.model)
-    if options.chat_template is not None:
-        tokenizer.chat_template = options.chat_template
-    return tokenizer, limits
 
 
 def _nothing(_number: int, _frame: Any) -> None:

@@ -75,12 +75,106 @@ def test_rotation(tmp_path, how):
     log.write_bytes(b"new 1\n")
     if "meanwhile" in how:  # of the process
         tail = Tail(log, place)
-        assert tail.anew
-        assert tail.read(100) == [b"new 1\n"]
-        return
+        assert tail.anew == (how == "cut meanwhile")
     lines = tail.read(100) + tail.read(100) + tail.read(100)
-    assert lines == ([b"left over"] if how == "replaced" else []) + [b"new 1\n"]
+    assert lines == ([b"left over"] if "replaced" in how else []) + [b"new 1\n"]
     assert tail.place()["offset"] == 6
+
+
+def test_a_file_replaced_while_nobody_followed_is_read_to_its_end(tmp_path):
+    """Under any name beside the new one, and as a copy (copytruncate); an older one that begins alike is not taken."""
+    log = tmp_path / "log[1]"  # a name is no pattern
+    log.write_bytes(b"head\n" + b"".join(b"line %d\n" % i for i in range(20)))
+    tail = Tail(log)
+    seen = tail.read(1000)
+    place = json.loads(json.dumps(tail.place()))
+    with open(log, "ab") as file:
+        file.write(b"more\nlast")
+    (tmp_path / "log[1].0").write_bytes(b"head\nanother file\n" * 20)
+    (tmp_path / "log[1].d").mkdir()
+    copy = tmp_path / "log[1]-20261129"
+    copy.write_bytes(log.read_bytes())
+    log.write_bytes(b"")  # the same inode
+    tail = Tail(log, place)
+    assert not tail.anew
+    assert tail.read(100) == [b"more\n"]
+    assert tail.read(100) == []  # the new one is empty: more may come to the earlier one
+    tail = Tail(log, json.loads(json.dumps(tail.place())))
+    log.write_bytes(b"new\n")
+    assert [line for _ in range(3) for line in tail.read(100)] == [b"last", b"new\n"]
+    assert len(seen) == 21
+
+
+def test_a_short_place_is_found_by_its_inode_alone(tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(b"head\n")
+    tail = Tail(log)
+    assert tail.read(100) == [b"head\n"]
+    (tmp_path / "log.2").write_bytes(b"head\nold\n")
+    log.rename(tmp_path / "log.1")
+    log.write_bytes(b"new 1\n")
+    again = Tail(log, tail.place())
+    assert not again.anew
+    assert again.read(100) + again.read(100) == [b"new 1\n"]
+    (tmp_path / "log.1").unlink()
+    again = Tail(log, tail.place())
+    assert again.anew
+    assert again.read(100) == [b"new 1\n"]
+
+
+def test_what_comes_to_a_replaced_file_before_the_new_one_has_lines(tmp_path):
+    """logrotate makes the new file at once, and the program writes to the old one until it is told."""
+    log = tmp_path / "log"
+    old = open(log, "wb", buffering=0)  # noqa: SIM115, written to after it was renamed
+    old.write(b"one\n")
+    tail = Tail(log)
+    assert tail.read(100) == [b"one\n"]
+    log.rename(tmp_path / "log.1")
+    log.touch()
+    assert tail.read(100) == []
+    old.write(b"two\n")
+    old.close()
+    assert tail.read(100) == [b"two\n"]
+    log.write_bytes(b"three\n")
+    assert tail.read(100) == [b"three\n"]
+
+
+def test_a_file_cut_short_that_has_grown_again(tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(b"one\ntwo\n")
+    tail = Tail(log)
+    assert tail.read(100) == [b"one\n", b"two\n"]
+    log.write_bytes(b"another one\nand more\n")
+    assert tail.read(100) == [b"another one\n", b"and more\n"]
+
+
+@pytest.mark.parametrize("most", [1, 7, 1000])
+def test_where_a_long_line_is_cut_depends_on_its_bytes_alone(tmp_path, monkeypatch, most):
+    monkeypatch.setattr(module, "LONGEST_LINE", 10)
+    log = tmp_path / "log"
+    for line, pieces in (
+        ("x" * 10 + "\n", ["x" * 10, "\n"]),
+        ("日本語の文字\n", ["日本語", "の文字\n"]),
+        ("x日本語の文字" * 2 + "\n", ["x日本語", "の文字x", "日本語", "の文字\n"]),
+    ):
+        log.write_text("a\n" + line + "b\n", encoding="utf-8")
+        tail = Tail(log)
+        found = [piece for _ in range(99) for piece in tail.read(most)]
+        assert [piece.decode() for piece in found] == ["a\n", *pieces, "b\n"]
+    log.write_bytes(b"\x80" * 25 + b"\n")  # no character at all
+    tail = Tail(log)
+    assert [len(piece) for _ in range(99) for piece in tail.read(most)] == [10, 10, 6]
+
+
+def test_a_line_longer_than_a_read_hides_nothing_after_it(tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(b"one\n" + b"x" * 2000 + b"\ntwo\n")
+    tail = Tail(log)
+    assert [len(line) for _ in range(3) for line in tail.read(256)] == [4, 2001, 4]
+    with open(log, "ab") as file:
+        file.write(b"no end " * 100)
+    assert tail.read(256) == []
+    assert tail.rest() == [b"no end " * 100]
 
 
 def test_from_the_end_and_endless_lines(tmp_path, monkeypatch):
@@ -204,6 +298,8 @@ def test_mistakes(folder, tmp_path, capsys):
         ([str(log), "--once"], "--once has no effect without --follow"),
         ([str(log), "--quantile", "0.5"], "--quantile has no effect without --follow"),
         (["--follow", str(log), str(log)], "twice"),
+        (["--follow", str(log), str(tmp_path / "." / "log")], "twice"),
+        (["--follow", "/dev/null"], "is a pipe or a device"),
         (["--follow", str(log), "-"], "standard input is followed alone"),
         (["--follow", str(log), "--save-every", "3"], "--save-every has no effect without --state"),
         (["--follow", str(log), "--quantile", "0.99", "--window", "9"], "needs 100 values"),

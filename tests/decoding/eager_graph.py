@@ -4,13 +4,14 @@ again."""
 from __future__ import annotations
 
 import contextlib
+import weakref
 
 import pytest
 import torch
 
-from mambakit.decoding import batch, bucket_graphs, native_step, prefill, registry
+from mambakit.decoding import batch, bucket_graphs, native_step, prefill, registry, round_graphs, verify_layers
 from mambakit.decoding.graph_step import GraphDecoder
-from mambakit.decoding.registry import DECODERS, FORWARD, DecoderKind
+from mambakit.decoding.registry import DECODERS, FORWARD, DecoderKind, VerifierKind
 from mambakit.generation import engine_prompts, reading
 from mambakit.models import generate
 from mambakit.ops._backends import native
@@ -24,6 +25,7 @@ class EagerGraph(GraphDecoder):
     def __init__(self, model, states, run=None, capacity: int = 64):
         self.model, self.states, self.capacity, self.holder = model, states, capacity, None
         self.verifiers: dict = {}
+        self.rounds = weakref.WeakKeyDictionary()
         self.rows = rows = states.max_batch_size
         self.tokens = torch.zeros(rows, dtype=torch.int64)
         self.history = torch.full((rows, capacity), -1)
@@ -31,6 +33,9 @@ class EagerGraph(GraphDecoder):
         self.logits = torch.zeros(rows, model.config.vocab_size)
 
     def __call__(self) -> None:
+        self.launch(self.model)
+
+    def launch(self, model) -> None:
         hidden = self.model.backbone(self.tokens[:, None], cache_params=self.states).last_hidden_state
         self.logits.copy_(self.model.lm_head(hidden)[:, -1])
         self.tokens.copy_(self.logits.argmax(-1))
@@ -57,6 +62,28 @@ def decode_by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(registry, "DECODERS", (eager, FORWARD))
         monkeypatch.setattr(generate, "graphs_serve", lambda *_: True)
         monkeypatch.setitem(batch._TOKENS_PER_LOOK, "cpu", 16)
+
+
+class EagerCapture:
+    """A captured graph whose replays run the function again; it is run when it is captured, too."""
+
+    def __init__(self, run, device, **_):
+        self._run = run
+        self.result = run()
+
+    def replay(self):
+        again = self._run()
+        if again is not None:
+            self.result.copy_(again)
+
+
+def speculate_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have rounds of speculation run as on a GPU, by graphs."""
+    decode_by("graph", monkeypatch)
+    for module in (verify_layers, round_graphs):
+        monkeypatch.setattr(module, "CapturedGraph", EagerCapture)
+    kind = VerifierKind("eager", lambda *_, **__: None, verify_layers.CapturedVerifier, True)
+    monkeypatch.setattr(registry, "VERIFIERS", (kind, registry.VERIFIERS[-1]))
 
 
 class _NoTiming:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mambakit.decoding.acceptance import Acceptance, probabilities
+from mambakit.decoding.acceptance import Acceptance
+from mambakit.decoding.distributions import probabilities
 from mambakit.decoding.drafting import Draft
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampler import Sampler

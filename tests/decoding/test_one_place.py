@@ -35,6 +35,7 @@ def test_graphs_are_captured_in_one_module():
 def test_decoders_are_chosen_in_the_registry_alone():
     """Its entries have a ``why_not``; whoever else asked one, or made a kernel's step, would choose."""
     steps = {"DecodeStep", "VerifyStep", "PersistentStep", "FewRowsStep", "ManyRowsStep", "ManyRowsVerification"}
+    steps |= {"DecodeParts"}
     makers = files_that(lambda tree: any(call.split(".")[-1] in steps for call in calls(tree)))
     makers = {name for name in makers if not name.startswith("ops/")}  # where kernels are ops of their own
     assert makers == {"decoding/native_step.py", "decoding/graph_step.py", "decoding/verify.py"}

@@ -141,7 +141,11 @@ def test_reasons_name_what_is_wrong():
     model = pair("plain")[0]
     why_not = registry.DECODERS[0].why_not
     assert why_not(model, 3) is None
-    assert why_not(model, 17) == "17 rows; it serves 1 to 16"
+    assert why_not(model, 17) is None
+    assert why_not(model, 33) == "33 rows of float32 weights; of those it serves 1 to 32"
+    assert why_not(model.bfloat16(), 1000) is None
+    assert why_not(pair("plain")[0], 0) == "0 rows; it serves 1 or more"
+    model = pair("plain")[0]
     assert "float64" in why_not(pair("plain")[0].double(), 1)
     assert "another dtype" in why_not(model, 1, states=pair("plain")[0].double().backbone.new_cache(1))
     with torch.autocast("cpu", torch.bfloat16):
@@ -167,8 +171,8 @@ def test_the_first_that_serves_is_chosen(monkeypatch):
 
 
 def test_a_markdown_table_of_what_serves():
-    text = registry.as_markdown({"gelu": pair("gelu")[0], "plain": pair("plain")[0]}, rows=(1, 32))
+    text = registry.as_markdown({"gelu": pair("gelu")[0], "plain": pair("plain")[0]}, rows=(1, 33))
     lines = text.splitlines()
-    assert lines[0] == "| model | 1 row | 32 rows |"
+    assert lines[0] == "| model | 1 row | 33 rows |"
     assert lines[2] == "| gelu | forward | forward |"
     assert lines[3].endswith("| forward |")

@@ -106,11 +106,11 @@ def test_over_a_cache(way, model):
 
 def test_only_what_the_native_library_serves_is_elastic(model, monkeypatch):
     decode_by("native", monkeypatch)
-    assert SlotPool(model, 16).elastic
-    assert not SlotPool(model, 17).elastic, "17 rows are the forward's: its bits for one row would be others"
+    assert SlotPool(model, 32).elastic
+    assert not SlotPool(model, 33).elastic, "33 rows are the forward's: its bits for one row would be others"
     assert not SlotPool(pair("gelu")[0], 4).elastic
-    rows = SlotPool(model, 17)
-    assert rows.grow() == 17
+    rows = SlotPool(model, 33)
+    assert rows.grow() == 33
 
 
 @torch.no_grad()

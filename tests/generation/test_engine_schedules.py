@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
 import torch
 
 import mambakit
+from mambakit.generation.drafters import DraftModel, PromptLookup
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.stream import Sampling
 from tests.decoding.choose_one import raising
-from tests.decoding.eager_graph import WAYS, decode_by, read_in_buckets
+from tests.decoding.eager_graph import WAYS, decode_by, read_in_buckets, speculate_on_device
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -67,7 +69,7 @@ def samplings(chance: random.Random) -> Sampling:
     )  # fmt: skip
 
 
-def random_request(chance: random.Random, model, kept: float) -> Request:
+def random_request(chance: random.Random, model, kept: float, drafts: bool = False) -> Request:
     length = chance.choice([1, 2, 3, 5, 17])
     generator = torch.Generator().manual_seed(chance.randrange(4))
     ids = torch.randint(5, POISON, (length,), generator=generator)
@@ -85,21 +87,29 @@ def random_request(chance: random.Random, model, kept: float) -> Request:
     return Request(
         ids, samplings(chance), max_new_tokens=chance.choice([1, 1, 2, 3, 5, 9, MOST]), state=state, context=context,
         keep_state=chance.random() < kept, keep_states=chance.random() < kept, share=chance.choice(SHARES),
-        cache_salt=chance.choice(["", "", "salt"]),
+        cache_salt=chance.choice(["", "", "salt"]), draft_tokens=chance.choice([None, None, 0, 2]) if drafts else None,
+        log_probs=chance.choice([None] * 9 + [1]) if drafts else None,
     )  # fmt: skip
 
 
-def alone(model, way: str, rows: int, chunk: int, request: Request) -> tuple[list[int], str]:
+def alone(model, way: str, rows: int, chunk: int, request: Request, drafter=None) -> tuple[list[int], str]:
     """What an engine of as many rows that has nothing else to do writes."""
     state = None if request.state is None else tuple(request.state.ssm_states.flatten().tolist())
     context = None if request.context is None else tuple(request.context.tolist())
+    # With a draft model a sampled text follows from its guesses, too.
+    options = {}
+    if drafter is not None and request.draft_tokens != 0 and request.sampling.temperature:
+        options = {"drafter": drafter, "draft_tokens": 3}
     key = (
         id(model), way, rows if way != "native" else 0, chunk, tuple(request.prompt_ids.tolist()),
         type(request.sampling), str(request.sampling), state, context,
+        *((request.draft_tokens, request.max_new_tokens) if options else ()),
     )  # fmt: skip
     if key not in _ALONE:
-        mine = Request(request.prompt_ids, request.sampling, MOST, request.state, context=request.context)
-        engine = Engine(model, rows, chunk)
+        most = request.max_new_tokens if options else MOST
+        mine = Request(request.prompt_ids, request.sampling, most, request.state, context=request.context)
+        mine.draft_tokens = request.draft_tokens
+        engine = Engine(model, rows, chunk, **options)
         engine.submit(mine)
         for _ in engine.run():
             pass
@@ -109,7 +119,7 @@ def alone(model, way: str, rows: int, chunk: int, request: Request) -> tuple[lis
     return tokens[:most], reason if len(tokens) < most else "length"
 
 
-def schedule(seed: int, model, way: str) -> None:
+def schedule(seed: int, model, way: str, drafter=None) -> None:
     chance = random.Random(seed)
     rows, chunk = chance.choice([1, 2, 3, 5, 8]), chance.choice([1, 2, 4, 64])
     now = 0.0
@@ -125,7 +135,7 @@ def schedule(seed: int, model, way: str) -> None:
     engine = Engine(
         model, rows, chunk, prefix_cache=known if chance.random() < 0.3 else None,
         read_seconds=chance.choice([0, 0.005, 0.1]), slice_tokens=chance.choice([1, 1, 2, 7, 32]), clock=clock,
-        tokens_per_look=chance.choice([None, 2, 5, 8]),
+        tokens_per_look=chance.choice([None, 2, 5, 8]), drafter=drafter, draft_tokens=3,
     )  # fmt: skip
     kept = chance.choice([0, 0, 0.3])  # where no state is kept, looks of several tokens overlap
     requests: list[Request] = []
@@ -135,7 +145,7 @@ def schedule(seed: int, model, way: str) -> None:
     while left or len(engine._schedule):
         for _ in range(chance.choice([0, 0, 1, 1, 2, 6]) if left else 0):
             left -= 1
-            request = random_request(chance, model, kept)
+            request = random_request(chance, model, kept, drafter is not None)
             if request.prompt_ids.min() < 0 or request.prompt_ids.max() >= VOCAB:
                 with pytest.raises(ValueError, match="prompt_ids has token"):
                     engine.submit(request)
@@ -160,7 +170,7 @@ def schedule(seed: int, model, way: str) -> None:
     assert not engine._states._copies, "no copy of a state is left"
     for request in requests:
         assert request.tokens == seen[request]
-        tokens, reason = alone(model, way, rows, chunk, request)
+        tokens, reason = alone(model, way, rows, chunk, request, drafter)
         if request in cancelled:
             assert request.finish_reason == "cancelled"
             assert request.tokens == tokens[: len(request.tokens)]
@@ -203,4 +213,26 @@ def test_random_schedules(way, part, monkeypatch):
                 schedule(seed, model, way)
             except BaseException as error:
                 error.add_note(f"schedule({seed}, way {way!r})")
+                raise
+
+
+@pytest.mark.parametrize("kind", ["near", "wrong", "lookup"])
+def test_random_schedules_with_drafts(kind, monkeypatch):
+    """Texts are those of an engine of their own: greedy ones without drafts, sampled ones with the same drafts."""
+    speculate_on_device(monkeypatch)
+    model, drafter = MODELS["native"], PromptLookup(2, 1)
+    with torch.no_grad():
+        if kind != "lookup":
+            small = copy.deepcopy(model)
+            if kind == "wrong":
+                small.backbone.norm_f.weight.neg_()
+            for parameter in small.backbone.layers.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+            small.backbone.embeddings.weight[POISON] = 0.1
+            drafter = DraftModel(small)
+        for seed in range(SCHEDULES):
+            try:
+                schedule(seed, model, kind, drafter)
+            except BaseException as error:
+                error.add_note(f"schedule({seed}, drafts {kind!r})")
                 raise

@@ -89,7 +89,8 @@ def test_greedy_is_plain_decoding(both, draft, ids, kind, most):
     assert same_state(stream, plain)
     if kind in ("same model", "right"):
         assert stream.accepted == stream.proposed
-        assert stream.rounds == -(-39 // (most + 1))
+        # A text begins with as many guesses as are worthwhile if 4 of 5 are right.
+        assert -(-39 // (most + 1)) <= stream.rounds <= {1: 20, 4: 10, 15: 10}[most]
     if kind == "half wrong":
         assert 0 < stream.accepted < stream.proposed or most == 1
     assert len(stream.tokens) == stream.accepted + stream.rounds + 1
@@ -182,7 +183,8 @@ def test_continuing_from_a_state(both, ids):
     _, blind = run(SpeculativeStream(model, tokenizer, **state.prompt(), **options))
     _, told = run(SpeculativeStream(model, tokenizer, **state.prompt(), context=ids[:-1], **options))
     assert blind.tokens == told.tokens == plain.tokens
-    assert told.accepted == told.proposed > blind.accepted, "a drafter that knows what was read guesses better"
+    assert told.accepted == told.proposed, "a drafter that knows what was read guesses better"
+    assert blind.accepted < blind.proposed
 
 
 def test_prompt_lookup_finds_the_latest_longest_run():

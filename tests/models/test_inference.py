@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -12,6 +15,8 @@ from mambakit.generation.state import State
 from mambakit.generation.stream import Sampling, Stream
 from mambakit.models.checkpoints import convert
 from mambakit.models.mamba.inference import InferenceCausalLM
+from mambakit.models.mamba.inference_config import InferenceConfig
+from mambakit.modules.mixers import computation_fields
 from tests.models.configurations import BASE, tokens
 from tests.models.tiny import save_tiny
 
@@ -25,11 +30,25 @@ def save(folder, family="Mamba", **fields):
     return model
 
 
-def both(folder, dtype=None):
+def both(folder, dtype=None, by_transformers=False):
+    """The command line's model, and transformers'; where asked for, the first with transformers' configuration."""
     config = mambakit.AutoConfig.from_pretrained(folder)
     assert InferenceCausalLM.loads(config)
+    if not by_transformers:
+        config = require_same_configuration(InferenceConfig.of(folder), config)
     ours = InferenceCausalLM.from_pretrained(folder, config=config, dtype=dtype)
     return ours, mambakit.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def require_same_configuration(ours, theirs) -> InferenceConfig:
+    for field in fields(ours):
+        if field.name != "generation" and (field.name, ours.model_type) != ("mixer_rms_eps", "mamba"):
+            expected = getattr(theirs, field.name, None)
+            assert getattr(ours, field.name) == expected, field.name
+    a, b = ours.state_spec(torch.float32), theirs.state_spec(torch.float32)
+    assert (a.layers, a.model) == (b.layers, b.model)
+    assert computation_fields(ours) == computation_fields(theirs)
+    return ours
 
 
 def require_same(ours, theirs) -> None:
@@ -52,6 +71,10 @@ def require_same(ours, theirs) -> None:
             ours(ids[:, :1], cache_params=a.cache).logits, theirs(ids[:, :1], cache_params=b.cache).logits
         )
         assert torch.equal(ours(ids, logits_to_keep=1).logits, theirs(ids, logits_to_keep=1).logits)
+        told = [model(ids, use_cache=False, return_dict=False, output_hidden_states=True) for model in (ours, theirs)]
+        assert [type(part) for part in told[0]] == [type(part) for part in told[1]]
+        assert torch.equal(told[0][0], told[1][0])
+        assert all(map(torch.equal, told[0][1], told[1][1]))
     assert fingerprint(ours) == fingerprint(theirs)
 
 
@@ -62,6 +85,7 @@ def require_same(ours, theirs) -> None:
 def test_transformers_format(tmp_path, family, fields, dtype):
     save(tmp_path, family, **fields)
     require_same(*both(tmp_path, dtype))
+    require_same(*both(tmp_path, dtype, by_transformers=True))
 
 
 @pytest.mark.parametrize("kind", ["original", "gguf", "int8", "int4", "lossless"])
@@ -121,6 +145,36 @@ def test_damaged_files_are_refused_with_the_same_words(tmp_path, damage):
 def test_weights_that_another_library_packed_are_left_to_transformers():
     config = mambakit.MambaConfig(**BASE, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     assert not InferenceCausalLM.loads(config)
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])
+def test_a_field_that_a_file_leaves_out_has_transformers_default(tmp_path, family):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    require_same_configuration(InferenceConfig.of(tmp_path), mambakit.AutoConfig.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("changed", [
+    {"hidden_act": "gelu"}, {"a_field_of_nobody": 1}, {"intermediate_size": 7}, {"return_dict": None},
+    {"time_step_min": 0.5}, {"mixer_rms_eps": 1e-6}, {"quantization_config": {"quant_method": "bitsandbytes"}},
+    {"model_type": "bimamba"},
+])  # fmt: skip
+def test_what_is_left_to_transformers(tmp_path, changed):
+    save_tiny(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    assert InferenceConfig.of(tmp_path) is None
+
+
+def test_settings_of_generation_are_left_to_transformers(tmp_path):
+    save_tiny(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [3, 5], "transformers_version": "5.17.0"}))
+    assert InferenceConfig.of(tmp_path).generation.eos_token_id == [3, 5]
+    path.write_text(json.dumps({"eos_token_id": 3, "temperature": 0.7}))
+    assert InferenceConfig.of(tmp_path) is None
+    path.write_text(json.dumps({"eos_token_id": "3"}))
+    with pytest.raises(CheckpointError, match="eos_token_id is '3'"):
+        InferenceConfig.of(tmp_path)
 
 
 def test_the_files_may_change_afterwards(tmp_path):

@@ -17,7 +17,7 @@ from mambakit.generation.engine import Engine, Request
 from mambakit.generation.stream import Sampling
 from mambakit.modules import MambaMixer
 from mambakit.modules.interception import Watch, any_intercepted, intercepted, is_ours, modules_of, untouched
-from mambakit.modules.mixers.mamba import TimeStepProjection
+from mambakit.modules.mixers.time_steps import TimeStepProjection
 from mambakit.ops._backends import native
 from tests.decoding.eager_graph import native_serves
 from tests.models.configurations import pair, tokens, worst

@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+import mambakit
 from mambakit import cli
 from mambakit.commands.serve import _NUMBERS
 from mambakit.commands.served_model import read_template
@@ -134,6 +135,12 @@ def test_no_replica_outlives_its_server(model, tmp_path):
         (("--devices", "cpu", "cpu", "--replicas", "1"), "--replicas is 1, but 2 --devices"),
         (("--device", "cpu", "--devices", "cpu"), "give one"),
         (("--model", "no/such/model/folder"), "neither a folder here nor a hub id"),
+        (("--prompt-lookup", "--draft-model", "x"), "--draft-model and --prompt-lookup are two drafters; give one"),
+        (("--draft-tokens", "4"), "--draft-tokens has no effect without --draft-model or --prompt-lookup"),
+        (("--draft-tokens", "16", "--prompt-lookup"), "--draft-tokens is 16; it must be at most 15"),
+        (("--draft-model", "/no/such/folder"), "there is no folder '/no/such/folder'"),
+        (("--draft-model", ""), "--draft-model is empty"),
+        (("--tokenizer", ""), "--tokenizer is empty"),
         (("--host", "203.0.113.1"), "cannot listen on --host 203.0.113.1"),
     ],
 )
@@ -152,6 +159,48 @@ def test_a_model_that_does_not_load_ends_the_command(tmp_path, model, capsys):
     assert "could not start: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [("--tokenizer", "has tokens up to 303, and the model's end at 99"), ("--draft-model", "the draft model has")],
+)
+def test_a_tokenizer_or_a_draft_model_of_another_vocabulary(option, says, tmp_path, model, capsys):
+    """The model has 100 tokens, the other one and its tokenizer more."""
+    for file in Path(model).iterdir():
+        if "token" in file.name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = mambakit.MambaConfig(vocab_size=100, hidden_size=16, num_hidden_layers=1)
+    mambakit.MambaForCausalLM(config).save_pretrained(tmp_path)
+    command = ["serve", "--device", "cpu", "--port", "0", "--model", str(tmp_path), option, model]
+    assert cli.main(command) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("drafter", ["--draft-model", "--prompt-lookup"])
+def test_drafts_change_no_text(drafter, model, server, tmp_path):
+    """From a file of options; streamed, sampled with a seed, stopped, with log-probabilities."""
+    file = tmp_path / "serve.toml"
+    name = drafter[2:].replace("-", "_")
+    value = "true" if drafter == "--prompt-lookup" else repr(model)
+    file.write_text(f"model = {model!r}\nslots = 2\n{name} = {value}\ndraft_tokens = 3\ntokenizer = {model!r}\n")
+    bodies = (
+        {"prompt": "one two one two one two", "max_tokens": 40, "temperature": 0},
+        {"prompt": "one two one two", "max_tokens": 20, "temperature": 0, "logprobs": 2},
+    )  # fmt: skip
+    with serving(tmp_path / "log", "--config", str(file)) as drafting:
+        drafting.ready()
+        for body in bodies:
+            found, expected = drafting.complete(**body), server.complete(**body)
+            assert found["choices"][0]["text"] == expected["choices"][0]["text"]
+            assert found["usage"] == expected["usage"]
+        streamed = drafting.stream(**bodies[0])
+        assert (
+            "".join(e["choices"][0]["text"] for e in streamed if e)
+            == drafting.complete(**bodies[0])["choices"][0]["text"]
+        )
+        sampled = {"prompt": "one two", "max_tokens": 20, "temperature": 1, "seed": 3, "n": 3}
+        assert drafting.complete(**sampled)["choices"] == drafting.complete(**sampled)["choices"]
+
+
 def test_what_is_missing_is_named(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["serve"]) == 2
@@ -161,12 +210,12 @@ def test_what_is_missing_is_named(monkeypatch, capsys):
 def test_devices_are_dealt_in_turn(monkeypatch):
     import argparse
 
-    from mambakit.commands.serve import _devices
+    from mambakit.commands.served_model import devices_of
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
 
     def devices(**given) -> tuple[str, ...]:
-        return _devices(argparse.Namespace(**{"device": None, "devices": None, "replicas": None} | given))
+        return devices_of(argparse.Namespace(**{"device": None, "devices": None, "replicas": None} | given))
 
     assert devices() == ("cuda:0",)
     assert devices(replicas=3) == ("cuda:0", "cuda:1", "cuda:0")
@@ -203,6 +252,7 @@ def test_each_option_reaches_the_server(monkeypatch):
         value = type(number.low)(number.low + 1000 + i if number.high > 1200 else min(number.high, 3 + i))
         values[number.name] = value
         arguments += [number.name, str(value)]
+    arguments += ["--tokenizer", "another-tokenizer", "--prompt-lookup"]
     assert cli.main(["serve", "--device", "cpu", "--prefix-cache", *arguments]) == 0
     (options,) = served
     reached = str(options)
@@ -211,6 +261,9 @@ def test_each_option_reaches_the_server(monkeypatch):
     ]
     assert lost in ([], ["--replicas"]), reached
     assert len(options.devices) == values["--replicas"]
+    worker = options.worker
+    assert (worker.tokenizer, worker.prompt_lookup, worker.draft_model) == ("another-tokenizer", True, None)
+    assert worker.draft_tokens == values["--draft-tokens"]
 
 
 def test_slots_had_another_name(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -69,3 +70,26 @@ def test_a_traceback_is_a_field(log):
             LogOptions("json"), (lambda logger, m, extra: logger.error(m, exc_info=sys.exc_info()), "bad", {})
         )
     assert "ValueError: no" in json.loads(line)["traceback"]
+
+
+@pytest.mark.parametrize("stream", ["none", "closed", "closing", "no reader"])
+def test_a_closed_standard_error_is_not_written_to(log, stream, monkeypatch, capsys):
+    """Not even by `logging` itself, which prints a traceback where a handler fails."""
+
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            if stream == "closing":
+                self.close()
+                raise ValueError("I/O operation on closed file")
+            raise BrokenPipeError
+
+    given = {"none": None, "closed": io.StringIO()}.get(stream, Broken())
+    if stream == "closed":
+        given.close()
+    log(LogOptions())
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", given)
+        patch.setattr(logging.Handler, "handleError", lambda *_: pytest.fail("a traceback was printed"))
+        logging.getLogger("mambakit.test").info("request", extra=fields(path="/"))
+    logging.getLogger("mambakit.test").info("later")
+    assert capsys.readouterr().err.endswith("INFO later\n"), "what standard error is then"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from transformers import GenerationConfig
+from typing import TYPE_CHECKING, Any
 
 from mambakit.errors import CheckpointError
 from mambakit.models.checkpoints.fields import check_config, check_generation, shown
@@ -13,6 +11,9 @@ from mambakit.models.checkpoints.storage import read_config
 from mambakit.models.checkpoints.table import format_of
 from mambakit.models.families import FAMILIES
 from mambakit.reading import read_json
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 _REMEDY = "correct it there or fetch it again"
 
@@ -81,6 +82,8 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
     path = folder / "generation_config.json"
     if not path.exists():
         return None
+    from transformers import GenerationConfig
+
     check_generation(read_json(path), path, GenerationConfig)
     try:
         return GenerationConfig.from_pretrained(folder)

@@ -1,7 +1,8 @@
 """What a Mamba language model computes, whatever class holds its modules: transformers' interface or inference alone.
 
 `mambakit.models.mamba.modeling` has the classes for everything, `mambakit.models.mamba.inference` those that the
-command line loads in half the time. Arguments are those of the forward methods, with the cache under one name.
+command line loads in half the time. Arguments are those of the forward methods, with the cache under one name. Each
+class names its ``output_type``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from mambakit.decoding.transformers_steps import TransformersSteps
 from mambakit.models.documents import Marks, given_marks
 from mambakit.models.inputs import packing_of, shifted_labels
-from mambakit.models.outputs import MambaCausalLMOutput, MambaOutput
 from mambakit.models.quantization import require_learning
 from mambakit.modules import MambaBlock, StateCache, new_cache
 from mambakit.modules.interception import is_ours
@@ -43,7 +43,7 @@ def backbone_forward(
     attention_mask: Tensor | None,
     marks: Marks,
     output_attentions: bool | None,
-) -> MambaOutput | tuple:
+) -> Any:
     """`MambaModel.forward`, of modules ``embeddings``, ``layers`` and ``norm_f`` (arXiv 2312.00752, section 3.4)."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -95,7 +95,7 @@ def backbone_forward(
     hidden_states = None
     if output_hidden_states:
         hidden_states = (*(unpack(t) for t in [*streams[1:], residual][: len(streams)]), x)
-    output = MambaOutput(last_hidden_state=x, cache=None if only_tensors else cache, hidden_states=hidden_states)
+    output = model.output_type(last_hidden_state=x, cache=None if only_tensors else cache, hidden_states=hidden_states)
     return output if return_dict else output.to_tuple()
 
 
@@ -121,14 +121,14 @@ def language_model_forward(
     output_attentions: bool | None,
     num_items_in_batch: Tensor | int | None,
     steps: TransformersSteps | None,
-) -> MambaCausalLMOutput | tuple:
+) -> Any:
     """`MambaForCausalLM.forward`, of modules ``backbone`` and ``lm_head``."""
     return_dict = model.config.return_dict if return_dict is None else return_dict
     others = (attention_mask, inputs_embeds, labels)
     if all(t is None for t in others) and not (given_marks(marks) or output_hidden_states or output_attentions):
         logits = None if steps is None else steps.logits(input_ids, cache)
         if logits is not None:
-            result = MambaCausalLMOutput(logits=logits[:, None], cache=cache)
+            result = model.output_type(logits=logits[:, None], cache=cache)
             return result if return_dict else result.to_tuple()
     output = model.backbone(
         input_ids,
@@ -161,7 +161,7 @@ def language_model_forward(
         )
         if num_items_in_batch is not None:
             loss = loss / num_items_in_batch
-    result = MambaCausalLMOutput(loss=loss, logits=logits, cache=output.cache, hidden_states=output.hidden_states)
+    result = model.output_type(loss=loss, logits=logits, cache=output.cache, hidden_states=output.hidden_states)
     return result if return_dict else result.to_tuple()
 
 

@@ -7,18 +7,18 @@ transformers adds (``generate``, ``save_pretrained``, training, placement on sev
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from mambakit.models.checkpoints.loading import load_pretrained
 from mambakit.models.checkpoints.storage import read_tensors, weight_files
 from mambakit.models.documents import Marks
 from mambakit.models.mamba.forward import backbone_forward, cache_of, language_model_forward, only_calls_its_layers
-from mambakit.models.outputs import MambaCausalLMOutput, MambaOutput
+from mambakit.models.mamba.inference_config import EndTokens
 from mambakit.models.quantization import is_quantized
 from mambakit.modules import MambaBlock, RMSNorm, StateCache
 
@@ -26,9 +26,45 @@ from mambakit.modules import MambaBlock, RMSNorm, StateCache
 _FLOAT32 = ("A_log", "mixer.D", "dt_proj.bias")
 
 
+@dataclass
+class _Output:
+    """The state under its three names, and the fields that are not None as a tuple. Abstract."""
+
+    cache: StateCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+    @property
+    def cache_params(self) -> StateCache | None:
+        return self.cache
+
+    @property
+    def past_key_values(self) -> StateCache | None:
+        return self.cache
+
+    def to_tuple(self) -> tuple:
+        values = [getattr(self, field.name) for field in fields(self)]
+        return tuple(value for value in (*values[2:], *values[:2]) if value is not None)
+
+
+@dataclass
+class InferenceOutput(_Output):
+    """As `MambaOutput`."""
+
+    last_hidden_state: Tensor | None = None
+
+
+@dataclass
+class InferenceCausalLMOutput(_Output):
+    """As `MambaCausalLMOutput`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
 class InferenceBackbone(nn.Module):
     """Embeddings, layers and final norm."""
 
+    output_type = InferenceOutput
     gradient_checkpointing = False
 
     def __init__(self, config: Any):
@@ -57,7 +93,7 @@ class InferenceBackbone(nn.Module):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         output_attentions: bool | None = None,
-    ) -> MambaOutput | tuple:
+    ) -> InferenceOutput | tuple:
         """As `MambaModel.forward`."""
         marks = Marks(None, cu_seqlens, None, None, None, None, None)
         return backbone_forward(
@@ -94,14 +130,16 @@ class InferenceCausalLM(_Assigned):
     """A backbone with a language modelling head.
 
     Attributes:
-        config: a configuration of `mambakit.models`.
-        generation_config: transformers', of the checkpoint.
+        config: an `InferenceConfig`, or a configuration of `mambakit.models`.
+        generation_config: of the checkpoint; transformers' where its generation_config.json is more than tokens.
     """
+
+    output_type = InferenceCausalLMOutput
 
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
-        self.generation_config = GenerationConfig.from_model_config(config)
+        self.generation_config = EndTokens(config.bos_token_id, config.eos_token_id, config.pad_token_id)
         self.backbone = InferenceBackbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -117,13 +155,14 @@ class InferenceCausalLM(_Assigned):
         """A checkpoint of any format, in eval mode on the CPU.
 
         Args:
-            config: of the checkpoint, by `mambakit.AutoConfig`.
+            config: of the checkpoint, by `InferenceConfig.of` or `mambakit.AutoConfig`.
             dtype: of the weights, as in transformers.
 
         Raises:
             CheckpointError: a file is missing, damaged, holds code, or does not fit the configuration.
         """
-        model = load_pretrained(cls, name, config=config, dtype=dtype)
+        generation = getattr(config, "generation", None)
+        model = load_pretrained(cls, name, config=config, dtype=dtype, generation_config=generation)
         config.dtype = model.dtype
         return model.eval()
 
@@ -157,7 +196,7 @@ class InferenceCausalLM(_Assigned):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
-    ) -> MambaCausalLMOutput | tuple:
+    ) -> InferenceCausalLMOutput | tuple:
         """As `MambaForCausalLM.forward`."""
         marks = Marks(None, cu_seqlens, None, None, None, None, None)
         return language_model_forward(

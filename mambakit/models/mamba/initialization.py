@@ -23,7 +23,7 @@ from transformers import initialization as init  # skips parameters that a check
 from mambakit.models.configuration import uses_mamba_ssm_recipe
 from mambakit.modules import MambaMixer, MixerNorm, RMSNorm
 from mambakit.modules.mixers import Mixer
-from mambakit.modules.mixers.mamba import TimeStepProjection
+from mambakit.modules.mixers.time_steps import TimeStepProjection
 
 _EMBEDDING_STD = 0.02
 

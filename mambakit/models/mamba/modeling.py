@@ -18,6 +18,8 @@ from mambakit.modules import MambaBlock, RMSNorm, StateCache
 class MambaModel(MambaPreTrainedModel):
     """Embeddings, layers and final norm (arXiv 2312.00752, section 3.4)."""
 
+    output_type = MambaOutput
+
     def __init__(self, config: MambaConfig):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -83,6 +85,7 @@ class MambaModel(MambaPreTrainedModel):
 class MambaForCausalLM(GenerativeMambaModel):
     """`MambaModel` with a language modelling head, tied to the embeddings unless the configuration says otherwise."""
 
+    output_type = MambaCausalLMOutput
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
 
     def __init__(self, config: MambaConfig):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from mambakit.modules.interception import untouched
 from mambakit.modules.left_padding import LeftPadding
 from mambakit.modules.mixers import fused_layer
 from mambakit.modules.mixers.mixer import Mixer
+from mambakit.modules.mixers.selection import Selection
+from mambakit.modules.mixers.time_steps import TimeStepProjection
 from mambakit.modules.norm import MixerNorm
 from mambakit.modules.packing import Packing
 from mambakit.modules.placement import CacheHandle, opened
@@ -28,59 +30,6 @@ from mambakit.ops import causal_conv1d, causal_conv1d_, selection_norm, selectiv
 from mambakit.ops._backends.memory import all_plain
 from mambakit.ops.fused_mixer import MixerWeights, fused_mixer, mix_rows
 from mambakit.quoting import brief
-
-
-class TimeStepProjection(nn.Linear):
-    """(r) -> (d), a linear layer whose bias stays float32 when the model is cast to a half dtype.
-
-    With one, the sum is float32, too: near a softplus the rounding of a half would move the steps by per cents. The
-    mixer takes the product alone (`product`), and the scan adds the bias right before the softplus, unless this
-    module's call is hooked or replaced. A new layer's steps are those that ``steps`` names.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, steps: TimeSteps | None = None, **factory: Any
-    ):
-        self.steps = steps or TimeSteps()  # nn.Linear draws its parameters when it is made
-        super().__init__(in_features, out_features, bias, **factory)
-        if self.bias is not None and self.bias.dtype.itemsize == 2:  # made in half: its rounding would move the steps
-            self.bias = nn.Parameter(self.steps.bias(self.bias))
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        bound = self.steps.bound(self.in_features)
-        nn.init.uniform_(self.weight, -bound, bound)  # for a constant, too: what is drawn after it is the same
-        if self.steps.scheme == "constant":
-            nn.init.constant_(self.weight, bound)
-        if self.bias is not None and not self.bias.is_meta:  # see `Mixer.reset_own_parameters`
-            self.bias.copy_(self.steps.bias(self.bias))
-
-    def forward(self, input: Tensor) -> Tensor:
-        product = self.product(input)
-        return product if self.bias is None else product + self.bias
-
-    def product(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight)
-
-    def _apply(self, fn: Callable, recurse: bool = True):
-        return super()._apply(lambda t: keep_float32(fn, t) if t.dim() == 1 else fn(t), recurse)
-
-
-class Selection(NamedTuple):
-    """What a layer's scan was given for l tokens of b rows (arXiv 2312.00752, algorithm 2), in float32 or float64."""
-
-    u: Tensor
-    """(b, l, d), the convolution's output."""
-    delta: Tensor
-    """(b, l, d), the step sizes, after the softplus."""
-    A: Tensor
-    """(d, n), negative."""
-    B: Tensor
-    """(b, l, n)."""
-    C: Tensor
-    """(b, l, n)."""
-    D: Tensor
-    """(d,)."""
 
 
 class MambaMixer(Mixer):
@@ -359,7 +308,7 @@ class MambaMixer(Mixer):
     def _selected(self, x: Tensor) -> tuple[Tensor, ...]:
         """dt (b, l, r), B and C (b, l, n)."""
         r, n, norms = self.time_step_rank, self.ssm_state_size, self.norms()
-        selected = self.x_proj(x)
+        selected = project(self.x_proj, x)
         if self.mixer_rms_eps is None:
             return selected.split([r, n, n], -1)
         if self._norms_are_plain():

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 
 # Best first. A kernel's symbol is its name and the instruction set: selective_scan_avx512.
-INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
+INSTRUCTION_SETS = ("avx512vnni", "avx512", "avx2vnni", "avx2", "i8mm", "dotprod", "neon", "portable")
+# Sets that add instructions for products: their other kernels are those of the set that they extend.
+EXTENDS = {"avx512vnni": "avx512", "avx2vnni": "avx2", "i8mm": "neon", "dotprod": "neon"}
 # Of Linux, macOS and Windows: with the MinGW toolchain's prefix, and without.
 _NAMES = ("libmambakit_native.so", "libmambakit_native.dylib", "libmambakit_native.dll", "mambakit_native.dll")
 _REMEDY = (
@@ -94,7 +96,7 @@ def supported() -> list[str]:
     library = _library()
     if library is None:
         return []
-    return [i for i in INSTRUCTION_SETS if _symbol("rms_norm", i) and library.mambakit_supports(i.encode())]
+    return [i for i in INSTRUCTION_SETS if _symbol("linear", i) and library.mambakit_supports(i.encode())]
 
 
 def _symbol(name: str, isa: str) -> Callable | None:
@@ -124,7 +126,7 @@ def kernel(name: str) -> Callable:
     """The C function ``name`` for the instruction set in use. It takes pointers to structures and int64, returns 0."""
     isa = current_isa()
     assert isa is not None, "kernels are asked for only where the library is"
-    function = _symbol(name, isa)
+    function = _symbol(name, isa) or _symbol(name, EXTENDS[isa])
     assert function is not None, f"{name} was not built for {isa}"
     function.restype = ctypes.c_int  # type: ignore[attr-defined]
     return function
@@ -141,6 +143,25 @@ def runner() -> Callable:
     library = _library()
     assert library is not None, "programs are made only where the library is"
     return library.mambakit_run
+
+
+@functools.cache
+def launcher() -> Callable:
+    """The C function that enqueues a list of GPU work (`launch_list.cpp`)."""
+    library = _library()
+    assert library is not None, "lists are launched by it only where the library is"
+    function = library.mambakit_launch_list
+    word, address = ctypes.c_int64, ctypes.c_void_p
+    function.argtypes = [address, address, word, word, address, address, address, word]
+    function.restype = word
+    return function
+
+
+@functools.cache
+def lacks_bfloat16_products() -> bool:
+    """Whether the processor is known to have no instructions for products of bfloat16, which torch then emulates."""
+    library = _library()
+    return library is not None and not library.mambakit_supports(b"bfloat16")
 
 
 def is_available() -> bool:

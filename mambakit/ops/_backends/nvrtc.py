@@ -140,10 +140,23 @@ def _launcher(cooperative: bool):
     return launch
 
 
-_INVALID_CONTEXT = 201
+@functools.cache
+def functions() -> tuple[int, int]:
+    """Addresses of cuLaunchKernel and cuMemsetD8Async."""
+    library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    found = library.cuLaunchKernel, library.cuMemsetD8Async
+    return tuple(ctypes.cast(f, ctypes.c_void_p).value for f in found)  # type: ignore[return-value]
 
 
-def _use_context(device: int) -> None:
+INVALID_CONTEXT = 201
+
+
+def error_name(code: int) -> str:
+    """The driver's name of an error."""
+    return _bindings()[0].CUresult(code).name
+
+
+def use_context(device: int) -> None:
     """Make the device's context this thread's, as CUDA's run time does at a thread's first call.
 
     A thread of autograd's may launch or load before it has made any.
@@ -170,9 +183,14 @@ def parameter_sizes(function: int) -> list[int]:
 
 
 class Launch:
-    """A launch of which only what is at its parameters' addresses changes."""
+    """A launch of which only what is at its parameters' addresses changes.
+
+    Attributes:
+        call: function, grid, threads, bytes of shared memory.
+    """
 
     def __init__(self, function: int, grid: tuple[int, int, int], threads: int, shared_bytes: int):
+        self.call = function, *grid, threads, shared_bytes
         self._launch = functools.partial(_launcher(False), function, *grid, threads, 1, 1, shared_bytes)
 
     def __call__(self, stream: int, parameters: int) -> None:
@@ -180,11 +198,11 @@ class Launch:
         error = self._launch(stream, parameters, None)
         if error == 0:
             return
-        if error == _INVALID_CONTEXT:
-            _use_context(torch.cuda.current_device())
+        if error == INVALID_CONTEXT:
+            use_context(torch.cuda.current_device())
             error = self._launch(stream, parameters, None)
         if error != 0:
-            raise RuntimeError(f"kernel launch failed: {_bindings()[0].CUresult(error).name}")
+            raise RuntimeError(f"kernel launch failed: {error_name(error)}")
 
 
 class Kernel:
@@ -194,7 +212,7 @@ class Kernel:
     """
 
     def __init__(self, function, shared_bytes: int, cooperative: bool = False):
-        self._function, self._shared = int(function), shared_bytes
+        self.function, self.shared_bytes = int(function), shared_bytes
         self._launch = _launcher(cooperative)
         self._extra = () if cooperative else (None,)
 
@@ -204,24 +222,24 @@ class Kernel:
         arguments = _arguments
         arguments.pointer.value = ctypes.addressof(parameters)
         call = (
-            self._function,
+            self.function,
             grid,
             grid_y,
             1,
             threads,
             1,
             1,
-            self._shared,
+            self.shared_bytes,
             stream,
             arguments.address,
             *self._extra,
         )
         error = self._launch(*call)
-        if error == _INVALID_CONTEXT:
-            _use_context(torch.cuda.current_device())
+        if error == INVALID_CONTEXT:
+            use_context(torch.cuda.current_device())
             error = self._launch(*call)
         if error != 0:
-            raise RuntimeError(f"kernel launch failed: {_bindings()[0].CUresult(error).name}")
+            raise RuntimeError(f"kernel launch failed: {error_name(error)}")
 
 
 class Module:
@@ -232,7 +250,7 @@ class Module:
         major, minor = torch.cuda.get_device_capability(device)
         cubin = machine_code(folder, source, macros, f"sm_{major}{minor}")
         with torch.cuda.device(device):
-            _use_context(device)
+            use_context(device)
             self._module = _check(driver.cuModuleLoadData(cubin))
 
     def kernel(self, name: str, shared_bytes: int = 0, cooperative: bool = False) -> Kernel:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mambakit.ops._backends import nvrtc
+from mambakit.ops._backends.launch_list import KernelItem, Place
 
 _SCRATCH = 2  # pointers that Triton appends to a kernel's parameters for scratch memory, where it does
 
@@ -60,6 +61,7 @@ class PreparedTriton:
             self._addresses[i] = _bits(kinds[name], arguments[name])
         start = ctypes.addressof(self._addresses)
         slots = [*map(order.index, passed), *range(len(order), len(order) + _SCRATCH)]
+        self._slots = slots
         self._parameters = (ctypes.c_void_p * len(slots))(*(start + 8 * slot for slot in slots))
         metadata = compiled.metadata
         if metadata.num_ctas != 1 or getattr(metadata, "global_scratch_size", 0):
@@ -72,6 +74,15 @@ class PreparedTriton:
         self._lock = threading.Lock()
         self._at = ctypes.addressof(self._parameters)
         self._kept = compiled  # its machine code stays loaded
+
+    def item(self, *places: Place) -> KernelItem:
+        """The launch in a list, with the addresses' places in the order of the arguments that stand for some."""
+        block = list(self._addresses)
+        for i in range(self._count):
+            block[i] = 0
+        # As signed numbers, which is what a list's words are.
+        block = [word - 2**64 if word >= 2**63 else word for word in block]
+        return KernelItem(self, self._launch.call, self._slots, block, list(enumerate(places)))
 
     def __call__(self, stream: int, *addresses: int) -> None:
         """Launch with ``addresses`` in the order of the arguments that stand for some."""

@@ -4,6 +4,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include <atomic>
@@ -185,7 +189,7 @@ namespace {
 // What the processor has and the operating system keeps over a switch of threads. Asked by hand: with the toolchain that
 // makes the wheels (zig) __builtin_cpu_supports says no to everything.
 struct Processor {
-  bool avx2 = false, avx512 = false;
+  bool avx2 = false, avx512 = false, avx2vnni = false, avx512vnni = false, bfloat16 = false;
   Processor() {
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return;
@@ -198,18 +202,57 @@ struct Processor {
     avx2 = (b >> 5 & 1) && fma && f16c;
     const bool kept = (low & 0xe0) == 0xe0;  // those of AVX-512
     avx512 = avx2 && kept && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);  // f, dq, bw, vl
+    avx512vnni = avx512 && (c >> 11 & 1);
+    const bool tiles = (low & 0x60000) == 0x60000 && (d >> 22 & 1) && (d >> 24 & 1);  // AMX, its bfloat16
+    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+      avx2vnni = avx2 && (a >> 4 & 1);
+      bfloat16 = avx512 && (a >> 5 & 1);
+    }
+    bfloat16 |= avx512 && tiles;
   }
+};
+#elif defined(__aarch64__)
+struct Processor {
+  bool dotprod = false, i8mm = false, bfloat16 = false;
+#if defined(__linux__)
+  Processor() {
+    dotprod = getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+    i8mm = dotprod && (getauxval(AT_HWCAP2) >> 13 & 1);  // HWCAP2_I8MM
+    bfloat16 = getauxval(AT_HWCAP2) >> 14 & 1;  // HWCAP2_BF16
+  }
+#elif defined(__APPLE__)
+  static bool has(const char* name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value;
+  }
+  Processor() {
+    dotprod = has("hw.optional.arm.FEAT_DotProd");
+    i8mm = dotprod && has("hw.optional.arm.FEAT_I8MM");
+    bfloat16 = has("hw.optional.arm.FEAT_BF16");
+  }
+#endif
 };
 #endif
 
 }  // namespace
 
-// Whether this processor and operating system run what was compiled as `isa`.
+// Whether this processor and operating system run what was compiled as `isa`; "bfloat16": whether there are
+// instructions for products of bfloat16 (AVX-512 BF16, AMX, Arm's BF16).
 EXPORT int mambakit_supports(const char* isa) {
 #if defined(__x86_64__)
   const Processor processor;
+  if (strcmp(isa, "bfloat16") == 0) return processor.bfloat16;
+  if (strcmp(isa, "avx512vnni") == 0) return processor.avx512vnni;
+  if (strcmp(isa, "avx2vnni") == 0) return processor.avx2vnni;
   if (strcmp(isa, "avx512") == 0) return processor.avx512;
   if (strcmp(isa, "avx2") == 0) return processor.avx2;
+#endif
+#if defined(__aarch64__)
+  const Processor processor;
+  if (strcmp(isa, "bfloat16") == 0) return processor.bfloat16;
+  if (strcmp(isa, "dotprod") == 0) return processor.dotprod;
+  if (strcmp(isa, "i8mm") == 0) return processor.i8mm;
 #endif
   return strcmp(isa, "portable") == 0 || strcmp(isa, "neon") == 0;
 }

@@ -1,4 +1,4 @@
-"""The convolution's Triton kernels launched with addresses alone, for whole rows of one shape and one set of strides.
+"""The convolution's Triton kernels as items of a launch list, for whole rows of one shape and one set of strides.
 
 SiLU is on. Each class has the arguments of `triton.py`'s launches, without packing; the state starts from zeros, or is
 a pool that is updated in place.
@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mambakit.ops._backends.launch_list import Item, Place
 from mambakit.ops._backends.prepared_triton import PreparedTriton
 from mambakit.ops.causal_conv1d import triton as launches
 from mambakit.ops.causal_conv1d import triton_kernels as kernels
@@ -51,11 +52,10 @@ class PreparedForward:
         self._has_bias = bias is not None
         self.final_count = b * d * (k - 1)
 
-    def __call__(self, stream: int, x: int, weight: int, bias: int, y: int, final: int) -> None:
-        if self._has_bias:
-            self._launch(stream, x, weight, bias, y, final)
-        else:
-            self._launch(stream, x, weight, y, final)
+    def items(self, x: Place, weight: Place, bias: Place, y: Place, final: Place) -> list[Item]:
+        """``bias`` is not read where there is none."""
+        given = (weight, bias) if self._has_bias else (weight,)
+        return [self._launch.item(x, *given, y, final)]
 
 
 class PreparedInPlace:
@@ -115,13 +115,11 @@ class PreparedInPlace:
         )
         self.final_count = b * d * (k - 1)
 
-    def __call__(self, stream: int, x: int, weight: int, bias: int, y: int, state: int, scratch: int) -> None:
+    def items(self, x: Place, weight: Place, bias: Place, y: Place, state: Place, scratch: Place) -> list[Item]:
         given = (weight, bias) if self._has_bias else (weight,)
         if self._scatter is None:
-            self._launch(stream, state, x, *given, y)
-        else:
-            self._launch(stream, x, *given, state, y, scratch)
-            self._scatter(stream, scratch, state)
+            return [self._launch.item(state, x, *given, y)]
+        return [self._launch.item(x, *given, state, y, scratch), self._scatter.item(scratch, state)]
 
 
 class PreparedBackward:
@@ -172,12 +170,10 @@ class PreparedBackward:
         self._has_bias = bias is not None
         self.partial_count = programs * (k + 1) * d
 
-    def __call__(
-        self, stream: int, dy: int, x: int, weight: int, bias: int, dx: int, dweight: int, dbias: int, scratch: int
-    ) -> None:  # fmt: skip
-        if self._has_bias:
-            self._backward(stream, dy, x, weight, bias, dx, scratch, 0)
-            self._sum(stream, scratch, dweight, dbias)
-        else:
-            self._backward(stream, dy, x, weight, dx, scratch, 0)
-            self._sum(stream, scratch, dweight)
+    def items(
+        self, dy: Place, x: Place, weight: Place, bias: Place, dx: Place, dweight: Place, dbias: Place, scratch: Place
+    ) -> list[Item]:  # fmt: skip
+        # The last address is that of the state's gradient, which is not written.
+        given, wanted = ((weight, bias), (dweight, dbias)) if self._has_bias else ((weight,), (dweight,))
+        backward = self._backward.item(dy, x, *given, dx, scratch, scratch)
+        return [backward, self._sum.item(scratch, *wanted)]

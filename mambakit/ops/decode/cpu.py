@@ -11,6 +11,7 @@ import itertools
 import operator
 import weakref
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -60,8 +61,23 @@ class _Program:
         self.held.append(arguments)
 
 
+class Prepared(Protocol):
+    """What `prepared` runs."""
+
+    _states: tuple[Tensor, Tensor]
+
+    def run(self, x: Tensor) -> Tensor: ...
+
+
 _handles = itertools.count(1)
-_steps: weakref.WeakValueDictionary[int, DecodeStep] = weakref.WeakValueDictionary()
+_steps: weakref.WeakValueDictionary[int, Prepared] = weakref.WeakValueDictionary()
+
+
+def handle_of(step: Prepared) -> int:
+    """A handle, by which `prepared` finds the step as long as it is there."""
+    handle = next(_handles)
+    _steps[handle] = step
+    return handle
 
 
 class DecodeStep:
@@ -78,9 +94,10 @@ class DecodeStep:
         conv_states, ssm_states: (layers, b, d, k - 1) float32 or bfloat16 and (layers, b, d, n) float32, contiguous:
             read and written in place, so a cache's own tensors. They must not be moved while the step is in use.
         mixer_eps: of the norms of dt, B and C (`mambakit.ops.selection_norm`); None: there are none.
+        threads: of a step; None: torch's number when it is made.
+        logits: where `compute` writes them, (b, v) float32; None: a buffer of its own.
 
-    The large weights are read where they are; the number of threads is torch's when the step is made. Serves b from 1
-    to 16.
+    The large weights are read where they are. Serves b from 1 to 16; `mambakit.ops.decode.cpu_parts` has any number.
 
     Raises:
         ValueError: states that the kernels cannot use in place, or a batch outside 1 to 16.
@@ -96,6 +113,8 @@ class DecodeStep:
         conv_states: Tensor,
         ssm_states: Tensor,
         mixer_eps: float | None = None,
+        threads: int | None = None,
+        logits: Tensor | None = None,
     ):
         b = ssm_states.shape[1]
         if not 1 <= b <= MOST_ROWS:
@@ -105,10 +124,10 @@ class DecodeStep:
                 f"DecodeStep: states are {conv_states.dtype} and {ssm_states.dtype}; they must be float32 or bfloat16, "
                 "and float32"
             )
-        if not (conv_states.is_contiguous() and ssm_states.is_contiguous()):
+        if not (conv_states[0].is_contiguous() and ssm_states[0].is_contiguous()):  # of a layer; layers may be apart
             raise ValueError("DecodeStep: states must be contiguous to be updated in place; pass a cache's own tensors")
         self._program = program = _Program()
-        self._threads = native.threads()
+        self._threads = native.threads() if threads is None else threads
         self._b = b
         h, d = final_norm.shape[0], ssm_states.shape[2]
         r, n = layers[0].dt_proj.in_features, ssm_states.shape[3]
@@ -116,7 +135,7 @@ class DecodeStep:
         self._x, self._residual, normed = (buffer(b, h) for _ in range(3))
         xz, p = buffer(b, 2 * d), buffer(b, r + 2 * n)
         u, delta, y = (buffer(b, d) for _ in range(3))
-        self._logits = buffer(b, head.out_features)
+        self.logits = buffer(b, head.out_features) if logits is None else logits
         program.held += [conv_states, ssm_states, layers, head, normed, xz, p, u, delta, y]
         for i, w in enumerate(layers):
             self._norm(w.norm, eps, normed)
@@ -128,23 +147,30 @@ class DecodeStep:
             self._scan(u, delta, p[:, r:], xz[:, d:], w, ssm_states[i], y)
             self._linear(y, w.out_proj, w.out_proj_bias, self._x)
         self._norm(final_norm, eps, normed)
-        self._linear(normed, head, None, self._logits)
+        self._linear(normed, head, None, self.logits)
         self._states = conv_states, ssm_states
-        self.handle = next(_handles)
-        _steps[self.handle] = self
+        self.handle = handle_of(self)
         self._calls = (_Call * len(program.calls))(*program.calls)
         self._run = native.runner()
         self._count, self._team = ctypes.c_int64(len(program.calls)), ctypes.c_int64(self._threads)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mambakit.decode.prepared(x, *self._states, self.handle, self._logits.shape[1])
+        return torch.ops.mambakit.decode.prepared(x, *self._states, self.handle, self.logits.shape[1])
 
     def run(self, x: Tensor) -> Tensor:
         """The step itself, below the dispatcher."""
+        self.load(x)
+        self.compute()
+        return self.logits.clone()  # the buffer is the next step's
+
+    def load(self, x: Tensor) -> None:
+        """The embeddings that `compute` reads."""
         self._x.copy_(x)
         self._residual.zero_()
+
+    def compute(self) -> None:
+        """From `load` to ``logits`` and the states, without torch: any thread may call it."""
         check(self._run(self._calls, self._count, self._team))
-        return self._logits.clone()  # the buffer is the next step's
 
     def _norm(self, weight: Tensor, eps: float, y: Tensor) -> None:
         """The residual stream takes up x, in place, and y is its norm."""

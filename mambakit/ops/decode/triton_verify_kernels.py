@@ -140,9 +140,10 @@ def replay_kernel(
     A = tl.load(decay + (layer * D + d)[:, None] * N + i[None, :], mask=both, other=0.0)
     for t in tl.range(TOKENS):
         row = layer * rows + slot * TOKENS + t
-        delta = tl.load(steps + row * D + d, mask=d_mask & (t < m), other=0.0)  # 0 leaves the state as it is
-        x = tl.load(us + row * D + d, mask=d_mask, other=0.0).to(tl.float32)
-        B = tl.load(Bs + row * N + i, mask=i < N, other=0.0)
+        # A step of 0 leaves the state as it is. What follows the kept tokens may not be a number.
+        delta = tl.load(steps + row * D + d, mask=d_mask & (t < m), other=0.0)
+        x = tl.load(us + row * D + d, mask=d_mask & (t < m), other=0.0).to(tl.float32)
+        B = tl.load(Bs + row * N + i, mask=(i < N) & (t < m), other=0.0)
         h = tl.exp(delta[:, None] * A) * h + (delta * x)[:, None] * B[None, :]
     # The window's entry j is input m + j - (WIDTH - 1) of the draft, or entry m + j of the window before it.
     j = tl.arange(0, TAPS)

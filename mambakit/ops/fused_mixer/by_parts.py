@@ -12,7 +12,7 @@ from torch import Tensor
 from mambakit.ops._autocast import no_autocast
 from mambakit.ops._products import product
 from mambakit.ops.causal_conv1d.api import causal_conv1d
-from mambakit.ops.fused_mixer.layout import memory_sizes, signature_of
+from mambakit.ops.fused_mixer.layout import memory_size, signature_of
 from mambakit.ops.fused_mixer.signature import LayerWeights
 from mambakit.ops.rms_norm.api import rms_norm
 from mambakit.ops.selection_norm.api import selection_norm
@@ -63,16 +63,16 @@ def forward(x, residual, *rest):
     """`mambakit::fused_layer`. Its gradient here computes everything again: what would be kept is empty."""
     *weights, eps, kept, dtype, gradient, mixer_eps = rest
     w = LayerWeights(*weights)
-    sizes = memory_sizes(signature_of(x, residual is not None, w, eps, kept, dtype, gradient, mixer_eps))
+    size = memory_size(signature_of(x, residual is not None, w, eps, kept, dtype, gradient, mixer_eps))
     total = x if w.norm is None else x.to(kept) if residual is None else (x.to(kept) + residual).to(kept)
     y = layer(total, w, eps, dtype, mixer_eps=mixer_eps)
-    memory = (x.new_zeros(size, dtype=dtype) for size in sizes)
-    return y, x.new_empty(0, dtype=kept) if w.norm is None else total.clone(), *memory
+    total = x.new_empty(0, dtype=kept) if w.norm is None else total.clone()
+    return y, total, x.new_zeros(size, dtype=dtype)
 
 
 def backward(dy, dtotal, x, has_residual, *rest):
     """`mambakit::fused_layer_backward`, of which autograd does not run below the dispatcher."""
-    *weights, total, _, _, _, _, eps, kept, dtype, x_dtype, needs, mixer_eps = rest
+    *weights, total, _, eps, kept, dtype, x_dtype, needs, mixer_eps = rest
     w: Any = LayerWeights(*weights)
     entering = x if w.norm is None else total
     y = entering.to(dtype) if w.norm is None else rms_norm(entering, w.norm, eps, out_dtype=dtype)[0]

@@ -133,7 +133,8 @@ def fused_layer(
         x = x.to(dtype)
     if not gradient:
         with _BelowAutograd(), _NoAutocast():
-            return plan.forward(x, residual, weights, states)[:2]
+            y, total, _ = plan.forward(x, residual, weights, states)
+            return y, total
     return _apply(plan, x, residual, *weights)
 
 
@@ -195,11 +196,10 @@ def dense(t: Tensor) -> Tensor:
 
 
 def _by_parts(
-    plan: Plan, dy: Tensor, dtotal: Tensor | None, kept: tuple, w: LayerWeights, needs: tuple[bool, ...]
+    plan: Plan, dy: Tensor, dtotal: Tensor | None, entering: Tensor, w: LayerWeights, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """`Plan.backward` by autograd through the ops, for gradients of several outputs at once: vmap wraps ``dy``."""
     s = plan.signature
-    entering = kept[1] if plan.layout.normed else kept[0]
     dentering, dweights = gradients(dy, dtotal, entering, w, s.eps, s.dtype, s.log, s.mixer_eps)
     found = (dentering.to(s.x), dentering if s.residual is not None else None, *dweights)
     return tuple(g if needed else None for g, needed in zip(found, needs, strict=True))
@@ -215,7 +215,7 @@ class _Layer(torch.autograd.Function):
             out, total, kept = plan.forward(x, residual, LayerWeights(*weights))  # type: ignore[arg-type]
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*weights, *kept)
+        ctx.save_for_backward(*weights, None if total is not None else x, total, kept)
         return out, total
 
     @staticmethod
@@ -233,7 +233,8 @@ class _Layer(torch.autograd.Function):
                     read = None if dtotal is None else dense(dtotal)
                     found = plan.backward(rows, read, kept, weights, ctx.needs_input_grad[1:])
             else:
-                found = _by_parts(plan, dy, dtotal, kept[:2], weights, ctx.needs_input_grad[1:])
+                entering = kept[0] if kept[1] is None else kept[1]
+                found = _by_parts(plan, dy, dtotal, entering, weights, ctx.needs_input_grad[1:])
         # The input and the stream are among what was kept.
         return (None, *differentiated_once("fused_mixer", found, (dy, dtotal, *kept[:2], *weights)))
 

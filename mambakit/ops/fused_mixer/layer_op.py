@@ -34,17 +34,14 @@ def forward(x, residual, *rest):
         return by_parts.forward(x, residual, *rest)
     with without_dispatch():
         entering = dense(x if plan.layout.normed else x.to(dtype))
-        y, total, saved = plan.forward(entering, None if residual is None else dense(residual), w)
+        y, total, memory = plan.forward(entering, None if residual is None else dense(residual), w)
         total = x.new_empty(0, dtype=kept) if total is None else total
-        if not gradient:
-            return y, total, *(x.new_empty(0, dtype=dtype) for _ in range(4))
-        _, _, memory, xz, selected, delta = saved
-        return y, total, memory[: plan.layout.kept_count], xz, selected, delta
+        return y, total, memory[: plan.layout.kept_count] if gradient else x.new_empty(0, dtype=dtype)
 
 
 def backward(dy, dtotal, x, has_residual, *rest):
     """`mambakit::fused_layer_backward`."""
-    *weights, total, memory, xz, selected, delta, eps, kept, dtype, x_dtype, needs, mixer_eps = rest
+    *weights, total, memory, eps, kept, dtype, x_dtype, needs, mixer_eps = rest
     w: Any = LayerWeights(*[None if t is None else dense(t) for t in weights])  # type: ignore[arg-type]
     like = x if w.norm is None else total
     plan = _plan(like, has_residual, w, eps, kept, dtype, True, x_dtype, mixer_eps)
@@ -57,7 +54,7 @@ def backward(dy, dtotal, x, has_residual, *rest):
         entering = None if x is None else dense(x.to(dtype))
         found = plan.backward(
             dense(dy).view(o.rows, o.out), None if dtotal is None else dense(dtotal),
-            (entering, total, memory, xz, selected, delta), w, (True, *needs[1:]),
+            (entering, None if w.norm is None else total, memory), w, (True, *needs[1:]),
         )  # fmt: skip
         dx, *others = found
         nothing = like.new_empty(0)

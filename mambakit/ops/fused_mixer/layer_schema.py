@@ -1,7 +1,7 @@
 """`mambakit::fused_layer` and its gradient: a whole layer as one op of a graph that torch.compile makes.
 
 Eagerly `layer.py` runs the same plans without an op. After the layer's output and the residual stream the op returns
-what its gradient reads (`Layout` says how it is arranged); without a gradient these are empty tensors, and so is the
+what its gradient reads (`Layout` says how it is arranged); without a gradient that is an empty tensor, and so is the
 stream without a norm. Gradients of absent arguments, and of weights that need none, are empty tensors.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from mambakit.ops._backends.dispatch import LIBRARY, define, implement_on_cuda
 from mambakit.ops._once import differentiated_once
 from mambakit.ops.fused_mixer import by_parts
-from mambakit.ops.fused_mixer.layout import memory_sizes, signature_of
+from mambakit.ops.fused_mixer.layout import memory_size, signature_of
 from mambakit.ops.fused_mixer.signature import LayerWeights
 
 _WEIGHTS = (
@@ -31,12 +31,12 @@ def _fake(x, residual, *rest):
     w: Any = LayerWeights(*weights)
     y = x.new_empty((*x.shape[:2], w.out_proj.shape[0]), dtype=dtype)
     total = x.new_empty((0,) if w.norm is None else x.shape, dtype=kept)
-    sizes = memory_sizes(signature_of(x, residual is not None, w, eps, kept, dtype, gradient, mixer_eps))
-    return y, total, *(x.new_empty(size, dtype=dtype) for size in sizes)
+    size = memory_size(signature_of(x, residual is not None, w, eps, kept, dtype, gradient, mixer_eps))
+    return y, total, x.new_empty(size, dtype=dtype)
 
 
 def _backward_fake(dy, dtotal, x, has_residual, *rest):
-    *weights, total, _, _, _, _, _, kept, _, x_dtype, needs, _ = rest
+    *weights, total, _, _, kept, _, x_dtype, needs, _ = rest
     like = total if weights[0] is not None else x
     dx = like.new_empty(like.shape, dtype=x_dtype)
     dresidual = like.new_empty(like.shape if has_residual else (0,), dtype=kept)
@@ -50,14 +50,14 @@ def _backward_fake(dy, dtotal, x, has_residual, *rest):
 define(
     f"fused_layer(Tensor x, Tensor? residual, {_WEIGHTS}, float eps, ScalarType kept, ScalarType dtype, bool gradient,"
     " float? mixer_eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor)",
     by_parts.forward,
     _fake,
 )
 define(
     f"fused_layer_backward(Tensor? dy, Tensor? dtotal, Tensor? x, bool has_residual, {_WEIGHTS}, Tensor total,"
-    " Tensor memory, Tensor xz, Tensor selected, Tensor delta, float eps, ScalarType kept, ScalarType dtype,"
-    " ScalarType x_dtype, bool[] needs, float? mixer_eps) -> (" + ", ".join(["Tensor"] * (2 + COUNT)) + ")",
+    " Tensor memory, float eps, ScalarType kept, ScalarType dtype, ScalarType x_dtype, bool[] needs, float? mixer_eps)"
+    " -> (" + ", ".join(["Tensor"] * (2 + COUNT)) + ")",
     by_parts.backward,
     _backward_fake,
 )

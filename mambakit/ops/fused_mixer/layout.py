@@ -1,4 +1,4 @@
-"""Where a plan's arrays are in its memory, and the tensors over them."""
+"""Where a plan's arrays are: in the memory that is kept for the gradient, or among a call's own arrays."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.ops._backends.launch_list import Item, Matrix, Place, Product
+from mambakit.ops.fused_mixer.parameters import PreparedBias
 from mambakit.ops.fused_mixer.signature import Kinds, LayerWeights, Signature
 from mambakit.ops.selective_scan.prepared import Inputs
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
@@ -16,6 +18,8 @@ from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
 _PRODUCTS = ("in_proj", "x_proj", "dt_proj", "out_proj", "in_bias", "out_bias")
 
 _NORMS = ("dt_norm", "B_norm", "C_norm")
+_WITHIN = {"before": "xz"}  # arrays at the beginning of another one
+_GIVEN = ("entering", "xz", "before")  # x where no part of the layer computes them
 
 
 class Memory:
@@ -33,18 +37,26 @@ class Memory:
 
 
 class Layout:
-    """Sizes, and the memory that is kept from the forward to the backward pass, in elements of the plan's dtype.
+    """Sizes, and where the arrays of a call of a list are.
+
+    In the memory that is kept from the forward to the backward pass, in this order: ``entering``, in_proj's input
+    (b l, h) where that is a norm's output; ``xz``, in_proj's output (b l, 2 d), its first half being ``before``, the
+    convolution's input, its second ``z``; ``u``, the convolution's output (b l, d); ``selected``, x_proj's output
+    (b l, r + 2 n), and ``chosen``, that after the norms of dt, B and C where there are some; ``delta``, dt_proj's
+    output (b l, d); ``y``, out_proj's input (b l, d); the weights that are rounded, by their names; ``A`` (d, n)
+    float32; the scan's ``checkpoints``.
+
+    Args:
+        numbers: of the arrays of a call: x, kept, y and the weights' names.
 
     Attributes:
-        rounded: the weights that are rounded, at ``at_rounded``.
-        at_normed, at_u, at_selected, at_y, at_A, at_checkpoints: in_proj's input (b l, h), the convolution's output
-            (b l, d), dt, B and C (b l, r + 2 n) after their norms where they have some, out_proj's input (b l, d), A
-            (d, n) float32, and the scan's checkpoints.
+        rounded: the names of the weights that are rounded.
         out: channels of the layer's output.
     """
 
-    def __init__(self, signature: Signature):
-        s = signature
+    def __init__(self, signature: Signature, numbers: dict[str, int]):
+        s = self._signature = signature
+        self._numbers = numbers
         self.kinds: dict[str, Any] = dict(zip(LayerWeights._fields, s.weights.each, strict=True))
         self.b, self.length, self.h = s.shape
         self.d, self.n = self.kinds["A_log"][1]
@@ -54,27 +66,26 @@ class Layout:
         self.normed = self.kinds["norm"] is not None
         self.rounded = [name for name in _PRODUCTS if (kind := self.kinds[name]) is not None and kind[0] != s.dtype]
         self.kinds_of_norms: Any = tuple(kind and kind[0] for kind in (self.kinds[name] for name in _NORMS))
-        self._dtype, self._device = s.dtype, s.device
-        kept = self._kept = Memory(self.size)
-        self.at_normed = kept.add(self.rows * self.h if self.normed else 0)
-        self.at_u = kept.add(self.rows * self.d)
-        self.selection_normed, width = s.mixer_eps is not None, self.r + 2 * self.n
-        self.at_selected = kept.add(self.rows * width) if self.selection_normed else 0
-        self.at_y = kept.add(0 if self.kinds["out_proj"] is None else self.rows * self.d)
-        self.at_rounded = [kept.add(self.count(name)) for name in self.rounded]
-        self.at_A = kept.add(self.d * self.n if s.log else 0, 4)
-        self.at_checkpoints = self.kept_count = kept.count
-        # Arguments of as_strided: views are made of few calls.
-        self._rounded, self._transposed = {}, {}
-        for name, at in zip(self.rounded, self.at_rounded, strict=True):
-            shape = tuple(self.kinds[name][1])
-            self._rounded[name] = shape, (*shape[1:], 1), at
-            self._transposed[name] = shape[::-1], (1, *shape[1:]), at
-        rows, d, h = self.rows, self.d, self.h
-        self.u, self.y = ((rows, d), (d, 1), self.at_u), ((rows, d), (d, 1), self.at_y)
-        self._entering = (rows, h), (h, 1), self.at_normed
-        # dt among x_proj's output, or among what its norms give, (b l, r + 2 n).
-        self.dt = (rows, self.r), (width, 1), self.at_selected
+        kept, rows, d = Memory(self.size), self.rows, self.d
+        self.width = width = self.r + 2 * self.n
+        self._starts: dict[str, int] = {}
+        starts = self._starts
+        if self.normed:
+            starts["entering"] = kept.add(rows * self.h)
+        if self.kinds["in_proj"] is not None:
+            starts["xz"] = kept.add(2 * rows * d)
+        starts["u"], starts["selected"] = kept.add(rows * d), kept.add(rows * width)
+        if s.mixer_eps is not None:
+            starts["chosen"] = kept.add(rows * width)
+        starts["delta"] = kept.add(rows * d)
+        if self.kinds["out_proj"] is not None:
+            starts["y"] = kept.add(rows * d)
+        for name in self.rounded:
+            starts[name] = kept.add(self.count(name))
+        if s.log:
+            starts["A"] = kept.add(self.d * self.n, 4)
+        starts["checkpoints"] = self.kept_count = kept.count
+        self._kept = kept
 
     def keep(self, checkpoints: int) -> None:
         """Make room for so many elements of checkpoints."""
@@ -86,9 +97,10 @@ class Layout:
 
     def examples(self) -> tuple[Inputs, Tensor, Tensor, Tensor | None]:
         """The scan's inputs, the convolution's (b, l, d), its filter (d, k) and bias, with every call's strides."""
+        s = self._signature
 
-        def empty(*shape: int, dtype: torch.dtype = self._dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=self._device)
+        def empty(*shape: int, dtype: torch.dtype = s.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=s.device)
 
         b, length, d, n, r = self.b, self.length, self.d, self.n, self.r
         before, z = empty(b, length, 2 * d).chunk(2, -1)
@@ -99,26 +111,60 @@ class Layout:
         filter_bias = None if kind is None else empty(d, dtype=kind[0])
         return Inputs(empty(b, length, d), empty(b, length, d), A, B, C, D, z, bias), before, filter_, filter_bias
 
-    def weight(self, kept: Tensor, w: LayerWeights, name: str) -> Tensor:
-        """A weight (out, in) in the dtype that the layer computes in."""
-        place = self._rounded.get(name)
-        return getattr(w, name) if place is None else kept.as_strided(*place)
+    def place(self, name: str) -> Place:
+        """Where an array begins, of those that the class's docstring names."""
+        if name == "z":
+            return self.place("before") + self.d * self.size
+        start = self._starts.get(_WITHIN.get(name, name))
+        if name in ("dt", "B", "C"):
+            start = self._starts["selected"] if self._signature.mixer_eps is None else self._starts["chosen"]
+            start += {"dt": 0, "B": self.r, "C": self.r + self.n}[name]
+        if start is not None:
+            return Place(self._numbers["kept"], start * self.size)
+        if name == "A":
+            return Place(self._numbers["A_log"])
+        return Place(self._numbers["x" if name in _GIVEN else name])
 
-    def product(self, x: Tensor, kept: Tensor, w: LayerWeights, name: str, bias: str = "") -> Tensor:
-        """x (b l, in) times a weight, and the bias where there is one: (b l, out)."""
-        place = self._transposed.get(name)
-        weight = getattr(w, name).t() if place is None else kept.as_strided(*place)
-        if bias and getattr(w, bias) is not None:
-            return torch.addmm(self.weight(kept, w, bias), x, weight)
-        return torch.mm(x, weight)
+    def scan_places(self) -> dict[str, Place]:
+        """Of what the scan reads: u, delta, A, B, C, D, z and the steps' bias."""
+        found = {name: self.place(name) for name in ("u", "delta", "A", "B", "C", "z")}
+        return found | {"D": Place(self._numbers["D"]), "bias": Place(self._numbers["dt_bias"])}
 
-    def norms(self, w: LayerWeights) -> tuple[int, ...]:
-        """Addresses of the weights of the norms of dt, B and C."""
-        return () if w.dt_norm is None else tuple([getattr(w, name).data_ptr() for name in _NORMS])
+    def matrix(self, name: str) -> Matrix:
+        """One of those arrays, or a weight, or the layer's output ``out``, as a matrix: rows are tokens, or a weight's
+        outputs."""
+        array, offset = Place(self._numbers["y"]) if name == "out" else self.place(name)
+        columns = {
+            "entering": self.h, "xz": 2 * self.d, "u": self.d, "selected": self.width, "dt": self.r, "delta": self.d,
+            "y": self.d, "out": self.out,
+        }.get(name)  # fmt: skip
+        start = offset // self.size
+        if columns is None:
+            shape = tuple(self.kinds[name][1])
+            return Matrix(array, shape, (shape[1], 1), start)
+        return Matrix(array, (self.rows, columns), (self.width if name == "dt" else columns, 1), start)
 
-    def entering(self, x: Tensor, kept: Tensor) -> Tensor:
-        """in_proj's input (b l, h)."""
-        return kept.as_strided(*self._entering) if self.normed else x.view(self.rows, self.h)
+    def product(self, x: str, weight: str, out: str, bias: str = "") -> list[Item]:
+        """``x`` (b l, in) times a weight (out, in), and a bias where there is one; nothing where there is no weight."""
+        if self.kinds[weight] is None:
+            return []
+        s, to = self._signature, self.matrix(out)
+        items: list[Item] = []
+        if bias and self.kinds[bias] is not None:
+            spread = PreparedBias(self.rows, to.shape[1], s.dtype, s.device.index)
+            items += spread.items(self.place(bias), Place(to.array, to.start * self.size))
+        product = Product(
+            self.matrix(x), self.matrix(weight).t, to, s.dtype, s.dtype, s.device.type == "cuda", bool(items)
+        )
+        return [*items, product]
+
+    def norms(self) -> tuple[Place, ...]:
+        """Of the weights of the norms of dt, B and C."""
+        return tuple(Place(self._numbers[name]) for name in _NORMS if self.kinds[name] is not None)
+
+
+# Numbers of a layout that is asked for sizes alone.
+_NONE: dict[str, int] = {}
 
 
 def signature_of(
@@ -131,10 +177,10 @@ def signature_of(
     return Signature(x.shape, x.dtype, residual, kept, dtype, kinds, eps, x.device, gradient, True, None, mixer_eps)
 
 
-def memory_sizes(signature: Signature) -> tuple[tuple[int, ...], ...]:
-    """Of what a layer keeps for its gradient: `Layout`'s memory, xz, x_proj's output, delta; empty without one."""
+def memory_size(signature: Signature) -> int:
+    """Elements that a layer keeps for its gradient; 0 without one."""
     if not signature.gradient:
-        return ((0,),) * 4
-    o = Layout(signature)
+        return 0
+    o = Layout(signature, _NONE)
     o.keep(o.b * ((o.length + CHECKPOINT_INTERVAL - 1) // CHECKPOINT_INTERVAL) * o.d * o.n)
-    return (o.kept_count,), (o.rows, 2 * o.d), (o.rows, o.r + 2 * o.n), (o.rows, o.d)
+    return o.kept_count

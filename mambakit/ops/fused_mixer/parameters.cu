@@ -1,5 +1,6 @@
 // A layer's parameters as its kernels read them, in one launch: up to COUNT float32 tensors rounded to half, and
-// A = -exp(A_log) in float32. Compiled at run time; DTYPE 0: none is rounded, 1: to bfloat16, 2: to float16.
+// A = -exp(A_log) in float32; and a bias in every row. Compiled at run time; DTYPE 0: none is rounded and a bias is
+// float32, 1: bfloat16, 2: float16.
 typedef long long i64;
 
 struct Params {  // parameters.py mirrors it
@@ -8,6 +9,12 @@ struct Params {  // parameters.py mirrors it
     float* A;
     i64 end0, end1, end2, end3, end4, end5;  // CTAs up to the end of each tensor; the CTAs after them compute A
     i64 n0, n1, n2, n3, n4, n5, states;      // elements
+};
+
+struct BiasParams {  // parameters.py mirrors it, too
+    const void* bias;
+    void* to;
+    i64 count, channels;
 };
 
 constexpr int EACH = 8;  // neighbouring elements of a thread
@@ -47,4 +54,20 @@ extern "C" __global__ void __launch_bounds__(256) mixer_parameters(const __grid_
     if (block < begin) return;
     const i64 i = (block - begin) * 256 + threadIdx.x;
     if (i < p.states) p.A[i] = -expf(p.A_log[i]);
+}
+
+#if DTYPE == 0
+typedef unsigned Element;
+#else
+typedef unsigned short Element;
+#endif
+
+// (rows, channels) of the bias, to which a product is added.
+extern "C" __global__ void __launch_bounds__(256) mixer_bias(const __grid_constant__ BiasParams p) {
+    const i64 begin = ((i64)blockIdx.x * 256 + threadIdx.x) * EACH;
+    i64 channel = begin % p.channels;
+    for (i64 i = begin; i < begin + EACH && i < p.count; i++) {
+        ((Element*)p.to)[i] = ((const Element*)p.bias)[channel];
+        channel = channel + 1 == p.channels ? 0 : channel + 1;
+    }
 }

@@ -9,12 +9,12 @@ and is never wrong.
 from __future__ import annotations
 
 import functools
-import threading
 from pathlib import Path
 
 import torch
 
 from mambakit.ops._backends import nvrtc
+from mambakit.ops._backends.launch_list import Item, Place, structure_item
 from mambakit.ops._backends.structures import structure
 
 MOST = 6  # tensors that one launch rounds
@@ -31,6 +31,21 @@ Params = structure(
 @functools.cache
 def _module(dtype: torch.dtype, device: int) -> nvrtc.Module:
     return nvrtc.Module(Path(__file__).parent, "parameters.cu", {"DTYPE": _DTYPES[dtype]}, device)
+
+
+BiasParams = structure("BiasParams", "bias to", "count channels")
+
+
+class PreparedBias:
+    """A bias in each of so many rows, to which a product is added: (rows, channels)."""
+
+    def __init__(self, rows: int, channels: int, dtype: torch.dtype, device: int):
+        self._kernel = _module(dtype, device).kernel("mixer_bias")
+        self._parameters = BiasParams(count=rows * channels, channels=channels)
+        self._grid = -(-rows * channels // _EACH)
+
+    def items(self, bias: Place, to: Place) -> list[Item]:
+        return [structure_item(self._kernel, self._grid, 256, self._parameters, {"bias": bias, "to": to})]
 
 
 class PreparedParameters:
@@ -52,14 +67,10 @@ class PreparedParameters:
             setattr(parameters, f"end{i}", end)
         self._grid = end + -(-states // 256)
         self._names = [(f"from{i}", f"to{i}") for i in range(len(counts))]
-        self._lock = threading.Lock()
 
-    def __call__(self, stream: int, sources: list[int], targets: list[int], A_log: int, A: int) -> None:
-        """Addresses, 16 bytes aligned."""
-        with self._lock:
-            p = self._parameters
-            for (source_name, target_name), source, target in zip(self._names, sources, targets, strict=True):
-                setattr(p, source_name, source)
-                setattr(p, target_name, target)
-            p.A_log, p.A = A_log, A
-            self._kernel(self._grid, 256, stream, p)
+    def items(self, sources: list[Place], targets: list[Place], A_log: Place, A: Place) -> list[Item]:
+        """Places, 16 bytes aligned."""
+        places: dict[str, Place | None] = {"A_log": A_log, "A": A}
+        for (source_name, target_name), source, target in zip(self._names, sources, targets, strict=True):
+            places |= {source_name: source, target_name: target}
+        return [structure_item(self._kernel, self._grid, 256, self._parameters, places)]

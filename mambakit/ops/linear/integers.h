@@ -186,6 +186,18 @@ int run_groups(const Arguments& a) {
   return run_integers<Format, 128>(a);
 }
 
+// The eight numbers from `first`, 0 or 8, on.
+inline V8 eight_floats(S16 numbers, int64_t first) {
+#if defined(__AVX2__)
+  const __m128i half = first ? _mm256_extracti128_si256((__m256i)numbers, 1) : _mm256_castsi256_si128((__m256i)numbers);
+  return (V8)_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(half));
+#else
+  V8 floats;
+  for (int i = 0; i < 8; ++i) floats[i] = numbers[first + i];
+  return floats;
+#endif
+}
+
 template <class Format, int Group>
 int widen_integers(const Arguments& a) {
   typedef typename Format::Number Number;
@@ -201,12 +213,13 @@ int widen_integers(const Arguments& a) {
         if (left < Format::kNumbers) w = static_cast<Number*>(memcpy(rest, w, left * sizeof(Number)));
         S16 unpacked[4];
         Format::unpack(w, unpacked);
-        int16_t numbers[kUnit];
-        memcpy(numbers, unpacked, sizeof numbers);
-        const int64_t count = min64(kUnit, a.in - unit * kUnit);
         float* y = a.y + row * a.y_stride + unit * kUnit;
         const float* scales = a.scales + row * groups;
-        for (int64_t i = 0; i < count; ++i) y[i] = numbers[i] * scales[(unit * kUnit + i) / Group];
+        for (int64_t i = 0; i < kUnit && unit * kUnit + i < a.in; i += 8) {  // whole vectors are of one group
+          const V8 numbers = eight_floats(unpacked[i / 16], i % 16) * scales[(unit * kUnit + i) / Group];
+          const int64_t left = a.in - unit * kUnit - i;
+          memcpy(y + i, &numbers, left >= 8 ? sizeof numbers : left * sizeof(float));
+        }
       }
   });
 }

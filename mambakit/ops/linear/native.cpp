@@ -4,6 +4,7 @@
 // widened in registers and multiplied by x as it is. int8 and int4 weights are multiplied as integers by x rounded to
 // 16 bits (integers.h): widening them would take longer than reading them. Every (row of x, row of W) pair is summed in
 // the same order whatever the batch, so a row's bits do not depend on its neighbours.
+#include "dot_products.h"
 #include "integers.h"
 #include "lossless.h"
 #include "product.h"
@@ -77,8 +78,13 @@ MAMBAKIT_EXPORT(linear)(const Arguments* a, int64_t kind) {
   switch (kind) {
     case 0: return run<float>(*a);
     case 1: return run<bfloat16>(*a);
+#if defined(MAMBAKIT_DOT_PRODUCTS)
+    case 2: return run_dot_products<PackedBytes>(*a);
+    case 3: return run_dot_products<PackedNibbles>(*a);
+#else
     case 2: return run_groups<Bytes>(*a);
     case 3: return run_groups<Nibbles>(*a);
+#endif
     case 4: return run_lossless<true>(*a);
     default: return run_lossless<false>(*a);
   }

@@ -1,10 +1,11 @@
-"""The norm's Triton kernels launched with addresses alone, for contiguous rows of one size. Contract: `api.py`."""
+"""The norm's Triton kernels as items of a launch list, for contiguous rows of one size. Contract: `api.py`."""
 
 from __future__ import annotations
 
 import torch
 import triton
 
+from mambakit.ops._backends.launch_list import Item, Place
 from mambakit.ops._backends.prepared_triton import PreparedTriton
 from mambakit.ops.rms_norm import triton as launches
 
@@ -32,11 +33,10 @@ class PreparedForward:
         )  # fmt: skip
         self._has_residual = residual is not None
 
-    def __call__(self, stream: int, x: int, weight: int, residual: int, y: int, kept: int) -> None:
-        if self._has_residual:
-            self._launch(stream, x, weight, residual, y, kept)
-        else:
-            self._launch(stream, x, weight, y, kept)
+    def items(self, x: Place, weight: Place, residual: Place, y: Place, kept: Place) -> list[Item]:
+        """``residual`` is not read where there is none."""
+        given = (weight, residual) if self._has_residual else (weight,)
+        return [self._launch.item(x, *given, y, kept)]
 
 
 class PreparedBackward:
@@ -78,12 +78,11 @@ class PreparedBackward:
         self._has_dkept = has_dkept
         self.partial_count = programs * h
 
-    def __call__(
-        self, stream: int, dy: int, dkept: int, kept: int, weight: int, dx: int, dresidual: int, dweight: int,
-        scratch: int,
-    ) -> None:  # fmt: skip
-        if self._has_dkept:
-            self._backward(stream, dy, dkept, kept, weight, dx, dresidual, scratch)
-        else:
-            self._backward(stream, dy, kept, weight, dx, dresidual, scratch)
-        self._sum(stream, scratch, dweight)
+    def items(
+        self, dy: Place, dkept: Place, kept: Place, weight: Place, dx: Place, dresidual: Place, dweight: Place,
+        scratch: Place,
+    ) -> list[Item]:  # fmt: skip
+        """``dkept`` is not read and ``dresidual`` not written where there is none."""
+        given = (dy, dkept) if self._has_dkept else (dy,)
+        backward = self._backward.item(*given, kept, weight, dx, dresidual, scratch)
+        return [backward, self._sum.item(scratch, dweight)]

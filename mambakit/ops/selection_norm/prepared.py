@@ -1,10 +1,11 @@
-"""The Triton kernels launched with addresses alone, for contiguous rows of one size. Contract: `api.py`."""
+"""The Triton kernels as items of a launch list, for contiguous rows of one size. Contract: `api.py`."""
 
 from __future__ import annotations
 
 import torch
 import triton
 
+from mambakit.ops._backends.launch_list import Item, Place
 from mambakit.ops._backends.prepared_triton import PreparedTriton
 from mambakit.ops.selection_norm import triton as launches
 
@@ -31,8 +32,9 @@ class PreparedForward:
             {**each, "HAS_WEIGHT": self._weighted},
         )  # fmt: skip
 
-    def __call__(self, stream: int, x: int, weights: tuple[int, ...], y: int) -> None:
-        self._launch(stream, x, *(weights if self._weighted else ()), y)
+    def items(self, x: Place, weights: tuple[Place, ...], y: Place) -> list[Item]:
+        """``weights`` are not read where there are none."""
+        return [self._launch.item(x, *(weights if self._weighted else ()), y)]
 
 
 class PreparedBackward:
@@ -69,9 +71,9 @@ class PreparedBackward:
                 {"R": rank, "N": n, **launches.SUM},
             )  # fmt: skip
 
-    def __call__(
-        self, stream: int, dy: int, x: int, weights: tuple[int, ...], dx: int, dweights: tuple[int, ...], scratch: int
-    ) -> None:
-        self._backward(stream, dy, x, *(weights if self._weighted else ()), dx, scratch)
-        if self._weighted:
-            self._sum(stream, scratch, *dweights)
+    def items(
+        self, dy: Place, x: Place, weights: tuple[Place, ...], dx: Place, dweights: tuple[Place, ...], scratch: Place
+    ) -> list[Item]:
+        """``weights`` are not read and ``dweights`` not written where there are none."""
+        found: list[Item] = [self._backward.item(dy, x, *(weights if self._weighted else ()), dx, scratch)]
+        return [*found, self._sum.item(scratch, *dweights)] if self._weighted else found

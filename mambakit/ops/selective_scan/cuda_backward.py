@@ -56,19 +56,23 @@ class BackwardKernel:
         quads = groups * self.rows * self.padded_states // 2
         self.reduce_grid = -(-quads // 256) + -(-(d * n + 2 * d) // 256)
         module = cuda_launch.compiled(plan.backward_macros(dtype, gated, softplus, packed, aligned, variant), device)
-        self._scan = module.kernel("selective_scan_backward", self.shared_bytes)
-        self._carries = module.kernel("selective_scan_backward_carries")
-        self._reduce = module.kernel("selective_scan_reduce")
+        # Of each launch the kernel, CTAs and threads.
+        self.scan = module.kernel("selective_scan_backward", self.shared_bytes), self.grid, self.threads
+        self.carries = module.kernel("selective_scan_backward_carries"), self.carries_grid, self.threads
+        self.reduce = module.kernel("selective_scan_reduce"), self.reduce_grid, 256
         self.sequences = module.kernel("selective_scan_sequences")
 
     def launch_carries(self, stream: int, parameters) -> None:
-        self._carries(self.carries_grid, self.threads, stream, parameters)
+        kernel, grid, threads = self.carries
+        kernel(grid, threads, stream, parameters)
 
     def launch(self, stream: int, parameters) -> None:
-        self._scan(self.grid, self.threads, stream, parameters)
+        kernel, grid, threads = self.scan
+        kernel(grid, threads, stream, parameters)
 
     def launch_reduce(self, stream: int, parameters) -> None:
-        self._reduce(self.reduce_grid, 256, stream, parameters)
+        kernel, grid, threads = self.reduce
+        kernel(grid, threads, stream, parameters)
 
 
 # One look-up per call: host time is what small calls wait for.

@@ -56,14 +56,16 @@ class ForwardKernel:
         if self.chained:
             self.shared_bytes = max(self.shared_bytes, plan.chained_bytes(nvrtc.shared_memory(device)))
         module = cuda_launch.compiled(plan.forward_macros(dtype, gated, softplus, packed, aligned, variant), device)
-        self._scan = module.kernel("selective_scan_forward", self.shared_bytes)
+        # A launch's kernel, CTAs and threads.
+        self.scan = module.kernel("selective_scan_forward", self.shared_bytes), self.grid, self.threads
         self.sequences = module.kernel("selective_scan_sequences")
         self.phases: tuple[Phase, ...] = (Phase.SCAN_ROWS,)
         if self.chunks > 1 and not self.chained:
             self.phases = (Phase.SCAN_AGGREGATES, Phase.SCAN_CHUNKS)
 
     def launch(self, stream: int, parameters) -> None:
-        self._scan(self.grid, self.threads, stream, parameters)
+        kernel, grid, threads = self.scan
+        kernel(grid, threads, stream, parameters)
 
 
 # One look-up per call: host time is what small calls wait for.

@@ -1,19 +1,18 @@
-"""The CUDA C++ scan launched with addresses alone, for calls of one shape and one set of strides.
+"""The CUDA C++ scan as items of a launch list, for calls of one shape and one set of strides.
 
 `ForwardLaunch` and `BackwardLaunch` put a launch together at each call, checks included. What they have put together
-for a first call serves later ones here; only addresses are stored anew. Rows are whole (not packed), and start from a
-zero state or from a pool of states that is updated in place.
+for a first call serves later ones here. Rows are whole (not packed), and start from a zero state or from a pool of
+states that is updated in place.
 """
 
 from __future__ import annotations
 
-import threading
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mambakit.ops.selective_scan import cuda_launch
+from mambakit.ops._backends.launch_list import Item, Place, Zeros, structure_item
 from mambakit.ops.selective_scan.cuda_backward import BackwardLaunch
 from mambakit.ops.selective_scan.cuda_forward import ForwardLaunch
 
@@ -31,6 +30,63 @@ class Inputs(NamedTuple):
     bias: Tensor | None
 
 
+class ForwardPlaces(NamedTuple):
+    """Where a forward scan's operands and results are; no ``initial``: zeros, and it may be ``final``."""
+
+    u: Place
+    delta: Place
+    A: Place
+    B: Place
+    C: Place
+    D: Place
+    z: Place
+    bias: Place
+    initial: Place | None
+    y: Place
+    final: Place
+    checkpoints: Place | None
+
+
+class BackwardPlaces(NamedTuple):
+    """Where a gradient's operands and results are. dA is multiplied by ``dA_scale`` (d, n), where there is one."""
+
+    dy: Place
+    u: Place
+    delta: Place
+    A: Place
+    B: Place
+    C: Place
+    D: Place
+    z: Place
+    bias: Place
+    checkpoints: Place
+    du: Place
+    ddelta: Place
+    dz: Place
+    dA: Place  # noqa: N815
+    dB: Place  # noqa: N815
+    dC: Place  # noqa: N815
+    dD: Place  # noqa: N815
+    dbias: Place
+    dA_scale: Place | None  # noqa: N815
+
+
+_REDUCED = ("dA", "dB", "dC", "dD", "dbias", "dA_scale")  # what the last kernel of a gradient writes or reads
+
+
+class _Tickets:
+    """Memory of a chained scan behind its scratch memory: the next ticket, and the finished chunks of each chain."""
+
+    def __init__(self, chains: int, start: int):
+        self.bytes, self._start = (-(-(1 + chains) * 4 // 16) * 16 if chains else 0), start
+
+    def items(self, scratch: Place) -> tuple[list[Item], dict[str, Place | None]]:
+        if not self.bytes:
+            return [], {}
+        place = scratch + self._start
+        return [Zeros(place, self.bytes)], {"tickets": place}
+
+
 class PreparedForward:
     """The forward scan.
 
@@ -46,31 +102,25 @@ class PreparedForward:
         u, delta, A, B, C, D, z, bias = inputs
         b, length, d = u.shape
         launch = ForwardLaunch(u, delta, A, B, C, D, z, bias, True, None, None, interval, False, False)
-        self._kernel, self._parameters, self._device = launch.kernel, launch._parameters, u.device
-        self._chains = b * launch.kernel.channel_tiles if launch.kernel.chained else 0
-        self.scratch_bytes, self._carries, self._sums = 0, 0, 0
+        self._kernel, self._parameters = launch.kernel, launch._parameters
+        self._scratch: dict[str, int] = {}
+        self.scratch_bytes = 0
         if launch.scratch is not None:
-            start = launch.scratch.data_ptr()
-            self.scratch_bytes = launch.scratch.numel()
-            self._carries = int(launch._parameters.carries) - start
-            self._sums = int(launch._parameters.delta_sums) - start
+            start, self.scratch_bytes = launch.scratch.data_ptr(), launch.scratch.numel()
+            self._scratch = {name: int(getattr(self._parameters, name)) - start for name in ("carries", "delta_sums")}
+        chains = b * launch.kernel.channel_tiles if launch.kernel.chained else 0
+        self._tickets = _Tickets(chains, self.scratch_bytes)
+        self.scratch_bytes += self._tickets.bytes
         self.checkpoint_count = b * -(-length // interval) * d * A.shape[1] if interval else 0
-        self._lock = threading.Lock()
 
-    def __call__(self, stream: int, at: tuple[int, ...], scratch: int) -> None:
-        """Launch with the addresses of u, delta, A, B, C, D, z, bias, initial (0: zeros; it may be ``final``), y, final
-        and checkpoints (0: none)."""
-        tickets = cuda_launch.new_tickets(self._chains, self._device) if self._chains else None
-        with self._lock:
-            p = self._parameters
-            p.u, p.delta, p.A, p.B, p.C, p.D, p.z, p.bias, p.initial, p.y, p.final, p.checkpoints = at
-            if self.scratch_bytes:
-                p.carries, p.delta_sums = scratch + self._carries, scratch + self._sums
-            if tickets is not None:
-                p.tickets = tickets.data_ptr()
-            for phase in self._kernel.phases:
-                p.phase = phase
-                self._kernel.launch(stream, p)
+    def items(self, places: ForwardPlaces, scratch: Place) -> list[Item]:
+        found, tickets = self._tickets.items(scratch)
+        inner = {name: scratch + start for name, start in self._scratch.items()}
+        at = {**places._asdict(), **inner, **tickets}
+        for phase in self._kernel.phases:
+            self._parameters.phase = phase
+            found.append(structure_item(*self._kernel.scan, self._parameters, at))
+        return found
 
 
 class PreparedBackward:
@@ -89,40 +139,29 @@ class PreparedBackward:
         launch = BackwardLaunch(
             dy, u, delta, A, B, C, D, z, bias, True, None, None, checkpoints, interval, False, dz
         )  # fmt: skip
-        self._kernel, self._device = launch.kernel, u.device
+        self._kernel = launch.kernel
         self._parameters, self._reduce_parameters = launch._parameters, launch._reduce_parameters
         self._reduce_parameters.row_t = row
-        self._chains = u.shape[0] * launch.kernel.channel_tiles if launch.kernel.chained else 0
         self._carried = launch.kernel.chunks > 1 and not launch.kernel.chained
-        start, self.scratch_bytes = launch.scratch.data_ptr(), launch.scratch.numel()
-        self._scratch = [
-            int(getattr(launch._parameters, name)) - start
+        start, count = launch.scratch.data_ptr(), launch.scratch.numel()
+        self._scratch = {
+            name: int(getattr(launch._parameters, name)) - start
             for name in ("partial", "dA_parts", "dD_parts", "dbias_parts", "carries", "delta_sums")
-        ]
-        self._lock = threading.Lock()
+        }
+        self._tickets = _Tickets(u.shape[0] * launch.kernel.channel_tiles if launch.kernel.chained else 0, count)
+        self.scratch_bytes = count + self._tickets.bytes
 
-    def __call__(self, stream: int, at: tuple[int, ...], scratch: int) -> None:
-        """Launch with the addresses of dy, u, delta, A, B, C, D, z, bias and checkpoints, and of the results: du,
-        ddelta, dz, dA, dB, dC, dD, dbias; last (d, n) that dA is multiplied by, or 0."""
-        tickets = cuda_launch.new_tickets(self._chains, self._device) if self._chains else None
-        partial, dA_parts, dD_parts, dbias_parts, carries, sums = [scratch + offset for offset in self._scratch]
-        with self._lock:
-            p, r = self._parameters, self._reduce_parameters
-            (
-                p.dy, p.u, p.delta, p.A, p.B, p.C, p.D, p.z, p.bias, p.checkpoints, p.du, p.ddelta, p.dz,
-                r.dA, r.dB, r.dC, r.dD, r.dbias, r.dA_scale,
-            ) = at  # fmt: skip
-            p.partial = r.partial = partial
-            p.dA_parts = r.dA_parts = dA_parts
-            p.dD_parts = r.dD_parts = dD_parts
-            p.dbias_parts = r.dbias_parts = dbias_parts
-            p.carries, p.delta_sums = carries, sums
-            if tickets is not None:
-                p.tickets = tickets.data_ptr()
-            if self._carried:
-                self._kernel.launch_carries(stream, p)
-            self._kernel.launch(stream, p)
-            self._kernel.launch_reduce(stream, r)
+    def items(self, places: BackwardPlaces, scratch: Place) -> list[Item]:
+        found, tickets = self._tickets.items(scratch)
+        inner: dict[str, Place | None] = {name: scratch + start for name, start in self._scratch.items()}
+        given = places._asdict()
+        at = {**{name: place for name, place in given.items() if name not in _REDUCED}, **inner, **tickets}
+        of_reduce = {name: given[name] for name in _REDUCED}
+        of_reduce |= {name: inner[name] for name in ("partial", "dA_parts", "dD_parts", "dbias_parts")}
+        if self._carried:
+            found.append(structure_item(*self._kernel.carries, self._parameters, at))
+        found.append(structure_item(*self._kernel.scan, self._parameters, at))
+        return [*found, structure_item(*self._kernel.reduce, self._reduce_parameters, of_reduce)]
 
 
 def checkpoints(inputs: Inputs, interval: int) -> Tensor:

@@ -1,14 +1,15 @@
-"""One token of the scan in place launched with addresses alone: in Triton, as `cuda.py` says why."""
+"""One token of the scan in place as an item of a launch list: in Triton, as `cuda.py` says why."""
 
 from __future__ import annotations
 
 import torch
 import triton
 
+from mambakit.ops._backends.launch_list import Item, Place
 from mambakit.ops._backends.prepared_triton import PreparedTriton, Unaligned
 from mambakit.ops._sums import ALIKE
 from mambakit.ops.selective_scan import triton as launches
-from mambakit.ops.selective_scan.prepared import Inputs
+from mambakit.ops.selective_scan.prepared import ForwardPlaces, Inputs
 
 
 class PreparedToken:
@@ -41,6 +42,9 @@ class PreparedToken:
             },
         )  # fmt: skip
 
-    def __call__(self, stream: int, at: tuple[int, ...], scratch: int) -> None:
-        u, delta, A, B, C, D, z, bias, initial, y, final, _ = at
-        self._launch(stream, u, delta, A, B, C, D, z, bias, initial, final, y, 0)
+    def items(self, places: ForwardPlaces, scratch: Place) -> list[Item]:
+        """``scratch`` is not used."""
+        p = places
+        assert p.initial is not None
+        # The last address is that of checkpoints, which are not written.
+        return [self._launch.item(p.u, p.delta, p.A, p.B, p.C, p.D, p.z, p.bias, p.initial, p.final, p.y, p.final)]

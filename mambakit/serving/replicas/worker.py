@@ -21,6 +21,7 @@ from mambakit.serving.logs import configure
 from mambakit.serving.messages import Failed, Ready, Task, WorkerOptions
 from mambakit.serving.replicas.constraints import Compiler
 from mambakit.serving.replicas.heartbeat import BEATS, Channel, send_heartbeats
+from mambakit.serving.replicas.loading import load, load_drafter
 from mambakit.serving.replicas.outbox import Event, Outbox, Text
 from mambakit.serving.replicas.receiving import Prefetch, receive
 from mambakit.threads import bound_spinning
@@ -62,26 +63,6 @@ class _Progress:
     busy = False
 
 
-def _load(options: WorkerOptions) -> tuple[Any, Any]:
-    import torch
-    import transformers
-
-    from mambakit.models.adapters import merge_adapters
-    from mambakit.models.auto import AutoModelForCausalLM, AutoTokenizer
-    from mambakit.models.devices import default_dtype
-
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(max(1, torch.get_num_threads() // options.sharers))
-    device = torch.device(options.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dtype = options.dtype or default_dtype(device)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-    if hasattr(model, "peft_config"):
-        merge_adapters(model)  # plain layers: the decoders read their weights
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(options.model)
-
-
 class _Worker:
     """The main thread: submits tasks to the engine and steps it."""
 
@@ -98,10 +79,12 @@ class _Worker:
         from mambakit.serving.replicas.scoring import Scorer
         from mambakit.serving.replicas.states import Keeper, ReplicaStates
 
-        self.model, self.tokenizer = _load(options)
+        self.model, self.tokenizer = load(options)
         on_cpu = self.model.device.type == "cpu"
         chunk_size = options.chunk_size or chunk_sizes(self.model.device).shared
-        self.engine = Engine(self.model, options.slots, chunk_size)
+        self.engine = Engine(
+            self.model, options.slots, chunk_size, drafter=load_drafter(options), draft_tokens=options.draft_tokens
+        )
         self.prefix_cache = (
             PrefixCache(
                 self.model,

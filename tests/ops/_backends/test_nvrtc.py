@@ -19,7 +19,7 @@ def kernel_with(monkeypatch, codes: list[int]) -> tuple[nvrtc.Kernel, list[tuple
         return codes.pop(0)
 
     monkeypatch.setattr(nvrtc, "_launcher", lambda cooperative: launch)
-    monkeypatch.setattr(nvrtc, "_use_context", contexts.append)
+    monkeypatch.setattr(nvrtc, "use_context", contexts.append)
     monkeypatch.setattr(nvrtc.torch.cuda, "current_device", lambda: 3)
     return nvrtc.Kernel(1234, 64), calls, contexts
 
@@ -40,7 +40,7 @@ def test_parameters_reach_the_driver(monkeypatch):
 
 
 def test_a_thread_without_a_context_gets_one(monkeypatch):
-    kernel, calls, contexts = kernel_with(monkeypatch, [nvrtc._INVALID_CONTEXT, 0])
+    kernel, calls, contexts = kernel_with(monkeypatch, [nvrtc.INVALID_CONTEXT, 0])
     kernel(1, 32, 0, Parameters())
     assert contexts == [3]
     assert calls[0] == calls[1]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mambakit.ops._backends import native
 from mambakit.ops.decode import reference
 from mambakit.ops.decode.cpu import DecodeStep
+from mambakit.ops.decode.cpu_parts import DecodeParts
 from mambakit.ops.decode.cpu_verify import VerifyStep
 from mambakit.ops.decode.packed import PackedLayer
 from mambakit.ops.linear import pack
@@ -79,6 +81,42 @@ def test_a_row_alone_is_the_row_of_a_batch(isa, norms):
     assert torch.equal(DecodeStep(layers, final_norm, head, 1e-5, conv, ssm, mixer_eps)(x), torch.cat(alone))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("format", ["float32", "int8"])
+@pytest.mark.parametrize("b", [1, 17, 40])
+def test_parts_have_the_bits_of_their_rows(isa, b, format, threads):
+    """Any number of rows, on fewer threads than there are parts, and on more; states are updated in place."""
+    layers, final_norm, head = make_layers(format), torch.rand(H), pack(torch.randn(VOCABULARY, H), format)
+    conv, ssm = torch.randn(LAYERS, b, D, K - 1), torch.randn(LAYERS, b, D, N)
+    alone, before = (conv.clone(), ssm.clone()), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        step = DecodeParts(layers, final_norm, head, 1e-5, conv, ssm)
+    finally:
+        torch.set_num_threads(before)
+    rows = [[s[:, row : row + 1].clone() for s in alone] for row in range(b)]
+    one = [DecodeStep(layers, final_norm, head, 1e-5, *states) for states in rows]
+    for _ in range(3):
+        x = torch.randn(b, H)
+        assert torch.equal(step(x), torch.cat([single(x[i : i + 1]) for i, single in enumerate(one)]))
+    assert torch.equal(conv, torch.cat([states[0] for states in rows], 1))
+    assert torch.equal(ssm, torch.cat([states[1] for states in rows], 1))
+
+
+def test_parts_after_a_fork(isa, monkeypatch):
+    """The other threads are gone in a child; the one that is left computes all parts."""
+    layers, final_norm, head = make_layers(), torch.rand(H), pack(torch.randn(VOCABULARY, H), "float32")
+    states = [torch.randn(LAYERS, 40, D, K - 1), torch.randn(LAYERS, 40, D, N)]
+    others, x = [s.clone() for s in states], torch.randn(40, H)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    step, expected = (DecodeParts(layers, final_norm, head, 1e-5, *s) for s in (states, others))
+    monkeypatch.setattr(native._State, "forked", True)
+    monkeypatch.setattr(step._others, "submit", None)
+    found = step(x)
+    monkeypatch.setattr(native._State, "forked", False)
+    assert torch.equal(found, expected(x))
+
+
 @pytest.mark.parametrize("norms", NORMS)
 @pytest.mark.parametrize("format", ["float32", "int4"])
 @pytest.mark.parametrize("b", [1, 3])
@@ -106,6 +144,8 @@ def test_what_it_does_not_serve(isa):
     layers, final_norm, head = make_layers(), torch.rand(H), pack(torch.randn(VOCABULARY, H), "float32")
     with pytest.raises(ValueError, match="serves 1 to 16"):
         DecodeStep(layers, final_norm, head, 1e-5, torch.zeros(LAYERS, 17, D, K - 1), torch.zeros(LAYERS, 17, D, N))
+    with pytest.raises(ValueError, match="the batch is 0"):
+        DecodeParts(layers, final_norm, head, 1e-5, torch.zeros(LAYERS, 0, D, K - 1), torch.zeros(LAYERS, 0, D, N))
     strided = torch.zeros(LAYERS, 1, D, 2 * N)[..., ::2]
     with pytest.raises(ValueError, match="contiguous"):
         DecodeStep(layers, final_norm, head, 1e-5, torch.zeros(LAYERS, 1, D, K - 1), strided)

@@ -1,9 +1,8 @@
 """Runs plans of whole layers (`mambakit.ops.fused_mixer.plan`) on CPU tensors.
 
 The CUDA C++ kernels are compiled by g++, the Triton kernels run in Triton's interpreter, and each is given addresses
-alone, as on a GPU.
-
-What it covers is all but the launches themselves.
+alone, as on a GPU. The native library launches the list, and calls functions of this module's for the driver's and
+cuBLAS's: they find the kernel by its number and the parameters where the driver would read them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ import torch
 
 from mambakit.compat import block, inner
 from mambakit.modules.mixers import fused_layer
-from mambakit.ops._backends import nvrtc, prepared_triton
+from mambakit.ops._backends import launch_list, native, nvrtc, prepared_triton
+from mambakit.ops._backends.launch_list import KernelItem, Place
 from mambakit.ops.causal_conv1d import prepared as conv
 from mambakit.ops.fused_mixer import layer, parameters, signature
 from mambakit.ops.rms_norm import prepared as norm
@@ -41,12 +41,136 @@ class InterpretedTriton:
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, Any]):
         self.kernel, self.grid, self.arguments, self.options = kernel, grid, arguments, options
+        self.count = sum(isinstance(v, (torch.dtype, prepared_triton.Unaligned)) for v in arguments.values())
+        self.function = Driver.number(self._launched)
+
+    def _launched(self, parameters: Any) -> None:
+        self(0, *(ctypes.c_uint64.from_address(parameters[i]).value for i in range(self.count)))
+
+    def item(self, *places: Place) -> KernelItem:
+        assert len(places) == self.count
+        words = list(range(self.count))
+        return KernelItem(self, (self.function, 1, 1, 1, 32, 0), words, [0] * self.count, list(enumerate(places)))
 
     def __call__(self, stream: int, *addresses: int) -> None:
         left = list(addresses)
         values = [_memory(left, v) for v in self.arguments.values()]
         assert not left
         self.kernel[self.grid](*values, **self.options)
+
+
+class Driver:
+    """cuLaunchKernel, cuMemsetD8Async, cublasGemmEx and cublasSetMathMode over memory of the CPU.
+
+    Attributes:
+        made: the names of the calls so far.
+        failures: codes that the next launches and products answer; they then do no work.
+    """
+
+    kernels: dict[int, Any] = {}
+    made: list[str] = []
+    failures: list[int] = []
+    errors: list[BaseException] = []  # of the work itself: a callback's exception would only be printed
+
+    @classmethod
+    def number(cls, kernel: Any) -> int:
+        """A number for a function of the driver's array of addresses of parameters."""
+        cls.kernels[len(cls.kernels) + 1] = kernel
+        return len(cls.kernels)
+
+    @classmethod
+    def launch(cls, function, x, y, z, threads, one, also_one, shared, stream, parameters, extra):
+        cls.made.append("launch")
+        if cls.failures:
+            return cls.failures.pop(0)
+        assert (one, also_one, stream, extra) == (1, 1, STREAM, None)
+        kernel = cls.kernels[function]
+        if isinstance(kernel, PlacedKernel):
+            assert shared == kernel.shared_bytes
+            kernel.run(x, threads, parameters[0])
+        else:
+            kernel(parameters)
+        return 0
+
+    @classmethod
+    def zeros(cls, at, value, count, stream):
+        cls.made.append("zeros")
+        assert stream == STREAM
+        ctypes.memset(at, value, count)
+        return 0
+
+    @classmethod
+    def product(
+        cls, handle, op_a, op_b, m, n, k, alpha, a, type_a, lda, b, type_b, ldb, beta, c, type_c, ldc, compute, how
+    ):
+        """By columns, as cuBLAS counts."""
+        cls.made.append("product")
+        if cls.failures:
+            return cls.failures.pop(0)
+        assert (handle, compute) == (HANDLE, 68)
+        assert how == (-1 if type_a == 0 else 99)
+
+        def columns(at, kind, rows, count, leading):
+            dtype = {0: torch.float32, 2: torch.float16, 14: torch.bfloat16}[kind]
+            assert leading >= rows
+            size = ((count - 1) * leading + rows) * dtype.itemsize
+            memory = torch.frombuffer((ctypes.c_byte * size).from_address(at), dtype=dtype)
+            return memory.as_strided((rows, count), (1, leading))
+
+        left = columns(a, type_a, k, m, lda).T if op_a else columns(a, type_a, m, k, lda)
+        right = columns(b, type_b, n, k, ldb).T if op_b else columns(b, type_b, k, n, ldb)
+        into = columns(c, type_c, m, n, ldc)
+        result = alpha[0] * left.float() @ right.float()
+        into.copy_(result + beta[0] * into.float() if beta[0] else result)
+        return 0
+
+    @classmethod
+    def math_mode(cls, handle, mode):
+        cls.made.append(f"math mode {mode}")
+        return 0
+
+
+STREAM, HANDLE = 0x5700, 0xB1A5
+_int, _pointer, _size = ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t
+_pointers, _floats = ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_float)
+_KINDS = {
+    "launch": [_pointer, *[ctypes.c_uint] * 7, _pointer, _pointers, _pointer],
+    "zeros": [ctypes.c_uint64, ctypes.c_ubyte, _size, _pointer],
+    "product": [
+        _pointer, *[_int] * 5, _floats, _pointer, _int, _int, _pointer, _int, _int, _floats, _pointer, *[_int] * 4,
+    ],
+    "math_mode": [_pointer, _int],
+}  # fmt: skip
+
+
+def _failing_loudly(function: Any) -> Any:
+    def call(*arguments):
+        try:
+            return function(*arguments)
+        except BaseException as error:
+            Driver.errors.append(error)
+            return 999
+
+    return call
+
+
+_FUNCTIONS = [ctypes.CFUNCTYPE(_int, *kinds)(_failing_loudly(getattr(Driver, name))) for name, kinds in _KINDS.items()]
+
+
+class PlacedKernel:
+    """An `nvrtc.Kernel` of a module for the CPU."""
+
+    def __init__(self, launch: Any, shared_bytes: int = 0):
+        self._launch, self.shared_bytes = launch, shared_bytes
+        self.function = Driver.number(self)
+
+    def __call__(self, grid: int, threads: int, stream: int, parameters: ctypes.Structure, grid_y: int = 1) -> None:
+        assert grid_y == 1
+        self.run(grid, threads, ctypes.addressof(parameters))
+
+    def run(self, grid: int, threads: int, parameters: int) -> None:
+        # A launcher reads what is at the address of the structure that it is given.
+        self._launch(grid, threads, 0, ctypes.c_char.from_address(parameters))
 
 
 def _memory(addresses: list[int], value: Any) -> Any:
@@ -71,8 +195,10 @@ class ParametersModule:
             text = text.replace(assembly, plain)
         assert "asm(" not in text
         text = (
-            f'#include "cuda_on_cpu.h"\n{text}extern "C" void run(unsigned blocks, unsigned threads, const void* f) {{'
-            " auto p = *(const Params*)f; run_grid(blocks, 1, threads, 0, [=]() { mixer_parameters(p); }, false); }\n"
+            f'#include "cuda_on_cpu.h"\n{text}'
+            'extern "C" void run(int which, unsigned blocks, unsigned threads, const void* f) {'
+            " auto p = *(const Params*)f; auto b = *(const BiasParams*)f;"
+            " run_grid(blocks, 1, threads, 0, [=]() { which ? mixer_bias(b) : mixer_parameters(p); }, false); }\n"
         )
         flags = [f"-D{name}={value}" for name, value in macros.items()]
         path = folder / f"parameters{hashlib.sha256(repr((text, flags)).encode()).hexdigest()[:16]}.so"
@@ -81,25 +207,40 @@ class ParametersModule:
             command += [f"-I{Path(cuda_on_cpu.__file__).parents[1]}", *flags, "-x", "c++", "-", "-o", str(path)]
             subprocess.run(command, input=text, text=True, check=True)
         self.run = ctypes.CDLL(str(path)).run
-        self.run.argtypes = [ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p]
+        self.run.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p]
 
-    def kernel(self, name: str):
-        def launch(grid: int, threads: int, stream: int, fields: ctypes.Structure) -> None:
-            self.run(grid, threads, ctypes.addressof(fields))
+    def kernel(self, name: str) -> PlacedKernel:
+        which = ["mixer_parameters", "mixer_bias"].index(name)
 
-        return launch
+        def launch(grid: int, threads: int, stream: int, fields: Any) -> None:
+            self.run(which, grid, threads, ctypes.addressof(fields))
+
+        return PlacedKernel(launch)
 
 
-def install(monkeypatch, folder: Path) -> None:
-    """Until the test ends, whole layers run as plans on CPU tensors."""
+class ScanModule(cuda_on_cpu.Module):
+    """The scan's, with kernels that a list can launch."""
+
+    def kernel(self, name: str, shared_bytes: int = 0) -> Any:
+        return PlacedKernel(super().kernel(name, shared_bytes), shared_bytes)
+
+
+def install(monkeypatch, folder: Path, listed: bool = True) -> None:
+    """Until the test ends, whole layers run as plans on CPU tensors, launched as one list or item by item."""
     cuda_on_cpu.install(monkeypatch, folder)
     cuda_on_cpu.forget()
     parameters._module.cache_clear()
-    scan_module = nvrtc.Module
+    Driver.made.clear()
+    Driver.failures.clear()
+    addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in _FUNCTIONS]
+    functions = (ctypes.c_void_p * 4)(*addresses) if listed and native.is_available() else None
+    monkeypatch.setattr(launch_list, "_functions", lambda: functions)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentBlasHandle", lambda: HANDLE, raising=False)
 
     def module(where, source, macros, device):
         own = source == "parameters.cu"
-        return ParametersModule(folder, macros) if own else scan_module(where, source, macros, device)
+        return ParametersModule(folder, macros) if own else ScanModule(folder, macros)
 
     monkeypatch.setattr(nvrtc, "Module", module)
     for user in (conv, norm, selection_norm, token):

@@ -23,6 +23,7 @@ from mambakit.modules import LayerConfig, Packing, StateCache
 from mambakit.modules.block import MambaBlock
 from mambakit.modules.mixers import fused_layer
 from mambakit.modules.mixers.fused_layer import FusedLayer
+from mambakit.ops._backends import launch_list
 from mambakit.ops._backends.prepared_triton import NotPreparedError
 from mambakit.ops.fused_mixer import LayerWeights, MixerWeights, fused_mixer, layer, mix_rows
 from tests.ops.closeness import relative_error
@@ -139,6 +140,22 @@ def test_float32_beside_float64(device, shape, fields, residual, planned):
     for name, value in found.items():
         assert value.dtype == F32
         assert relative_error(value, expected[name]) < 1e-5, name  # float32 sums of a few hundred terms
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", [0, 4], ids=["plain", "jamba"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+def test_item_by_item_it_is_the_same(device, case, dtype, planned, monkeypatch):
+    """Without the native library or torch's cuBLAS the list's items are enqueued from Python."""
+    shape, fields = CASES[case]
+    planned(device)
+    listed = run(block_of(fields, device, dtype), shape)
+    monkeypatch.setattr(launch_list, "_functions", lambda: None)
+    monkeypatch.setattr(layer, "_plans", {})
+    found = run(block_of(fields, device, dtype), shape)
+    for name, value in found.items():
+        # The products' sums may be in another order, rounded to the dtype.
+        assert relative_error(value, listed[name].double()) < (1e-5 if dtype == F32 else 0.02), name
 
 
 @pytest.mark.parametrize("device", DEVICES)

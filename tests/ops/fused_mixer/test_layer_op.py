@@ -106,7 +106,7 @@ def test_plans_return_what_the_schema_says(device, norm, residual, half, fields,
         assert relative_error(mine, theirs) < tolerance
     inference = layer_op.forward(*given[:-2], False, given[-1])
     assert torch.equal(inference[0], found[0])
-    assert [t.numel() for t in inference[2:]] == [0] * 4
+    assert [t.numel() for t in inference[2:]] == [0]
     assert [type(plan) for plan in layer._plans.values()] == [Plan] * 2
     plans_on_cpu.forget()
 

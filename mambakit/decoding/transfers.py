@@ -1,0 +1,41 @@
+"""Copies between host and device for which nobody waits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def to_device(device: torch.device, values: Tensor) -> Tensor:
+    """A copy on the device. The host waits for nothing: a copy from pageable memory would wait for earlier launches."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def integers(device: torch.device, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+    """int64 on the device, as `to_device`."""
+    return to_device(device, torch.tensor(values, dtype=torch.int64, device="cpu"))
+
+
+def to_host(values: Tensor) -> Tensor:
+    """A copy in pinned memory, which is there once the device has reached this point; of a CPU's tensor itself."""
+    if not values.is_cuda:
+        return values
+    pinned = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+    return pinned.copy_(values, non_blocking=True)
+
+
+class Arrival:
+    """The moment at which the copies that `to_host` has begun so far are on the host."""
+
+    def __init__(self, device: torch.device):
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        """Wait for the device to reach it."""
+        if self._event is not None:
+            self._event.synchronize()
