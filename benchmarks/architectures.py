@@ -129,9 +129,10 @@ def main() -> None:
                 if count or not options.cases or (name, capability) not in rows:
                     row = {"kernel": name, "capability": capability, "launches": count, "shared": shared}
                     rows[name, capability] = row
-            order = [*cuda_kernels(), *triton_kernels()]
+            order = [*triton_kernels(), *cuda_kernels()]
             ordered = sorted(rows.values(), key=lambda row: (row["capability"], order.index(row["kernel"])))
-            record.write(options.json, {"architectures": ordered}, gpus=0)
+            notes = "The cases of the command; other kernels by earlier calls." if options.cases else None
+            record.write(options.json, {"architectures": ordered}, gpus=0, notes=notes)
     missing = [row for row in rows.values() if not row["launches"]]
     for row in missing:
         print(f"not compiled for sm_{row['capability']}: {row['kernel']}")

@@ -213,6 +213,14 @@ def capturable(mode: str):
         return mesh.capturable
 
 
+def test_options_of_several_processes_are_refused_for_one():
+    for fields in ({"reduce_dtype": "bfloat16"}, {"reshard_after_forward": False, "parallel": "ddp"}):
+        with pytest.raises(ValueError, match="or drop it"):
+            TrainConfig(train_files=["text.txt"], **fields)
+    with pytest.raises(ValueError, match="choose one of float32, bfloat16"):
+        TrainConfig(train_files=["text.txt"], reduce_dtype="float16", parallel="ddp")
+
+
 def test_exchanges_are_captured_on_gpus_alone():
     assert ProcessMesh("none", torch.device("cpu")).capturable
     assert not any(launch(capturable, world, mode)[0] for world, mode in ((1, "ddp"), (2, "fsdp")))

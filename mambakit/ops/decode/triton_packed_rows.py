@@ -80,8 +80,9 @@ class PackedRowsStep(ManyRowsStep):
         ):  # fmt: skip
             assert not isinstance(weight, Tensor)
             tile = (tiles or {}).get(name) or triton_plan.tile_of(weight.format, rows)
+            n, k = shape_of(weight)
             tile = tile.fitting(weight.format, weight.group, dtype.itemsize, (shared or memory) - KEPT)
-            (n, k), self._packed_tiles[name] = shape_of(weight), tile
+            tile = self._packed_tiles[name] = tile.spread(rows, n, k, processors)
             self._splits[name], self._columns[name] = tile.splits(rows, n, k, processors)
             self._parts[name] = torch.zeros(self._splits[name], rows, n, dtype=torch.float32, device=device)
         self._blocks = triton.cdiv(self.head.out_features, _LOGITS)  # type: ignore[union-attr]

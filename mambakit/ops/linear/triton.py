@@ -87,8 +87,9 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 def in_registers(x: Tensor, weight: PackedWeight, bias: Tensor | None, plan: Product) -> Tensor:
     """x weight^T + bias by `product_kernel`."""
-    (rows, k), n = x.shape, weight.out_features
-    splits, columns = plan.splits(rows, n, k, card_of(x)[0])
+    (rows, k), n, processors = x.shape, weight.out_features, card_of(x)[0]
+    plan = plan.spread(rows, n, k, processors)
+    splits, columns = plan.splits(rows, n, k, processors)
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     parts = y if splits == 1 else torch.empty((splits, rows, n), dtype=torch.float32, device=x.device)
     kernels.product_kernel[(triton.cdiv(n, plan.BN) * triton.cdiv(rows, plan.BB), splits)](

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 BITS = {"int8": 8, "int4": 4, "fp8": 1}  # as kernels name the formats
-_LEAST_COLUMNS = 256  # of a split of K
+_LEAST_COLUMNS, _MOST_SPLITS = 256, 32  # columns of a split of K, and splits
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,22 @@ class Product:
         widened = self.BN * self.BK * itemsize if self.rows_first else 0
         return max(self.stages * step + widened, self.BN * self.BB * 4)  # what is stored is turned in shared memory
 
+    def spread(self, rows: int, n: int, k: int, processors: int) -> Product:
+        """With fewer rows of a weight that has few (x_proj), while all splits of K leave half of the card idle."""
+        plan = self
+        while plan.BN > 32:
+            programs = -(-n // plan.BN) * -(-rows // plan.BB) * max(1, min(k // _LEAST_COLUMNS, _MOST_SPLITS))
+            if 2 * programs > processors:
+                break
+            plan = replace(plan, BN=plan.BN // 2)
+        return plan
+
     def splits(self, rows: int, n: int, k: int, processors: int) -> tuple[int, int]:
-        """(splits of K, columns of each): as many programs as fill the card, of at least 256 columns each."""
+        """(splits of K, columns of each): as many programs as fill the card, of at least 256 columns each. More than
+        one for each multiprocessor only while their sums, written and read, are no more bytes than an int8 weight."""
         programs = -(-n // self.BN) * -(-rows // self.BB)
-        wanted = max(1, min(self.waves * processors // programs, k // _LEAST_COLUMNS, 32))
+        wanted = max(1, min(self.waves * processors // programs, k // _LEAST_COLUMNS, _MOST_SPLITS))
+        wanted = min(wanted, max(k // (8 * rows), processors // programs, 1))
         columns = -(-k // (wanted * self.BK)) * self.BK
         return -(-k // columns), columns
 

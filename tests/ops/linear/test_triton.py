@@ -271,6 +271,23 @@ def compiled(kernel, constants: dict, types: dict, capability: int, warps: int):
     return found.metadata.shared, int(stack[1])
 
 
+def test_tiles_fill_the_card():
+    """As its weights allow: of 1.4b and 7B, on 132 multiprocessors."""
+    for format in SCALED:
+        for rows in (1, 16, 32, 64, 128):
+            for n, k in ((8192, 2048), (2048, 4096), (50280, 2048), (16384, 4096), (4096, 8192)):
+                tile = plans.tile_of(format, rows)
+                assert tile.spread(rows, n, k, 132) == tile, "large weights have enough programs"
+                splits, columns = tile.splits(rows, n, k, 132)
+                assert (splits - 1) * columns < k <= splits * columns
+                assert -(-n // tile.BN) * splits >= 128, (format, rows, n, k)
+                summed = splits * rows * 8  # bytes written and read for a row of the weight, which has k as int8
+                assert summed <= k or -(-n // tile.BN) * splits <= 132 or splits == 1, (format, rows, n, k)
+            narrow = plans.tile_of(format, rows).spread(rows, 160, 4096, 132)
+            assert narrow.BN == 32, "x_proj"
+            assert -(-160 // narrow.BN) * narrow.splits(rows, 160, 4096, 132)[0] == 80
+
+
 CARDS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 
