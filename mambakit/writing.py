@@ -22,6 +22,15 @@ def replaceable(path: str | os.PathLike) -> Path:
     return target
 
 
+def require_place(path: str | os.PathLike) -> None:
+    """UsageError where there cannot be a file ``path``: it is a folder, or in none."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise UsageError(f"{path} is a folder; give the name of a file")
+    if not target.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {target.parent}; make it first, or name another")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a text file as ``path`` with ".tmp", then rename it: a crash leaves the old file, or the new one."""
     temporary = path.with_name(path.name + ".tmp")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mambakit.generation.token_ids import texts as require_texts
 from mambakit.quoting import brief
 
 Pooling = Literal["last", "mean"]
@@ -45,7 +46,7 @@ def embed(
         raise ValueError(f"pooling is {brief(pooling)}; choose one of {', '.join(_POOLINGS)}")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
-    given = [texts] if isinstance(texts, str) else list(texts)
+    given = require_texts("texts", [texts] if isinstance(texts, str) else texts)
     rows = [tokenizer(text)["input_ids"] for text in given]
     for index, row in enumerate(rows):
         if not row:

@@ -67,8 +67,10 @@ def _fingerprint(model: Any, config: str) -> str:
 
 def _digest(tensor: Tensor) -> bytes:
     tensor = tensor.detach()
-    if tensor.is_floating_point() and tensor.dtype != torch.float64:
-        tensor = tensor.float()
+    if tensor.is_floating_point():
+        narrow = tensor.float()
+        # Numbers that only float64 holds are hashed as such.
+        tensor = narrow if tensor.dtype != torch.float64 or torch.equal(narrow.double(), tensor) else tensor
     digest = hashlib.sha256(f"{tuple(tensor.shape)}:".encode())
     digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+import numbers
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from mambakit.decoding.chunks import SCORING_CHUNK
 from mambakit.decoding.logits import require_numbers
 from mambakit.decoding.prefill import hidden_states
 from mambakit.generation.state import State
-from mambakit.generation.token_ids import require_in_vocabulary
+from mambakit.generation.token_ids import text_ids
 from mambakit.generation.token_scores import LOGIT_ROWS
 from mambakit.generation.token_texts import TokenTexts
 from mambakit.modules.projection import project
@@ -39,7 +40,7 @@ class TokenLogProbs:
 @torch.no_grad()
 def token_log_probs(
     model: Any,
-    ids: Tensor,
+    ids: Tensor | Sequence[int],
     *,
     top: int = 0,
     before: int | None = None,
@@ -59,19 +60,17 @@ def token_log_probs(
 
     Raises:
         ValueError: both ``before`` and ``state``; no tokens; ``top`` outside 0 to the vocabulary's size; chunk_size
-            below 1.
+            below 1; a token outside of the vocabulary.
+        TypeError: tokens that are no whole numbers.
     """
     vocabulary = model.config.vocab_size
-    if ids.dim() != 1 or not len(ids):
-        raise ValueError(f"ids have shape {tuple(ids.shape)}, expected (l,) with l >= 1")
-    if not 0 <= top <= vocabulary:
+    ids = text_ids("ids", ids, vocabulary).to(model.device)
+    if not isinstance(top, numbers.Integral) or not 0 <= top <= vocabulary:
         raise ValueError(f"top is {brief(top)}; it must be between 0 and the vocabulary's {vocabulary}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {brief(chunk_size)}; it must be 1 or more")
     if before is not None and state is not None:
         raise ValueError("before and state both say what comes first; give one")
-    require_in_vocabulary("ids", ids, vocabulary)
-    ids = ids.to(model.device, torch.long)
     after = {"prompt_ids": ids[:0], "cache": model.backbone.new_cache(1)} if state is None else state.prompt()
     lead = after["prompt_ids"] if before is None else ids.new_tensor([before])
     inputs, targets = torch.cat([lead, ids])[:-1], ids[1 - len(lead) :]
@@ -108,7 +107,9 @@ def score_alternatives(
         yield these.cpu(), own, best.indices.cpu(), best.values.cpu()
 
 
-def echo(model: Any, tokenizer: Any, ids: Tensor, *, top: int = 0, chunk_size: int = SCORING_CHUNK) -> dict[str, list]:
+def echo(
+    model: Any, tokenizer: Any, ids: Tensor | Sequence[int], *, top: int = 0, chunk_size: int = SCORING_CHUNK
+) -> dict[str, list]:
     """A text given back with its tokens' log-probabilities: the ``logprobs`` of the completions API with ``echo``.
 
     Args:

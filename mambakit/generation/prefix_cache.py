@@ -159,21 +159,21 @@ class PrefixCache:
 
     def begin(self, ids: Tensor | Sequence[int], salt: str = "", owner: str = "") -> PrefixReading:
         """What `read` does, with the reading itself left to the caller, who may do something else in between."""
-        tokens = prefix_tokens(ids)
+        tokens = prefix_tokens(ids, self.model.config.vocab_size)
         keys = self._keys(tokens, salt)
         position, cache = self._find(tokens, keys)
         return PrefixReading(self, tokens, keys, position, cache, owner)
 
     def lookup(self, ids: Tensor | Sequence[int]) -> tuple[int, StateCache]:
         """(p, a cache of one row that has read the first p tokens), for the largest known p below l; p may be 0."""
-        tokens = prefix_tokens(ids)
+        tokens = prefix_tokens(ids, self.model.config.vocab_size)
         return self._find(tokens, self._keys(tokens))
 
     def store(
         self, ids: Tensor | Sequence[int], cache: StateCache, row: int = 0, *, salt: str = "", owner: str = ""
     ) -> None:
         """Keep row ``row`` of a cache that has read exactly ``ids`` (l,), for example after a text was written."""
-        tokens = prefix_tokens(ids)
+        tokens = prefix_tokens(ids, self.model.config.vocab_size)
         if not 0 <= row < cache.max_batch_size:
             raise ValueError(f"row is {brief(row)}, but the cache has {cache.max_batch_size} rows")
         self._keep(self._keys(tokens, salt)(len(tokens)), cache, row, owner)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mambakit.generation.fingerprint import fingerprint
+from mambakit.generation.token_ids import text_ids
 
 
 class PrefixKey(NamedTuple):
@@ -45,18 +46,12 @@ def prefix_keys(model: str, tokens: list[int], salt: str = "") -> Callable[[int]
     return key
 
 
-def prefix_tokens(ids: Tensor | Sequence[int]) -> list[int]:
+def prefix_tokens(ids: Tensor | Sequence[int], vocab_size: int) -> list[int]:
     """The tokens of one prompt (l,), l >= 1.
 
     Raises:
-        ValueError: another shape, or no tokens.
+        TypeError: they are no whole numbers.
+        ValueError: another shape, no tokens, or a token outside of the vocabulary.
     """
-    if isinstance(ids, Tensor):
-        if ids.dim() != 1:
-            raise ValueError(f"ids have shape {tuple(ids.shape)}, expected (l,); a prefix is of one text")
-        tokens: list[int] = ids.tolist()
-    else:
-        tokens = [int(t) for t in ids]
-    if not tokens:
-        raise ValueError("there are no tokens to look up; give at least one")
+    tokens: list[int] = text_ids("a prompt", ids, vocab_size).tolist()
     return tokens

@@ -13,8 +13,8 @@ from torch import Tensor
 from mambakit.decoding.chunks import SCORING_CHUNK
 from mambakit.decoding.prefill import hidden_states, prefill
 from mambakit.generation.start_token import start_token
-from mambakit.generation.state import State, prompt_rows
-from mambakit.generation.token_ids import require_in_vocabulary
+from mambakit.generation.state import State
+from mambakit.generation.token_ids import require_in_vocabulary, text_ids, texts
 from mambakit.generation.token_scores import score_after, score_tokens
 from mambakit.modules import StateCache
 from mambakit.quoting import brief
@@ -173,8 +173,8 @@ class ContinuationScore:
 @torch.no_grad()
 def score_continuations(
     model: Any,
-    prefix: Tensor | State,
-    continuations: Sequence[Tensor],
+    prefix: Tensor | Sequence[int] | State,
+    continuations: Sequence[Tensor | Sequence[int]],
     *,
     chunk_size: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -193,24 +193,21 @@ def score_continuations(
 
     Raises:
         ValueError: an empty prefix; a state of several rows, or without an unread token; a continuation that is not
-            (l,).
+            (l,), or has a token outside of the vocabulary.
+        TypeError: tokens that are no whole numbers.
     """
-    for tokens in continuations:
-        if tokens.dim() != 1:
-            raise ValueError(f"a continuation has shape {tuple(tokens.shape)}, expected (l,)")
-        require_in_vocabulary("a continuation", tokens, model.config.vocab_size)
-    if isinstance(prefix, Tensor):
-        require_in_vocabulary("the prefix", prefix, model.config.vocab_size)
+    vocabulary = model.config.vocab_size
+    rows = [text_ids(f"continuation {i}", t, vocabulary, least=0) for i, t in enumerate(continuations)]
     if isinstance(prefix, State):
         after = prefix.prompt()
         ids, cache = after["prompt_ids"], after["cache"]
     else:
-        (ids,) = prompt_rows(prefix, model.device)
+        ids = text_ids("the prefix", prefix, vocabulary).to(model.device)
         cache = model.backbone.new_cache(1)
     (logits,) = prefill(model, ids[None], cache, chunk_size=chunk_size)
     results: list[ContinuationScore] = []
     most = max(1, _PACKED_BYTES // cache.nbytes)
-    for group in score_after(model, cache, logits, continuations, most_tokens=_PACKED_TOKENS, most_rows=most):
+    for group in score_after(model, cache, logits, rows, most_tokens=_PACKED_TOKENS, most_rows=most):
         results += [ContinuationScore(scores.log_probs, bool(scores.likeliest.all())) for scores in group]
         if progress is not None:
             progress(len(results))
@@ -226,7 +223,11 @@ def score_choices(model: Any, tokenizer: Any, prefix: str, choices: Sequence[str
 
     Raises:
         ValueError: a choice that adds no token to the prefix, or an empty prefix and a tokenizer without eos and bos.
+        TypeError: a prefix that is no text, or choices that are no list of texts.
     """
+    if not isinstance(prefix, str):
+        raise TypeError(f"the prefix is {brief(prefix)}; it must be text")
+    texts("choices", choices)
     requests: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}  # prefix tokens -> (index of the choice, its tokens)
     for number, choice in enumerate(choices):
         whole = _encode(tokenizer, prefix + choice)

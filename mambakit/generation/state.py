@@ -6,6 +6,7 @@ a file of a few megabytes resumes a text of any length.
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,9 +17,11 @@ from torch import Tensor
 from mambakit.decoding.prefill import prefill_states
 from mambakit.errors import CheckpointError
 from mambakit.generation.fingerprint import fingerprint
+from mambakit.generation.token_ids import batch_ids
 from mambakit.modules import StateCache
+from mambakit.quoting import brief
 from mambakit.reading import open_safetensors
-from mambakit.writing import replacing
+from mambakit.writing import replacing, require_place
 
 _AGAIN = "save the state again"
 _FORMAT = "mambakit.State/1"
@@ -67,9 +70,10 @@ class State:
             progress: called with the number of tokens read.
 
         Raises:
-            ValueError: an empty prompt, or a chunk_size below 1.
+            TypeError: tokens that are no whole numbers.
+            ValueError: an empty prompt, a token outside of the vocabulary, or a chunk_size below 1.
         """
-        rows = prompt_rows(prompts, model.device)
+        rows = batch_ids(prompts, model.config.vocab_size, model.device)
         empty = cls(model.backbone.new_cache(len(rows)), rows[0].new_empty(len(rows), 0))
         return empty._read(model, rows, chunk_size, progress)
 
@@ -83,7 +87,7 @@ class State:
         progress: Callable[[int], None] | None = None,
     ) -> State:
         """A new state that has read ``tokens``, too, in the shapes of `read`'s prompts; this one is unchanged."""
-        rows = prompt_rows(tokens, model.device)
+        rows = batch_ids(tokens, model.config.vocab_size, model.device)
         if len(rows) != self.rows:
             raise ValueError(
                 f"tokens are of {len(rows)} texts, but the state holds {self.rows}; fork or select it first"
@@ -135,8 +139,8 @@ class State:
 
     def fork(self, n: int) -> State:
         """Every row n times, in adjacent rows: n continuations of a text that is read once."""
-        if n < 1:
-            raise ValueError(f"fork into {n}; it must be 1 or more")
+        if isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 1:
+            raise ValueError(f"fork into {brief(n)}; it must be a whole number, 1 or more")
         return self.select(torch.arange(self.rows, dtype=torch.int64, device="cpu").repeat_interleave(n))
 
     # -- going on from it ------------------------------------------------------------------------------------------
@@ -235,24 +239,6 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata:
     """Write a safetensors file under a temporary name, then rename it, so that readers see all of it or nothing."""
     from safetensors.torch import save_file
 
+    require_place(path)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
-
-
-def prompt_rows(prompts: Tensor | Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Prompts of one token or more each, (l,), (b, l) or several (l_i,), as a list of (l_i,) int64 on ``device``.
-
-    Raises:
-        ValueError: other shapes.
-    """
-    if isinstance(prompts, Tensor):
-        if prompts.dim() not in (1, 2):
-            raise ValueError(f"the tokens have shape {tuple(prompts.shape)}, expected (l,) or (b, l)")
-        prompts = [prompts] if prompts.dim() == 1 else list(prompts)
-    rows = [row.to(device, torch.long) for row in prompts]
-    if not rows or any(row.dim() != 1 or not len(row) for row in rows):
-        shapes = [tuple(row.shape) for row in rows]
-        raise ValueError(
-            f"the tokens of the texts have shapes {shapes}; give at least one text, and a token in each, (l,)"
-        )
-    return rows

@@ -24,7 +24,7 @@ from mambakit.errors import CheckpointError
 from mambakit.generation.fingerprint import fingerprint
 from mambakit.generation.start_token import start_token
 from mambakit.generation.state import fill_cache, write_tensors
-from mambakit.generation.token_ids import require_in_vocabulary, token_ids
+from mambakit.generation.token_ids import require_in_vocabulary, texts, token_ids
 from mambakit.generation.token_scores import groups, surprise
 from mambakit.modules import StateCache
 from mambakit.quoting import brief
@@ -35,6 +35,11 @@ _AGAIN = "save the streams again"
 _FIRST_SLOTS = 16
 # Copies of states that a forward may hold besides the streams' own.
 _COPIED_BYTES = 1 << 30
+
+
+def _require_mapping(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} are {brief(value)}; give a dictionary by the streams' names")
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,7 @@ class StreamScorer:
     def _checked(self, chunks: Mapping[str, Tensor | Sequence[int]]) -> dict[str, Tensor]:
         """The chunks as (l,) int64 on the CPU. Their tokens are compared with the vocabulary all at once."""
         given: dict[str, Tensor] = {}
+        _require_mapping("chunks", chunks)
         for name, ids in chunks.items():
             if not isinstance(name, str):
                 raise TypeError(f"a stream's name is {brief(name)}; it must be text")
@@ -231,10 +237,14 @@ class StreamScorer:
         A line is tokenised by itself, so that its tokens do not depend on which lines came with it.
 
         Raises:
-            ValueError: the scorer was made without a tokenizer.
+            TypeError: lines that are not texts in a list; nothing is read then.
+            ValueError: the scorer was made without a tokenizer, or a line with half of a surrogate pair.
         """
         if self.tokenizer is None:
             raise ValueError("lines are text: make the scorer with the model's tokenizer, or score_tokens")
+        _require_mapping("lines", lines)
+        for name, some in lines.items():
+            texts(f"the lines of {brief(name)}", some)
         flat = [line for some in lines.values() for line in some]
         ids = self.tokenizer(flat, add_special_tokens=False, verbose=False).input_ids if flat else []
         of_line = iter([torch.tensor(row, dtype=torch.int64, device="cpu") for row in ids])

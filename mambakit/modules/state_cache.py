@@ -136,7 +136,11 @@ class StateCache:
     def layer(self, index: int, rows: Tensor | None = None) -> tuple[Tensor, ...]:
         """Layer ``index``'s tensors (b, *shape) in the specification's order, of slots ``rows`` (int64; -1 is a zero
         state) or of every slot. To be read: what is written into them may be lost."""
-        return self._memory.layer(index, rows)
+        tensors = self._memory.layer(index, rows)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # autograd keeps no tensor of `torch.inference_mode`, in which a text is often begun.
+            return tuple(t.clone() if t.is_inference() else t for t in tensors)
+        return tensors
 
     def memory(self, index: int) -> tuple[Tensor, ...]:
         """Layer ``index``'s own memory (b, *shape), in the specification's order, for inference to write into."""

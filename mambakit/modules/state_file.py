@@ -14,7 +14,7 @@ from torch import Tensor
 from mambakit.errors import CheckpointError
 from mambakit.modules.state_spec import StateSpec
 from mambakit.reading import open_safetensors
-from mambakit.writing import replacing
+from mambakit.writing import replacing, require_place
 
 _FORMAT = "mambakit.MambaCache/1"  # of every specification: the format is older than the others
 _AGAIN = "save the state again"
@@ -47,6 +47,7 @@ def write_state(path: str | os.PathLike, tensors: Mapping[str, Any], spec: State
         "dtype": str(spec.dtype).removeprefix("torch."),
         "seen_tokens": str(seen_tokens),
     }
+    require_place(path)
     with replacing(path) as temporary:
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, metadata)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from mambakit.ops._autocast import autocast_dtype
 from mambakit.quoting import brief
 
 
@@ -33,6 +34,14 @@ def require_input(stack: Any, x: Any, one: tuple[int, ...] | None = None) -> Non
         raise ValueError(f"x has shape {one or tuple(data.shape)}: there is nothing to read; give a token or more")
     if data.is_floating_point() is False:
         raise ValueError(f"x is of {data.dtype}; it must be floating: embed tokens first")
+    weight = stack.in_proj.weight
+    if data.dtype != weight.dtype and autocast_dtype(data.device) is None:
+        raise ValueError(f"x is of {data.dtype}, the stack of {weight.dtype}; cast one of them, or use torch.autocast")
+
+
+def require_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} is {brief(value)}; it must be a whole number, 0 or more")
 
 
 def checked_state(stack: Any, state: Any, b: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from mambakit.modules.mixers import state_spec
 from mambakit.modules.mixers.mamba import MambaMixer
 from mambakit.modules.norm import RMSNorm
 from mambakit.modules.state_cache import StateCache
-from mambakit.nn.checks import check_sizes, checked_starts, checked_state, require_input
+from mambakit.nn.checks import check_sizes, checked_starts, checked_state, require_count, require_input
 from mambakit.nn.segments import Segments, row_order, segments_of
 from mambakit.nn.settings import StackSettings
 from mambakit.ops._releases import is_exporting
@@ -135,6 +135,7 @@ class MambaStack(nn.Module):
 
     def zero_state(self, batch_size: int) -> State:
         """The state before the first token: zeros, on the parameters' device."""
+        require_count("batch_size", batch_size)
         weight = self.in_proj.weight
         conv, ssm = StateCache(state_spec(self.settings, weight.dtype), batch_size, weight.device).tensors().values()
         return conv, ssm

@@ -142,6 +142,11 @@ def test_a_fingerprint_is_of_values():
     model = pair("plain")[0].bfloat16()
     before = fingerprint(model)
     assert fingerprint(model.float()) == before, "widening changes no value"
+    assert fingerprint(model.double()) == before
+    with torch.no_grad():
+        model.backbone.layers[0].mixer.D += 1e-12
+    assert fingerprint(model) != before, "numbers that only float64 holds"
+    before = fingerprint(model.float())
     model.config.layer_norm_epsilon = 1e-3
     assert fingerprint(model) != before, "another configuration computes something else with the same weights"
 
@@ -154,6 +159,10 @@ def test_a_fingerprint_is_of_values():
         (lambda m, i: State.read(m, i[None, None]), r"expected \(l,\) or \(b, l\)"),
         (lambda m, i: State.read(m, i, chunk_size=0), "chunk_size is 0"),
         (lambda m, i: State.read(m, i).fork(0), "fork into 0"),
+        (lambda m, i: State.read(m, i).fork(1.5), "fork into 1.5"),
+        (lambda m, i: State.read(m, i).fork("2"), "fork into '2'"),
+        (lambda m, i: State.read(m, i).save("no folder/state", m), "there is no folder"),
+        (lambda m, i: State.read(m, i).save(".", m), "is a folder"),
         (lambda m, i: State.read(m, i).fork(2).prompt(), "holds 2"),
         (lambda m, i: State.read(m, i).extend(m, [i, i]), "of 2 texts"),
         (lambda m, i: State.stack([]), "no states"),

@@ -162,6 +162,17 @@ def test_padded_documents_have_the_loss_of_unpadded_ones(model):
     assert worst(padded.loss, (a.loss * 5 + b.loss * 8) / 13) < TIGHT
 
 
+def test_a_cache_of_inference_mode_goes_on_under_autograd(model):
+    before, after = tokens(2, 5), tokens(2, 4)
+    with torch.inference_mode():
+        inference = model(before, use_cache=True).cache_params
+    with torch.no_grad():
+        plain = model(before, use_cache=True).cache_params
+    losses = [model(after, cache_params=cache, labels=after).loss for cache in (inference, plain)]
+    assert torch.equal(*losses)
+    torch.autograd.grad(losses[0], list(model.parameters()))
+
+
 def test_gradients_flow_through_the_cache(model):
     """Backpropagation over two windows with a carried state equals backpropagation over the whole."""
     model.train()

@@ -259,6 +259,30 @@ def test_steps_with_resets_are_the_whole():
 # -- as a module -------------------------------------------------------------------------------------------------------
 
 
+def test_a_state_of_inference_mode_goes_on_under_autograd():
+    """A rollout in `torch.inference_mode`, then an update from the states that it kept."""
+    stack, x = make(), torch.randn(6, 2, 5)
+    starts = torch.zeros(3, 2, dtype=torch.bool)
+    starts[1, 0] = True
+    with torch.inference_mode():
+        _, state = stack(x[:3].clone())
+    with torch.no_grad():
+        _, plain = stack(x[:3])
+    for call in (
+        lambda s: stack(x[3:], s),
+        lambda s: stack(x[3:], s, starts),
+        lambda s: stack.step(x[3], s),
+        lambda s: stack(pack_sequence([x[3:, 0], x[4:, 1]]), s),
+    ):
+        found = []
+        for before in (state, plain):
+            stack.zero_grad()
+            y, after = call(before)
+            (y.data if isinstance(y, nn.utils.rnn.PackedSequence) else y).sum().backward()
+            found.append([*after, *(p.grad.clone() for p in stack.parameters())])
+        assert all(map(torch.equal, *found))
+
+
 def test_state_dict():
     stack, x = make(True), torch.randn(4, 2, 5)
     file = io.BytesIO()
@@ -350,6 +374,11 @@ def test_mistakes():
         (lambda: stack(torch.randn(4, 2, 2, 5)), r"\(l, b, f\) or \(l, f\)"),
         (lambda: stack(torch.randn(0, 2, 5)), "nothing to read"),
         (lambda: stack(torch.zeros(4, 2, 5, dtype=torch.long)), "must be floating"),
+        (lambda: stack(torch.randn(4, 2, 5).double()), "x is of torch.float64, the stack of torch.float32; cast"),
+        (lambda: stack(pack_sequence([torch.randn(2, 5).half()])), "x is of torch.float16"),
+        (lambda: stack.step(torch.randn(2, 5).bfloat16()), "x is of torch.bfloat16"),
+        (lambda: stack.zero_state(2.5), "batch_size is 2.5"),
+        (lambda: stack.zero_state(-1), "batch_size is -1"),
         (lambda: stack(torch.randn(4, 2, 5), torch.zeros(3)), "give the pair"),
         (lambda: stack(torch.randn(4, 2, 5), stack.zero_state(3)), r"conv has shape \(3, 3, 32, 3\).*2 sequences"),
         (lambda: stack(torch.randn(4, 2, 5), None, torch.zeros(4, 3, dtype=torch.bool)), r"must be \(4, 2\)"),
