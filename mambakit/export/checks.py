@@ -58,7 +58,7 @@ def require_same(model: Any, what: str, run: Callable[..., Iterable[Tensor]], pi
                 0, model.config.vocab_size, (batch, sum(pieces)), generator=generator, dtype=torch.int64, device="cpu"
             ).to(model.device)
             cache = MambaCache(model.config, batch, model.device, model.dtype)
-            states = cache.conv_states.clone(), cache.ssm_states.clone()
+            states = [cache.conv_states.clone(), cache.ssm_states.clone()]
             for piece in ids.split(pieces, 1):
                 expected = model(piece, cache_params=cache, use_cache=True).logits
                 logits, *states = run(piece.contiguous(), *states)
