@@ -130,10 +130,10 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         given_cache = cache
         limit = chunk_sizes(self.device).batch
         whole = bool(setting(kwargs, settings, "output_hidden_states", False))  # of the whole prompt
-        alone = copies == 1 and use_cache and not whole and reads_in_buckets(self, input_ids.shape[0])
-        if alone and is_ours(self) and (mask is None or bool(mask[:, -new:].all())):
-            cache = self.backbone.new_cache(1) if cache is None else cache
-            steps.chunk_size, chunk = int(chunk or limit), None
+        if copies == 1 and use_cache and not whole and is_ours(self):  # read by `_sample`, once all is checked
+            rows = input_ids.shape[0]
+            cache = self.backbone.new_cache(rows) if cache is None else cache
+            steps.chunk_size, chunk = int(chunk or (limit if rows == 1 else max(64, limit // rows))), None
         elif not chunk and use_cache and not whole and input_ids.shape[0] * new > limit:
             chunk = max(64, limit // input_ids.shape[0])
         if chunk and not use_cache:
@@ -141,8 +141,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         try:
             if chunk:
                 cache = self.backbone.new_cache(input_ids.shape[0]) if cache is None else cache
-                last_too = copies == 1 and not whole and is_ours(self)
-                steps.prompt_logits = prefill_in_chunks(self, input_ids, mask, cache, cached, int(chunk), last_too)
+                prefill_in_chunks(self, input_ids, mask, cache, cached, int(chunk))
                 cached = input_ids.shape[1] - 1
             if cache is not None:
                 if copies > 1:
@@ -185,7 +184,11 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         cache: StateCache | None = kwargs.get(CACHE_ARGUMENT)
         if steps is not None and steps.chunk_size and cache is not None:
             prompt = input_ids[:, steps.cached_columns :]
-            steps.prompt_logits = prefill(self, prompt, cache, chunk_size=steps.chunk_size)
+            mask = kwargs.get("attention_mask")  # transformers makes one of padding tokens where none was given
+            mask = None if mask is None else mask[:, -prompt.shape[1] :]
+            if mask is not None and reads_in_buckets(self, len(prompt)) and bool(mask.all()):
+                mask = None
+            steps.prompt_logits = prefill(self, prompt, cache, attention_mask=mask, chunk_size=steps.chunk_size)
         looked_at = looked_at_by(logits_processor, stopping_criteria, generation_config, streamer, kwargs)
         if synced_gpus:
             looked_at = "synced_gpus"

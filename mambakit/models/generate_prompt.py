@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.decoding.prefill import prefill, prefill_states
+from mambakit.decoding.prefill import prefill_states
 from mambakit.modules import StateCache
 
 
@@ -63,16 +63,9 @@ def require_left_padding(mask: Tensor) -> None:
         raise ValueError("inputs_embeds are padded on the right or inside; pad them on the left, or give input_ids")
 
 
-def prefill_in_chunks(
-    model: Any, ids: Tensor, mask: Tensor | None, cache: StateCache, cached: int, chunk: int, last_too: bool
-) -> Tensor | None:
-    """Read all columns of ``ids`` (b, l) after the first ``cached``, the last one only with ``last_too``.
-
-    Returns:
-        The logits (b, v) after the last token; None where it is not read.
-    """
-    end = ids.shape[1] if last_too else ids.shape[1] - 1
+def prefill_in_chunks(model: Any, ids: Tensor, mask: Tensor | None, cache: StateCache, cached: int, chunk: int) -> None:
+    """Read all columns of ``ids`` (b, l) after the first ``cached`` but the last one."""
+    end = ids.shape[1] - 1
     if mask is not None:
         mask = mask[:, mask.shape[1] - ids.shape[1] :][:, cached:end]
-    read = prefill if last_too else prefill_states
-    return read(model, ids[:, cached:end], cache, attention_mask=mask, chunk_size=chunk)
+    prefill_states(model, ids[:, cached:end], cache, attention_mask=mask, chunk_size=chunk)

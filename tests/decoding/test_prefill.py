@@ -130,7 +130,8 @@ def test_generate_reads_its_prompt_in_pieces(on, device, sampled, monkeypatch):
     ids = torch.randint(1, 320, (1, 45), device=device)
     options = {"max_new_tokens": 12, "do_sample": sampled, "eos_token_id": None, "pad_token_id": 0, "seed": 3}
     with monkeypatch.context() as without:
-        without.setattr("mambakit.models.generate.reads_in_buckets", lambda model, rows: False)
+        for module in ("models.generate", "decoding.prefill"):
+            without.setattr(f"mambakit.{module}.reads_in_buckets", lambda model, rows: False)
         expected = model.generate(ids, **options)
     for _ in range(3):
         cache = model.backbone.new_cache(1)

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 import mambakit
+from mambakit.models import generate as module
 from tests.models.configurations import pair, tokens, worst
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -112,6 +113,35 @@ def test_the_last_chunk_gives_the_first_token(model, monkeypatch, output_logits)
         return_dict_in_generate=True,
     )
     assert read == [10, 10, 3]
+
+
+def test_padding_tokens_without_a_mask_are_padding_however_the_prompt_is_read(both):
+    """transformers makes a mask of them, also where the prompt is read in chunks."""
+    ours, _ = both
+    ids = torch.tensor([[5, 7, 9, 7, 11]])
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 7, "eos_token_id": 60}
+    expected = ours.generate(torch.tensor([[5, 9, 11]]), **options)[:, 3:]
+    for chunk in (None, 2, 5):
+        assert torch.equal(ours.generate(ids, prefill_chunk_size=chunk, **options)[:, 5:], expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"seed": [1, 2]}, {"output_scores": True}], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_prompt_is_read_by_prefill(model, monkeypatch, options, padded):
+    """generate -> prefill -> loop: whatever chooses the tokens, the forward does not read the prompt itself."""
+    calls, ids = [], tokens(2, 7)
+    read = module.prefill
+
+    def counted(model, prompts, *arguments, **keywords):
+        calls.append(tuple(prompts.shape))
+        return read(model, prompts, *arguments, **keywords)
+
+    monkeypatch.setattr(module, "prefill", counted)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 1 - padded
+    options = {"return_dict_in_generate": True, **options}
+    model.generate(ids, attention_mask=mask, max_new_tokens=3, eos_token_id=None, **options)
+    assert calls == [(2, 7)]
 
 
 def test_continuing_from_a_state(model):
