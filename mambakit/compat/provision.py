@@ -74,17 +74,20 @@ def provide(override: bool = False) -> dict[str, str]:
 
 def _warn_of_imported(given: dict[str, str]) -> None:
     """Modules that were imported before from elsewhere, or looked for in vain by code that goes on without them."""
-    early = [name for name in given if name in sys.modules and not _is_given(name)]
+    early = [name for name in given if sys.modules.get(name) is not None and not _is_given(name)]
+    blocked = [name for name in given if name in sys.modules and sys.modules[name] is None]
     bound = sorted(
         name for name in sys.modules
         if name.startswith("transformers.models.") and name.rpartition(".modeling_")[2] in _BINDING
     )  # fmt: skip
-    for names, what in (
-        (early, "were imported before mambakit.provide() and stay as they are"),
-        (bound, "were imported before mambakit.provide() and have bound their own functions"),
+    first = "call mambakit.provide() first"
+    for names, what, remedy in (
+        (early, "imported before mambakit.provide(), which changes nothing there", first),
+        (bound, "imported before mambakit.provide(), with functions of their own bound", first),
+        (blocked, "None in sys.modules, so that Python imports nothing of that name", "delete the entry"),
     ):
         if names:
-            warnings.warn(f"{', '.join(names)} {what}; call mambakit.provide() first", stacklevel=3)
+            warnings.warn(f"{', '.join(names)}: {what}; {remedy}", stacklevel=3)
 
 
 # transformers' modelling files that look for mamba_ssm when they are imported.

@@ -331,7 +331,24 @@ print(json.dumps([selective_scan_cuda is early, [str(w.message) for w in caught]
     )
     assert found[0] is True
     (message,) = found[1]
-    assert message.startswith("selective_scan_cuda were imported before mambakit.provide()")
+    assert message.startswith("selective_scan_cuda: imported before mambakit.provide()")
+
+
+def test_a_name_that_is_blocked(tmp_path):
+    found = told(
+        """
+        import mambakit
+        sys.modules["causal_conv1d_cuda"] = None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            mambakit.provide()
+        print(json.dumps([str(w.message) for w in caught]))
+        """,
+        tmp_path,
+    )
+    assert found == [
+        "causal_conv1d_cuda: None in sys.modules, so that Python imports nothing of that name; delete the entry"
+    ]
 
 
 def test_loaded_again_it_has_one_pair_of_finders(tmp_path):

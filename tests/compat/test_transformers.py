@@ -64,5 +64,5 @@ def test_before_and_after(model):
 def test_modelling_files_that_were_imported_before():
     _, used, _, warned = run(True, "import transformers.models.mamba.modeling_mamba as early")
     (message,) = (m for m in warned if "mambakit" in m)
-    assert message.startswith("transformers.models.mamba.modeling_mamba were imported before mambakit.provide()")
+    assert message.startswith("transformers.models.mamba.modeling_mamba: imported before mambakit.provide()")
     assert used  # by FalconMamba, whose file was imported after it
