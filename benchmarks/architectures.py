@@ -85,7 +85,7 @@ def compile_cuda(capability: int) -> dict[str, tuple[int, int]]:
             note(["ops/decode/persistent.cu:decode_step"], plan.shared_bytes)
     for kind in parameters._DTYPES.values():
         nvrtc.machine_code(PACKAGE / "ops" / "fused_mixer", "parameters.cu", {"DTYPE": kind}, arch)
-        note(["ops/fused_mixer/parameters.cu:mixer_parameters"], 0)
+        note([name for name in found if name.startswith("ops/fused_mixer/parameters.cu")], 0)
     assert scan == cuda_launch._FOLDER
     return found
 

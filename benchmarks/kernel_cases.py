@@ -453,15 +453,22 @@ def persistent_step(rows: int, format: str | None, verify: bool = False, norms: 
 
 
 def mixer_parameters(device: str, small: bool) -> None:
-    from mambakit.ops.fused_mixer.parameters import PreparedParameters
+    from mambakit.ops._backends.launch_list import Place
+    from mambakit.ops.fused_mixer.parameters import PreparedBias, PreparedParameters
 
-    counts, states = [100, 4096, 7], 320
+    counts, states, rows, channels = [100, 4096, 7], 320, 5, 96
     sources = [torch.randn(n, device=device) for n in counts]
     targets = [torch.empty(n, dtype=torch.bfloat16, device=device) for n in counts]
     A_log, A = torch.randn(states, device=device), torch.empty(states, device=device)
-    launch = PreparedParameters(counts, states, torch.bfloat16, torch.device(device).index or 0)
-    addresses = ([t.data_ptr() for t in tensors] for tensors in (sources, targets))
-    launch(torch.cuda.current_stream().cuda_stream, *addresses, A_log.data_ptr(), A.data_ptr())
+    bias = torch.randn(channels, device=device).to(torch.bfloat16)
+    arrays = [*sources, *targets, A_log, A, bias, bias.new_empty(rows, channels)]
+    (first, second, third, *to), index = [Place(i) for i in range(len(arrays))], torch.device(device).index or 0
+    items = PreparedParameters(counts, states, torch.bfloat16, index).items(
+        [first, second, third], to[:3], to[3], to[4]
+    )
+    items += PreparedBias(rows, channels, torch.bfloat16, index).items(to[5], to[6])
+    for item in items:
+        item.run(torch.cuda.current_stream().cuda_stream, arrays, [array.data_ptr() for array in arrays])
     torch.cuda.synchronize()
 
 
@@ -484,6 +491,9 @@ CUDA_CASES: dict[str, tuple[Case, tuple[str, ...]]] = {
     "decode step in one kernel, fp8": (persistent_step(1, "fp8"), _STEP),
     "decode step in one kernel, FalconMamba": (persistent_step(3, None, norms=1), _STEP),
     "drafts in one kernel": (persistent_step(4, None, verify=True), _STEP),
-    "parameters of the fused mixer": (mixer_parameters, ("ops/fused_mixer/parameters.cu:mixer_parameters",)),
+    "parameters of the fused mixer": (
+        mixer_parameters,
+        ("ops/fused_mixer/parameters.cu:mixer_parameters", "ops/fused_mixer/parameters.cu:mixer_bias"),
+    ),
 }  # fmt: skip
 """Calls that launch kernels of CUDA C++, on a GPU alone, and which ones they launch."""
