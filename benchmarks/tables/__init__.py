@@ -37,6 +37,7 @@ TABLES: dict[str, Callable[[Records], Content]] = {
     "decoders": decoders.decoders,
     "cpu": cpu.cpu,
     "cpu-others": cpu.cpu_others,
+    "cpu-isa": cpu.cpu_isa,
     "busy-machine": cpu.busy_machine,
     "numerics": cpu.numerics,
     "long-prompt": cpu.long_prompt,

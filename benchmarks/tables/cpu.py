@@ -93,3 +93,16 @@ def embedded_model(records: Records) -> Content:
     rows = records.rows("2026-11-28-embedded-model", "evaluation")
     keys = ("what", "now", "before", "first")
     return ["", "now, `fresh_rows=0.1`", "before", "first"], [[str(row[key]) for key in keys] for row in rows]
+
+
+def cpu_isa(records: Records) -> Content:
+    head = ["format", "instruction set", "ms, median (smallest)", "share of bandwidth", "GB/s", "time, of the first"]
+    rows = [
+        [
+            row["format"], row["set"], f"{row['seconds'] * 1e3:.2f} ({row['best_seconds'] * 1e3:.2f})",
+            f"{row['share_of_bandwidth'] * 100:.0f} %", f"{row['bandwidth'] / 1e9:.1f}",
+            f"{row['time_over_first']:.2f}",
+        ]
+        for row in records.rows("2026-11-29-xeon-cpu-isa", "rows")
+    ]  # fmt: skip
+    return head, rows

@@ -239,3 +239,32 @@ def test_whoever_listens_to_the_whole_model_hears_it(model, where):
     finally:
         del module.forward
     assert heard == [1, 2]
+
+
+def test_texts_that_nobody_listens_to_start_together(model, clock):
+    """`write` of an idle engine reads all prompts first; beside others it keeps to the time."""
+
+    def requests():
+        return [Request(tokens(1, 60)[0], max_new_tokens=9) for _ in range(4)]
+
+    engine, steps = Engine(model, 5, clock=clock), 8 * STEP
+    reading_time = 4 * 60 * 3 * LAYER  # two layers, and what follows the last
+    assert reading_time > 2 * PROMPT_SHARE
+    began = clock.now
+    written = engine.write(requests())
+    assert clock.now - began == pytest.approx(reading_time + steps)
+    other = engine.submit(Request(tokens(1, 60)[0], max_new_tokens=100))
+    engine.step()
+    times: dict[Request, list[float]] = {}
+    step = engine.step
+
+    def noted():
+        found = step()
+        for request, _ in found:
+            times.setdefault(request, []).append(clock.now)
+        return found
+
+    engine.step = noted
+    engine.write(requests())
+    assert max(gaps(times[other])) <= PROMPT_SHARE + 60 * LAYER + STEP
+    assert all(len(request.tokens) == 9 for request in written)
