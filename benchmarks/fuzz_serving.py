@@ -233,10 +233,12 @@ def _wait(url: str) -> None:
     import requests as http
 
     end = time.monotonic() + 10 * PATIENCE
-    while http.get(f"{url}/ready", timeout=PATIENCE).status_code != 200:
-        if time.monotonic() > end:
-            raise TimeoutError(f"no replica of {url} is ready")
+    while time.monotonic() < end:
+        with contextlib.suppress(http.RequestException):  # a machine that is busy with other work
+            if http.get(f"{url}/ready", timeout=PATIENCE).status_code == 200:
+                return
         time.sleep(0.2)
+    raise TimeoutError(f"no replica of {url} is ready")
 
 
 def main() -> int:

@@ -53,6 +53,8 @@ class Text:
         """Scores that are to be sent with the next piece."""
         self.left: Left | None = None
         """What it leaves where its state is to be kept; the main thread completes it before the last event."""
+        self.goes_on = False
+        """Whether it starts from a client's state."""
         self.reads = False
         """Whether nothing is written: its prompt is read for the state after it."""
         self._parts: list[str] = []  # what has been shown, and where each token's text ends; of such texts

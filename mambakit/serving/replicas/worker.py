@@ -206,6 +206,7 @@ class _Worker:
 
         options, sampling, ids = task.options, SamplingParams(**task.sampling), beginning.ids
         text.reads = not task.max_new_tokens
+        text.goes_on = options.state is not None and bool(options.state.start)
         request = Request(
             ids[:-1] if text.reads else ids, sampling if constraint is None else constraint.sampling(sampling),
             task.max_new_tokens or 1, state=beginning.cache, context=beginning.read, share=task.share,
@@ -246,6 +247,8 @@ class _Worker:
         for request in [r for r in self.running if r.finish_reason]:
             text = self.running.pop(request)
             text.error, text.cached_tokens = request.error, request.cached_tokens
+            if text.goes_on and _are_no_numbers(request):  # those of an imported file may be anything
+                text.status = 400
             if text.left is not None:
                 text.left.states, text.left.tokens = request.states, [] if text.reads else request.tokens
             events.append((text, None, request.finish_reason))
@@ -262,6 +265,13 @@ class _Compiled:
 
     task: Task
     found: Any
+
+
+def _are_no_numbers(request: Any) -> bool:
+    """Whether the text ended because its logits were none."""
+    from mambakit.decoding.logits import NO_CHOICE
+
+    return bool(request.error == NO_CHOICE)
 
 
 def _device_error() -> type[Exception]:

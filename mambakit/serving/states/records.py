@@ -17,6 +17,7 @@ from mambakit.serving.states.blobs import not_written, sync_folder
 from mambakit.writing import replacing
 
 _ID = re.compile(r"state_[0-9a-f]{24}")
+_MOST = 1 << 53  # of a number in a record
 
 
 def new_id() -> str:
@@ -72,9 +73,24 @@ def parse(id: str, text: str) -> StateRecord | None:
     try:
         found = json.loads(text)
         record = StateRecord(**{one.name: found[one.name] for one in fields(StateRecord)})
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return record if record.id == id and re.fullmatch("[0-9a-f]{64}", str(record.blob)) else None
+    return record if record.id == id and _is_sound(record) else None
+
+
+def _is_sound(record: StateRecord) -> bool:
+    """Whether each field is of its type: a file that somebody has changed must not stop the server from starting."""
+    texts = (record.owner, record.fingerprint, record.digest, record.origin, record.parent)
+    times = (record.created,) if record.expires is None else (record.created, record.expires)
+    return (
+        all(isinstance(text, str) for text in texts)
+        and isinstance(record.blob, str)
+        and re.fullmatch("[0-9a-f]{64}", record.blob) is not None
+        and all(type(count) is int and 0 <= count < _MOST for count in (record.bytes, record.tokens))
+        and all(type(moment) in (int, float) and abs(moment) < _MOST for moment in times)
+        and isinstance(record.metadata, dict)
+        and all(isinstance(one, str) for pair in record.metadata.items() for one in pair)
+    )
 
 
 class Records:

@@ -10,12 +10,15 @@ from array import array
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from mambakit.quoting import cut
 from mambakit.serving.errors import ApiError
 from mambakit.serving.messages import Layout
 
 FORMAT = "mambakit.State/1"
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1, "I16": 2, "BOOL": 1}
+_EXPONENTS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}  # their bits
 _MOST_HEADER = 1 << 20
 _AGAIN = "export the state again, and send the whole file"
 
@@ -86,7 +89,7 @@ def header_of(data: bytes | memoryview) -> tuple[dict[str, str], dict[str, Place
             name: Place(str(one["dtype"]), tuple(map(int, one["shape"])), *map(int, one["data_offsets"]))
             for name, one in header.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"its header cannot be read ({type(error).__name__})") from error
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are no strings")
@@ -137,6 +140,11 @@ def check(data: bytes | memoryview, layout: Layout, *, kept: bool = False) -> St
                 400, f"the file's {name} is {is_it}; it must be {dtype} {list(shape)}, of one text and of the dtype "
                 "that this server runs in",
             )  # fmt: skip
+        if not kept and not _is_finite(data, found):
+            raise ApiError(
+                400, f"the file's {name} has numbers that are NaN or infinite, after which no token can be chosen; "
+                "read the text again",
+            )  # fmt: skip
     more = set(tensors) - set(layout.tensors) - {"pending", "tokens"}
     if more:
         raise ApiError(400, f"the file has a tensor {cut(min(more))!r}, which no state has; {_AGAIN}")
@@ -150,6 +158,15 @@ def check(data: bytes | memoryview, layout: Layout, *, kept: bool = False) -> St
     ):
         raise ApiError(400, f"the file's tokens are not those that it has read; {_AGAIN}")
     return StateFile(int(seen), pending, tokens)
+
+
+def _is_finite(data: bytes | memoryview, place: Place) -> bool:
+    """Whether a tensor has neither NaN nor infinity: numbers whose exponent is all ones."""
+    exponent = _EXPONENTS.get(place.dtype)
+    if exponent is None:
+        return True
+    numbers = np.frombuffer(data, f"<u{_SIZES[place.dtype]}", math.prod(place.shape), place.begin)
+    return not bool((numbers & exponent == exponent).any())
 
 
 def _ids(data: bytes | memoryview, tensors: dict[str, Place], name: str, vocab_size: int | None) -> array[int]:

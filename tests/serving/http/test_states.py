@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -207,6 +208,23 @@ def test_a_damaged_file_ends_its_own_text_alone(states, folder):
     exported = states.client.get(f"/v1/states/{bad['id']}/export")
     assert (exported.status_code, exported.json()["error"]["code"]) == (410, "state_damaged")
     assert states.complete(prompt="", state=good["id"], max_tokens=3)
+
+
+def test_a_file_of_huge_numbers_is_its_clients_fault(states):
+    """They are finite, and no token can be chosen after them: its texts are refused, and nothing else is affected."""
+    good = ask(states, "POST", "", json={"prompt": [71, 200]})
+    data = states.client.get(f"/v1/states/{good['id']}/export").content
+    (length,) = struct.unpack("<Q", data[:8])
+    begin, end = json.loads(data[8 : 8 + length])["ssm_states"]["data_offsets"]
+    first = 8 + length
+    huge = data[: first + begin] + struct.pack("<f", 3e38) * ((end - begin) // 4) + data[first + end :]
+    kind = {"Content-Type": "application/octet-stream"}
+    bad = states.client.post("/v1/states/import", content=huge, headers=kind)
+    assert bad.status_code == 200, bad.text
+    answer = states.post(prompt="", state=bad.json()["id"], max_tokens=3)
+    assert (answer.status_code, "NaN or infinite" in answer.text) == (400, True), answer.text
+    assert states.complete(prompt="", state=good["id"], max_tokens=3)
+    assert not any(replica["restarts"] for replica in states.health()["replicas"])
 
 
 def test_killed_and_started_again(model, tmp_path):

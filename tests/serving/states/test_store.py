@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -45,6 +46,9 @@ def file_of(tokens: list[int], unread: int = 1, known: bool = True, **changes: o
         at, content = at + len(data), content + data
     head = json.dumps(header).encode()
     return struct.pack("<Q", len(head)) + head + content
+
+
+_INFINITE = b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 4]}}'
 
 
 def store_of(folder: Path, **options) -> StateStore:
@@ -176,6 +180,9 @@ def test_the_nearest_state_of_a_text(store):
         (file_of([1], ssm_states=("F32", [2, 2, 4, 3], b"\0" * 192)), 400, "must be F32"),
         (file_of([1], ssm_states=("F16", [2, 1, 4, 3], b"\0" * 48)), 400, "must be F32"),
         (file_of([1], more=("F32", [1], b"\0" * 4)), 400, "which no state has"),
+        (file_of([1], ssm_states=("F32", [2, 1, 4, 3], array("f", [0.0] * 23 + [math.nan]).tobytes())), 400, "NaN"),
+        (file_of([1], ssm_states=("F32", [2, 1, 4, 3], array("f", [-math.inf] * 24).tobytes())), 400, "infinite"),
+        (struct.pack("<Q", len(_INFINITE)) + _INFINITE, 400, "header cannot be read"),
         (file_of([1], pending=("I64", [1, 2], b"\0" * 8)), 400, "another size than its shape"),
     ],
 )
@@ -305,3 +312,29 @@ def test_the_temporary_files_of_others_are_left_alone(store):
     store_of(store.folder).clean()
     assert writing.exists()
     assert blobs._ABANDONED > 60
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"", b"\xff\xfe{", b"[]", b"{" * 100_000, b'{"id": 1}', {"tokens": "x"}, {"bytes": -5}, {"expires": "never"},
+        {"created": []}, {"created": float("inf")}, {"created": float("nan")}, {"expires": True}, {"tokens": 10**30},
+        {"owner": None}, {"metadata": 5}, {"metadata": {"a": 1}}, {"fingerprint": 0}, {"digest": None}, {"blob": 7},
+        {"blob": "../../etc/passwd"}, {"parent": {}}, {"id": "state_" + "0" * 24}, {"origin": ["x"]},
+    ],
+)  # fmt: skip
+def test_a_damaged_record_stops_nothing(tmp_path, damage):
+    """The server starts, and serves all other states."""
+    store = store_of(tmp_path / "states")
+    bad, good = (store.take("a", file_of(tokens), LAYOUT) for tokens in ([1, 2], [3, 4]))
+    (file,) = (tmp_path / "states").rglob(f"{bad.id}.json")
+    whole = json.loads(file.read_text())
+    file.write_bytes(damage if isinstance(damage, bytes) else json.dumps(whole | damage).encode())
+    again = store_of(tmp_path / "states")
+    again.clean()
+    assert again.list("a")[0] == [good]
+    assert again.nearest("a", array("q", [3, 4]), LAYOUT.fingerprint) == good
+    with pytest.raises(ApiError):
+        again.get("a", bad.id)
+    assert again.export("a", good.id) == file_of([3, 4])
+    assert again.take("a", file_of([5, 6]), LAYOUT).tokens == 2
