@@ -279,6 +279,25 @@ def drafts(slots: int, tokens: int, dtype: torch.dtype, norms: int = 0) -> Case:
     return case
 
 
+def rounds(device: str, small: bool) -> None:
+    """The small steps of a round of speculation."""
+    from mambakit.decoding.round_steps import FIELDS, TOKENS
+    from mambakit.ops.decode import triton_round as ops
+
+    b, k = (3, 2) if small else (8, 4)
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=torch.int64, device=device)
+
+    rows, asked, picks, tokens = integers(b, FIELDS + 4), integers(b, 3), integers(k, b), integers(b, k + 1)
+    inputs, counts, accepted, broken, kept, at = (integers(b) for _ in range(6))
+    ops.begin(rows, asked, inputs, counts)
+    ops.second(rows, picks[0], inputs)
+    ops.assemble(rows, picks, tokens)
+    ops.accept(tokens, tokens.clone(), counts, accepted)
+    ops.finish(rows, asked, tokens, accepted, counts, broken, k, integers(b, TOKENS + k + 1), kept, at)
+
+
 def convolution(transposed: bool, packed: bool, dtype: torch.dtype) -> Case:
     def case(device: str, small: bool) -> None:
         from mambakit.ops.causal_conv1d import triton as conv
@@ -398,6 +417,7 @@ TRITON_CASES: dict[str, Case] = {
     "products, int4": packed_products("int4"),
     "products, fp8": packed_products("fp8"),
     "drafts of 8 slots": drafts(8, 4, BF16),
+    "a round's small steps": rounds,
     "drafts of 32 slots": drafts(32, 5, BF16),
     "drafts, float32": drafts(2, 3, F32),
     "drafts, FalconMamba": drafts(4, 4, BF16, 1),

@@ -1,6 +1,6 @@
 """Rounds of speculation on the device: the host replays graphs, and gets tokens by copies that nothing waits for.
 
-Texts whose tokens depend on their logits and random numbers alone can be written so (`why_not`). The host gives each
+Texts whose tokens depend on their logits and random numbers alone can be written so (`needs_host`). The host gives each
 round the numbers of guesses and, from time to time, more random numbers; it launches the next round before it has the
 tokens of the last one (`mambakit.decoding.speculation`).
 """
@@ -112,7 +112,7 @@ class Launched:
         }  # fmt: skip
 
 
-def why_not(pool: SlotPool, draft: DraftSlots, texts: Mapping[int, WrittenText], most: int) -> str | None:
+def needs_host(pool: SlotPool, draft: DraftSlots, texts: Mapping[int, WrittenText], most: int) -> str | None:
     """Why these texts are not written by rounds of up to ``most`` guesses on the device, or None where they are."""
     for text in texts.values():
         if text.sampled.changes_logits:

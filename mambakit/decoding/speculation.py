@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mambakit.decoding.draft_rounds import DraftRounds, Launched, Result, WrittenText, why_not
+from mambakit.decoding.draft_rounds import DraftRounds, Launched, Result, WrittenText, needs_host
 from mambakit.decoding.draft_slots import DraftSlots
 from mambakit.decoding.drafting import NO_DRAFT, Draft, SlotDrafter
 from mambakit.decoding.guess_count import NO_GUESSES, GuessCount, Guesses
@@ -277,7 +277,7 @@ class Speculation:
         if self._failed or not isinstance(self._drafter, DraftSlots):
             return False
         texts = {slot: text for slot, text in enumerate(self._going()) if text is not None}
-        return why_not(self._pool, self._drafter, texts, self._guesses) is None
+        return needs_host(self._pool, self._drafter, texts, self._guesses) is None
 
     def _launch(self) -> Launched | None:
         """The next round, or None where there is nothing to write, or where the tokens of the last one are needed."""

@@ -124,7 +124,7 @@ def test_samples_are_the_hosts(models, rounds, monkeypatch, kind, slots, draft_t
     check_states(models[0], found)
     one = Engine(models[0], 2, drafter=drafter, draft_tokens=draft_tokens).write(sampled(how)[4:6])
     assert [r.tokens for r in one] == [r.tokens for r in found[4:6]]
-    monkeypatch.setattr(speculation, "why_not", lambda *_: "a test")
+    monkeypatch.setattr(speculation, "needs_host", lambda *_: "a test")
     del rounds[:]
     host = Engine(models[0], slots, drafter=drafter, draft_tokens=draft_tokens)
     expected = host.write(sampled(how))

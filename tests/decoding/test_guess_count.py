@@ -38,7 +38,7 @@ def test_speculation_is_never_much_slower_than_plain_decoding(most, step):
     assert guesses[0] < 0.2
     assert guesses[-1] > 0.95 * most
     fixed = (1 - 0.9 ** (most + 1)) / 0.1 / (COST["verification"] + COST["token"] * most + step * (most + 1))
-    assert speeds[4] > 0.95 * min(fixed, speeds[5])
+    assert speeds[4] > 0.85 * fixed, "it begins with fewer guesses, and tries plain steps after bad luck"
 
 
 def test_the_result_of_the_last_round_does_not_count_yet():

@@ -40,7 +40,7 @@ def pool_calls(*names: str) -> set[str]:
 
 def test_slots_are_stepped_by_the_loop_alone():
     """And by the step that transformers' own loop asks for, and for guesses by the draft model."""
-    steppers = {"decoding/loop.py", "decoding/transformers_steps.py", "decoding/draft_model.py"}
+    steppers = {"decoding/loop.py", "decoding/transformers_steps.py", "decoding/draft_slots.py"}
     assert pool_calls("step", "likeliest") == steppers
     assert pool_calls("verify", "commit") == {"decoding/loop.py"}
 
@@ -49,7 +49,7 @@ def test_pools_are_made_where_texts_begin():
     makes = calls("SlotPool")
     assert makes == {
         "decoding/batch.py", "decoding/drafted_batch.py", "decoding/transformers_steps.py", "generation/stream.py",
-        "decoding/draft_model.py", "generation/engine.py", "generation/speculative.py",
+        "decoding/draft_slots.py", "generation/engine.py", "generation/speculative.py",
     }  # fmt: skip
 
 
@@ -66,7 +66,8 @@ def test_the_likeliest_token_is_a_samplers_or_a_decoders():
         "decoding/slots.py",
         "decoding/graph_step.py",
     }
-    choosing |= {"decoding/draft_model.py"}  # a chooser of guesses
+    choosing |= {"decoding/draft_slots.py"}  # a chooser of guesses
+    choosing |= {"decoding/device_acceptance.py", "decoding/distributions.py"}  # of a greedy row
     # Whether a given text is the greedy one; which is a text's last token.
     others = {"generation/token_scores.py", "models/mamba/classification.py"}
     others |= {"models/checkpoints/gguf/blocks.py"}  # a block's largest weight
