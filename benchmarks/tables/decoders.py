@@ -6,7 +6,9 @@ from benchmarks.tables.records import Content, Records
 
 # What each serves, by its name there; a decoder that has no line here, and a line without a decoder, are errors.
 SERVES = {
-    "native library (CPU)": "any format of weights on a CPU; one call into C++ a step",
+    "native library (CPU)": (
+        "any format of weights on a CPU, of float32 up to 32 slots; one call into C++ a step for every 16 slots"
+    ),
     "persistent kernel (CUDA)": (
         "bfloat16, float16, int8, int4, fp8; up to 8 slots (of 1.4b 6, of 2.8b 5, in bfloat16); 16 states; widths that "
         "are multiples of 128 (int4: 256); one kernel a step"

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mambakit.quoting import quoted
 from mambakit.serving.api.declarations import Limits
 
-if TYPE_CHECKING:
-    from mambakit.serving.server import ServerOptions
 
-
-def load_tokenizer(options: ServerOptions) -> tuple[Any, Limits]:
-    """The tokenizer and the limits of requests: all that the server needs of the model."""
+def load_tokenizer(options: Any) -> tuple[Any, Limits]:
+    """(tokenizer, limits of requests) of a server with these `mambakit.serving.server.ServerOptions`."""
     from mambakit.models.auto import AutoConfig, AutoTokenizer
 
     limits = Limits(

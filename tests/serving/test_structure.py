@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SERVING = ROOT / "mambakit" / "serving"
 # From the bottom up: files and folders, and the files of each folder. Each may import those before it.
 FOLDERS = [
-    "errors", "logs", "messages", "metrics", "states", "api", "dispatch", "replicas", "playground", "http", "server",
-    "ray_app",
+    "errors", "logs", "messages", "metrics", "states", "api", "dispatch", "replicas", "playground", "http",
+    "tokenizing", "server", "ray_app",
 ]  # fmt: skip
 FILES = {
     "playground": ["files", "about"],
@@ -26,8 +26,8 @@ FILES = {
     "states": ["tensors", "blobs", "records", "remote", "places", "store", "options"],
     "dispatch": ["shares", "jobs", "fair_queue", "queue", "affinity", "rates", "promises", "suspects", "dispatcher"],
     "replicas": [
-        "heartbeat", "states", "outbox", "receiving", "constraints", "scoring", "worker", "transport", "process",
-        "ray_actor", "scaling", "supervisor",
+        "heartbeat", "states", "outbox", "receiving", "constraints", "scoring", "loading", "worker", "transport",
+        "process", "ray_actor", "scaling", "supervisor",
     ],
     "http": [
         "keys", "quotas", "tls", "request_log", "access", "refusals", "connection_limits", "connection", "request_ids",
