@@ -47,14 +47,10 @@ class InferenceTokenizer:
         special: the tokens that tokenizer_config.json names.
     """
 
-    is_fast, chat_template = True, None
-
     def __init__(self, name: str | os.PathLike, backend: Tokenizer, special: dict[str, str | None]):
-        self.name_or_path, self.backend_tokenizer = str(name), backend
-        self._whole: Any = None
-        ids = {key: None if token is None else backend.token_to_id(token) for key, token in special.items()}
-        self.bos_token, self.bos_token_id = special["bos_token"], ids["bos_token"]
-        self.eos_token, self.eos_token_id = special["eos_token"], ids["eos_token"]
+        ids = {f"{key}_id": None if token is None else backend.token_to_id(token) for key, token in special.items()}
+        own = {"name_or_path": str(name), "backend_tokenizer": backend, "is_fast": True, "chat_template": None}
+        self.__dict__.update(_whole=None, _own={**own, **special, **ids})
 
     @classmethod
     def of(cls, name: str | os.PathLike) -> InferenceTokenizer | None:
@@ -82,28 +78,37 @@ class InferenceTokenizer:
         plain = {"add_special_tokens": False, "verbose": False, **options}
         tensors = plain.pop("return_tensors", None)
         simple = plain == {"add_special_tokens": False, "verbose": False} and "add_special_tokens" in options
-        if not isinstance(text, str) or not simple or tensors not in (None, "pt"):
+        if self._whole is not None or not isinstance(text, str) or not simple or tensors not in (None, "pt"):
             return self.of_transformers()(text, **options)
         ids = self.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return Encoding(ids if tensors is None else torch.tensor([ids], dtype=torch.int64, device="cpu"))
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **options: Any) -> Any:
-        if options or not isinstance(token_ids, list) or not all(isinstance(token, int) for token in token_ids):
+        ints = isinstance(token_ids, list) and all(isinstance(token, int) for token in token_ids)
+        if self._whole is not None or options or not ints:
             return self.of_transformers().decode(token_ids, skip_special_tokens=skip_special_tokens, **options)
         return self.backend_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def of_transformers(self) -> Any:
-        """transformers' tokenizer of the same files."""
+        """transformers' tokenizer of the same files. From then on it does everything: tokens may be added to it."""
         if self._whole is None:
             from mambakit.models.auto import AutoTokenizer
 
-            self._whole = AutoTokenizer.from_pretrained(self.name_or_path)
+            self.__dict__["_whole"] = AutoTokenizer.from_pretrained(self._own["name_or_path"])
         return self._whole
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_whole", "name_or_path"):
+        if name.startswith("__") or name in ("_whole", "_own"):
             raise AttributeError(name)
+        if name in self._own:
+            return self._own[name] if self._whole is None else getattr(self._whole, name, self._own[name])
         return getattr(self.of_transformers(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.of_transformers(), name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.of_transformers(), name)
 
 
 def _backend(path: Path) -> Tokenizer | None:

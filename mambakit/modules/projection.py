@@ -13,7 +13,7 @@ from mambakit.modules.interception import untouched
 from mambakit.ops._autocast import autocast_dtype
 from mambakit.ops._backends.memory import all_plain, transformed
 from mambakit.ops._once import differentiated_once
-from mambakit.ops._products import linear, product
+from mambakit.ops._products import linear, may_be_emulated, product
 
 
 def in_training() -> bool:
@@ -24,7 +24,7 @@ def in_training() -> bool:
 def project(module: Any, x: Tensor) -> Tensor:
     """``module(x)`` of a linear layer; where autocast runs a float32 weight in half, its gradient is never rounded to
     half. Without gradients, by the faster arithmetic (`mambakit.ops._products.linear`)."""
-    if x.device.type == "cpu" and not torch.is_grad_enabled() and untouched(module, nn.Linear):
+    if may_be_emulated(x) and not torch.is_grad_enabled() and untouched(module, nn.Linear):
         return linear(x, module.weight, module.bias)
     dtype = autocast_dtype(x.device)
     if dtype is not None and in_training() and untouched(module, nn.Linear):

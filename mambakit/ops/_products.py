@@ -74,11 +74,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.view(*x.shape[:-1], out)
 
 
-def _is_emulated(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether torch would emulate this product of bfloat16, and nothing else than its result is asked for."""
+def may_be_emulated(x: Tensor) -> bool:
+    """Whether torch may emulate products of ``x``. Not where it is traced: a trace with gradients is compared with one
+    without."""
     if x.device.type != "cpu" or x.dtype != torch.bfloat16:
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def _is_emulated(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch would emulate this product of bfloat16, and nothing else than its result is asked for."""
+    if not may_be_emulated(x):
         return False
     return (
         x.numel() > _FEW_ROWS * x.shape[-1]

@@ -48,14 +48,15 @@ def fails(capsys):
 @pytest.fixture
 def unread(monkeypatch):
     """No model may be loaded."""
-    import mambakit.models.pretrained  # noqa: F401, it must not take the replaced name for its own
+    from mambakit.models import pretrained  # these must not take the replaced name for their own
     from mambakit.models.checkpoints import loading as checkpoints
+    from mambakit.models.mamba import inference
 
     def load(*args, **kwargs):
         raise AssertionError("weights were read before the mistake was told")
 
-    monkeypatch.setattr(checkpoints, "load_pretrained", load)
-    monkeypatch.setattr("mambakit.models.pretrained.load_pretrained", load)
+    for module in (checkpoints, pretrained, inference):
+        monkeypatch.setattr(module, "load_pretrained", load)
 
 
 def commands(folder: Path, text: Path):

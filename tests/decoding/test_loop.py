@@ -16,6 +16,7 @@ from mambakit.decoding.loop import TokenLoop
 from mambakit.decoding.processor_sampler import WITHOUT_WAITING, ProcessorSampler
 from mambakit.decoding.scaling import WidePenalty, WideTemperature
 from mambakit.models import generate, generate_tokens
+from mambakit.ops.sampling import cpu_multinomial
 from tests.decoding.eager_graph import decode_by
 from tests.models.configurations import pair, tokens, worst
 
@@ -228,6 +229,7 @@ def test_a_look_every_sixteen_tokens(model, monkeypatch, processors, sample, end
     """And no waiting between two looks."""
     decode_by("graph", monkeypatch)
     monkeypatch.setattr("tests.decoding.eager_graph.EagerGraph.__call__", lambda self: self.logits)
+    monkeypatch.setattr(cpu_multinomial, "serves", lambda probabilities: False)  # as on a GPU
     counts = []
     write = TokenLoop.write
 

@@ -89,3 +89,19 @@ def test_a_damaged_file_is_left_to_transformers(tmp_path):
 
 def test_names_without_files():
     assert InferenceTokenizer.of("raw-bytes") is None
+
+
+def test_what_is_set_or_added_holds(folder):
+    """Also where transformers' tokenizer has not been made yet, and whatever was read before."""
+    ours, theirs = both(folder)
+    for one in (ours, theirs):
+        one.chat_template = "{{ messages[0].content }}"
+        one.eos_token = "<new end>"
+        one.add_tokens(["dark and"])
+    assert (ours.eos_token, ours.eos_token_id) == (theirs.eos_token, theirs.eos_token_id)
+    said = [{"role": "user", "content": "x"}]
+    assert ours.apply_chat_template(said, tokenize=False) == "x"
+    text = "a dark and stormy night<new end>"
+    ids = ours(text, add_special_tokens=False, verbose=False).input_ids
+    assert ids == theirs(text, add_special_tokens=False, verbose=False).input_ids
+    assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)

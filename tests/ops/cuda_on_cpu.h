@@ -3,6 +3,7 @@
 // and lanes run far apart, and shared memory starts as NaN, so that a missing barrier shows. Blocks run one after the
 // other, or all together where they wait for each other.
 #include <setjmp.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -126,11 +127,10 @@ static void enter() {
     _longjmp(scheduler, 1);
 }
 
-static void run_blocks(unsigned begin, unsigned count, unsigned by, unsigned threads, size_t shared) {
-    static std::vector<char*> stacks;
-    const size_t STACK = 256 << 10;
+static const size_t STACK = 256 << 10;
+
+static void run_blocks(unsigned begin, unsigned count, unsigned by, unsigned threads, size_t shared, char* stacks) {
     const unsigned all = count * threads;
-    while (stacks.size() < all) stacks.push_back((char*)malloc(STACK));
     std::vector<char*> memories;
     for (unsigned b = 0; b < count; b++) {
         memories.push_back((char*)aligned_alloc(128, (shared + 255) / 128 * 128));
@@ -141,7 +141,7 @@ static void run_blocks(unsigned begin, unsigned count, unsigned by, unsigned thr
     for (unsigned i = 0; i < all; i++) {
         fibers[i].state = READY;
         getcontext(&fibers[i].start);
-        fibers[i].start.uc_stack.ss_sp = stacks[i];
+        fibers[i].start.uc_stack.ss_sp = stacks + i * STACK;
         fibers[i].start.uc_stack.ss_size = STACK;
         fibers[i].start.uc_link = &back;
         makecontext(&fibers[i].start, enter, 0);
@@ -208,9 +208,17 @@ static void run_grid(
     unsigned blocks, unsigned blocks_y, unsigned threads, size_t shared, std::function<void()> kernel, bool together = false) {
     body = kernel;
     gridDim = {blocks, blocks_y, 1};
+    // Given back after each launch: a test process runs hundreds of kernels, each compiled into a library of its own.
+    const size_t bytes = (together ? blocks : 1) * threads * STACK;
+    char* stacks = (char*)mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stacks == MAP_FAILED) {
+        fprintf(stderr, "no memory for the stacks of %zu bytes\n", bytes);
+        abort();
+    }
     for (unsigned by = 0; by < blocks_y; by++)
         if (together)
-            run_blocks(0, blocks, by, threads, shared);
+            run_blocks(0, blocks, by, threads, shared, stacks);
         else
-            for (unsigned b = 0; b < blocks; b++) run_blocks(b, 1, by, threads, shared);
+            for (unsigned b = 0; b < blocks; b++) run_blocks(b, 1, by, threads, shared, stacks);
+    munmap(stacks, bytes);
 }

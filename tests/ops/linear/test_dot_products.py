@@ -19,7 +19,7 @@ from tests.ops.closeness import relative_error
 ROOT = Path(__file__).resolve().parents[3]
 SOURCES = ("mambakit/ops/linear/native.cpp", "mambakit/ops/_backends/runtime.cpp", "tests/ops/linear/one_product.cpp")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
-ARM = "-mcpu=generic+dotprod"
+ARM = "-march=armv8.2-a+dotprod"
 
 
 @dataclass(frozen=True)
