@@ -281,21 +281,21 @@ def drafts(slots: int, tokens: int, dtype: torch.dtype, norms: int = 0) -> Case:
 
 def rounds(device: str, small: bool) -> None:
     """The small steps of a round of speculation."""
-    from mambakit.decoding.round_steps import FIELDS, TOKENS
     from mambakit.ops.decode import triton_round as ops
 
     b, k = (3, 2) if small else (8, 4)
+    fields, columns = ops.FIELDS.value, ops.TOKENS.value
 
     def integers(*shape: int) -> torch.Tensor:
         return torch.ones(shape, dtype=torch.int64, device=device)
 
-    rows, asked, picks, tokens = integers(b, FIELDS + 4), integers(b, 3), integers(k, b), integers(b, k + 1)
+    rows, asked, picks, tokens = integers(b, fields + 4), integers(b, 3), integers(k, b), integers(b, k + 1)
     inputs, counts, accepted, broken, kept, at = (integers(b) for _ in range(6))
     ops.begin(rows, asked, inputs, counts)
     ops.second(rows, picks[0], inputs)
     ops.assemble(rows, picks, tokens)
     ops.accept(tokens, tokens.clone(), counts, accepted)
-    ops.finish(rows, asked, tokens, accepted, counts, broken, k, integers(b, TOKENS + k + 1), kept, at)
+    ops.finish(rows, asked, tokens, accepted, counts, broken, k, integers(b, columns + k + 1), kept, at)
 
 
 def convolution(transposed: bool, packed: bool, dtype: torch.dtype) -> Case:
