@@ -119,7 +119,7 @@ def step_cost(model: object, draft: object) -> float:
 
     By their bytes, and by their layers, as a small model waits for its layers more than for its weights. Measured for
     130m by 1.4b: 0.27 of a step of one row on an H200, 0.17 of one of 8 rows on an H100; this gives 0.17. At most 0.25:
-    whoever gives a larger draft model wants it to draft.
+    a larger draft model is meant to draft, too.
     """
 
     def size(one: object) -> tuple[int, int]:
