@@ -76,6 +76,16 @@ class SlotDrafter(Protocol):
         """Nothing more is proposed: give back what is kept with a model."""
 
 
+def drafters_generator(sampling: SamplingParams, device: torch.device) -> torch.Generator:
+    """The generator that a drafter of a text is given, seeded like the text; without a seed by the system."""
+    generator = torch.Generator(device)
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(sampling.seed)
+    return generator
+
+
 class DrafterPerSlot:
     """A `SlotDrafter` that is a `Drafter` for each slot.
 
@@ -90,11 +100,7 @@ class DrafterPerSlot:
         self._of: list[Drafter | None] = [None] * slots
 
     def begin(self, slot: int, ids: Tensor, sampling: SamplingParams, written: Sequence[int] = ()) -> None:
-        generator = torch.Generator(self._device)
-        if sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(sampling.seed)
+        generator = drafters_generator(sampling, self._device)
         drafter = copy.copy(self._drafter)
         drafter.begin(ids, sampling, None, generator)
         self._of[slot] = drafter

@@ -15,7 +15,7 @@ from torch import Tensor
 from mambakit.decoding.distributions import probabilities
 from mambakit.decoding.draft_model import draft_cost
 from mambakit.decoding.draft_rounds import WrittenText
-from mambakit.decoding.drafting import NO_DRAFT, Draft, Drafter, read_draft_tokens
+from mambakit.decoding.drafting import NO_DRAFT, Draft, Drafter, drafters_generator, read_draft_tokens
 from mambakit.decoding.guess_count import Guesses
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampling_params import SamplingParams
@@ -107,12 +107,7 @@ class _OneText:
         self._drafter, self._sampled, self._device = drafter, sampled, device
 
     def begin(self, slot: int, ids: Tensor, sampling: SamplingParams, written: Sequence[int] = ()) -> None:
-        generator = torch.Generator(self._device)
-        if sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(sampling.seed)
-        self._drafter.begin(ids, sampling, self._scores, generator)
+        self._drafter.begin(ids, sampling, self._scores, drafters_generator(sampling, self._device))
 
     def _scores(self, _text: list[int], logits: Tensor) -> Tensor:
         params = self._sampled.params
