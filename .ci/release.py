@@ -121,18 +121,26 @@ def try_here(wheels: list[Path]) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         venv = Path(folder) / "venv"
-        run(sys.executable, "-m", "venv", "--system-site-packages", str(venv))
+        run(sys.executable, "-m", "venv", str(venv))
         python = venv / ("Scripts" if here == "win" else "bin") / "python"
-        base = run(sys.executable, "-c", "import site; print(*site.getsitepackages(), sep=chr(10))")
         packages = run(str(python), "-c", "import site; print(site.getsitepackages()[0])")
-        lines = "".join(f"import site; site.addsitedir({path!r})\n" for path in base.split())
-        (Path(packages) / "base.pth").write_text(lines, encoding="utf-8")
+        see_packages(Path(packages), sys.path)
         run(str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--ignore-installed", str(mine[0]))
         text = run(str(python), "-m", "mambakit", "generate", "It was", "--max-new-tokens", "5", "--greedy", cwd=folder)
         path = run(str(python), "-c", "import mambakit; print(mambakit.__file__)", cwd=folder)
         if str(venv) not in path:
             raise SystemExit(f"not the wheel's, but {path}")
         print(f"{mine[0].name} writes: {text}")
+
+
+def see_packages(folder: Path, path: list[str]) -> None:
+    """Let an environment import another's packages: ``folder`` is its site-packages, ``path`` the other's sys.path.
+
+    Folders alone: a .pth file of theirs may be that of an editable install of mambakit, whose finder would give the
+    sources in place of the wheel.
+    """
+    lines = [entry for entry in path if entry.endswith(("site-packages", "dist-packages"))]
+    (folder / "base.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def say_end(output: Path, version: str) -> None:

@@ -14,6 +14,7 @@ import argparse
 import base64
 import hashlib
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -139,7 +140,8 @@ def packed(pure: Path, library: Path, platform: Platform, output: Path) -> Path:
         for name in wheel.namelist():
             if not name.endswith("/") and name != f"{info}/RECORD":
                 files[name] = wheel.read(name)
-    files[f"{PLACE}/{platform.library}"] = library.read_bytes()
+    content = library.read_bytes()
+    files[f"{PLACE}/{platform.library}"] = without_time(content) if platform.system == "Windows" else content
     described = files[f"{info}/WHEEL"].decode().splitlines()
     described = [line for line in described if line and not line.startswith(("Tag:", "Root-Is-Purelib:"))]
     described += ["Root-Is-Purelib: false", *(f"Tag: py3-none-{tag}" for tag in platform.tag.split("."))]
@@ -154,6 +156,28 @@ def packed(pure: Path, library: Path, platform: Platform, output: Path) -> Path:
             entry.compress_type = zipfile.ZIP_DEFLATED
             wheel.writestr(entry, content)
     return target
+
+
+def without_time(library: bytes) -> bytes:
+    """A Windows library without the time of its link: the header's, those of the debug directory, and the identity of
+    the debug file that is made from it."""
+    content = bytearray(library)
+    (header,) = struct.unpack_from("<I", content, 0x3C)
+    if content[header : header + 4] != b"PE\0\0":
+        raise SystemExit("the Windows library has no PE header")
+    sections, optional = struct.unpack_from("<H12xH", content, header + 6)
+    struct.pack_into("<I", content, header + 8, 0)
+    debug, size = struct.unpack_from("<II", content, header + 24 + 112 + 6 * 8)  # the seventh directory of 64 bits
+    for section in range(header + 24 + optional, header + 24 + optional + 40 * sections, 40):
+        length, address, _, place = struct.unpack_from("<IIII", content, section + 8)
+        if not address <= debug < address + length:
+            continue
+        for entry in range(place + debug - address, place + debug - address + size, 28):
+            struct.pack_into("<I", content, entry + 4, 0)
+            (where,) = struct.unpack_from("<I", content, entry + 24)
+            if content[where : where + 4] == b"RSDS":
+                content[where + 4 : where + 20] = bytes(16)
+    return bytes(content)
 
 
 def digest(content: bytes) -> str:

@@ -133,15 +133,19 @@ def draw(rows: list[Row], machine: str, path: Path) -> None:
 
     contexts = [c for c in CONTEXTS if against(rows, c)]
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
-    width = 0.38
-    for offset, who, colour in ((-width / 2, COMPILED, "#4c72b0"), (width / 2, PLAIN, "#b8c6de")):
+    colours = {COMPILED: "#4c72b0", PLAIN: "#b8c6de"}
+    shown = [who for who in colours if any(who in against(rows, c) for c in contexts)]
+    width = 0.76 / len(shown)
+    for i, who in enumerate(shown):
+        offset, colour = (i - (len(shown) - 1) / 2) * width, colours[who]
         values = [against(rows, c).get(who, 0.0) for c in contexts]
-        bars = axes.bar([i + offset for i in range(len(contexts))], values, width, label=f"against {who}", color=colour)
+        places = [at + offset for at in range(len(contexts))]
+        bars = axes.bar(places, values, width, label=f"against {who}", color=colour)
         axes.bar_label(bars, [f"{v:.1f}x" if v else "" for v in values], fontsize=8)
     axes.axhline(1, color="black", linewidth=0.6)
     axes.set_xticks(range(len(contexts)), [f"{int(c.split('+')[0]):,} + {c.split('+')[1]}" for c in contexts])
     axes.set(xlabel="prompt + new tokens", ylabel="new tokens/s over the Llama's")
-    axes.set_title(f"1.4b, each at its best batch that fits, {machine}", fontsize=10)
+    axes.set_title(f"1.4b, each at the best batch tried, {machine}", fontsize=10)
     axes.legend()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

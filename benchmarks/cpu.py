@@ -35,8 +35,8 @@ from mambakit.ops._backends import native
 from mambakit.ops.decode.cpu import DecodeStep
 from mambakit.ops.decode.packed import PackedLayer
 from mambakit.ops.linear import pack
+from mambakit.ops.linear.cpu import KINDS
 from mambakit.ops.linear.lossless import DTYPES
-from mambakit.ops.linear.packed import FORMATS
 
 LLAMA_FORMATS = {"float32": "F32", "bfloat16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
 # Ours -> llama.cpp's of the same precision. The lossless ones hold the same numbers in 28 and 12 bits.
@@ -305,7 +305,7 @@ def main() -> None:
     with torch.no_grad():
         difference = (ours(ids).logits - theirs(ids).logits).abs().max().item()
         assert difference < 1e-2, f"logits differ by {difference}: nothing is timed"
-        steps = {format: decode_step(ours, format) for format in FORMATS}
+        steps = {format: decode_step(ours, format) for format in KINDS}
         embedding = ours.backbone.embeddings(ids[:, :1])[:, 0]
         cache = theirs(ids[:, :4], use_cache=True).cache_params
         llama = llamas(ours, options.threads, options.length)
@@ -362,7 +362,7 @@ def main() -> None:
 
     print("\ngenerate(), batch 1, greedy: ms a token beside the bare step's")
     results["generate"] = {}
-    for format in FORMATS:
+    for format in KINDS:
         model = ours if format == "float32" else copy.deepcopy(ours)
         if format in ("bfloat16", "lossless16"):
             model.bfloat16()
@@ -395,7 +395,9 @@ def main() -> None:
         else:
             result |= {"transformers s": peer, "ratio": peer / mine}
             print(f"  transformers {peer:.1f} s (its first): mambakit is {peer / mine:.1f}x")
-    record.write(options.json, {"bandwidth": bandwidth, "rows": rows, **results}, gpus=0, notes=str(native.describe()))
+    isa = f"instruction set {native.current_isa()}"
+    parts = {part: [{"what": what, "value": value} for what, value in found.items()] for part, found in results.items()}
+    record.write(options.json, {"bandwidth": bandwidth, "rows": rows, **parts}, gpus=0, notes=isa)
 
 
 if __name__ == "__main__":

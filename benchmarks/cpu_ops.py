@@ -27,7 +27,6 @@ from mambakit.ops.causal_conv1d import chunked as conv_reference
 from mambakit.ops.linear import cpu as matvec
 from mambakit.ops.linear import pack
 from mambakit.ops.linear.lossless import DTYPES
-from mambakit.ops.linear.packed import FORMATS
 from mambakit.ops.selective_scan import chunked as scan_reference
 
 
@@ -86,7 +85,7 @@ def main() -> None:
     out, columns, repeats, products = 512, 768, 10, []
     kernel = native.kernel("linear")
     print(f"products, weights {out} x {columns} in the caches: G weights/s by rows of x")
-    for format in FORMATS:
+    for format in matvec.KINDS:
         packed = pack(torch.randn(out, columns).to(DTYPES.get(format, torch.float32)), format)
         line = f"  {format:<12}"
         for rows in (1, 4, 16):

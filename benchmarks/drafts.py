@@ -44,6 +44,7 @@ from mambakit.decoding.draft_model import DraftModel
 from mambakit.decoding.draft_slots import DraftSlots
 from mambakit.decoding.drafting import Draft
 from mambakit.decoding.guess_count import GuessCount, Guesses
+from mambakit.decoding.round_steps import steps_for
 from mambakit.generation.engine import Engine, Request
 
 
@@ -54,17 +55,18 @@ class Coin:
 
     Args:
         acceptance: the probability that a guess is right, where all before it were.
+        device: where the models are.
     """
 
-    def __init__(self, acceptance: float):
-        self.acceptance, self._chance = acceptance, random.Random(0)
-        self._choose, self._on_device = loop.choose_together, round_graphs.choose
+    def __init__(self, acceptance: float, device: str):
+        self.acceptance, self._chance, self._steps = acceptance, random.Random(0), steps_for(torch.device(device))
+        self._choose, self._accept = loop.choose_together, self._steps.accept
 
     def __enter__(self) -> None:
-        loop.choose_together, round_graphs.choose = self._replaced, self._replaced_on_device
+        loop.choose_together, self._steps.accept = self._replaced, self._replaced_on_device
 
     def __exit__(self, *_: object) -> None:
-        loop.choose_together, round_graphs.choose = self._choose, self._on_device
+        loop.choose_together, self._steps.accept = self._choose, self._accept
 
     def _replaced(self, acceptances: Any, logits: torch.Tensor, drafts: Any) -> list[list[int]]:
         found = self._choose(acceptances, logits, drafts)
@@ -76,16 +78,16 @@ class Coin:
             found[i] = [*draft.tokens[:count], max(0, found[i][-1])]
         return found
 
-    def _replaced_on_device(self, logits: torch.Tensor, proposed: Any, *arguments: Any) -> Any:
-        tokens, accepted = self._on_device(logits, proposed, *arguments)
-        guesses = proposed.tokens
-        if guesses.shape[1]:
-            last = tokens.gather(1, accepted[:, None]).clamp(min=0)
-            places = torch.arange(guesses.shape[1], device=guesses.device)
-            right = torch.rand(guesses.shape, device=guesses.device) < self.acceptance
-            accepted = accepted_of(right & (places < proposed.counts[:, None]))
-            tokens = torch.cat([guesses, last], 1).scatter(1, accepted[:, None], last)
-        return tokens, accepted
+    def _replaced_on_device(
+        self, guesses: torch.Tensor, best: torch.Tensor, counts: torch.Tensor, accepted: torch.Tensor
+    ) -> None:
+        self._accept(guesses, best, counts, accepted)
+        k = guesses.shape[1] - 1
+        places = torch.arange(k, device=guesses.device)
+        right = torch.rand(guesses[:, 1:].shape, device=guesses.device) < self.acceptance
+        accepted.copy_(accepted_of(right & (places < counts[:, None])))
+        kept = places < accepted[:, None]
+        best[:, :k] = torch.where(kept, guesses[:, 1:], best[:, :k])
 
 
 class Always(GuessCount):
@@ -253,7 +255,7 @@ def main() -> None:
                 for k in options.draft_tokens:
                     drafter = FreeGuesses() if name == "free" else DraftModel(small[name])
                     engine = Engine(model, rows, drafter=drafter, draft_tokens=k)
-                    with Coin(acceptance):
+                    with Coin(acceptance, options.device):
                         speed, seconds = rate(engine, prompts, options.new, options.rounds, cuda)
                         times = round_times(engine, prompts, options.new, cuda)
                     drafts = engine.drafts

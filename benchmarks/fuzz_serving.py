@@ -4,11 +4,11 @@
     python benchmarks/fuzz_serving.py --url http://127.0.0.1:8000       # one that runs
 
 Of the requests, nine in ten are made from the document (by schemathesis): half of them follow it, half of them do not.
-The others are bytes: requests that are cut, changed or no HTTP at all. Each answer must have a status that the document
-has, be in its schema and come in --seconds. None may be a 5xx, but for a 503 with Retry-After, a 504 to a request with
-a ``deadline``, and a 505, the answer to bytes that are another version of HTTP. In the end no replica has died, no slot
-is taken, and a greedy text is the one from before. Ends with status 1 where one of that fails, with the first requests
-that did.
+Most of those that name a state name one that is there. The others are bytes: requests that are cut, changed or no HTTP
+at all. Each answer must have a status that the document has, be in its schema and come in --seconds. None may be a 5xx,
+but for a 503 with Retry-After, a 504 to a request with a ``deadline``, and a 505, the answer to bytes that are another
+version of HTTP. In the end no replica has died, no slot is taken, and a greedy text is the one from before. Ends with
+status 1 where one of that fails, with the first requests that did.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.serving.chat_template import TEMPLATE
 
 PATIENCE = 60.0
 # A server that answers fast: what is fuzzed are requests, not long texts.
@@ -85,10 +88,17 @@ def _fuzz_document(url: str, requests: int, seed: int, seconds: float, findings:
     session = http.Session()
 
     rng = random.Random(seed)
+    state = _State(url, seconds)
 
     def send(case: Any, kind: str) -> None:
+        for fields in (case.path_parameters, case.body):
+            if isinstance(fields, dict) and "state" in fields and rng.random() < 0.75:
+                fields["state"] = state.id()
+        if isinstance(case.body, dict) and "at" in case.body and "positive" in kind and rng.random() < 0.75:
+            case.body["at"] = rng.randrange(1, 4)  # tokens that the state has
         if isinstance(case.body, dict) and "positive" in kind:  # many valid fields together contradict each other
-            required = case.operation.body[0].raw_schema.get("required", [])
+            schema = case.operation.body[0].raw_schema
+            required = [name for one in (schema, *schema.get("anyOf", ())) for name in one.get("required", ())]
             others = [name for name in case.body if name not in required]
             kept = {*required, *rng.sample(others, min(len(others), rng.randrange(5)))}
             case.body = {name: value for name, value in case.body.items() if name in kept}
@@ -113,6 +123,21 @@ def _fuzz_document(url: str, requests: int, seed: int, seconds: float, findings:
             count = share * (4 if operation in posts else 2)
             kind = f"{name} ({mode.value})"
             _draw(operation.as_strategy(generation_mode=mode), count, seed, functools.partial(send, kind=kind))
+
+
+class _State:
+    """A state that is there, made again where a request has deleted it; any name where the server keeps none."""
+
+    def __init__(self, url: str, seconds: float):
+        self._url, self._seconds, self._id = f"{url}/v1/states", seconds, "state_0"
+
+    def id(self) -> str:
+        import requests as http
+
+        if http.get(f"{self._url}/{self._id}", timeout=self._seconds).status_code == 404:
+            made = http.post(self._url, json={"prompt": "A state"}, timeout=self._seconds).json()
+            self._id = made.get("id", self._id)
+        return self._id
 
 
 def _draw(cases: Any, count: int, seed: int, send: Callable[[Any], None]) -> None:
@@ -218,7 +243,17 @@ def _text(url: str, seconds: float) -> str:
 
 @contextlib.contextmanager
 def _server(arguments: list[str]) -> Iterator[str]:
-    command = [sys.executable, "-m", "mambakit", "serve", "--port", "0", *SERVER, *arguments]
+    command = [sys.executable, "-m", "mambakit", "serve", "--port", "0", "--log-level", "error", *SERVER]
+    with tempfile.TemporaryDirectory() as folder:
+        template = Path(folder) / "template.jinja"
+        template.write_text(TEMPLATE)
+        kept = ("--states", f"{folder}/states", "--prefix-cache", "--chat-template", str(template))
+        with _process([*command, *kept, *arguments]) as url:
+            yield url
+
+
+@contextlib.contextmanager
+def _process(command: list[str]) -> Iterator[str]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -6,6 +6,7 @@
 # Each piece takes at most SECONDS (572). Logs and records go to FOLDER; a record is moved to docs/benchmarks/ by hand,
 # after it was read. Run it from the repository's root, mambakit being installed.
 #
+#   tests     the tests that need a card
 #   layers    layers and models that run eagerly, beside mamba-ssm where it is installed; torch.compile; layouts
 #   drafts    speculation: 1 to 8 slots
 #   packed    products of packed weights: check, beside bfloat16, tiles; FalconMamba's steps and prompts
@@ -45,13 +46,18 @@ run() { # run NAME SECONDS PROGRAM ARGUMENTS...: a benchmark with a record of it
 }
 
 case $piece in
+tests)
+  step tests "$limit" python3 -m pytest -q -m cuda -n 16 -p no:cacheprovider
+  ;;
 layers)
   run eager 200 eager --paths prepared drop-in mamba-ssm --parts mixers models
   run eager-compile 120 eager --paths prepared --parts compile
   run layouts 120 layouts --device cuda
   ;;
 drafts)
-  run drafts 300 drafts --rows 1 8 --draft-tokens 3 5 --rounds 2
+  run drafts 240 drafts --rows 1 8 --draft-tokens 3 5 --rounds 2
+  # The same draft costs a larger model less of its round.
+  run drafts-7b 240 drafts --target 7b --rows 1 8 --draft-tokens 3 5 --rounds 2
   ;;
 packed)
   # The check takes some 15 s, the table 60 s; the sweep ends with the best tiles over all shapes.
@@ -76,6 +82,9 @@ formats)
   run decode-ways 130 decode_step --ways --shapes 1.4b --formats plain int8 int4 fp8 --rows 8 32 64 128 256 512 --rounds 20
   run steps 60 generation --parts step --shapes 130m 1.4b --formats plain int4 --batches 1
   run serving 100 serving --replicas 1 --random-shape 1.4b --slots 64 --temperature 1
+  # More requests than slots: a text that ends makes room for one that waits, as under load.
+  run serving-steady 100 serving --replicas 1 --random-shape 1.4b --slots 64 --temperature 1 --concurrency 96 \
+    --requests 768
   run engine 60 generation --parts engine --shapes 1.4b --rows 64 --engine-prompt 128 --new 128
   ;;
 sanitize)

@@ -59,7 +59,7 @@ def triton_functions() -> dict[str, ast.FunctionDef]:
     found = {}
     for path in sorted((PACKAGE / "ops").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+            if isinstance(node, ast.FunctionDef) and any(".jit" in ast.unparse(d) for d in node.decorator_list):
                 found[f"{path.relative_to(PACKAGE)}:{node.name}"] = node
     return found
 
@@ -138,7 +138,8 @@ def compile_only(capability: int) -> Iterator[list[Compiled]]:
 
     found: list[Compiled] = []
     run, active, card = JITFunction.run, triton.runtime.driver._active, CARDS[capability]
-    processors, within, without = conv._processors, triton_many_rows.ManyRowsStep.__init__, linear.WITHOUT_CARD
+    processors, within = conv._processors, triton_many_rows.ManyRowsStep.__init__
+    without, assembly = linear.WITHOUT_CARD, linear.ASM
 
     def compile_it(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         if "ASM" in options:
@@ -155,12 +156,12 @@ def compile_only(capability: int) -> Iterator[list[Compiled]]:
     try:
         JITFunction.run = compile_it
         conv._processors = lambda _device: card.processors
-        linear.WITHOUT_CARD = card.processors, card.shared, divmod(capability, 10)
+        linear.WITHOUT_CARD, linear.ASM = (card.processors, card.shared, divmod(capability, 10)), True
         triton_many_rows.ManyRowsStep.__init__ = with_the_cards_memory
         yield found
     finally:
         JITFunction.run, conv._processors, triton_many_rows.ManyRowsStep.__init__ = run, processors, within
-        linear.WITHOUT_CARD, triton.runtime.driver._active = without, active
+        linear.WITHOUT_CARD, linear.ASM, triton.runtime.driver._active = without, assembly, active
 
 
 # -- calls -------------------------------------------------------------------------------------------------------------
@@ -256,8 +257,13 @@ def packed_products(format: str) -> Case:
             gpu.dequantize(*parts_of(weight), format, k, weight.group)
             for rows in (3, 20, 50, 100, 300):
                 x = torch.randn(rows, k, device=device).to(torch.bfloat16)
-                tile = triton_plan.tile_of(format, rows).fitting(format, weight.group, 2, gpu.card_of(x)[1] - gpu.KEPT)
-                gpu.in_registers(x, weight, x[0, :1].expand(n).contiguous(), tile)
+                bias, shared = x[0, :1].expand(n).contiguous(), gpu.card_of(x)[1] - gpu.KEPT
+                gpu.in_registers(
+                    x, weight, bias, triton_plan.tile_of(format, rows).fitting(format, weight.group, 2, shared)
+                )
+                if gpu.takes_hopper(x, weight):
+                    plan = triton_plan.product_of(format, x.dtype, weight.group, rows, shared, True)
+                    gpu.in_registers(x, weight, bias, plan)
         if format == "fp8" and gpu.card_of(x)[2] >= triton_plan.FLOAT8_CAPABILITY:  # others refuse such weights
             gpu.rows_in_float8(x)
             gpu.norm_in_float8(x, x[0], x.float(), 1e-5, torch.float32, torch.bfloat16)
@@ -302,7 +308,7 @@ def convolution(transposed: bool, packed: bool, dtype: torch.dtype) -> Case:
     def case(device: str, small: bool) -> None:
         from mambakit.ops.causal_conv1d import triton as conv
 
-        d, length, k = (96, 70, 4) if small else (4096, 2048, 4)
+        d, length, k = (96, 72, 4) if small else (4096, 2048, 4)
         b = 1 if packed else 2
         x = torch.randn(b, d, length, dtype=dtype, device=device).transpose(1, 2)
         if not transposed:
@@ -313,6 +319,9 @@ def convolution(transposed: bool, packed: bool, dtype: torch.dtype) -> Case:
         state = torch.randn(rows, d, k - 1, dtype=dtype, device=device)
         y, final = conv.forward(x, weight, bias, "silu", state, starts)
         conv.backward(torch.randn_like(y), torch.randn_like(final), x, weight, bias, "silu", state, starts)
+        if transposed and not packed:
+            y, _ = conv.forward(x, weight, bias, "silu", None, None)
+            conv.backward(torch.randn_like(y), None, x, weight, bias, "silu", None, None)
         slots = torch.arange(rows, dtype=torch.int32, device=device)
         conv.forward_(state.clone(), slots, x, weight, bias, "silu", starts)
         if not packed and not transposed:
@@ -440,7 +449,7 @@ TRITON_CASES: dict[str, Case] = {
 }
 
 
-def cuda_scan(length: int, packed: bool, dtype: torch.dtype) -> Case:
+def cuda_scan(length: int, packed: bool, dtype: torch.dtype, transposed: bool = False) -> Case:
     def case(device: str, small: bool) -> None:
         from mambakit.ops.selective_scan import cuda as scan
 
@@ -450,9 +459,13 @@ def cuda_scan(length: int, packed: bool, dtype: torch.dtype) -> Case:
         if packed:
             inputs = [t if t.dim() < 3 else t[:1].contiguous() for t in inputs]
             starts, sequences = torch.tensor([0, 17, length], dtype=torch.int32, device=device), 2
+        if transposed:
+            for at in (0, 1, 6):  # u, delta, z
+                inputs[at] = inputs[at].transpose(1, 2).contiguous().transpose(1, 2)
         initial = torch.randn(sequences, u.shape[2], A.shape[1], device=device)
         y, final, checkpoints = scan.forward(*inputs, True, initial, starts, 256)
-        scan.backward(torch.randn_like(y), torch.randn_like(final), *inputs, True, initial, starts, checkpoints, 256)
+        for dy in (torch.randn_like(y), torch.randn(y.shape, dtype=dtype, device=device)):
+            scan.backward(dy, torch.randn_like(final), *inputs, True, initial, starts, checkpoints, 256)
         slots = torch.arange(sequences, dtype=torch.int32, device=device)
         scan.forward_(initial.clone(), slots, *inputs, True, starts)
 
@@ -504,6 +517,8 @@ CUDA_CASES: dict[str, tuple[Case, tuple[str, ...]]] = {
     "scan in CUDA C++, packed": (
         cuda_scan(300, True, BF16), (_FORWARD, *_BACKWARD, f"{_SCAN}common.cuh:selective_scan_sequences"),
     ),
+    "scan in CUDA C++, (b, d, l)": (cuda_scan(70, False, BF16, transposed=True), (_FORWARD, *_BACKWARD)),
+    "scan in CUDA C++, (b, d, l), whole vectors": (cuda_scan(72, True, BF16, transposed=True), (_FORWARD, *_BACKWARD)),
     "decode step in one kernel": (persistent_step(1, None), _STEP),
     "decode step in one kernel, 8 rows": (persistent_step(8, None), _STEP),
     "decode step in one kernel, int8": (persistent_step(2, "int8"), _STEP),

@@ -1,7 +1,7 @@
 """What a long prompt costs other texts: a new text's first token, and the gaps between tokens. On a CPU.
 
     python benchmarks/long_prompt.py                            # the embedded model, a prompt of 10,000 tokens
-    python benchmarks/long_prompt.py --tokens 50000 --prefix-cache
+    python benchmarks/long_prompt.py --tokens 50000 --prefix-cache --writers 8
 
 Times are CPU seconds of one thread, so that other work on the machine is not measured.
 """
@@ -29,11 +29,13 @@ clock = time.process_time
 
 
 class Watched:
-    """An engine with three texts under way, and the gaps between their tokens."""
+    """An engine with ``writers`` texts under way, and the gaps between their tokens."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, writers: int):
         self.engine = engine
-        self.writers = [engine.submit(Request(torch.randint(1, 500, (8,)), max_new_tokens=10**9)) for _ in range(3)]
+        self.writers = [
+            engine.submit(Request(torch.randint(1, 500, (8,)), max_new_tokens=10**9)) for _ in range(writers)
+        ]
         self.last: dict[int, float] = {}
         self.gaps: list[float] = []
 
@@ -62,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="hub id or folder (default: the embedded model)")
     parser.add_argument("--tokens", type=int, default=10_000, help="of the long prompt")
+    parser.add_argument("--writers", type=int, default=4, help="texts under way")
     parser.add_argument("--prefix-cache", action="store_true")
     record.add_argument(parser)
     args = parser.parse_args()
@@ -71,7 +74,7 @@ def main() -> None:
     model = mambakit.AutoModelForCausalLM.from_pretrained(args.model or default_model_path(), dtype="float32").eval()
     model.generation_config.eos_token_id = None
     cache = PrefixCache(model) if args.prefix_cache else None
-    watched = Watched(Engine(model, prefix_cache=cache, clock=clock))
+    watched = Watched(Engine(model, prefix_cache=cache, clock=clock), args.writers)
     watched.run(seconds=2)
     watched.gap()
     watched.run(seconds=2)

@@ -83,7 +83,7 @@ def expectations(device: str) -> list[Expected]:
             n, k = (1000, 520) if group == 64 else (144, 1088)  # an odd size, and one whose sums are split
             weight = packed(n, k, format, group, device)
             exact, bias = weight.dequantized().double(), torch.randn(n, device=device)
-            for rows in (5, 33, 100, 257, 700) if group == 64 else (5, 100):
+            for rows in (5, 33, 100, 257, 700) if group == 64 else (5, 20, 50, 100, 257):
                 x = torch.randn(rows, k, device=device).to(BF16)
                 want, name = x.double() @ exact.T + bias.double(), f"{format} {group} {rows} x {n} x {k}"
                 rounded = format == "fp8" and plans.takes_float8(BF16, rows, n, k)
@@ -115,10 +115,13 @@ def exactly(device: str) -> list[Expected]:
         (BF16, plans.Product(64, 32, 128, 2, 3, after=True)), (BF16, plans.Product(64, 64, 128, 4, 3, rows_first=True)),
         (torch.float16, plans.Product(64, 32, 64, 4, 3, after=True)),
         (torch.float16, plans.Product(64, 64, 64, 4, 3, rows_first=True)),
+        (BF16, plans.Product(64, 64, 128, 4, 4, hopper=True)), (torch.float16, plans.QUARTER),
     ):  # fmt: skip
         for name, weight in every_number(device).items():
             fitted = plan.fitting(name, weight.group, 2, 200 << 10)
             eye = torch.eye(weight.in_features, dtype=dtype, device=device)
+            if plan.hopper and not gpu.takes_hopper(eye, weight):
+                continue
             call = partial(gpu.in_registers, eye, weight, None, fitted)
             found.append(Expected(f"{name} in {dtype} by {plan}", call, weight.dequantized().double().T, 0.0))
     return found
@@ -317,11 +320,12 @@ def print_best(results: list[dict]) -> None:
 def sweep_rows(shape: str, format: str, several: list[PackedWeight], rows: int) -> list[dict]:
     x = torch.randn(rows, several[0].in_features, device="cuda").to(BF16)
     want = linear(x.float(), several[0])
+    hopper = gpu.takes_hopper(x, several[0])
     tiles = dict.fromkeys(
         plan.fitting(format, 64, 2, shared_memory())
         for plan in plans.CANDIDATES
         if (rows <= plan.BB or plan.BB >= 128) and max(64 if plan.rows_first else 16, 2 * rows) >= plan.BB
-        and not (format == "fp8" and plan.after)
+        and not (format == "fp8" and plan.after) and (hopper or not plan.hopper)
     )  # fmt: skip
 
     def time_one(plan: plans.Product) -> float:
@@ -346,7 +350,7 @@ def sweep_rows(shape: str, format: str, several: list[PackedWeight], rows: int) 
     times |= {plan: time_one(plan) for plan in others}
     ordered = sorted(times.items(), key=lambda item: item[1])
     ours = milliseconds([partial(linear, x, w) for w in several])
-    chosen = plans.product_of(format, BF16, 64, rows, shared_memory())
+    chosen = plans.product_of(format, BF16, 64, rows, shared_memory(), hopper)
     print(f"{shape} {format} {rows} rows: chosen {chosen} {ours:.4f} ms", flush=True)
     for plan, ms in ordered[:3]:
         print(f"    {ms:.4f} ms  {several[0].nbytes / ms / 1e6:5.0f} GB/s  {plan}", flush=True)

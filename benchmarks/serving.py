@@ -142,8 +142,14 @@ def request(
         **sampling,
     }  # fmt: skip
     began, first, usage = time.monotonic(), 0.0, b""
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
+    sending = "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
+    connection.request(*sending)
+    try:
+        response = connection.getresponse()
+    except http.client.RemoteDisconnected:  # llama.cpp's server closes a connection after each stream
+        connection.close()
+        connection.request(*sending)
+        response = connection.getresponse()
     if response.status != 200:
         raise RuntimeError(f"HTTP {response.status}: {response.read().decode()}")
     while line := response.readline():

@@ -8,14 +8,16 @@ to the character, the one that the server wrote for that prompt when nothing els
 ``--few-seconds``, then ``--streams`` for ``--minutes``. Printed and recorded for both:
 
     tokens_per_second   by the server's counter
-    gap_p50, gap_p99    seconds between two events of one stream, a token each (several where a step wrote several)
+    gap_p50, gap_p99    seconds between two events of one stream, a token each (several where a step wrote several, or
+                        where a character has several tokens)
     first_p50, first_p99   seconds from a request to its first event
     growth_mb           resident memory of server and replicas, the end against the beginning
     lost, wrong         streams that broke off or were refused; texts that were other ones
 
-Texts have several lengths, so that prompts arrive evenly. The client is one process that looks for the ends of texts
-alone while they come, and compares them then. Ends with status 1 where a stream was lost, a text wrong, or another goal
-missed.
+Prompts are sentences of the project's documentation: after random tokens a model writes bytes that are no text, of
+which a server sends nothing until it knows so. Texts have several lengths, so that prompts arrive evenly. The client is
+one process that looks for the ends of texts alone while they come, and compares them then. Ends with status 1 where a
+stream was lost, a text wrong, or another goal missed.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import record
 from benchmarks.record import ROOT
 
+PROSE = ROOT / "docs" / "concepts" / "how-mamba-works.md"
 GROWTH_MB, GAPS, SHARE = 50.0, 3.0, 0.9  # goals: growth, p99 / median, tokens/s of many against few
 _END = b"0\r\n\r\n"  # of a chunked response
 _EVENT = b"data: {"
@@ -243,12 +246,14 @@ def cpu_seconds(pid: int) -> float:
 
 
 def make_cases(server: Server, options: argparse.Namespace) -> list[Case]:
-    """Prompts of random tokens, each with the text that is written for it while nothing else runs."""
+    """Prompts, each with the text that is written for it while nothing else runs."""
+    words = [word for word in PROSE.read_text(encoding="utf-8").split() if word.strip(".,").isalpha()]
     chance, cases = random.Random(options.seed), []
     for number in range(options.prompts):
+        first = chance.randrange(len(words) - options.prompt_words)
         share = (number + 1) / options.prompts  # of the same length they would all end at once
         body = {
-            "prompt": [chance.randrange(5, 250) for _ in range(options.prompt_tokens)], "temperature": 0,
+            "prompt": " ".join(words[first : first + options.prompt_words]), "temperature": 0,
             "max_tokens": max(1, round(share * options.new_tokens)), "stream": True, "ignore_eos": True,
         }  # fmt: skip
         data = json.dumps(body).encode()
@@ -372,7 +377,7 @@ def main() -> int:
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--slots", type=int, help="of a replica (default: one for each stream)")
     parser.add_argument("--prompts", type=int, default=16, help="different ones")
-    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--prompt-words", type=int, default=12)
     parser.add_argument("--new-tokens", type=int, default=128, help="of the longest text; others have less")
     parser.add_argument("--seed", type=int, default=0)
     record.add_argument(parser)

@@ -9,12 +9,14 @@ images/scan.png        a CTA's round and tiles in the CUDA scan
 images/persistent.png  a layer of the persistent decode kernel
 images/cpu_scan.png    a tile of the CPU's scan
 images/generate.png    tokens a second by batch, from the records in docs/benchmarks
+images/context.png     the same by context, as a ratio to a Llama's
 images/inspection.png  what `mambakit inspect` shows of a text
 images/length.png      time to read a prompt by its length, from the records
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -304,6 +306,14 @@ def length():
     )
 
 
+def context():
+    from benchmarks.context import draw
+    from benchmarks.tables.records import latest
+
+    record = json.loads((ROOT / "docs" / "benchmarks" / f"{latest('context')}.json").read_text(encoding="utf-8"))
+    draw(record["results"]["context"], record["machine"], IMAGES / "context.png")
+
+
 def inspection():
     import mambakit
     from mambakit.assets import default_model_path
@@ -343,6 +353,7 @@ FIGURES = {
         persistent,
         cpu_scan,
         generate,
+        context,
         length,
         inspection,
     )

@@ -24,3 +24,7 @@ class RequirementError(MambakitError, ImportError):
 
 class LogitsError(MambakitError, RuntimeError):
     """The model's logits are NaN or infinite, because of its weights or of the dtype that it computes in."""
+
+
+class ConstraintError(MambakitError, ValueError):
+    """A schema, regular expression or grammar that compiles, and becomes too complex to follow within a text."""

@@ -25,10 +25,23 @@ def replaceable(path: str | os.PathLike) -> Path:
 def require_place(path: str | os.PathLike) -> None:
     """UsageError where there cannot be a file ``path``: it is a folder, or in none."""
     target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise UsageError(f"{path} is a folder; give the name of a file")
+    _require_no_folder(path, target)
     if not target.parent.is_dir():
         raise UsageError(f"{path}: there is no folder {target.parent}; make it first, or name another")
+
+
+def require_folder_place(path: str | os.PathLike) -> None:
+    """UsageError where there cannot be a folder ``path``: it, or what it is in, is a file."""
+    target = Path(os.path.realpath(path))
+    there = next(place for place in (target, *target.parents) if place.exists())
+    if not there.is_dir():
+        inside = "" if there == target else f", and {path} would be in it"
+        raise UsageError(f"{there} is a file{inside}; name another folder")
+
+
+def _require_no_folder(path: str | os.PathLike, target: Path) -> None:
+    if target.is_dir():
+        raise UsageError(f"{path} is a folder; give the name of a file")
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -52,9 +65,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name to write to; the file replaces ``path`` when the block ends, unless it raises.
 
     Raises:
-        UsageError: ``path`` is a device, a pipe or a socket.
+        UsageError: ``path`` is a folder, a device, a pipe or a socket.
     """
     target = replaceable(path)
+    _require_no_folder(path, target)
     temporary = target.with_name(f"{target.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         yield temporary

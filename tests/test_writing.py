@@ -65,3 +65,23 @@ def test_saved_states_replace_no_device(kind, tmp_path):
     with pytest.raises(UsageError, match="is a device, a pipe or a socket"):
         save(tmp_path / "pipe")
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path):
+    with pytest.raises(UsageError, match=r"is a folder; give the name of a file"), replacing(tmp_path):
+        raise AssertionError("written before it was refused")
+
+
+def test_models_are_saved_in_folders(tmp_path):
+    """transformers' own `save_pretrained` writes nothing to a file's name, and raises nothing."""
+    from tests.models.configurations import pair
+
+    model = pair("plain")[0]
+    (tmp_path / "f").write_text("mine")
+    for save in (model.save_pretrained, model.save_original):
+        for place in (tmp_path / "f", tmp_path / "f" / "deeper"):
+            with pytest.raises(UsageError, match=r"f is a file.*; name another folder"):
+                save(place)
+    with pytest.raises(UsageError, match="is a folder; give the name of a file"):
+        model.save_gguf(tmp_path)
+    assert (tmp_path / "f").read_text() == "mine"

@@ -25,14 +25,14 @@ def cpu(records: Records) -> Content:
 
 def cpu_others(records: Records) -> Content:
     rows = []
-    for name in ("2026-11-24-epyc-zen4-cpu", "2026-11-23-xeon-avx512-cpu"):
+    for name in ("2026-11-30-epyc-zen4-cpu", "2026-11-23-xeon-avx512-cpu"):
         for r in records.rows(name, "rows"):
             share = cell("{share:.0%} of {share_of}", r).replace("%", " %")
+            rate = r["tokens_per_second"]
             rows.append(
                 [
-                    records.load(name)["machine"], r["what"], cell("{tokens_per_second:,}", r),
-                    cell("{against_transformers}x", r),
-                    cell("{against_llama}x {llama_format}", r), share,
+                    records.load(name)["machine"], r["what"], f"{rate:,.0f}" if rate > 300 else f"{rate:.1f}",
+                    cell("{against_transformers:.1f}x", r), cell("{against_llama:.3g}x {llama_format}", r), share,
                 ]
             )  # fmt: skip
     return ["processor", "", "tokens/s", "against transformers float32", "against llama.cpp", "share of"], rows
@@ -106,3 +106,49 @@ def cpu_isa(records: Records) -> Content:
         for row in records.rows("2026-11-29-xeon-cpu-isa", "rows")
     ]  # fmt: skip
     return head, rows
+
+
+def falcon_cpu(records: Records) -> Content:
+    rows = records.rows("2026-11-30-epyc-zen4-falcon-mamba", "falcon")
+    first = rows[0]["seconds"]
+    names = {"FalconMamba": "mambakit", "FalconMamba's forward": "the model's forward"}
+    return ["7B shape in int4, a token", "ms", "of mambakit's time"], [
+        [names.get(r["who"], "llama.cpp, Q4_0"), f"{r['seconds'] * 1e3:.0f}", f"{r['seconds'] / first:.2f}"]
+        for r in rows
+    ]
+
+
+def soak(records: Records) -> Content:
+    head = [
+        "streams", "minutes", "tokens/s", "texts", "lost", "wrong", "between tokens, ms: median, 99th percentile",
+        "first token, s", "growth of memory",
+    ]  # fmt: skip
+    rows = [
+        [
+            f"{r['streams']:,}", f"{r['seconds'] / 60:.1f}", f"{r['tokens_per_second']:,.0f}", f"{r['texts']:,}",
+            str(r["lost"]), str(r["wrong"]),
+            f"{r['gap_p50'] * 1e3:.0f}, {r['gap_p99'] * 1e3:.0f} ({r['gap_p99'] / r['gap_p50']:.1f}x)",
+            f"{r['first_p50']:.2f}, {r['first_p99']:.2f}", f"{r['growth_mb']:.0f} MB of {r['memory_mb']:,.0f}",
+        ]
+        for r in records.rows("2026-11-30-epyc-soak", "soak")
+    ]  # fmt: skip
+    return head, rows
+
+
+def second_turn(records: Records) -> Content:
+    rows = records.rows("2026-11-30-epyc-second-turn", "turns")
+    return ["where the state is", "tokens before the turn", "first token, ms: median (least)"], [
+        [r["state"], f"{r['tokens']:,}", f"{r['median_seconds'] * 1e3:.1f} ({r['least_seconds'] * 1e3:.1f})"]
+        for r in rows
+    ]
+
+
+def serving_peer(records: Records) -> Content:
+    head = ["8 slots, Q8_0", "tokens/s", "first token, ms: median, 99th percentile", "MB for each idle conversation"]
+    return head, [
+        [
+            r["server"], f"{r['tokens_per_second']:.0f}",
+            f"{r['first_token_p50'] * 1e3:.0f}, {r['first_token_p99'] * 1e3:,.0f}", f"{r['idle_mb']:.2f}",
+        ]
+        for r in records.rows("2026-11-30-epyc-serving-peer", "peers")
+    ]  # fmt: skip

@@ -18,8 +18,8 @@ SERVES = {
         "of packed weights; four kernels a layer"
     ),
     "kernels for many rows (Triton)": (
-        "plain weights, up to 512 slots (of 2.8b 64; in float32 32, of 2.8b 16); packed ones of a model in bfloat16 or "
-        "float16, up to 128; six kernels a layer"
+        "plain weights, up to 512 slots (of 1.4b 128, of 2.8b 64; in float32 32, of 2.8b 16); packed ones of a model "
+        "in bfloat16 or float16, up to 128 (of 1.4b 32, in fp8 64); six kernels a layer"
     ),
     "captured forward (CUDA graph)": "any other plain model on a GPU; the forward's own kernels, in one CUDA graph",
     "forward": "everything: models with hooks, on several devices, in training mode",

@@ -94,38 +94,49 @@ def first_token(records: Records) -> Content:
 
 
 def eager(records: Records) -> Content:
-    """Layers and models: all paths of one run. Inference: the plan and the ordinary path of two runs on two hosts."""
-    new, inference, before = "2026-11-29-h200-eager-paths", "2026-11-29-h200-eager", "2026-11-29-h200-eager-before"
+    """Layers and models beside mamba-ssm in one run. Op by op: another run, on another host."""
+    peers, inference = "2026-11-30-h200-eager-peers", "2026-11-29-h200-eager"
+    ordinary, before = "2026-11-29-h200-eager-paths", "2026-11-29-h200-eager-before"
     rows = []
-    for part, name, ordinary in (
-        ("mixers", new, new), ("models", new, new), ("inference", inference, before)
+    for part, name, old in (
+        ("mixers", peers, ordinary), ("models", peers, ordinary), ("inference", inference, before)
     ):  # fmt: skip
         for now in records.rows(name, part, path="prepared"):
             case = {key: now[key] for key in ("h", "layers", "b", "l") if key in now}
-            given = select(records.rows(name, part), path="drop-in", **case)
-            old = select(records.rows(ordinary, part), path="ordinary", **case)
+            drop_in, theirs, by_op = (
+                (select(records.rows(of, part), path=path, **case) or [{}])[0]
+                for of, path in ((name, "drop-in"), (name, "mamba-ssm"), (old, "ordinary"))
+            )
             what = {"mixers": "mixer", "models": "model", "inference": "inference"}[part]
             layers = f" x {now['layers']}" if "layers" in now else ""
             rows.append(
                 [
                     f"{what}, width {now['h']}{layers}, {now['b']} x {now['l']}", cell("{ms:.2f}", now),
-                    cell("{ms:.2f}", given[0] if given else {}), cell("{one_thread_ms:.2f}", now),
-                    cell("{card_ms:.2f}", now), cell("{ms:.2f}", old[0] if old else {}),
+                    cell("{ms:.2f}", drop_in), cell("{ms:.2f}", theirs),
+                    f"{theirs['ms'] / now['ms']:.1f}x" if theirs else "", cell("{one_thread_ms:.2f}", now),
+                    cell("{card_ms:.2f}", now), cell("{card_ms:.2f}", theirs), cell("{ms:.2f}", by_op),
                 ]
             )  # fmt: skip
-    return ["ms", "as a plan", "the drop-in", "autograd in the calling thread", "the card alone", "op by op"], rows
+    heads = [
+        "ms", "as a plan", "the drop-in", "mamba-ssm", "", "a plan, autograd in the calling thread",
+        "the card alone", "mamba-ssm's", "op by op",
+    ]  # fmt: skip
+    return heads, rows
 
 
 def serving_sampled(records: Records) -> Content:
-    rows = records.rows("2026-11-29-h200-serving", "serving")
+    runs = ("130m, 128 slots", "2026-11-29-h200-serving"), ("1.4b, 64 slots", "2026-11-30-h200-serving")
     lines = [
         [
-            r["sampling"], f"{r['requests_per_second']:.0f}", f"{r['tokens_per_second']:,.0f}",
+            model, r["sampling"], f"{r['requests_per_second']:.0f}", f"{r['tokens_per_second']:,.0f}",
+            cell("{share_of_generate:.2f}", r),
             f"{r['first_token_p50'] * 1e3:.0f}, {r['first_token_p99'] * 1e3:.0f} ms",
         ]
-        for r in rows
+        for model, name in runs
+        for r in records.rows(name, "serving")
     ]  # fmt: skip
-    return ["choice", "requests/s", "tokens/s", "first token, median and 99th percentile"], lines
+    heads = ["", "choice", "requests/s", "tokens/s", "share of `generate`'s"]
+    return [*heads, "first token, median and 99th percentile"], lines
 
 
 def sampling(records: Records) -> Content:

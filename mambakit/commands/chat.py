@@ -19,6 +19,7 @@ from mambakit.errors import UsageError
 from mambakit.output import printable, say, terminal
 from mambakit.quoting import brief
 
+_STATES = ".safetensors"
 _SETTINGS: dict[str, Any] = {
     "temperature": real(0, 2),
     "top_k": integer(0),
@@ -60,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     plain = Plain(*args.labels) if args.labels else Plain() if args.plain else None
     if args.server is not None and (args.model or args.device or args.dtype):
         raise UsageError("--server has its own model; drop --model, --device and --dtype")
+    if args.load is not None and args.system:
+        raise UsageError("--system begins a chat, and --load goes on with one; drop one")
     answerer: Answerer
     answerer = LocalModel(args, plain) if args.server is None else RemoteModel(args.server, args.api_key, plain)
     chat = Chat(answerer, {name: getattr(args, name) for name in _SETTINGS} | {"stop": list(args.stop)})
@@ -232,6 +235,8 @@ class Chat:
         if not file:
             raise UsageError("/save has no file; give it a name, as /save talk.json")
         check_output_file("/save", file)
+        if Path(file).suffix == _STATES:
+            raise UsageError(f"/save {file}: states have such names, beside their chats; name the chat's file .json")
         turn = self.conversation.current
         kept = self.answerer.save(turn, _beside(file))
         self.conversation.save(file, self.answerer.name, kept)
@@ -278,7 +283,8 @@ class Chat:
 
 
 def _beside(file: str) -> str:
-    return str(Path(file).with_suffix(".safetensors"))
+    """The file of a chat's state: another for each name of a chat."""
+    return file + _STATES
 
 
 def _harmless(text: str) -> str:

@@ -1,27 +1,31 @@
 """Rewrite a checkpoint: between transformers' format, the original state-spaces format and llama.cpp's GGUF, to another
-dtype, or from packed weights (`mambakit quantize`, GGUF's Q8_0 and Q4_0) to plain ones."""
+dtype, or from packed weights (`mambakit quantize`, GGUF's Q8_0 and Q4_0) or adapters to plain ones."""
 
 from __future__ import annotations
 
 import argparse
 
 from mambakit.commands.loading import hide_progress_bars
-from mambakit.commands.options import check_output_folder
+from mambakit.commands.options import check_output_folder, dtype_name
 from mambakit.output import say, terminal
 
 _BLOCKS = ("q8_0", "q4_0")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="hub id, folder or .gguf file, in any format; packed weights are unpacked")
+    parser.add_argument(
+        "source", help="hub id, folder or .gguf file, in any format; packed weights are unpacked, adapters merged"
+    )
     parser.add_argument("target", help="a new folder, or a new .gguf file")
     parser.add_argument(
         "--to", choices=("transformers", "original", "gguf"), help="default: transformers; gguf for a .gguf target"
     )
     parser.add_argument(
         "--dtype",
+        type=dtype_name,
         choices=("float32", "bfloat16", "float16", *_BLOCKS),
-        help="default: the source's; q8_0 and q4_0 for GGUF alone",
+        help="default: the source's, packed weights become plain ones; q8_0 and q4_0 for GGUF alone; F32, F16, BF16 "
+        "are other names",
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="write the weights alone")
 

@@ -21,7 +21,7 @@ from mambakit.commands.texts import read_text, require_file
 from mambakit.commands.writing import Writer, check_forms
 from mambakit.errors import UsageError
 
-_NEW_TOKENS = 200
+_NEW_TOKENS, _TEMPERATURE = 200, 0.8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=integer(0), help="at most this many tokens (default 200; of sound 2 seconds)"
     )
-    parser.add_argument("--temperature", type=real(0), default=0.8, help="0 is greedy (default 0.8)")
+    parser.add_argument("--temperature", type=real(0), help="0 is greedy (default 0.8)")
     parser.add_argument(
         "--top-k", type=integer(0), default=0, help="choose among the k likeliest tokens (default: off)"
     )
@@ -108,6 +108,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.greedy and args.temperature:
+        raise UsageError(f"--greedy takes the likeliest token, whatever --temperature {args.temperature} is; drop one")
+    if args.temperature is None:
+        args.temperature = _TEMPERATURE
     remote_generate.check(args)
     require_with("--sample-rate", args.sample_rate is not None, "--output", args.output is not None)
     if args.output is not None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mambakit._versions import check_models
+from mambakit.commands.options import dtype_name
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +17,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument(
         "--dtype",
+        type=dtype_name,
         choices=("auto", "float32", "bfloat16", "float16"),
         help="dtype of the weights (default: float32 on a CPU, the checkpoint's on a GPU)",
     )
@@ -75,9 +77,10 @@ def load(args: argparse.Namespace, inference: bool = False) -> tuple[Any, Any]:
     config: Any = InferenceConfig.of(name) if inference else None
     if config is None:
         hide_progress_bars()
-        from mambakit.models.auto import AutoConfig
+        from mambakit.models.auto import AutoConfig, require_text
 
         config = AutoConfig.from_pretrained(name)  # what the checkpoint is comes before what it lacks
+        require_text(name, config)
     tokenizer = _tokenizer(getattr(args, "tokenizer", None) or name, inference)
     if inference and InferenceCausalLM.loads(config) and not holds_adapters(locate(name)):
         return InferenceCausalLM.from_pretrained(name, config=config, dtype=dtype).to(device), tokenizer

@@ -79,6 +79,17 @@ def any_text(value: str) -> str:
     return value
 
 
+# Other names of dtypes: llama.cpp's, and short ones.
+_DTYPES = {
+    "f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "float16", "half": "float16", "bf16": "bfloat16",
+}  # fmt: skip
+
+
+def dtype_name(value: str) -> str:
+    """The type of an option that names a dtype: PyTorch's name of it, in small letters."""
+    return _DTYPES.get(value.lower(), value.lower())
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's, which checks values as they are read (UsageError) and says which option was meant.
 
@@ -88,7 +99,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        # Not by their first letters: --prompt would be --prompt-lookup, and a later option may share them.
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
         self.commands: dict[str, Parser] = {}
         self.rewrite: Callable[[Sequence[str]], list[str]] | None = None
         for name in (None, "store"):

@@ -12,7 +12,8 @@ from mambakit.output import say, terminal
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
-        help="hub id, folder or .gguf file; one that is quantised already is packed anew from its rounded weights",
+        help="hub id, folder or .gguf file; one that is quantised already is packed anew from its rounded weights, and "
+        "adapters are merged",
     )
     parser.add_argument("target", help="a new folder")
     parser.add_argument(
@@ -31,21 +32,19 @@ def run(args: argparse.Namespace) -> int:
 
     from pathlib import Path
 
-    from mambakit.models.auto import AutoModelForCausalLM
-    from mambakit.models.checkpoints import copy_tokenizer, resolve
+    from mambakit.models.checkpoints.conversion import copy_tokenizer, load_language_model
     from mambakit.models.quantization import check_group, is_quantized
 
     hide_progress_bars()
     target = Path(args.target)
     check_group(args.to, args.group, "--group")  # before anything is loaded
-    folder = resolve(args.source)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model, place = load_language_model(args.source, "quantize", "auto")
     if is_quantized(model.config):
         format = model.config.quantization_config["format"]
         say(terminal(stderr=True), f"{args.source} is quantised ({format}): its rounded weights are packed anew")
     model.quantize(args.to, args.group)
     model.save_pretrained(target)
-    copy_tokenizer(folder, target)
+    copy_tokenizer(place, target)
     size = sum(file.stat().st_size for file in target.glob("*.safetensors")) / 2**20
     say(terminal(), f"{target}: {size:.1f} MiB of weights")
     return 0

@@ -1,4 +1,4 @@
-"""Run a script or a module that imports mamba_ssm or causal_conv1d: what is missing of them is mambakit's."""
+"""Run code that imports mamba_ssm or causal_conv1d: what is missing of them is mambakit's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--override", action="store_true", help="mambakit's come first, whatever is installed or lies beside the script"
     )
     parser.add_argument("-m", dest="module", metavar="MODULE", help="a module to run, as `python -m` does")
-    parser.add_argument("script", nargs="?", help="a script to run; what follows it, or the module, are its arguments")
+    parser.add_argument("-c", dest="code", metavar="CODE", help="code to run, as `python -c` does")
+    parser.add_argument(
+        "script", nargs="?",
+        help="a script to run, Python's or the shell's (*.sh); what follows it, the module or the code is for it",
+    )  # fmt: skip
 
 
 def split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -25,9 +29,9 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
     if argv[:1] != ["run"]:
         return argv, []
     for i, argument in enumerate(argv[1:], 1):
-        if argument == "-m":
+        if argument in ("-m", "-c"):
             return argv[: i + 2], argv[i + 2 :]
-        if argument.startswith("-m") or not argument.startswith("-") or argument == "-":
+        if argument.startswith(("-m", "-c")) or not argument.startswith("-") or argument == "-":
             return argv[: i + 1], argv[i + 1 :]
     return argv, []
 
@@ -37,10 +41,17 @@ def run(args: argparse.Namespace) -> int:
 
     if args.module is not None:
         command = ["-m", args.module]
+    elif args.code is not None:
+        command = ["-c", args.code]
     elif args.script is None:
         raise UsageError("run has nothing to run; name a script: mambakit run train.py, or mambakit run -m MODULE")
     elif args.script != "-" and not Path(args.script).exists():
         raise UsageError(f"there is no script {args.script!r}; {_where(args.script)}")
+    elif args.script.endswith(".sh"):  # the processes of Python that it starts are given the modules
+        shell = shutil.which("bash") or shutil.which("sh")
+        if shell is None:
+            raise UsageError(f"there is no shell for {args.script}; run the command of Python that it starts")
+        return _become([shell, args.script, *args.program_arguments], environment(args.override, os.environ))
     else:
         command = [args.script]
     return _become([sys.executable, *command, *args.program_arguments], environment(args.override, os.environ))

@@ -44,14 +44,14 @@ class _Number:
     help: str
     alias: str | None = None
     """Its earlier name, which is still accepted."""
+    needs: str = ""
+    """The option without which it has no effect; its own value is None where it is not given, until `_check`."""
 
     @property
     def field(self) -> str:
         return self.name[2:].replace("-", "_")
 
 
-# Of --prefix-cache-mb; the option itself stays None, so that it is known to be given.
-_CACHE_MB = 1024
 _UNREAD = 64  # bodies; a burst of as many requests as there are slots is taken, too
 # Whole numbers have whole bounds.
 _REPLICAS = (
@@ -59,7 +59,7 @@ _REPLICAS = (
     _Number("--slots", 8, 1, 1 << 16, "texts that a replica decodes together", alias="--rows"),
     _Number("--prefill-chunk-size", None, 1, _MOST, "prompt tokens per forward (default 512 on a CPU, 2048 elsewhere)"),
     _Number(
-        "--prefix-cache-mb", None, 1, 1 << 30, f"memory for the prefix cache of each replica (default {_CACHE_MB})"
+        "--prefix-cache-mb", 1024, 1, 1 << 30, "memory for the prefix cache of each replica", needs="--prefix-cache"
     ),
     _Number(
         "--heartbeat-seconds", 20.0, 0.5, _WEEK, "a replica that sends nothing for this long is killed and restarted"
@@ -67,15 +67,25 @@ _REPLICAS = (
     _Number("--progress-seconds", 300.0, 1.0, _WEEK, "the same for one that has work and completes no step"),
     _Number("--load-seconds", 1800.0, 1.0, _WEEK, "the same for one that takes longer to load the model"),
 )
-_DRAFT_TOKENS = 4  # of --draft-tokens, as of --prefix-cache-mb
-_DRAFTS = (_Number("--draft-tokens", None, 1, 15, f"draft tokens per verification (default {_DRAFT_TOKENS})"),)
+_DRAFTED = "--draft-model or --prompt-lookup"
+_DRAFTS = (_Number("--draft-tokens", 4, 1, 15, "draft tokens per verification", needs=_DRAFTED),)
+_STATES_CACHE = "--prefix-cache and --states"
 _STATES = (
-    _Number("--states-mb", 16384, 1, 1 << 30, "disk for kept states; each API key may have an even part of it"),
-    _Number("--states-memory-mb", 256, 0, 1 << 30, "memory for kept states, at each replica"),
-    _Number("--states-seconds", None, 1.0, 10 * 366 * 86400.0, "after which a state expires (default: never)"),
-    _Number("--max-state-mb", 64, 1, 1 << 20, "of a state that is imported"),
-    _Number("--prefix-cache-disk-mb", 4096, 1, 1 << 30, "disk for the prefix cache, where states are kept"),
-)
+    _Number(
+        "--states-mb", 16384, 1, 1 << 30, "disk for kept states; each API key may have an even part of it",
+        needs="--states",
+    ),
+    _Number("--states-memory-mb", 256, 0, 1 << 30, "memory for kept states, at each replica", needs="--states"),
+    _Number(
+        "--states-seconds", None, 1.0, 10 * 366 * 86400.0, "after which a state expires (default: never)",
+        needs="--states",
+    ),
+    _Number("--max-state-mb", 64, 1, 1 << 20, "of a state that is imported", needs="--states"),
+    _Number(
+        "--prefix-cache-disk-mb", 4096, 1, 1 << 30, "disk for the prefix cache, where states are kept",
+        needs=_STATES_CACHE,
+    ),
+)  # fmt: skip
 _LIMITS = (
     _Number("--max-waiting", 256, 0, _MOST, "texts that may wait for a slot"),
     _Number("--max-new-tokens", 4096, 1, _MOST, "of a text, at most"),
@@ -162,7 +172,8 @@ def _add(group: Any, numbers: tuple[_Number, ...]) -> None:
         default = "" if number.default is None else f" (default {number.default:g})"
         kind = float if isinstance(number.low, float) else int
         names = (number.name, number.alias) if number.alias else (number.name,)
-        group.add_argument(*names, type=kind, default=number.default, metavar="N", help=number.help + default)
+        own = None if number.needs else number.default
+        group.add_argument(*names, type=kind, default=own, metavar="N", help=number.help + default)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -205,9 +216,9 @@ def run(args: argparse.Namespace) -> int:
                 chunk_size=args.prefill_chunk_size,
                 draft_model=args.draft_model,
                 prompt_lookup=args.prompt_lookup,
-                draft_tokens=args.draft_tokens or _DRAFT_TOKENS,
+                draft_tokens=args.draft_tokens,
                 state=args.load_state,
-                prefix_cache_bytes=(args.prefix_cache_mb or _CACHE_MB) << 20 if args.prefix_cache else 0,
+                prefix_cache_bytes=args.prefix_cache_mb << 20 if args.prefix_cache else 0,
                 prefix_cache_folder=prefix_folder(args.states),
                 prefix_cache_disk_bytes=args.prefix_cache_disk_mb << 20,
                 states_folder=args.states,
@@ -276,9 +287,6 @@ def _check(args: argparse.Namespace) -> None:
             )
     if args.draft_model and args.prompt_lookup:
         raise ValueError("--draft-model and --prompt-lookup are two drafters; give one")
-    drafted = bool(args.draft_model or args.prompt_lookup)
-    require_with("--draft-tokens", args.draft_tokens is not None, "--draft-model or --prompt-lookup", drafted)
-    require_with("--prefix-cache-mb", args.prefix_cache_mb is not None, "--prefix-cache", args.prefix_cache)
     if args.load_state is not None:
         require_file(args.load_state, "state", 'make one with mambakit generate --save-state, or tune = "state"')
         if args.prefix_cache:
@@ -287,6 +295,11 @@ def _check(args: argparse.Namespace) -> None:
             )
     if args.states is not None:
         check_states(args.states)
+    if args.max_state_mb is not None and args.max_state_mb > args.max_unfinished_mb:
+        raise ValueError(
+            f"--max-state-mb is {args.max_state_mb}, more than --max-unfinished-mb {args.max_unfinished_mb}, which "
+            "bounds all bodies that are being received; give at least that"
+        )
     if args.device and args.devices:
         raise ValueError("--device and --devices both say where; give one")
     if args.max_unfinished_mb < args.max_body_mb:
@@ -295,3 +308,15 @@ def _check(args: argparse.Namespace) -> None:
             "least "
             "that"
         )
+    used = {
+        "--states": args.states is not None,
+        "--prefix-cache": args.prefix_cache,
+        _STATES_CACHE: args.prefix_cache and args.states is not None,
+        _DRAFTED: bool(args.draft_model or args.prompt_lookup),
+    }
+    for number in _NUMBERS:
+        if number.needs:
+            given = getattr(args, number.field) is not None
+            require_with(number.name, given, number.needs, used[number.needs])
+            if not given:
+                setattr(args, number.field, number.default)

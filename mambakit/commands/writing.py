@@ -129,7 +129,7 @@ class Writer:
         requests = [
             Request(
                 prompt["prompt_ids"], self._sampling(copy), args.max_new_tokens, state=prompt["cache"],
-                keep_state=self.prefix_cache is not None, context=ids[:-1],
+                keep_state=self.prefix_cache is not None, context=self._context(ids),
             )
             for copy in range(args.num_return_sequences)
         ]  # fmt: skip
@@ -219,6 +219,15 @@ class Writer:
         )  # fmt: skip
         return sampling if self.constraint is None else self.constraint.sampling(sampling)
 
+    def _context(self, ids: Any) -> Any:
+        """The tokens that a repetition penalty counts besides the state's last one, which comes with its prompt: those
+        of the prompt, and of a loaded state the ones that it had not read."""
+        import torch
+
+        if self.loaded is None or not len(ids):
+            return ids[:-1]
+        return torch.cat([self.loaded.pending[0].cpu(), ids[:-1]])
+
     def _stream(self, state: Any, ids: Any, copy: int) -> Any:
         """Text number ``copy`` after the prompt: a fork of its state."""
         from mambakit.generation.speculative import SpeculativeStream
@@ -226,8 +235,7 @@ class Writer:
 
         args, sampling = self.args, self._sampling(copy)
         options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "stop": tuple(args.stop), **state.prompt()}
-        # What a repetition penalty counts, too; the state's last token comes with its prompt.
-        options["context"] = ids[:-1]
+        options["context"] = self._context(ids)
         if self.drafter is not None:
             guesses = {"drafter": self.drafter, "draft_tokens": args.draft_tokens or _DRAFT_TOKENS}
             return SpeculativeStream(self.model, self.tokenizer, sampling=sampling, **guesses, **options)

@@ -19,7 +19,17 @@ from types import ModuleType
 from typing import Any
 
 from mambakit.compat import installed
-from mambakit.compat.surface import ABSENT, DISTRIBUTIONS, MODULES, UNUSABLE, VERSIONS, absent_message, is_package
+from mambakit.compat.replaced import GivenModule, forget
+from mambakit.compat.surface import (
+    ABSENT,
+    BOUND,
+    DISTRIBUTIONS,
+    MODULES,
+    UNUSABLE,
+    VERSIONS,
+    absent_message,
+    is_package,
+)
 
 _ORIGIN = "mambakit"
 _NAMES = MODULES | UNUSABLE
@@ -28,21 +38,24 @@ _NAMES = MODULES | UNUSABLE
 class Loader(importlib.abc.Loader):
     """Makes a module of the table."""
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
-        return None
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return GivenModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         if name in ABSENT:
             raise ImportError(absent_message(name, ABSENT[name]), name=name)
         names = _NAMES[name]
+        forget(module)
         module.__doc__ = f"{name}, given by mambakit (docs/guides/dropin.md)."
         module.__file__ = str(Path(__file__).with_name("__init__.py"))
         if "." not in name:
             module.__dict__["__version__"] = VERSIONS.get(name, VERSIONS["mamba_ssm"])
-        module.__dict__["__all__"] = sorted(n for n in names if not n.startswith("_"))
+        module.__dict__["__all__"] = sorted({*(n for n in names if not n.startswith("_")), *BOUND.get(name, ())})
         module.__dict__["__getattr__"] = _attributes(module, names)
-        module.__dict__["__dir__"] = lambda: sorted({*module.__dict__, *names, *_submodules(name)})
+        module.__dict__["__dir__"] = lambda: sorted(
+            {*module.__dict__, *module.__dict__["__all__"], *names, *_submodules(name)}
+        )
 
 
 def _attributes(module: ModuleType, names: dict[str, str]) -> Any:
@@ -56,6 +69,8 @@ def _attributes(module: ModuleType, names: dict[str, str]) -> Any:
             value = getattr(importlib.import_module(place), ours)
             module.__dict__[name] = value
             return value
+        if name in BOUND.get(package, ()):
+            return importlib.import_module(name)
         if whole in _NAMES:
             return importlib.import_module(whole)
         if whole in ABSENT:

@@ -74,4 +74,4 @@ def as_complex(value: Tensor) -> Tensor:
         return value
     require(value.shape[-1] % 2 == 0, f"a complex B or C of last dimension {value.shape[-1]}, expected 2 l")
     wide = value.to(parameter_dtype(value.dtype))
-    return torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
+    return torch.complex(wide[..., 0::2], wide[..., 1::2])

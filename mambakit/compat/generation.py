@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mambakit.compat.forms import require
+from mambakit.compat.replaced import GENERATION
 from mambakit.compat.sampling import modify_logit_for_repetition_penalty, sample
 from mambakit.ops._backends.captured_graph import CapturedGraph
 
@@ -26,6 +28,10 @@ class InferenceParams:
     lengths_per_sample: Tensor | None = None
 
     def reset(self, max_seqlen: int, max_batch_size: int) -> None:
+        """Start again. States of another number of rows than ``max_batch_size`` are dropped, and made anew."""
+        kept = self.key_value_memory_dict
+        for layer in [layer for layer, states in kept.items() if states[0].shape[0] != max_batch_size]:
+            del kept[layer]
         self.max_seqlen, self.max_batch_size, self.seqlen_offset = max_seqlen, max_batch_size, 0
         if self.lengths_per_sample is not None:
             self.lengths_per_sample.zero_()
@@ -33,10 +39,32 @@ class InferenceParams:
 
 @dataclass
 class GenerateDecoderOnlyOutput:
-    """``sequences`` (b, l), and with ``output_scores`` the logits (b, v) of each new token, else None."""
+    """``sequences`` (b, l), and with ``output_scores`` the logits (b, v) of each new token, else None.
+
+    They are found by name and by place, too, as in transformers' outputs: ``output["sequences"]``, ``output[0]``.
+    """
 
     sequences: Tensor
     scores: tuple[Tensor, ...] | None = None
+
+    def keys(self) -> tuple[str, ...]:
+        return ("sequences",) if self.scores is None else ("sequences", "scores")
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self.keys())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self.keys():
+            raise KeyError(key)
+        return getattr(self, key)
 
 
 @torch.inference_mode()
@@ -98,7 +126,8 @@ def decode(
         if teacher_outputs is not None and sequences.shape[1] < teacher_outputs.shape[1]:
             tokens = teacher_outputs[:, sequences.shape[1]]
         else:
-            tokens = sample(logits, top_k, top_p, min_p, temperature)
+            draw = GENERATION.get("sample", sample)
+            tokens = draw(logits, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
         if eos_token_id is not None:
             tokens = tokens.masked_fill(ended, eos_token_id)
             ended |= tokens == eos_token_id
@@ -136,7 +165,7 @@ class GenerationMixin:
         **kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """`decode`: the sequences (b, l), or with ``return_dict_in_generate`` also the scores."""
-        output = decode(
+        output = GENERATION.get("decode", decode)(
             input_ids, self, max_length, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature,
             output_scores=output_scores, **kwargs,
         )  # fmt: skip

@@ -196,7 +196,8 @@ def _selection(name, given, selected, bias, norm, eps, A, sizes) -> Tensor:
         selected, _ = rms_norm(selected, norm, eps)
     if not A.is_complex():
         return selected
-    return torch.view_as_complex(selected.to(A.real.dtype).unflatten(-1, (-1, 2)).contiguous())
+    selected = selected.to(A.real.dtype)
+    return torch.complex(selected[..., 0::2], selected[..., 1::2])
 
 
 def _projected(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,19 +7,18 @@ import numbers
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambakit.compat.convolution import causal_conv1d_update
 from mambakit.compat.forms import parameter_dtype, require
+from mambakit.compat.mamba_direction import Direction, decay
 from mambakit.compat.mamba_start import initial_a_log, initial_d, start_steps
+from mambakit.compat.replaced import LAYER
 from mambakit.compat.state_update import selective_state_update
-from mambakit.modules.interception import untouched
+from mambakit.modules.interception import is_causal, untouched
 from mambakit.modules.mixers import fused_layer
 from mambakit.modules.projection import project
-from mambakit.ops import causal_conv1d, selective_scan
-from mambakit.ops._backends.memory import all_plain, transformed
-from mambakit.ops.fused_mixer import MixerWeights, mix_rows
+from mambakit.ops import selective_scan
 
 # bimamba_type -> what each direction's parameters end in; "v1" shares all but A.
 _DIRECTIONS = {"none": (), "v1": ("_b",), "v2": ("_b",), "v3": ("_b", "_s")}
@@ -38,7 +37,7 @@ class Mamba(nn.Module):
         bimamba_type: "none"; "v1", "v2" (Vim): also backwards, with a second A, or a second set of parameters; "v3"
             (SegMamba): "v2", and over ``nslices`` interleaved slices with a third set.
         bimamba: VideoMamba's name for "v2".
-        if_divide_out: the mean of both directions in place of their sum.
+        if_divide_out, if_devide_out: the mean of both directions in place of their sum; the second is Vim's spelling.
         init_layer_scale: a learned factor (d_model,) of the output that starts at this value.
     """
 
@@ -46,6 +45,9 @@ class Mamba(nn.Module):
     """There are no norms of dt, B and C."""
     # What a layer has that was pickled whole by mamba_ssm itself.
     bimamba_type, if_divide_out, init_layer_scale, nslices = "none", False, None, 5
+
+    conv1d: Any  # set by name, one for each direction
+    dt_proj: Any
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class Mamba(nn.Module):
         init_layer_scale: float | None = None,
         nslices: int = 5,
         bimamba: bool = False,
+        if_devide_out: bool = False,
     ):
         super().__init__()
         bimamba_type = "v2" if bimamba and bimamba_type == "none" else bimamba_type
@@ -90,7 +93,8 @@ class Mamba(nn.Module):
                 f"{name} is {size!r}; it must be a whole number above 0",
             )
         self.use_fast_path, self.layer_idx = use_fast_path, layer_idx
-        self.bimamba_type, self.if_divide_out, self.nslices = bimamba_type, if_divide_out, nslices
+        self.bimamba_type, self.nslices = bimamba_type, nslices
+        self.if_divide_out = if_divide_out or if_devide_out
         self.init_layer_scale = init_layer_scale
         if init_layer_scale is not None:
             self.gamma = nn.Parameter(init_layer_scale * torch.ones(d_model, device=device))
@@ -98,7 +102,7 @@ class Mamba(nn.Module):
         self.activation, self.act = "silu", nn.SiLU()
         self.in_proj = nn.Linear(d_model, 2 * d, bias=bias, **factory)
         self._add_selection("", conv_bias, factory)
-        start_steps(self._submodules("")[2], dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+        start_steps(self.dt_proj, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
         self.A_log, self.D = initial_a_log(d, n, device), initial_d(d, device)
         for suffix in _DIRECTIONS[bimamba_type]:
             if bimamba_type == "v1":
@@ -109,6 +113,19 @@ class Mamba(nn.Module):
             self._add_selection(suffix, conv_bias, factory)
             setattr(self, f"D{suffix}", initial_d(d, device))
         self.out_proj = nn.Linear(d, d_model, bias=bias, **factory)
+
+    @property
+    def if_devide_out(self) -> bool:
+        return self.if_divide_out
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What was pickled whole by Vim or VideoMamba has the same settings under their names."""
+        super().__setstate__(state)
+        own = self.__dict__
+        if "if_devide_out" in own:
+            self.if_divide_out = own.pop("if_devide_out")
+        if own.get("bimamba") and "bimamba_type" not in own:
+            self.bimamba_type = "v2"
 
     def _add_selection(self, suffix: str, conv_bias: bool, factory: dict[str, Any]) -> None:
         """One direction's convolution and projections."""
@@ -133,34 +150,51 @@ class Mamba(nn.Module):
         if inference_params is not None:
             self._require_one_direction("inference_params")
             states = self._get_states_from_cache(inference_params, hidden_states.shape[0])
+            self._require_rows(hidden_states.shape[0], states, inference_params.seqlen_offset == 0)
             if inference_params.seqlen_offset > 0:
                 return self.step(hidden_states, *states)[0]
-        if states is None and fused_layer.on_gpu(hidden_states):
+        if states is None and not LAYER and fused_layer.on_gpu(hidden_states):
             found = fused_layer.run(self, None, self, hidden_states)
             if found is not None:
                 return self._scaled(found[0])
         xz = project(self.in_proj, hidden_states)  # (b, l, 2 d)
+        if LAYER and states is None and (out := self._by_inner_function(xz)) is not None:
+            return self._scaled(out)
         return self._scaled(project(self.out_proj, self._mixed(xz, states)))
 
     def _scaled(self, out: Tensor) -> Tensor:
         return out if self.init_layer_scale is None else out * self.gamma
 
     def fusion_setting(self) -> tuple:
-        return (self.bimamba_type,)
+        return (self.bimamba_type, bool(LAYER))
 
     def can_fuse_whole(self) -> bool:
         """Whether the layer reads in one direction, and nothing in it is replaced or hooked."""
         projections = untouched(self.in_proj, nn.Linear) and untouched(self.out_proj, nn.Linear)
-        return self.bimamba_type == "none" and projections and self._can_fuse("")
+        return self.bimamba_type == "none" and projections and Direction(self).can_fuse()
+
+    def _by_inner_function(self, xz: Tensor) -> Tensor | None:
+        """What is in the place of ``mamba_inner_fn``, where upstream would call it; (b, l, h) or None."""
+        function = LAYER.get("mamba_inner_fn")
+        taken_away = LAYER.get("causal_conv1d_fn", function) is None
+        if function is None or taken_away or not self.use_fast_path or self.bimamba_type != "none":
+            return None
+        D, bias = (t.to(parameter_dtype(t.dtype)) for t in (self.D, self.dt_proj.bias))
+        x_proj: Any = self.x_proj
+        return function(
+            xz.transpose(1, 2).contiguous(), self.conv1d.weight, self.conv1d.bias, x_proj.weight,
+            self.dt_proj.weight, self.out_proj.weight, self.out_proj.bias, decay(self.A_log), None, None, D,
+            delta_bias=bias, delta_softplus=True,
+        )  # fmt: skip
 
     def _mixed(self, xz: Tensor, states: tuple[Tensor, Tensor] | None) -> Tensor:
         """All directions' sum, (b, l, d)."""
         kind = self.bimamba_type
         if kind == "none":
-            return self._direction("", xz, states)
+            return Direction(self)(xz, states)
         if kind == "v1":
-            return self._both_ways(xz)
-        y = self._direction("", xz) + self._direction("_b", xz.flip(1)).flip(1)
+            return Direction(self).both_ways(xz, self.A_b_log)
+        y = Direction(self)(xz) + Direction(self, "_b")(xz.flip(1)).flip(1)
         if kind == "v3":
             length, slices = xz.shape[1], self.nslices
             require(
@@ -168,74 +202,9 @@ class Mamba(nn.Module):
                 f"bimamba_type 'v3' reads {slices} slices (nslices), into which a length of {length} does not divide",
             )
             interleaved = xz.unflatten(1, (slices, -1)).transpose(1, 2).flatten(1, 2)
-            sliced = self._direction("_s", interleaved)
+            sliced = Direction(self, "_s")(interleaved)
             y = y + sliced.unflatten(1, (-1, slices)).transpose(1, 2).flatten(1, 2)
         return y / 2 if self.if_divide_out else y
-
-    def _both_ways(self, xz: Tensor) -> Tensor:
-        """Vim's first form: the same selection, scanned forwards and backwards, with an A for each."""
-        x, z = xz.chunk(2, -1)
-        operands, bias = self._selected("", self._convolved("", x))
-        u, delta, B, C = operands
-        forwards, _ = self._scan(u, delta, self.A_log, B, C, self.D, z, bias)
-        u, delta, B, C, z = (t.flip(1) for t in (u, delta, B, C, z))
-        backwards, _ = self._scan(u, delta, self.A_b_log, B, C, self.D, z, bias)
-        return forwards + backwards.flip(1)
-
-    def _direction(self, suffix: str, xz: Tensor, states: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Convolution, selection, scan and gate with the parameters of one direction: (b, l, 2 d) -> (b, l, d)."""
-        if states is None and self._can_fuse(suffix):
-            return mix_rows(xz, self._weights(suffix, xz))
-        x, z = xz.chunk(2, -1)
-        operands, bias = self._selected(suffix, self._convolved(suffix, x))
-        u, delta, B, C = operands
-        y, last = self._scan(u, delta, getattr(self, f"A{suffix}_log"), B, C, getattr(self, f"D{suffix}"), z, bias)
-        if states is not None:
-            conv_state, ssm_state = states
-            k, length = conv_state.shape[-1], x.shape[1]
-            conv_state.copy_(F.pad(x.transpose(1, 2), (k - length, 0)))  # the last k inputs, after zeros
-            ssm_state.copy_(last)
-        return y
-
-    def _can_fuse(self, suffix: str) -> bool:
-        """Whether what lies between the projections may run as one op: nothing is replaced, hooked or traced."""
-        conv, x_proj, dt_proj = self._submodules(suffix)
-        return (
-            untouched(conv, nn.Conv1d) and untouched(x_proj, nn.Linear) and untouched(dt_proj, nn.Linear)
-            and dt_proj.bias is not None and x_proj.bias is None and not transformed()
-            and all_plain((conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias))
-        )  # fmt: skip
-
-    def _submodules(self, suffix: str) -> tuple[Any, Any, Any]:
-        return getattr(self, f"conv1d{suffix}"), getattr(self, f"x_proj{suffix}"), getattr(self, f"dt_proj{suffix}")
-
-    def _weights(self, suffix: str, xz: Tensor) -> MixerWeights:
-        conv, x_proj, dt_proj = self._submodules(suffix)
-        dtype = parameter_dtype(xz.dtype)
-        A_log, D = (getattr(self, name).to(dtype) for name in (f"A{suffix}_log", f"D{suffix}"))
-        return MixerWeights(
-            conv.weight.squeeze(1), conv.bias, x_proj.weight, dt_proj.weight, A_log, D, dt_proj.bias.to(dtype)
-        )
-
-    def _convolved(self, suffix: str, x: Tensor) -> Tensor:
-        """(b, l, d)"""
-        conv = getattr(self, f"conv1d{suffix}")
-        if untouched(conv, nn.Conv1d):
-            return causal_conv1d(x, conv.weight.squeeze(1), conv.bias, "silu")[0]
-        return self.act(conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
-
-    def _selected(self, suffix: str, x: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None]:
-        """The scan's u, delta, B, C, and the bias that it adds to delta: none where dt_proj's call has added it."""
-        _, x_proj, dt_proj = self._submodules(suffix)
-        n = self.d_state
-        dt, B, C = x_proj(x).split([self.dt_rank, n, n], -1)
-        if untouched(dt_proj, nn.Linear):
-            return (x, F.linear(dt, dt_proj.weight), B, C), dt_proj.bias
-        return (x, dt_proj(dt), B, C), None
-
-    @staticmethod
-    def _scan(u, delta, A_log, B, C, D, z, bias) -> tuple[Tensor, Tensor]:
-        return selective_scan(u, delta, _decay(A_log), B, C, D, z, bias, True)
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Continue from the states, which are updated in place, with one token or several.
@@ -247,24 +216,35 @@ class Mamba(nn.Module):
             The output (b, l, d_model), and both states.
         """
         self._require_one_direction("step")
+        length = hidden_states.shape[1]
+        if LAYER and length > 1:  # functions by upstream's names take one token
+            outputs = [self.step(token, conv_state, ssm_state)[0] for token in hidden_states.split(1, 1)]
+            return torch.cat(outputs, 1), conv_state, ssm_state
         x, z = project(self.in_proj, hidden_states).chunk(2, -1)
-        conv, _, _ = self._submodules("")
-        if untouched(conv, nn.Conv1d):
-            x = causal_conv1d_update(
-                x.transpose(1, 2), conv_state, conv.weight.squeeze(1), conv.bias, self.activation
-            ).transpose(1, 2)
+        direction = Direction(self)
+        conv = direction.conv
+        update = LAYER.get("causal_conv1d_update", causal_conv1d_update)
+        if update is not None and direction.can_convolve():
+            tokens = x[:, 0] if length == 1 else x.transpose(1, 2)
+            x = update(tokens, conv_state, conv.weight.squeeze(1), conv.bias, self.activation)
+            x = x[:, None] if length == 1 else x.transpose(1, 2)
         else:
+            width = conv.kernel_size[0] if isinstance(conv, nn.Conv1d) else 0
+            require(
+                width == 0 or (is_causal(conv, width - 1) and width <= self.d_conv),
+                f"step: conv1d is {conv}, which needs more than the {self.d_conv} inputs that a state holds, or later "
+                "ones; call the layer on all tokens",
+            )
             before = conv_state[..., 1:].to(x.dtype).transpose(1, 2)
             window = torch.cat([before, x], 1)  # (b, k - 1 + l, d)
             conv_state.copy_(torch.cat([conv_state.to(x.dtype), x.transpose(1, 2)], -1)[..., -conv_state.shape[-1] :])
-            x = self._convolved("", window)[:, before.shape[1] :]
-        operands, bias = self._selected("", x)
-        u, delta, B, C = operands
-        A = _decay(self.A_log)
-        if hidden_states.shape[1] == 1:
-            y = selective_state_update(
-                ssm_state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0], bias, True
-            )[:, None]
+            x = direction.convolved(window)[:, before.shape[1] :]
+        u, delta, B, C, bias = direction.selected(x)
+        A = decay(self.A_log)
+        if length == 1:
+            step = LAYER.get("selective_state_update") or selective_state_update
+            token = (u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], self.D)
+            y = step(ssm_state, *token, z=z[:, 0], dt_bias=bias, dt_softplus=True)[:, None]
         else:
             y, last = selective_scan(u, delta, A, B, C, self.D, z, bias, True, initial_state=ssm_state.clone())
             ssm_state.copy_(last)
@@ -277,6 +257,15 @@ class Mamba(nn.Module):
             "no step; use bimamba_type 'none', or call the layer on all tokens",
         )
 
+    def _require_rows(self, b: int, states: tuple[Tensor, Tensor], at_start: bool) -> None:
+        """One row may start the states of many, which then go on from it."""
+        rows = states[0].shape[0]
+        require(
+            b == rows or (at_start and b == 1),
+            f"inference_params has the states of {rows} rows for layer {self.layer_idx}, and hidden_states has {b}; "
+            "for another batch use a new InferenceParams, or inference_params.reset(max_seqlen, batch)",
+        )
+
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -286,8 +275,8 @@ class Mamba(nn.Module):
             (b, d, k) in ``dtype`` or the weights', and (b, d, n) in float32 whatever the dtype (float64 in float64).
             Upstream keeps the second in half, too, and rounds it at every token.
         """
-        device, conv = self.out_proj.weight.device, self._submodules("")[0]
-        dtype = conv.weight.dtype if dtype is None else dtype
+        device = self.out_proj.weight.device
+        dtype = self.conv1d.weight.dtype if dtype is None else dtype
         return (
             torch.zeros((batch_size, self.d_inner, self.d_conv), device=device, dtype=dtype),
             torch.zeros((batch_size, self.d_inner, self.d_state), device=device, dtype=parameter_dtype(dtype)),
@@ -306,8 +295,3 @@ class Mamba(nn.Module):
             for state in kept[self.layer_idx]:
                 state.zero_()
         return kept[self.layer_idx]
-
-
-def _decay(A_log: Tensor) -> Tensor:
-    """A in float32 (float64) whatever the parameter was cast to."""
-    return -torch.exp(A_log.to(parameter_dtype(A_log.dtype)))

@@ -19,6 +19,7 @@ from mambakit.compat.hub import load_config_hf, load_state_dict_hf
 from mambakit.compat.mamba import Mamba
 from mambakit.compat.mlp import GatedMLP
 from mambakit.compat.norm import RMSNorm
+from mambakit.compat.replaced import MODEL
 
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
 
@@ -71,13 +72,14 @@ def create_block(
     if kind != "Mamba1":
         raise NotImplementedError(f"ssm_cfg has layer = {kind!r}; mambakit has Mamba-1 layers (layer = 'Mamba1')")
     factory = {"device": device, "dtype": dtype}
-    mixer = functools.partial(Mamba, layer_idx=layer_idx, **fields, **factory)
+    mixer = functools.partial(MODEL.get("Mamba", Mamba), layer_idx=layer_idx, **fields, **factory)
     norm = functools.partial(RMSNorm if rms_norm else nn.LayerNorm, eps=norm_epsilon, **factory)
     mlp: Any = nn.Identity
     if d_intermediate:
         mlp = functools.partial(GatedMLP, hidden_features=d_intermediate, out_features=d_model, **factory)
-    block = Block(d_model, mixer, mlp, norm_cls=norm, fused_add_norm=fused_add_norm, residual_in_fp32=residual_in_fp32)
-    block.layer_idx = layer_idx  # type: ignore[assignment]
+    make: Any = MODEL.get("Block", Block)
+    block = make(d_model, mixer, mlp, norm_cls=norm, fused_add_norm=fused_add_norm, residual_in_fp32=residual_in_fp32)
+    block.layer_idx = layer_idx
     return block
 
 
@@ -134,16 +136,17 @@ class MixerModel(nn.Module):
         self.residual_in_fp32, self.fused_add_norm = residual_in_fp32, fused_add_norm
         self.embedding = nn.Embedding(vocab_size, d_model, **factory)
         self.layers = nn.ModuleList(
-            create_block(
-                d_model, d_intermediate, ssm_cfg, attn_layer_idx, attn_cfg, norm_epsilon, rms_norm, residual_in_fp32,
-                fused_add_norm, layer_idx, **factory,
+            MODEL.get("create_block", create_block)(
+                d_model, d_intermediate=d_intermediate, ssm_cfg=ssm_cfg, attn_layer_idx=attn_layer_idx,
+                attn_cfg=attn_cfg, norm_epsilon=norm_epsilon, rms_norm=rms_norm, residual_in_fp32=residual_in_fp32,
+                fused_add_norm=fused_add_norm, layer_idx=layer_idx, **factory,
             )
             for layer_idx in range(n_layer)
         )  # fmt: skip
         self.norm_f = (RMSNorm if rms_norm else nn.LayerNorm)(d_model, eps=norm_epsilon, **factory)
         residuals = 2 if d_intermediate else 1
         fields = {"n_residuals_per_layer": residuals, **(initializer_cfg or {})}
-        self.apply(functools.partial(init_weights, n_layer=n_layer, **fields))
+        self.apply(functools.partial(MODEL.get("_init_weights", init_weights), n_layer=n_layer, **fields))
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
@@ -182,13 +185,15 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         multiple = config.pad_vocab_size_multiple
         vocab_size = -(-config.vocab_size // multiple) * multiple
         factory = {"device": device, "dtype": dtype}
-        self.backbone = MixerModel(
-            config.d_model, config.n_layer, config.d_intermediate, vocab_size, config.ssm_cfg, config.attn_layer_idx,
-            config.attn_cfg, rms_norm=config.rms_norm, initializer_cfg=initializer_cfg,
+        self.backbone = MODEL.get("MixerModel", MixerModel)(
+            d_model=config.d_model, n_layer=config.n_layer, d_intermediate=config.d_intermediate,
+            vocab_size=vocab_size, ssm_cfg=config.ssm_cfg, attn_layer_idx=config.attn_layer_idx,
+            attn_cfg=config.attn_cfg, rms_norm=config.rms_norm, initializer_cfg=initializer_cfg,
             fused_add_norm=config.fused_add_norm, residual_in_fp32=config.residual_in_fp32, **factory,
         )  # fmt: skip
         self.lm_head = nn.Linear(config.d_model, vocab_size, bias=False, **factory)
-        self.apply(functools.partial(init_weights, n_layer=config.n_layer, **(initializer_cfg or {})))
+        start = MODEL.get("_init_weights", init_weights)
+        self.apply(functools.partial(start, n_layer=config.n_layer, **(initializer_cfg or {})))
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -226,7 +231,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         **kwargs: Any,
     ) -> MambaLMHeadModel:
         """A model in the original format, from a folder or a hub id."""
-        fields = load_config_hf(pretrained_model_name)
+        fields = MODEL.get("load_config_hf", load_config_hf)(pretrained_model_name)
         known = {field.name for field in dataclasses.fields(MambaConfig)}
         if unknown := sorted(fields.keys() - known):
             raise ValueError(
@@ -235,7 +240,13 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
                 "mambakit.AutoModelForCausalLM, and `mambakit convert FROM TO --to original` rewrites it"
             )
         model = cls(MambaConfig(**fields), device=device, dtype=dtype, **kwargs)
-        model.load_state_dict(load_state_dict_hf(pretrained_model_name, device=device, dtype=dtype))
+        load = MODEL.get("load_state_dict_hf", load_state_dict_hf)
+        tensors = load(pretrained_model_name, device=device, dtype=dtype)
+        tied = ("lm_head.weight", "backbone.embedding.weight")
+        if model.config.tie_embeddings and (there := [name for name in tied if name in tensors]):
+            # safetensors keeps one name of a tensor that has two.
+            tensors = {**dict.fromkeys(tied, tensors[there[-1]]), **tensors}
+        model.load_state_dict(tensors)
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:

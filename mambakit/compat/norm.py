@@ -34,6 +34,12 @@ class RMSNorm(nn.Module):
         self.register_parameter("bias", None)
         self.reset_parameters()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What was pickled whole by releases up to 1.2 has no dropout."""
+        super().__setstate__(state)
+        if "drop" not in self._modules:
+            self.__dict__.setdefault("drop", None)
+
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def sample(logits: Tensor, top_k: int = 1, top_p: float = 0.0, min_p: float = 0.0, temperature: float = 1.0) -> Tensor:
-    """A token for each row of ``logits`` (b, v).
+    """A token for each row of ``logits`` (b, v), or one of (v,).
 
     Args:
         top_k: 1 takes the likeliest token, whatever else is given, as upstream; 0 keeps all.
@@ -33,7 +33,7 @@ def sample(logits: Tensor, top_k: int = 1, top_p: float = 0.0, min_p: float = 0.
         probabilities = logits.softmax(-1)
         logits.masked_fill_(probabilities < min_p * probabilities.amax(-1, keepdim=True), float("-inf"))
     chosen = torch.multinomial(logits.softmax(-1), 1)
-    return (chosen if indices is None else indices.gather(-1, chosen))[:, 0]
+    return (chosen if indices is None else indices.gather(-1, chosen)).squeeze(-1)
 
 
 def modify_logits_for_min_p_filtering(logits: Tensor, min_p: float) -> None:

@@ -106,7 +106,7 @@ def selective_scan_ref(
         state = torch.exp(step * A) * state + step * by_time[0][:, t] * u[:, :, t, None].to(dtype)
         y = (state * by_time[1][:, t]).sum(-1)
         outputs.append(2 * y.real if y.is_complex() else y)
-    out = torch.stack(outputs, 2)
+    out = torch.stack(outputs, 2) if outputs else torch.zeros_like(u, dtype=dtype)
     if D is not None:
         out = out + u.to(dtype) * D.to(dtype)[:, None]
     if z is not None:

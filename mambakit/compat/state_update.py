@@ -94,9 +94,16 @@ def selective_state_update(
         pool[:b] = after.to(pool.dtype)
     else:
         y, _ = selective_scan_(*operands, state=pool[:b])
-    if pool.data_ptr() != state.data_ptr():  # heads and channels of this state do not lie side by side
+    if not _is_view(state):
         state.copy_(pool.view(state.shape))
     return y.reshape(x.shape)
+
+
+def _is_view(state: Tensor) -> bool:
+    """Whether heads and channels lie side by side, so that they are one dimension without a copy."""
+    if state.dim() == 3 or 1 in state.shape[1:3]:
+        return True
+    return state.stride(1) == state.shape[2] * state.stride(2)
 
 
 def selective_state_update_ref(

@@ -104,6 +104,12 @@ MODULES: dict[str, dict[str, str]] = {
 }
 
 EXTENSIONS = ("selective_scan_cuda", "causal_conv1d_cuda", "selective_scan_cuda_oflex", "selective_scan_cuda_core")
+# Module -> the extensions that it binds as names of its own, as theirs do: code asks them whether they are None.
+BOUND = {
+    "mamba_ssm.ops.selective_scan_interface": ("selective_scan_cuda", "causal_conv1d_cuda"),
+    "causal_conv1d.causal_conv1d_interface": ("causal_conv1d_cuda",),
+    "causal_conv1d.cpp_functions": ("causal_conv1d_cuda",),
+}
 # Written in Triton: where there is no CUDA device they are replaced, though they may be installed.
 TRITON = tuple(f"mamba_ssm.ops.triton.{name}" for name in ("layer_norm", "layernorm", "selective_state_update"))
 

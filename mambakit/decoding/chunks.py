@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mambakit.decoding.transfers import to_device
 from mambakit.quoting import brief
 
 Prompts = Tensor | Sequence[Tensor]
@@ -104,8 +105,8 @@ def chunks(texts: Prompts, attention_mask: Tensor | None, size: int) -> Iterator
         unread = [text[share:] for text in unread]
         bounds = torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0)
         done += sum(lengths)
-        marks = {"cu_seqlens": bounds.to(device, torch.int32)}
-        positions = (bounds[1:][ends] - 1).to(device)
+        marks = {"cu_seqlens": to_device(device, bounds.to(torch.int32))}
+        positions = to_device(device, bounds[1:][ends] - 1)
         yield Chunk(torch.cat(parts)[None], marks, lengths, ends, positions, done, done == total)
 
 
@@ -122,6 +123,11 @@ def parts(length: int, longest: int) -> list[int]:
         found += [size] * (rest // size)
         size, rest = size // 2, rest % size
     return found + [size] * (rest // size) + [rest % size] * (rest % size > 0)
+
+
+def padded_buckets() -> list[int]:
+    """Those that also serve fewer tokens than they have, the smallest first."""
+    return [1 << i for i in range(_SMALLEST_BUCKET.bit_length() - 1, LARGEST_PADDED.bit_length())]
 
 
 def bucket_of(tokens: int) -> int:

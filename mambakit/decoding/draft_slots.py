@@ -89,7 +89,7 @@ class DraftSlots:
 
     def begin(self, slot: int, ids: Tensor, sampling: SamplingParams, written: Sequence[int] = ()) -> None:
         device, state = self.model.device, self.model.backbone.new_cache(1)
-        ids = ids.to(device)
+        ids = to_device(device, ids)
         text = torch.cat([ids, integers(device, written)]) if written else ids
         prefill_states(self.model, [text[:-1]], state)
         self.pool.put(slot, state)

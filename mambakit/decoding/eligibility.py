@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.modules import MambaBlock, MambaMixer, MixerNorm, RMSNorm
-from mambakit.modules.interception import any_intercepted, is_ours, modules_of, untouched
+from mambakit.modules.interception import any_intercepted, is_causal, is_filter, is_ours, modules_of, untouched
 from mambakit.modules.mixers.time_steps import TimeStepProjection
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.ops import causal_conv1d, selective_scan
@@ -46,7 +46,7 @@ def why_not_by_layers(model: Any) -> str | None:
             return f"layer {i} is no plain MambaBlock"
         if (reason := _why_not_mixer(block.mixer, i)) is not None:
             return f"layer {i}: {reason}"
-        if not (untouched(block.mixer, MambaMixer) and untouched(block.mixer.conv1d, nn.Conv1d)):
+        if not (untouched(block.mixer, MambaMixer) and is_filter(block.mixer.conv1d, 0)):
             return f"layer {i} has a hook or another forward"
     return None
 
@@ -113,6 +113,8 @@ def _why_not_mixer(mixer: Any, index: int) -> str | None:
         return f"its mixer is a {type(mixer).__name__}, no MambaMixer"
     if type(mixer.conv1d) is not nn.Conv1d:
         return f"its convolution is a {type(mixer.conv1d).__name__}"
+    if not (is_causal(mixer.conv1d, 0) and mixer.conv1d.groups == mixer.conv1d.in_channels):
+        return f"its convolution is {mixer.conv1d}, which is not causal or not of each channel"
     if mixer.layer_idx != index:
         return f"its mixer is layer {mixer.layer_idx}'s"
     if mixer.causal_conv1d is not causal_conv1d or mixer.selective_scan is not selective_scan:

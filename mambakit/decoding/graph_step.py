@@ -119,11 +119,12 @@ def why_not_many_rows(model: Any, rows: int, *, states: Any = None, called: bool
     from mambakit.ops.decode import triton_many_rows, triton_packed_rows
 
     width, dtype = model.config.hidden_size, model.dtype
-    if gpu_weights(model).kind is not None:
+    kind = gpu_weights(model).kind
+    if kind is not None:
         if dtype == torch.float32:
             return "packed weights in a float32 model; they read them in one of a half dtype"
-        most = triton_packed_rows.MOST_ROWS
-        return None if rows <= most else f"{rows} rows; of packed weights they serve up to {most}"
+        most = triton_packed_rows.most_rows(width, kind)
+        return None if rows <= most else f"{rows} rows; of these packed weights they are the faster ones up to {most}"
     most = triton_many_rows.most_rows(width, dtype)
     if rows <= most:
         return None

@@ -164,7 +164,7 @@ class SlotLoop:
         kept = [slot for slot, text in enumerate(self.pool.occupants) if text is not None]
         self._tokens()
         if kept and self.pool.shrink(kept):
-            at = torch.tensor(kept, dtype=torch.int64, device="cpu").to(self._device)
+            at = integers(self._device, kept)
             self._loop.tokens, self._seated = self._loop.tokens[at], False
 
     # -- tokens ----------------------------------------------------------------------------------------------------

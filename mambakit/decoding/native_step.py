@@ -65,12 +65,13 @@ def why_not(model: Any, rows: int, *, states: Any = None, called: bool = False) 
         return f"weights in {', '.join(sorted(formats - KINDS.keys()))}; it reads {', '.join(KINDS)}"
     if (kind := dtype_of_states(model)) is not None:
         return f"states of {kind} (ssm_state_dtype); it reads float32"
-    if states is not None and not _fit(states):
+    if states is not None and not fits(states):
         return "states of another dtype or device, or of other layers; it reads a cache as the model makes one"
     return None
 
 
-def _fit(states: Any) -> bool:
+def fits(states: Any) -> bool:
+    """Whether the kernels can use these states in place."""
     if not isinstance(states, MambaCache) or states.dtype not in _DTYPES:
         return False
     if states.ssm_states.dtype != torch.float32:

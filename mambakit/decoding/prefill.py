@@ -16,6 +16,7 @@ from torch import Tensor
 from mambakit.decoding.bucket_graphs import bucket_graphs, reads_in_buckets
 from mambakit.decoding.chunks import Prompts, chunks, parts, row_count, size_of_chunks, texts_of
 from mambakit.decoding.logits import last_logits
+from mambakit.decoding.native_prompts import NativePrompts, native_prompts
 from mambakit.modules import StateCache
 from mambakit.modules.interception import is_ours
 
@@ -105,6 +106,10 @@ def prefill_parts(
                     progress(done)
             graphs.store(cache, done)
         return last_logits(model, hidden) if want_logits else None
+    if attention_mask is None and isinstance(texts, Tensor):
+        reader = native_prompts(model, cache)
+        if reader is not None:
+            return (yield from _by_library(reader, texts, cache, size, progress, want_logits, by_layer))
     found: list[Tensor] = []
     order: list[int] = []
     # A model with a hook or a replaced forward is itself called for every chunk if logits are wanted.
@@ -207,6 +212,27 @@ def _by_layer(model: Any, ids: Tensor, cache: StateCache, want_logits: bool) -> 
     x, _ = backbone.norm_f(x, residual, wide if model.config.residual_in_fp32 else None)
     cache.advance(ids.shape[1])
     return last_logits(model, x[:, -1:]) if want_logits else x
+
+
+def _by_library(
+    reader: NativePrompts, ids: Tensor, cache: StateCache, size: int, progress: Progress | None, want_logits: bool,
+    by_layer: bool,
+) -> Generator[None, None, Tensor | None]:  # fmt: skip
+    """(b, l) prompts by the native library. Returns (b, v) logits if they are wanted."""
+    done = 0
+    for part in ids.split(size, dim=1):
+        done += part.shape[1]
+        is_last = done == ids.shape[1]
+        reading = reader.read(part, cache, want_logits and is_last)
+        if by_layer and len(ids) == 1:
+            logits = yield from reading
+        else:
+            logits = _finish(reading)
+        if progress is not None:
+            progress(len(ids) * done)
+        if not is_last:
+            yield
+    return logits
 
 
 def _finish(parts: Generator[None, None, Tensor | None]) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import generation
 
 from mambakit.decoding.scaling import WidePenalty, WideTemperature
+from mambakit.decoding.transfers import integers
 from mambakit.ops.sampling import cpu_multinomial
 from mambakit.ops.sampling.api import NO_TOKEN
 
@@ -86,7 +87,7 @@ class ProcessorSampler:
 
     def select(self, kept: list[int]) -> None:
         """Slot i becomes the former slot ``kept[i]``; the texts of the other slots have ended."""
-        of = torch.tensor(kept, dtype=torch.int64, device=self.text.device)
+        of = integers(self.text.device, kept)
         self._slots = of if self._slots is None else self._slots[of]
 
     def snapshot(self) -> tuple[Tensor, Tensor]:

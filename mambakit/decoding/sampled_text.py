@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mambakit.decoding.logits import NO_CHOICE
 from mambakit.decoding.sampling_params import BLOCK, DRAW, SamplingParams, random_numbers
+from mambakit.decoding.transfers import integers, to_device
 from mambakit.ops.sampling.api import NO_TOKEN
 from mambakit.quoting import cut
 
@@ -21,7 +22,7 @@ class SampledText:
         params: how tokens are chosen.
         vocab_size: v.
         device: of the logits.
-        read: (p,) int64, the prompt, which a repetition penalty counts, too.
+        read: (p,) integers on any device, the prompt, which a repetition penalty counts, too.
         log_probs: how many of the likeliest tokens are recorded at every token, with their log-probabilities and the
             chosen one's; None: nothing is.
         ends: end-of-text tokens, none of which is chosen as one of the first ``least`` tokens.
@@ -55,16 +56,15 @@ class SampledText:
         self.seen = self.counts = self.bias = None
         if params.repetition_penalty != 1:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self.seen[read.to(device)] = True
+            self.seen[to_device(device, read.to(torch.int64))] = True
         if params.presence_penalty or params.frequency_penalty:
             self.counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
         if params.logit_bias:
             self.bias = torch.zeros(vocab_size, dtype=torch.float32, device=device)
             if (largest := max(params.logit_bias)) >= vocab_size:
                 raise ValueError(f"logit_bias names token {largest}; the model's are 0 to {vocab_size - 1}")
-            tokens = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=device)
             values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device="cpu")
-            self.bias[tokens] = values.to(device, non_blocking=True)
+            self.bias[integers(device, list(params.logit_bias))] = to_device(device, values)
         self.log_probs = log_probs
         self.ends = sorted(token for token in ends if token < vocab_size)
         # (1,) how many more tokens come before an end-of-text token may.

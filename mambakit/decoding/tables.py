@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.sampled_text import SampledText
+from mambakit.decoding.transfers import integers, to_device
 from mambakit.ops.sampling.api import NO_TOKEN
 
 _LARGE = 3e38
@@ -28,7 +29,7 @@ class Tables:
         self._found, changed = found, [text for _, text in found]
         self._whole = len(found) == len(texts)
         slots = [slot for slot, _ in found]
-        self._slots = slice(None) if self._whole else torch.tensor(slots, dtype=torch.int64, device=device)
+        self._slots = slice(None) if self._whole else integers(device, slots)
         self._masked = [(row, text) for row, text in enumerate(changed) if text.matcher is not None]
         self._seen = _stacked(changed, "seen", torch.bool)
         self._counts = _stacked(changed, "counts", torch.float32)
@@ -38,7 +39,7 @@ class Tables:
             self._ends = torch.zeros(len(changed), changed[0].vocab_size, dtype=torch.bool, device="cpu")
             for row, text in enumerate(changed):
                 self._ends[row, text.ends] = text.held is not None
-            self._ends = self._ends.to(device)
+            self._ends = to_device(device, self._ends)
         penalties = [[min(max(text.params.repetition_penalty, 1e-30), 1e30)] for text in changed]
         self._repetition = _table(penalties, device)  # (m, 1)
         self._presence = _table([[text.params.presence_penalty] for text in changed], device)
@@ -123,4 +124,4 @@ def _stacked(texts: list[SampledText], name: str, dtype: torch.dtype) -> Tensor 
 
 
 def _table(values: Any, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device="cpu").to(device, non_blocking=True)
+    return to_device(device, torch.tensor(values, dtype=torch.float32, device="cpu"))

@@ -9,8 +9,10 @@ from torch import Tensor
 
 
 def to_device(device: torch.device, values: Tensor) -> Tensor:
-    """A copy on the device. The host waits for nothing: a copy from pageable memory would wait for earlier launches."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+    """A copy on the device, or the tensor itself where it is there. The host waits for nothing: a copy from pageable
+    memory would wait for earlier launches."""
+    from_host = device.type == "cuda" and not values.is_cuda
+    return values.pin_memory().to(device, non_blocking=True) if from_host else values.to(device)
 
 
 def integers(device: torch.device, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from mambakit.decoding.sampling_params import SamplingParams
+from mambakit.errors import ConstraintError
 from mambakit.generation.grammars import MESSAGE, grammar_of, llguidance
 from mambakit.ops._backends.memory import INT32, address
 from mambakit.quoting import cut
@@ -142,6 +143,7 @@ def mask_logits_(logits: Tensor, matchers: Sequence[Matcher]) -> Tensor:
 
     Raises:
         ValueError: the numbers of rows or tokens differ.
+        ConstraintError: a constraint cannot be followed any further.
     """
     if logits.dim() != 2 or logits.shape[0] != len(matchers):
         raise ValueError(
@@ -165,7 +167,11 @@ def mask_logits_(logits: Tensor, matchers: Sequence[Matcher]) -> Tensor:
             bits[i, end // 32] |= -(1 << 31) if end % 32 == 31 else 1 << end % 32
     errors = [m._matcher.get_error() for m in matchers if m._matcher.is_error()]
     if errors:
-        raise ValueError(f"the constraint became too complex to follow: {cut(' '.join(errors[0].split()), MESSAGE)}")
+        reason = errors[0].partition("<state>")[0]  # what follows is the matcher's state, with the text in it
+        raise ConstraintError(
+            f"the constraint became too complex to follow: {cut(' '.join(reason.split()), MESSAGE)}; give a simpler "
+            "one, with less repetition inside of repetition and fewer alternatives"
+        )
     bits = bits.to(logits.device, non_blocking=True)
     allowed = (bits[:, :, None] >> torch.arange(32, device=bits.device, dtype=torch.int32)) & 1  # (b, words, 32)
     return logits.masked_fill_(allowed.flatten(1)[:, :v] == 0, -float("inf"))

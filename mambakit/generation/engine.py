@@ -33,7 +33,7 @@ from mambakit.decoding.logits import NO_CHOICE
 from mambakit.decoding.loop import SlotLoop
 from mambakit.decoding.parameters import CHUNK_SIZE, INT64, Number
 from mambakit.decoding.slots import SlotPool
-from mambakit.errors import LogitsError
+from mambakit.errors import LogitsError, MambakitError
 from mambakit.generation.engine_drafts import Drafts
 from mambakit.generation.engine_looks import Found, Looks
 from mambakit.generation.engine_prompts import PromptReader
@@ -47,6 +47,10 @@ from mambakit.modules import StateCache
 from mambakit.ops.sampling.api import NO_TOKEN
 from mambakit.quoting import brief, cut
 
+# On a CPU prompts are read for at most so many steps' time between two steps: a gap is then at most three times one in
+# which nothing is read.
+_MOST_STEPS = 2.0
+
 
 class Engine:
     """Writes the texts of any number of requests, ``slots`` at a time.
@@ -57,8 +61,9 @@ class Engine:
         chunk_size: tokens of a prompt per forward, and at most about as many between two steps; memory does not grow
             with the prompt.
         prefix_cache: where beginnings of prompts are looked up, and prompts and texts are kept.
-        read_seconds: the time for reading prompts between two steps, or that of the last step where it is more. The
-            smallest part that can be read may exceed it: on a CPU a chunk in one layer, on a GPU a chunk. 0: one part.
+        read_seconds: the time for reading prompts between two steps, or that of the last step where it is more; on a
+            CPU no more than that of two steps. The smallest part that can be read may exceed it: on a CPU a chunk in
+            one layer, on a GPU a chunk. 0: one part; infinite: ``chunk_size`` alone is the limit.
         slice_tokens: how many tokens a text writes at least before it makes room for one of another share.
         tokens_per_look: tokens that each slot writes between two device-to-host syncs, where no constraint needs one.
             More than 1 leaves the host behind the device: `step` launches the next tokens before it returns those that
@@ -112,7 +117,8 @@ class Engine:
         self._looks = Looks(self._loop, tokens_per_look, clock)
         self.drafts = None if drafter is None else Drafts(self._loop, model, drafter, slots, draft_tokens)
         self._schedule = Schedule(slots)
-        self._share, self._clock = ReadingShare[Text](read_seconds, chunk_size, clock), clock
+        steps = _MOST_STEPS if model.device.type == "cpu" else math.inf
+        self._share, self._clock = ReadingShare[Text](read_seconds, chunk_size, clock, steps), clock
         self._prompts = PromptReader(model, self._share, self._schedule, ends)
         self._cancelled: deque[Request] = deque()  # by whichever thread
         self._taken = 0  # of the slots
@@ -201,6 +207,7 @@ class Engine:
         if self._taken:
             self._note(self._next(), chosen)
         if not self._taken:
+            self._share.step_seconds = 0.0
             (self._looks if self.drafts is None else self.drafts).forget()
         if not len(self._schedule):
             self._prompts.drop_held()
@@ -318,7 +325,8 @@ class Engine:
             raise error
         request = text.request
         request.exception = error
-        request.error = NO_CHOICE if error is None else f"{type(error).__name__}: {cut(str(error), 500)}"
+        name = "" if isinstance(error, MambakitError) else f"{type(error).__name__}: "  # ours says what it means
+        request.error = NO_CHOICE if error is None else f"{name}{cut(str(error), 500)}"
         self._finish(text, "error")
 
     def _finish(self, text: Text, reason: str) -> None:

@@ -40,6 +40,7 @@ class PromptReader:
     def __init__(self, model: Any, share: ReadingShare[Text], schedule: Schedule, ends: frozenset[int]):
         self._model, self._vocab_size = model, model.config.vocab_size
         self._share, self._schedule, self._ends = share, schedule, ends
+        self._empty: StateCache = model.backbone.new_cache(0)
         self._held: OrderedDict[Path, tuple[StateCache, Tensor]] = OrderedDict()
         self._sampler = Sampler()
 
@@ -57,7 +58,7 @@ class PromptReader:
         prompt = None if alone else (request.share, hashlib.sha256(ids.numpy().tobytes()).digest())
         most = NEW_TOKENS.read("max_new_tokens", request.max_new_tokens)
         reading = PromptReading(
-            self._model, ids, chunk_size, request.state, prefix_cache, request.cache_salt, request.owner
+            self._model, ids, chunk_size, request.state, prefix_cache, request.cache_salt, request.owner, self._empty
         )
         before = 0 if request.state is None else request.state.get_seq_length()
         ends = frozenset[int]() if request.ignore_ends else self._ends

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from mambakit.decoding.prefill import prefill_states
 from mambakit.decoding.slots import SlotPool
+from mambakit.decoding.transfers import integers
 from mambakit.generation.request import Text
 from mambakit.modules import StateCache
 
@@ -86,7 +85,7 @@ class TextStates:
         unread = text.tokens()[state.get_seq_length() - text.before : _end_of(text) - text.before]
         if unread:
             state = state.clone()
-            ids = torch.tensor([unread], dtype=torch.int64, device=self._model.device)
+            ids = integers(self._model.device, [unread])
             prefill_states(self._model, ids, state)
         return state
 

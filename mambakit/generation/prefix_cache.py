@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mambakit.decoding.chunks import SNAPSHOT_CHUNK
 from mambakit.decoding.prefill import prefill_states
+from mambakit.decoding.transfers import integers
 from mambakit.generation.prefix_files import PrefixFiles
 from mambakit.generation.prefix_keys import PrefixKey, model_name, prefix_keys, prefix_tokens
 from mambakit.generation.state import State, fill_cache
@@ -104,7 +105,7 @@ class PrefixCache:
             lost when the process is killed.
 
     Raises:
-        ValueError: a negative budget, or a chunk_size below 1.
+        ValueError: a negative budget, a chunk_size below 1, or a folder that is a file.
     """
 
     def __init__(
@@ -150,12 +151,12 @@ class PrefixCache:
         reading = self.begin(ids)
         device = self.model.device
         for stop in reading.stops():
-            part = torch.tensor([reading.tokens[reading.position : stop]], dtype=torch.int64, device=device)
+            part = integers(device, [reading.tokens[reading.position : stop]])
             prefill_states(self.model, part, reading.cache)
             reading.reached(stop)
             if progress is not None:
                 progress(stop)
-        return State(reading.cache, torch.tensor([reading.tokens[-1:]], dtype=torch.int64, device=device))
+        return State(reading.cache, integers(device, [reading.tokens[-1:]]))
 
     def begin(self, ids: Tensor | Sequence[int], salt: str = "", owner: str = "") -> PrefixReading:
         """What `read` does, with the reading itself left to the caller, who may do something else in between."""
@@ -255,18 +256,20 @@ class PrefixCache:
                 with contextlib.suppress(queue.Full):
                     self._unwritten.put_nowait((key, tensors, owner))
             elif self._files is not None:
-                self.statistics.evictions += self._files.write(key, tensors, self.disk_bytes, owner)
+                self._write(self._files, key, tensors, owner)
 
     def _write_behind(
         self, unwritten: queue.Queue[tuple[PrefixKey, dict[str, Tensor], str]], files: PrefixFiles
     ) -> None:
         """A thread."""
         while True:
-            key, tensors, owner = unwritten.get()
-            try:
-                self.statistics.evictions += files.write(key, tensors, self.disk_bytes, owner)
-            except OSError as error:  # the state is still in memory
-                warnings.warn(f"a prefix cache's file could not be written: {error}", stacklevel=2)
+            self._write(files, *unwritten.get())
+
+    def _write(self, files: PrefixFiles, key: PrefixKey, tensors: dict[str, Tensor], owner: str) -> None:
+        try:
+            self.statistics.evictions += files.write(key, tensors, self.disk_bytes, owner)
+        except OSError as error:  # as of a full disk; the state is still in memory
+            warnings.warn(f"a prefix cache's file could not be written: {error}", stacklevel=2)
 
     def _move_fresh(self) -> None:
         """Copy the last snapshot, which is still on the GPU, to where states are held.

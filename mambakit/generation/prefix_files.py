@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import time
 import warnings
 from collections.abc import Sequence
@@ -22,21 +23,33 @@ from torch import Tensor
 from mambakit.errors import CheckpointError
 from mambakit.generation.prefix_keys import PrefixKey
 from mambakit.generation.state import write_tensors
+from mambakit.quoting import quoted
 from mambakit.reading import open_safetensors
 
 _FORMAT = "mambakit.PrefixCache/2"
 _NAME = re.compile(r"(\d+)-([0-9a-f]{64})(?:-([0-9a-f]+))?\.safetensors")
 # A listing is kept while the folder does not change. Changes within so many seconds may have the same time stamp.
 _SETTLED = 1.0
+# So many times the size of a file are left free on the disk: a full one would refuse the states that clients keep, and
+# what is read again at worst must not stand in their way.
+_SPARE = 16
 # A temporary file this old (seconds) belongs to a process that was killed while it wrote.
 _ABANDONED = 3600
 
 
 class PrefixFiles:
-    """States in a folder, one file each. The folder is made with the first file."""
+    """States in a folder, one file each. The folder is made with the first file.
+
+    Raises:
+        ValueError: an empty path, or one that leads through a file.
+    """
 
     def __init__(self, folder: str | os.PathLike):
-        self._folder = Path(folder)
+        self._folder = path = Path(folder)
+        existing = next(one for one in (path, *path.absolute().parents) if one.exists())
+        if not os.fspath(folder) or not existing.is_dir():
+            what = f"{existing} is a file" if os.fspath(folder) else "there is no name"
+            raise ValueError(f"folder is {quoted(os.fspath(folder))}: {what}; name a folder, or a place for a new one")
         self._listed: dict[str, tuple[int, dict[PrefixKey, Path]]] = {}  # by model: time of the folder, its files
 
     def keys(self, model: str) -> dict[PrefixKey, Path]:
@@ -61,18 +74,24 @@ class PrefixFiles:
 
     def write(self, key: PrefixKey, tensors: dict[str, Tensor], budget: int, owner: str = "") -> int:
         """Write a state unless it is there, then delete files of the model beyond ``budget`` bytes: of the owner with
-        the most bytes the one used longest ago, until the rest fits.
+        the most bytes the one used longest ago, until the rest fits. Files are deleted before where the disk is nearly
+        full, and where that is not enough nothing is written.
 
         Returns:
             How many files were deleted.
         """
-        path = self._path(key, owner)
-        if path.exists() or sum(t.nbytes for t in tensors.values()) > budget:
+        path, size, deleted = self._path(key, owner), sum(t.nbytes for t in tensors.values()), 0
+        if path.exists() or size > budget:
             return 0
         path.parent.mkdir(parents=True, exist_ok=True)
+        missing = (1 + _SPARE) * size - shutil.disk_usage(path.parent).free
+        if missing > 0:
+            deleted, freed = _trim(path, budget, missing)
+            if freed < missing:
+                return deleted
         contents = {name: t.cpu().contiguous() for name, t in tensors.items()}
         write_tensors(path, contents, {"format": _FORMAT, "key": _text_of(key), "sha256": _digest(contents)})
-        return _trim(path, budget)
+        return deleted + _trim(path, budget)[0]
 
     def read(self, path: Path, key: PrefixKey, names: Sequence[str], device: torch.device) -> dict[str, Tensor] | None:
         """The tensors of these names, on ``device``; None where the file is gone or damaged, with a warning then."""
@@ -129,9 +148,10 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _trim(newest: Path, budget: int) -> int:
-    """Delete files until the rest fits; how many. Another process may be doing the same."""
-    deleted = 0
+def _trim(newest: Path, budget: int, missing: int = 0) -> tuple[int, int]:
+    """Delete files until the rest fits, and so many bytes are freed; their number and bytes. Another process may be
+    doing the same."""
+    deleted = freed = 0
     by_owner: dict[str, list[tuple[bool, int, int, Path]]] = {}
     for file in newest.parent.iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -144,10 +164,10 @@ def _trim(newest: Path, budget: int) -> int:
     for files in by_owner.values():
         files.sort(reverse=True)  # the one to delete first is last
     bytes_of = {owner: sum(size for _, _, size, _ in files) for owner, files in by_owner.items()}
-    while sum(bytes_of.values()) > budget:
+    while (left := sum(bytes_of.values())) > budget or (left and freed < missing):
         owner = max(bytes_of, key=lambda one: bytes_of[one])
         _, _, size, file = by_owner[owner].pop()
         file.unlink(missing_ok=True)
         bytes_of[owner] -= size
-        deleted += 1
-    return deleted
+        deleted, freed = deleted + 1, freed + size
+    return deleted, freed

@@ -3,6 +3,7 @@ together, and all of it within a time budget."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 from mambakit.decoding.bucket_graphs import LARGEST_GROUPED, read_together, rows_together
 from mambakit.decoding.chunks import LARGEST_BUCKET, bucket_of, parts
 from mambakit.decoding.prefill import prefill_parts
+from mambakit.decoding.transfers import to_device
 from mambakit.generation.prefix_cache import PrefixCache, PrefixReading
 from mambakit.modules import StateCache
 
@@ -64,6 +66,7 @@ class PromptReading:
         state: a cache of one row to start from, which is copied; None: zero states.
         prefix_cache: its states of known prefixes are used, and new ones are added to it; ignored with a ``state``.
         salt, owner: of the prefix cache.
+        empty: a cache of the model, to make others of: a new one takes longer than to read a few tokens.
 
     Attributes:
         begun, done: whether the first part has been read, and whether all of the prompt has.
@@ -81,7 +84,9 @@ class PromptReading:
         prefix_cache: PrefixCache | None,
         salt: str = "",
         owner: str = "",
+        empty: StateCache | None = None,
     ):
+        self._empty: StateCache = model.backbone.new_cache(0) if empty is None else empty
         self._salt, self._owner = salt, owner
         self._model, self._ids, self._chunk_size = model, ids, chunk_size
         self._state, self._prefix_cache = state, prefix_cache if state is None else None
@@ -109,9 +114,9 @@ class PromptReading:
         self._to_stop()
         self.begun = True
         if self.cache is None:
-            self.cache = self._model.backbone.new_cache(1)
+            self.cache = self._empty.empty_like(1)
         if self._parts is None:
-            part = self._ids[None, self._position : self._stop].to(self._model.device)
+            part = to_device(self._model.device, self._ids[None, self._position : self._stop])
             self._parts = prefill_parts(self._model, part, self.cache)
         tokens, read = self._stop - self._position, 0
         timing = PartTiming(self._model.device, tokens) if self._model.device.type == "cuda" else None
@@ -175,7 +180,7 @@ class PromptReading:
             self._position = self._stop = self.cached = self._known.position
             return iter([*self._known.stops(), length])  # the last token is a chunk, for its logits
         if self._state is not None:
-            cache = self._model.backbone.new_cache(1)
+            cache = self._empty.empty_like(1)
             cache.copy_(self._state, [0], [0])  # raises at once for a state of another model
             self.cache = self._state.clone()
         return iter([*range(self._chunk_size, length, self._chunk_size), length])
@@ -189,17 +194,18 @@ class ReadingShare(Generic[T]):
 
     Args:
         seconds: the maximum delay of texts that decode, or `step_seconds` where that is more; at least one part is
-            read, however long it takes.
+            read, however long it takes. Infinite: no limit but ``tokens``.
         tokens: the maximum number of tokens per step; the part that exceeds it is read to its end.
         clock: returns the time in seconds.
+        steps: where texts decode, the maximum delay in steps of theirs. It needs steps whose time the host sees.
 
     Attributes:
-        step_seconds: how long the last step of the texts that decode took.
+        step_seconds: how long the last step of the texts that decode took; 0: none decodes.
         hurried: whether the time limit holds: not where nobody waits for the texts that decode.
     """
 
-    def __init__(self, seconds: float, tokens: int, clock: Callable[[], float]):
-        self.seconds, self.tokens, self._clock = seconds, tokens, clock
+    def __init__(self, seconds: float, tokens: int, clock: Callable[[], float], steps: float = math.inf):
+        self.seconds, self.tokens, self._clock, self._steps = seconds, tokens, clock, steps
         self.step_seconds = 0.0
         self.hurried = True
         self._owed = 0.0  # seconds owed to the oldest prompt: a third of those of others, minus its own
@@ -219,6 +225,8 @@ class ReadingShare(Generic[T]):
         """
         began, budget, some = self._clock(), self.tokens, False
         most = max(self.seconds, self.step_seconds) if self.seconds else 0.0
+        if self.step_seconds and math.isfinite(self.seconds):
+            most = min(most, self._steps * self.step_seconds)
         queued = 0.0  # expected GPU seconds of the parts launched in this step
         self._look()
         able: list[T] = []

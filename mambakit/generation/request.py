@@ -13,6 +13,7 @@ from mambakit.decoding.log_probs import TokenLogProb
 from mambakit.decoding.parameters import INT64, NEW_TOKENS, Number
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampling_params import SamplingParams
+from mambakit.decoding.transfers import to_device
 from mambakit.generation.reading import PromptReading
 from mambakit.generation.token_ids import token_ids
 from mambakit.generation.turns import Path
@@ -161,8 +162,9 @@ class Text:
     def begin(self, vocab_size: int, device: torch.device) -> SampledText:
         """Call it once its prompt has been read."""
         request = self.request
-        parts = [ids for ids in (request.context, request.prompt_ids) if ids is not None]
-        read = torch.cat([ids.to(device, torch.int64) for ids in parts])
+        read = request.prompt_ids
+        if request.context is not None:
+            read = torch.cat([to_device(device, ids.to(torch.int64)) for ids in (request.context, read)])
         self.sampled = SampledText(
             request.sampling, vocab_size, device, read,
             log_probs=request.log_probs, least=request.min_new_tokens, ends=self.ends,

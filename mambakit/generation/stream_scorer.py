@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from mambakit.decoding.chunks import chunk_sizes
 from mambakit.decoding.logits import require_numbers
 from mambakit.decoding.prefill import hidden_states
+from mambakit.decoding.transfers import integers, to_device
 from mambakit.errors import CheckpointError
 from mambakit.generation.fingerprint import fingerprint
 from mambakit.generation.start_token import start_token
@@ -143,7 +145,7 @@ class StreamScorer:
             self._grow()
         slots = [self._free.pop() for _ in new]
         self._states.reset(slots)
-        self._last[torch.tensor(slots, dtype=torch.int64, device=self._last.device)] = self.first_token
+        self._last[integers(self._last.device, slots)] = self.first_token
         self._slots.update(zip(new, slots, strict=True))
         self._tokens.update(dict.fromkeys(new, 0))
 
@@ -207,11 +209,11 @@ class StreamScorer:
     def _read(self, names: list[str], texts: list[Tensor], size: int) -> list[Tensor]:
         """One group of streams: the surprise of each one's tokens, on the device."""
         slots = [self._slots[name] for name in names]
-        index = torch.tensor(slots, dtype=torch.int64, device="cpu").to(self._last.device)
+        index = integers(self._last.device, slots)
         lengths = list(map(len, texts))
-        tokens = torch.cat(texts).to(self.model.device)
+        tokens = to_device(self.model.device, torch.cat(texts))
         # Each token is predicted from what stands before it, so that the inputs are the tokens moved by one.
-        ends = torch.tensor(lengths, dtype=torch.int64, device="cpu").cumsum(0).to(tokens.device)
+        ends = integers(tokens.device, list(accumulate(lengths)))
         inputs = tokens.roll(1)
         inputs[torch.cat([ends.new_zeros(1), ends[:-1]])] = self._last[index].to(tokens.device)
         copies = self._states.select(slots)
@@ -273,7 +275,7 @@ class StreamScorer:
             "tokens": json.dumps([self._tokens[name] for name in names]),
             "notes": json.dumps(self.notes),
         }
-        last = self._last[torch.tensor(slots, dtype=torch.int64, device=self._last.device)]
+        last = self._last[integers(self._last.device, slots)]
         tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in states.tensors().items()}
         write_tensors(path, {**tensors, "last": last.cpu()}, metadata)
 
@@ -306,7 +308,7 @@ class StreamScorer:
                 slots = [scorer._slots[name] for name in names]
                 states = fill_cache(model, tensors, sum(tokens))
                 scorer._states.copy_(states, list(range(len(names))), slots)
-                scorer._last[torch.tensor(slots, dtype=torch.int64, device=scorer._last.device)] = last.to(model.device)
+                scorer._last[integers(scorer._last.device, slots)] = last.to(model.device)
                 scorer._tokens.update(zip(names, tokens, strict=True))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path}: its description of the streams is damaged ({error}); {_AGAIN}") from error

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,14 +75,38 @@ def get_peft_model(model: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def load_peft_model(model: Any, folder: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-    """``peft.PeftModel.from_pretrained`` for adapters on layers that PEFT refuses for Mamba."""
+    """``peft.PeftModel.from_pretrained`` for adapters on layers that PEFT refuses for Mamba.
+
+    Raises:
+        ValueError: they do not fit the model, where PEFT warns of layers without and is silent of adapters too many.
+    """
     _require(model)
     import peft
 
-    with _of_no_type(model):
-        wrapped = peft.PeftModel.from_pretrained(model, os.fspath(folder), *args, **kwargs)
-    _untie(model, wrapped.peft_config[wrapped.active_adapter])
+    with _of_no_type(model), warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        try:
+            wrapped = peft.PeftModel.from_pretrained(model, os.fspath(folder), *args, **kwargs)
+        except UserWarning as error:
+            raise _misfit(folder, str(error)) from error
+    config = wrapped.peft_config[wrapped.active_adapter]
+    if (Path(folder) / _FILE).is_file() and not config.is_prompt_learning:
+        stored = {name.removeprefix(_PEFT_PREFIX) for name in read_file(Path(folder) / _FILE)}
+        layers = {name for name, _ in model.named_modules()}
+        if lost := sorted(name for name in stored if not _has_place(name, layers)):
+            raise _misfit(folder, f"the model has no place for {lost[0]}")
+    _untie(model, config)
     return wrapped
+
+
+def _has_place(name: str, modules: Container[str]) -> bool:
+    """Whether a stored tensor is of a layer that the model has; one that is of no layer has its place in PEFT."""
+    found = re.match(r"(?:\w+\.)*?layers\.\d+", name)
+    return found is None or found[0] in modules
+
+
+def _misfit(folder: str | os.PathLike, why: str) -> ValueError:
+    return ValueError(f"the adapters of {folder} do not fit the model: {why}; load their base model")
 
 
 def _untie(model: Any, config: Any) -> None:
@@ -89,7 +114,7 @@ def _untie(model: Any, config: Any) -> None:
     head, embeddings = getattr(model, "lm_head", None), model.get_input_embeddings()
     if head is None or not model.config.tie_word_embeddings or getattr(config, "ensure_weight_tying", False):
         return
-    adapted = [layer for layer in (head, embeddings) if type(layer).__module__.startswith("peft.")]
+    adapted = [layer for layer in (head, embeddings) if hasattr(layer, "get_base_layer")]  # no whole copy to train
     if not adapted:
         return
     plain = head.get_base_layer() if head in adapted else head
@@ -141,8 +166,16 @@ def _take_off(model: Any, merge: bool) -> None:
         del model.peft_config
 
 
-def save_adapters(model: Any, folder: str | os.PathLike) -> None:
-    """Write the adapters alone, in PEFT's files and names: adapter_model.safetensors and adapter_config.json."""
+def adapted_layer(model: Any) -> str | None:
+    """The name of a layer that has an adapter; None where none has."""
+    return next((f"{type(parent).__name__}.{name}" for parent, name, _ in _adapters(model)), None)
+
+
+def save_adapters(model: Any, folder: str | os.PathLike, state_dict: dict[str, Any] | None = None) -> None:
+    """Write the adapters alone, in PEFT's files and names: adapter_model.safetensors and adapter_config.json.
+
+    ``state_dict`` is the model's, where it was gathered already.
+    """
     from safetensors.torch import save_file
 
     if not any(True for _ in _adapters(model)):
@@ -153,7 +186,7 @@ def save_adapters(model: Any, folder: str | os.PathLike) -> None:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = peft.get_peft_model_state_dict(_bare(model), adapter_name=_NAME, save_embedding_layers=False)
+    state = peft.get_peft_model_state_dict(_bare(model), state_dict, adapter_name=_NAME, save_embedding_layers=False)
     temporary = folder / (_FILE + ".tmp")
     save_file({_PEFT_PREFIX + name: t.detach().cpu().clone().contiguous() for name, t in state.items()}, temporary)
     os.replace(temporary, folder / _FILE)
@@ -183,6 +216,10 @@ def load_adapters(model: Any, folder: str | os.PathLike) -> None:
             f"{folder}: {config.peft_type.value} adapters put tokens before the text and are not injected into layers; "
             "load them with "
             "peft.PeftModel.from_pretrained"
+        )
+    if not hasattr(model, "backbone") and all(n.startswith(f"{_PEFT_PREFIX}backbone.") for n in stored):
+        raise ValueError(
+            f"the adapters of {folder} are a language model's: load it with AutoModelForCausalLM, take its .backbone"
         )
     learned = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     # PiSSA, OLoRA and similar methods subtract their initial update from the weights.
@@ -225,9 +262,7 @@ def _load(model: Any, config: Any, stored: dict[str, Any], folder: Path) -> list
     different = different or sorted(n for n in wanted if wanted[n].shape != given[n].shape)
     different = different or sorted(n for n in copies if n in base and base[n].shape != given[n].shape)
     if different:
-        raise ValueError(
-            f"the adapters of {folder} do not fit the model: {different[0]} differs; load their base model"
-        )
+        raise _misfit(folder, f"{different[0]} differs")
     peft.set_peft_model_state_dict(bare, given, adapter_name=_NAME)
     return copies
 

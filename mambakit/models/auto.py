@@ -18,7 +18,16 @@ from mambakit.models.checkpoints.storage import (
     small_files,
 )
 from mambakit.models.checkpoints.table import format_of
-from mambakit.models.families import CAUSAL_LM, CLASSIFIER, CONFIG, FAMILIES, MASKED_LM, MODEL, TOKEN_CLASSIFIER
+from mambakit.models.families import (
+    CAUSAL_LM,
+    CLASSIFIER,
+    CONFIG,
+    FAMILIES,
+    MASKED_LM,
+    MODEL,
+    TOKEN_CLASSIFIER,
+    classifier_of,
+)
 from mambakit.models.options import check_loading
 from mambakit.models.vocabularies import MADE, made, stand_in
 from mambakit.quoting import brief
@@ -35,12 +44,22 @@ def read_any_configuration(folder: Path, **overrides: Any) -> tuple[Any, dict[st
     return read_configuration(folder, family.load(CONFIG), **overrides)
 
 
-def _model_of(name: str | os.PathLike, hub: dict[str, Any]) -> Path:
+def model_place(name: str | os.PathLike, **hub: Any) -> Path:
     """The folder or file of a model; of adapters their base model's."""
     place = locate(name, **hub)
     if not holds_adapters(place):
         return resolve(name, **hub)
     return resolve(base_of(place), **{k: v for k, v in hub.items() if k not in ("revision", "subfolder")})
+
+
+def require_text(name: str | os.PathLike, config: Any) -> None:
+    """CheckpointError where a checkpoint's head gives classes: a language model made of it would write nonsense."""
+    if (found := classifier_of(config.architectures)) is not None:
+        ending = next(ending for ending in (CLASSIFIER, TOKEN_CLASSIFIER) if found.endswith(ending))
+        raise CheckpointError(
+            f"{name} holds a {found}, whose head gives classes, not text; load it with AutoModel{ending}, or take the "
+            "language model that it was made from"
+        )
 
 
 class AutoConfig:
@@ -49,7 +68,7 @@ class AutoConfig:
     @staticmethod
     def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> Any:
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-        config, unused = read_any_configuration(_model_of(name, hub), **check_loading(kwargs))
+        config, unused = read_any_configuration(model_place(name, **hub), **check_loading(kwargs))
         if unused:
             raise TypeError(f"AutoConfig.from_pretrained: {sorted(unused)} are not fields of {type(config).__name__}")
         config.name_or_path = str(name)
@@ -65,7 +84,7 @@ class _AutoModel:
     def from_pretrained(cls, name: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         if config is None:
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-            model_type = read_any_configuration(_model_of(name, hub))[0].model_type
+            model_type = read_any_configuration(model_place(name, **hub))[0].model_type
         elif isinstance(config, (str, os.PathLike)):
             config = AutoConfig.from_pretrained(config)
             model_type = config.model_type

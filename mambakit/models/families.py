@@ -9,6 +9,7 @@ This module imports nothing heavy: `import mambakit` reads it.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,14 @@ FAMILIES = {
         Family("bimamba", "BiMamba", (CONFIG, MODEL, MASKED_LM, CLASSIFIER, TOKEN_CLASSIFIER)),
     )
 }
+
+
+def classifier_of(architectures: Sequence[str] | None) -> str | None:
+    """The class of a checkpoint whose head gives classes, by the ``architectures`` of its config.json; else None."""
+    names = list(architectures or ())
+    if any(name.endswith(CAUSAL_LM) for name in names):
+        return None
+    return next((name for name in names if name.endswith((CLASSIFIER, TOKEN_CLASSIFIER))), None)
 
 
 def public_classes() -> dict[str, str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.prefill import prefill_states
+from mambakit.models.inputs import require_inputs
 from mambakit.modules import StateCache
 
 
@@ -15,14 +16,12 @@ def require_prompt(input_ids: Any, mask: Tensor | None, cache: StateCache | None
     """The prompt is (b, l) with l >= 1, and its mask (b, l) or, after a state, (b, seen + l).
 
     Raises:
-        TypeError: ids that are no tensor.
+        TypeError: ids that are no tensor, or of another dtype.
         ValueError: other shapes.
     """
-    if not isinstance(input_ids, Tensor):
-        raise TypeError(f"input_ids is a {type(input_ids).__name__}; give a tensor of token ids, (b, l)")
-    if input_ids.dim() != 2 or not input_ids.numel():
-        remedy = "; one prompt is input_ids[None]" if input_ids.dim() == 1 and len(input_ids) else ""
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (b, l) with l >= 1{remedy}")
+    require_inputs(input_ids, None)
+    if not input_ids.numel():
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (b, l) with l >= 1")
     if mask is None:
         return
     (b, length), seen = input_ids.shape, 0 if cache is None else cache.get_seq_length()

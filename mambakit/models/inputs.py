@@ -33,6 +33,42 @@ def one_cache(**given: Any) -> StateCache | None:
     return cache
 
 
+def require_inputs(input_ids: Any, inputs_embeds: Any) -> None:
+    """Token ids (b, l) of an integer dtype, or embeddings (b, l, h) in their place. Their values are not looked at.
+
+    Raises:
+        TypeError: what is no tensor, or of another dtype.
+        ValueError: both, neither, or another shape.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if input_ids is None:
+        _require_tensor("inputs_embeds", inputs_embeds, "(b, l, h)")
+        if not inputs_embeds.is_floating_point():
+            raise TypeError(f"inputs_embeds has dtype {inputs_embeds.dtype}; ids are input_ids")
+    else:
+        _require_tensor("input_ids", input_ids, "(b, l)", "a tensor of token ids")
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"input_ids has dtype {input_ids.dtype}; token ids are int64 or int32")
+
+
+def require_labels(labels: Any, shape: tuple[int, ...], remedy: str = "") -> None:
+    """Labels are a tensor of this shape. Raises TypeError and ValueError."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels are a {type(labels).__name__}; give a tensor, {tuple(shape)}")
+    if tuple(labels.shape) != tuple(shape):
+        raise ValueError(f"labels have shape {tuple(labels.shape)}, expected {tuple(shape)}{remedy}")
+
+
+def _require_tensor(name: str, value: Any, axes: str, what: str = "a tensor") -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; give {what}, {axes}")
+    wanted = axes.count(",") + 1
+    if value.dim() != wanted:
+        remedy = f"; one sequence is {name}[None]" if value.dim() == wanted - 1 else ""
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {axes}{remedy}")
+
+
 def packing_of(
     shape: tuple[int, int], device: torch.device, attention_mask: Tensor | None, marks: Marks, cache: StateCache | None
 ) -> Packing | None:

@@ -60,6 +60,20 @@ def untouched(module: Any, *kinds: type[nn.Module]) -> bool:
     return kind in kinds and not intercepted(module) and not patched(kind) and not hooked_globally()
 
 
+def is_causal(conv: nn.Conv1d, padding: int) -> bool:
+    """Whether output i of ``conv`` is of the k inputs that end at input i, ``padding`` zeros before the first."""
+    return (
+        conv.stride == (1,) and conv.dilation == (1,) and conv.padding == (padding,) and conv.padding_mode == "zeros"
+    )  # fmt: skip
+
+
+def is_filter(conv: Any, padding: int) -> bool:
+    """Whether a call of ``conv`` is the causal convolution of each channel by its weight, and nothing else."""
+    return (
+        untouched(conv, nn.Conv1d) and is_causal(conv, padding) and conv.groups == conv.in_channels == conv.out_channels
+    )  # fmt: skip
+
+
 def is_ours(module: Any) -> bool:
     """Whether a call of ``module`` runs a forward of this package and nothing else, also of a subclass."""
     kind = type(module)

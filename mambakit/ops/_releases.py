@@ -51,8 +51,13 @@ def _never_exporting() -> bool:
     return False
 
 
+def _exporting() -> bool:
+    """`torch.compiler.is_exporting`, which torch.compile takes for True in every graph before torch 2.13."""
+    return torch.compiler._is_exporting_flag
+
+
 # Whether torch.export traces this call.
-is_exporting: Callable[[], bool] = torch.compiler.is_exporting if RELEASE >= (2, 7) else _never_exporting
+is_exporting: Callable[[], bool] = _exporting if RELEASE >= (2, 7) else _never_exporting
 
 
 def outside_graphs(function: Callable, reason: str) -> Callable:

@@ -233,6 +233,8 @@ class Piece(NamedTuple):
     continuations: tuple[Continuation, ...] = ()
     kept: Kept | None = None
     """In the last piece of a text whose state was to be kept."""
+    code: str = ""
+    """Of the error, as `ApiError.code`."""
 
 
 class Batch(NamedTuple):

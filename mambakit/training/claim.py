@@ -44,10 +44,19 @@ def _locked(config: TrainConfig) -> Iterator[RunFolder]:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out is {out}, which is a file; choose another out")
     RunFolder(config)  # what is refused leaves nothing behind
+    made = [place for place in (out, *out.parents) if not place.exists()]
     out.mkdir(parents=True, exist_ok=True)
     try:
         lock = filelock.FileLock(out / _LOCK, is_singleton=False).acquire(timeout=0)
     except filelock.Timeout as error:
         raise ValueError(f"another process is training in {out}; wait until it ends, or choose another out") from error
     with lock:
-        yield RunFolder(config)
+        try:
+            yield RunFolder(config)
+        except BaseException:
+            with contextlib.suppress(OSError):  # a folder that others have put something in stays
+                if made and [file.name for file in out.iterdir()] == [_LOCK]:  # what is refused later, neither
+                    (out / _LOCK).unlink()
+                    for folder in made:
+                        folder.rmdir()
+            raise

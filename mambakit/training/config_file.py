@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from mambakit.errors import UsageError
+from mambakit.quoting import brief
 from mambakit.toml_files import read_toml
 from mambakit.training.config import TrainConfig
 
@@ -17,6 +18,8 @@ _RENAMED = {"tensorboard": "report_to=tensorboard"}
 
 def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
     """Read a TOML file and apply ``key=value`` overrides, values in Python's notation (bare words are strings)."""
+    if "=" in str(path) and not Path(path).exists():
+        raise UsageError(f"the first argument is {brief(str(path))}; give a configuration file before key=value")
     values = read_toml(path)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -24,7 +27,7 @@ def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
             raise UsageError(f"override {override!r} is not of the form key=value")
         if not text.strip():
             raise UsageError(f"{key.strip()}= is empty; give it a value, or leave it out (is a variable not set?)")
-        values[key.strip()] = _literal(text)
+        values[key.strip()] = _literal(key.strip(), text.strip())
     return make_config(values, str(path))
 
 
@@ -55,11 +58,15 @@ def _typed(source: str, key: str, value: Any, hint: Any) -> Any:
     raise UsageError(f"{source}: {key} is {value!r}, expected a {expected}")
 
 
-def _literal(text: str) -> Any:
-    text = text.strip()
+def _literal(key: str, text: str) -> Any:
     if text in ("true", "false"):
         return text == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        if text.startswith("[") and text.endswith("]"):
+            raise UsageError(
+                f"{key}={brief(text)} is no list of strings, as a shell takes quotes away; quote the whole: "
+                f'\'{key}=["a", "b"]\''
+            ) from error
         return text

@@ -15,8 +15,8 @@ from benchmarks.record import FOLDER, ROOT
 FIELDS = {"machine", "date", "commit", "command", "results"}
 # What makes records of others, a part of generation.py, and requests that only must not fail.
 NO_RUNS = {
-    "record.py", "render.py", "context.py", "fuzz_serving.py", "fuzz_engine.py", "kernel_cases.py", "eager_layers.py",
-    "eager_profile.py",
+    "record.py", "render.py", "context.py", "fuzz_serving.py", "fuzz_engine.py", "crash_serving.py", "kernel_cases.py",
+    "eager_layers.py", "eager_profile.py",
 }  # fmt: skip
 RECORDS = sorted(path for path in FOLDER.glob("*.json") if path.name != "goals.json")
 

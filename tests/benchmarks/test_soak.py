@@ -23,7 +23,7 @@ def test_it_runs(tmp_path):
     save_tiny(tmp_path / "model", eos_token_id=303)
     out = tmp_path / "out.json"
     sizes = ["--streams", "20", "--few", "3", "--few-seconds", "1", "--minutes", "0.03", "--prompts", "3"]
-    sizes += ["--new-tokens", "12", "--prompt-tokens", "4", "--model", str(tmp_path / "model"), "--json", str(out)]
+    sizes += ["--new-tokens", "12", "--prompt-words", "3", "--model", str(tmp_path / "model"), "--json", str(out)]
     done = subprocess.run(
         [sys.executable, "benchmarks/soak.py", *sizes], cwd=ROOT, capture_output=True, text=True, timeout=300
     )

@@ -186,14 +186,26 @@ def chat(monkeypatch, capsys):
 def test_a_chat_is_saved_and_gone_on_with(chat, tmp_path):
     file = tmp_path / "talk.json"
     first, told = chat(f"It was night.\n/save {file}\nAnd then?\n", "--device", "cpu")
-    assert "talk.safetensors" in told
+    assert "talk.json.safetensors" in told
     again, told = chat("/state\nAnd then?\n", "--device", "cpu", "--load", str(file))
     assert "a state of" in told
     assert first.endswith(again)
-    (tmp_path / "talk.safetensors").write_bytes(b"damaged")
+    (tmp_path / "talk.json.safetensors").write_bytes(b"damaged")
     without, told = chat("And then?\n", "--device", "cpu", "--load", str(file))
     assert "without its state" in told
     assert without.strip(), "the words are read again"
+
+
+def test_chats_of_one_stem_keep_a_state_each(chat, tmp_path):
+    names = [tmp_path / name for name in ("a.json", "a.txt", "a")]
+    texts = {}
+    for name, words in zip(names, ("It was night.", "It was noon.", "It rained."), strict=True):
+        texts[name], _ = chat(f"{words}\n/save {name}\nAnd then?\n", "--device", "cpu")
+    for name in names:
+        again, told = chat("/state\nAnd then?\n", "--device", "cpu", "--load", str(name))
+        assert "a state of" in told
+        assert again.strip()
+        assert texts[name].endswith(again)
 
 
 def test_mistakes_leave_the_chat_as_it_was(chat, tmp_path):
@@ -207,6 +219,18 @@ def test_mistakes_leave_the_chat_as_it_was(chat, tmp_path):
     assert "top_k 5" in told
     assert "user: /quoted" in out
     assert "more" not in out
+
+
+def test_a_chat_is_not_written_over_its_state(chat, tmp_path):
+    file = tmp_path / "talk.safetensors"
+    _, told = chat(f"one\n/save {file}\n", "--device", "cpu")
+    assert "name the chat's file .json" in told
+    assert not file.exists()
+
+
+def test_a_chat_that_is_gone_on_with_has_its_own_beginning(tmp_path, capsys):
+    assert cli.main(["chat", "--device", "cpu", "--load", str(tmp_path / "t.json"), "--system", "Be brief."]) == 2
+    assert "--load goes on with one; drop one" in capsys.readouterr().err
 
 
 def test_a_line_that_goes_on(chat):

@@ -317,3 +317,35 @@ def test_a_server_without_a_model_does_not_listen(fails, tmp_path):
         said = fails("serve", "--model", str(name), "--port", "0")
         assert "give a folder that holds a model, or a hub id" in said
         assert "http://" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "learning_rate=1"), "give a configuration file before key=value"),
+        (
+            ("train", "{toml}", "train_files=[a.txt,b.txt]"),
+            "a shell takes quotes away; quote the whole: 'train_files=[\"",
+        ),
+        (("generate", "x", "--greedy", "--temperature", "0.5"), "whatever --temperature 0.5 is; drop one"),
+        (("export", "{folder}", "{toml}.pt2", "--to", "pt2"), ".pt2 exists; name a new file"),
+        (("export", "{folder}", "{toml}/a.pt2", "--to", "pt2"), "t.toml is not a folder"),
+        (("export", "{folder}", "{toml}.onnx", "--to", "pt2"), "whose name ends with .pt2"),
+    ],
+)
+def test_arguments(arguments, message, fails, copy, tmp_path):
+    toml = tmp_path / "t.toml"
+    toml.write_text("epochs = 1.0")
+    (tmp_path / "t.toml.pt2").write_bytes(b"")
+    assert message in fails(*(argument.format(toml=toml, folder=copy) for argument in arguments))
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+def test_a_classifier_writes_no_text(head, fails, unread, copy, text):
+    path = copy / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": [f"MambaFor{head}"]}))
+    for command in commands(copy, text):
+        if command[0] in ("generate", "score", "evaluate", "inspect"):
+            message = fails(*command)
+            assert f"holds a MambaFor{head}, whose head gives classes" in message
+            assert f"AutoModelFor{head}" in message

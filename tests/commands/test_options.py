@@ -209,6 +209,30 @@ def test_near_misses(line, message, refused):
     assert message in refused(*line.split())
 
 
+@pytest.mark.parametrize(("name", "dtype"), [
+    ("F32", "float32"), ("f32", "float32"), ("fp32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"),
+    ("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("half", "float16"),
+])  # fmt: skip
+def test_a_dtype_has_the_names_of_other_programs(name, dtype, reached):
+    assert cli.main(["generate", "x", "--dtype", name]) == cli.main(["convert", "a", "b", "--dtype", name]) == 0
+    assert [args.dtype for args in reached] == [dtype, dtype]
+
+
+def test_no_option_is_taken_for_a_longer_one(refused):
+    """``generate --prompt TEXT`` would draft by --prompt-lookup."""
+    for line in ("generate --prompt once", "generate x --max-new 5", "serve --state folder", "chat --temp 1"):
+        short = next(word for word in line.split() if word.startswith("--"))
+        assert f"unrecognized arguments: {short}" in refused(*line.split())
+    assert "did you mean --prompt-lookup?" in refused("generate", "--prompt", "once")
+
+
+def test_a_dtype_that_is_none(refused, reached):
+    assert cli.main(["convert", "a", "b.gguf", "--dtype", "Q8_0"]) == 0
+    assert reached.pop().dtype == "q8_0"
+    assert "invalid choice: 'q4_k'" in refused("convert", "a", "b.gguf", "--dtype", "Q4_K")
+    assert "invalid choice: 'q8_0'" in refused("generate", "x", "--dtype", "Q8_0")
+
+
 def test_the_usage_is_the_command_s_own(capsys):
     with pytest.raises(SystemExit):
         cli.main(["score", "--temprature", "1"])

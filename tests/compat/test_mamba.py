@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mambakit.compat.generation import InferenceParams
@@ -51,7 +52,7 @@ def exact(layer: Mamba, x: torch.Tensor) -> torch.Tensor:
     "fields",
     [{}, {"d_state": 5, "d_conv": 3, "expand": 1.5, "dt_rank": 3, "bias": True, "conv_bias": False},
      {"bimamba_type": "v2", "if_divide_out": True, "init_layer_scale": 0.5}, {"bimamba": True},
-     {"bimamba_type": "v3", "nslices": 3}],
+     {"bimamba_type": "v2", "if_devide_out": True}, {"bimamba_type": "v3", "nslices": 3}],
 )  # fmt: skip
 def test_against_float64(fields):
     """Output and the gradient of every parameter, also where submodules are called instead of the fused op."""
@@ -233,3 +234,73 @@ def test_compile_and_export():
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert error(compiled(x), layer(x)) < 1e-6
     assert error(torch.export.export(layer, (x,)).module()(x), layer(x)) < 1e-6
+
+
+def test_pickled_by_forks():
+    """Vim's and VideoMamba's layers, pickled whole, have their settings under other names."""
+
+    def again(layer: Mamba, **settings) -> Mamba:
+        state = {k: v for k, v in layer.__dict__.items() if k not in ("bimamba_type", "if_divide_out")} | settings
+        other = Mamba.__new__(Mamba)
+        other.__setstate__(copy.deepcopy(state))
+        return other
+
+    x = torch.randn(2, 7, 16)
+    vim, video = Mamba(16, bimamba_type="v2", if_devide_out=True), Mamba(16, bimamba=True)
+    assert vim.if_devide_out
+    assert torch.equal(again(vim, bimamba_type="v2", if_devide_out=True)(x), vim(x))
+    assert not again(vim, bimamba_type="v2", if_devide_out=False).if_devide_out
+    assert torch.equal(again(video, bimamba=True)(x), video(x))
+    assert again(Mamba(16), bimamba=False).bimamba_type == "none"
+
+
+def test_states_of_another_batch():
+    """Refused by name; dropped where the parameters are reset for another batch; one row starts many."""
+    layer, x = Mamba(8, layer_idx=3), torch.randn(3, 5, 8)
+    with torch.no_grad():
+        params = InferenceParams(8, 2)
+        layer(x[:2], inference_params=params)
+        with pytest.raises(ValueError, match="states of 2 rows for layer 3, and hidden_states has 3"):
+            layer(x, inference_params=params)
+        params.seqlen_offset = 5
+        with pytest.raises(ValueError, match="states of 2 rows for layer 3, and hidden_states has 1"):
+            layer(x[:1, :1], inference_params=params)
+        for rows in (2, 3, 1):
+            held = params.key_value_memory_dict.get(3)
+            params.reset(8, rows)
+            assert (params.key_value_memory_dict.get(3) is held) == (rows == held[0].shape[0])
+            parts = [layer(x[:rows, :4], inference_params=params)]
+            params.seqlen_offset = 4
+            parts.append(layer(x[:rows, 4:], inference_params=params))
+            assert error(torch.cat(parts, 1), layer(x[:rows])) < 2e-6
+        params = InferenceParams(8, 3, key_value_memory_dict={3: layer.allocate_inference_cache(3, 8)})
+        layer(x[:1, :4], inference_params=params)
+        params.seqlen_offset = 4
+        last = layer(x[:, 4:], inference_params=params)
+        assert error(last, layer(torch.cat([x[:1, :4].expand(3, 4, 8), x[:, 4:]], 1))[:, 4:]) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"kernel_size": 4, "padding": 6, "dilation": 2, "groups": 32}, {"kernel_size": 3, "padding": 1, "groups": 32},
+     {"kernel_size": 4, "padding": 3, "groups": 32, "padding_mode": "circular"}, {"kernel_size": 4, "padding": 3},
+     {"kernel_size": 6, "padding": 5, "groups": 32}],
+)  # fmt: skip
+def test_a_convolution_put_in_its_place(fields):
+    """Dilated, of later inputs, around the end, of all channels, wider: it is called, as no filter is equal to it."""
+    layer, x = Mamba(16, layer_idx=0), torch.randn(2, 9, 16)
+    conv = layer.conv1d = nn.Conv1d(32, 32, **fields)
+    seen = []
+    expected = F.linear(x, layer.in_proj.weight).transpose(1, 2)
+    expected = F.silu(conv(expected[:, :32])[..., :9])
+    layer.x_proj.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    y = layer(x)
+    assert error(seen[0].transpose(1, 2), expected) < 2e-6
+    states = layer.allocate_inference_cache(2, 9)
+    if "groups" in fields:
+        layer.conv1d.register_forward_hook(lambda *args: None)
+        with pytest.raises(ValueError, match="which needs more than the 4 inputs that a state holds, or later ones"):
+            layer.step(x[:, :1], *states)
+    else:
+        with torch.no_grad():
+            assert error(torch.cat([layer.step(token, *states)[0] for token in x.split(1, 1)], 1), y) < 2e-6

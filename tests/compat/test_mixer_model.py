@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import mambakit
@@ -229,3 +231,35 @@ def test_sampling_keeps_what_it_says():
             sample(logits, top_k=0, **options)
     penalised = modify_logit_for_repetition_penalty(torch.tensor([[2.0, -2.0, 1.0]]), torch.tensor([[0, 1]]), 2.0)
     assert penalised.tolist() == [[1.0, -4.0, 1.0]]
+    one = torch.tensor([0.1, 3.0, 0.2])
+    assert sample(one).shape == sample(one, top_k=2).shape == sample(one, top_k=0, top_p=0.5).shape == ()
+    assert int(sample(one, top_k=0, top_p=0.5)) == 1
+
+
+def test_outputs_by_name_and_by_place():
+    model, ids = tiny(), torch.zeros(1, 2, dtype=torch.long)
+    plain = model.generate(ids, 4, return_dict_in_generate=True)
+    assert plain["sequences"] is plain[0] is plain.sequences
+    assert list(plain) == ["sequences"]
+    assert "scores" not in plain
+    with pytest.raises(KeyError):
+        plain["scores"]
+    scored = model.generate(ids, 4, return_dict_in_generate=True, output_scores=True)
+    assert scored[1] is scored["scores"] is scored.scores
+    assert scored[:2] == scored.to_tuple()
+
+
+@pytest.mark.parametrize("kept", ["lm_head.weight", "backbone.embedding.weight"])
+def test_a_tied_weight_under_one_name(tmp_path, kept):
+    """As safetensors writes it. Where the two are not tied, both have to be there."""
+    model, ids = tiny(), torch.randint(0, 37, (2, 5))
+    model.save_pretrained(tmp_path)
+    tensors = load_state_dict_hf(tmp_path)
+    del tensors["backbone.embedding.weight" if kept == "lm_head.weight" else "lm_head.weight"]
+    (tmp_path / "pytorch_model.bin").unlink()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert torch.equal(MambaLMHeadModel.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+    fields = load_config_hf(tmp_path) | {"tie_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        MambaLMHeadModel.from_pretrained(tmp_path)

@@ -129,3 +129,14 @@ def test_a_leaf_without_gradient_is_left_alone():
     x, weight, bias = leaves(torch.randn(2, 8), torch.randn(8), torch.randn(8))
     (gradient,) = gradients(norm.layer_norm_fn(x, weight.detach(), bias.detach()), [x], torch.ones(2, 8))
     assert gradient.shape == x.shape
+
+
+def test_pickled_by_an_early_release():
+    """Up to 1.2 it had no dropout, and no attribute for it."""
+    for made, inside in ((norm.RMSNorm(8), []), (norm.RMSNorm(8, dropout_p=0.5), ["drop"])):
+        state = {name: value for name, value in made.__dict__.items() if name != "drop"}
+        again = norm.RMSNorm.__new__(norm.RMSNorm)
+        again.__setstate__(state)
+        assert list(again._modules) == inside
+        x = torch.randn(3, 8)
+        assert torch.equal(again.eval()(x), made.eval()(x))

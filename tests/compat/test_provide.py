@@ -153,6 +153,30 @@ def test_a_vendored_copy_wins(tmp_path):
     assert extension == "mambakit"
 
 
+def test_interfaces_bind_the_extensions(tmp_path):
+    """As theirs do, for code that asks whether they are None, also through a star."""
+    assert (
+        told(
+            """
+        import mambakit; mambakit.provide()
+        import causal_conv1d_cuda, selective_scan_cuda
+        from causal_conv1d import causal_conv1d_interface, cpp_functions
+        from mamba_ssm.ops import selective_scan_interface as scans
+        everything = {}
+        exec("from mamba_ssm.ops.selective_scan_interface import *", everything)
+        bound = [everything["selective_scan_cuda"], scans.selective_scan_cuda]
+        conv = [scans.causal_conv1d_cuda, causal_conv1d_interface.causal_conv1d_cuda, cpp_functions.causal_conv1d_cuda]
+        print(json.dumps([
+            all(x is selective_scan_cuda for x in bound), all(x is causal_conv1d_cuda for x in conv),
+            "selective_scan_cuda" in dir(scans),
+        ]))
+        """,
+            tmp_path,
+        )
+        == [True] * 3
+    )
+
+
 def test_override_comes_first(tmp_path):
     found = told(
         """

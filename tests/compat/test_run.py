@@ -76,6 +76,23 @@ def test_a_module(tmp_path):
     assert done.stdout == "['--foo', '1'] package None\n", done.stderr
 
 
+def test_code(tmp_path):
+    code = "import sys, mamba_ssm; print(sys.argv, sys.path[0] == '', mamba_ssm.__version__)"
+    done = run(tmp_path, "--override", "-c", code, "-m", "1")
+    assert done.stdout == "['-c', '-m', '1'] True 1.2.2+mambakit\n", done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
+def test_a_shell_script(tmp_path):
+    """As repositories start their training; its arguments and exit status are its own."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "train.sh").write_text(
+        f"set -e\n{sys.executable} -c 'import mamba_ssm; print(mamba_ssm.__version__)'\necho $0 $1\nexit 5\n"
+    )
+    done = run(tmp_path, "scripts/train.sh", "--override")
+    assert (done.stdout, done.returncode) == ("1.2.2+mambakit\nscripts/train.sh --override\n", 5), done.stderr
+
+
 def test_override(tmp_path):
     (tmp_path / "mamba_ssm.py").write_text("__version__ = 'vendored'")
     (tmp_path / "show.py").write_text("import mamba_ssm; print(mamba_ssm.__version__)")
@@ -98,6 +115,7 @@ def test_what_cannot_be_run(tmp_path, arguments, message):
 @pytest.mark.parametrize(
     ("given", "own"),
     [(["run", "a.py", "--debug", "run"], 2), (["run", "-m", "a", "-m"], 3), (["run", "-ma", "b"], 2),
+     (["run", "-c", "print()", "-m"], 3),
      (["run", "--override", "-", "x"], 3), (["run", "--override"], 2), (["env", "--json"], 2), (["run", "-m"], 2)],
 )  # fmt: skip
 def test_whose_arguments_they_are(given, own):

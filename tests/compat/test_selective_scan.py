@@ -136,3 +136,31 @@ def test_wrong_shapes_are_named(name, value, message):
     arguments = {"u": u, "delta": delta, "A": A, "B": B, "C": C} | {name: value}
     with pytest.raises(ValueError, match=message):
         selective_scan_fn(**arguments)
+
+
+@pytest.mark.parametrize(("b", "length"), [(0, 5), (0, 0), (2, 0)])
+@pytest.mark.parametrize("A", [torch.float32, torch.complex64])
+def test_of_nothing(A, b, length):
+    """No rows, or no tokens, also with B and C of real and imaginary parts."""
+    arguments = inputs(b, 6, 5, length, "shared", "group", 2, A=A)
+    y, state = selective_scan_fn(*arguments, True, True)
+    assert y.shape == (b, 6, length)
+    assert (state == 0).all()
+    assert state.shape == (b, 6, 5)
+
+
+def test_parts_of_complex_numbers_anywhere_in_memory():
+    """From an odd place, and apart: what torch cannot view as complex numbers."""
+    arguments = inputs(2, 6, 5, 7, "shared", "group", 2, A=torch.complex64)
+    for place in (3, 4):
+        whole = torch.zeros(*(2 * size + 1 for size in arguments[place].shape))
+        part = whole[tuple(slice(1, 1 + 2 * size, 2) for size in arguments[place].shape)]
+        part.copy_(arguments[place])
+        arguments[place] = part
+    check(arguments, 4 * TOLERANCE[torch.float32])
+
+
+def test_the_reference_of_no_tokens():
+    y, state = selective_scan_ref(*inputs(2, 6, 5, 0), True, True)
+    assert y.shape == (2, 6, 0)
+    assert (state == 0).all()

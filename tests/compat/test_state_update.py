@@ -109,3 +109,26 @@ def test_wrong_shapes_are_named(name, value, message):
     arguments |= {"A": torch.zeros(6, 5), "B": torch.zeros(2, 5), "C": torch.zeros(2, 5), name: value}
     with pytest.raises(ValueError, match=message):
         selective_state_update(**arguments)
+
+
+@pytest.mark.parametrize("layout", ["dense", "heads apart", "one head", "one channel", "rows apart", "states apart"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_state_anywhere_in_memory(layout, compiled):
+    """It is updated in place, and torch.compile takes the call whole."""
+    b, heads, p, n = 2, {"one head": 1}.get(layout, 3), {"one channel": 1}.get(layout, 4), 5
+    state = {
+        "heads apart": torch.randn(b, heads, 2 * p, n)[:, :, :p], "rows apart": torch.randn(b, 2 * heads, p, n)[:, ::2],
+        "states apart": torch.randn(b, heads, p, 2 * n)[..., ::2],
+    }.get(layout, torch.randn(b, heads, p, n))  # fmt: skip
+    before = state.clone()
+    x, dt = torch.randn(b, heads, p), torch.randn(b, heads, p)
+    operands = (x, dt, -torch.rand(heads, p, n), torch.randn(b, 1, n), torch.randn(b, 1, n))
+
+    def step(state):
+        return selective_state_update(state, *operands, dt_softplus=True)
+
+    with torch.no_grad():
+        found = (torch.compile(step, backend="aot_eager", fullgraph=True) if compiled else step)(state)
+        expected = selective_state_update_ref(before, *operands, dt_softplus=True)
+    assert error(found, expected) < 2e-6
+    assert error(state, before) < 2e-6

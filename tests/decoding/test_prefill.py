@@ -245,7 +245,11 @@ def test_a_part_of_several_prompts(on, device, length):
 @pytest.mark.parametrize("cached", [False, True])
 @torch.no_grad()
 def test_an_engines_prompts_are_read_together(on, device, cached, monkeypatch):
-    """Prompts of many lengths, with states and without: each text as alone, in few forwards."""
+    """Prompts of many lengths, with states and without: each text as alone, in few forwards.
+
+    A final state is that of its slot or, where that has read on, a copy's that a forward has brought to the end: which
+    of the two depends on when the engine looks, so their last bits may differ.
+    """
     model = made(on(device))
     model.generation_config.eos_token_id = None
     begun = model.backbone.new_cache(1)
@@ -277,13 +281,18 @@ def test_an_engines_prompts_are_read_together(on, device, cached, monkeypatch):
     assert [r.tokens for r in together] == [r.tokens for r in alone]
     for one, other in zip(together, alone, strict=True):
         if one.keep_state:
-            assert torch.equal(one.final_state.ssm_states, other.final_state.ssm_states)
+            pair_of_states = one.final_state.ssm_states, other.final_state.ssm_states
+            if device == "cpu" or not cached:
+                assert torch.equal(*pair_of_states)
+            assert torch.allclose(*pair_of_states, rtol=0.02, atol=1e-4)
             assert one.final_state.get_seq_length() == other.final_state.get_seq_length()
     if not cached:
         # 1 to 3; 31 to 32; 33 to 64; 90 and 127; 200; 300 and what begins 520 and 600; later the rests of these.
         one_each = [(16, 16), (16, 32), (8, 64), (4, 128), (2, 256), (1, 512), (1, 512), (1, 512)]
         assert sorted(forwards) == sorted([*one_each, (16, 16), (4, 128)])
-    assert all(rows == bucket_graphs.rows_together(bucket) for rows, bucket in forwards)
+    # One row: of a text whose final state is read on, where the cache's copies leave it short.
+    alone_too = {1} if cached and device != "cpu" else set()
+    assert all(rows in {bucket_graphs.rows_together(bucket), *alone_too} for rows, bucket in forwards)
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])

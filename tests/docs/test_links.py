@@ -14,7 +14,8 @@ from benchmarks.record import ROOT
 from benchmarks.render import documents
 from mambakit import cli
 
-DOCUMENTS = [*documents(), ROOT / "CONTRIBUTING.md", ROOT / "experiments" / "README.md"]
+AT_THE_ROOT = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
+DOCUMENTS = [*documents(), *AT_THE_ROOT, ROOT / "experiments" / "README.md"]
 # Notes of what was tried are a record: their file names are those of their day.
 TODAY = [path for path in DOCUMENTS if path.parent.name != "lab"]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -172,6 +173,8 @@ def test_scripts_and_their_options(path):
     for script, rest in SCRIPT.findall(path.read_text(encoding="utf-8")):
         assert (ROOT / script).is_file(), script
         text = (ROOT / script).read_text(encoding="utf-8")
+        parts = re.findall(r"^    from benchmarks import (\w+)$", text, re.MULTILINE)  # which declare their own options
+        text += "".join((ROOT / "benchmarks" / f"{part}.py").read_text(encoding="utf-8") for part in parts)
         declared = set(re.findall(r'"(--[\w-]+)"', text)) | ({"--json"} if "add_argument(parser)" in text else set())
         unknown = set(re.findall(r"(?<!\S)--[\w-]+", rest)) - declared
         assert not unknown, f"{script} has no {', '.join(sorted(unknown))}"

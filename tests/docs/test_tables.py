@@ -77,12 +77,15 @@ def test_an_unknown_table_is_refused_by_name():
 def test_the_limits_of_the_decoders():
     """The numbers in the table of decoders are the code's."""
     pytest.importorskip("triton")
-    from mambakit.ops.decode import cuda_persistent, triton_few_rows, triton_many_rows
+    from mambakit.ops.decode import cuda_persistent, triton_few_rows, triton_many_rows, triton_packed_rows
 
     assert f"up to {cuda_persistent.MOST_ROWS} slots" in SERVES["persistent kernel (CUDA)"]
     assert f"up to {triton_few_rows.MOST_ROWS} slots" in SERVES["kernels for few rows (Triton)"]
-    half, wide_half, single, wide_single = (
-        triton_many_rows.most_rows(width, dtype) for dtype in (torch.bfloat16, torch.float32) for width in (2048, 2560)
+    narrow, half, wide_half = (triton_many_rows.most_rows(width, torch.bfloat16) for width in (768, 2048, 2560))
+    single, wide_single = (triton_many_rows.most_rows(width, torch.float32) for width in (2048, 2560))
+    of = f"of 1.4b {half}, of 2.8b {wide_half}; in float32 {single}, of 2.8b {wide_single}"
+    assert f"up to {narrow} slots ({of})" in SERVES["kernels for many rows (Triton)"]
+    packed, wide, wide_fp8 = (
+        triton_packed_rows.most_rows(w, (bits, 64)) for w, bits in ((768, 8), (2048, 4), (2048, 1))
     )
-    text = f"up to {half} slots (of 2.8b {wide_half}; in float32 {single}, of 2.8b {wide_single})"
-    assert text in SERVES["kernels for many rows (Triton)"]
+    assert f"up to {packed} (of 1.4b {wide}, in fp8 {wide_fp8})" in SERVES["kernels for many rows (Triton)"]

@@ -10,6 +10,7 @@ import torch
 
 import mambakit
 from mambakit import cli
+from mambakit.generation.state import State
 from mambakit.models.mamba.inference import InferenceBackbone
 from tests.models.tiny import save_tiny
 
@@ -81,6 +82,27 @@ def test_a_repetition_penalty_counts_the_prompt(run, model):
         assert run("generate", PROMPT, *options, *more)[0]["tokens"] == [t for t in expected.tolist() if t != 303]
 
 
+def test_a_repetition_penalty_counts_what_a_state_has_not_read(run, model, tmp_path):
+    loaded = mambakit.AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
+    ids = mambakit.AutoTokenizer.from_pretrained(model)(PROMPT, return_tensors="pt").input_ids
+    options = ("--greedy", "--repetition-penalty", "1.8", "--max-new-tokens", "12", "--load-state", str(tmp_path / "s"))
+
+    def text(whole):
+        found = loaded.generate(whole, do_sample=False, repetition_penalty=1.8, max_new_tokens=12)
+        return [token for token in found[0, whole.shape[1] :].tolist() if token != 303]
+
+    changed = 0
+    for first in sorted(set(text(ids))):
+        begun = torch.tensor([first])
+        State.read(loaded, begun).save(tmp_path / "s", loaded)  # nothing is read, one token is pending
+        expected = text(torch.cat([begun[None], ids], 1))
+        assert run("generate", PROMPT, *options)[0]["tokens"] == expected
+        changed += first not in expected
+    assert changed, "the penalty of the token that was pending changes nothing"
+    sequences = run("generate", PROMPT, *options, "--num-return-sequences", "2")
+    assert all(one["tokens"] == expected for one in sequences)
+
+
 def test_a_state_resumes_where_the_text_was_cut_off(run, fails, tmp_path):
     state = str(tmp_path / "s")
     whole = run("generate", PROMPT, "--greedy", "--max-new-tokens", "12")[0]["tokens"]
@@ -130,7 +152,8 @@ def test_forms(run, fails, tmp_path):
     folder = str(tmp_path / "m")
     save_tiny(tmp_path / "m", eos_token_id=0)
     schema = tmp_path / "schema.json"
-    schema.write_text('{"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}', encoding="utf-8")
+    wanted = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    schema.write_text(json.dumps(wanted), encoding="utf-8")
 
     def text(*form):
         record = run("generate", PROMPT, *form, "--seed", "1", "--max-new-tokens", "60", folder=folder)[0]

@@ -41,6 +41,24 @@ def test_one_text_a_base_model_and_lengths_of_1(loaded):
     assert mambakit.embed(model, tokenizer, []).shape == (0, 32)
 
 
+@pytest.mark.parametrize("complement", [None, [*range(304)]])
+def test_a_model_that_reads_both_ways(complement, loaded):
+    _, tokenizer = loaded
+    config = mambakit.BiMambaConfig(
+        hidden_size=32, num_hidden_layers=1, vocab_size=304, tie_projections=True, complement=complement
+    )
+    model = mambakit.BiMambaModel(config).eval()
+    vectors = mambakit.embed(model, tokenizer, TEXTS, normalize=False, batch_size=3)
+    assert vectors.shape == (4, 64 if complement else 32)
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        with torch.no_grad():
+            hidden = model(torch.tensor([tokenizer(text).input_ids])).last_hidden_state[0]
+        assert worst(vector, hidden.mean(0)) < 1e-5
+    assert mambakit.embed(model, tokenizer, []).shape == (0, vectors.shape[1])
+    with pytest.raises(ValueError, match='no token has read all: take "mean"'):
+        mambakit.embed(model, tokenizer, TEXTS, "last")
+
+
 def test_what_has_no_embedding(loaded):
     model, tokenizer = loaded
     with pytest.raises(ValueError, match="pooling is 'max'; choose one of last, mean"):

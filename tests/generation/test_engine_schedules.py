@@ -52,7 +52,7 @@ def tiny(falcon: bool = False):
     return model
 
 
-MODELS = {"native": tiny(), "falcon": tiny(falcon=True)}
+MODELS = {"native": tiny(), "falcon": tiny(falcon=True), "int8": tiny().quantize("int8")}
 _ALONE: dict[tuple, tuple] = {}
 
 
@@ -199,13 +199,13 @@ SCHEDULES = 25
 
 
 @pytest.mark.parametrize("part", range(4))
-@pytest.mark.parametrize("way", [*WAYS, "falcon", "buckets"])
+@pytest.mark.parametrize("way", [*WAYS, "falcon", "buckets", "int8"])
 def test_random_schedules(way, part, monkeypatch):
-    model = MODELS["falcon" if way == "falcon" else "native"]
+    model = MODELS[way if way in MODELS else "native"]
     if way == "buckets":
         decode_by("graph", monkeypatch)
         read_in_buckets(monkeypatch)
-    elif way != "falcon":
+    elif way not in ("falcon", "int8"):
         decode_by(way, monkeypatch)
     with torch.no_grad():
         for seed in range(part * SCHEDULES, (part + 1) * SCHEDULES):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import resource
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,6 +181,79 @@ def test_the_disk_budget(model, tmp_path):
     assert sum(f.stat().st_size for f in tmp_path.rglob("*.safetensors")) <= 4 * (ONE + 1000)
 
 
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process may have more than 1,000 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("write_behind", [False, True])
+def test_a_full_disk_ends_nothing(model, ids, tmp_path, write_behind):
+    """The prompt is read all the same, and files are written again once there is room."""
+    cache = PrefixCache(model, folder=tmp_path, chunk_size=8, write_behind=write_behind)
+    seen = []
+    cache.read(ids[:3])  # hashes the weights before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mambakit.generation.prefix_cache.warnings.warn", lambda text, **_: seen.append(text))
+        with full_disk():
+            state = cache.read(ids)
+            end = time.monotonic() + 30
+            while not seen and time.monotonic() < end:
+                time.sleep(0.01)
+    assert "File too large" in seen[0]
+    # The last bits depend on where reading began: after the first two tokens here.
+    assert torch.allclose(state.cache.ssm_states, State.read(model, ids).cache.ssm_states, rtol=1e-4, atol=1e-6)
+    cache.read(ids.flip(0))
+    end = time.monotonic() + 30
+    while PrefixCache(model, folder=tmp_path).lookup(ids.flip(0))[0] != 49 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert PrefixCache(model, folder=tmp_path).lookup(ids.flip(0))[0] == 49
+
+
+def test_a_disk_that_others_fill_is_left_to_them(model, tmp_path, monkeypatch):
+    """States that are kept for good come first: the cache goes, file by file, before the disk is full."""
+    size, others = 100 * ONE, [0]
+
+    def kept() -> int:
+        return sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
+
+    def usage(folder):
+        return SimpleNamespace(free=max(0, size - others[0] - kept()))
+
+    monkeypatch.setattr("mambakit.generation.prefix_files.shutil.disk_usage", usage)
+    cache = PrefixCache(model, folder=tmp_path, chunk_size=1)
+
+    def files() -> int:
+        return len(list(tmp_path.rglob("*.safetensors")))
+
+    def fill(first: int) -> int:
+        for token in range(first, first + 20):
+            cache.read([token // 50, token % 50, 5])
+        return files()
+
+    held = [fill(0)]
+    for begin, used in ((20, 70), (40, 80), (60, 84), (80, 100)):
+        others[0] = used * ONE
+        held.append(fill(begin))
+        assert not held[-1] or others[0] + kept() <= size - 16 * ONE + 1000, "a file has a header, too"
+    assert held[0] >= 20
+    assert held[-2:] == [0, 0]
+    others[0] = 0
+    assert fill(100) >= 20, "there is room again"
+
+
+def test_a_file_that_cannot_be_written_is_an_error_of_the_system(model, ids, tmp_path):
+    with full_disk(), pytest.raises(OSError, match="File too large") as caught:
+        State.read(model, ids).save(tmp_path / "state.safetensors", model)
+    assert caught.value.errno == errno.EFBIG
+    assert not list(tmp_path.iterdir())
+
+
 def test_damaged_files_are_read_again(model, ids, tmp_path):
     PrefixCache(model, folder=tmp_path).read(ids)
     (file,) = tmp_path.rglob("*.safetensors")
@@ -268,6 +347,9 @@ def test_processes_share_a_folder_that_is_too_small(tmp_path):
         (lambda m: PrefixCache(m, memory_bytes=-1), "memory_bytes is -1"),
         (lambda m: PrefixCache(m, disk_bytes=-1), "disk_bytes is -1"),
         (lambda m: PrefixCache(m, chunk_size=0), "chunk_size is 0"),
+        (lambda m: PrefixCache(m, folder=""), "there is no name"),
+        (lambda m: PrefixCache(m, folder=__file__), "is a file; name a folder"),
+        (lambda m: PrefixCache(m, folder=f"{__file__}/in/it"), "is a file; name a folder"),
         (lambda m: PrefixCache(m).read([]), "l >= 1"),
         (lambda m: PrefixCache(m).read([m.config.vocab_size]), "a prompt has token"),
         (lambda m: PrefixCache(m).read(tokens(2, 3)), r"expected \(l,\)"),

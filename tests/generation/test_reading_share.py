@@ -51,6 +51,16 @@ def test_as_long_as_a_step_takes(seconds, step, parts):
     assert prompts.step(share) == parts
 
 
+def test_no_longer_than_some_steps():
+    """Texts that decode wait for two steps' time at most; where none decodes, nobody waits."""
+    prompts = Prompts(100)
+    share = ReadingShare(0.205, 1 << 20, lambda: prompts.now, steps=2)
+    share.step_seconds = 0.0105
+    assert prompts.step(share) == 2
+    share.step_seconds = 0.0
+    assert prompts.step(share) == 20
+
+
 def test_all_layers_of_a_chunk_are_of_one_prompt_and_one_look():
     prompts = Prompts(9, layers=8)
     share = ReadingShare(0.165, 1 << 20, lambda: prompts.now)

@@ -13,6 +13,7 @@ import mambakit
 from mambakit import CheckpointError
 from mambakit.cli import main
 from mambakit.models.adapters import get_peft_model, load_peft_model, merge_adapters
+from mambakit.models.checkpoints import convert
 from tests.models.configurations import pair, tokens, worst
 from tests.models.tiny import save_tiny
 
@@ -96,9 +97,12 @@ def test_commands_with_adapters(folder, capsys):
     adapters = str(folder / "adapters")
     assert main(["generate", "The cat", "--model", adapters, "--max-new-tokens", "3", "--temperature", "0"]) == 0
     assert capsys.readouterr().out
-    for command in (["info", adapters], ["convert", adapters, str(folder / "out")]):
-        assert main(command) == 2
-        assert "holds adapters, not a model" in capsys.readouterr().err
+    assert main(["info", adapters]) == 2
+    assert "holds adapters, not a model" in capsys.readouterr().err
+    for command in ("convert", "quantize"):
+        target = folder / command
+        assert main([command, adapters, str(target)]) == 0
+        assert main(["generate", "The cat", "--model", str(target), "--max-new-tokens", "3"]) == 0
 
 
 def test_adapters_without_a_base(folder):
@@ -107,3 +111,62 @@ def test_adapters_without_a_base(folder):
         path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": value}))
         with pytest.raises(CheckpointError, match=message):
             mambakit.AutoModelForCausalLM.from_pretrained(folder / "adapters")
+
+
+def test_what_is_loaded_from_adapters_is_saved_as_adapters(folder, tmp_path):
+    model = mambakit.AutoModelForCausalLM.from_pretrained(folder / "adapters").eval()
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "adapter_config.json").is_file()
+    again = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    ids = tokens(1, 5)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    model.save_pretrained(tmp_path / "gathered", state_dict=model.state_dict())  # as Trainer does
+    gathered = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path / "gathered").eval()
+    with torch.no_grad():
+        assert torch.equal(gathered(ids).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="adapters are saved without options; drop max_shard_size"):
+        model.save_pretrained(tmp_path / "third", max_shard_size="1MB")
+    for save in (model.save_original, model.save_gguf):
+        with pytest.raises(CheckpointError, match="has an adapter, which the format cannot hold; merge_adapters"):
+            save(tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name in ("third", "other")) == []
+
+
+def test_a_whole_copy_of_the_head_is_trained(tmp_path):
+    save_tiny(tmp_path / "base")
+    config = peft.LoraConfig(target_modules=["in_proj"], modules_to_save=["lm_head"], r=2)
+    model = get_peft_model(mambakit.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    ids = tokens(1, 5)
+    model(ids, labels=ids).loss.backward()
+    trained = [name for name, weight in model.named_parameters() if weight.grad is not None]
+    assert any("lm_head" in name for name in trained)
+
+
+@pytest.mark.parametrize("format", ["transformers", "gguf"])
+def test_convert_merges_adapters(folder, format):
+    ids = tokens(1, 9)
+    adapted = mambakit.AutoModelForCausalLM.from_pretrained(folder / "adapters").eval()
+    target = convert(folder / "adapters", folder / ("merged" if format == "transformers" else "merged.gguf"), format)
+    merged = mambakit.AutoModelForCausalLM.from_pretrained(target).eval()
+    assert not hasattr(merged, "peft_config")
+    with torch.no_grad():
+        assert worst(merged(ids).logits, adapted(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_adapters_of_another_depth_are_refused(tmp_path, layers):
+    sizes = {"vocab_size": 32, "hidden_size": 16}
+    two = mambakit.MambaForCausalLM(mambakit.MambaConfig(**sizes, num_hidden_layers=2))
+    get_peft_model(two, lora(["in_proj"])).save_pretrained(tmp_path)
+    other = mambakit.MambaForCausalLM(mambakit.MambaConfig(**sizes, num_hidden_layers=layers))
+    if layers == 2:
+        load_peft_model(other, tmp_path)
+        return
+    with pytest.raises(ValueError, match="do not fit the model"):
+        load_peft_model(other, tmp_path)
+
+
+def test_a_language_models_adapters_on_a_backbone(folder):
+    with pytest.raises(ValueError, match=r"a language model's: load it with AutoModelForCausalLM"):
+        mambakit.AutoModel.from_pretrained(folder / "adapters")

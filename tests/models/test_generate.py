@@ -250,7 +250,7 @@ def test_what_cannot_be_done_is_refused(model):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (torch.tensor([1, 2]), r"shape \(2,\), expected \(b, l\) with l >= 1; one prompt is input_ids\[None\]"),
+        (torch.tensor([1, 2]), r"shape \(2,\), expected \(b, l\); one sequence is input_ids\[None\]"),
         (torch.zeros(1, 0, dtype=torch.int64), r"shape \(1, 0\), expected \(b, l\) with l >= 1$"),
         ([[1, 2]], "input_ids is a list; give a tensor"),
     ],

@@ -49,7 +49,7 @@ def test_padding_and_ignored_labels_add_no_loss():
     assert abs(output.loss.item() - expected.item()) < 1e-5
     summed = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=24).loss
     assert abs(summed.item() - expected.item() * 12 / 24) < 1e-5
-    with pytest.raises(ValueError, match=r"labels have shape \(2,\), the tokens \(2, 9\)"):
+    with pytest.raises(ValueError, match=r"labels have shape \(2,\), expected \(2, 9\)"):
         model(ids, labels=torch.zeros(2, dtype=torch.int64))
 
 

@@ -364,13 +364,23 @@ def test_the_convolution_by_its_module_is_the_op(fields):
         assert worst(ours, theirs) < 1e-4, i
 
 
-def test_a_convolution_of_another_shape_is_refused_by_name():
-    model = model_of()
+@pytest.mark.parametrize("fields", [{"padding": (3,)}, {"dilation": (2,)}, {"stride": (2,)}])
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_convolution_of_another_shape_is_refused_by_name(fields, hooked, training):
+    """Also where nothing is on it, and its weight alone would be read."""
+    model = model_of().train(training)
     conv = model.backbone.layers[0].mixer.conv1d
-    conv.padding = (3,)
-    conv.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"conv1d answered .*must not be padded further"):
-        model(tokens(1, 5))
+    for name, value in fields.items():
+        setattr(conv, name, value)
+    if hooked:
+        conv.register_forward_hook(lambda *_: None)
+    calls = [lambda: model(tokens(1, 9), use_cache=not training)]
+    if not training:
+        calls.append(lambda: model.generate(tokens(1, 5), max_new_tokens=3))
+    for call in calls:
+        with pytest.raises(ValueError, match=r"conv1d answered .*must not be padded further"):
+            call()
 
 
 def test_adapters_on_the_convolution_count():

@@ -231,11 +231,11 @@ BOUNDED = [number.name for number in _NUMBERS]
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "1e30", "9" * 30, "0"])
 @pytest.mark.parametrize("option", BOUNDED)
-def test_numbers_are_checked_before_anything_is_loaded(option, value, monkeypatch, capsys):
+def test_numbers_are_checked_before_anything_is_loaded(option, value, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("mambakit.serving.server.serve", lambda options: None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     try:
-        status = cli.main(["serve", option, value])
+        status = cli.main(["serve", "--states", str(tmp_path), option, value])
     except SystemExit as ended:  # argparse's: no whole number
         status = ended.code
     if value == "0" and option in ("--port", "--max-waiting", "--drain-seconds", "--states-memory-mb"):
@@ -245,7 +245,30 @@ def test_numbers_are_checked_before_anything_is_loaded(option, value, monkeypatc
         assert option in capsys.readouterr().err
 
 
-def test_each_option_reaches_the_server(monkeypatch):
+@pytest.mark.parametrize("number", [number for number in _NUMBERS if number.needs], ids=lambda number: number.name)
+def test_an_option_without_the_one_that_it_belongs_to(number, tmp_path, monkeypatch, capsys):
+    served = []
+    monkeypatch.setattr("mambakit.serving.server.serve", served.append)
+    value = str(number.default or 60)
+    assert cli.main(["serve", number.name, value]) == 2
+    assert f"{number.name} has no effect without {number.needs}" in capsys.readouterr().err
+    (tmp_path / "serve.toml").write_text(f"{number.name[2:]} = {value}\n")
+    assert cli.main(["serve", "--config", str(tmp_path / "serve.toml")]) == 2
+    given = ["--states", str(tmp_path / "states"), "--prefix-cache", "--prompt-lookup"]
+    assert cli.main(["serve", "--device", "cpu", *given, number.name, value]) == 0
+    assert cli.main(["serve", "--device", "cpu"]) == 0, "its default needs nothing"
+    assert len(served) == 2
+
+
+def test_imports_are_bounded_by_all_bodies_that_are_received(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mambakit.serving.server.serve", lambda options: None)
+    asked = ["serve", "--device", "cpu", "--states", str(tmp_path / "states"), "--max-state-mb", "200"]
+    assert cli.main(asked) == 2
+    assert "more than --max-unfinished-mb 64" in capsys.readouterr().err
+    assert cli.main([*asked, "--max-unfinished-mb", "200"]) == 0
+
+
+def test_each_option_reaches_the_server(monkeypatch, tmp_path):
     """A number of its own for each: none is mixed up with another, and none is passed over."""
     served = []
     monkeypatch.setattr("mambakit.serving.server.serve", served.append)
@@ -255,7 +278,8 @@ def test_each_option_reaches_the_server(monkeypatch):
         values[number.name] = value
         arguments += [number.name, str(value)]
     arguments += ["--tokenizer", "another-tokenizer", "--prompt-lookup"]
-    assert cli.main(["serve", "--device", "cpu", "--prefix-cache", *arguments]) == 0
+    given = ["--device", "cpu", "--prefix-cache", "--states", str(tmp_path)]
+    assert cli.main(["serve", *given, *arguments]) == 0
     (options,) = served
     reached = str(options)
     lost = [

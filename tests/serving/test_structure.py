@@ -26,8 +26,8 @@ FILES = {
     "states": ["tensors", "blobs", "records", "remote", "places", "store", "options"],
     "dispatch": ["shares", "jobs", "fair_queue", "queue", "affinity", "rates", "promises", "suspects", "dispatcher"],
     "replicas": [
-        "heartbeat", "states", "outbox", "receiving", "constraints", "scoring", "loading", "worker", "transport",
-        "process", "ray_actor", "scaling", "supervisor",
+        "heartbeat", "memory", "states", "outbox", "receiving", "constraints", "scoring", "loading", "worker",
+        "transport", "process", "ray_actor", "scaling", "supervisor",
     ],
     "http": [
         "keys", "quotas", "tls", "request_log", "access", "refusals", "connection_limits", "connection", "request_ids",

@@ -14,13 +14,15 @@ import torch
 import torch.distributed as dist
 
 
-def launch(function: Callable, world: int, *args: Any, seconds: float = 120) -> list[Any]:
+def launch(function: Callable, world: int, *args: Any, seconds: float = 120, cuda: bool = False) -> list[Any]:
     """``function(*args)`` in ``world`` processes; their results (picklable, no tensors), the first process's first.
 
-    ProcessMesh are forked from a server that has imported everything once.
+    They are forked from a server that has imported everything once. With ``cuda`` they are started anew, since some of
+    what is imported initialises CUDA, which a forked process cannot do again.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training.preloaded"])
+    context: Any = multiprocessing.get_context("spawn" if cuda else "forkserver")
+    if not cuda:
+        context.set_forkserver_preload(["tests.training.preloaded"])
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         workers = [

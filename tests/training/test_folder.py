@@ -490,3 +490,16 @@ def test_every_process_is_told(tmp_path):
     assert [bool(m) for m in first] == [False, True, True, False]
     assert "holds a run" in first[1]
     assert "seed was 0, is 3" in first[2]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_refused_run_leaves_no_folder(there, tmp_path):
+    """What is refused after the folder was claimed, as a base model that is not there."""
+    (tmp_path / "t.txt").write_text("The cat sat on the mat.\n" * 50)
+    out = tmp_path / "runs" / "deep"
+    if there:
+        out.mkdir(parents=True)
+    config = TrainConfig(train_files=[str(tmp_path / "t.txt")], out=str(out), init_from=str(tmp_path / "nowhere"))
+    with pytest.raises((ValueError, OSError)):
+        train(config)
+    assert (tmp_path / "runs").exists() == there

@@ -127,6 +127,6 @@ def spread_on_a_gpu(length: int):
 @pytest.mark.cuda
 def test_context_parallel_on_a_gpu():
     expected = spread_on_a_gpu(1001)
-    found = launch(spread_on_a_gpu, 2, 1001)[0]
+    found = launch(spread_on_a_gpu, 2, 1001, cuda=True)[0]
     for name, wanted in expected.items():
         assert worst(torch.from_numpy(found[name]), torch.from_numpy(wanted)) < 1e-3, name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -38,12 +37,9 @@ def test_two_processes(tmp_path):
     pytest.importorskip("accelerate")
     (tmp_path / "config.toml").write_text(CONFIG.format(folder=tmp_path))
     (tmp_path / "text.txt").write_text("All happy families are alike.\n" * 60)
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "tests.training.under_torchrun", str(tmp_path), str(port),
+        "-m", "tests.training.under_torchrun", str(tmp_path),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -1,6 +1,6 @@
 """What `test_torchrun.py` runs under torchrun: `mambakit train`, then transformers' Trainer and accelerate, unchanged.
 
-torchrun --nproc-per-node 2 under_torchrun.py FOLDER FREE_PORT
+torchrun --nproc-per-node 2 under_torchrun.py FOLDER
 """
 
 from __future__ import annotations
@@ -61,11 +61,12 @@ def main() -> None:
     from mambakit import cli
 
     torch.set_num_threads(1)
-    folder, port = Path(sys.argv[1]), sys.argv[2]
+    folder = Path(sys.argv[1])
     assert cli.main(["train", str(folder / "config.toml"), "parallel=fsdp", f"out={folder / 'run'}"]) == 0
     assert not dist.is_initialized()
-    # One launch is one meeting of processes; for the second one in it they meet at a port of their own.
-    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=port)
+    # One launch is one meeting of processes, whose keys are in torchrun's store. For a second one they meet as they do
+    # after a restart, under keys that name its number: a port of its own could be taken by another process meanwhile.
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
     weights = run_trainer(folder, 2)
     accelerator = accelerate.Accelerator(cpu=True)
     torch.manual_seed(5)

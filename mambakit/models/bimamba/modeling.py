@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mambakit.models.bimamba.configuration import BiMambaConfig
 from mambakit.models.documents import Marks
-from mambakit.models.inputs import packing_of
+from mambakit.models.inputs import packing_of, require_inputs
 from mambakit.models.outputs import MambaOutput
 from mambakit.models.pretrained import MambaPreTrainedModel
 from mambakit.modules import MambaMixer, RMSNorm
@@ -98,8 +98,7 @@ class BiMambaModel(MambaPreTrainedModel):
         Returns:
             `MambaOutput` with ``last_hidden_state`` (b, l, h), or (b, l, 2 h) of both strands; without a state.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        require_inputs(input_ids, inputs_embeds)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         given = (attention_mask, cu_seqlens, bool(wanted))

@@ -1,16 +1,18 @@
-"""`convert`: a checkpoint rewritten in another format."""
+"""`convert`: a checkpoint rewritten in another format; and how the commands that rewrite one load it."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mambakit.errors import CheckpointError, UsageError
-from mambakit.models.auto import AutoModelForCausalLM, AutoTokenizer, read_any_configuration
-from mambakit.models.checkpoints.storage import has_tokenizer, is_gguf, read_headers, resolve, weight_files
+from mambakit.models.adapters import merge_adapters
+from mambakit.models.auto import AutoModelForCausalLM, AutoTokenizer, model_place, read_any_configuration
+from mambakit.models.checkpoints.storage import has_tokenizer, is_gguf, locate, read_headers, weight_files
 from mambakit.models.checkpoints.table import format_named
 from mambakit.models.quantization import is_quantized
 
@@ -27,10 +29,10 @@ def convert(
     dtype: torch.dtype | str | None = None,
     tokenizer: bool = True,
 ) -> Path:
-    """Write the checkpoint ``source`` to ``target`` in ``format``; packed weights are unpacked.
+    """Write the checkpoint ``source`` to ``target`` in ``format``; packed weights are unpacked, adapters merged.
 
     Args:
-        source: hub id, folder or GGUF file, in any format.
+        source: hub id, folder or GGUF file, in any format; or a folder of adapters.
         target: a folder that is new or empty; for "gguf" a new file.
         format: "transformers", "original" or "gguf".
         dtype: of the weights; the source's when None. A_log, D and dt_proj.bias stay float32. A GGUF file's may be
@@ -46,24 +48,37 @@ def convert(
     _require_new(target, format)
     if isinstance(dtype, str) and format != "gguf":
         raise ValueError(f"dtype is {dtype!r}, which a GGUF file alone has; give a torch.dtype, or format 'gguf'")
-    folder = resolve(source)
-    read_any_configuration(folder)
-    heads = [name for name in read_headers(weight_files(folder)) if name.startswith("score.")]
-    if heads:
-        raise CheckpointError(f"{folder} holds a classifier ({heads[0]}), which convert would lose; load and save it")
-    plain = dtype if isinstance(dtype, torch.dtype) else "auto"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=plain)
+    model, place = load_language_model(source, "convert", dtype if isinstance(dtype, torch.dtype) else "auto")
     if is_quantized(model.config):
         model.dequantize()
     if format == "gguf":
         type = dtype if isinstance(dtype, str) else None
-        loaded = AutoTokenizer.from_pretrained(folder) if tokenizer and has_tokenizer(folder) else None
+        loaded = AutoTokenizer.from_pretrained(place) if tokenizer and has_tokenizer(place) else None
         target_format.write(model, target, type=type, tokenizer=loaded)
         return target
     target_format.write(model, target)
     if tokenizer:
-        copy_tokenizer(folder, target)
+        copy_tokenizer(place, target)
     return target
+
+
+def load_language_model(source: str | os.PathLike, command: str, dtype: torch.dtype | str) -> tuple[Any, Path]:
+    """The language model of a checkpoint, with its adapters merged, and the place that holds its tokenizer.
+
+    Raises:
+        CheckpointError: the checkpoint is of another architecture, or a classifier, whose head ``command`` would lose.
+        ValueError: adapters that cannot be merged.
+    """
+    base = model_place(source)
+    read_any_configuration(base)
+    heads = [name for name in read_headers(weight_files(base)) if name.startswith("score.")]
+    if heads:
+        raise CheckpointError(f"{base} holds a classifier ({heads[0]}), which {command} would lose; load and save it")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    if hasattr(model, "peft_config"):
+        merge_adapters(model)
+    place = locate(source)
+    return model, place if has_tokenizer(place) else base
 
 
 def _require_new(target: Path, format: str) -> None:

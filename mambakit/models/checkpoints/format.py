@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from mambakit.errors import CheckpointError
 from mambakit.models.checkpoints.storage import StoredTensor
 
 
@@ -95,3 +96,12 @@ class CheckpointFormat(Protocol):
 
     def dtype(self, found: dict[str, StoredTensor]) -> torch.dtype:
         """The dtype that the model computes in, from the headers."""
+
+
+def require_whole_expand(config: Any, format: str) -> None:
+    """CheckpointError unless the width of the mixers is what ``format`` has: a whole multiple of the hidden size."""
+    if config.intermediate_size != config.expand * config.hidden_size:
+        raise CheckpointError(
+            f"intermediate_size is {config.intermediate_size}; {format} holds expand * hidden_size alone "
+            f"({config.expand} * {config.hidden_size}); save in transformers' format"
+        )

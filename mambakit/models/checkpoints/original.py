@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mambakit.errors import CheckpointError
 from mambakit.models.checkpoints.fields import check_original
-from mambakit.models.checkpoints.format import Loading
+from mambakit.models.checkpoints.format import Loading, require_whole_expand
 from mambakit.models.checkpoints.plain import common_dtype, dtype_and_count, load_plain
 from mambakit.models.checkpoints.storage import StoredTensor
 from mambakit.models.quantization import is_quantized
@@ -137,6 +137,7 @@ def _config_json(config: Any) -> dict[str, Any]:
             f"the original format has no field for layer_norm_epsilon {config.layer_norm_epsilon} (it is 1e-5) and "
             f"hidden_act {config.hidden_act!r} (it is silu); save in transformers' format"
         )
+    require_whole_expand(config, "the original format")
     ssm = {theirs: getattr(config, ours) for theirs, ours in _SSM.items()}
     return {
         "d_model": config.hidden_size, "d_intermediate": 0, "n_layer": config.num_hidden_layers,

@@ -6,16 +6,33 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mambakit.errors import CheckpointError
+from mambakit.models.adapters import adapted_layer, save_adapters
 from mambakit.models.checkpoints.table import format_named, format_of
+from mambakit.writing import require_folder_place
 
 
 def save_pretrained(model: Any, folder: str | os.PathLike, *args: Any, **options: Any) -> None:
-    """Write ``model`` in transformers' format, or in mambakit's own where its weights are packed.
+    """Write ``model`` in transformers' format, or in mambakit's own where its weights are packed. Of a model with
+    adapters these alone are written, as PEFT does: `from_pretrained` of the folder loads their base model, too.
 
     Args:
         args, options: transformers' of ``save_pretrained``.
+
+    Raises:
+        UsageError: the folder, or what it is in, is a file.
     """
+    require_folder_place(folder)
     folder = Path(folder)
+    if adapted_layer(model) is not None:
+        main = args[0] if args else True
+        state_dict = args[1] if len(args) > 1 else None  # Trainer gives the model's own
+        if len(args) > 2 or options:
+            given = ", ".join(options) or "what follows state_dict"
+            raise ValueError(f"adapters are saved without options; drop {given}, or merge_adapters first")
+        if main:
+            save_adapters(model, folder, state_dict)
+        return
     format_of(folder, model.config.to_dict()).write(model, folder, *args, **options)
 
 
@@ -24,7 +41,10 @@ def save_original(model: Any, folder: str | os.PathLike) -> None:
 
     Raises:
         CheckpointError: the model has something that the format cannot hold.
+        UsageError: the folder, or what it is in, is a file.
     """
+    _require_no_adapters(model)
+    require_folder_place(folder)
     format_named("original").write(model, Path(folder))
 
 
@@ -38,4 +58,10 @@ def save_gguf(model: Any, file: str | os.PathLike, type: str | None = None, toke
     Raises:
         CheckpointError: the model or the tokenizer has something that the format cannot hold.
     """
+    _require_no_adapters(model)
     format_named("gguf").write(model, Path(file), type=type, tokenizer=tokenizer)
+
+
+def _require_no_adapters(model: Any) -> None:
+    if (layer := adapted_layer(model)) is not None:
+        raise CheckpointError(f"{layer} has an adapter, which the format cannot hold; merge_adapters(model) first")

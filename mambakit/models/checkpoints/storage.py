@@ -58,7 +58,8 @@ def resolve(name: str | os.PathLike, **hub: Any) -> Path:
         return folder
     if holds_adapters(folder):
         raise CheckpointError(
-            f"{folder} holds adapters, not a model; AutoModelForCausalLM.from_pretrained loads them on their base model"
+            f"{folder} holds adapters, not a model; AutoModelForCausalLM.from_pretrained loads them on their base "
+            "model, and mambakit convert merges them"
         )
     if not (folder / "config.json").exists():
         files = sorted(file.name for file in folder.glob("*.gguf"))

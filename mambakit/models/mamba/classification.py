@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.models.documents import Marks, begin_inside, documents_of, given_marks
-from mambakit.models.inputs import one_cache
+from mambakit.models.inputs import one_cache, require_inputs
 from mambakit.models.mamba.configuration import MambaConfig
 from mambakit.models.mamba.modeling import MambaModel
 from mambakit.models.outputs import MambaSequenceClassifierOutput
@@ -57,6 +57,7 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
         is one document; arguments that mark several in a row raise.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
+        require_inputs(input_ids, inputs_embeds)
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             padding = input_ids == self.config.pad_token_id
             # Trailing padding only: before it the same id may be a real token (a separator).
@@ -65,7 +66,7 @@ class MambaForSequenceClassification(MambaPreTrainedModel):
             attention_mask = (~trailing).to(torch.int64) if needed else None
         marks = Marks(position_ids, cu_seqlens, seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         cache = one_cache(cache=cache, cache_params=cache_params, past_key_values=past_key_values)
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is not None and (given_marks(marks) or attention_mask is not None):
             _require_one_document(tokens, attention_mask, marks, cache)
         output = self.backbone(

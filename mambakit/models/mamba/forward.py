@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mambakit.decoding.transformers_steps import TransformersSteps
 from mambakit.models.documents import Marks, given_marks
-from mambakit.models.inputs import packing_of, shifted_labels
+from mambakit.models.inputs import packing_of, require_inputs, require_labels, shifted_labels
 from mambakit.models.quantization import require_learning
 from mambakit.modules import MambaBlock, StateCache, new_cache
 from mambakit.modules.interception import is_ours
@@ -45,8 +45,7 @@ def backbone_forward(
     output_attentions: bool | None,
 ) -> Any:
     """`MambaModel.forward`, of modules ``embeddings``, ``layers`` and ``norm_f`` (arXiv 2312.00752, section 3.4)."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    require_inputs(input_ids, inputs_embeds)
     if output_attentions:
         raise ValueError("output_attentions=True: a Mamba model has no attentions; ask for output_hidden_states")
     config = model.config
@@ -150,11 +149,8 @@ def language_model_forward(
     logits = logits if logits.dtype == torch.float64 else logits.float()
     loss = None
     if labels is not None:
-        if logits.shape[1] != labels.shape[1]:
-            raise ValueError(
-                f"labels cover {labels.shape[1]} positions but logits_to_keep left {logits.shape[1]}; "
-                "leave logits_to_keep at 0 when training"
-            )
+        kept = "" if isinstance(logits_to_keep, int) and not logits_to_keep else "; leave logits_to_keep at 0 to train"
+        require_labels(labels, logits.shape[:2], kept)
         targets = shifted_labels(labels.to(logits.device), attention_mask, marks)
         loss = nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), reduction="mean" if num_items_in_batch is None else "sum"

@@ -17,6 +17,7 @@ from mambakit.models.checkpoints.configuration import read_fields
 from mambakit.models.checkpoints.fields import check_config, check_generation
 from mambakit.models.checkpoints.storage import holds_adapters, locate, read_config, resolve
 from mambakit.models.configuration import check
+from mambakit.models.families import classifier_of
 from mambakit.models.quantization import is_quantized
 from mambakit.modules.mixers import MIXERS, Mixer, state_spec
 from mambakit.modules.state_spec import StateSpec
@@ -105,7 +106,7 @@ class InferenceConfig:
         folder = resolve(name)
         path = read_config(folder)[1]
         given = dict(check_config(read_fields(folder), path, None))
-        config = _made(given)
+        config = None if classifier_of(given.get("architectures")) else _made(given)
         if config is None:
             return None
         generation = _generation(folder, config)

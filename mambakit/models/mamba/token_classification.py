@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.models.documents import Marks, given_marks
-from mambakit.models.inputs import IGNORE
+from mambakit.models.inputs import IGNORE, require_labels
 from mambakit.models.mamba.configuration import MambaConfig
 from mambakit.models.mamba.modeling import MambaModel
 from mambakit.models.outputs import MambaTokenClassifierOutput
@@ -81,10 +81,9 @@ def token_loss(logits: Tensor, labels: Tensor, attention_mask: Tensor | None, nu
     """Cross entropy () of labels (b, l) at their own tokens; -100 and padding add none.
 
     Raises:
-        ValueError: labels of another shape than the tokens.
+        TypeError, ValueError: labels that are no tensor, or of another shape than the tokens.
     """
-    if labels.shape != logits.shape[:2]:
-        raise ValueError(f"labels have shape {tuple(labels.shape)}, the tokens {tuple(logits.shape[:2])}; label each")
+    require_labels(labels, logits.shape[:2], "; each token has one")
     labels = labels.to(logits.device)
     if attention_mask is not None:
         labels = torch.where(attention_mask[:, -labels.shape[1] :].to(labels.device).bool(), labels, IGNORE)

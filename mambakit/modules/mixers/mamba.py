@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mambakit.errors import RequirementError
 from mambakit.modules.convolution import convolve, convolve_
 from mambakit.modules.initialization import TimeSteps, initial_a_log
-from mambakit.modules.interception import untouched
+from mambakit.modules.interception import is_filter, untouched
 from mambakit.modules.left_padding import LeftPadding
 from mambakit.modules.mixers import fused_layer
 from mambakit.modules.mixers.mixer import Mixer
@@ -177,7 +177,7 @@ class MambaMixer(Mixer):
             and self.dt_proj.bias is not None
             and self.causal_conv1d is causal_conv1d and self.selective_scan is selective_scan
             and untouched(self.x_proj, nn.Linear) and untouched(self.dt_proj, TimeStepProjection)
-            and untouched(self.conv1d, nn.Conv1d)
+            and is_filter(self.conv1d, 0)
             and (torch.compiler.is_compiling() or all_plain(self._mixer_weights()))
         )  # fmt: skip
 
@@ -263,7 +263,7 @@ class MambaMixer(Mixer):
         cu_seqlens = None if packing is None else packing.cu_seqlens
         slots = None if packing is None else packing.read.to(torch.int32)
         conv_state, ssm_state = cache.memory(self.layer_idx)
-        if untouched(self.conv1d, nn.Conv1d):
+        if is_filter(self.conv1d, 0):
             x, _ = causal_conv1d_(x, *self._filter(), state=conv_state, slot_indices=slots, cu_seqlens=cu_seqlens)
         else:
             self._require_whole_rows()
@@ -274,7 +274,7 @@ class MambaMixer(Mixer):
 
     def _convolve(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """(the convolution's output, its state after it), out of place."""
-        if untouched(self.conv1d, nn.Conv1d):
+        if is_filter(self.conv1d, 0):
             return self.causal_conv1d(x, *self._filter(), initial_state=state, cu_seqlens=cu_seqlens)
         self._require_whole_rows()
         return convolve(self.conv1d, self.conv_kernel_size, x, self.conv_activation, state, cu_seqlens)

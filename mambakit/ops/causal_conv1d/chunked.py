@@ -36,7 +36,8 @@ class _Extended:
         else:
             cu = cu_seqlens.long()
             s = cu.shape[0] - 1
-            sequence = torch.repeat_interleave(torch.arange(s, dtype=torch.int64, device=device), cu[1:] - cu[:-1])
+            each = torch.arange(s, dtype=torch.int64, device=device)
+            sequence = torch.repeat_interleave(each, cu[1:] - cu[:-1], output_size=length)
             self.tokens = torch.arange(length, dtype=torch.int64, device=device) + lead * (sequence + 1)
             offsets = torch.arange(lead, dtype=torch.int64, device=device)
             self.before = (cu[:-1] + lead * torch.arange(s, dtype=torch.int64, device=device))[:, None] + offsets

@@ -14,7 +14,8 @@ saved and read), keeps the k - 1 unfinished values of dx in registers, and runs 
 dx there still needs them. dweight and dbias are summed over a program's walks, written as one partial per program and
 added in a fixed order by a second kernel: no atomics, so the same inputs give the same bits.
 
-(b, d, l) memory has kernels of its own (`triton_tokens_kernels.py`): a warp's lanes are tokens of one channel there.
+(b, d, l) memory has kernels of its own: a warp's lanes are tokens of one channel there. Where rows begin at multiples
+of 16 bytes a lane has as many neighbouring tokens (`triton_vectors_kernels.py`), else one (`triton_tokens_kernels.py`).
 
 Packed sequences: one small kernel writes, for every position, where its sequence starts and which sequence it is (found
 on the device, so the op can be captured in a CUDA graph); walks then reset their window at a start.
@@ -31,6 +32,7 @@ from mambakit.ops._layout import dense_as, empty_as, is_transposed
 from mambakit.ops.causal_conv1d import chunked
 from mambakit.ops.causal_conv1d import triton_kernels as kernels
 from mambakit.ops.causal_conv1d import triton_tokens_kernels as tokens_kernels
+from mambakit.ops.causal_conv1d import triton_vectors_kernels as vectors_kernels
 
 
 class Tile(NamedTuple):
@@ -114,6 +116,20 @@ def _run(length: int) -> tuple[int, int]:
     return _PROGRAM // tokens, tokens
 
 
+def _vector(*tensors: Tensor) -> int:
+    """The tokens of 16 bytes, where each row of tensors in (b, d, l) memory begins at a multiple of them; else 0."""
+    vector = 16 // tensors[0].element_size()
+    strides = (t.stride(axis) for t in tensors for axis in (0, 2) if t.shape[axis] > 1)
+    whole = tensors[0].shape[1] % vector == 0 and all(stride % vector == 0 for stride in strides)
+    return vector if whole and all(t.data_ptr() % 16 == 0 for t in tensors) else 0
+
+
+def _lanes(vectors: int) -> tuple[int, int]:
+    """(channels, vectors of each) of a tile of 4 warps."""
+    lanes = min(triton.next_power_of_2(vectors), 32)
+    return 128 // lanes, lanes
+
+
 def _convolve_tokens(x, weight, bias, activation, state, slots, cu_seqlens, final_dtype) -> tuple[Tensor, Tensor]:
     """`_convolve` of (b, d, l) memory."""
     b, length, d = x.shape
@@ -123,6 +139,18 @@ def _convolve_tokens(x, weight, bias, activation, state, slots, cu_seqlens, fina
     final = torch.empty((sequences, d, k - 1), dtype=final_dtype, device=x.device)
     rows, tokens = _run(length)
     starts, ids = _sequences(cu_seqlens, length)
+    if state is None and cu_seqlens is None and (vector := _vector(x)):
+        rows, lanes = _lanes(length // vector)
+        chunks = triton.cdiv(length // vector, lanes)
+        programs = triton.cdiv(b * d, rows) * chunks
+        vectors_kernels.forward_kernel[(programs + b * triton.cdiv(d, _STATES),)](
+            x, weight, bias, y, final,
+            length // vector, d, chunks, b * d, programs, x.stride(0) // vector, x.stride(2) // vector,
+            *weight.stride(),
+            K=k, ROWS=rows, LANES=lanes, VECTOR=vector, KP=triton.next_power_of_2(k - 1), BLOCK_D=_STATES,
+            SILU=activation == "silu", HAS_BIAS=bias is not None, num_warps=4,
+        )  # fmt: skip
+        return y, final
     chunks = triton.cdiv(length, tokens)
     programs = triton.cdiv(b * d, rows) * chunks
     grid = programs + sequences * triton.cdiv(d, _STATES)
@@ -150,8 +178,14 @@ def _differentiate_tokens(dy, dfinal, x, weight, bias, activation, initial_state
     dinitial = x.new_empty(0)
     if initial_state is not None:
         dinitial = torch.empty((sequences, d, k - 1), dtype=initial_state.dtype, device=x.device)
-    rows, tokens = 8, 64  # a lane has 4 elements: the sums of dweight take k + 1 registers for each
-    own, steps, wanted = tokens - (k - 1), 16, 8 * _processors(x.device)
+    vector = _vector(x, dy) if dfinal is None and initial_state is None and cu_seqlens is None else 0
+    if vector:
+        rows, tokens = _lanes(length // vector)
+        own = tokens = tokens * vector
+    else:
+        rows, tokens = 8, 64  # a lane has 4 elements: the sums of dweight take k + 1 registers for each
+        own = tokens - (k - 1)
+    steps, wanted = 16, 8 * _processors(x.device)
     while steps > 1 and (
         own * steps >= 2 * length or triton.cdiv(b * d, rows) * triton.cdiv(length, own * steps) < wanted
     ):
@@ -161,7 +195,15 @@ def _differentiate_tokens(dy, dfinal, x, weight, bias, activation, initial_state
     programs = triton.cdiv(b * d, rows) * chunks
     partials = torch.empty((b * chunks, k + 1, d), dtype=torch.float32, device=x.device)
     grid = programs + (0 if initial_state is None else sequences * triton.cdiv(d, _STATES))
-    if grid:
+    if vector:
+        vectors_kernels.backward_kernel[(programs,)](
+            dy, x, weight, bias, dx, partials,
+            length // vector, d, chunks, b * d, dy.stride(0) // vector, dy.stride(2) // vector,
+            x.stride(0) // vector, x.stride(2) // vector, *weight.stride(),
+            K=k, ROWS=rows, LANES=tokens // vector, VECTOR=vector, STEPS=steps, SILU=activation == "silu",
+            HAS_BIAS=bias is not None, num_warps=4,
+        )  # fmt: skip
+    elif grid:
         tokens_kernels.backward_kernel[(grid,)](
             dy, dfinal, x, weight, bias, initial_state, starts, ids, cu_seqlens, dx, partials, dinitial,
             length, d, chunks, b * d, programs, dy.stride(0), dy.stride(2), x.stride(0), x.stride(2),

@@ -20,6 +20,15 @@ typedef uint8_t Octets __attribute__((vector_size(kLanes)));
 typedef Octets UnalignedOctets __attribute__((aligned(1), may_alias));
 
 inline Octets load_octets(const void* p) { return *static_cast<const UnalignedOctets*>(p); }
+// Keeps x in a register. Otherwise the compiler reads it again from memory as an operand of each instruction, and loads
+// are what binds with AVX-512 (one vector a cycle on Zen 4).
+inline void keep(Octets& x) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(x));
+#else
+  (void)x;
+#endif
+}
 inline void store_octets(void* p, Octets x) { *static_cast<UnalignedOctets*>(p) = x; }
 
 // Which weights a product of the high and of the low bytes takes: as they are, or 128 larger as unsigned numbers.
@@ -100,6 +109,7 @@ struct PackedNibbles {
   Octets w[2];
   inline explicit PackedNibbles(const void* p) {
     Octets bytes = load_octets(p);
+    keep(bytes);
     if (Group < kUnit) bytes = evens_first(bytes);
 #if defined(__AVX512VNNI__)
     const __m512i four = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8), v = (__m512i)bytes;
@@ -199,9 +209,12 @@ inline void arranged_rows(const Arguments& a, const Arranged& x, int64_t row, in
         for (int b = 0; b < B; ++b)
           store(x.products + b * x.groups + g, of_row * load(x.scales + (b0 + b) * x.groups + g));
       }
-      auto add_step = [&](int64_t step, const uint8_t* numbers) {
+      const uint8_t* first = x.steps + b0 * x.stride;
+      const float* products = x.products;
+      const int64_t stride = x.stride, groups = x.groups;  // copies, which no store of a float can change
+      auto add_step = [=, &total](int64_t step, const uint8_t* numbers) {
         for (int b = 0; b < B; ++b) {
-          const uint8_t* stored = x.steps + (b0 + b) * x.stride + step * S::kStored;
+          const uint8_t* stored = first + b * stride + step * S::kStored;
           I sum = {};
 #pragma GCC unroll 16
           for (int64_t i = 0; i < S::kVectors; ++i) {
@@ -215,7 +228,7 @@ inline void arranged_rows(const Arguments& a, const Arranged& x, int64_t row, in
             const Packed packed(numbers + i / Packed::kVectors * kLanes);
             sum = multiply_low(sum, packed.low(i % Packed::kVectors), load_octets(stored + (S::kVectors + i) * kLanes));
           }
-          const V scale = S::scale(x.products + b * x.groups + step * S::kGroups);
+          const V scale = S::scale(products + b * groups + step * S::kGroups);
           total[b] = multiply_add(__builtin_convertvector(sum, V), scale, total[b]);
         }
       };
@@ -243,41 +256,41 @@ int run_dot_products(const Arguments& a) {
   // Vectors of scales are read and written whole.
   x.groups = ceil_div(steps * S::kGroups, W) * W + W;
   x.stride = steps * S::kStored;
-  const int64_t step_floats = a.b * x.stride / sizeof(float), numbers_floats = S::kColumns / 2;
-  const int64_t rows = rows_per_item(a, steps * S::kBytes);
+  const int64_t together = min64(a.b, kRowsTogether);
+  const int64_t step_floats = together * x.stride / sizeof(float), numbers_floats = S::kColumns / 2;
   auto place = [&](float* scratch) {
     Arranged mine = x;
     mine.steps = reinterpret_cast<uint8_t*>(scratch);
     mine.scales = scratch + step_floats;
-    mine.products = mine.scales + a.b * x.groups;
+    mine.products = mine.scales + together * x.groups;
     return mine;
   };
-  const int64_t floats = step_floats + (a.b + kMostTogether) * x.groups + numbers_floats;
-  auto prepare = [&](float* scratch) {
+  const int64_t floats = step_floats + (together + kMostTogether) * x.groups + numbers_floats;
+  auto prepare = [&](const Arguments& block, float* scratch) {
     const Arranged mine = place(scratch);
     int16_t* numbers = reinterpret_cast<int16_t*>(scratch + floats - numbers_floats);
-    for (int64_t b = 0; b < a.b; ++b) {
+    for (int64_t b = 0; b < block.b; ++b) {
       float* scales = mine.scales + b * x.groups;
       for (int64_t g = steps * S::kGroups; g < x.groups; ++g) scales[g] = 0.0f;
       for (int64_t step = 0; step < steps; ++step) {
         for (int64_t g = 0; g < S::kGroups; ++g) {
           const int64_t column = step * S::kColumns + g * Group, left = a.in - column;
-          round_group(a.x + b * a.x_stride + column, left < 0 ? 0 : min64(left, Group), Group, numbers + g * Group,
+          round_group(block.x + b * a.x_stride + column, left < 0 ? 0 : min64(left, Group), Group, numbers + g * Group,
                       scales + step * S::kGroups + g);
         }
         S::arrange(numbers, mine.steps + b * x.stride + step * S::kStored);
       }
     }
   };
-  return for_each(ceil_div(a.out, rows), a.threads, floats, prepare, [&](int64_t item, float* scratch) {
+  return for_each_part(a, steps * S::kBytes, floats, prepare,
+                       [&](const Arguments& block, int64_t row, int64_t end, float* scratch) {
     const Arranged mine = place(scratch);
-    const int64_t end = min64(a.out, (item + 1) * rows);
-    for (int64_t row = item * rows; row < end; row += W) {
+    for (; row < end; row += W) {
       const int64_t count = min64(W, end - row);
       int64_t b = 0;
-      for (; b + 4 <= a.b; b += 4) arranged_rows<Packed, Group, 4>(a, mine, row, count, b);
-      for (; b + 2 <= a.b; b += 2) arranged_rows<Packed, Group, 2>(a, mine, row, count, b);
-      if (b < a.b) arranged_rows<Packed, Group, 1>(a, mine, row, count, b);
+      for (; b + 4 <= block.b; b += 4) arranged_rows<Packed, Group, 4>(block, mine, row, count, b);
+      for (; b + 2 <= block.b; b += 2) arranged_rows<Packed, Group, 2>(block, mine, row, count, b);
+      if (b < block.b) arranged_rows<Packed, Group, 1>(block, mine, row, count, b);
     }
   });
 }

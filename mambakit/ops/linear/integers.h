@@ -149,8 +149,8 @@ int run_integers(const Arguments& a) {
   Rounded x;
   x.columns = ceil_div(a.in, kStep<Group>) * kStep<Group>;
   x.groups = x.columns / Group;
-  const int64_t floats = ceil_div(a.b * x.columns, 2);
-  const int64_t rows = rows_per_item(a, x.columns / kUnit * Format::kNumbers * sizeof(typename Format::Number));
+  const int64_t together = min64(a.b, kRowsTogether), floats = ceil_div(together * x.columns, 2);
+  const int64_t row_bytes = x.columns / kUnit * Format::kNumbers * sizeof(typename Format::Number);
   // Every thread rounds x for itself, which is sooner done than waited for.
   auto place = [&](float* scratch) {
     Rounded mine = x;
@@ -158,23 +158,23 @@ int run_integers(const Arguments& a) {
     mine.scales = scratch + floats;
     return mine;
   };
-  auto prepare = [&](float* scratch) {
+  auto prepare = [&](const Arguments& block, float* scratch) {
     const Rounded mine = place(scratch);
-    for (int64_t b = 0; b < a.b; ++b)
+    for (int64_t b = 0; b < block.b; ++b)
       for (int64_t g = 0; g < x.groups; ++g) {
         const int64_t left = a.in - g * Group;
-        round_group(a.x + b * a.x_stride + g * Group, left < 0 ? 0 : min64(left, Group), Group,
+        round_group(block.x + b * a.x_stride + g * Group, left < 0 ? 0 : min64(left, Group), Group,
                     mine.numbers + b * x.columns + g * Group, mine.scales + b * x.groups + g);
       }
   };
-  return for_each(ceil_div(a.out, rows), a.threads, floats + a.b * x.groups, prepare,
-                  [&](int64_t item, float* scratch) {
+  return for_each_part(a, row_bytes, floats + together * x.groups, prepare,
+                       [&](const Arguments& block, int64_t row, int64_t end, float* scratch) {
     const Rounded mine = place(scratch);
-    for (int64_t row = item * rows; row < min64(a.out, (item + 1) * rows); ++row) {
+    for (; row < end; ++row) {
       int64_t b = 0;
-      for (; b + 4 <= a.b; b += 4) integer_dot<Format, Group, 4>(a, mine, row, b);
-      for (; b + 2 <= a.b; b += 2) integer_dot<Format, Group, 2>(a, mine, row, b);
-      if (b < a.b) integer_dot<Format, Group, 1>(a, mine, row, b);
+      for (; b + 4 <= block.b; b += 4) integer_dot<Format, Group, 4>(block, mine, row, b);
+      for (; b + 2 <= block.b; b += 2) integer_dot<Format, Group, 2>(block, mine, row, b);
+      if (b < block.b) integer_dot<Format, Group, 1>(block, mine, row, b);
     }
   });
 }

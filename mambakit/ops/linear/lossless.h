@@ -78,13 +78,13 @@ inline void lossless_dot(const Arguments& a, int64_t row, int64_t b0) {
 
 template <bool Wide>
 int run_lossless(const Arguments& a) {
-  const int64_t rows = rows_per_item(a, kTable + ceil_div(a.in, kBlock) * kBlockBytes<Wide>);
-  return for_each(ceil_div(a.out, rows), a.threads, 0, [&](int64_t item, float*) {
-    for (int64_t row = item * rows; row < min64(a.out, (item + 1) * rows); ++row) {
+  return for_each_part(a, kTable + ceil_div(a.in, kBlock) * kBlockBytes<Wide>, 0, [](const Arguments&, float*) {},
+                       [](const Arguments& block, int64_t row, int64_t end, float*) {
+    for (; row < end; ++row) {
       int64_t b = 0;
-      for (; b + 4 <= a.b; b += 4) lossless_dot<Wide, 4>(a, row, b);
-      for (; b + 2 <= a.b; b += 2) lossless_dot<Wide, 2>(a, row, b);
-      if (b < a.b) lossless_dot<Wide, 1>(a, row, b);
+      for (; b + 4 <= block.b; b += 4) lossless_dot<Wide, 4>(block, row, b);
+      for (; b + 2 <= block.b; b += 2) lossless_dot<Wide, 2>(block, row, b);
+      if (b < block.b) lossless_dot<Wide, 1>(block, row, b);
     }
   });
 }

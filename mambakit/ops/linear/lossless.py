@@ -105,7 +105,8 @@ def unpack(data: Tensor, exceptions: tuple[Tensor, Tensor, Tensor], format: str,
     weight = bits.flatten(1)[:, :in_features].contiguous().view(torch.float32)
     starts, columns, values = exceptions
     rows = torch.repeat_interleave(
-        torch.arange(len(starts) - 1, dtype=torch.int64, device=data.device), starts.diff().long()
-    )
+        torch.arange(len(starts) - 1, dtype=torch.int64, device=data.device), starts.diff().long(),
+        output_size=len(columns),  # known: a device need not be asked, nor a CUDA graph's capture end
+    )  # fmt: skip
     weight[rows, columns.long()] = values
     return weight

@@ -1,4 +1,5 @@
-// Matrix times a few vectors, for decoding: y = x W^T + bias for 1 to 16 rows of x, bound by reading W once.
+// Matrix times vectors: y = x W^T + bias. Up to 16 rows of x, as in decoding, are bound by reading W once; more, as in
+// prompts, are cut into blocks of 16.
 //
 // Sums are float32. float32 and bfloat16 weights, stored as they are or in fewer bits without loss (lossless.h), are
 // widened in registers and multiplied by x as it is. int8 and int4 weights are multiplied as integers by x rounded to
@@ -64,9 +65,9 @@ void multiply(const Arguments& a, int64_t row, int64_t end) {
 
 template <class T>
 int run(const Arguments& a) {
-  const int64_t rows = rows_per_item(a, a.in * sizeof(T));
-  return for_each(ceil_div(a.out, rows), a.threads, 0, [&](int64_t item, float*) {
-    multiply<T>(a, item * rows, min64(a.out, (item + 1) * rows));
+  return for_each_part(a, a.in * sizeof(T), 0, [](const Arguments&, float*) {},
+                       [](const Arguments& block, int64_t row, int64_t end, float*) {
+    multiply<T>(block, row, end);
   });
 }
 

@@ -12,9 +12,11 @@ import functools
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mambakit.ops._autocast import no_autocast
-from mambakit.ops.linear import chunked, triton_plan
+from mambakit.ops.linear import chunked, hopper_kernels, triton_plan
 from mambakit.ops.linear import triton_kernels as kernels
 from mambakit.ops.linear.packed import FLOAT8, PackedWeight
 from mambakit.ops.linear.schema import packed_of
@@ -57,7 +59,8 @@ def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x (rows, in) with adjacent columns."""
     rows, n = x.shape[0], weight.out_features
     if weight.format in BITS:
-        plan = triton_plan.product_of(weight.format, x.dtype, weight.group, rows, card_of(x)[1] - KEPT)
+        hopper, shared = takes_hopper(x, weight), card_of(x)[1] - KEPT
+        plan = triton_plan.product_of(weight.format, x.dtype, weight.group, rows, shared, hopper)
         if plan is not None:
             return in_registers(x, weight, bias, plan)
         if weight.format == "fp8" and triton_plan.takes_float8(x.dtype, rows, n, weight.in_features):
@@ -86,24 +89,71 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 def in_registers(x: Tensor, weight: PackedWeight, bias: Tensor | None, plan: Product) -> Tensor:
-    """x weight^T + bias by `product_kernel`."""
+    """x weight^T + bias by `product_kernel` or `wide_product_kernel`."""
     (rows, k), n, processors = x.shape, weight.out_features, card_of(x)[0]
     plan = plan.spread(rows, n, k, processors)
     splits, columns = plan.splits(rows, n, k, processors)
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     parts = y if splits == 1 else torch.empty((splits, rows, n), dtype=torch.float32, device=x.device)
-    kernels.product_kernel[(triton.cdiv(n, plan.BN) * triton.cdiv(rows, plan.BB), splits)](
-        x, weight.data, weight.scales, bias, parts, rows, x.stride(0),
-        n, k, columns, BITS[weight.format], weight.group, BN=plan.BN, BB=plan.BB, BK=plan.BK, STAGES=plan.stages,
-        SPLITS=splits, AFTER=plan.after, ROWS_FIRST=plan.rows_first, ASM=ASM, HAS_BIAS=bias is not None,
-        num_warps=plan.warps,
-    )  # fmt: skip
+    if plan.hopper:
+        _wide_product(x, weight, bias, plan, parts, splits, columns)
+    else:
+        kernels.product_kernel[(triton.cdiv(n, plan.BN) * triton.cdiv(rows, plan.BB), splits)](
+            x, weight.data, weight.scales, bias, parts, rows, x.stride(0),
+            n, k, columns, BITS[weight.format], weight.group, BN=plan.BN, BB=plan.BB, BK=plan.BK, STAGES=plan.stages,
+            SPLITS=splits, AFTER=plan.after, ROWS_FIRST=plan.rows_first, ASM=ASM, HAS_BIAS=bias is not None,
+            num_warps=plan.warps,
+        )  # fmt: skip
     if splits > 1:
         size = min(1024, triton.next_power_of_2(n))
         kernels.sum_kernel[(rows, triton.cdiv(n, size))](
             parts, bias, y, rows, n, splits, SIZE=size, HAS_BIAS=bias is not None, num_warps=4
         )
     return y
+
+
+def takes_hopper(x: Tensor, weight: PackedWeight) -> bool:
+    """Whether `wide_product_kernel` serves: on a Hopper, in half precision, with rows that TMA can read."""
+    row_bytes = weight.data.stride(0) * weight.data.itemsize
+    return (
+        ASM and card_of(x)[2][0] == 9 and x.dtype in _HALF and weight.format in ("int8", "int4")
+        and row_bytes % 16 == 0 and weight.in_features % 8 == 0 and weight.data.data_ptr() % 16 == 0
+    )  # fmt: skip
+
+
+def _wide_product(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, plan: Product, y: Tensor, splits: int, columns: int
+) -> None:
+    if x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    bits = BITS[weight.format]
+    words = weight.data.view(torch.int16)
+    hopper_kernels.wide_product_kernel[(triton.cdiv(y.shape[-1], plan.BN) * triton.cdiv(x.shape[0], plan.BB), splits)](
+        _tiles(x, plan.BB, plan.BK), _tiles(words, plan.BN, plan.BK * bits // 16), weight.scales, bias, y,
+        x.shape[0], y.shape[-1], x.shape[1], columns,
+        **wide_constants(plan, bits, weight.group, splits > 1, bias is not None),
+        num_warps=plan.warps, maxnreg=plan.registers,
+    )  # fmt: skip
+
+
+def wide_constants(plan: Product, bits: int, group: int, partial: bool, has_bias: bool) -> dict[str, int]:
+    """What `wide_product_kernel` is compiled for."""
+    return {
+        "BITS": bits, "GROUP": group, "BN": plan.BN, "BB": plan.BB, "BK": plan.BK, "STAGES": plan.stages,
+        "PARTIAL": partial, "HAS_BIAS": has_bias,
+    }  # fmt: skip
+
+
+def _tiles(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """For TMA."""
+    layout = _layout(rows, columns, matrix.dtype)
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns], layout)
+
+
+@functools.cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int16: gl.int16}
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], element[dtype])
 
 
 # -- many rows: the weight is widened in memory ------------------------------------------------------------------------

@@ -37,20 +37,21 @@ struct BackwardParams {  // cuda_parameters.py mirrors it
 constexpr bool U_TRANSPOSED = TRANSPOSED & 1, DELTA_TRANSPOSED = TRANSPOSED & 2, Z_TRANSPOSED = TRANSPOSED & 4,
                DY_TRANSPOSED = TRANSPOSED & 8;
 
-// The stride that an operand is read by. As an expression where it is used it takes no register.
-template <bool APART> DEVICE i64 step_of(const i64& token_stride, const i64& channel_stride) {
-    return APART ? channel_stride : token_stride;
+// The stride that an operand is read by: over channels where tokens are adjacent (TOKENS_ADJACENT), else over tokens. As
+// an expression where it is used it takes no register.
+template <bool TOKENS_ADJACENT> DEVICE i64 step_of(const i64& token_stride, const i64& channel_stride) {
+    return TOKENS_ADJACENT ? channel_stride : token_stride;
 }
 
 // This lane's elements of one tensor: a tile's address, which is uniform over the warp and changes, and the lane's
 // offset in a tile, which does not. Registers limit occupancy, and a uniform address takes none of a lane's.
-template <typename E, bool APART> struct LanePointer {
+template <typename E, bool TOKENS_ADJACENT> struct LanePointer {
+    static constexpr bool APART = TOKENS_ADJACENT != ALONG;  // a vector's elements are `stride` elements apart
     E* tile;
     u32 offset[VECS];  // bytes; cuda_launch.py bounds the strides
 
-    // `stride` is that over tokens or, where tokens are adjacent (APART), over channels.
     DEVICE void set(E* base, i64 t, i64 stride, int first_channel, const Elements& mine) {
-        if constexpr (APART) {
+        if constexpr (TOKENS_ADJACENT) {
             tile = base + t + first_channel * stride;
 #pragma unroll
             for (int v = 0; v < VECS; v++)
@@ -64,27 +65,30 @@ template <typename E, bool APART> struct LanePointer {
     }
 
     DEVICE E* at(int v) const { return (E*)((char*)tile + offset[v]); }
-    DEVICE void move(i64 tokens, i64 stride) { tile += APART ? tokens : tokens * stride; }
+    DEVICE void move(i64 tokens, i64 stride) { tile += TOKENS_ADJACENT ? tokens : tokens * stride; }
 
     DEVICE void store_at(int v, i64 stride, const float* values, int count) const {
         if constexpr (APART) store_apart<VEC>(at(v), stride, values, count);
+        else if constexpr (ALONG) store<VEC, EVEN>(at(v), values, count);
         else store<VEC>(at(v), values, count);
     }
 };
 
-template <bool APART> struct LaneValues { typedef Raw<VEC> type; };
-template <> struct LaneValues<true> { typedef Apart<VEC> type; };
+template <bool APART, bool TOKENS_ADJACENT> struct LaneValues { typedef Apart<VEC> type; };
+template <> struct LaneValues<false, false> { typedef Raw<VEC> type; };
+template <> struct LaneValues<false, true> { typedef Tokens<VEC> type; };
 
 // The same of an input, with the values of the tile that was loaded last.
-template <bool APART> struct LaneStream : LanePointer<const T, APART> {
-    typedef typename LaneValues<APART>::type Values;
+template <bool TOKENS_ADJACENT> struct LaneStream : LanePointer<const T, TOKENS_ADJACENT> {
+    using LanePointer<const T, TOKENS_ADJACENT>::APART;
+    typedef typename LaneValues<APART, TOKENS_ADJACENT>::type Values;
     Values next[VECS];
 
     // Loads a tile of which `left` tokens exist, and advances by `tokens`.
     DEVICE void fetch(int left, i64 tokens, i64 stride, const Elements& mine) {
 #pragma unroll
         for (int v = 0; v < VECS; v++) {
-            const int count = mine.token[v] < left ? mine.count[v] : 0;
+            const int count = mine.existing(v, left);
             if constexpr (APART) next[v].load(this->at(v), stride, count);
             else next[v].load(this->at(v), count);
         }
@@ -147,11 +151,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_backward_ca
     dy.set(p.dy + row * p.dy_b, t, step_of<DY_TRANSPOSED>(p.dy_t, p.dy_c), warp_channel, mine);
     delta.set(p.delta + row * p.delta_b, t, step_of<DELTA_TRANSPOSED>(p.delta_t, p.delta_c), warp_channel, mine);
     if (HAS_Z) z.set(p.z + row * p.z_b, t, step_of<Z_TRANSPOSED>(p.z_t, p.z_c), warp_channel, mine);
-    float bias[VECS][VEC];
+    float bias[VECS][VEC_CHANNELS];
 #pragma unroll
     for (int v = 0; v < VECS; v++)
 #pragma unroll
-        for (int i = 0; i < VEC; i++)
+        for (int i = 0; i < VEC_CHANNELS; i++)
             bias[v][i] = p.bias && i < mine.count[v] ? p.bias[warp_channel + mine.column[v] + i] : 0.f;
     auto fetch = [&](int t) {
         int left = t < t0 ? 0 : t1 - t;
@@ -182,9 +186,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_backward_ca
                 float2 steps[VEC];
 #pragma unroll
                 for (int i = 0; i < VEC; i++) {
-                    float x = delta.next[v].get(i) + bias[v][i];
+                    float x = delta.next[v].get(i) + bias[v][ALONG ? 0 : i];
                     if (SOFTPLUS) x = softplus(x);
-                    if (t + mine.token[v] >= t1) x = 0.f;
+                    if (t + mine.token[v] + (ALONG ? i : 0) >= t1) x = 0.f;
                     float out = dy.next[v].get(i);
                     if (HAS_Z) {
                         float gate = z.next[v].get(i);
@@ -193,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_backward_ca
                     steps[i] = make_float2(x, out);
                 }
                 if (mine.token[v] < TILE)
-                    write_floats<2 * VEC>((float*)&shared.steps[warp][mine.token[v]][mine.column[v]], (float*)steps);
+                    write_pairs<VEC>(&shared.steps[warp][mine.token[v]][mine.column[v]], steps, STEPS_ROW);
             }
             Starts starts;
             if (PACKED) starts.set(next_ids, lane);
@@ -321,11 +325,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
     LaneStream<U_TRANSPOSED> u;
     LaneStream<DELTA_TRANSPOSED> delta;
     LaneStream<Z_TRANSPOSED> z;
-    float D[VECS][VEC], bias[VECS][VEC], dD[VEC], dbias[VEC], sum_D[VEC], lost_D[VEC];
+    float D[VECS][VEC_CHANNELS], bias[VECS][VEC_CHANNELS];
+    float dD[VEC_CHANNELS], dbias[VEC_CHANNELS], sum_D[VEC_CHANNELS], lost_D[VEC_CHANNELS];
 #pragma unroll
     for (int v = 0; v < VECS; v++)
 #pragma unroll
-        for (int i = 0; i < VEC; i++) {
+        for (int i = 0; i < VEC_CHANNELS; i++) {
             int c = warp_channel + mine.column[v] + i;
             D[v][i] = p.D && i < mine.count[v] ? p.D[c] : 0.f;
             bias[v][i] = p.bias && i < mine.count[v] ? p.bias[c] : 0.f;
@@ -343,13 +348,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
             float2 steps[VEC];
 #pragma unroll
             for (int i = 0; i < VEC; i++) {
-                float x = delta.next[v].get(i) + bias[v][i];
+                float x = delta.next[v].get(i) + bias[v][ALONG ? 0 : i];
                 if (SOFTPLUS) x = softplus(x);
-                if (t + mine.token[v] >= t1) x = 0.f;
+                if (t + mine.token[v] + (ALONG ? i : 0) >= t1) x = 0.f;
                 steps[i] = make_float2(x, x * u.next[v].get(i));
             }
             if (TILE * ROW_VECS % 32 == 0 || mine.token[v] < TILE)
-                write_floats<2 * VEC>((float*)&shared.steps[to][warp][mine.token[v]][mine.column[v]], (float*)steps);
+                write_pairs<VEC>(&shared.steps[to][warp][mine.token[v]][mine.column[v]], steps, STEPS_ROW);
         }
     };
     // Its output gradients before the gate, likewise.
@@ -366,7 +371,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
                 }
             }
             if (TILE * ROW_VECS % 32 == 0 || mine.token[v] < TILE)
-                write_floats<VEC>(&shared.dy[to][warp][mine.token[v]][mine.column[v]], out);
+                write_elements<VEC>(&shared.dy[to][warp][mine.token[v]][mine.column[v]], out, WARP_CHANNELS);
         }
     };
     // SUB tokens forward from token j0 of a tile.
@@ -621,26 +626,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
             for (int v = 0; v < VECS; v++) {
                 if (TILE * ROW_VECS % 32 != 0 && mine.token[v] >= TILE) continue;
                 const int j = mine.token[v], column = mine.column[v];
-                const bool exists = t + j < t1;
-                float y[VEC], gB[VEC], gA[VEC], step[2 * VEC], out[VEC], du[VEC], ddelta[VEC], dz[VEC];
-                read_floats<VEC>(y, &shared.sums[warp][0][j][column]);
-                read_floats<VEC>(gB, &shared.sums[warp][1][j][column]);
-                read_floats<VEC>(gA, &shared.sums[warp][2][j][column]);
-                read_floats<2 * VEC>(step, (const float*)&shared.steps[now][warp][j][column]);
-                read_floats<VEC>(out, &shared.dy[now][warp][j][column]);
-                const int count = exists ? mine.count[v] : 0;
+                float y[VEC], gB[VEC], gA[VEC], out[VEC], du[VEC], ddelta[VEC], dz[VEC];
+                float2 step[VEC];
+                read_elements<VEC>(y, &shared.sums[warp][0][j][column], WARP_CHANNELS);
+                read_elements<VEC>(gB, &shared.sums[warp][1][j][column], WARP_CHANNELS);
+                read_elements<VEC>(gA, &shared.sums[warp][2][j][column], WARP_CHANNELS);
+                read_pairs<VEC>(step, &shared.steps[now][warp][j][column], STEPS_ROW);
+                read_elements<VEC>(out, &shared.dy[now][warp][j][column], WARP_CHANNELS);
+                const int count = mine.existing(v, t1 - t);
 #pragma unroll
                 for (int i = 0; i < VEC; i++) {
+                    const int c = ALONG ? 0 : i;
                     float u_i = u_now[v].get(i);
-                    du[i] = fmaf(gB[i], step[2 * i], D[v][i] * out[i]);
+                    du[i] = fmaf(gB[i], step[i].x, D[v][c] * out[i]);
                     ddelta[i] = fmaf(gA[i], LN2, gB[i] * u_i);
-                    if (SOFTPLUS) ddelta[i] *= sigmoid(delta_now[v].get(i) + bias[v][i]);
+                    if (SOFTPLUS) ddelta[i] *= sigmoid(delta_now[v].get(i) + bias[v][c]);
                     if (HAS_Z) {
                         float gate = z_now[v].get(i), s = sigmoid(gate);
-                        dz[i] = dy_now[v].get(i) * fmaf(D[v][i], u_i, y[i]) * s * fmaf(gate, 1.f - s, 1.f);
+                        dz[i] = dy_now[v].get(i) * fmaf(D[v][c], u_i, y[i]) * s * fmaf(gate, 1.f - s, 1.f);
                     }
-                    dD[i] = fmaf(out[i], u_i, dD[i]);  // zero past the end: dy is
-                    if (exists) dbias[i] += ddelta[i];
+                    dD[c] = fmaf(out[i], u_i, dD[c]);  // zero past the end: dy is
+                    if (t + j + (ALONG ? i : 0) < t1) dbias[c] += ddelta[i];
                 }
                 du_at.store_at(v, l, du, count);
                 ddelta_at.store_at(v, l, ddelta, count);
@@ -654,7 +660,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
         // Kahan summation of dD over segments: one float32 sum over a whole chunk would add up a rounding error per
         // token.
 #pragma unroll
-        for (int i = 0; i < VEC; i++) {
+        for (int i = 0; i < VEC_CHANNELS; i++) {
             float add = dD[i] - lost_D[i], sum = sum_D[i] + add;
             lost_D[i] = (sum - sum_D[i]) - add, sum_D[i] = sum, dD[i] = 0.f;
         }
@@ -669,15 +675,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
     if constexpr (CONSTANT & 1) states.store(p.dB_parts + at * d * n, own_dB);
     if constexpr (CONSTANT & 2) states.store(p.dC_parts + at * d * n, own_dC);
 #pragma unroll
-    for (int i = 0; i < VEC; i++) {
+    for (int i = 0; i < VEC_CHANNELS; i++) {
         double all_D = (double)sum_D[i] - lost_D[i];
 #pragma unroll
-        for (int w = ROW_VECS; w < 32; w *= 2) {
+        for (int w = ROW_LANES; w < 32; w *= 2) {
             all_D += __shfl_xor_sync(ALL, all_D, w);
             dbias[i] += __shfl_xor_sync(ALL, dbias[i], w);
         }
         const int c = warp_channel + mine.column[0] + i;
-        if (lane < ROW_VECS && c < end) p.dD_parts[at * d + c] = (float)all_D, p.dbias_parts[at * d + c] = dbias[i];
+        if (lane < ROW_LANES && c < end) p.dD_parts[at * d + c] = (float)all_D, p.dbias_parts[at * d + c] = dbias[i];
     }
 }
 

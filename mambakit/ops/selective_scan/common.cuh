@@ -14,7 +14,8 @@
 //             it, and addresses of as many elements. 0: element by element
 //   GROUPED   1: B and C have groups of neighbouring channels, a multiple of ALIGNED of them. A CTA's are of one group
 //   CONSTANT  bit 0: B, bit 1: C does not depend on time, and each channel has its own states, in float32 as of A
-//   TRANSPOSED  bits 0 to 3: u (and y, du), delta (ddelta), z (dz), dy are (b, d, l) in memory: tokens are adjacent
+//   TRANSPOSED  bits 0 to 3: u (and y, du), delta (ddelta), z (dz), dy are (b, d, l) in memory: tokens are adjacent. Bit
+//             4: each row of those begins at a multiple of 16 bytes
 //
 // A group of LANES lanes serves K channels, a warp 32 / LANES groups. Each thread steps through time with NS states of
 // K channels in registers, in tiles of 8 tokens. A warp first computes the step size of every (token, channel) of a
@@ -35,6 +36,13 @@ constexpr int VEC = WARP_CHANNELS >= 16 ? 4 : WARP_CHANNELS >= 8 ? 2 : 1;  // ch
 constexpr int ROW_VECS = WARP_CHANNELS / VEC;
 constexpr int VECS = (TILE * ROW_VECS + 31) / 32;  // vectors of a lane in one tile
 constexpr int QUADS = NP / 4;
+constexpr bool EVEN = TRANSPOSED & 16;
+// Where tokens are adjacent in u, delta and z, a lane's vectors of a tile are neighbouring tokens of a channel, else
+// neighbouring channels of a token.
+constexpr int OF_INPUTS = HAS_Z ? 7 : 3;
+constexpr bool ALONG = (TRANSPOSED & OF_INPUTS) == OF_INPUTS;
+constexpr int VEC_CHANNELS = ALONG ? 1 : VEC;
+constexpr int ROW_LANES = ALONG ? WARP_CHANNELS : ROW_VECS;  // lanes after which the channels are the same again
 // A row of (step, step * input) pairs, padded by 16 bytes against bank conflicts between rows.
 constexpr int STEPS_ROW = WARP_CHANNELS + 2;
 constexpr float LOG2E = 1.4426950408889634f;
@@ -106,11 +114,11 @@ template <int N> struct Raw {
         for (int i = 0; i < WORDS; i++) w[i] = 0;
     }
 
-    // `count` of the N elements exist: with ALIGNED, all of them or none.
-    DEVICE void load(const T* p, int count) {
+    // The first `count` of the N elements exist; where WHOLE, all of them or none.
+    template <bool WHOLE = ALIGNED != 0> DEVICE void load(const T* p, int count) {
         clear();
         if (count <= 0) return;
-        if constexpr (ALIGNED) {
+        if constexpr (WHOLE) {
             if constexpr (N * sizeof(T) == 16) {
                 uint4 x = __ldg((const uint4*)p);
                 w[0] = x.x; w[1] = x.y; w[2] = x.z; w[WORDS - 1] = x.w;
@@ -166,9 +174,12 @@ template <int N> DEVICE Raw<N> read_async(const T* shared) {
     Raw<N> raw;
     if constexpr (N * sizeof(T) < 4) {
         raw.w[0] = *(const unsigned short*)shared;
-    } else if constexpr (Raw<N>::WORDS == 4) {
-        uint4 x = *(const uint4*)shared;
-        raw.w[0] = x.x, raw.w[1] = x.y, raw.w[2] = x.z, raw.w[3] = x.w;
+    } else if constexpr (Raw<N>::WORDS % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < Raw<N>::WORDS; i += 4) {
+            uint4 x = *(const uint4*)((const u32*)shared + i);
+            raw.w[i] = x.x, raw.w[i + 1] = x.y, raw.w[i + 2] = x.z, raw.w[i + 3] = x.w;
+        }
     } else if constexpr (Raw<N>::WORDS == 2) {
         uint2 x = *(const uint2*)shared;
         raw.w[0] = x.x, raw.w[1] = x.y;
@@ -178,10 +189,11 @@ template <int N> DEVICE Raw<N> read_async(const T* shared) {
     return raw;
 }
 
-template <int N> DEVICE void store(T* p, const float* v, int count) {
+// The first `count` of N neighbouring elements; where WHOLE, all of them or none, at once.
+template <int N, bool WHOLE = ALIGNED != 0> DEVICE void store(T* p, const float* v, int count) {
     if (count <= 0) return;
 #if DTYPE == 0
-    if constexpr (ALIGNED) {
+    if constexpr (WHOLE) {
         if constexpr (N == 4) { *(float4*)p = make_float4(v[0], v[1], v[N > 2 ? 2 : 0], v[N - 1]); return; }
         if constexpr (N == 2) { *(float2*)p = make_float2(v[0], v[N - 1]); return; }
     }
@@ -189,7 +201,7 @@ template <int N> DEVICE void store(T* p, const float* v, int count) {
     for (int i = 0; i < N; i++)
         if (i < count) p[i] = v[i];
 #else
-    if constexpr (ALIGNED) {
+    if constexpr (WHOLE) {
         if constexpr (N == 4) {
             *(uint2*)p = make_uint2(to_half_pair(v[0], v[1]), to_half_pair(v[N > 2 ? 2 : 0], v[N - 1]));
             return;
@@ -242,6 +254,26 @@ template <int N> DEVICE void store_apart(T* p, i64 stride, const float* v, int c
     for (int i = 0; i < N; i++)
         if (i < count) p[i * stride] = to_element(v[i]);
 }
+
+// N neighbouring tokens of a channel: a word each or, where rows begin at multiples of 16 bytes, as they are in memory.
+template <int N, bool WHOLE = EVEN> struct Tokens : Apart<N> {
+    DEVICE void load(const T* p, int count) { Apart<N>::load(p, 1, count); }
+
+    // From shared memory.
+    DEVICE void read(const T* p) {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+#if DTYPE == 0
+            this->w[i] = __float_as_uint(p[i]);
+#else
+            this->w[i] = p[i];
+#endif
+    }
+};
+template <int N> struct Tokens<N, true> : Raw<N> {
+    DEVICE void load(const T* p, int count) { Raw<N>::template load<true>(p, count); }
+    DEVICE void read(const T* p) { (Raw<N>&)*this = read_async<N>(p); }
+};
 
 // Sums M values over the lanes that differ only in the bits from LOW (inclusive) to HIGH (exclusive): a reduce-scatter.
 // Each shuffle halves the values that a lane holds, M - 1 shuffles instead of M log2. Afterwards lane `bits = (lane %
@@ -436,20 +468,71 @@ template <int TOKENS, int PARTS> struct Rows {
     }
 };
 
-// The elements of a tile that this lane loads and computes step sizes for: VECS vectors of VEC neighbouring channels.
+// The elements of a tile that this lane loads and computes step sizes for: VECS vectors of VEC neighbouring channels of a
+// token or, along, tokens of a channel.
 struct Elements {
-    int token[VECS], column[VECS], count[VECS];  // count: channels of the vector that exist
+    int token[VECS], column[VECS], count[VECS];  // of a vector's first element; its channels, or tokens, that exist
 
     DEVICE void set(int lane, int first_channel, int d) {
 #pragma unroll
         for (int v = 0; v < VECS; v++) {
             int at = lane + 32 * v;
-            token[v] = at / ROW_VECS;
-            column[v] = at % ROW_VECS * VEC;
-            count[v] = token[v] < TILE ? min(VEC, d - first_channel - column[v]) : 0;
+            if constexpr (ALONG) {
+                token[v] = at / WARP_CHANNELS * VEC;
+                column[v] = at % WARP_CHANNELS;
+                count[v] = token[v] < TILE && first_channel + column[v] < d ? VEC : 0;
+            } else {
+                token[v] = at / ROW_VECS;
+                column[v] = at % ROW_VECS * VEC;
+                count[v] = token[v] < TILE ? min(VEC, d - first_channel - column[v]) : 0;
+            }
         }
     }
+
+    // How many elements of a vector exist where the tile has `left` tokens.
+    DEVICE int existing(int v, int left) const {
+        if constexpr (ALONG) return min(count[v], left - token[v]);
+        else return token[v] < left ? count[v] : 0;
+    }
 };
+
+// The lane's vector of N floats in rows of one token each, `pitch` floats apart, of which `p` is the first element.
+template <int N> DEVICE void read_elements(float* out, const float* p, int pitch) {
+    if constexpr (ALONG) {
+#pragma unroll
+        for (int i = 0; i < N; i++) out[i] = p[i * pitch];
+    } else {
+        read_floats<N>(out, p);
+    }
+}
+
+template <int N> DEVICE void write_elements(float* p, const float* v, int pitch) {
+    if constexpr (ALONG) {
+#pragma unroll
+        for (int i = 0; i < N; i++) p[i * pitch] = v[i];
+    } else {
+        write_floats<N>(p, v);
+    }
+}
+
+// The same of pairs.
+template <int N> DEVICE void read_pairs(float2* out, const float2* p, int pitch) {
+    if constexpr (ALONG) {
+#pragma unroll
+        for (int i = 0; i < N; i++) out[i] = p[i * pitch];
+    } else {
+        read_floats<2 * N>((float*)out, (const float*)p);
+    }
+}
+
+template <int N> DEVICE void write_pairs(float2* p, const float2* v, int pitch) {
+    if constexpr (ALONG) {
+#pragma unroll
+        for (int i = 0; i < N; i++) p[i * pitch] = v[i];
+    } else {
+        write_floats<2 * N>((float*)p, (const float*)v);
+    }
+}
 
 // Runs before the passes of a packed call, one or more CTAs per sequence: writes the sequence of each token, and copies
 // the state of an empty sequence, which no token updates, from `source` (null: zeros) to `target` (null: no copy).

@@ -102,7 +102,7 @@ class _Selection:
             return
         x = _without_float16(x)
         x = x[:, :, None] if x.dim() == 3 else x
-        if x.stride(3) != 1 and x.stride(1) != 1:
+        if not (x.stride(3) == 1 or (x.stride(1) == 1 and x.stride(3) > 1)):  # a stride of 0 is for adjacent states
             x = x.contiguous()
         self.held, self.other = x, x.dtype != dtype
         row, token, group, state = x.stride()

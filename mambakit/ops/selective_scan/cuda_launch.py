@@ -15,7 +15,7 @@ from mambakit.ops._backends import memory, nvrtc
 from mambakit.ops._backends.memory import FLOAT32, INT32
 from mambakit.ops.selective_scan import selection
 from mambakit.ops.selective_scan.cuda_parameters import SequencesParams
-from mambakit.ops.selective_scan.plan import Variant
+from mambakit.ops.selective_scan.plan import EVEN_ROWS, Variant
 
 _FOLDER = Path(__file__).parent
 _STEP = 32  # a chunk has a multiple of this many tokens
@@ -65,13 +65,14 @@ def operands(d: int, n: int, itemsize: int, B: Tensor, C: Tensor, **given: Tenso
     groups = selection.common_groups(B, C, length, d)
     tensors: list[Tensor | None] = []
     fields: dict[str, int] = {}
-    odd, transposed, constant = d // groups | n, 0, 0
+    odd, transposed, constant, uneven = d // groups | n, 0, 0, length * itemsize
     for name, t in given.items():
         address = row = token = element = 0
         if t is not None and _layout.is_transposed(t) and t.stride(2) < _FARTHEST_CHANNELS:
             address = memory.address_of_rows(t.transpose(1, 2), dtypes, (b, d, length), device)
             row, token, element = t.stride()
             transposed |= _BITS[name]
+            uneven |= address | row * itemsize | element * itemsize
         elif t is not None:
             row, token, element = t.stride()
             if element != 1 or token >= _FARTHEST:
@@ -97,6 +98,8 @@ def operands(d: int, n: int, itemsize: int, B: Tensor, C: Tensor, **given: Tenso
             row, constant = d * n if x.shape[0] == b else 0, constant | bit
         tensors.append(x)
         fields |= {name: address, f"{name}_b": row, f"{name}_t": token, f"{name}_g": group}
+    if transposed and uneven % 16 == 0:
+        transposed |= EVEN_ROWS
     variant = Variant(groups > 1, constant, transposed)
     return Operands(tensors, fields, 0 if odd & 3 else 4 if odd & 7 else 8, variant, groups)
 

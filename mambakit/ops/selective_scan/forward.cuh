@@ -38,10 +38,15 @@ constexpr int PITCH = ROUND + PIECE;
 constexpr int PIECES = PITCH / PIECE;
 constexpr int SPACE = TRANSPOSED & 7 ? WARP_CHANNELS * PITCH : ROUND * WARP_CHANNELS;  // of a warp
 constexpr int INPUT = WARPS * SPACE;
+// Along (common.cuh), a lane reads, and computes the step sizes of, RUN neighbouring tokens of a channel.
+constexpr int RUN = WARP_CHANNELS * ROUND >= 256 ? 8 : 4;
+constexpr int RUNS = WARP_CHANNELS * ROUND / RUN;  // of a warp in one round
+constexpr int LANE_RUNS = (RUNS + 31) / 32;
 // Outputs are sums over a channel's lanes. With few lanes each writes its partial sum, and the lane that stores the
-// output adds them. A token's row of partial sums lies 16 banks from the one before.
+// output adds them. A token's row of partial sums lies 16 banks from the one before or, of lanes that read four tokens,
+// from the fourth before.
 constexpr int PARTIALS = LANES <= 4 ? LANES : 1;
-constexpr int PARTIALS_ROW = PARTIALS * WARP_CHANNELS + (PARTIALS > 1 ? 16 : 0);
+constexpr int PARTIALS_ROW = PARTIALS * WARP_CHANNELS + (ALONG ? 4 : PARTIALS > 1 ? 16 : 0);
 
 struct ForwardShared {  // plan.py counts its bytes
     T inputs[2][2 + HAS_Z][WARPS][SPACE];  // [ROUND][WARP_CHANNELS] or, transposed, [WARP_CHANNELS][PITCH]
@@ -59,29 +64,48 @@ DEVICE void copy_piece(T* shared, const T* p, int count) {
                  "r"(count > 0 ? BYTES : 0));
 }
 
-DEVICE int past_boundary(const T* p) { return (int)((size_t)p / sizeof(T)) & (PIECE - 1); }
+DEVICE int past_boundary(const T* p) { return EVEN ? 0 : (int)((size_t)p / sizeof(T)) & (PIECE - 1); }
 
-DEVICE void fetch_tokens(T* shared, const T* base, i64 stride, int left, int channels, int lane) {
-    constexpr int ITEMS = WARP_CHANNELS * PIECES;
+// A lane's part of those copies, of one input. Only the base changes from round to round, uniformly over the warp.
+struct TokenCopies {
+    static constexpr int COPIED = EVEN ? ROUND / PIECE : PIECES, ITEMS = WARP_CHANNELS * COPIED;
+    static constexpr int OWN = (ITEMS + 31) / 32;
+    int offset[OWN];  // elements from the base, which is the first channel's first token; cuda_launch.py bounds strides
+    int first[OWN];   // the first token of the piece, past every round's end where there is none
+
+    DEVICE void set(const T* base, i64 stride, int channels, int lane) {
 #pragma unroll
-    for (int first = 0; first < ITEMS; first += 32) {
-        const int item = first + lane, c = item / PIECES, piece = item % PIECES * PIECE;
-        if (ITEMS % 32 != 0 && item >= ITEMS) break;
-        const T* from = base + c * stride;
-        const int before = past_boundary(from);
-        const bool exists = left > 0 && c < channels && piece - before < min(left, ROUND);
-        copy_piece(shared + c * PITCH + piece, from - before + piece, exists);
+        for (int i = 0; i < OWN; i++) {
+            const int item = lane + 32 * i, c = item / COPIED, piece = item % COPIED * PIECE;
+            const int before = past_boundary(base + c * stride);
+            offset[i] = c * (int)stride + piece - before;
+            first[i] = c < channels && item < ITEMS ? piece - before : ROUND;
+        }
     }
-}
 
-// N neighbouring channels at one token of what `fetch_tokens` has copied.
+    DEVICE void fetch(T* shared, const T* base, int left, int lane) const {
+        const int limit = left > 0 ? min(left, ROUND) : -PIECE;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            const int item = lane + 32 * i;
+            if (ITEMS % 32 != 0 && item >= ITEMS) break;
+            T* to = shared + item / COPIED * PITCH + item % COPIED * PIECE;
+            copy_piece(to, base + offset[i], first[i] < limit);
+        }
+    }
+};
+
+// Where a channel's first token is in what `TokenCopies` have copied: the same in each round, as rounds have whole pieces.
+DEVICE int place_of(const T* base, i64 stride, int c) { return c * PITCH + past_boundary(base + c * stride); }
+
+// N neighbouring channels at one token of what `TokenCopies` have copied.
 template <int N> DEVICE Raw<N> read_tokens(const T* shared, const T* base, i64 stride, int token, int column) {
     Raw<N> raw;
     raw.clear();
     const int first = past_boundary(base), step = (int)stride;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        const int c = column + i, before = (first + c * step) & (PIECE - 1);
+        const int c = column + i, before = EVEN ? 0 : (first + c * step) & (PIECE - 1);
         const T* at = shared + c * PITCH + before + token;
 #if DTYPE == 0
         raw.w[i] = __float_as_uint(*at);
@@ -91,6 +115,21 @@ template <int N> DEVICE Raw<N> read_tokens(const T* shared, const T* base, i64 s
     }
     return raw;
 }
+
+// Of one input, the elements of one vector of outputs.
+template <bool ALONG_TOKENS> struct OutputInput : Raw<VEC> {
+    template <bool TRANSPOSED_INPUT>
+    DEVICE void read(const T* shared, const T* slot, int, const T* base, i64 stride, int token, int column) {
+        if constexpr (TRANSPOSED_INPUT)
+            (Raw<VEC>&)*this = read_tokens<VEC>(slot, base, stride, token, column);
+        else (Raw<VEC>&)*this = read_async<VEC>(shared);
+    }
+};
+template <> struct OutputInput<true> : Tokens<VEC> {
+    template <bool> DEVICE void read(const T*, const T* slot, int place, const T*, i64, int token, int) {
+        Tokens<VEC>::read(slot + place + token);
+    }
+};
 
 // FULL: outputs and states; else the aggregate of the chunk only.
 template <bool FULL>
@@ -170,9 +209,29 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
     const T* u_at = place(p.u, TRANSPOSED & 1, p.u_b, p.u_t, p.u_c);
     const T* delta_at = place(p.delta, TRANSPOSED & 2, p.delta_b, p.delta_t, p.delta_c);
     const T* z_at = HAS_Z && FULL ? place(p.z, TRANSPOSED & 4, p.z_b, p.z_t, p.z_c) : nullptr;
-    float bias[ASYNC_VEC];
+    float bias[ALONG ? LANE_RUNS : ASYNC_VEC];
+    if constexpr (ALONG) {
 #pragma unroll
-    for (int i = 0; i < ASYNC_VEC; i++) bias[i] = p.bias && i < count ? p.bias[warp_channel + column + i] : 0.f;
+        for (int i = 0; i < LANE_RUNS; i++) {
+            const int c = warp_channel + (lane + 32 * i) % WARP_CHANNELS;
+            bias[i] = p.bias && c < end ? p.bias[c] : 0.f;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < ASYNC_VEC; i++) bias[i] = p.bias && i < count ? p.bias[warp_channel + column + i] : 0.f;
+    }
+    int u_place[LANE_RUNS], delta_place[LANE_RUNS];  // along: where this lane's runs are in a round
+    if constexpr (ALONG)
+#pragma unroll
+        for (int i = 0; i < LANE_RUNS; i++) {
+            const int item = lane + 32 * i, c = item % WARP_CHANNELS, t = item / WARP_CHANNELS * RUN;
+            u_place[i] = place_of(u_at, p.u_c, c) + t;
+            delta_place[i] = place_of(delta_at, p.delta_c, c) + t;
+        }
+    TokenCopies u_copies, delta_copies, z_copies;
+    if (TRANSPOSED & 1) u_copies.set(u_at, p.u_c, end - warp_channel, lane);
+    if (TRANSPOSED & 2) delta_copies.set(delta_at, p.delta_c, end - warp_channel, lane);
+    if (HAS_Z && FULL && (TRANSPOSED & 4)) z_copies.set(z_at, p.z_c, end - warp_channel, lane);
     const int last = count > 0 ? t1 - token : t0;  // no load at or after this token
     auto fetch = [&](int to, int t) {
 #pragma unroll
@@ -186,23 +245,43 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
                 load_async<ASYNC_VEC>(shared_at + 2 * INPUT, z_at + v * STEP * p.z_t, exist);
         }
         T* slot = shared.inputs[to][0][warp];
-        if (TRANSPOSED & 1) fetch_tokens(slot, u_at, p.u_c, t1 - t, end - warp_channel, lane);
-        if (TRANSPOSED & 2) fetch_tokens(slot + INPUT, delta_at, p.delta_c, t1 - t, end - warp_channel, lane);
-        if (HAS_Z && FULL && (TRANSPOSED & 4))
-            fetch_tokens(slot + 2 * INPUT, z_at, p.z_c, t1 - t, end - warp_channel, lane);
+        if (TRANSPOSED & 1) u_copies.fetch(slot, u_at, t1 - t, lane);
+        if (TRANSPOSED & 2) delta_copies.fetch(slot + INPUT, delta_at, t1 - t, lane);
+        if (HAS_Z && FULL && (TRANSPOSED & 4)) z_copies.fetch(slot + 2 * INPUT, z_at, t1 - t, lane);
         u_at += TRANSPOSED & 1 ? ROUND : ROUND * p.u_t;
         delta_at += TRANSPOSED & 2 ? ROUND : ROUND * p.delta_t;
         if (HAS_Z && FULL) z_at += TRANSPOSED & 4 ? ROUND : ROUND * p.z_t;
         commit_group();
     };
     auto put_steps = [&](int from, int left) {
+        if constexpr (ALONG) {
+            const T* slot = shared.inputs[from][0][warp];
+#pragma unroll
+            for (int i = 0; i < LANE_RUNS; i++) {
+                const int item = lane + 32 * i, c = item % WARP_CHANNELS, t = item / WARP_CHANNELS * RUN;
+                if (RUNS % 32 != 0 && item >= RUNS) break;
+                Tokens<RUN> u, delta;
+                u.read(slot + u_place[i]);
+                delta.read(slot + INPUT + delta_place[i]);
+#pragma unroll
+                for (int e = 0; e < RUN; e++) {
+                    float x = delta.get(e) + bias[i];
+                    if (SOFTPLUS) x = softplus(x);
+                    shared.steps[warp][t + e][c] = make_float2(x, x * u.get(e));
+                }
+                if (left < ROUND)  // tokens past the end leave the state unchanged
+#pragma unroll
+                    for (int e = 0; e < RUN; e++)
+                        if (t + e >= left) shared.steps[warp][t + e][c] = make_float2(0.f, 0.f);
+            }
+            return;
+        }
 #pragma unroll
         for (int v = 0; v < LOADS; v++) {
             if (STEP > ROUND && token >= ROUND) break;
             const T* slot = shared.inputs[from][0][warp];
             const T* shared_at = slot + (token + v * STEP) * WARP_CHANNELS + column;
             Raw<ASYNC_VEC> u, delta;
-            // A round has whole pieces: what is past the boundary in the next one is also past it in this one.
             if constexpr (TRANSPOSED & 1) u = read_tokens<ASYNC_VEC>(slot, u_at, p.u_c, token + v * STEP, column);
             else u = read_async<ASYNC_VEC>(shared_at);
             if constexpr (TRANSPOSED & 2)
@@ -231,7 +310,7 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
     // The elements of a tile that this lane gates and stores.
     Elements mine;
     mine.set(lane, warp_channel, end);
-    float D[VECS][VEC];
+    float D[VECS][VEC_CHANNELS];
     T* y_at[VECS];
 #pragma unroll
     for (int v = 0; v < VECS; v++) {
@@ -239,26 +318,31 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
         if (TRANSPOSED & 1) y_at[v] = FULL ? p.y + ((i64)row * d + c) * l + t0 + mine.token[v] : nullptr;
         else y_at[v] = FULL ? p.y + ((i64)row * l + t0 + mine.token[v]) * d + c : nullptr;
 #pragma unroll
-        for (int i = 0; i < VEC; i++) D[v][i] = FULL && p.D && i < mine.count[v] ? p.D[c + i] : 0.f;
+        for (int i = 0; i < VEC_CHANNELS; i++) D[v][i] = FULL && p.D && i < mine.count[v] ? p.D[c + i] : 0.f;
     }
+    int u_from[VECS], z_from[VECS];  // along: where the vectors' channels are in a round
+    if constexpr (ALONG)
+#pragma unroll
+        for (int v = 0; v < VECS; v++) {
+            u_from[v] = place_of(u_at, p.u_c, mine.column[v]);
+            z_from[v] = HAS_Z && FULL ? place_of(z_at, p.z_c, mine.column[v]) : 0;
+        }
     // An output is (C . h + D u) silu(z); u and silu(z) are read before the scan of the tile.
     float factor[VECS][VEC];
-    Raw<VEC> skipped[VECS];
+    OutputInput<ALONG> skipped[VECS];
     auto prepare_outputs = [&](const T* inputs, const T* slot, int tile) {
 #pragma unroll
         for (int v = 0; v < VECS; v++) {
             const T* shared_at = inputs + mine.token[v] % TILE * WARP_CHANNELS + mine.column[v];
             const int token = tile + mine.token[v] % TILE;
-            if constexpr (TRANSPOSED & 1) skipped[v] = read_tokens<VEC>(slot, u_at, p.u_c, token, mine.column[v]);
-            else skipped[v] = read_async<VEC>(shared_at);
-            if (HAS_Z) {
-                Raw<VEC> z;
-                if constexpr (TRANSPOSED & 4)
-                    z = read_tokens<VEC>(slot + 2 * INPUT, z_at, p.z_c, token, mine.column[v]);
-                else z = read_async<VEC>(shared_at + 2 * INPUT);
+            skipped[v].template read<TRANSPOSED & 1>(shared_at, slot, u_from[v], u_at, p.u_c, token, mine.column[v]);
+            OutputInput<ALONG> z;
+            if (HAS_Z)
+                z.template read<(TRANSPOSED & 4) != 0>(
+                    shared_at + 2 * INPUT, slot + 2 * INPUT, z_from[v], z_at, p.z_c, token, mine.column[v]);
+            if (HAS_Z)
 #pragma unroll
                 for (int e = 0; e < VEC; e++) factor[v][e] = z.get(e) * sigmoid(z.get(e));
-            }
         }
     };
     auto store_outputs = [&](int t) {
@@ -266,21 +350,22 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
         for (int v = 0; v < VECS; v++) {
             float y[VEC];
             const float* y_from = shared.y[warp][mine.token[v] % TILE] + mine.column[v];
-            read_floats<VEC>(y, y_from);
+            read_elements<VEC>(y, y_from, PARTIALS_ROW);
 #pragma unroll
             for (int partial = 1; partial < PARTIALS; partial++) {
                 float more[VEC];
-                read_floats<VEC>(more, y_from + partial * WARP_CHANNELS);
+                read_elements<VEC>(more, y_from + partial * WARP_CHANNELS, PARTIALS_ROW);
 #pragma unroll
                 for (int e = 0; e < VEC; e++) y[e] += more[e];
             }
 #pragma unroll
             for (int e = 0; e < VEC; e++) {
-                y[e] = fmaf(D[v][e], skipped[v].get(e), y[e]);
+                y[e] = fmaf(D[v][ALONG ? 0 : e], skipped[v].get(e), y[e]);
                 if (HAS_Z) y[e] *= factor[v][e];
             }
-            const int exist = t < t1 - mine.token[v] ? mine.count[v] : 0;
-            if constexpr (TRANSPOSED & 1) store_apart<VEC>(y_at[v], l, y, exist);
+            const int exist = mine.existing(v, t1 - t);
+            if constexpr (ALONG) store<VEC, EVEN>(y_at[v], y, exist);
+            else if constexpr (TRANSPOSED & 1) store_apart<VEC>(y_at[v], l, y, exist);
             else store<VEC>(y_at[v], y, exist);
             y_at[v] += TRANSPOSED & 1 ? TILE : (i64)TILE * d;
         }

@@ -6,6 +6,7 @@
 // transposing them would cost more than the step itself.
 // Which of the two runs depends on the row's length (and on whether checkpoints are kept), never on the batch: a row's
 // bits are the same in any batch.
+// One state, with tokens adjacent in memory: a vector is W tokens of one channel.
 //
 // B and C: rows of each of `groups` groups of channels, or constants over time, of which every channel has its own, as
 // of A. An item's channels belong to one group. Operands in another number format than y's, or with tokens adjacent
@@ -13,6 +14,7 @@
 #include "layout.h"
 #include "parallel.h"
 #include "simd.h"
+#include "steps.h"
 
 namespace {
 
@@ -22,6 +24,8 @@ constexpr int64_t kFew = 4;
 // pages.
 constexpr int64_t kVectors = 4, kTile = 32;
 constexpr int64_t kFewVectors = 1, kLongTile = 128;
+// One state with tokens adjacent: channels per item and tokens whose B and C stay in the first-level cache.
+constexpr int64_t kChannels = 16, kRun = 512;
 
 struct Arguments {
   const void *u, *delta;
@@ -327,6 +331,76 @@ void scan_states(const Arguments& a, const Sequence& s, int64_t channel, float* 
   }
 }
 
+// One state, and tokens adjacent in every operand: a vector is W tokens of one channel, and its W steps are composed in
+// registers. Nothing is transposed, which would cost more than the recurrence of a single state.
+template <class T>
+void scan_tokens(const Arguments& a, const Sequence& s, int64_t group, int64_t channel, int64_t end, float* scratch) {
+  float *B = scratch, *C = B + kRun, *steps = C + kRun, *inputs = steps + kRun, *out = inputs + kRun, *h = out + kRun;
+  const Operand u = operand<T>(a.u, a.u_b, a.u_l, a.u_c, 0), y = output<T>(a, a.y, a.y_c, 0);
+  const Operand delta = operand<T>(a.delta, a.delta_b, a.delta_l, a.delta_c, a.delta_other);
+  const Operand z = operand<T>(a.z, a.z_b, a.z_l, a.z_c, a.z_other);
+  const Selection B_rows = B_of<T>(a, s.row, group), C_rows = C_of<T>(a, s.row, group);
+  const float* initial = a.initial && s.slot >= 0 ? a.initial + s.slot * a.d : nullptr;
+  for (int64_t c = channel; c < end; ++c) {
+    h[c - channel] = initial ? initial[c] : 0.0f;
+    if (a.interval && s.start == 0 && s.end > 0) *checkpoint_at(a, s.row, 0, c) = h[c - channel];
+  }
+  for (int64_t t0 = s.start; t0 < s.end; t0 += kRun) {
+    const int64_t tokens = min64(kRun, s.end - t0);
+    if (!B_rows.constant) B_rows.columns(B, tokens, t0, tokens, 1);
+    if (!C_rows.constant) C_rows.columns(C, tokens, t0, tokens, 1);
+    for (int64_t c = channel; c < end; ++c) {
+      const float rate = a.A[c] * kLog2e, D = a.D ? a.D[c] : 0.0f, bias = a.bias ? a.bias[c] : 0.0f;
+      // Three loops, each of few enough instructions that a processor has several vectors in flight.
+      for (int64_t i = 0; i < tokens; i += W) {
+        const int64_t count = min64(W, tokens - i);
+        V x = u.tokens(s.row, t0 + i, c, count);
+        V step = step_size(delta.tokens(s.row, t0 + i, c, count) + bias, a.softplus);
+        store(steps + i, step);
+        store(inputs + i, step * x);
+        store(out + i, D * x);
+      }
+      V state = splat(h[c - channel]);
+      for (int64_t i = 0; i < tokens; i += W) {
+        const int64_t t = t0 + i, count = min64(W, tokens - i);
+        V decay = exp2(load(steps + i) * rate);
+        V input = load(inputs + i) * (B_rows.constant ? splat(B_rows.constant[c]) : load(B + i));
+        compose_steps(decay, input);
+        V states = decay * state + input;
+        store(out + i, states * (C_rows.constant ? splat(C_rows.constant[c]) : load(C + i)) + load(out + i));
+        // The last lane of `states`, by a chain of one multiplication and addition from vector to vector.
+        state = count == W ? last_lane(decay) * state + last_lane(input) : splat(states[count - 1]);
+        if (!a.interval) continue;
+        for (int64_t at = ceil_div(t + 1, a.interval) * a.interval; at <= t + count && at < a.l; at += a.interval)
+          *checkpoint_at(a, s.row, at, c) = states[at - 1 - t];
+      }
+      T* to = y.at<T>(s.row, t0, c);
+      for (int64_t i = 0; i < tokens; i += W) {
+        const int64_t count = min64(W, tokens - i);
+        V value = load(out + i);
+        if (a.z) value *= silu(z.tokens(s.row, t0 + i, c, count));
+        store(to + i, value, count);
+      }
+      h[c - channel] = state[0];
+    }
+  }
+  for (int64_t c = channel; s.slot >= 0 && c < end; ++c) a.final_state[s.slot * a.d + c] = h[c - channel];
+}
+
+// Whether all is as `scan_tokens` reads it.
+bool is_of_tokens(const Arguments& a) { return a.n == 1 && a.u_c && a.delta_c && a.y_c && (!a.z || a.z_c); }
+
+template <class T>
+int run_tokens(const Arguments& a) {
+  const Groups groups(a, kChannels);
+  const int64_t items = groups.count * groups.blocks;
+  return for_each(a.sequences * items, a.threads, 5 * kRun + kChannels, [&](int64_t item, float* memory) {
+    const int64_t group = item % items / groups.blocks, of_group = (group + 1) * groups.channels;
+    const int64_t channel = group * groups.channels + item % groups.blocks * kChannels;
+    scan_tokens<T>(a, sequence_at(a, item / items), group, channel, min64(of_group, channel + kChannels), memory);
+  });
+}
+
 // Whether all is as `scan_states` reads it.
 bool is_plain(const Arguments& a) {
   return !(a.u_c | a.delta_c | a.z_c | a.y_c | a.delta_other | a.z_other | a.B_other | a.C_other | a.groups | a.B_n |
@@ -352,6 +426,7 @@ int run(const Arguments& a, int64_t tile) {
 
 template <class T>
 int run(const Arguments& a) {
+  if (is_of_tokens(a)) return run_tokens<T>(a);
   if (!a.u_c && !a.y_c && !a.delta_c) return run<T, kVectors>(a, kTile);
   return run<T, kFewVectors>(a, a.interval && a.interval % kLongTile ? kTile : kLongTile);
 }

@@ -26,6 +26,8 @@ class Variant(NamedTuple):
 
 
 PLAIN = Variant()
+EVEN_ROWS = 16
+"""The bit of `Variant.transposed` that says where rows begin."""
 
 
 class Plan(NamedTuple):
@@ -59,7 +61,9 @@ class Plan(NamedTuple):
         rows = 2 * tokens * 2 * self.lanes * self.states
         steps = 2 * tokens * (self.cta_channels + 2 * self.warps)
         partials = self.lanes if self.lanes <= 4 else 1
-        outputs = _TILE * (partials * self.cta_channels + 16 * self.warps * (partials > 1))
+        inputs_of = 7 if gated else 3
+        padding = 4 if transposed & inputs_of == inputs_of else 16 * (partials > 1)
+        outputs = _TILE * (partials * self.cta_channels + padding * self.warps)
         return inputs + 4 * (rows + steps + outputs)
 
     def chained_bytes(self, shared: int) -> int:

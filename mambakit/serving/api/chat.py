@@ -22,19 +22,24 @@ from mambakit.serving.api.chat_messages import (
 )
 from mambakit.serving.api.checks import check_tokens
 from mambakit.serving.api.declarations import Field, Fields, Limits, read, wrong
-from mambakit.serving.api.fields import GENERATION, MOST_ALTERNATIVES, max_tokens
+from mambakit.serving.api.fields import GENERATION, MOST_ALTERNATIVES, max_tokens, require_one_limit
 from mambakit.serving.api.prompts import Codec, Prepared, depth_is_bounded
 from mambakit.serving.api.reply import ReplyForm
 from mambakit.serving.api.shapes import ANY_OBJECT
 from mambakit.serving.api.templates import ChatTemplate, after_reply, missing
-from mambakit.serving.api.values import choice, flag, number, unserved
+from mambakit.serving.api.values import choice, flag, number, text, unserved
+
+# What the renderer itself takes.
+_RESERVED = {
+    "messages", "conversations", "tools", "documents", "add_generation_prompt", "continue_final_message",
+    "chat_template", "return_assistant_tokens_mask",
+}  # fmt: skip
 
 
 def _variables(name: str, value: Any, _: Limits) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise TypeError(f"{name} is {quoted(value)}; it must be an object of the template's variables")
-    reserved = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"}
-    if taken := reserved & set(value or {}):
+    if taken := _RESERVED & set(value or {}):
         raise ValueError(f"{name} names {sorted(taken)[0]}, which other fields say; leave it out")
     return value or {}
 
@@ -81,6 +86,11 @@ CHAT: Fields = {
     "store": unserved({"type": "boolean", "enum": [False]}, (False,), "nothing is stored: leave it out"),
     "service_tier": unserved({"type": "string", "enum": ["auto", "default"]}, ("auto", "default"), "leave it out"),
     "modalities": unserved({"const": ["text"]}, (["text"],), "only text is served"),
+    "verbosity": unserved({"const": "medium"}, ("medium",), "ask for it in a message"),
+    "safety_identifier": text("Of no effect."),
+    "prompt_cache_key": text("Of no effect: prompts are known by what they begin with."),
+    "prompt_cache_retention": choice(("in_memory", "in-memory", "24h"), "Of no effect."),
+    "web_search_options": unserved({"type": "null"}, (), "nothing is searched"),
     "functions": unserved({"type": "null"}, (), "use tools"),
     "function_call": unserved({"type": "null"}, (), "use tools and tool_choice"),
     "audio": unserved({"type": "null"}, (), "only text is served"),
@@ -107,14 +117,13 @@ def parse(body: Mapping[str, Any], template: ChatTemplate | None, limits: Limits
     """
     values = read(CHAT, body, limits)
     limit, given = values["max_tokens"], values["max_completion_tokens"]
-    if limit is not None and given is not None and limit != given:
-        raise wrong("max_tokens", f"max_tokens is {limit} and max_completion_tokens is {given}; give one of them")
+    require_one_limit(limit, given)
     top = values["top_logprobs"]
     if top is not None and not values["logprobs"]:
         raise wrong("top_logprobs", f"top_logprobs is {top} without logprobs; add logprobs: true, or leave it out")
-    text, form = prompt_of(values, template)
+    prompt, form = prompt_of(values, template)
     request = asked(
-        values, [text], next((n for n in (given, limit) if n is not None), limits.max_new_tokens), limits,
+        values, [prompt], next((n for n in (given, limit) if n is not None), limits.max_new_tokens), limits,
         log_probs=(top or 0) if values["logprobs"] else None,
     )  # fmt: skip
     return request, form
@@ -159,10 +168,10 @@ def prompt_of(values: Mapping[str, Any], template: ChatTemplate | None) -> tuple
         )
 
     messages = for_template(values["messages"], template.knows("developer"))
-    text = after_reply(render, messages) if state else render(messages)
+    prompt = after_reply(render, messages) if state else render(messages)
     thinks = template.knows("<think>")
-    return text, ReplyForm(
-        thinks, tools is not None and template.knows("<tool_call>"), thinks and text.rstrip().endswith("<think>")
+    return prompt, ReplyForm(
+        thinks, tools is not None and template.knows("<tool_call>"), thinks and prompt.rstrip().endswith("<think>")
     )
 
 
@@ -170,8 +179,8 @@ def prepare(body: bytes, codec: Codec, limits: Limits) -> PreparedChat:
     """Parse, render and tokenise a body. Raises an `ApiError` for an invalid request."""
     with depth_is_bounded():
         asked, form = parse(parse_body(body), codec.template, limits)
-        (text,) = asked.prompts
-        assert isinstance(text, str)
-        ids = codec.encode(text, limits, "messages")
+        (prompt,) = asked.prompts
+        assert isinstance(prompt, str)
+        ids = codec.encode(prompt, limits, "messages")
     check_tokens(ids, limits, "messages")
     return PreparedChat(replace(asked, prompts=[]), [array("q", ids).tobytes()], [None], form)

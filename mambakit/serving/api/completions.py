@@ -11,7 +11,7 @@ from mambakit.decoding.parameters import Number
 from mambakit.serving.api.asked import Asked, asked, parse_body
 from mambakit.serving.api.checks import check_tokens, prompts_schema, read_prompts
 from mambakit.serving.api.declarations import Field, Fields, Limits, read, wrong
-from mambakit.serving.api.fields import GENERATION, MOST_ALTERNATIVES, max_tokens
+from mambakit.serving.api.fields import GENERATION, MOST_ALTERNATIVES, max_tokens, require_one_limit
 from mambakit.serving.api.prompts import Codec, Prepared, check_echo, check_scored, depth_is_bounded
 from mambakit.serving.api.values import flag, number, unserved
 
@@ -19,6 +19,7 @@ COMPLETIONS: Fields = {
     **GENERATION,
     "prompt": Field(read_prompts, prompts_schema, "give a string, a list of strings, or token ids", required=True),
     "max_tokens": max_tokens(0, 16, "New tokens of each text, at most. 0 only with echo."),
+    "max_completion_tokens": max_tokens(0, None, "The same, by its name in chats."),
     "echo": flag("Whether the answer begins with the prompt."),
     "logprobs": number(
         Number(None, 0, MOST_ALTERNATIVES, whole=True),
@@ -39,9 +40,13 @@ def parse(body: Mapping[str, Any], limits: Limits) -> Asked:
     """
     values = read(COMPLETIONS, body, limits)
     most, echo = values["max_tokens"], values["echo"]
+    if (newer := values["max_completion_tokens"]) is not None:
+        require_one_limit(None if body.get("max_tokens") is None else most, newer)
+        most = newer
     if not most and not echo:
-        message = f"max_tokens is 0; it must be a whole number, at least 1 and at most {limits.max_new_tokens}"
-        raise wrong("max_tokens", f"{message}; with echo it may be 0")
+        name = "max_tokens" if newer is None else "max_completion_tokens"
+        message = f"{name} is 0; it must be a whole number, at least 1 and at most {limits.max_new_tokens}"
+        raise wrong(name, f"{message}; with echo it may be 0")
     return asked(
         values, values["prompt"], most, limits, best_of=values["best_of"], log_probs=values["logprobs"], echo=echo
     )

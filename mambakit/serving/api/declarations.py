@@ -139,6 +139,8 @@ class Operation:
         summary: one sentence.
         result: JSON schema of the answer with status 200; None where it is not JSON.
         fields: of the JSON body; None where it has none.
+        either: fields, none of which is required alone, of which a body has at least one.
+        exclusive: whether a body has one of ``either`` only.
         parameters: of path and query.
         media: content types of the answer.
         statuses: of errors, besides those that every operation may have.
@@ -150,6 +152,8 @@ class Operation:
     summary: str
     result: Mapping[str, Any] | None = None
     fields: Fields | None = None
+    either: tuple[str, ...] = ()
+    exclusive: bool = False
     parameters: tuple[Parameter, ...] = ()
     media: tuple[str, ...] = ("application/json",)
     statuses: tuple[int, ...] = ()

@@ -8,7 +8,7 @@ from typing import Any
 from mambakit.decoding.parameters import INT64, SAMPLING, Number
 from mambakit.quoting import cut, quoted
 from mambakit.serving.api.checks import STOP_SCHEMA, read_stop_strings
-from mambakit.serving.api.declarations import Field, Fields, Limits
+from mambakit.serving.api.declarations import Field, Fields, Limits, wrong
 from mambakit.serving.api.formats import FORMS
 from mambakit.serving.api.states import QUEUE, TEXT_STATES
 from mambakit.serving.api.values import check_text, flag, group, metadata, number, text, unserved
@@ -34,6 +34,12 @@ def max_tokens(least: int, default: int | None, about: str) -> Field:
         return found if number.default is None else found | {"default": number.default}
 
     return Field(lambda name, value, limits: declared(limits).read(name, value), schema, about)
+
+
+def require_one_limit(limit: int | None, newer: int | None) -> None:
+    """Refuse a request whose limit of new tokens is two different ones, by its two names."""
+    if limit is not None and newer is not None and limit != newer:
+        raise wrong("max_tokens", f"max_tokens is {limit} and max_completion_tokens is {newer}; give one of them")
 
 
 def _logit_bias(name: str, value: Any, limits: Limits) -> dict[int, float] | None:

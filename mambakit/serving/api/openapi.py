@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
@@ -66,11 +67,21 @@ def _operation(operation: Operation, limits: Limits, keys: bool) -> dict[str, An
             for parameter in operation.parameters
         ]
     if operation.fields is not None:
-        content = {"application/json": {"schema": object_schema(operation.fields, limits)}}
+        schema = object_schema(operation.fields, limits) | _either(operation, limits)
+        content = {"application/json": {"schema": schema}}
         found["requestBody"] = {"required": True, "content": content}
     if guarded:
         found["security"] = [{"key": []}]
     return found
+
+
+def _either(operation: Operation, limits: Limits) -> dict[str, Any]:
+    """What a schema says of fields of which one must be there."""
+    fields, either = operation.fields or {}, operation.either
+    required = {name: replace(fields[name], required=True).schema_for(limits) for name in either}
+    others: dict[str, Any] = {name: {"type": "null"} for name in either} if operation.exclusive else {}
+    branches = [{"required": [name], "properties": others | {name: schema}} for name, schema in required.items()]
+    return {"anyOf": branches} if branches else {}
 
 
 def operation_id(operation: Operation) -> str:

@@ -137,6 +137,8 @@ TOKENIZE_TEXT = Operation(
     "/tokenize",
     "The tokens of a text or a chat.",
     fields=TOKENIZE,
+    either=("prompt", "messages"),
+    exclusive=True,
     result=record(
         {
             "tokens": array(INTEGER),

@@ -13,6 +13,7 @@ from mambakit.generation.start_token import find_start_token
 from mambakit.serving.api.asked import Asked
 from mambakit.serving.api.declarations import Limits
 from mambakit.serving.api.templates import ChatTemplate
+from mambakit.serving.api.values import require_unicode
 from mambakit.serving.errors import ApiError
 
 # No token is longer than the longest of the vocabulary, for which at least this many characters are assumed. A longer
@@ -46,7 +47,15 @@ class Codec:
             self._encode = functools.partial(_encode, backend)
 
     def encode(self, prompt: str, limits: Limits, param: str = "prompt") -> list[int]:
-        """The token ids of a prompt. Raises an `ApiError` that names the field ``param``."""
+        """The token ids of a prompt. Raises an `ApiError` that names the field ``param``.
+
+        A template may make half a surrogate pair of a field's JSON (arguments of calls, schemas of tools), which the
+        tokenizer cannot read.
+        """
+        try:
+            require_unicode("the prompt", prompt)
+        except ValueError as error:
+            raise ApiError(400, str(error), param=param, code="invalid_value") from error
         if limits.max_prompt_tokens is not None and len(prompt) > limits.max_prompt_tokens * self._width:
             message = (
                 f"the prompt has {len(prompt):,} characters, more than {limits.max_prompt_tokens:,} tokens can stand "

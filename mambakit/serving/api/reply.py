@@ -7,6 +7,7 @@ name and arguments. Both are looked for only where the model's chat template wri
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -121,12 +122,32 @@ class ReplyReader:
 
 
 def _call(text: str) -> Call | None:
-    """None where it is no call."""
+    """None where it is no call: where it is not JSON, or holds what JSON and UTF-8 cannot."""
     try:
-        found: Any = json.loads(text)
+        found: Any = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or not isinstance(found.get("name"), str):
         return None
     arguments = found.get("arguments", found.get("parameters", {}))
-    return Call(found["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    if not isinstance(arguments, str) and not _is_unicode(written):
+        written = json.dumps(arguments)  # half a surrogate pair, as the escape that it was
+    return Call(found["name"], written) if _is_unicode(found["name"] + written) else None
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(number: str) -> float:
+    found = float(number)
+    return found if math.isfinite(found) else _refuse(number)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

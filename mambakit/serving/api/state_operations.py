@@ -25,6 +25,7 @@ LIST = Operation(
 )
 CREATE = Operation(
     "POST", "/v1/states", "Read a prompt, and keep the state after it.", result=STATE, fields=CREATE_FIELDS,
+    either=("prompt", "state"),
     statuses=_READ,
 )  # fmt: skip
 IMPORT = Operation(

@@ -196,6 +196,8 @@ class Dispatcher:
     def receive(self, replica: Replica, batch: Batch) -> None:
         """Deliver a replica's output to the inboxes."""
         replica.busy, replica.waiting = batch.busy, batch.waiting
+        if written := sum(piece.tokens for piece in batch.pieces):  # once: to look up a label takes as long as the rest
+            self.metrics.tokens.labels(str(replica.number)).inc(written)
         for piece in batch.pieces:
             self._deliver(replica, piece)
         if any(piece.finish_reason for piece in batch.pieces):  # else there is no more room than before
@@ -221,19 +223,17 @@ class Dispatcher:
 
     def _deliver(self, replica: Replica, piece: Piece) -> None:
         job = replica.jobs[piece.id]
-        name = str(replica.number)
         now = self.clock()
         if piece.tokens:
             left, work = job.remaining, float(piece.tokens)
             if not job.tokens:
                 job.first = now
                 work += job.prompt_tokens * PROMPT_COST
-                self.metrics.first.labels(name).observe(now - job.created)
+                self.metrics.first.labels(str(replica.number)).observe(now - job.created)
             job.tokens += piece.tokens
             replica.work -= left - job.remaining
             self._queue.served(job, work)
             self._rates.served(work)
-            self.metrics.tokens.labels(name).inc(piece.tokens)
         if piece.finish_reason:
             replica.remove(job)
             self._queue.ended(job)
@@ -250,7 +250,7 @@ class Dispatcher:
             known = fields(request_id=job.request_id, replica=replica.number, prompt_tokens=job.prompt_tokens)
             _log.log(logging.ERROR if piece.status >= 500 else logging.INFO, "a text failed: %s", why, extra=known)
             message = f"text {job.index} of this request could not be written: {piece.error}"
-            self._fail(job, ApiError(piece.status, message))
+            self._fail(job, ApiError(piece.status, message, code=piece.code or None))
             return
         if not job.ended:
             job.inbox.put(job.index, piece)
@@ -259,7 +259,7 @@ class Dispatcher:
             job.ended = True
             each = (now - job.first) / (job.tokens - 1) if job.tokens > 1 else None
             read = (0, 0) if job.copy else (job.prompt_tokens, piece.cached_tokens)  # each prompt counts once
-            self.metrics.ended(name, outcome, *read, each)
+            self.metrics.ended(str(replica.number), outcome, *read, each)
 
     def _fail(self, job: Job, error: ApiError) -> None:
         self.metrics.ended("" if job.replica is None else str(job.replica.number), "failed")

@@ -8,6 +8,7 @@ enforces deadlines.
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterable
 from http import HTTPStatus
@@ -256,11 +257,19 @@ class Connection(HttpToolsProtocol):
                 408,
                 f"the body came too slowly: {self._body} bytes in {waited:.0f} seconds (--body-seconds, --min-rate)",
             )
+        elif self._half_closed and self._is_reset():
+            self.transport.abort()
         elif self._half_closed and now > self._probe_at and not self.cycle.response_started:
             self._probe_after = min(2 * self._probe_after, _MOST_PROBE)
             self._probe_at = now + self._probe_after
             if self.cycle.scope["http_version"] == "1.1":
                 self.transport.write(_PROBE)
+
+    def _is_reset(self) -> bool:
+        """Whether the client has answered a probe with a reset, of which the transport, which does not read any more,
+        would learn with the next probe."""
+        connection = self.transport.get_extra_info("socket")
+        return connection is not None and bool(connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
 
     def _is_stuck(self, now: float) -> bool:
         """Whether the client does not read what is written to it."""

@@ -36,4 +36,5 @@ async def http_error(request: Request, error: Exception) -> Response:
 
 async def bug(_: Request, error: Exception) -> Response:
     message = f"the server failed on this request ({type(error).__name__}); its log says more"
-    return JSONResponse(ApiError(500, message).body, 500)
+    # The connection is closed after the exception: a client that used it again would be reset.
+    return JSONResponse(ApiError(500, message).body, 500, {"Connection": "close"})

@@ -59,7 +59,7 @@ def _key(services: Services, request: Request) -> str:
     return str(services.owner(request)[0])
 
 
-def _query_number(request: Request, name: str, low: float, high: float) -> float | None:
+def _query_number(request: Request, name: str, low: float, high: float, whole: bool = False) -> float | None:
     text = request.query_params.get(name)
     if text is None:
         return None
@@ -67,8 +67,9 @@ def _query_number(request: Request, name: str, low: float, high: float) -> float
         value = float(text)
     except ValueError:
         value = float("nan")
-    if not low <= value <= high:
-        raise ApiError(400, f"{name} is {quoted(text)}; it must be {low:g} to {high:.12g}", param=name)
+    if not low <= value <= high or (whole and value != int(value)):
+        what = "a whole number, " if whole else ""
+        raise ApiError(400, f"{name} is {quoted(text)}; it must be {what}{low:g} to {high:.12g}", param=name)
     return value
 
 
@@ -76,7 +77,7 @@ def _query_number(request: Request, name: str, low: float, high: float) -> float
 
 
 async def _list(services: Services, request: Request) -> Response:
-    limit = int(_query_number(request, "limit", 1, _MOST_LISTED) or 100)
+    limit = int(_query_number(request, "limit", 1, _MOST_LISTED, whole=True) or 100)
     after = request.query_params.get("after", "")
     records, more = await asyncio.to_thread(require_store(services).list, _key(services, request), limit, after)
     data = [record.body for record in records]
@@ -176,7 +177,7 @@ async def _branch(services: Services, request: Request) -> Response:
     if asked.at > len(tokens):
         raise ApiError(400, f"at is {asked.at}, but the state's text has {len(tokens)} tokens; give fewer", param="at")
     store, key, kept = require_store(services), _key(services, request), tokens[: asked.at]
-    nearest = await asyncio.to_thread(store.nearest, key, kept, services.layout.fingerprint)
+    nearest = await asyncio.to_thread(store.nearest, key, kept, services.layout)
     known, state = (0, "") if nearest is None else (nearest.tokens, nearest.id)
     if known == asked.at:
         record = await asyncio.to_thread(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,8 +19,9 @@ from mambakit.serving.http.kept import Keeping
 from mambakit.serving.messages import Kept, Piece, Scored
 
 _T = TypeVar("_T")
-# An answer of more log-probabilities than this is written by a thread.
-_MANY = 4096
+# Log-probabilities, alternatives included, that become JSON on the event loop at a time: some 10 ms, in which no other
+# client is served. A whole answer of more is written by a thread; in a stream others take turns between so many.
+MANY = 1024
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Texts:
                 self._count(index, piece)
         chosen = self._chosen(texts)
         states = [await self.keeping.acknowledge(text.kept) for text in chosen]
-        if sum(len(text.log_probs) + len(text.prompt) for text in chosen) > _MANY:
+        if sum(_numbers(text.log_probs) + _numbers(text.prompt) for text in chosen) > MANY:
             return await asyncio.to_thread(self._response, chosen, states)
         return self._response(chosen, states)
 
@@ -88,7 +89,7 @@ class Texts:
             )
             for index, (text, state) in enumerate(zip(texts, states, strict=True))
         ]  # fmt: skip
-        return JSONResponse(self.answer.whole(choices, self.usage))
+        return _ChoicesResponse(self.answer.whole(choices, self.usage))
 
     def _chosen(self, texts: list[_Written]) -> list[_Written]:
         """The n best of each prompt's texts, all with the prompt's log-probabilities."""
@@ -117,19 +118,20 @@ class Texts:
             yield b"".join(answer.begin(Choice(index)) for index in range(left))
         try:
             while True:
-                gained: dict[int, Choice] = {}
-                for index, piece in pieces:
-                    self._count(index, piece)
-                    if piece.prompt_log_probs:
-                        prompt = piece.prompt_log_probs
-                        offsets = await asyncio.to_thread(self._offsets, prompt)
-                        yield answer.begin(Choice(index, prompt=prompt, offsets=offsets))
-                    one = gained.setdefault(index, Choice(index, log_probs=[]))
-                    one.text, one.finish_reason = one.text + piece.text, piece.finish_reason
-                    one.state = await self.keeping.acknowledge(piece.kept)
-                    one.log_probs = [*one.log_probs, *piece.log_probs] if self.asked.shows_log_probs else ()
-                left -= sum(bool(one.finish_reason) for one in gained.values())
-                yield b"".join(map(answer.gain, gained.values()))
+                for turn, some in enumerate(_turns(pieces)):
+                    if turn:
+                        await asyncio.sleep(0)
+                    gained: dict[int, Choice] = {}
+                    for index, piece in some:
+                        self._count(index, piece)
+                        if piece.prompt_log_probs:
+                            yield await asyncio.to_thread(self._begin, index, piece.prompt_log_probs)
+                        one = gained.setdefault(index, Choice(index, log_probs=[]))
+                        one.text, one.finish_reason = one.text + piece.text, piece.finish_reason
+                        one.state = await self.keeping.acknowledge(piece.kept)
+                        one.log_probs = [*one.log_probs, *piece.log_probs] if self.asked.shows_log_probs else ()
+                    left -= sum(bool(one.finish_reason) for one in gained.values())
+                    yield b"".join(map(answer.gain, gained.values()))
                 if not left:
                     break
                 pieces = await self.inbox.take()
@@ -139,6 +141,41 @@ class Texts:
         if self.asked.include_usage:
             yield answer.usage_event(self.usage)
         yield DONE
+
+    def _begin(self, index: int, prompt: Sequence[Scored]) -> bytes:
+        return self.answer.begin(Choice(index, prompt=prompt, offsets=self._offsets(prompt)))
+
+
+def _numbers(scored: Sequence[Scored]) -> int:
+    """Log-probabilities, those of alternatives included: every token has as many, but a prompt's first."""
+    return len(scored) * (1 + len(scored[-1].top)) if scored else 0
+
+
+def _turns(pieces: Sequence[tuple[int, Piece]]) -> Iterator[list[tuple[int, Piece]]]:
+    """The pieces, in turns of about `MANY` log-probabilities: they pile up behind a client that reads slowly."""
+    some: list[tuple[int, Piece]] = []
+    numbers = 0
+    for index, piece in pieces:
+        some.append((index, piece))
+        numbers += _numbers(piece.log_probs)
+        if numbers >= MANY:
+            yield some
+            some, numbers = [], 0
+    if some:
+        yield some
+
+
+class _ChoicesResponse(JSONResponse):
+    """JSON whose choices are written one at a time: the encoder holds the interpreter's lock until it is done."""
+
+    def render(self, content: Any) -> bytes:
+        def part(name: str, value: Any) -> bytes:
+            if name != "choices":
+                return JSONResponse.render(self, value)
+            return b"[" + b",".join(JSONResponse.render(self, choice) for choice in value) + b"]"
+
+        named = (JSONResponse.render(self, name) + b":" + part(name, value) for name, value in content.items())
+        return b"{" + b",".join(named) + b"}"
 
 
 class EventStream(StreamingResponse):

@@ -38,10 +38,11 @@ def _model(name: str, options: WorkerOptions) -> Any:
     import torch
 
     from mambakit.models.adapters import merge_adapters
-    from mambakit.models.auto import AutoModelForCausalLM
+    from mambakit.models.auto import AutoConfig, AutoModelForCausalLM, require_text
     from mambakit.models.devices import default_dtype
 
     device = torch.device(options.device)
+    require_text(name, AutoConfig.from_pretrained(name))
     model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype or default_dtype(device))
     if hasattr(model, "peft_config"):
         merge_adapters(model)  # plain layers: the decoders read their weights

@@ -12,7 +12,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from mambakit.errors import ConstraintError, LogitsError
 from mambakit.quoting import cut
+from mambakit.serving.errors import ApiError
 from mambakit.serving.messages import Batch, Cancel, Continuation, Kept, Piece, Scored, Task
 from mambakit.serving.replicas.heartbeat import Channel
 
@@ -44,7 +46,7 @@ class Text:
 
         self.id = task.id
         self.cached_tokens = 0
-        self.error, self.status = "", 500
+        self.error, self.status, self.code = "", 500, ""
         self.ended = False
         self.log_probs: Sequence[TokenLogProb] | None = None
         """Of all tokens so far, where they are to be sent; the main thread adds to it before it passes tokens on."""
@@ -73,8 +75,17 @@ class Text:
             self.status = 400
             raise
 
+    def blame(self, error: Exception) -> None:
+        """A constraint that grows too complex is the client's error. So are logits that are no numbers after a client's
+        state: an imported file may hold any. A state's file that is gone or damaged has a status of its own."""
+        if isinstance(error, ApiError):
+            self.status, self.code = error.status, error.code or ""
+        elif isinstance(error, ConstraintError) or (self.goes_on and isinstance(error, LogitsError)):
+            self.status = 400
+
     def fail(self, error: Exception) -> None:
         """Note an exception. One line goes to the client; the traceback to the log, unless the client is at fault."""
+        self.blame(error)
         if self.status >= 500:
             _log.error("a text failed", exc_info=error)
         self.error = f"{type(error).__name__}: {cut(str(error), 500)}" if self.status == 500 else cut(str(error), 500)
@@ -206,6 +217,7 @@ class Outbox:
                 text.id, before.text + shown, before.tokens + tokens, reason, text.cached_tokens if reason else 0,
                 text.error if reason == "error" else "", text.status, before.log_probs + text.take_log_probs(),
                 before.prompt_log_probs or prompt, before.continuations or continuations,
+                code=text.code,
             )  # fmt: skip
         return list(pieces.values())
 

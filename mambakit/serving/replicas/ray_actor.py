@@ -104,7 +104,8 @@ class RayReplica:
         self._alive = True
         # Ray shows an actor the GPUs that are reserved for it, counted from 0.
         device = "cuda:0" if place.gpus else "cpu"
-        host = ray.remote(
+        remote: Any = ray.remote  # its annotations do not have concurrency groups
+        host = remote(
             num_cpus=place.cpus, num_gpus=place.gpus, resources=dict(place.resources), max_restarts=0,
             scheduling_strategy="SPREAD", concurrency_groups={"sending": 1, "receiving": 1, "control": 1},
         )(ReplicaHost)  # fmt: skip

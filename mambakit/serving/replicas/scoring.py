@@ -87,7 +87,7 @@ class Scorer:
 
     def cancel(self, owner: Any) -> None:
         """Drop a task."""
-        self._running = deque(one for one in self._running if one[0] is not owner)
+        self._running = deque(one for one in self._running if one[0] != owner)
 
     @torch.no_grad()
     def step(self, done: Callable[[Any, Any], None], failed: Callable[[Any, Exception], None]) -> None:

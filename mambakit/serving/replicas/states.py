@@ -144,10 +144,17 @@ class ReplicaStates:
             left.states = [self._model.backbone.new_cache(1) if cache is None else cache]
         return Beginning(cache, ids_of(pending), ids_of(pending + prompt), read, left)
 
-    def after_scoring(self, task: Task, state: StateCache) -> Beginning:
-        """The beginning of a text whose prompt was scored: ``state`` has read all of it but the last token."""
-        ids = ids_of(array("q", task.prompt_ids))
-        return Beginning(state, ids[:0], ids[-1:], ids[:-1])
+    def after_scoring(self, beginning: Beginning, state: StateCache) -> Beginning:
+        """The beginning of a text whose prompt was scored.
+
+        Args:
+            beginning: where the scoring began. Penalties count what its state had read, too.
+            state: has read all of ``beginning.ids`` but the last.
+        """
+        ids, read = beginning.ids, beginning.ids[:-1]
+        if beginning.read is not None:
+            read = torch.cat([beginning.read, read])
+        return Beginning(state, ids[:0], ids[-1:], read)
 
     def load(self, blob: str) -> HeldState:
         """
@@ -182,7 +189,7 @@ class ReplicaStates:
         tensors = dict(state.tensors)
         tensors["pending"] = torch.tensor([state.pending.tolist()], dtype=torch.int64, device="cpu").reshape(1, -1)
         if state.tokens is not None:
-            tensors["tokens"] = torch.tensor(state.tokens.tolist(), dtype=torch.int32, device="cpu")
+            tensors["tokens"] = ids_of(state.tokens).to(torch.int32)
         metadata = {"format": FORMAT, "fingerprint": layout.fingerprint, "seen_tokens": str(state.seen)}
         data = save(tensors, metadata)
         blob = blobs.put(data)
@@ -237,7 +244,7 @@ def ids_of(tokens: array[int]) -> Tensor:
     """(l,) int64."""
     if not tokens:
         return torch.zeros(0, dtype=torch.int64, device="cpu")
-    return torch.frombuffer(bytearray(array("q", tokens)), dtype=torch.int64)
+    return torch.frombuffer(bytearray(tokens.tobytes()), dtype=torch.int64)
 
 
 def _given(path: str | None, model: Any) -> HeldState | None:

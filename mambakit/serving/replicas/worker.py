@@ -1,8 +1,8 @@
 """A replica: one process with its own model on its own device, which generates the texts it is sent.
 
-Four threads. The main one only steps the engine, so that the device never waits for anything else. One receives from
+Five threads. The main one only steps the engine, so that the device never waits for anything else. One receives from
 the server. One turns tokens into text, looks for stop strings and sends to the server; it works while the main thread
-waits for the device. One sends heartbeats.
+waits for the device. One sends heartbeats. One gives free memory back to the system.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from mambakit.errors import LogitsError
 from mambakit.serving.logs import configure
 from mambakit.serving.messages import Failed, Ready, Task, WorkerOptions
 from mambakit.serving.replicas.constraints import Compiler
 from mambakit.serving.replicas.heartbeat import BEATS, Channel, send_heartbeats
 from mambakit.serving.replicas.loading import load, load_drafter
+from mambakit.serving.replicas.memory import release_free_memory
 from mambakit.serving.replicas.outbox import Event, Outbox, Text
 from mambakit.serving.replicas.receiving import Prefetch, receive
 from mambakit.threads import bound_spinning
@@ -44,6 +46,7 @@ def main(options: WorkerOptions, connection: Connection) -> None:
     threading.Thread(target=receive, args=(connection, inbox, prefetch), daemon=True).start()
     channel, progress = Channel(connection), _Progress()
     send_heartbeats(channel, options.heartbeat_seconds / BEATS, lambda: (progress.steps, progress.busy))
+    release_free_memory()
     try:
         worker = _Worker(options, channel, inbox, progress)
         prefetch.states = worker.states
@@ -73,7 +76,7 @@ class _Worker:
         inbox: queue.SimpleQueue[Any],
         progress: _Progress | None = None,
     ):
-        from mambakit.decoding.chunks import chunk_sizes
+        from mambakit.decoding.chunks import chunk_sizes, padded_buckets
         from mambakit.generation.engine import Engine
         from mambakit.generation.prefix_cache import PrefixCache
         from mambakit.serving.replicas.scoring import Scorer
@@ -103,23 +106,27 @@ class _Worker:
         self.progress = progress or _Progress()
         self.running: dict[Any, Text] = {}  # by `Request`
         self.scorer = Scorer(self.model, min(chunk_size, _SCORING_CHUNK))
-        # What the scorer has, by `Task.id`: each with the constraint of the text that follows.
-        self.scored: dict[int, tuple[Text, Task, Any]] = {}
+        # What the scorer has, by `Task.id`: each with where it begins, and the constraint of the text that follows.
+        self.scored: dict[int, tuple[Text, Task, Any, Any]] = {}
         self.compiler = Compiler(self.model, self.tokenizer, lambda task, found: inbox.put(_Compiled(task, found)))
         self.compiling: dict[int, Text | None] = {}  # by `Task.id`; None: cancelled
-        self._warm_up(chunk_size if not on_cpu else 4)
+        self._warm_up(() if on_cpu else (*padded_buckets(), chunk_size))
         # After the warm-up, so that it holds prompts of clients only.
         self.engine.prefix_cache = self.scorer.prefix_cache = self.prefix_cache
 
-    def _warm_up(self, length: int) -> None:
-        """Compile kernels and capture graphs before the first request."""
+    def _warm_up(self, lengths: tuple[int, ...]) -> None:
+        """Compile kernels and capture graphs before the first request: of prompts of these lengths, greedy texts and
+        sampled ones."""
         import torch
 
+        from mambakit.decoding.sampling_params import SamplingParams
         from mambakit.generation.engine import Request
 
-        self.engine.write(
-            Request(torch.zeros(n, dtype=torch.int64, device="cpu"), max_new_tokens=2) for n in {4, length}
-        )
+        settings = SamplingParams(0), SamplingParams(1, seed=0), SamplingParams(0.8, top_k=50, top_p=0.95, seed=0)
+        for sampling in settings:  # a graph of prompts is captured at its second use
+            self.engine.write(
+                Request(torch.zeros(n, dtype=torch.int64, device="cpu"), sampling, 2) for n in {4, *lengths}
+            )
         if self.prefix_cache is not None:
             self.prefix_cache.lookup([0])  # hashes the weights
 
@@ -189,9 +196,10 @@ class _Worker:
     def _score_or_write(self, text: Text, task: Task, constraint: Any = None) -> None:
         beginning = self.states.begin(task, write=bool(task.max_new_tokens))
         text.left = beginning.left
+        text.goes_on = task.options.state is not None and bool(task.options.state.start)
         if task.options.scores:
             self.scorer.add(task.id, task, beginning.cache, beginning.pending)
-            self.scored[task.id] = text, task, constraint
+            self.scored[task.id] = text, task, beginning, constraint
         elif task.max_new_tokens:
             self._submit(text, task, beginning, constraint)
         elif text.left is not None and not text.left.states:
@@ -206,7 +214,6 @@ class _Worker:
 
         options, sampling, ids = task.options, SamplingParams(**task.sampling), beginning.ids
         text.reads = not task.max_new_tokens
-        text.goes_on = options.state is not None and bool(options.state.start)
         request = Request(
             ids[:-1] if text.reads else ids, sampling if constraint is None else constraint.sampling(sampling),
             task.max_new_tokens or 1, state=beginning.cache, context=beginning.read, share=task.share,
@@ -218,7 +225,7 @@ class _Worker:
 
     def _was_scored(self, id: int, found: Any) -> None:
         """``found`` are `PromptScores` or `ContinuationScores`."""
-        text, task, constraint = self.scored.pop(id)
+        text, task, beginning, constraint = self.scored.pop(id)
         if task.options.continuations is not None:
             text.continuations, text.cached_tokens = found.scores, found.cached_tokens
             self._send([(text, None, "length")])
@@ -229,7 +236,7 @@ class _Worker:
         self._send([(text, None, "" if task.max_new_tokens else "length")])
         if task.max_new_tokens:
             with self._may_fail(text):
-                self._submit(text, task, self.states.after_scoring(task, found.state), constraint)
+                self._submit(text, task, self.states.after_scoring(beginning, found.state), constraint)
 
     def _was_not_scored(self, id: int, error: Exception) -> None:
         text, *_ = self.scored.pop(id)
@@ -247,8 +254,8 @@ class _Worker:
         for request in [r for r in self.running if r.finish_reason]:
             text = self.running.pop(request)
             text.error, text.cached_tokens = request.error, request.cached_tokens
-            if text.goes_on and _are_no_numbers(request):  # those of an imported file may be anything
-                text.status = 400
+            if request.finish_reason == "error":
+                text.blame(request.exception or LogitsError(request.error))
             if text.left is not None:
                 text.left.states, text.left.tokens = request.states, [] if text.reads else request.tokens
             events.append((text, None, request.finish_reason))
@@ -265,13 +272,6 @@ class _Compiled:
 
     task: Task
     found: Any
-
-
-def _are_no_numbers(request: Any) -> bool:
-    """Whether the text ended because its logits were none."""
-    from mambakit.decoding.logits import NO_CHOICE
-
-    return bool(request.error == NO_CHOICE)
 
 
 def _device_error() -> type[Exception]:

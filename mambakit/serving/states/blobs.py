@@ -82,24 +82,34 @@ class Blobs:
             return None
 
     def changed(self, digest: str) -> float:
-        """When a file was written or used, in seconds since 1970. Raises an OSError where it is gone."""
+        """When a file was written or touched, in seconds since 1970. Raises an OSError where it is gone."""
         return self.path(digest).stat().st_mtime
 
     def delete(self, digest: str) -> None:
         with contextlib.suppress(OSError):
             self.path(digest).unlink()
 
-    def all(self) -> Iterator[tuple[str, int, float]]:
-        """(digest, bytes, when it was written or used) of every file. Files that were never finished are deleted."""
+    def touch(self, digest: str) -> None:
+        """Note a use, for all servers of the folder to see."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path(digest))
+
+    def digests(self) -> Iterator[str]:
+        """Of all files. Files that were never finished are deleted."""
         if not self.folder.is_dir():
             return
         for path in self.folder.glob("[0-9a-f][0-9a-f]/*"):
-            with contextlib.suppress(OSError):
-                status = path.stat()
-                if path.suffix == _SUFFIX and _NAME.fullmatch(path.stem):
-                    yield path.stem, status.st_size, status.st_mtime
-                elif path.suffix == ".tmp" and time.time() - status.st_mtime > _ABANDONED:
-                    path.unlink(missing_ok=True)
+            if path.suffix == _SUFFIX and _NAME.fullmatch(path.stem):
+                yield path.stem
+            else:
+                delete_abandoned(path)
+
+
+def delete_abandoned(path: Path) -> None:
+    """Delete a temporary file that nobody will finish."""
+    with contextlib.suppress(OSError):
+        if path.suffix == ".tmp" and time.time() - path.stat().st_mtime > _ABANDONED:
+            path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> bytes:
@@ -112,7 +122,7 @@ def not_written(error: OSError, folder: Path) -> ApiError:
     what = "the disk is full" if full else f"{error.strerror or error}"
     remedy = (
         "delete states (DELETE /v1/states/{id}; their files go once they are 15 minutes old), or serve with --states "
-        "on another disk"
+        "on another disk, or with a smaller --prefix-cache-disk-mb"
     )
     return ApiError(507, f"the state could not be kept: {what}; {remedy}", code="state_not_kept")
 

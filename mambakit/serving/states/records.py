@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from mambakit.serving.states.blobs import not_written, sync_folder
+from mambakit.serving.states.blobs import delete_abandoned, not_written, sync_folder
 from mambakit.writing import replacing
 
 _ID = re.compile(r"state_[0-9a-f]{24}")
@@ -130,9 +130,24 @@ class Records:
             self._path(id).unlink()
             sync_folder(self.folder)
 
-    def all(self) -> Iterator[StateRecord]:
-        """Those that can be read."""
-        if self.folder.is_dir():
-            for path in self.folder.glob("state_*.json"):
-                if (record := self.read(path.stem)) is not None:
-                    yield record
+    def has(self, id: str) -> bool:
+        """False only where it is known that there is none."""
+        try:
+            self._path(id).stat()
+        except FileNotFoundError:
+            return False
+        except OSError:  # as of a file system that does not answer
+            return True
+        return True
+
+    def ids(self) -> Iterator[str]:
+        """Of all records. Raises an OSError where the folder cannot be listed. Files that were never finished are
+        deleted."""
+        if not self.folder.is_dir():
+            return
+        for name in os.listdir(self.folder):
+            id, _, ending = name.partition(".")
+            if ending == "json" and _ID.fullmatch(id):
+                yield id
+            else:
+                delete_abandoned(self.folder / name)

@@ -75,14 +75,27 @@ class RemoteFolder:
         """When it was written, in seconds since 1970. Raises an OSError where there is none."""
         return float(self._system.modified(f"{self._root}/{name}").timestamp())
 
-    def names(self) -> list[tuple[str, int]]:
-        """(name, bytes) of every object."""
+    def has(self, name: str) -> bool:
+        """False only where it is known that there is none."""
+        try:
+            self._forget()
+            self._system.info(f"{self._root}/{name}")
+        except FileNotFoundError:
+            return False
+        except _ERRORS:
+            return True
+        return True
+
+    def names(self) -> list[str]:
+        """Of every object. Raises an OSError where they cannot be listed."""
         self._forget()
         try:
-            found = self._system.find(self._root, detail=True)
+            found = self._system.find(self._root)
         except FileNotFoundError:
             return []
-        return [(path[len(self._root) :].lstrip("/"), int(info["size"])) for path, info in found.items()]
+        except (ValueError, RuntimeError) as error:
+            raise OSError(str(error)) from error
+        return [path[len(self._root) :].lstrip("/") for path in found]
 
     def _forget(self) -> None:
         """Other servers write here, too: nothing is taken from a listing that was made before."""
@@ -134,11 +147,13 @@ class RemoteBlobs:
     def delete(self, digest: str) -> None:
         self._folder.delete(self._name(digest))
 
-    def all(self) -> Iterator[tuple[str, int, float]]:
-        for name, size in self._folder.names():
+    def touch(self, digest: str) -> None:
+        """Objects cannot be touched."""
+
+    def digests(self) -> Iterator[str]:
+        for name in self._folder.names():
             if found := _DIGEST.fullmatch(name.rpartition("/")[2]):
-                with contextlib.suppress(*_ERRORS):
-                    yield found[1], size, self._folder.changed(name)
+                yield found[1]
 
 
 class RemoteRecords:
@@ -162,7 +177,10 @@ class RemoteRecords:
     def delete(self, id: str) -> None:
         self._folder.delete(f"{id}.json")
 
-    def all(self) -> Iterator[StateRecord]:
-        for name, _ in self._folder.names():
-            if (found := _ID.fullmatch(name)) and (record := self.read(found[1])) is not None:
-                yield record
+    def has(self, id: str) -> bool:
+        return self._folder.has(f"{id}.json")
+
+    def ids(self) -> Iterator[str]:
+        for name in self._folder.names():
+            if found := _ID.fullmatch(name):
+                yield found[1]

@@ -3,8 +3,8 @@
 ``<folder>/blobs`` holds the files, ``<folder>/records`` what is known of each; several states may have one file. A
 record is written after its file, both durably, so a process that is killed anywhere leaves at most a file without a
 record, which is deleted later. Nothing is evicted to make room: where a budget is used up, a new state is refused.
-
-All methods may be called from several threads; they wait for the disk.
+Servers may share a folder: before a file is deleted, the folder is asked for others' records of it. All methods may be
+called from several threads; they wait for the disk.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import RLock
@@ -57,8 +57,7 @@ class StateStore:
         self._lock = RLock()
         self._records: dict[str, StateRecord] = {}
         self._reserved: Counter[str] = Counter()  # bytes by owner, of states that are being made
-        for record in self._files.all():
-            self._records[record.id] = record
+        self._learn()
         self.sweep()
 
     # -- room ----------------------------------------------------------------------------------------------------------
@@ -89,18 +88,16 @@ class StateStore:
         Raises:
             ApiError: the owner's share, or the whole budget, does not have them.
         """
+        self.sweep()
         with self._lock:
-            self.sweep()
             mine = self.used(owner) + self._reserved[owner] + nbytes
             total = self.used() + self._reserved.total() + nbytes
             if mine > self.share or total > self.budget:
                 what, limit, value = (
                     ("your states", self.share, mine) if mine > self.share else ("all states", self.budget, total)
                 )
-                message = (
-                    f"{what} would have {value:,} bytes, and may have {limit:,}; delete some "
-                    "(DELETE /v1/states/{id}), let them expire (expires_after), or serve with a larger --states-mb"
-                )
+                remedy = "(DELETE /v1/states/{id}), let them expire (expires_after), or serve with a larger --states-mb"
+                message = f"{what} would have {value:,} bytes, and may have {limit:,}; delete some {remedy}"
                 raise ApiError(507, message, code="states_full")
             self._reserved[owner] += nbytes
         try:
@@ -117,7 +114,9 @@ class StateStore:
             ApiError: there is no such state of this owner, or it has expired.
         """
         with self._lock:
-            record = self._records.get(id) or self._files.read(id)  # another server of the folder may have made it
+            if id in self._records and not self._files.has(id):  # another server of the folder has deleted it
+                del self._records[id]
+            record = self._records.get(id) or self._files.read(id)  # or made it
             if record is not None and record.owner == owner and not record.expired(self.clock()):
                 self._records[id] = record
                 return record
@@ -171,6 +170,7 @@ class StateStore:
 
     def _write(self, record: StateRecord) -> StateRecord:
         with self._lock:
+            self.blobs.touch(record.blob)  # another server that is about to delete it waits for its record
             if self.blobs.size(record.blob) is None:
                 message = "the state's file is gone, as if somebody emptied the folder; make the state again"
                 raise ApiError(410, message, code="state_damaged")
@@ -182,18 +182,41 @@ class StateStore:
         with self._lock:
             record = self.get(owner, id)
             self._forget(record)
+        self._delete_unclaimed([record.blob])
 
     def _forget(self, record: StateRecord) -> None:
         self._records.pop(record.id, None)
         self._files.delete(record.id)
-        if all(other.blob != record.blob for other in self._records.values()):
-            self._delete_unclaimed(record.blob)
 
-    def _delete_unclaimed(self, blob: str) -> None:
-        """Delete a file that no record has, unless it was written so lately that a record of it may be on its way."""
-        with contextlib.suppress(OSError):
-            if self.clock() - self.blobs.changed(blob) > _UNCLAIMED:
-                self.blobs.delete(blob)
+    def _delete_unclaimed(self, blobs: Iterable[str]) -> None:
+        """Delete the files of ``blobs`` that no record has, unless one was written so lately that a record of it may be
+        on its way. Not called with the lock: folders are listed, which takes its time where they are remote."""
+        rest = self._unclaimed(set(blobs))
+        try:
+            if rest:
+                self._learn()
+        except OSError:  # nothing is deleted that somebody may need
+            return
+        with self._lock:
+            for blob in self._unclaimed(rest):
+                with contextlib.suppress(OSError):
+                    if self.clock() - self.blobs.changed(blob) > _UNCLAIMED:
+                        self.blobs.delete(blob)
+
+    def _unclaimed(self, blobs: set[str]) -> set[str]:
+        with self._lock:
+            return blobs - {record.blob for record in self._records.values()}
+
+    def _learn(self) -> None:
+        """Read the records that other servers of the folder have made, and forget those that they have deleted."""
+        there = set(self._files.ids())
+        with self._lock:
+            for id in set(self._records) - there:
+                if not self._files.has(id):
+                    del self._records[id]
+            for id in there - set(self._records):
+                if (record := self._files.read(id)) is not None:
+                    self._records[id] = record
 
     def list(self, owner: str, limit: int = 100, after: str = "") -> tuple[list[StateRecord], bool]:
         """(an owner's states, the newest first, from the one after ``after`` on; whether there are more)."""
@@ -237,8 +260,10 @@ class StateStore:
                 owner, kept, layout.fingerprint, origin="import", expires_after=expires_after, metadata=metadata
             )
 
-    def nearest(self, owner: str, tokens: array[int], fingerprint: str) -> StateRecord | None:
-        """The state of this owner that has read the most of ``tokens``, and nothing else; None where none has any."""
+    def nearest(self, owner: str, tokens: array[int], layout: Layout) -> StateRecord | None:
+        """The state of this owner that has read the most of ``tokens``, and nothing else, and whose file is whole; None
+        where none has any."""
+        fingerprint = layout.fingerprint
         with self._lock:
             mine = [
                 r for r in self._records.values()
@@ -249,25 +274,26 @@ class StateStore:
             if record.tokens not in digests:
                 digests[record.tokens] = digest_of(tokens[: record.tokens])
             if record.digest == digests[record.tokens] and not record.expired(self.clock()):
-                return record
+                with contextlib.suppress(ApiError):  # damaged; another may do
+                    self.read(record, layout)
+                    return record
         return None
 
     # -- all of them ---------------------------------------------------------------------------------------------------
 
     def sweep(self) -> None:
-        """Forget expired states, and delete files that have no record for long. Called by itself now and then."""
+        """Forget expired states. Done before there is no room, too."""
         with self._lock:
             now = self.clock()
-            for record in [r for r in self._records.values() if r.expired(now)]:
+            expired = [record for record in self._records.values() if record.expired(now)]
+            for record in expired:
                 self._forget(record)
+        self._delete_unclaimed([record.blob for record in expired])
 
     def clean(self) -> None:
-        """`sweep`, and delete the files that no record has. Reads the whole folder: for a start, and every hour."""
+        """`sweep`, and delete the files that no record has: of texts whose client did not wait for the answer, and of
+        states that were deleted soon after they were made. Lists the whole folder: for a start, and every 15 minutes.
+        """
         self.sweep()
-        with self._lock:
-            for record in self._files.all():  # also those that other servers of the folder have made
-                self._records.setdefault(record.id, record)
-            known = {record.blob for record in self._records.values()}
-            for blob, _, _ in list(self.blobs.all()):
-                if blob not in known:
-                    self._delete_unclaimed(blob)
+        self._learn()
+        self._delete_unclaimed(list(self.blobs.digests()))

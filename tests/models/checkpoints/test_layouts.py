@@ -13,6 +13,7 @@ import transformers
 
 import mambakit
 from mambakit import CheckpointError
+from mambakit.cli import main
 from mambakit.models.checkpoints import convert
 from tests.models.configurations import pair, tokens, worst
 from tests.models.tiny import save_tiny
@@ -243,3 +244,24 @@ def test_convert_loses_nothing_in_silence(tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "c")
     with pytest.raises(ValueError, match="is not empty; name a new folder"):
         convert(tmp_path / "a", tmp_path / "c", "original")
+
+
+@pytest.mark.parametrize("command", ["quantize", "export"])
+def test_commands_refuse_a_classifier_whose_head_they_would_lose(command, tmp_path, capsys):
+    model = mambakit.MambaForTokenClassification(
+        mambakit.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64)
+    )
+    model.save_pretrained(tmp_path / "tags")
+    more = ["--to", "onnx"] if command == "export" else []
+    assert main([command, str(tmp_path / "tags"), str(tmp_path / "out"), *more]) == 2
+    assert f"holds a classifier (score.weight), which {command} would lose" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_width_that_other_formats_do_not_hold_is_refused(tmp_path):
+    config = mambakit.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64, intermediate_size=50)
+    model = mambakit.MambaForCausalLM(config)
+    for save in (model.save_gguf, model.save_original):
+        with pytest.raises(CheckpointError, match="intermediate_size is 50; .* holds expand . hidden_size alone"):
+            save(tmp_path / "out.gguf")
+    assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from mambakit.ops.causal_conv1d import chunked  # noqa: E402
 from mambakit.ops.causal_conv1d import triton as conv  # noqa: E402
 from mambakit.ops.causal_conv1d import triton_kernels as kernels  # noqa: E402
 from mambakit.ops.causal_conv1d import triton_tokens_kernels as tokens_kernels  # noqa: E402
+from mambakit.ops.causal_conv1d import triton_vectors_kernels as vectors_kernels  # noqa: E402
 from tests.ops.interpreter import DEVICES, INTERPRETED, run_interpreted  # noqa: E402
 
 # Rounding y to bfloat16 costs 1.7e-3 at most in this norm. Triton's interpreter truncates instead: twice that.
@@ -52,7 +53,14 @@ def poisoned_memory(monkeypatch):
         memory = empty(*shape, **options)
         return memory.fill_(torch.nan) if memory.is_floating_point() else memory
 
+    of_tensor = torch.Tensor.new_empty
+
+    def poisoned_like(tensor, *shape, **options):
+        memory = of_tensor(tensor, *shape, **options)
+        return memory.fill_(torch.nan) if memory.is_floating_point() else memory
+
     monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_like)
 
 
 def boundaries(length):
@@ -133,6 +141,53 @@ def test_tokens_that_are_adjacent(device, case):
     check_tokens(case, torch.float32, device)
     if case == CASES[2]:
         check_tokens(case, torch.bfloat16, device, gradient_too=False)
+
+
+# b, l, d, k, bias, activation: of whole vectors, but for the last two
+VECTORS = [
+    (2, 8, 3, 4, True, "silu"),
+    (1, 264, 5, 2, False, ""),
+    (3, 40, 2, 5, True, ""),
+    (2, 24, 3, 8, False, "silu"),
+    (1, 1032, 2, 4, True, "silu"),
+    (2, 23, 3, 4, True, "silu"),
+    (2, 6, 3, 8, True, ""),
+]
+
+
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", VECTORS, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_vectors_of_tokens(device, case, dtype, part, monkeypatch):
+    """Sixteen bytes of tokens at a time, where a row has them whole; ``part``: x and dy are parts of larger memory."""
+    if device == "cpu" and dtype == torch.float16 and not part:
+        pytest.skip("slow in the interpreter")
+    b, length, d, k, has_bias, activation = case
+    monkeypatch.setattr(conv, "_processors", lambda device: 1 if part else 1000)  # several steps of a program, or one
+    arguments = inputs((b, length, d, k, False, False, False, has_bias, activation, False), dtype, device)
+    dy, _, x, *rest = arguments.values()
+    for_tokens = lambda t: torch.cat([t, t] if part else [t], 2).transpose(1, 2).contiguous().transpose(1, 2)[..., :d]  # noqa: E731
+    dy, x = for_tokens(dy), for_tokens(x)
+    assert (conv._vector(x, dy) == 16 // x.element_size()) == (length % (16 // x.element_size()) == 0)
+    for name, got, want in zip(
+        ("y", "final"), conv.forward(x, *rest), chunked.forward(*map(exact, (x, *rest))), strict=True
+    ):
+        assert_close(got, want, dtype, name)
+    expected = chunked.backward(*map(exact, (dy, None, x, *rest)))
+    for name, got, want in zip(
+        ("dx", "dweight", "dbias"), conv.backward(dy, None, x, *rest)[:3], expected[:3], strict=True
+    ):
+        assert_close(got, want, dtype, name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_that_begin_between_vectors(device):
+    x = torch.randn(2, 3, 16, device=device)[..., 1:13].transpose(1, 2)  # 12 tokens, 4 bytes after a multiple of 16
+    weight = torch.randn(3, 4, device=device)
+    assert conv._vector(x) == 0
+    y, _ = conv.forward(x, weight, None, "silu", None, None)
+    assert_close(y, chunked.forward(*map(exact, (x, weight)), None, "silu", None, None)[0], torch.float32, "y")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -252,12 +307,22 @@ def test_capturable_in_a_cuda_graph(device):
         assert torch.equal(got, want)
 
 
-def compile_for_hopper(kernel, constants, **types):
-    """What the interpreter cannot tell: that the compiler takes the kernel. Needs no GPU."""
+def compile_for_hopper(kernel, constants, aligned=(), **types):
+    """What the interpreter cannot tell: that the compiler takes the kernel. Needs no GPU.
+
+    Args:
+        aligned: names of pointers to multiples of 16 bytes.
+
+    Returns:
+        PTX.
+    """
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     values = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
-    source = ASTSource(kernel, signature, constexprs=values)
-    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    assert compiled.asm["cubin"]
+    return compiled.asm["ptx"]
 
 
 POINTERS = dict.fromkeys(("x", "y", "dy", "dx", "final", "dfinal", "initial", "dinitial", "state"), "*bf16")
@@ -299,6 +364,24 @@ def test_kernels_compile(k, packed, states):
         constants = {name: value for name, value in {**tokens, **absent}.items() if name in kernel.arg_names}
         compile_for_hopper(kernel, constants, **POINTERS)
     compile_for_hopper(kernels.sequences_kernel, {"BLOCK": 256}, **POINTERS)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize(("dtype", "vector"), [("*bf16", 8), ("*fp16", 8), ("*fp32", 4)])
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_vectors_compile(k, dtype, vector):
+    """Each vector of tokens is one load or store of 16 bytes."""
+    near = triton.cdiv(k - 1, vector)
+    constants = {"K": k, "LANES": 32, "VECTOR": vector, "SILU": True, "HAS_BIAS": True, "ROWS": 4}
+    types = POINTERS | dict.fromkeys(("x", "y", "dy", "dx", "final"), dtype)
+    for kernel, own, loads in (
+        (vectors_kernels.forward_kernel, {"KP": triton.next_power_of_2(k - 1), "BLOCK_D": 64}, near + 1),
+        (vectors_kernels.backward_kernel, {"STEPS": 4}, 3 * near + 2),
+    ):
+        aligned = [name for name in ("x", "y", "dy", "dx") if name in kernel.arg_names]
+        ptx = compile_for_hopper(kernel, constants | own, aligned, **types)
+        assert ptx.count("ld.global.v4") == loads
+        assert ptx.count("st.global.v4") == 1
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")

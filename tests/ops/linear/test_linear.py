@@ -42,6 +42,17 @@ def test_products_against_float64(format, shape):
         assert relative_error(half, x.bfloat16().double() @ packed.dequantized().double().T) < 4e-3
 
 
+@pytest.mark.parametrize("format", cpu.KINDS)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 48), (33, 200), (600, 768)])
+def test_the_kernel_takes_many_rows(format, shape):
+    """As a prompt's products do: blocks of 16 rows, whose bits do not depend on each other."""
+    packed, bias = pack(weight_of(*shape, format), format), torch.randn(shape[0])
+    x = torch.randn(70, shape[1])
+    for rows in (17, 32, 70):
+        blocks = [cpu.linear(block, packed, bias) for block in x[:rows].split(16)]
+        assert torch.equal(cpu.linear(x[:rows], packed, bias), torch.cat(blocks))
+
+
 @pytest.mark.parametrize("format,bits,bound", [("int8", 8.5, 7e-3), ("int4", 4.5, 1.2e-1)])
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_quantisation(format, bits, bound, group):

@@ -33,6 +33,14 @@ CASES = (
     + [Case((3, 1, 6, 4), B, C) for B, C in (("2", "2"), ("6c", "6c"), ("6c", "2"), ("3", "2c"))]
     + [Case((2, 37, 6, 4), t, t, layout) for t, layout in (("0", "udzy"), ("3", "dy"), ("6c", "uz"), ("2", "udz"))]
     + [Case((1, 75, 6, 5), "0", "0", "udzy", lengths=(0, 3, 40, 1, 0, 31)), Case((2, 40, 1, 4), "0", "0", "udzy")]
+    # One state, tokens adjacent: a kernel of its own on a CPU.
+    + [Case((2, 37, 40, 1), B, C, "udzy") for B, C in (("0", "0"), ("4", "40c"), ("40c", "2"), ("40t", "0"))]
+    + [
+        Case((1, 1100, 6, 1), "0", "2", "udzy"),
+        Case((2, 40, 3, 1), "0", "0", "udzy"),
+        Case((3, 1, 6, 1), "2", "2", "udzy"),
+    ]
+    + [Case((1, 75, 6, 1), B, "0", "udzy", lengths=(0, 3, 40, 1, 0, 31)) for B in ("0", "6c")]
     + [Case((2, 33, 40, 16), "4", "4", "udzy", full=False), Case((2, 33, 40, 16), "40c", "40c", full=False)]
 )
 
@@ -71,9 +79,22 @@ def test_float32(case):
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("case", [
     Case((2, 37, 6, 4)), Case((2, 37, 6, 4), "2", "6c", "dz"), Case((2, 37, 40, 16), "0", "0", "udzy"),
+    Case((2, 37, 40, 1), "0", "4", "udzy"),
 ], ids=str)  # fmt: skip
 def test_dtypes(case, dtypes, tolerance):
     check(selective_scan, case._replace(dtypes=dtypes), tolerance)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_one_state_of_adjacent_tokens_has_a_rows_bits_in_any_batch(dtype):
+    inputs = make(Case((3, 77, 6, 1), transposed="udzy", dtypes=(dtype,) * 5))
+    y, final = selective_scan(**inputs)
+    for i in range(3):
+        rows = {name: inputs[name][i : i + 1] for name in ("u", "delta", "B", "C", "z", "initial_state")}
+        found, last = selective_scan(**inputs | rows)
+        assert is_transposed(found)
+        assert torch.equal(found, y[i : i + 1])
+        assert torch.equal(last, final[i : i + 1])
 
 
 def test_parameters_of_any_dtype_are_cast():
@@ -260,3 +281,31 @@ def test_shapes_are_checked(change, message):
     inputs = make(Case((2, 5, 6, 4)))
     with pytest.raises(ValueError, match=message):
         selective_scan(**{**inputs, **change})
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize(("groups", "n"), [(None, 5), (1, 5), (3, 16), (3, 1)])
+@pytest.mark.parametrize("expanded", ["B", "C", "BC"])
+def test_states_that_are_one_in_memory(expanded, groups, n, dtype):
+    """B or C expanded over the states, tokens adjacent: what lies beside a number is the next token, and no state."""
+    b, length, d = 2, 17, 6
+    case = Case((b, length, d, n), "0", "0", dtypes=(dtype,) * 5)
+    inputs, weights = make(case), output_gradients(case)
+    shape = (b, n, length) if groups is None else (b, groups, n, length)
+    for name in expanded:
+        inputs[name] = torch.randn(*shape[:-2], 1, length).to(dtype)
+
+    def call(**given):
+        for name in expanded:
+            whole = given[name].expand(shape)
+            given[name] = whole.transpose(1, 2) if groups is None else whole.permute(0, 3, 1, 2)
+        return selective_scan(**given)
+
+    def call_dense(**given):
+        return call(**{name: t.repeat_interleave(n, -2) if name in expanded else t for name, t in given.items()})
+
+    found, right = (differentiate(function, inputs, weights) for function in (call, call_dense))
+    for value, expected in zip(found[:2], right[:2], strict=True):
+        assert relative_error(value, expected) < 1e-6
+    for name, gradient in found[2].items():
+        assert relative_error(gradient, right[2][name]) < 1e-6, name

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mambakit.ops._layout import is_transposed
-from mambakit.ops.selective_scan import cuda
+from mambakit.ops.selective_scan import cuda, cuda_launch
+from mambakit.ops.selective_scan.plan import EVEN_ROWS
 from tests.ops.closeness import relative_error
 from tests.ops.selective_scan import cuda_on_cpu, test_cuda
 from tests.ops.selective_scan.operands import (
@@ -34,6 +35,17 @@ ON_CPU = [
     Case((2, 37, 40, 16), "0", "0", "udzy", dtypes=(BF16,) * 5),
     Case((1, 75, 40, 16), "0b", "0", "udzy", lengths=LENGTHS),
     Case((2, 300, 40, 16), "4", "4", "udzy", (BF16, F32, F32, F32, BF16)),
+    # Rows of whole pieces of 16 bytes, and rows of none where lanes have few channels or many.
+    Case((2, 40, 40, 16), "2", "2", "udzy", (BF16,) * 5),
+    Case((1, 304, 24, 16), "3", "24c", "udz"),  # several chunks
+    Case((1, 80, 40, 16), "0b", "0", "udzy", (F16,) * 5, (0, 3, 40, 1, 0, 36)),
+    Case((2, 36, 9, 3), "0", "0", "ud", full=False),
+    Case((2, 48, 24, 1), "0", "0", "udz", (BF16,) * 5),
+    Case((2, 29, 24, 1), "0", "0", "udz", (BF16,) * 5),
+    Case((1, 40, 12, 64), "0", "0", "udz", (BF16,) * 5),
+    Case((1, 27, 12, 64), "0", "0", "udz"),
+    Case((1, 24, 5, 200), "0", "0", "udz", (BF16,) * 5),
+    Case((1, 37, 40, 16), "0", "0", "uz", (BF16,) * 5),  # not all of the inputs
 ]
 SHAPES = [(2, 197, 384, 16), (1, 1, 64, 16), (2, 1024, 64, 16), (1, 2500, 96, 16), (3, 65, 40, 8), (2, 130, 24, 1),
           (1, 300, 32, 64), (1, 70, 16, 200)]  # fmt: skip
@@ -107,3 +119,32 @@ def test_same_inputs_same_bits(case):
         runs.append((y, final, *cuda.backward(*weights, *arguments, checkpoints, 64)))
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+def test_rows_that_begin_at_multiples_of_16_bytes():
+    """The kernels read and write those in vectors: one that is not would be an illegal address on a card."""
+
+    def even(dtype, *, tokens=40, row=None, first=0, dy=None):
+        row = row or tokens
+        memory = torch.zeros(2 * 8 * row + 16, dtype=dtype)
+        x = memory[first:].as_strided((2, tokens, 8), (8 * row, 1, row))
+        B, C = torch.zeros(2, 2, tokens, 16, dtype=dtype)
+        variant = cuda_launch.operands(8, 16, dtype.itemsize, B, C, u=x, delta=x, z=None, dy=dy).variant
+        assert variant.transposed & 3 == 3
+        return bool(variant.transposed & EVEN_ROWS)
+
+    for dtype, whole in ((BF16, 8), (F16, 8), (F32, 4)):
+        assert even(dtype)
+        assert even(dtype, row=40 + whole)
+        assert even(dtype, first=whole)
+        assert even(dtype, dy=torch.zeros(2, 40, 9, dtype=dtype)[..., 1:]), "rows of channels have their own rule"
+        assert not even(dtype, tokens=40 + whole // 2), "rows of the outputs are as long as the tokens"
+        assert not even(dtype, row=40 + whole // 2)
+        assert not even(dtype, first=1)
+        for wrong in (
+            torch.zeros(2, 8, 41, dtype=dtype)[..., :40],
+            torch.zeros(2 * 8 * 40 + 1, dtype=dtype)[1:].view(2, 8, 40),
+        ):
+            assert not even(dtype, dy=wrong.transpose(1, 2))
+    plain = torch.zeros(2, 40, 8)
+    assert cuda_launch.operands(8, 16, 4, *torch.zeros(2, 2, 40, 16), u=plain, delta=plain).variant.transposed == 0

@@ -7,11 +7,13 @@ import pickle
 
 import pytest
 
-from mambakit.serving.api.chat import parse
+from mambakit.serving.api.chat import parse, prepare
 from mambakit.serving.api.declarations import Limits
+from mambakit.serving.api.prompts import Codec
 from mambakit.serving.api.reply import ReplyForm
 from mambakit.serving.api.templates import ChatTemplate
 from mambakit.serving.errors import ApiError
+from tests.serving.api_server import byte_tokenizer
 from tests.serving.chat_template import TEMPLATE
 
 LIMITS = Limits(model="m", vocab_size=300, max_new_tokens=100, max_prompt_tokens=5, most_texts=10)
@@ -132,10 +134,14 @@ def test_limits_of_tokens_and_log_probabilities():
         ({"tool_choice": "required"}, "tool_choice", "auto and none are served"),
         ({"tool_choice": {"type": "function"}}, "tool_choice", "auto and none are served"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "names messages"),
+        ({"chat_template_kwargs": {"conversations": []}}, "chat_template_kwargs", "names conversations"),
         ({"continue_final_message": True}, "continue_final_message", "an assistant's last message"),
         ({"reasoning_effort": "low"}, "reasoning_effort", "has no reasoning_effort"),
         ({"functions": []}, "functions", "use tools"),
         ({"store": True}, "store", "nothing is stored"),
+        ({"verbosity": "low"}, "verbosity", "ask for it in a message"),
+        ({"web_search_options": {}}, "web_search_options", "nothing is searched"),
+        ({"prompt_cache_retention": "forever"}, "prompt_cache_retention", "or '24h'"),
         ({"model": "other"}, "model", "'m' alone"),
     ],
 )
@@ -160,8 +166,26 @@ def test_without_a_template_or_with_one_that_refuses():
 def test_values_that_ask_for_nothing_are_taken():
     body = {"store": False, "service_tier": "auto", "modalities": ["text"], "parallel_tool_calls": True, "tools": None}
     assert prompt(**body, user="x", metadata={"a": "b"}, functions=None) == prompt()
+    hints = {"safety_identifier": "x", "prompt_cache_key": "y", "prompt_cache_retention": "24h", "verbosity": "medium"}
+    assert prompt(**hints) == prompt(), "what the openai client may send with any chat"
 
 
 def test_a_template_can_be_sent_to_another_process():
     assert pickle.loads(pickle.dumps(FULL)) == FULL
     assert json.loads(json.dumps(FULL.text)) == TEMPLATE
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"const": "\ud800"}}}]},
+        {"tools": [TOOL], "messages": [USER, {"role": "assistant", "tool_calls": [
+            {"function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}]}]},
+    ],
+)  # fmt: skip
+def test_half_a_surrogate_pair_that_the_template_makes_is_refused(body):
+    codec = Codec(byte_tokenizer())
+    codec.template = FULL
+    with pytest.raises(ApiError, match="half of a surrogate pair") as caught:
+        prepare(json.dumps({"messages": [USER]} | body).encode(), codec, LIMITS)
+    assert (caught.value.status, caught.value.param) == (400, "messages")

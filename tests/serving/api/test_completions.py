@@ -117,6 +117,15 @@ def test_values_that_ask_for_nothing_are_taken():
     parse({"prompt": "x", "response_format": {"type": "text"}, "suffix": "", "metadata": {}, "min_tokens": 0}, LIMITS)
 
 
+def test_the_limit_of_tokens_by_both_names():
+    assert parse({"prompt": "x", "max_completion_tokens": 3}, LIMITS).max_tokens == 3
+    assert parse({"prompt": "x", "max_completion_tokens": 3, "max_tokens": 3}, LIMITS).max_tokens == 3
+    assert parse({"prompt": "x", "max_completion_tokens": None}, LIMITS).max_tokens == 16
+    assert parse({"prompt": "x", "max_completion_tokens": 0, "echo": True}, LIMITS).max_tokens == 0
+    assert "give one of them" in refused(max_completion_tokens=3, max_tokens=16).message
+    assert "at least 1" in refused(max_completion_tokens=0).message
+
+
 def test_options_of_a_text():
     asked = parse({"prompt": "x", "logprobs": 0, "echo": True, "max_tokens": 0, "metadata": {"a": "b"}}, LIMITS)
     assert (asked.max_tokens, asked.options.log_probs, asked.options.prompt_log_probs) == (0, 0, True)

@@ -72,3 +72,25 @@ def test_arguments_as_text_and_under_their_other_name():
     assert said.calls == (Call("f", '{"x": "ü"}'),)
     said, _ = read(BOTH, ['<tool_call>{"name": "f", "arguments": "{}"}</tool_call>'])
     assert said.calls == (Call("f", "{}"),)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        '"name": "f", "arguments": {"a": NaN}',
+        '"name": "f", "arguments": -Infinity',
+        '"name": "f", "arguments": [1e999]',
+        '"name": "\\ud800"',
+        '"name": "f", "arguments": "\\udfff"',
+    ],
+)
+def test_what_json_or_utf8_cannot_say_stays_text(call):
+    text = f"<tool_call>{{{call}}}</tool_call>"
+    assert read(BOTH, [text]) == (Said(content=text), False)
+
+
+def test_half_a_surrogate_pair_in_arguments_stays_an_escape():
+    said, _ = read(BOTH, ['<tool_call>{"name": "f", "arguments": {"x": "\\ud800", "y": "\\ud83d\\ude00"}}</tool_call>'])
+    (call,) = said.calls
+    assert call.arguments.encode().isascii()
+    assert json.loads(call.arguments) == {"x": "\ud800", "y": "\U0001f600"}

@@ -252,7 +252,7 @@ def test_a_client_that_is_gone_is_told_from_one_that_has_finished_sending(usual)
         with usual.connect() as client:
             client.sendall(usual.post(max_tokens=100, stream=stream))
             wait_until(lambda: usual.replicas.jobs, "it was asked")
-        wait_until(lambda: not usual.server.server_state.tasks, "its request is gone", 10)
+        wait_until(lambda: not usual.server.server_state.tasks, "its request is gone before the second probe", 2.5)
         usual.replicas.jobs.clear()
     assert usual.replicas.cancelled == 2
 
@@ -291,3 +291,17 @@ def test_a_request_has_an_end(stream):
         assert b"not done within 0.6 seconds (--request-seconds)" in received
         assert one.replicas.cancelled == 1
         assert one.ask(one.post(max_tokens=1, stream=stream))[0] == 200
+
+
+def test_a_connection_that_ends_with_an_error_of_the_server_says_so(usual, monkeypatch):
+    """A client must not send its next request into a connection that is being closed."""
+
+    def submit(jobs):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(usual.replicas, "submit", submit)
+    request = usual.head(Content_Length=15) + b'{"prompt": "a"}'
+    status, received = usual.ask(request)
+    assert status == 500
+    assert b"\r\nconnection: close\r\n" in received.lower()
+    assert b"the server failed on this request (KeyError)" in received

@@ -24,16 +24,26 @@ def test_the_model_by_name(client):
     assert '"state-spaces/other"' in other.json()["error"]["message"]
 
 
+def _schema(document, path):
+    return document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+
+
 def test_the_document_has_every_route_and_the_limits_of_this_server(client):
     document = client.get("/openapi.json").json()
     assert document["openapi"].startswith("3.1")
     assert {"/v1/completions", "/v1/models", "/v1/models/{model}", "/health", "/openapi.json"} <= set(document["paths"])
-    fields = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    fields = _schema(document, "/v1/completions")
     assert fields["required"] == ["prompt"]
     assert fields["properties"]["model"]["enum"] == ["m", None]
     assert fields["properties"]["max_tokens"]["maximum"] == LIMITS.max_new_tokens
     assert fields["properties"]["temperature"]["maximum"] == 2
     assert fields["additionalProperties"] is False
+    text, chat = _schema(document, "/tokenize")["anyOf"]
+    assert (text["required"], chat["required"]) == (["prompt"], ["messages"])
+    assert text["properties"]["prompt"]["type"] == "string"
+    assert text["properties"]["messages"] == chat["properties"]["prompt"] == {"type": "null"}
+    prompt, state = _schema(document, "/v1/states")["anyOf"]
+    assert (prompt["required"], state["required"]) == (["prompt"], ["state"])
     for path, methods in document["paths"].items():
         for method in methods:
             place = path.replace("{model}", "m").replace("{name}", "app.js")

@@ -78,6 +78,21 @@ def test_penalties_and_seeds_hold_over_a_state(states, options):
     )
 
 
+@pytest.mark.parametrize("options", [{"repetition_penalty": 1.5}, {"repetition_penalty": 3.0}, {}])
+@pytest.mark.parametrize("prompt", ["", [7, 9]])
+def test_echo_with_log_probabilities_changes_no_text(states, prompt, options):
+    """The prompt is scored first; the text after it is the same, with the same penalties."""
+    state = ask(states, "POST", "", json={"prompt": PROMPT})
+    asked = {"prompt": prompt, "state": state["id"], "max_tokens": 20, "temperature": 0} | options
+    plain = states.complete(**asked, keep_state=True)
+    scored = states.complete(**asked, keep_state=True, echo=True, logprobs=0)["choices"][0]
+    at = len(scored["logprobs"]["tokens"]) - plain["usage"]["completion_tokens"]
+    assert at == len(prompt)
+    assert scored["text"].endswith(text_of(plain))
+    tokens = [ask(states, "GET", f"/{one['state']['id']}/text")["tokens"] for one in (plain["choices"][0], scored)]
+    assert tokens[0] == tokens[1]
+
+
 def test_a_state_has_read_the_text_that_was_shown(states):
     """Also where a stop string ends it: not the stop string, nor what was written until the engine was told."""
     plain = text_of(states.complete(prompt=PROMPT, max_tokens=60, temperature=0))
@@ -189,6 +204,20 @@ def test_bad_requests(states, body, status, message):
     assert message in ask(states, "POST", "", status, json=body)["error"]["message"]
 
 
+@pytest.mark.parametrize("limit", ["0", "1001", "1.5", "nan", "-inf", "x", ""])
+def test_pages_of_a_length_that_is_none(states, limit):
+    assert "limit is" in ask(states, "GET", f"?limit={limit}", 400)["error"]["message"]
+
+
+@pytest.mark.parametrize("query", ["limits=2", "limit=2&limit=3", "after=x&before=y"])
+def test_parameters_of_a_page_that_are_none(states, query):
+    ask(states, "GET", f"?{query}", status=400)
+    error = ask(states, "POST", f"/import?{query}", status=400, content=b"")["error"]
+    assert error["param"] in query
+    states.complete(prompt="x", max_tokens=1)
+    assert states.client.post("/v1/completions?api-version=2", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
 def test_a_deadline_and_a_priority(states):
     response = states.post(prompt=PROMPT, max_tokens=4000, deadline=0.01, ignore_eos=True)
     assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
@@ -210,6 +239,34 @@ def test_a_damaged_file_ends_its_own_text_alone(states, folder):
     assert states.complete(prompt="", state=good["id"], max_tokens=3)
 
 
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_a_damaged_file_that_no_replica_has_in_memory(model, tmp_path, damage):
+    """The documented status, whatever goes on from the state; the log has no traceback."""
+    with start(model, tmp_path / "states", tmp_path / "log", "--states-memory-mb", "0") as server:
+        server.ready()
+        for path, more in (
+            ("completions", {"max_tokens": 3}),
+            ("completions", {"max_tokens": 3, "stream": True}),
+            ("completions", {"max_tokens": 3, "echo": True, "logprobs": 1, "keep_state": True}),
+            ("score", {"continuations": ["b"]}),
+            ("states", {}),
+        ):
+            state = ask(server, "POST", "", json={"prompt": PROMPT})
+            (file,) = (tmp_path / "states" / "blobs").rglob("*.safetensors")
+            if damage == "gone":
+                file.unlink()
+            else:
+                file.write_bytes(file.read_bytes()[:-1] + b"?")
+            answer = server.client.post(f"/v1/{path}", json={"prompt": "a", "state": state["id"]} | more)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (410, "state_damaged"), (path, more, error)
+            assert error["message"].endswith("make the state again")
+            assert "ApiError" not in error["message"]
+            ask(server, "DELETE", f"/{state['id']}")
+        assert server.complete(prompt="a", max_tokens=1)
+        assert "Traceback" not in server.log.read_text()
+
+
 def test_a_file_of_huge_numbers_is_its_clients_fault(states):
     """They are finite, and no token can be chosen after them: its texts are refused, and nothing else is affected."""
     good = ask(states, "POST", "", json={"prompt": [71, 200]})
@@ -221,8 +278,16 @@ def test_a_file_of_huge_numbers_is_its_clients_fault(states):
     kind = {"Content-Type": "application/octet-stream"}
     bad = states.client.post("/v1/states/import", content=huge, headers=kind)
     assert bad.status_code == 200, bad.text
-    answer = states.post(prompt="", state=bad.json()["id"], max_tokens=3)
-    assert (answer.status_code, "NaN or infinite" in answer.text) == (400, True), answer.text
+    asked = {"prompt": "a", "state": bad.json()["id"]}
+    for path, more in (
+        ("completions", {"max_tokens": 3}),
+        ("completions", {"max_tokens": 3, "logprobs": 1}),
+        ("completions", {"max_tokens": 3, "logprobs": 1, "echo": True}),
+        ("score", {"continuations": ["b"]}),
+        ("score", {"continuations": ["b"], "keep_state": True}),
+    ):
+        answer = states.client.post(f"/v1/{path}", json=asked | more)
+        assert (answer.status_code, " NaN" in answer.text) == (400, True), (path, more, answer.text)
     assert states.complete(prompt="", state=good["id"], max_tokens=3)
     assert not any(replica["restarts"] for replica in states.health()["replicas"])
 
@@ -236,12 +301,13 @@ def test_killed_and_started_again(model, tmp_path):
             answer = server.complete(prompt=[*PROMPT, number], max_tokens=5, temperature=0, keep_state=True)
             text = text_of(server.complete(prompt="", state=kept(answer)["id"], max_tokens=9, temperature=0))
             expected[kept(answer)["id"]] = text
+        # Asked before the text begins: between its first line and the signals nothing else may take time, or it ends.
+        pids = [replica["pid"] for replica in server.health()["replicas"]]
         with server.client.stream(
             "POST", "/v1/completions", json={"prompt": PROMPT, "max_tokens": 3000, "stream": True, "keep_state": True}
         ) as running:
             next(running.iter_lines())
-            pids = [replica["pid"] for replica in server.health()["replicas"]]
-            for pid in (server.process.pid, *pids):
+            for pid in (*pids, server.process.pid):
                 os.kill(pid, signal.SIGKILL)
     with start(model, tmp_path / "states", tmp_path / "log") as server:
         server.ready()

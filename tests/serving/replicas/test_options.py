@@ -97,6 +97,18 @@ def test_grammars(replica):
     assert pieces[12][-1].finish_reason == "stop"
 
 
+def test_a_constraint_that_becomes_too_complex_is_the_clients_fault(replica):
+    """It compiles. The message does not quote the text so far, which would be in the log with it."""
+    bad, good = ("regex", "(?:(?:[a-z]{0,500}){0,500}){0,500}"), ("regex", "ab|cd")
+    pieces = run_constrained(replica, task(14, 50, constraint=bad), task(15, 20, constraint=good))
+    last = pieces[14][-1]
+    assert (last.finish_reason, last.status) == ("error", 400)
+    assert last.error.startswith("the constraint became too complex to follow")
+    assert last.error.endswith("fewer alternatives")
+    assert "Tokens:" not in last.error
+    assert pieces[15][-1].finish_reason == "stop"
+
+
 def test_a_text_that_is_cancelled_before_its_grammar_is_compiled(replica):
     replica.worker.inbox.put(task(20, 20, constraint=("regex", "[a-z]{5}x")))
     replica.worker._read_inbox()
@@ -113,11 +125,13 @@ def test_a_text_that_is_cancelled_before_its_grammar_is_compiled(replica):
     assert not replica.worker.compiling
 
 
-def test_a_prompt_that_is_cancelled_while_it_is_scored(replica):
-    replica.worker.inbox.put(task(30, 5, ids=[5] * 3000, prompt_log_probs=True, log_probs=0))
+@pytest.mark.parametrize("id", ["30", "3000"])
+def test_a_prompt_that_is_cancelled_while_it_is_scored(replica, id):
+    """Ids are numbers that came through a pipe: equal ones, and not the same object."""
+    replica.worker.inbox.put(task(int(id), 5, ids=[5] * 3000, prompt_log_probs=True, log_probs=0))
     replica.worker._read_inbox()
-    assert 30 in replica.worker.scored
-    replica.worker.inbox.put(Cancel(30))
+    assert int(id) in replica.worker.scored
+    replica.worker.inbox.put(Cancel(int(id)))
     replica.worker._read_inbox()
     assert not replica.worker.scored
     assert not len(replica.worker.scorer)

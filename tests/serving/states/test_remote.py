@@ -64,7 +64,38 @@ def test_a_damaged_or_missing_file_is_told(url):
     assert caught.value.status == 410
     good = add(store, b"another")
     store._files._folder.write(f"{record.id}.json", b"{}")
-    assert [one.id for one in StateStore(url, budget=1 << 20)._files.all()] == [good.id]
+    assert [one.id for one in StateStore(url, budget=1 << 20).list("a")[0]] == [good.id]
+
+
+def test_servers_of_one_url_keep_to_each_other(url):
+    """What one of them deletes is gone at the other, and a file that the other needs stays."""
+    store, other = (StateStore(url, budget=1 << 20, clock=lambda: 1e10) for _ in range(2))
+    record = add(store)
+    fork = other.fork("a", record.id)
+    store.delete("a", record.id)
+    with pytest.raises(ApiError, match="no state"):
+        other.get("a", record.id)
+    assert other.export("a", fork.id) == store.export("a", fork.id) == DATA
+    other.delete("a", fork.id)
+    assert store.blobs.size(record.blob) is None
+
+
+def test_a_listing_that_fails_deletes_nothing(url, monkeypatch):
+    store = StateStore(url, budget=1 << 20, clock=lambda: 1e10)
+    gone, kept = add(store), add(store, b"another")
+
+    def away(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(store.blobs._folder._system, "find", away)
+    store.delete("a", gone.id)
+    with pytest.raises(OSError, match="Input/output"):
+        store.clean()
+    monkeypatch.undo()
+    assert store.export("a", kept.id) == b"another"
+    assert store.blobs.get(gone.blob) == DATA
+    store.clean()
+    assert store.blobs.size(gone.blob) is None
 
 
 def test_a_write_that_fails_is_told(url, monkeypatch):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from array import array
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ import pytest
 from mambakit.serving.errors import ApiError
 from mambakit.serving.messages import Kept, Layout
 from mambakit.serving.states import blobs
+from mambakit.serving.states.options import StatesOptions, open_store
+from mambakit.serving.states.records import new_id
 from mambakit.serving.states.store import StateStore
 from mambakit.serving.states.tensors import FORMAT, check, digest_of
 
@@ -98,6 +101,59 @@ def test_forks_share_a_file_and_live_on_their_own(store):
     assert store.used() == 0
 
 
+def test_a_file_that_another_server_of_the_folder_needs_is_not_deleted(store):
+    record = store.take("a", file_of([1, 2]), LAYOUT)
+    expiring = store.take("a", file_of([3]), LAYOUT, expires_after=1e-6)
+    other = store_of(store.folder)
+    forks = [other.fork("a", record.id), other.fork("a", record.id)]
+    again = other.take("a", file_of([3]), LAYOUT)
+    for blob in (record.blob, expiring.blob):
+        os.utime(store.blobs.path(blob), (0, 0))
+    store.delete("a", record.id)
+    store.sweep()
+    assert store.count() == 3, "it has learnt of the others"
+    assert other.export("a", forks[0].id) == file_of([1, 2])
+    assert other.export("a", again.id) == file_of([3])
+    with pytest.raises(ApiError, match="there is no state"):
+        other.get("a", record.id)
+    other.delete("a", forks[0].id)
+    assert store.export("a", forks[1].id) == file_of([1, 2])
+    store.delete("a", forks[1].id)
+    store.clean()
+    assert store.blobs.size(record.blob) is None, "neither has a record of it"
+
+
+def test_a_fork_keeps_its_file_from_a_server_that_is_about_to_delete_it(store):
+    """The other one has listed the records, this one's not yet among them."""
+    record = store.take("a", file_of([1]), LAYOUT)
+    os.utime(store.blobs.path(record.blob), (0, 0))
+    other = store_of(store.folder)
+    fork, learn = None, store._learn
+
+    def late() -> None:
+        nonlocal fork
+        learn()
+        fork = other._write(replace(record, id=new_id()))
+
+    store._learn = late
+    store.delete("a", record.id)
+    assert other.export("a", fork.id) == file_of([1])
+
+
+def test_it_is_cleaned_again_and_again(tmp_path):
+    """Of a server that runs for long: states that expire, and files of texts whose clients have not waited."""
+    store = open_store(str(tmp_path), StatesOptions(), 1, every=0.05)
+    assert store is not None
+    record = store.take("a", file_of([1]), LAYOUT, expires_after=0.3)
+    orphan = store.blobs.put(file_of([2]))
+    for blob in (record.blob, orphan):
+        os.utime(store.blobs.path(blob), (0, 0))
+    end = time.monotonic() + 20
+    while (list(store.blobs.digests()) or store.count()) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert (list(store.blobs.digests()), store.count()) == ([], 0)
+
+
 def test_a_file_of_a_record_that_is_on_its_way_is_not_deleted(store):
     """The replica has written the same contents again, and its record has not come yet."""
     record = store.take("a", file_of([1]), LAYOUT)
@@ -157,8 +213,8 @@ def test_the_nearest_state_of_a_text(store):
     store.take("b", file_of(list(range(15))), LAYOUT)
     store.take("a", file_of(list(range(17)), known=False), LAYOUT)
     for at, expected in ((20, b), (12, b), (11, a), (5, a), (4, None)):
-        assert store.nearest("a", text[:at], LAYOUT.fingerprint) == expected
-    assert store.nearest("a", text, "e" * 64) is None
+        assert store.nearest("a", text[:at], LAYOUT) == expected
+    assert store.nearest("a", text, replace(LAYOUT, fingerprint="e" * 64)) is None
 
 
 @pytest.mark.parametrize(
@@ -223,6 +279,16 @@ def test_a_damaged_file_is_found_out_and_others_are_served(store):
     (record,) = [file for file in (store.folder / "records").iterdir() if good.id in file.name]
     record.write_text("{")
     assert store_of(store.folder).count() == 2, "a record that cannot be read hides no other"
+
+
+def test_a_damaged_file_is_nobody_s_nearest(store):
+    """A branch of a whole state is read from another one, or from the beginning."""
+    text = list(range(9))
+    near, far = (store.take("a", file_of(text[:length]), LAYOUT) for length in (6, 3))
+    path = store.blobs.path(near.blob)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert store.nearest("a", array("q", text), LAYOUT) == far
+    assert store.nearest("a", array("q", text), LAYOUT) == far, "its file is gone now"
 
 
 @pytest.mark.parametrize("fails", ["write_bytes", "write_text"])
@@ -333,7 +399,7 @@ def test_a_damaged_record_stops_nothing(tmp_path, damage):
     again = store_of(tmp_path / "states")
     again.clean()
     assert again.list("a")[0] == [good]
-    assert again.nearest("a", array("q", [3, 4]), LAYOUT.fingerprint) == good
+    assert again.nearest("a", array("q", [3, 4]), LAYOUT) == good
     with pytest.raises(ApiError):
         again.get("a", bad.id)
     assert again.export("a", good.id) == file_of([3, 4])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mambakit.errors import CheckpointError
-from mambakit.models.checkpoints.format import Loading
+from mambakit.models.checkpoints.format import Loading, require_whole_expand
 from mambakit.models.checkpoints.gguf import names
 from mambakit.models.checkpoints.gguf.blocks import PACKED, bytes_of, fits, numbers_of, packed_of
 from mambakit.models.checkpoints.gguf.container import Header, Typed, Writable, read_header, write_file
@@ -74,6 +74,7 @@ class GGUFFormat:
                 f"GGUF holds causal language models ({', '.join(names.FAMILIES)}), not a {model.__class__.__name__} "
                 f"({model.config.model_type})"
             )
+        require_whole_expand(model.config, "GGUF")
         name = _BY_DTYPE.get(model.dtype) if type is None else type.upper()
         if name not in WRITTEN:
             raise ValueError(f"type is {type or model.dtype}; choose one of {', '.join(WRITTEN)}")

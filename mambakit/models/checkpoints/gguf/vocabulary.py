@@ -204,7 +204,13 @@ def written(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     """
     if tokenizer is None:
         return {"tokenizer.ggml.model": "none", "mamba.vocab_size": vocab_size}
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise CheckpointError(
+            f"the tokenizer is a {type(tokenizer).__name__}; give a fast one of transformers "
+            "(AutoTokenizer.from_pretrained), or None"
+        )
+    state = json.loads(backend.to_str())
     model = state["model"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
         raise CheckpointError(

@@ -122,6 +122,10 @@ struct Operand {
     for (int64_t i = 0; i < channels; ++i)
       for (int64_t at = 0; at < tokens * size; at += 64) __builtin_prefetch(from + i * c * size + at);
   }
+  // `count` neighbouring tokens of a channel, where tokens are adjacent.
+  V tokens(int64_t row, int64_t token, int64_t channel, int64_t count) const {
+    return half ? load(at<const bfloat16>(row, token, channel), count) : load(at<const float>(row, token, channel), count);
+  }
   template <class T>
   T* at(int64_t row, int64_t token, int64_t channel) const {
     return static_cast<T*>(p) + row * b + token * l + channel * c;
