@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -71,9 +71,26 @@ class PromptReader:
             read: called with a text whose prompt is read, and its first token.
             failed: called with a text whose prompt cannot be read, and why.
         """
-        self._share.step(
-            self._schedule.may_be_read, lambda text: text.reading, lambda text: self._read_part(text, read, failed)
-        )
+        self._share.step(self._to_read, lambda text: text.reading, lambda text: self._read_part(text, read, failed))
+
+    def _to_read(self) -> list[Text]:
+        """The texts whose prompts are read now, the oldest first: those that are due, else those to be read ahead.
+
+        Where a forward reads several prompts, a short one waits for the others for a while, as long as nobody needs it.
+        """
+        due, ahead = self._schedule.may_be_read()
+        if not reads_in_buckets(self._model, 1):
+            return due or ahead
+        now = self._schedule.overdue() if self._share.hurried else {*due}  # else nobody writes, and all texts are here
+        counts = Counter(text.reading.next_bucket for text in (*due, *ahead) if self._is_short(text))
+
+        def is_full(text: Text) -> bool:
+            """Whether its forward has no room for prompts that may still come."""
+            return not self._is_short(text) or counts[bucket := text.reading.next_bucket] >= rows_together(bucket)
+
+        if found := [text for text in due if text in now or is_full(text)]:
+            return found
+        return [text for text in ahead if is_full(text)] or (ahead if self._schedule.lacks_ready else [])
 
     @property
     def hurried(self) -> bool:
@@ -118,7 +135,8 @@ class PromptReader:
         """The texts whose next tokens are read by one forward: ``text``, and others of the same bucket."""
         bucket = bucket_of(len(text.reading.next_tokens()))
         group, most = [text], rows_together(bucket)
-        for other in list(self._schedule.may_be_read()) if most > 1 else []:
+        due, ahead = self._schedule.may_be_read() if most > 1 else ([], [])
+        for other in (*due, *ahead):
             if len(group) == most:
                 break
             if other is text or not self._is_short(other):

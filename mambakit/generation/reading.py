@@ -109,6 +109,13 @@ class PromptReading:
         read that."""
         return self.begun or len(self._ids) <= LARGEST_GROUPED
 
+    @property
+    def next_bucket(self) -> int:
+        """The bucket of `next_tokens`; where its prefix was not looked up yet, that without one."""
+        if self._stops is not None:
+            return bucket_of(len(self.next_tokens()))
+        return bucket_of(min(self.left, self._chunk_size, LARGEST_BUCKET))
+
     def part(self) -> Part:
         """Read the smallest part: a layer of a chunk, or a whole chunk."""
         self._to_stop()

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from typing import Any, Generic, TypeAlias, TypeVar
 
 T = TypeVar("T", bound=Hashable)
 Path: TypeAlias = "tuple[Hashable, ...]"
+
+
+def texts_ahead(slots: int) -> int:
+    """How many texts beyond an engine's slots have their prompts read before their turn, so that a slot is refilled as
+    soon as it is free. Each holds a state; the dispatcher sends as many more, whose order is then fixed."""
+    return max(2, slots // 8)
 
 
 class _Node:
@@ -22,7 +28,7 @@ class _Node:
     def __init__(self, parent: _Node | None, name: Hashable, order: int):
         self.parent, self.name, self.order = parent, name, order
         self.children: dict[Hashable, _Node] = {}
-        self.texts: dict[Any, None] = {}  # in the order of arrival
+        self.texts: dict[Any, int] = {}  # in the order of arrival, with its number
         # A newcomer starts level with the least served: not ahead of all others because it has had nothing yet.
         self.served: float = min((child.served for child in parent.children.values()), default=0.0) if parent else 0.0
 
@@ -61,7 +67,7 @@ class Turns(Generic[T]):
             if name not in node.children:
                 node.children[name] = _Node(node, name, next(self._order))
             node = node.children[name]
-        node.texts[text] = None
+        node.texts[text] = next(self._order)
         self._leaves[text] = node
 
     def remove(self, text: T) -> None:
@@ -78,18 +84,37 @@ class Turns(Generic[T]):
         for child in node.children.values():
             yield from self._leaves_of(child)
 
+    def _texts_of_leaves(self, among: Collection[T] | None) -> Iterator[tuple[_Node, Iterable[T]]]:
+        """The leaves, each with its texts in the order of arrival."""
+        if among is None:
+            yield from ((leaf, leaf.texts) for leaf in self._leaves_of(self._root))
+            return
+        found: dict[_Node, list[T]] = {}
+        for text in among:
+            found.setdefault(self._leaves[text], []).append(text)
+        for leaf, texts in found.items():
+            yield leaf, sorted(texts, key=leaf.texts.__getitem__)
+
+    def path_of(self, text: T) -> Hashable:
+        """Equal for texts with the same path."""
+        return self._leaves[text]
+
     def serve(self, text: T, amount: float) -> None:
         """Count ``amount`` (tokens) as served to ``text`` and its owners."""
         for node in self._leaves[text].ancestors():
             node.served += amount
 
     def next(
-        self, count: int, among: Callable[[T], bool], running: Iterable[T] = (), per_request: int | None = None
+        self,
+        count: int,
+        among: Collection[T] | None = None,
+        running: Iterable[T] = (),
+        per_request: int | None = None,
     ) -> list[T]:
-        """Up to ``count`` waiting texts for free slots, in the order of their turns; ``among`` selects those that may
-        be taken.
+        """Up to ``count`` waiting texts for free slots, in the order of their turns.
 
         Args:
+            among: those that may be taken; None: all. Where they are few, other texts take no time.
             running: texts that have a slot and keep it; they count towards their owners' shares.
             per_request: at most this many of one path, besides those that run.
         """
@@ -100,9 +125,9 @@ class Turns(Generic[T]):
                 taken[node] = taken.get(node, 0) + 1
         waiting: dict[_Node, list[T]] = {}
         wanted: dict[_Node, int] = {}
-        for leaf in self._leaves_of(self._root):
-            most = count if per_request is None else min(count, per_request)
-            able = (text for text in leaf.texts if text not in keeping and among(text))
+        most = count if per_request is None else min(count, per_request)
+        for leaf, texts in self._texts_of_leaves(among):
+            able = (text for text in texts if text not in keeping)
             if mine := list(itertools.islice(able, most)):
                 waiting[leaf] = mine[::-1]
                 for node in leaf.ancestors():

@@ -16,17 +16,14 @@ def turns_of(**texts: tuple) -> Turns[str]:
     return turns
 
 
-def everybody(_text: str) -> bool:
-    return True
-
-
 def test_texts_of_one_path_come_in_order():
     turns = turns_of(a=(), b=(), c=())
-    assert turns.next(2, everybody) == ["a", "b"]
-    assert turns.next(2, everybody, running=["a"]) == ["b", "c"]
+    assert turns.next(2) == ["a", "b"]
+    assert turns.next(2, running=["a"]) == ["b", "c"]
     turns.remove("b")
-    assert turns.next(5, everybody) == ["a", "c"]
-    assert turns.next(5, everybody, per_request=1) == ["a"]
+    assert turns.next(5) == ["a", "c"]
+    assert turns.next(5, per_request=1) == ["a"]
+    assert turns.next(5, among={"c", "a"}) == ["a", "c"], "in the order of arrival"
 
 
 def test_rows_are_shared_between_keys_then_requests():
@@ -36,7 +33,7 @@ def test_rows_are_shared_between_keys_then_requests():
             turns.add(("one key", request, i), ("one key", request))
     for i in range(20):
         turns.add(("another", "alone", i), ("another", "alone"))
-    chosen = turns.next(8, everybody)
+    chosen = turns.next(8)
     assert sorted(chosen) == [
         *(("another", "alone", i) for i in range(4)),
         ("one key", "big", 0), ("one key", "other", 0), ("one key", "other", 1), ("one key", "small", 0),
@@ -48,12 +45,12 @@ def test_the_least_served_is_next_and_a_newcomer_is_level():
     turns = turns_of(a=("a",), b=("b",))
     turns.serve("a", 100)
     turns.serve("b", 90)
-    assert turns.next(1, everybody) == ["b"]
+    assert turns.next(1) == ["b"]
     turns.add("c", ("c",))
     turns.serve("b", 1)
-    assert turns.next(1, everybody) == ["c"], "level with the least served, who has had more since"
+    assert turns.next(1) == ["c"], "level with the least served, who has had more since"
     turns.serve("c", 11)
-    assert turns.next(1, everybody) == ["a"] or turns.next(1, everybody) == ["b"]
+    assert turns.next(1) == ["a"] or turns.next(1) == ["b"]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -66,7 +63,7 @@ def test_random_texts_have_even_shares_and_none_starves(seed):
         paths[text] = (chance.randrange(3), chance.randrange(3))[: chance.randrange(3)]
         turns.add(text, paths[text])
     rows = chance.randrange(1, 12)
-    chosen = turns.next(rows, everybody)
+    chosen = turns.next(rows)
     assert len(chosen) == len(set(chosen)) == min(rows, len(paths))
     for text in set(paths) - set(chosen):
         for level in range(len(paths[text])):
@@ -78,7 +75,7 @@ def test_random_texts_have_even_shares_and_none_starves(seed):
             assert max(siblings.values(), default=0) <= mine + 1
     had = dict.fromkeys({path or ("-",) for path in paths.values()}, 0)
     for _ in range(600):
-        for text in turns.next(1, everybody):
+        for text in turns.next(1):
             turns.serve(text, 1)
             had[paths[text] or ("-",)] += 1
     assert min(had.values()) > 0
@@ -87,5 +84,5 @@ def test_random_texts_have_even_shares_and_none_starves(seed):
         del paths[text]
         turns.remove(text)
         assert len(turns) == len(paths)
-    assert turns.next(3, everybody) == []
+    assert turns.next(3) == []
     assert not turns._root.children

@@ -8,14 +8,13 @@ import itertools
 import math
 from collections.abc import Generator, Hashable, Iterator, Sequence
 
+from mambakit.generation.turns import texts_ahead
 from mambakit.serving.dispatch.fair_queue import FairQueue
 from mambakit.serving.dispatch.jobs import Job, Replica
 from mambakit.serving.dispatch.shares import Shares
 
-# Texts sent to a replica beyond its slots, so that a slot that becomes free is refilled without a round trip.
-AHEAD = 2
-# A request with no text at a replica may be sent beyond those, while its owner holds less than its share of this many
-# times the slots: the engine there takes turns between owners, so the request gets its first token soon.
+# A request with no text at a replica that is full may be sent to it, while its owner holds less than its share of this
+# many times the slots: the engine there takes turns between owners, so the request gets its first token soon.
 EARLY = 4
 # The queue may grow to this many times its limit for owners that hold less than their share of it.
 REACH = 2
@@ -23,10 +22,14 @@ _TRIES = 8  # requests whose next text is tried, in the order of their turns
 
 
 class WaitingQueue:
-    """One queue for all replicas, which have ``slots`` each. Texts of one request leave in the order of arrival."""
+    """One queue for all replicas, which have ``slots`` each. Texts of one request leave in the order of arrival.
+
+    A replica is full with as many texts beyond its slots as its engine reads ahead. It gets no more of one request:
+    what was sent is neither overtaken by a text of higher priority nor given to another replica.
+    """
 
     def __init__(self, slots: int):
-        self._slots = slots
+        self._slots, self._full = slots, slots + texts_ahead(slots)
         self._texts = FairQueue()  # the waiting texts and those at the replicas
         self._shares = Shares()  # of the same
         self._deadlines: list[tuple[float, int, Job]] = []
@@ -70,7 +73,7 @@ class WaitingQueue:
         ready = [r for r in replicas if r.state == "ready" and len(r.jobs) < self._most]
         if not ready:
             return None
-        free = any(len(r.jobs) < self._slots + AHEAD for r in ready)
+        free = any(len(r.jobs) < self._full for r in ready)
         turns: Generator[Job, None, None] = self._texts.next()
         if newcomers and not free:
             turns = (job for job in newcomers if job in self._texts)
@@ -90,11 +93,11 @@ class WaitingQueue:
     @property
     def _most(self) -> float:
         """No replica has room for more than so many texts: the logarithm of a million owners, see `Shares.fits`."""
-        return EARLY * self._slots * 14 + AHEAD
+        return EARLY * self._slots * 14 + texts_ahead(self._slots)
 
     def _has_room(self, replica: Replica, job: Job) -> bool:
         shares = replica.shares
-        if len(shares) < self._slots + AHEAD or shares.fits(job.share, self._slots):
+        if len(shares) < self._full or shares.fits(job.share, self._slots):
             return True
         return job.share not in shares and shares.fits(job.share, EARLY * self._slots)
 

@@ -9,9 +9,9 @@ import random
 
 import pytest
 
+from mambakit.generation.turns import texts_ahead
 from mambakit.serving.dispatch.dispatcher import Dispatcher
 from mambakit.serving.dispatch.jobs import Inbox, Job
-from mambakit.serving.dispatch.queue import AHEAD
 from mambakit.serving.errors import ApiError
 from mambakit.serving.messages import Batch, Cancel, Piece, Task
 from mambakit.serving.metrics import Metrics
@@ -59,7 +59,7 @@ def test_texts_beyond_the_slots_wait_in_the_queue(dispatcher):
     inbox = Inbox()
     jobs = [job(inbox) for _ in range(10)]
     dispatcher.submit(jobs)
-    at_replicas = 2 * (2 + AHEAD)
+    at_replicas = 2 * (2 + texts_ahead(2))
     assert sum(one.replica is not None for one in jobs) == at_replicas
     assert dispatcher.waiting == 6
     with pytest.raises(ApiError, match="6 texts wait already, and 1 more") as caught:
@@ -68,6 +68,13 @@ def test_texts_beyond_the_slots_wait_in_the_queue(dispatcher):
     first = jobs[0]
     dispatcher.receive(first.replica, Batch(2, 0, [Piece(first.id, "x", 1, "stop")]))
     assert sum(one.replica is not None for one in jobs) == at_replicas + 1
+
+
+@pytest.mark.parametrize(("slots", "most"), [(1, 3), (8, 10), (24, 27), (64, 72)])
+def test_a_replica_has_as_many_texts_as_its_engine_reads_ahead(slots, most):
+    dispatcher = make(slots, replicas=1, max_waiting=200)
+    dispatcher.submit([job(Inbox(), share=("key", "address", "request")) for _ in range(150)])
+    assert len(dispatcher.replicas[0].jobs) == most
 
 
 def test_requests_and_keys_take_turns():
@@ -85,14 +92,14 @@ def test_requests_and_keys_take_turns():
         return sum(one.replica is not None and not one.ended for one in jobs)
 
     big = ask(60, "key", "big")
-    assert there(big) == 4 + AHEAD
+    assert there(big) == 4 + texts_ahead(4)
     small = ask(1, "key", "small")
     assert there(small) == 1, "no text of it is there, so it does not wait for the big one's"
     two = ask(5, "other", "two")
     assert there(two) == 2, "half of the slots"
     many = [ask(1, "other", str(i))[0] for i in range(20)]
     assert 4 <= there(many) < 20, "as many requests as get to their first token soon; the rest wait in the queue"
-    assert sum(map(there, (big, small, two, many))) == len(replica.jobs) <= 4 * 4 + AHEAD
+    assert sum(map(there, (big, small, two, many))) == len(replica.jobs) <= 4 * 4 + texts_ahead(4)
     order = []
     while any(not one.ended for one in big):  # each step ends the text that came first of those that have a slot
         order.append(next(iter(replica.jobs.values())))
@@ -146,7 +153,7 @@ def test_random_requests_all_end(seed):
                 dispatcher.receive(replica, Batch(0, 0, [Piece(one.id, "x", 3, "cancelled" if one.ended else "stop")]))
             sent_ids += [task.id for task in (replica.outgoing.get() for _ in range(replica.outgoing.qsize()))
                          if isinstance(task, Task)]  # fmt: skip
-            assert len(replica.jobs) >= min(slots + AHEAD, len(dispatcher._queue) and slots + AHEAD)
+            assert not len(dispatcher._queue) or len(replica.jobs) >= slots + texts_ahead(slots)
     for replica in dispatcher.replicas:
         while replica.jobs:
             dispatcher.receive(replica, Batch(0, 0, [Piece(next(iter(replica.jobs)), "x", 1, "stop")]))
@@ -163,7 +170,7 @@ def test_a_cancelled_text_leaves_the_queue_or_is_told_to_its_replica(dispatcher)
     dispatcher.cancel([jobs[0], jobs[-1]])
     assert sum(isinstance(m, Cancel) for messages in sent(dispatcher) for m in messages) == 1
     assert dispatcher.waiting == 5
-    assert len(jobs[0].replica.jobs) == 2 + AHEAD, "its slot is taken until the replica says otherwise"
+    assert len(jobs[0].replica.jobs) == 2 + texts_ahead(2), "its slot is taken until the replica says otherwise"
     dispatcher.receive(jobs[0].replica, Batch(2, 0, [Piece(jobs[0].id, finish_reason="cancelled")]))
     assert inbox._pieces == [], "its client is gone"
 

@@ -35,7 +35,7 @@ def test_as_turns(seed):
             turns.add(one, one.share)
         if len(queue) and chance.random() < 0.5:
             chosen = first(queue)
-            (expected,) = turns.next(1, queue.__contains__, running)
+            (expected,) = turns.next(1, list(queue), running)
             for level in (1, 2, 3):  # equal but for who has been served less, of which the two have different ideas
                 mine, theirs = (
                     sum(other.share[:level] == one.share[:level] for other in running) for one in (chosen, expected)

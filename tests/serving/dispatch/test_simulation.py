@@ -130,7 +130,7 @@ class World:
         turns: Turns[int] = Turns()
         for id, task in tasks.items():
             turns.add(id, task.share)
-        return [(id, tasks[id]) for id in turns.next(SLOTS, lambda _: True)]
+        return [(id, tasks[id]) for id in turns.next(SLOTS)]
 
     def _note(self, task: Task, replica: int) -> None:
         begin = task.prompt_ids[:800]
