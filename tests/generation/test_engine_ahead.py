@@ -199,6 +199,16 @@ def test_a_newcomer_of_another_share_has_its_first_token_soon(model, forwards):
         assert request.tokens
 
 
+def test_prompts_that_share_no_forward_are_read_ahead_where_none_is_ready(model, forwards):
+    engine = Engine(model, 2, tokens_per_look=1)
+    for length in (20, 20, 60, 120, 120):
+        engine.submit(Request(torch.arange(length) % 60 + 1, max_new_tokens=30))
+    for _ in range(6):
+        engine.step()
+    assert [text.request.prompt_ids.shape[0] for text in engine._schedule.ready] == [60]
+    assert forwards == [2, 1], "the next waits until a slot is free"
+
+
 @pytest.mark.parametrize("way", ["cpu", "buckets"])
 def test_what_was_read_ahead_may_be_cancelled_and_is_not_busy(model, request, way):
     if way == "buckets":

@@ -143,6 +143,33 @@ def test_texts_of_one_share_keep_their_slots_and_get_them_in_order():
     assert engine.writing == [first, long], "the oldest is next"
 
 
+def test_texts_of_one_share_keep_their_slots_beside_another_share():
+    engine = Slots(3, slice_tokens=4)
+    first, long, late = mine = [Text(("mine",)) for _ in range(3)]
+    other = Text(("another",))
+    engine.add(*mine, other)
+    engine.schedule.begin_step()
+    for text in (first, late, other):
+        engine.read(text)
+    engine.seat()
+    for _ in range(10):
+        engine.write()
+    engine.read(long)
+    engine.seat()
+    assert engine.writing == [first, late, other]
+    assert engine.left == 0
+
+
+def test_nothing_is_looked_for_while_all_slots_are_taken_by_the_one_share(monkeypatch):
+    engine = Slots(4, slice_tokens=1)
+    engine.add(*(Text() for _ in range(20)))
+    for _ in range(3):
+        engine.step()
+    assert engine.schedule.ready
+    monkeypatch.delattr(Turns, "next")
+    assert engine.schedule.admission(engine.writing, 1) == ([], [])
+
+
 def test_texts_of_one_prompt_wait_for_the_one_that_reads_it():
     engine = Slots(2)
     texts = [Text(prompt="same") for _ in range(4)]
