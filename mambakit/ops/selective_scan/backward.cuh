@@ -69,8 +69,7 @@ template <typename E, bool TOKENS_ADJACENT> struct LanePointer {
 
     DEVICE void store_at(int v, i64 stride, const float* values, int count) const {
         if constexpr (APART) store_apart<VEC>(at(v), stride, values, count);
-        else if constexpr (ALONG) store<VEC, EVEN>(at(v), values, count);
-        else store<VEC>(at(v), values, count);
+        else store<VEC, ALONG || ALIGNED != 0>(at(v), values, count);
     }
 };
 
@@ -246,6 +245,55 @@ struct BackwardShared {  // plan.py counts its bytes
     float sums[WARPS][3][TILE][WARP_CHANNELS];  // over states: C . h, g . B, (g a h) . A
 };
 static_assert(sizeof(BackwardShared) == SHARED, "plan.py counts other bytes of shared memory");
+
+// Gradients of operands whose tokens are adjacent. A tile's part of a channel is 16 or 32 bytes, and memory takes whole
+// lines faster. So they wait in shared memory until the segment is done, in the place of their tile's saved states, which
+// nobody reads any more: in the words of the warp's own threads, K * NS lines of 128 bytes for every saved state.
+constexpr int WAITING_BYTES = WARP_CHANNELS * TILE * sizeof(T);  // of a tile, a warp and an operand
+constexpr int TILE_LINES = SAVE <= TILE ? TILE / SAVE * K * NS : 0;
+constexpr int MOST_WAITING = WAITING_BYTES % 128 == 0 ? TILE_LINES * 128 / WAITING_BYTES : 0;  // operands
+// The operands that wait are numbered; one that does not has -1.
+constexpr int waiting(bool transposed, int before) { return transposed && before < MOST_WAITING ? before : -1; }
+constexpr int DU_WAITS = waiting(U_TRANSPOSED, 0), DDELTA_WAITS = waiting(DELTA_TRANSPOSED, U_TRANSPOSED),
+              DZ_WAITS = waiting(HAS_Z && Z_TRANSPOSED, U_TRANSPOSED + DELTA_TRANSPOSED);
+
+// Where the tokens of a channel in the segment's tile `tile` wait. Channels of a line are rotated, tile by tile and line
+// by line, against bank conflicts.
+template <int OPERAND> DEVICE T* waiting_tokens(BackwardShared& shared, int warp, int tile, int channel) {
+    constexpr int PER_LINE = 128 / (TILE * sizeof(T)), LINES = WAITING_BYTES / 128;
+    const int line = channel / PER_LINE, at = (channel + tile + line * (PER_LINE / 4)) % PER_LINE;
+    return (T*)(&shared.saved[0][0][0] + (tile * TILE_LINES + OPERAND * LINES + line) * THREADS + warp * 32) + at * TILE;
+}
+
+// A lane's vector of a tile, as `Elements` says.
+template <int OPERAND>
+DEVICE void put_waiting(BackwardShared& shared, int warp, int tile, int token, int column, const float* values) {
+    if constexpr (ALONG) {
+        store<VEC, true>(waiting_tokens<OPERAND>(shared, warp, tile, column) + token, values, VEC);
+    } else {
+#pragma unroll
+        for (int i = 0; i < VEC; i++)
+            waiting_tokens<OPERAND>(shared, warp, tile, column + i)[token] = to_element(values[i]);
+    }
+}
+
+// Stores what waits, `tokens` of each of `channels` channels. `to`: the first channel's first token of the segment.
+template <int OPERAND>
+DEVICE void store_waiting(BackwardShared& shared, int warp, int lane, T* to, i64 stride, int channels, int tokens) {
+    constexpr int N = ALONG ? 16 / sizeof(T) : 1;                       // tokens of a lane
+    constexpr int LANES_OF_CHANNEL = SEGMENT / N < 32 ? SEGMENT / N : 32;
+    constexpr int TOGETHER = 32 / LANES_OF_CHANNEL;                    // channels
+#pragma unroll 1
+    for (int token = lane % LANES_OF_CHANNEL * N; token < tokens; token += LANES_OF_CHANNEL * N)
+#pragma unroll 4
+        for (int c = lane / LANES_OF_CHANNEL; c < WARP_CHANNELS; c += TOGETHER) {
+            if (c >= channels) break;
+            const T* from = waiting_tokens<OPERAND>(shared, warp, token / TILE, c) + token % TILE;
+            T* at = to + c * stride + token;
+            if constexpr (ALONG) *(uint4*)at = *(const uint4*)from;
+            else *at = *from;
+        }
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_backward(
     const __grid_constant__ BackwardParams p) {
@@ -452,9 +500,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
         LanePointer<T, U_TRANSPOSED> du_at;
         LanePointer<T, DELTA_TRANSPOSED> ddelta_at;
         LanePointer<T, Z_TRANSPOSED> dz_at;
-        du_at.set(p.du + (i64)row * l * d, last_tile, U_TRANSPOSED ? l : d, warp_channel, mine);
-        ddelta_at.set(p.ddelta + (i64)row * l * d, last_tile, DELTA_TRANSPOSED ? l : d, warp_channel, mine);
-        if (HAS_Z) dz_at.set(p.dz + row * p.dz_b, last_tile, Z_TRANSPOSED ? (i64)l : p.dz_t, warp_channel, mine);
+        T *du = p.du + (i64)row * l * d, *ddelta = p.ddelta + (i64)row * l * d, *dz = p.dz + row * p.dz_b;
+        if (DU_WAITS < 0) du_at.set(du, last_tile, U_TRANSPOSED ? l : d, warp_channel, mine);
+        if (DDELTA_WAITS < 0) ddelta_at.set(ddelta, last_tile, DELTA_TRANSPOSED ? l : d, warp_channel, mine);
+        if (HAS_Z && DZ_WAITS < 0) dz_at.set(dz, last_tile, Z_TRANSPOSED ? (i64)l : p.dz_t, warp_channel, mine);
         float* exchanged = shared.exchanged[warp];
         float* partial_to = p.partial + ((i64)channel_tile * p.rows + (i64)row * l + last_tile) * 2 * NP;
         __syncwarp();
@@ -626,7 +675,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
             for (int v = 0; v < VECS; v++) {
                 if (TILE * ROW_VECS % 32 != 0 && mine.token[v] >= TILE) continue;
                 const int j = mine.token[v], column = mine.column[v];
-                float y[VEC], gB[VEC], gA[VEC], out[VEC], du[VEC], ddelta[VEC], dz[VEC];
+                float y[VEC], gB[VEC], gA[VEC], out[VEC], gradient_u[VEC], gradient_delta[VEC], gradient_z[VEC];
                 float2 step[VEC];
                 read_elements<VEC>(y, &shared.sums[warp][0][j][column], WARP_CHANNELS);
                 read_elements<VEC>(gB, &shared.sums[warp][1][j][column], WARP_CHANNELS);
@@ -638,25 +687,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
                 for (int i = 0; i < VEC; i++) {
                     const int c = ALONG ? 0 : i;
                     float u_i = u_now[v].get(i);
-                    du[i] = fmaf(gB[i], step[i].x, D[v][c] * out[i]);
-                    ddelta[i] = fmaf(gA[i], LN2, gB[i] * u_i);
-                    if (SOFTPLUS) ddelta[i] *= sigmoid(delta_now[v].get(i) + bias[v][c]);
+                    gradient_u[i] = fmaf(gB[i], step[i].x, D[v][c] * out[i]);
+                    gradient_delta[i] = fmaf(gA[i], LN2, gB[i] * u_i);
+                    if (SOFTPLUS) gradient_delta[i] *= sigmoid(delta_now[v].get(i) + bias[v][c]);
                     if (HAS_Z) {
                         float gate = z_now[v].get(i), s = sigmoid(gate);
-                        dz[i] = dy_now[v].get(i) * fmaf(D[v][c], u_i, y[i]) * s * fmaf(gate, 1.f - s, 1.f);
+                        gradient_z[i] = dy_now[v].get(i) * fmaf(D[v][c], u_i, y[i]) * s * fmaf(gate, 1.f - s, 1.f);
                     }
                     dD[c] = fmaf(out[i], u_i, dD[c]);  // zero past the end: dy is
-                    if (t + j + (ALONG ? i : 0) < t1) dbias[c] += ddelta[i];
+                    if (t + j + (ALONG ? i : 0) < t1) dbias[c] += gradient_delta[i];
                 }
-                du_at.store_at(v, l, du, count);
-                ddelta_at.store_at(v, l, ddelta, count);
-                if (HAS_Z) dz_at.store_at(v, l, dz, count);
+                const int tile = (t - ts) / TILE;
+                if constexpr (DU_WAITS >= 0) put_waiting<DU_WAITS>(shared, warp, tile, j, column, gradient_u);
+                else du_at.store_at(v, l, gradient_u, count);
+                if constexpr (DDELTA_WAITS >= 0) put_waiting<DDELTA_WAITS>(shared, warp, tile, j, column, gradient_delta);
+                else ddelta_at.store_at(v, l, gradient_delta, count);
+                if constexpr (DZ_WAITS >= 0) put_waiting<DZ_WAITS>(shared, warp, tile, j, column, gradient_z);
+                else if (HAS_Z) dz_at.store_at(v, l, gradient_z, count);
             }
-            du_at.move(-TILE, d);
-            ddelta_at.move(-TILE, d);
-            if (HAS_Z) dz_at.move(-TILE, p.dz_t);
+            if (DU_WAITS < 0) du_at.move(-TILE, d);
+            if (DDELTA_WAITS < 0) ddelta_at.move(-TILE, d);
+            if (HAS_Z && DZ_WAITS < 0) dz_at.move(-TILE, p.dz_t);
             __syncwarp();
         }
+        const i64 first = warp_channel * (i64)l + ts;
+        const int have = end - warp_channel, tokens = te - ts;
+        if constexpr (DU_WAITS >= 0) store_waiting<DU_WAITS>(shared, warp, lane, du + first, l, have, tokens);
+        if constexpr (DDELTA_WAITS >= 0) store_waiting<DDELTA_WAITS>(shared, warp, lane, ddelta + first, l, have, tokens);
+        if constexpr (DZ_WAITS >= 0) store_waiting<DZ_WAITS>(shared, warp, lane, dz + first, l, have, tokens);
         // Kahan summation of dD over segments: one float32 sum over a whole chunk would add up a rounding error per
         // token.
 #pragma unroll

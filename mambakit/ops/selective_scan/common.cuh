@@ -37,10 +37,11 @@ constexpr int ROW_VECS = WARP_CHANNELS / VEC;
 constexpr int VECS = (TILE * ROW_VECS + 31) / 32;  // vectors of a lane in one tile
 constexpr int QUADS = NP / 4;
 constexpr bool EVEN = TRANSPOSED & 16;
-// Where tokens are adjacent in u, delta and z, a lane's vectors of a tile are neighbouring tokens of a channel, else
-// neighbouring channels of a token.
+// Where tokens are adjacent in u, delta and z, and rows begin at multiples of 16 bytes, a lane's vectors of a tile are
+// neighbouring tokens of a channel, else neighbouring channels of a token: one load then reads a vector, or eight tokens
+// of each of a few channels.
 constexpr int OF_INPUTS = HAS_Z ? 7 : 3;
-constexpr bool ALONG = (TRANSPOSED & OF_INPUTS) == OF_INPUTS;
+constexpr bool ALONG = EVEN && (TRANSPOSED & OF_INPUTS) == OF_INPUTS;
 constexpr int VEC_CHANNELS = ALONG ? 1 : VEC;
 constexpr int ROW_LANES = ALONG ? WARP_CHANNELS : ROW_VECS;  // lanes after which the channels are the same again
 // A row of (step, step * input) pairs, padded by 16 bytes against bank conflicts between rows.
@@ -255,23 +256,34 @@ template <int N> DEVICE void store_apart(T* p, i64 stride, const float* v, int c
         if (i < count) p[i * stride] = to_element(v[i]);
 }
 
-// N neighbouring tokens of a channel: a word each or, where rows begin at multiples of 16 bytes, as they are in memory.
-template <int N, bool WHOLE = EVEN> struct Tokens : Apart<N> {
-    DEVICE void load(const T* p, int count) { Apart<N>::load(p, 1, count); }
+// Loads of read-only memory that ask for the whole line of 128 bytes.
+DEVICE uint4 load_line(const uint4* p) {
+    uint4 x;
+    asm("ld.global.nc.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+    return x;
+}
+
+DEVICE uint2 load_line(const uint2* p) {
+    uint2 x;
+    asm("ld.global.nc.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p));
+    return x;
+}
+
+// N neighbouring tokens of a channel, at a multiple of their bytes. The next tiles' tokens are in the same line.
+template <int N> struct Tokens : Raw<N> {
+    DEVICE void load(const T* p, int count) {
+        if constexpr (N * sizeof(T) == 16) {
+            const uint4 x = count > 0 ? load_line((const uint4*)p) : make_uint4(0, 0, 0, 0);
+            this->w[0] = x.x, this->w[1] = x.y, this->w[2] = x.z, this->w[3] = x.w;
+        } else if constexpr (N * sizeof(T) == 8) {
+            const uint2 x = count > 0 ? load_line((const uint2*)p) : make_uint2(0, 0);
+            this->w[0] = x.x, this->w[1] = x.y;
+        } else {
+            Raw<N>::template load<true>(p, count);
+        }
+    }
 
     // From shared memory.
-    DEVICE void read(const T* p) {
-#pragma unroll
-        for (int i = 0; i < N; i++)
-#if DTYPE == 0
-            this->w[i] = __float_as_uint(p[i]);
-#else
-            this->w[i] = p[i];
-#endif
-    }
-};
-template <int N> struct Tokens<N, true> : Raw<N> {
-    DEVICE void load(const T* p, int count) { Raw<N>::template load<true>(p, count); }
     DEVICE void read(const T* p) { (Raw<N>&)*this = read_async<N>(p); }
 };
 

@@ -41,7 +41,9 @@ class ForwardKernel:
         variant=PLAIN,
     ):  # fmt: skip
         chained = not (packed or split)
-        plan = forward_plan(b * groups, length, d // groups, n, cuda_launch.multiprocessors(device), chained)
+        plan = forward_plan(
+            b * groups, length, d // groups, n, cuda_launch.multiprocessors(device), chained, variant.transposed & 7 > 0
+        )
         # A split scan has all chunks in one launch, other scans all but one.
         wanted = 1 if one_chunk else max(plan.chunks - split, 1)
         self.chunk_length = cuda_launch.chunk_length(length, wanted, interval)

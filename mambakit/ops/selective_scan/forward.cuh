@@ -56,12 +56,18 @@ struct ForwardShared {  // plan.py counts its bytes
 };
 static_assert(sizeof(ForwardShared) == SHARED, "plan.py counts other bytes of shared memory");
 
+// Of even rows, the next rounds' tokens are in the same line of 128 bytes; others share pieces with the round before.
+#if TRANSPOSED & 16
+#define COPY_PIECE "cp.async.cg.shared.global.L2::128B"
+#else
+#define COPY_PIECE "cp.async.ca.shared.global"
+#endif
+
 // The copies of a warp's transposed input: `left` tokens exist from `base` on, of `channels` channels.
 DEVICE void copy_piece(T* shared, const T* p, int count) {
     constexpr int BYTES = 16;
     u32 to = (u32)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(p), "n"(BYTES),
-                 "r"(count > 0 ? BYTES : 0));
+    asm volatile(COPY_PIECE " [%0], [%1], %2, %3;" ::"r"(to), "l"(p), "n"(BYTES), "r"(count > 0 ? BYTES : 0));
 }
 
 DEVICE int past_boundary(const T* p) { return EVEN ? 0 : (int)((size_t)p / sizeof(T)) & (PIECE - 1); }
@@ -95,9 +101,6 @@ struct TokenCopies {
     }
 };
 
-// Where a channel's first token is in what `TokenCopies` have copied: the same in each round, as rounds have whole pieces.
-DEVICE int place_of(const T* base, i64 stride, int c) { return c * PITCH + past_boundary(base + c * stride); }
-
 // N neighbouring channels at one token of what `TokenCopies` have copied.
 template <int N> DEVICE Raw<N> read_tokens(const T* shared, const T* base, i64 stride, int token, int column) {
     Raw<N> raw;
@@ -119,15 +122,15 @@ template <int N> DEVICE Raw<N> read_tokens(const T* shared, const T* base, i64 s
 // Of one input, the elements of one vector of outputs.
 template <bool ALONG_TOKENS> struct OutputInput : Raw<VEC> {
     template <bool TRANSPOSED_INPUT>
-    DEVICE void read(const T* shared, const T* slot, int, const T* base, i64 stride, int token, int column) {
+    DEVICE void read(const T* shared, const T* slot, const T* base, i64 stride, int token, int column) {
         if constexpr (TRANSPOSED_INPUT)
             (Raw<VEC>&)*this = read_tokens<VEC>(slot, base, stride, token, column);
         else (Raw<VEC>&)*this = read_async<VEC>(shared);
     }
 };
 template <> struct OutputInput<true> : Tokens<VEC> {
-    template <bool> DEVICE void read(const T*, const T* slot, int place, const T*, i64, int token, int) {
-        Tokens<VEC>::read(slot + place + token);
+    template <bool> DEVICE void read(const T*, const T* slot, const T*, i64, int token, int column) {
+        Tokens<VEC>::read(slot + column * PITCH + token);
     }
 };
 
@@ -220,14 +223,6 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
 #pragma unroll
         for (int i = 0; i < ASYNC_VEC; i++) bias[i] = p.bias && i < count ? p.bias[warp_channel + column + i] : 0.f;
     }
-    int u_place[LANE_RUNS], delta_place[LANE_RUNS];  // along: where this lane's runs are in a round
-    if constexpr (ALONG)
-#pragma unroll
-        for (int i = 0; i < LANE_RUNS; i++) {
-            const int item = lane + 32 * i, c = item % WARP_CHANNELS, t = item / WARP_CHANNELS * RUN;
-            u_place[i] = place_of(u_at, p.u_c, c) + t;
-            delta_place[i] = place_of(delta_at, p.delta_c, c) + t;
-        }
     TokenCopies u_copies, delta_copies, z_copies;
     if (TRANSPOSED & 1) u_copies.set(u_at, p.u_c, end - warp_channel, lane);
     if (TRANSPOSED & 2) delta_copies.set(delta_at, p.delta_c, end - warp_channel, lane);
@@ -261,8 +256,8 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
                 const int item = lane + 32 * i, c = item % WARP_CHANNELS, t = item / WARP_CHANNELS * RUN;
                 if (RUNS % 32 != 0 && item >= RUNS) break;
                 Tokens<RUN> u, delta;
-                u.read(slot + u_place[i]);
-                delta.read(slot + INPUT + delta_place[i]);
+                u.read(slot + c * PITCH + t);
+                delta.read(slot + INPUT + c * PITCH + t);
 #pragma unroll
                 for (int e = 0; e < RUN; e++) {
                     float x = delta.get(e) + bias[i];
@@ -320,13 +315,6 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
 #pragma unroll
         for (int i = 0; i < VEC_CHANNELS; i++) D[v][i] = FULL && p.D && i < mine.count[v] ? p.D[c + i] : 0.f;
     }
-    int u_from[VECS], z_from[VECS];  // along: where the vectors' channels are in a round
-    if constexpr (ALONG)
-#pragma unroll
-        for (int v = 0; v < VECS; v++) {
-            u_from[v] = place_of(u_at, p.u_c, mine.column[v]);
-            z_from[v] = HAS_Z && FULL ? place_of(z_at, p.z_c, mine.column[v]) : 0;
-        }
     // An output is (C . h + D u) silu(z); u and silu(z) are read before the scan of the tile.
     float factor[VECS][VEC];
     OutputInput<ALONG> skipped[VECS];
@@ -335,11 +323,11 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
         for (int v = 0; v < VECS; v++) {
             const T* shared_at = inputs + mine.token[v] % TILE * WARP_CHANNELS + mine.column[v];
             const int token = tile + mine.token[v] % TILE;
-            skipped[v].template read<TRANSPOSED & 1>(shared_at, slot, u_from[v], u_at, p.u_c, token, mine.column[v]);
+            skipped[v].template read<TRANSPOSED & 1>(shared_at, slot, u_at, p.u_c, token, mine.column[v]);
             OutputInput<ALONG> z;
             if (HAS_Z)
                 z.template read<(TRANSPOSED & 4) != 0>(
-                    shared_at + 2 * INPUT, slot + 2 * INPUT, z_from[v], z_at, p.z_c, token, mine.column[v]);
+                    shared_at + 2 * INPUT, slot + 2 * INPUT, z_at, p.z_c, token, mine.column[v]);
             if (HAS_Z)
 #pragma unroll
                 for (int e = 0; e < VEC; e++) factor[v][e] = z.get(e) * sigmoid(z.get(e));
@@ -364,7 +352,7 @@ DEVICE void scan_chunk(const ForwardParams& p, ForwardShared& shared, int row, i
                 if (HAS_Z) y[e] *= factor[v][e];
             }
             const int exist = mine.existing(v, t1 - t);
-            if constexpr (ALONG) store<VEC, EVEN>(y_at[v], y, exist);
+            if constexpr (ALONG) store<VEC, true>(y_at[v], y, exist);
             else if constexpr (TRANSPOSED & 1) store_apart<VEC>(y_at[v], l, y, exist);
             else store<VEC>(y_at[v], y, exist);
             y_at[v] += TRANSPOSED & 1 ? TILE : (i64)TILE * d;

@@ -34,11 +34,17 @@ REPLACEMENTS = {
     'asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));': (
         "_Float16 pair[2] = {(_Float16)low, (_Float16)high}; memcpy(&w, pair, 4);"
     ),
+    'asm("ld.global.nc.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), '
+    '"=r"(x.w) : "l"(p));': "x = *p;",
+    'asm("ld.global.nc.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p));': "x = *p;",
     'asm volatile("cp.async.commit_group;" ::: "memory");': "async_commit();",
     'asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");': "async_wait(LATER);",
     "extern __shared__ __align__(16) char memory[];": "char* memory = shared_memory;",
 }
-COPY = re.compile(r"u32 to = \(u32\)__cvta_generic_to_shared\(shared\);\s*asm volatile\(\"cp\.async.*?\);\n", re.DOTALL)
+COPY = re.compile(
+    r"u32 to = \(u32\)__cvta_generic_to_shared\(shared\);\s*asm volatile\((?:COPY_PIECE |\"cp\.async).*?\);\n",
+    re.DOTALL,
+)
 
 PARAMETERS = {
     "forward": "ForwardParams",

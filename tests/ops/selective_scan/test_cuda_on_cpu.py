@@ -106,14 +106,21 @@ def test_a_chained_scan_where_rows_fill_the_card_unevenly():
                 assert plan.resident * (taken + 1024) <= 228 * 1024 < (plan.resident + 1) * (taken + 1024)
 
 
+def test_threads_of_transposed_inputs_have_half_of_the_states():
+    for shape in ((4, 2048, 1536), (1, 197, 384), (4, 4096, 5120)):
+        assert plans.forward_plan(*shape, 16, 132, transposed=True).lanes == 2
+    assert plans.forward_plan(4, 2048, 1536, 16, 132).lanes == 1
+
+
 def test_packed_rows_and_split_scans_are_not_chained(on_cpu, monkeypatch):
     whole = plans.forward_plan(4, 4096, 5120, 16, 132, False)
     assert (whole.chunks, whole.resident, whole.round, whole.min_ctas) == (1, 0, 16, 6)
     assert plans.backward_plan(4, 4096, 5120, 16, 132, 227 * 1024, False).resident == 0
     asked = []
-    for module, name in ((cuda_forward, "forward_plan"), (cuda_backward, "backward_plan")):
+    for module, name, at in ((cuda_forward, "forward_plan", 5), (cuda_backward, "backward_plan", 6)):
         chosen = getattr(plans, name)
-        monkeypatch.setattr(module, name, lambda *shape, chosen=chosen: asked.append(shape[-1]) or chosen(*shape))
+        ask = lambda *shape, chosen=chosen, at=at: asked.append(shape[at]) or chosen(*shape)  # noqa: E731
+        monkeypatch.setattr(module, name, ask)
     for packed, split in ((False, False), (True, False), (False, True)):
         common = (4, 4096, 5120, 16, BF16, True, True, packed, 4, None, 64)
         forward = cuda_forward.forward_kernel(*common, False, split)

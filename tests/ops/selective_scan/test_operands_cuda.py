@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mambakit.ops._layout import is_transposed
-from mambakit.ops.selective_scan import cuda, cuda_launch
+from mambakit.ops.selective_scan import cuda, cuda_backward, cuda_launch
 from mambakit.ops.selective_scan.plan import EVEN_ROWS
 from tests.ops.closeness import relative_error
 from tests.ops.selective_scan import cuda_on_cpu, test_cuda
@@ -97,6 +97,40 @@ def test_the_kernels_logic(case, monkeypatch, tmp_path_factory):
         check(case, "cpu", 32)
     finally:
         cuda_on_cpu.forget()
+
+
+# Gradients of (b, d, l) operands wait for their segment's end where saved states were: all three of them, or with half
+# of the room those that fit. Rows are even and not, whole segments and the rest of one.
+WAITING = [
+    Case((2, length, 40, 16), "0", "0", layout, (dtype,) * 5)
+    for (length, layout), dtype in itertools.product(((136, "udzy"), (131, "udz"), (136, "dz")), (F32, BF16))
+]
+
+
+def check_waiting(case, saved_every, monkeypatch, device, interval):
+    plan = cuda_backward.backward_plan
+    monkeypatch.setattr(cuda_backward, "backward_plan", lambda *shape: plan(*shape)._replace(save=saved_every))
+    cuda_on_cpu.forget()
+    try:
+        check(case, device, interval)
+    finally:
+        cuda_on_cpu.forget()
+
+
+@pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="needs g++")
+@pytest.mark.parametrize("saved_every", [4, 8])
+@pytest.mark.parametrize("case", WAITING, ids=str)
+def test_the_logic_of_gradients_that_wait(case, saved_every, monkeypatch, tmp_path_factory):
+    cuda_on_cpu.install(monkeypatch, tmp_path_factory.getbasetemp())
+    check_waiting(case, saved_every, monkeypatch, "cpu", 64)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("saved_every", [4, 8])
+@pytest.mark.parametrize("case", WAITING, ids=str)
+def test_gradients_that_wait_on_a_gpu(case, saved_every, monkeypatch):
+    check_waiting(case, saved_every, monkeypatch, "cuda", 64)
 
 
 @pytest.mark.cuda
