@@ -92,22 +92,28 @@ class PromptReader:
         self, text: Text, read: Callable[[Text, int], None], failed: Callable[[Text, Exception], None]
     ) -> Part:
         """Read the smallest part of a text's prompt, or of a group of short prompts."""
-        group, part = [text], Part(0, 0)
-        left = {text: text.reading.left}
+        group, part, reading = [text], Part(0, 0), text.reading
         try:
-            if text.prompt in self._held and not text.reading.begun:
+            if text.prompt in self._held and not reading.begun:
                 assert text.prompt is not None
-                text.reading.finish(*self._held[text.prompt])
+                left = {text: reading.left}
+                reading.finish(*self._held[text.prompt])
                 part = Part(left[text], 0)
-            elif reads_in_buckets(self._model, 1):
-                group = self._group(text, failed)
-                left = {one: one.reading.left for one in group}
-                part = PromptReading.read_group([one.reading for one in group])
             else:
-                part = text.reading.part()
+                reading.look_up()
+                if reads_in_buckets(self._model, 1) and not reading.done:
+                    group = self._group(text, failed)
+                left = {one: one.reading.left for one in group}  # what is known is not read
+                if reading.done:
+                    pass
+                elif reads_in_buckets(self._model, 1):
+                    part = PromptReading.read_group([one.reading for one in group if not one.reading.done])
+                else:
+                    part = reading.part()
         except Exception as error:
             for one in group:
-                failed(one, error)
+                if not one.reading.done:  # else its turn is next
+                    failed(one, error)
             return part
         for one in group:
             self._schedule.count_read(one, left[one] - one.reading.left)
@@ -115,7 +121,8 @@ class PromptReader:
         return part
 
     def _group(self, text: Text, failed: Callable[[Text, Exception], None]) -> list[Text]:
-        """The texts whose next tokens are read by one forward: ``text``, and others of the same bucket."""
+        """The texts whose next tokens are read by one forward: ``text``, and others of the same bucket. Among these may
+        be some whose whole prompt the prefix cache has: they are `done`."""
         bucket = bucket_of(len(text.reading.next_tokens()))
         group, most = [text], rows_together(bucket)
         for other in list(self._schedule.may_be_read()) if most > 1 else []:
@@ -124,7 +131,8 @@ class PromptReader:
             if other is text or not self._is_short(other):
                 continue
             try:
-                if bucket_of(len(other.reading.next_tokens())) == bucket:
+                other.reading.look_up()
+                if other.reading.done or bucket_of(len(other.reading.next_tokens())) == bucket:
                     group.append(other)
             except Exception as error:  # a state that was given may be of another model
                 failed(other, error)
