@@ -101,14 +101,13 @@ class PromptReader:
                 part = Part(left[text], 0)
             else:
                 reading.look_up()
-                if reads_in_buckets(self._model, 1) and not reading.done:
+                in_buckets = not reading.done and reads_in_buckets(self._model, 1)
+                if in_buckets:
                     group = self._group(text, failed)
                 left = {one: one.reading.left for one in group}  # what is known is not read
-                if reading.done:
-                    pass
-                elif reads_in_buckets(self._model, 1):
+                if in_buckets:
                     part = PromptReading.read_group([one.reading for one in group if not one.reading.done])
-                else:
+                elif not reading.done:
                     part = reading.part()
         except Exception as error:
             for one in group:

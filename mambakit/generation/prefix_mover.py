@@ -82,11 +82,12 @@ class Mover:
 
     def _add(self, jobs: deque[_Job], job: _Job) -> None:
         with self._changed:
-            jobs.append(job)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="prefix cache", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="prefix cache", daemon=True)
+                thread.start()
+                self._thread = thread
                 _begun.add(self)
+            jobs.append(job)
             self._changed.notify_all()
 
     def _run(self) -> None:
@@ -100,7 +101,7 @@ class Mover:
                 self._do(job)
             except Exception as error:
                 with contextlib.suppress(Warning):  # where warnings are errors: nobody could catch it
-                    warnings.warn(f"a prefix cache has lost a snapshot: {type(error).__name__}: {error}", stacklevel=2)
+                    warnings.warn(f"a snapshot could not be kept: {type(error).__name__}: {error}", stacklevel=2)
             with self._changed:
                 self._current = None
                 self._changed.notify_all()

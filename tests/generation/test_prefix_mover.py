@@ -6,6 +6,7 @@ wait, or to fail.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -14,11 +15,12 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mambakit.generation import prefix_cache, prefix_mover
+from mambakit.generation import prefix_cache, prefix_mover, prefix_snapshot
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.prefix_snapshot import Snapshot
@@ -246,6 +248,48 @@ def test_an_engine_s_texts(model, gate):
     gate.set()
     until(lambda: len(gate.copied) == len(cache))
     assert cold == warm == text()[0]
+
+
+class FakeDevice:
+    """A GPU's streams and events as far as a copy to the host needs them; notes what happens, and on which stream."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.stream = [], "current"
+        monkeypatch.setattr(prefix_snapshot, "_device_of", lambda tensors: torch.device("cuda", 0))
+        monkeypatch.setattr(prefix_snapshot, "to_host", lambda tensor: self.note("copy") or tensor)
+        monkeypatch.setattr(torch.cuda, "Event", lambda blocking: SimpleNamespace(
+            record=lambda stream: self.note("record"), wait=lambda stream: self.note("precede"),
+            synchronize=lambda: self.note("wait"),
+        ))  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"beside {device}")
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.stream)
+        monkeypatch.setattr(torch.cuda, "stream", self.on)
+
+    def note(self, what: str) -> None:
+        self.log.append((what, self.stream))
+
+    @contextlib.contextmanager
+    def on(self, stream):
+        before, self.stream = self.stream, stream
+        yield
+        self.stream = before
+
+
+def test_the_order_of_a_copy(monkeypatch):
+    """After the work that writes the tensors, on a stream of its own; what is held after it is there."""
+    device = FakeDevice(monkeypatch)
+    snapshot, states = Snapshot({"a_states": torch.ones(3)}), torch.arange(3)
+    snapshot.tensors()
+    assert device.log == [("record", "current"), ("precede", "current")]
+    del device.log[:]
+    snapshot._held = {"a_states": states}, snapshot._held[1]
+    snapshot.to_host()
+    beside = "beside cuda:0"
+    assert device.log == [(what, beside) for what in ("precede", "copy", "record", "wait")]
+    assert torch.equal(snapshot._held[0]["a_states"], states)
+    assert snapshot._held[0]["a_states"].data_ptr() != states.data_ptr(), "not the pinned memory"
+    snapshot.tensors()
+    assert len(device.log) == 4, "nothing to wait for on the host"
 
 
 @pytest.mark.cuda
