@@ -25,6 +25,7 @@ from mambakit.generation.engine import Engine, Request
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.prefix_snapshot import Snapshot
 from mambakit.generation.stream import Sampling
+from mambakit.ops._backends import captured_graph
 from tests.models.configurations import pair, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,15 +109,23 @@ def test_while_the_disk_is_slow_states_are_still_held(model, gate, tmp_path, mon
     monkeypatch.setattr(prefix_mover, "MOST_UNWRITTEN", 2)
     cache = PrefixCache(model, folder=tmp_path, write_behind=True)
     gate.set()
-    disk, write = threading.Event(), cache._files.write
-    monkeypatch.setattr(cache._files, "write", lambda *given: disk.wait(30) and write(*given))
+    disk, writing, write = threading.Event(), threading.Event(), cache._files.write
+
+    def slow(*given):
+        writing.set()
+        assert disk.wait(30)
+        return write(*given)
+
+    monkeypatch.setattr(cache._files, "write", slow)
     store(cache, model, [0])
-    until(lambda: gate.copied)
+    assert writing.wait(30)
     for token in range(1, 6):
         store(cache, model, [token])
     disk.set()
-    until(lambda: len(gate.copied) == 6 and files(tmp_path) == 3)
-    assert len(cache) == 6
+    cache._mover.end()
+    cache._mover.join(30)
+    assert (len(gate.copied), len(cache)) == (6, 6)
+    assert files(tmp_path) == 3, "the one that was being written, and two that might wait"
 
 
 @pytest.mark.parametrize("device", ["cpu", "as on a GPU"])
@@ -256,7 +265,7 @@ class FakeDevice:
     def __init__(self, monkeypatch):
         self.log, self.stream = [], "current"
         monkeypatch.setattr(prefix_snapshot, "_device_of", lambda tensors: torch.device("cuda", 0))
-        monkeypatch.setattr(prefix_snapshot, "to_host", lambda tensor: self.note("copy") or tensor)
+        monkeypatch.setattr(prefix_snapshot, "to_host", self.copied)
         monkeypatch.setattr(torch.cuda, "Event", lambda blocking: SimpleNamespace(
             record=lambda stream: self.note("record"), wait=lambda stream: self.note("precede"),
             synchronize=lambda: self.note("wait"),
@@ -267,6 +276,15 @@ class FakeDevice:
 
     def note(self, what: str) -> None:
         self.log.append((what, self.stream))
+
+    def copied(self, tensor):
+        free = []
+        other = threading.Thread(target=lambda: free.append(captured_graph._capturing.acquire(blocking=False)))
+        other.start()
+        other.join()
+        assert free == [False], "no other thread may capture a graph now"
+        self.note("copy")
+        return tensor
 
     @contextlib.contextmanager
     def on(self, stream):
@@ -281,8 +299,9 @@ def test_the_order_of_a_copy(monkeypatch):
     snapshot, states = Snapshot({"a_states": torch.ones(3)}), torch.arange(3)
     snapshot.tensors()
     assert device.log == [("record", "current"), ("precede", "current")]
-    del device.log[:]
     snapshot._held = {"a_states": states}, snapshot._held[1]
+    assert torch.equal(snapshot.on_host()["a_states"], states)
+    del device.log[:]
     snapshot.to_host()
     beside = "beside cuda:0"
     assert device.log == [(what, beside) for what in ("precede", "copy", "record", "wait")]
