@@ -29,15 +29,26 @@ def to_host(values: Tensor) -> Tensor:
 
 
 class Arrival:
-    """The moment at which the copies that `to_host` has begun so far are on the host."""
+    """The moment at which what has been launched on the current stream so far is done, such as copies of `to_host`.
 
-    def __init__(self, device: torch.device):
+    Args:
+        device: of the stream; on a CPU everything is done at once.
+        sleeping: whether `wait` lets the core do other work, for a thread that is in no hurry.
+    """
+
+    def __init__(self, device: torch.device, *, sleeping: bool = False):
+        self._device = device
         self._event: torch.cuda.Event | None = None
         if device.type == "cuda":
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event(blocking=sleeping)
             self._event.record(torch.cuda.current_stream(device))
 
     def wait(self) -> None:
         """Wait for the device to reach it."""
         if self._event is not None:
             self._event.synchronize()
+
+    def precede(self) -> None:
+        """Have what is launched on the current stream from now on run after it; the host waits for nothing."""
+        if self._event is not None:
+            self._event.wait(torch.cuda.current_stream(self._device))

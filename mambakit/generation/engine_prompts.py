@@ -82,11 +82,12 @@ class PromptReader:
         if not reads_in_buckets(self._model, 1):
             return due or ahead
         now = self._schedule.overdue() if self._share.hurried else {*due}  # else nobody writes, and all texts are here
-        counts = Counter(text.reading.next_bucket for text in (*due, *ahead) if self._is_short(text))
+        grouped = {text for text in (*due, *ahead) if self._is_short(text) and not text.reading.done}
+        counts = Counter(text.reading.next_bucket for text in grouped)
 
         def is_full(text: Text) -> bool:
-            """Whether its forward has no room for prompts that may still come."""
-            return not self._is_short(text) or counts[bucket := text.reading.next_bucket] >= rows_together(bucket)
+            """Whether its forward has no room for prompts that may still come, or it needs none."""
+            return text not in grouped or counts[text.reading.next_bucket] >= rows_together(text.reading.next_bucket)
 
         if found := [text for text in due if text in now or is_full(text)]:
             return found
@@ -109,22 +110,27 @@ class PromptReader:
         self, text: Text, read: Callable[[Text, int], None], failed: Callable[[Text, Exception], None]
     ) -> Part:
         """Read the smallest part of a text's prompt, or of a group of short prompts."""
-        group, part = [text], Part(0, 0)
-        left = {text: text.reading.left}
+        group, part, reading = [text], Part(0, 0), text.reading
         try:
-            if text.prompt in self._held and not text.reading.begun:
+            if text.prompt in self._held and not reading.begun:
                 assert text.prompt is not None
-                text.reading.finish(*self._held[text.prompt])
+                left = {text: reading.left}
+                reading.finish(*self._held[text.prompt])
                 part = Part(left[text], 0)
-            elif reads_in_buckets(self._model, 1):
-                group = self._group(text, failed)
-                left = {one: one.reading.left for one in group}
-                part = PromptReading.read_group([one.reading for one in group])
             else:
-                part = text.reading.part()
+                reading.look_up()
+                in_buckets = not reading.done and reads_in_buckets(self._model, 1)
+                if in_buckets:
+                    group = self._group(text, failed)
+                left = {one: one.reading.left for one in group}  # what is known is not read
+                if in_buckets:
+                    part = PromptReading.read_group([one.reading for one in group if not one.reading.done])
+                elif not reading.done:
+                    part = reading.part()
         except Exception as error:
             for one in group:
-                failed(one, error)
+                if not one.reading.done:  # else its turn is next
+                    failed(one, error)
             return part
         for one in group:
             self._schedule.count_read(one, left[one] - one.reading.left)
@@ -132,7 +138,8 @@ class PromptReader:
         return part
 
     def _group(self, text: Text, failed: Callable[[Text, Exception], None]) -> list[Text]:
-        """The texts whose next tokens are read by one forward: ``text``, and others of the same bucket."""
+        """The texts whose next tokens are read by one forward: ``text``, and others of the same bucket. Among these may
+        be some whose whole prompt the prefix cache has: they are `done`."""
         bucket = bucket_of(len(text.reading.next_tokens()))
         group, most = [text], rows_together(bucket)
         due, ahead = self._schedule.may_be_read() if most > 1 else ([], [])
@@ -142,7 +149,8 @@ class PromptReader:
             if other is text or not self._is_short(other):
                 continue
             try:
-                if bucket_of(len(other.reading.next_tokens())) == bucket:
+                other.reading.look_up()
+                if other.reading.done or bucket_of(len(other.reading.next_tokens())) == bucket:
                     group.append(other)
             except Exception as error:  # a state that was given may be of another model
                 failed(other, error)

@@ -6,14 +6,14 @@ tokens were read by exactly this model: in an earlier call, another conversation
 
 from __future__ import annotations
 
-import contextlib
 import os
-import queue
 import threading
 import warnings
+import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,15 @@ from torch import Tensor
 
 from mambakit.decoding.chunks import SNAPSHOT_CHUNK
 from mambakit.decoding.prefill import prefill_states
-from mambakit.decoding.transfers import integers
+from mambakit.decoding.transfers import integers, to_device
 from mambakit.generation.prefix_files import PrefixFiles
 from mambakit.generation.prefix_keys import PrefixKey, model_name, prefix_keys, prefix_tokens
+from mambakit.generation.prefix_mover import Mover
+from mambakit.generation.prefix_reading import Found, PrefixReading
+from mambakit.generation.prefix_snapshot import LOGITS, Snapshot, bytes_of, on_gpu
 from mambakit.generation.state import State, fill_cache
 from mambakit.modules import StateCache
 from mambakit.quoting import brief
-
-# Snapshots of one prompt are the denser the nearer its end: so many in each doubling of the distance. A prompt of a
-# million tokens does not push out everything else, and one that is edited near its end is mostly known.
-_SNAPSHOTS = 4
-# States that may wait for the disk; more are not written.
-_BEHIND = 64
 
 
 @dataclass
@@ -50,42 +47,17 @@ class Statistics:
     evictions: int = 0
 
 
-class PrefixReading:
-    """The reading of a prompt that may be known in part: ``cache`` has read the first ``position`` of its tokens."""
-
-    def __init__(
-        self,
-        prefixes: PrefixCache,
-        tokens: list[int],
-        keys: Callable[[int], PrefixKey],
-        position: int,
-        cache: StateCache,
-        owner: str,
-    ):
-        self.tokens, self.position, self.cache = tokens, position, cache
-        self._prefixes, self._keys, self._owner = prefixes, keys, owner
-
-    def stops(self) -> Iterator[int]:
-        """Where each forward ends: at multiples of the chunk size, and before the last token."""
-        position, size, end = self.position, self._prefixes.chunk_size, len(self.tokens) - 1
-        while position < end:
-            position = min(end, (position // size + 1) * size)
-            yield position
-
-    def reached(self, position: int) -> None:
-        """``cache`` has read so many tokens."""
-        self.position, end = position, len(self.tokens) - 1
-        if position == end or (position < end and position % self._prefixes._stride(end - position) == 0):
-            self._prefixes._keep(self._keys(position), self.cache, 0, self._owner)
-
-
 class PrefixCache:
     """The longest known beginning of a prompt, at the price of copying a state.
 
     Snapshots are taken at multiples of ``chunk_size``, of a power of two times it far from the prompt's end (four in
-    each doubling of the distance), and at the prompt's last token but one, so that both the same prompt again and
-    prompts that begin alike are found. Beyond a budget, the states that have not been used for longest are dropped,
-    first those of the owner that has the most: one owner's prompts do not push out another's.
+    each doubling of the distance), and at the prompt's end, so that both the same prompt again and prompts that begin
+    alike are found. The logits after a whole prompt (`begin`) are kept with its state: to have the same prompt again,
+    nothing is read. Beyond a budget, the states that have not been used for longest are dropped, first those of the
+    owner that has the most: one owner's prompts do not push out another's.
+
+    Nobody waits for a snapshot of a GPU to arrive on the host: a thread copies it beside the GPU's other work, unless a
+    file of it must be written at once. While that thread falls far behind, no more are taken.
 
     It is safe to use from several threads, and the folder from several processes at once. The folder holds only tensors
     and hashes, no text.
@@ -96,13 +68,13 @@ class PrefixCache:
     Args:
         model: a causal language model in eval mode; states of another model, of other weights or of another dtype are
             never found. Weights that change later are noticed.
-        memory_bytes: budget of the states held in memory; 0 keeps none there.
+        memory_bytes: budget of the states held in memory, with their logits; 0 keeps none there.
         folder: keep them in files, too; None for memory alone. Made when it does not exist.
         disk_bytes: budget of this model's files.
         chunk_size: prompt tokens per forward, and the distance of snapshots.
         device: where states are held; "cpu" by default, where they cost no GPU memory and a hit copies a few megabytes.
-        write_behind: whether a thread writes the files, so that nobody waits for the disk; what is kept last may be
-            lost when the process is killed.
+        write_behind: whether that thread writes the files, too, so that nobody waits for the disk; what is kept last
+            may be lost when the process is killed. Otherwise a file is there when a call returns.
 
     Raises:
         ValueError: a negative budget, a chunk_size below 1, or a folder that is a file.
@@ -128,14 +100,12 @@ class PrefixCache:
         self.device = torch.device(device)
         self.statistics = Statistics()
         self._files = None if folder is None else PrefixFiles(folder)
-        self._entries: OrderedDict[PrefixKey, dict[str, Tensor]] = OrderedDict()  # least recently used first
+        self._entries: OrderedDict[PrefixKey, Snapshot] = OrderedDict()  # least recently used first
         self._owners: dict[PrefixKey, str] = {}
         self._bytes: Counter[str] = Counter()  # of the states in memory, by owner
-        self._unwritten: queue.Queue[tuple[PrefixKey, dict[str, Tensor], str]] | None = None
-        if write_behind and self._files is not None:
-            self._unwritten = queue.Queue(_BEHIND)
-            threading.Thread(target=self._write_behind, args=(self._unwritten, self._files), daemon=True).start()
-        self._fresh: tuple[PrefixKey, dict[str, Tensor], torch.cuda.Event] | None = None
+        self._behind = write_behind or self._files is None
+        self._mover = Mover()
+        weakref.finalize(self, self._mover.end).atexit = False  # the mover sees to the interpreter's exit itself
         self._lock = threading.RLock()
 
     @torch.no_grad()
@@ -148,27 +118,28 @@ class PrefixCache:
         Raises:
             ValueError: an empty prompt.
         """
-        reading = self.begin(ids)
-        device = self.model.device
+        tokens = prefix_tokens(ids, self.model.config.vocab_size)
+        reading, device = self._begin(tokens), self.model.device
         for stop in reading.stops():
-            part = integers(device, [reading.tokens[reading.position : stop]])
-            prefill_states(self.model, part, reading.cache)
+            prefill_states(self.model, integers(device, [tokens[reading.position : stop]]), reading.cache)
             reading.reached(stop)
             if progress is not None:
                 progress(stop)
-        return State(reading.cache, integers(device, [reading.tokens[-1:]]))
+        return State(reading.cache, integers(device, [tokens[-1:]]))
 
     def begin(self, ids: Tensor | Sequence[int], salt: str = "", owner: str = "") -> PrefixReading:
-        """What `read` does, with the reading itself left to the caller, who may do something else in between."""
+        """Look a prompt (l,) up, to be read to its end by the caller, who may do something else in between.
+
+        Where the same prompt was read so before, nothing is left to be read.
+        """
         tokens = prefix_tokens(ids, self.model.config.vocab_size)
-        keys = self._keys(tokens, salt)
-        position, cache = self._find(tokens, keys)
-        return PrefixReading(self, tokens, keys, position, cache, owner)
+        return self._begin(tokens, salt, owner, whole=True)
 
     def lookup(self, ids: Tensor | Sequence[int]) -> tuple[int, StateCache]:
         """(p, a cache of one row that has read the first p tokens), for the largest known p below l; p may be 0."""
         tokens = prefix_tokens(ids, self.model.config.vocab_size)
-        return self._find(tokens, self._keys(tokens))
+        found = self._find(tokens, self._keys(tokens))
+        return found.position, found.cache
 
     def store(
         self, ids: Tensor | Sequence[int], cache: StateCache, row: int = 0, *, salt: str = "", owner: str = ""
@@ -185,7 +156,7 @@ class PrefixCache:
             self._entries.clear()
             self._owners.clear()
             self._bytes.clear()
-            self._fresh = None
+        self._mover.clear()
         if self._files is not None:
             self._files.clear(model_name(self.model))
 
@@ -201,112 +172,128 @@ class PrefixCache:
     def _keys(self, tokens: list[int], salt: str = "") -> Callable[[int], PrefixKey]:
         return prefix_keys(model_name(self.model), tokens, salt)
 
-    def _stride(self, distance: int) -> int:
-        """The distance of snapshots so far from a prompt's end."""
-        stride = self.chunk_size
-        while distance > 2 * _SNAPSHOTS * stride:
-            stride *= 2
-        return stride
+    def _begin(self, tokens: list[int], salt: str = "", owner: str = "", *, whole: bool = False) -> PrefixReading:
+        """The reading of all tokens, or of all but the last, after which nobody wants the logits."""
+        keys = self._keys(tokens, salt)
 
-    def _find(self, tokens: list[int], keys: Callable[[int], PrefixKey]) -> tuple[int, StateCache]:
-        model = model_name(self.model)
+        def keep(position: int, cache: StateCache, logits: Tensor | None) -> None:
+            self._keep(keys(position), cache, 0, owner, logits)
+
+        end = len(tokens) if whole else len(tokens) - 1
+        return PrefixReading(tokens, end, self.chunk_size, self._find(tokens, keys, whole=whole), keep)
+
+    def _find(self, tokens: list[int], keys: Callable[[int], PrefixKey], *, whole: bool = False) -> Found:
+        """The largest known position below l; with ``whole`` also l, where the logits after it are known."""
+        model, length = model_name(self.model), len(tokens)
         with self._lock:
             files: dict[PrefixKey, Path] = {} if self._files is None else self._files.keys(model)
-            known = {k.position for k in (*self._entries, *files) if k.model == model and k.position < len(tokens)}
+            most = length if whole else length - 1
+            known = {k.position for k in (*self._entries, *files) if k.model == model and k.position <= most}
             candidates = [keys(position) for position in sorted(known)]
             self.statistics.lookups += 1
-            self.statistics.tokens_asked += len(tokens)
+            self.statistics.tokens_asked += length
             for key in reversed(candidates):
-                tensors = self._entries.get(key)
-                if tensors is not None:
+                snapshot, to_end = self._entries.get(key), key.position == length
+                if snapshot is not None and (snapshot.has_logits or not to_end):
                     self._entries.move_to_end(key)
                 elif key in files:
-                    tensors = self._from_file(files[key], key)
-                    self.statistics.disk_hits += tensors is not None
-                if tensors is None:
+                    snapshot = self._from_file(files[key], key, with_logits=to_end)
+                    self.statistics.disk_hits += snapshot is not None
+                else:
+                    continue
+                if snapshot is None:
                     continue
                 if self._files is not None and key in files:
                     self._files.touch(files[key])
                 self.statistics.hits += 1
                 self.statistics.tokens_saved += key.position
-                return key.position, fill_cache(self.model, tensors, key.position)
-        return 0, self.model.backbone.new_cache(1)
+                # By way of pinned memory: else the host would wait for what the device works on.
+                tensors = {name: to_device(self.model.device, t) for name, t in snapshot.tensors().items()}
+                cache = fill_cache(self.model, tensors, key.position)
+                return Found(key.position, cache, tensors[LOGITS].clone() if to_end else None)
+        return Found(0, self.model.backbone.new_cache(1))
 
-    def _keep(self, key: PrefixKey, cache: StateCache, row: int, owner: str = "") -> None:
+    def _keep(self, key: PrefixKey, cache: StateCache, row: int, owner: str = "", logits: Tensor | None = None) -> None:
         with self._lock:
-            if key in self._entries:
+            held = self._entries.get(key)
+            if held is not None and (held.has_logits or logits is None):
                 self._entries.move_to_end(key)
                 return
-            self._move_fresh()
+            tensors = {name: t[:, row : row + 1].detach() for name, t in cache.tensors().items()}
+            if logits is not None:
+                tensors[LOGITS] = logits.detach().to(cache.device)
+            if self._files is None and bytes_of(tensors) > self.memory_bytes:
+                return
+            moves = self._behind and self.device.type == "cpu" and on_gpu(tensors)
+            if moves and not self._mover.has_room():
+                return
             # Always a copy: later tokens change the cache in place.
-            states = {n: t[:, row : row + 1].detach() for n, t in cache.tensors().items()}
-            if (
-                self._files is None
-                and self.device.type == "cpu"
-                and all(type(t) is Tensor and t.is_cuda for t in states.values())
-            ):
-                tensors = {n: t.clone() for n, t in states.items()}
-                ready = torch.cuda.Event()
-                ready.record(torch.cuda.current_stream(cache.device))
-                self._fresh = key, tensors, ready
-            else:
-                tensors = {n: t.to(self.device, copy=True) for n, t in states.items()}
-            self._hold(key, tensors, owner)
-            if self._unwritten is not None:
-                with contextlib.suppress(queue.Full):
-                    self._unwritten.put_nowait((key, tensors, owner))
-            elif self._files is not None:
-                self._write(self._files, key, tensors, owner)
+            snapshot = Snapshot(
+                {name: t.clone() if moves else t.to(self.device, copy=True) for name, t in tensors.items()}
+            )
+            self._hold(key, snapshot, owner)
+            write = None
+            if self._files is not None:
+                write = partial(_write, self._files, key, snapshot, self.disk_bytes, owner, self.statistics, self._lock)
+            if moves:
+                self._mover.move(snapshot, partial(_forget, weakref.ref(self), key, snapshot), write)
+            elif write is not None and self._behind:
+                self._mover.write(snapshot, write)
+            elif write is not None:
+                write()
 
-    def _write_behind(
-        self, unwritten: queue.Queue[tuple[PrefixKey, dict[str, Tensor], str]], files: PrefixFiles
-    ) -> None:
-        """A thread."""
-        while True:
-            self._write(files, *unwritten.get())
-
-    def _write(self, files: PrefixFiles, key: PrefixKey, tensors: dict[str, Tensor], owner: str) -> None:
-        try:
-            self.statistics.evictions += files.write(key, tensors, self.disk_bytes, owner)
-        except OSError as error:  # as of a full disk; the state is still in memory
-            warnings.warn(f"a prefix cache's file could not be written: {error}", stacklevel=2)
-
-    def _move_fresh(self) -> None:
-        """Copy the last snapshot, which is still on the GPU, to where states are held.
-
-        When it is taken, the copy would wait for the prompt to be read. Now it runs on a stream of its own, beside the
-        GPU's other work.
-        """
-        if self._fresh is None:
+    def _hold(self, key: PrefixKey, snapshot: Snapshot, owner: str = "") -> None:
+        if snapshot.nbytes > self.memory_bytes:
             return
-        (key, tensors, ready), self._fresh = self._fresh, None
-        if self._entries.get(key) is tensors:
-            device = next(iter(tensors.values())).device
-            with torch.cuda.stream(torch.cuda.Stream(device)):
-                ready.wait()
-                self._entries[key] = {n: t.to(self.device) for n, t in tensors.items()}  # waits for this copy alone
-
-    def _hold(self, key: PrefixKey, tensors: dict[str, Tensor], owner: str = "") -> None:
-        size = _bytes_of(tensors)
-        if size > self.memory_bytes:
-            return
-        self._entries[key], self._owners[key] = tensors, owner
-        self._bytes[owner] += size
+        self._drop(key)  # one without logits
+        self._entries[key], self._owners[key] = snapshot, owner
+        self._bytes[owner] += snapshot.nbytes
         while self.nbytes > self.memory_bytes:
             (most, _), *_ = self._bytes.most_common(1)
-            oldest = next(key for key in self._entries if self._owners[key] == most)
-            self._bytes[most] -= _bytes_of(self._entries.pop(oldest))
-            del self._owners[oldest]
+            self._drop(next(key for key in self._entries if self._owners[key] == most))
             self.statistics.evictions += 1
 
-    def _from_file(self, path: Path, key: PrefixKey) -> dict[str, Tensor] | None:
+    def _drop(self, key: PrefixKey) -> None:
+        snapshot = self._entries.pop(key, None)
+        if snapshot is not None:
+            self._bytes[self._owners.pop(key)] -= snapshot.nbytes
+
+    def _from_file(self, path: Path, key: PrefixKey, *, with_logits: bool) -> Snapshot | None:
         assert self._files is not None, "its keys were listed"
-        stacks = self.model.backbone.new_cache(0).spec.stacks
-        tensors = self._files.read(path, key, [stack.key for stack in stacks], self.device)
-        if tensors is not None:
-            self._hold(key, tensors)
-        return tensors
+        names = [stack.key for stack in self.model.backbone.new_cache(0).spec.stacks]
+        vocab_size = self.model.config.vocab_size
+        tensors = self._files.read(path, key, names, vocab_size, self.device, with_logits=with_logits)
+        if tensors is None:
+            return None
+        snapshot = Snapshot(tensors)
+        self._hold(key, snapshot)
+        return snapshot
 
 
-def _bytes_of(tensors: dict[str, Tensor]) -> int:
-    return sum(t.nbytes for t in tensors.values())
+# Neither holds the cache, which is freed when nobody uses it, whatever its thread has still to do.
+
+
+def _write(
+    files: PrefixFiles,
+    key: PrefixKey,
+    snapshot: Snapshot,
+    budget: int,
+    owner: str,
+    statistics: Statistics,
+    lock: threading.RLock,
+) -> None:
+    try:
+        deleted = files.write(key, snapshot.on_host(), budget, owner)
+    except OSError as error:  # as of a full disk; the state is still in memory
+        warnings.warn(f"a prefix cache's file could not be written: {error}", stacklevel=2)
+    else:
+        with lock:
+            statistics.evictions += deleted
+
+
+def _forget(cache: weakref.ref[PrefixCache], key: PrefixKey, snapshot: Snapshot) -> None:
+    """The snapshot could not be copied to the host."""
+    if (prefixes := cache()) is not None:
+        with prefixes._lock:
+            if prefixes._entries.get(key) is snapshot:
+                prefixes._drop(key)

@@ -22,11 +22,14 @@ from torch import Tensor
 
 from mambakit.errors import CheckpointError
 from mambakit.generation.prefix_keys import PrefixKey
+from mambakit.generation.prefix_snapshot import LOGITS, bytes_of
 from mambakit.generation.state import write_tensors
 from mambakit.quoting import quoted
 from mambakit.reading import open_safetensors
 
 _FORMAT = "mambakit.PrefixCache/2"
+# Two, so that versions that know no logits can read the states beside them.
+_SHA256, _LOGITS_SHA256 = "sha256", "logits_sha256"
 _NAME = re.compile(r"(\d+)-([0-9a-f]{64})(?:-([0-9a-f]+))?\.safetensors")
 # A listing is kept while the folder does not change. Changes within so many seconds may have the same time stamp.
 _SETTLED = 1.0
@@ -73,15 +76,17 @@ class PrefixFiles:
             os.utime(path)
 
     def write(self, key: PrefixKey, tensors: dict[str, Tensor], budget: int, owner: str = "") -> int:
-        """Write a state unless it is there, then delete files of the model beyond ``budget`` bytes: of the owner with
-        the most bytes the one used longest ago, until the rest fits. Files are deleted before where the disk is nearly
-        full, and where that is not enough nothing is written.
+        """Write a state, on the host, unless it is there; one with logits also over one without.
+
+        Then files of the model beyond ``budget`` bytes are deleted: of the owner with the most bytes the one used
+        longest ago, until the rest fits. Files are deleted before where the disk is nearly full, and where that is not
+        enough nothing is written.
 
         Returns:
             How many files were deleted.
         """
-        path, size, deleted = self._path(key, owner), sum(t.nbytes for t in tensors.values()), 0
-        if path.exists() or size > budget:
+        path, size, deleted = self._path(key, owner), bytes_of(tensors), 0
+        if size > budget or (path.exists() and (LOGITS not in tensors or _has_logits(path))):
             return 0
         path.parent.mkdir(parents=True, exist_ok=True)
         missing = (1 + _SPARE) * size - shutil.disk_usage(path.parent).free
@@ -89,21 +94,45 @@ class PrefixFiles:
             deleted, freed = _trim(path, budget, missing)
             if freed < missing:
                 return deleted
-        contents = {name: t.cpu().contiguous() for name, t in tensors.items()}
-        write_tensors(path, contents, {"format": _FORMAT, "key": _text_of(key), "sha256": _digest(contents)})
+        contents = {name: t.contiguous() for name, t in tensors.items()}
+        metadata = {"format": _FORMAT, "key": _text_of(key)}
+        states = {name: t for name, t in contents.items() if name != LOGITS}
+        metadata[_SHA256] = _digest(states)
+        if LOGITS in contents:
+            metadata[_LOGITS_SHA256] = _digest({LOGITS: contents[LOGITS]})
+        write_tensors(path, contents, metadata)
         return deleted + _trim(path, budget)[0]
 
-    def read(self, path: Path, key: PrefixKey, names: Sequence[str], device: torch.device) -> dict[str, Tensor] | None:
-        """The tensors of these names, on ``device``; None where the file is gone or damaged, with a warning then."""
+    def read(
+        self,
+        path: Path,
+        key: PrefixKey,
+        names: Sequence[str],
+        vocab_size: int,
+        device: torch.device,
+        *,
+        with_logits: bool = False,
+    ) -> dict[str, Tensor] | None:
+        """The states of these names, and the logits (1, ``vocab_size``) if the file has them, on ``device``.
+
+        None where the file is gone or damaged, with a warning then, and where it has no logits but must have them.
+        """
         try:
             with open_safetensors(path) as file:
                 metadata = file.metadata() or {}
                 if metadata.get("key") != _text_of(key):
                     raise CheckpointError("it holds the state of other tokens")
+                if with_logits and _LOGITS_SHA256 not in metadata:
+                    return None
                 tensors = {name: file.get_tensor(name) for name in names}
-            if metadata.get("sha256") != _digest(tensors):
+                logits = {LOGITS: file.get_tensor(LOGITS)} if _LOGITS_SHA256 in metadata else {}
+            if metadata.get(_SHA256) != _digest(tensors):
                 raise CheckpointError("its contents are not those that were written")
-            return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+            if logits and metadata[_LOGITS_SHA256] != _digest(logits):
+                raise CheckpointError("its logits are not those that were written")
+            if logits and not _are_logits(logits[LOGITS], vocab_size):
+                raise CheckpointError(f"its logits are not of a vocabulary of {vocab_size}")
+            return {name: tensor.to(device, copy=True) for name, tensor in {**tensors, **logits}.items()}
         except FileNotFoundError:  # deleted by another process since the folder was listed
             return None
         except CheckpointError as error:
@@ -123,6 +152,19 @@ class PrefixFiles:
     def _files(self, model: str) -> list[Path]:
         folder = self._folder / model
         return [file for file in folder.iterdir() if _NAME.fullmatch(file.name)] if folder.is_dir() else []
+
+
+def _has_logits(path: Path) -> bool:
+    """Whether the file has logits; one that cannot be read has none."""
+    try:
+        with open_safetensors(path) as file:
+            return _LOGITS_SHA256 in (file.metadata() or {})
+    except (CheckpointError, FileNotFoundError):
+        return False
+
+
+def _are_logits(logits: Tensor, vocab_size: int) -> bool:
+    return logits.shape == (1, vocab_size) and logits.dtype in (torch.float32, torch.float64)
 
 
 def _text_of(key: PrefixKey) -> str:

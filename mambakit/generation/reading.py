@@ -16,7 +16,8 @@ from mambakit.decoding.bucket_graphs import LARGEST_GROUPED, read_together, rows
 from mambakit.decoding.chunks import LARGEST_BUCKET, bucket_of, parts
 from mambakit.decoding.prefill import prefill_parts
 from mambakit.decoding.transfers import to_device
-from mambakit.generation.prefix_cache import PrefixCache, PrefixReading
+from mambakit.generation.prefix_cache import PrefixCache
+from mambakit.generation.prefix_reading import PrefixReading
 from mambakit.modules import StateCache
 
 T = TypeVar("T")
@@ -69,7 +70,8 @@ class PromptReading:
         empty: a cache of the model, to make others of: a new one takes longer than to read a few tokens.
 
     Attributes:
-        begun, done: whether the first part has been read, and whether all of the prompt has.
+        begun, done: whether the first part has been read, and whether all of the prompt has: both at once where the
+            prefix cache has the state and the logits after it.
         left: the number of tokens that are still to be read.
         cached: the number of tokens whose state was in the prefix cache.
         cache, logits: once ``done``, the state after the prompt, and the logits (1, v).
@@ -111,13 +113,22 @@ class PromptReading:
 
     @property
     def next_bucket(self) -> int:
-        """The bucket of `next_tokens`; where its prefix was not looked up yet, that without one."""
+        """The bucket of `next_tokens` of a prompt that is not `done`; where its prefix was not looked up yet, that
+        without one."""
         if self._stops is not None:
             return bucket_of(len(self.next_tokens()))
         return bucket_of(min(self.left, self._chunk_size, LARGEST_BUCKET))
 
+    def look_up(self) -> None:
+        """Find what is known of the prompt, unless that has been done; it may be `done` then."""
+        if self._stops is None and not self.done:
+            self._stops = self._begin()
+
     def part(self) -> Part:
-        """Read the smallest part: a layer of a chunk, or a whole chunk."""
+        """Read the smallest part: a layer of a chunk, or a whole chunk; nothing where all is known."""
+        self.look_up()
+        if self.done:
+            return Part(0, 0)
         self._to_stop()
         self.begun = True
         if self.cache is None:
@@ -137,7 +148,7 @@ class PromptReading:
         return Part(read, tokens, timing)
 
     def next_tokens(self) -> Tensor:
-        """(l,) int64, what `read_group` reads next. Nothing is read."""
+        """(l,) int64, what `read_group` reads next of a prompt that is not `done`. Nothing is read."""
         self._to_stop()
         count = parts(self._stop - self._position, LARGEST_BUCKET)[0]
         return self._ids[self._position : self._position + count]
@@ -160,22 +171,22 @@ class PromptReading:
 
     def _reached(self, position: int, logits: Tensor | None) -> None:
         """The prompt is read up to ``position``, with these logits after it."""
-        self._position = position
+        self._position, whole = position, position == self._ids.shape[0]
         if position == self._stop and self._known is not None:
-            self._known.reached(position)
-        if position == self._ids.shape[0]:
+            self._known.reached(position, logits if whole else None)
+        if whole:
             self.done, self.logits = True, logits
 
     def finish(self, cache: StateCache, logits: Tensor) -> None:
         """Take the state and the logits of another request with the same prompt."""
-        self.begun = self.done = True
-        self._position = self._ids.shape[0]
         self.cache, self.logits = cache.clone(), logits
+        self._position = self._ids.shape[0]
+        self.begun = self.done = True
 
     def _to_stop(self) -> None:
         """Find the end of the chunk that is read next; at first, what is known of the prompt."""
-        if self._stops is None:
-            self._stops = self._begin()
+        self.look_up()
+        assert self._stops is not None
         if self._position == self._stop:
             self._stop = next(self._stops)
 
@@ -185,7 +196,10 @@ class PromptReading:
             self._known = self._prefix_cache.begin(self._ids, self._salt, self._owner)
             self.cache = self._known.cache
             self._position = self._stop = self.cached = self._known.position
-            return iter([*self._known.stops(), length])  # the last token is a chunk, for its logits
+            if self._known.logits is not None:
+                self.begun = self.done = True
+                self.logits = self._known.logits
+            return self._known.stops()
         if self._state is not None:
             cache = self._empty.empty_like(1)
             cache.copy_(self._state, [0], [0])  # raises at once for a state of another model
@@ -247,7 +261,8 @@ class ReadingShare(Generic[T]):
             done, some = part(chosen), True
             if done.timing is None:
                 spent = self._clock() - now
-                self._note(spent, done.work)
+                if done.work:  # else nothing was read: the time says nothing about others
+                    self._note(spent, done.work)
             else:  # the clock measures the launch, not the GPU's work
                 self._launched.append(done.timing)
                 spent = self._expected(done.work)

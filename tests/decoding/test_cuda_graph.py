@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
+import threading
 import weakref
 
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 from mambakit.decoding import cuda_graph, graph_step
 from mambakit.decoding.bucket_graphs import BucketGraphs
 from mambakit.decoding.cuda_graph import CapturedGraph, kept_with, placement_of, why_not_captured
+from mambakit.ops._backends.captured_graph import between_captures
 from tests.models.configurations import pair
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -124,3 +127,23 @@ def test_reasons_on_a_gpu():
     assert why_not_captured(model) is None
     model.backbone.layers[0].cpu()
     assert "not all tensors" in why_not_captured(model)
+
+
+def test_no_graph_is_captured_while_a_thread_waits_for_the_device(monkeypatch):
+    """A capture fails where another thread does what must not happen in it."""
+    for name in ("device", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    captured, inside = [], threading.Event()
+
+    def capture():
+        CapturedGraph(lambda: captured.append(inside.is_set()), torch.device("cpu"))
+
+    with between_captures():
+        thread = threading.Thread(target=capture)
+        thread.start()
+        thread.join(0.1)
+        assert not captured
+        inside.set()
+    thread.join(30)
+    assert captured == [True]

@@ -67,3 +67,15 @@ def test_all_layers_of_a_chunk_are_of_one_prompt_and_one_look():
     assert prompts.step(share) == 16
     assert prompts.looks == 3, "one for each of two prompts, and one for what would be next"
     assert [one.layers for one in prompts.left] == [8] * 7
+
+
+def test_prompts_that_need_no_reading_do_not_spoil_the_rate():
+    """The time of those that are known says nothing about how long the next is read."""
+    prompts = Prompts(3)
+    share = ReadingShare(0.025, 1 << 20, lambda: prompts.now)
+    assert prompts.step(share) == 2
+    for _ in range(100):
+        prompts.left = [Prompt()]
+        share.step(prompts.candidates, lambda one: one, lambda one: prompts.part(one) and Part(0, 0))
+    prompts.left = [Prompt() for _ in range(3)]
+    assert prompts.step(share) == 2

@@ -61,8 +61,8 @@ def test_a_prefix_cache(strict, server):
         "max_tokens": 12,
     }
     first, second = strict.complete(**body), strict.complete(**body)
-    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] <= 1
-    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == first["usage"]["prompt_tokens"] - 1
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] <= 2, "another prompt was: The cat"
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == first["usage"]["prompt_tokens"]
     assert second["choices"] == first["choices"]
     assert server.complete(**body)["choices"] == first["choices"], "the penalty counts what was known, too"
     more = body["prompt"] + first["choices"][0]["text"] + " And"
@@ -84,7 +84,7 @@ def test_usage_counts_each_prompt_once(strict):
     assert [usage["prompt_tokens"] for usage in usages] == [length, length]
     cold, warm = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
     assert cold <= 1, "another prompt may begin with the same token"
-    assert warm == length - 1
+    assert warm == length
     assert [usage["completion_tokens"] for usage in usages] == [6, 6]
 
 

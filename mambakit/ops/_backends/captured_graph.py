@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+# A capture fails where another thread waits for the device, or allocates, meanwhile.
+_capturing = threading.RLock()
+
+
+def between_captures() -> contextlib.AbstractContextManager[object]:
+    """In here no other thread captures a graph: for a thread that waits for the device beside the one that captures."""
+    return _capturing
 
 
 class CapturedGraph(Generic[T]):
@@ -49,6 +58,7 @@ class CapturedGraph(Generic[T]):
             self._graph = torch.cuda.CUDAGraph()
             pool = None if shared is None else shared._graph.pool()
             with (
+                _capturing,
                 _without_garbage_collection(),
                 torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode=error_mode),
             ):
