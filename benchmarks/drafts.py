@@ -162,6 +162,8 @@ def rate(engine: Engine, prompts: list[torch.Tensor], new: int, rounds: int, cud
     """(tokens a second of all texts, seconds a round of all texts), prompts not counted."""
     short = max(2, new // 4)
     engine.write(requests_of(prompts, short))  # kernels are compiled, graphs captured
+    if engine.drafts is not None:
+        engine.drafts.prepare()
     times: dict[int, list[float]] = {short: [], new: []}
     counted = {}
     for _ in range(rounds):

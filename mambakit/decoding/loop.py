@@ -127,6 +127,13 @@ class SlotLoop:
         self._chosen: list[list[int]] = []  # by the last verification, per slot
         self._guessed = False  # whether the last verification had guesses
 
+    def prepare(self) -> None:
+        """Make what verifies drafts, for every number of guesses: compiled and captured in the middle of a text, each
+        would hold up all texts by a second or more. There must be slots."""
+        if self.pool.captured:
+            for guesses in self._counts:
+                self.pool.prepare_verifier(1 + guesses)
+
     # -- slots -----------------------------------------------------------------------------------------------------
 
     def admit(self, text: Any, state: StateCache, token: int) -> int:

@@ -177,10 +177,14 @@ class SlotPool:
 
     def device_verifier(self, tokens: int) -> DeviceVerifier:
         """The verifier of drafts of ``tokens`` tokens, for a CUDA graph to hold. `verify` and `commit` then use it."""
-        if self._most != tokens or self._verifier is None:
-            self._use(tokens)
+        self.prepare_verifier(tokens)
         one: Any = self._verifier
         return one
+
+    def prepare_verifier(self, tokens: int) -> None:
+        """Make the verifier of drafts of ``tokens`` tokens, which is kept."""
+        if self._most != tokens or self._verifier is None:
+            self._use(tokens)
 
     def read_on(self, slot: int, tokens: int) -> None:
         """Count ``tokens`` more that the state of ``slot`` has read, by a `DeviceVerifier`."""

@@ -30,7 +30,7 @@ class Drafts:
     """
 
     def __init__(self, loop: SlotLoop, model: Any, drafter: Drafter, slots: int, draft_tokens: int):
-        self.draft_tokens = read_draft_tokens(draft_tokens)
+        self.draft_tokens, self._loop = read_draft_tokens(draft_tokens), loop
         self._texts: WeakKeyDictionary[Text, WrittenText] = WeakKeyDictionary()  # also of those that wait for a slot
         self.speculation = Speculation(
             loop, slot_drafter(drafter, model, slots), slots, self.draft_tokens, draft_cost(drafter, model), _failed
@@ -50,6 +50,11 @@ class Drafts:
     def accepted(self) -> int:
         """The number of guesses that were accepted."""
         return self.speculation.accepted
+
+    def prepare(self) -> None:
+        """Compile and capture what verifies drafts, before there are texts that would wait for it. Texts must have been
+        written before: the first one makes the slots."""
+        self._loop.prepare()
 
     def begin(self, slot: int, text: Text) -> None:
         """A text has a slot now."""

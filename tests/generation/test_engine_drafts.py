@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import mambakit
+from mambakit.decoding import slots
 from mambakit.generation.drafters import Draft, DraftModel, PromptLookup
 from mambakit.generation.engine import Engine, Request
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.stream import Sampling
+from tests.decoding.eager_graph import speculate_on_device
 from tests.models.configurations import pair
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -211,6 +213,25 @@ class Broken:
 
 
 @pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", ["right", "same"])
+def test_verifiers_are_made_before_texts_need_them(models, kind, monkeypatch):
+    """Compiled and captured while texts are written, each would hold them up."""
+    speculate_on_device(monkeypatch)
+    made = []
+    real = slots.verifier
+    monkeypatch.setattr(slots, "verifier", lambda model, states, most: made.append(most) or real(model, states, most))
+    plain = Engine(models[0], 2).write(requests_of([9, 24]))
+    engine = Engine(models[0], 2, drafter=drafter_of(kind, models, plain), draft_tokens=4)
+    engine.write(requests_of([2]))
+    engine.drafts.prepare()
+    assert sorted(set(made)) == [2, 3, 4, 5]
+    before = len(made)
+    found = engine.write(requests_of([9, 24]))
+    assert [r.tokens for r in found] == [r.tokens for r in plain]
+    assert engine.drafts.accepted
+    assert len(made) == before
+
+
 def test_mistakes(models):
     model = models[0]
     stranger = mambakit.MambaForCausalLM(mambakit.MambaConfig(vocab_size=7, hidden_size=8, num_hidden_layers=1))

@@ -127,6 +127,8 @@ class _Worker:
             self.engine.write(
                 Request(torch.zeros(n, dtype=torch.int64, device="cpu"), sampling, 2) for n in {4, *lengths}
             )
+        if self.engine.drafts is not None:
+            self.engine.drafts.prepare()
         if self.prefix_cache is not None:
             self.prefix_cache.lookup([0])  # hashes the weights
 
