@@ -524,14 +524,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) selective_scan_b
         // t, and u_now, delta_now, z_now and dy_now hold tile t.
 #pragma unroll 1
         for (int t = last_tile; t >= ts; t -= TILE, now ^= 1, partial_to -= TILE * 2 * NP) {
-            typename LaneStream<U_TRANSPOSED>::Values u_now[VECS];
-            typename LaneStream<DELTA_TRANSPOSED>::Values delta_now[VECS];
-            typename LaneStream<Z_TRANSPOSED>::Values z_now[VECS];
-            typename LaneStream<DY_TRANSPOSED>::Values dy_now[VECS];
+            Raw<VEC> u_now[VECS], delta_now[VECS], z_now[VECS], dy_now[VECS];
 #pragma unroll
             for (int v = 0; v < VECS; v++) {
-                u_now[v] = u.next[v], delta_now[v] = delta.next[v], dy_now[v] = dy.next[v];
-                if (HAS_Z) z_now[v] = z.next[v];
+                u_now[v] = together(u.next[v]), delta_now[v] = together(delta.next[v]), dy_now[v] = together(dy.next[v]);
+                if (HAS_Z) z_now[v] = together(z.next[v]);
             }
             Starts starts;
             if (PACKED) starts.set(next_ids, lane);

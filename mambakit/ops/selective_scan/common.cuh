@@ -250,6 +250,22 @@ template <int N> struct Apart {
     }
 };
 
+// What was loaded in as few registers as it takes. It waits for the loads.
+template <int N> DEVICE Raw<N> together(const Raw<N>& x) { return x; }
+
+template <int N> DEVICE Raw<N> together(const Apart<N>& x) {
+    Raw<N> raw;
+#pragma unroll
+    for (int i = 0; i < Raw<N>::WORDS; i++) {
+#if DTYPE == 0
+        raw.w[i] = x.w[i];
+#else
+        raw.w[i] = x.w[2 * i] | (2 * i + 1 < N ? x.w[2 * i + 1] << 16 : 0);
+#endif
+    }
+    return raw;
+}
+
 template <int N> DEVICE void store_apart(T* p, i64 stride, const float* v, int count) {
 #pragma unroll
     for (int i = 0; i < N; i++)

@@ -168,13 +168,28 @@ def forward_plan(
         best = min((t for layout in layouts for t in _timed(*shape, layout)), key=lambda t: t[0])
         offered = (t for layout in layouts for t in _timed_chained(*shape, layout)) if chained else ()
         chain = min(offered, key=lambda t: t[0], default=best)
-        return chain[1] if chain[0] < _CHAINED_GAIN * best[0] else best[1]
+        return chain[1] if chain[0] < _CHAINED_GAIN * best[0] else _fitted(best[1], d)
     lanes, states = _lanes(n)
     plan = Plan(lanes, states, 2 if 1 < lanes < 32 else 1, 4, 4 if lanes in (2, 4, 8) else 3, 1)
     ctas = b * -(-d // plan.cta_channels)
     if ctas >= 1.5 * multiprocessors or length <= 256:
         return plan
     return plan._replace(chunks=_chunks(length, ctas, 4 * multiprocessors))
+
+
+def _fitted(plan: Plan, d: int) -> Plan:
+    """The plan with fewer warps in a CTA, and as many more CTAs, where more than a sixth of the warps would have no
+    channels: 48 channels of a group are three warps of 16, and two CTAs of two warps."""
+
+    def padded(warps: int) -> int:
+        channels = plan.cta_channels // plan.warps * warps
+        return -(-d // channels) * channels
+
+    warps = min(range(plan.warps, 0, -1), key=padded)
+    # A chained scan has as many CTAs as were counted on.
+    if plan.resident or 6 * padded(warps) > 5 * padded(plan.warps):
+        return plan
+    return plan._replace(warps=warps, min_ctas=plan.min_ctas * plan.warps // warps)
 
 
 def _chunks(length: int, ctas: int, together: int, shortest: int = 64) -> int:
@@ -266,7 +281,8 @@ def backward_plan(b: int, length: int, d: int, n: int, multiprocessors: int, sha
             if time * _WAVE[2] < _CHAINED_GAIN * min(waves(2), waves(3)):
                 return twice._replace(chunks=cut, resident=2)
         if waves(2) <= waves(3):
-            return twice
+            return _fitted(twice, d)
+    plan = _fitted(plan._replace(chunks=chunks, min_ctas=3), d)
     # An SM has 1 KB more than a CTA may allocate, and reserves 1 KB for each CTA.
     together = (shared + 1024) // (plan.backward_bytes + 1024)
-    return plan._replace(chunks=chunks, min_ctas=max(1, min(3, together)))
+    return plan._replace(min_ctas=max(1, min(plan.min_ctas, together)))

@@ -112,6 +112,18 @@ def test_threads_of_transposed_inputs_have_half_of_the_states():
     assert plans.forward_plan(4, 2048, 1536, 16, 132).lanes == 1
 
 
+def test_no_warps_without_channels():
+    """More than a sixth of them; few of many channels stay in large CTAs, and shared memory is large enough for all."""
+    for d, forward, backward in ((48, 1, 3), (16, 1, 1), (24, 2, 2), (100, 2, 4), (192, 2, 4), (1536, 2, 4)):
+        plan = plans.forward_plan(32, 4096, d, 16, 132, transposed=True)
+        assert plan.warps == forward, d
+        assert plan.min_ctas * plan.warps <= 16
+        plan = plans.backward_plan(32, 4096, d, 16, 132, 227 * 1024)
+        assert plan.warps == backward, d
+        assert plan.min_ctas * (plan.backward_bytes + 1024) <= 228 * 1024
+        assert 6 * -(-d // plan.cta_channels) * plan.cta_channels <= 8 * max(d, 16), d
+
+
 def test_packed_rows_and_split_scans_are_not_chained(on_cpu, monkeypatch):
     whole = plans.forward_plan(4, 4096, 5120, 16, 132, False)
     assert (whole.chunks, whole.resident, whole.round, whole.min_ctas) == (1, 0, 16, 6)
