@@ -320,8 +320,10 @@ def convolution(transposed: bool, packed: bool, dtype: torch.dtype) -> Case:
         y, final = conv.forward(x, weight, bias, "silu", state, starts)
         conv.backward(torch.randn_like(y), torch.randn_like(final), x, weight, bias, "silu", state, starts)
         if transposed and not packed:
-            y, _ = conv.forward(x, weight, bias, "silu", None, None)
-            conv.backward(torch.randn_like(y), None, x, weight, bias, "silu", None, None)
+            uneven = torch.randn(b, d, length - 3, dtype=dtype, device=device).transpose(1, 2)
+            for of_tokens in (x, uneven):
+                y, _ = conv.forward(of_tokens, weight, bias, "silu", None, None)
+                conv.backward(torch.randn_like(y), None, of_tokens, weight, bias, "silu", None, None)
         slots = torch.arange(rows, dtype=torch.int32, device=device)
         conv.forward_(state.clone(), slots, x, weight, bias, "silu", starts)
         if not packed and not transposed:

@@ -14,14 +14,16 @@ saved and read), keeps the k - 1 unfinished values of dx in registers, and runs 
 dx there still needs them. dweight and dbias are summed over a program's walks, written as one partial per program and
 added in a fixed order by a second kernel: no atomics, so the same inputs give the same bits.
 
-(b, d, l) memory has kernels of its own: a warp's lanes are tokens of one channel there. Where rows begin at multiples
-of 16 bytes a lane has as many neighbouring tokens (`triton_vectors_kernels.py`), else one (`triton_tokens_kernels.py`).
+(b, d, l) memory has kernels of its own: a warp's lanes are tokens of one channel there. A lane has 16 bytes of
+neighbouring tokens (`triton_vectors_kernels.py`); one (`triton_tokens_kernels.py`) of packed sequences, of those with
+states, and in memory of which `_vector` has no aligned vectors.
 
 Packed sequences: one small kernel writes, for every position, where its sequence starts and which sequence it is (found
 on the device, so the op can be captured in a CUDA graph); walks then reset their window at a start.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -117,17 +119,45 @@ def _run(length: int) -> tuple[int, int]:
 
 
 def _vector(*tensors: Tensor) -> int:
-    """The tokens of 16 bytes, where each row of tensors in (b, d, l) memory begins at a multiple of them; else 0."""
+    """The tokens of 16 bytes, where tensors in (b, d, l) memory can be read in aligned vectors of them; else 0.
+
+    Each row must begin as far from a multiple of 16 bytes as the same row of a dense result does. So do the rows of
+    dense tensors and, mostly, of half of their channels. The last vector must be whole: what follows may not exist.
+    """
+    b, length, d = tensors[0].shape
     vector = 16 // tensors[0].element_size()
-    strides = (t.stride(axis) for t in tensors for axis in (0, 2) if t.shape[axis] > 1)
-    whole = tensors[0].shape[1] % vector == 0 and all(stride % vector == 0 for stride in strides)
-    return vector if whole and all(t.data_ptr() % 16 == 0 for t in tensors) else 0
+    whole = tensors[0].numel() % vector == 0 and all(
+        t.data_ptr() % 16 == 0
+        and (t.stride(2) - length) % vector == 0
+        and (b == 1 or (t.stride(0) - d * length) % vector == 0)
+        for t in tensors
+    )
+    return vector if whole else 0
 
 
-def _lanes(vectors: int) -> tuple[int, int]:
-    """(channels, vectors of each) of a tile of 4 warps."""
-    lanes = min(triton.next_power_of_2(vectors), 32)
-    return 128 // lanes, lanes
+def _lanes(length: int, vector: int) -> tuple[int, int, int]:
+    """(channels, vectors of each) of a tile of 4 warps; and the vectors of a row, wherever in one it begins.
+
+    Of uneven rows, a program has several narrow tiles, not one wide: the indices take more instructions there, and less
+    of a short row's last tile is empty.
+    """
+    vectors = triton.cdiv(length + vector - math.gcd(length, vector), vector)
+    widest = 32 if length % vector == 0 else 8 if vectors > 64 else 4
+    lanes = min(triton.next_power_of_2(vectors), widest)
+    return 128 // lanes, lanes, vectors
+
+
+def _steps(device: torch.device, programs: int, own: int, extent: int, uneven: bool) -> tuple[int, int]:
+    """(tiles of a program, programs of a row) of the given extent, of which a tile has ``own``.
+
+    As many tiles, a power of two, as leave about 8 programs per SM. Of uneven rows, whose programs take more
+    instructions to begin, about 4 programs, and any number of tiles, so that few are empty.
+    """
+    steps, wanted = 16, (4 if uneven else 8) * _processors(device)
+    while steps > 1 and (own * steps >= 2 * extent or programs * triton.cdiv(extent, own * steps) < wanted):
+        steps //= 2
+    chunks = triton.cdiv(extent, own * steps)
+    return triton.cdiv(extent, own * chunks) if uneven else steps, chunks
 
 
 def _convolve_tokens(x, weight, bias, activation, state, slots, cu_seqlens, final_dtype) -> tuple[Tensor, Tensor]:
@@ -140,15 +170,18 @@ def _convolve_tokens(x, weight, bias, activation, state, slots, cu_seqlens, fina
     rows, tokens = _run(length)
     starts, ids = _sequences(cu_seqlens, length)
     if state is None and cu_seqlens is None and (vector := _vector(x)):
-        rows, lanes = _lanes(length // vector)
-        chunks = triton.cdiv(length // vector, lanes)
-        programs = triton.cdiv(b * d, rows) * chunks
+        rows, lanes, vectors = _lanes(length, vector)
+        programs = triton.cdiv(b * d, rows)
+        steps, chunks = 1, triton.cdiv(vectors, lanes)
+        if length % vector:
+            steps, chunks = _steps(x.device, programs, lanes, vectors, uneven=True)
+        programs *= chunks
         vectors_kernels.forward_kernel[(programs + b * triton.cdiv(d, _STATES),)](
             x, weight, bias, y, final,
-            length // vector, d, chunks, b * d, programs, x.stride(0) // vector, x.stride(2) // vector,
-            *weight.stride(),
-            K=k, ROWS=rows, LANES=lanes, VECTOR=vector, KP=triton.next_power_of_2(k - 1), BLOCK_D=_STATES,
-            SILU=activation == "silu", HAS_BIAS=bias is not None, num_warps=4,
+            length, d, chunks, b * d, programs, x.stride(0), x.stride(2), *weight.stride(),
+            K=k, ROWS=rows, LANES=lanes, VECTOR=vector, EVEN=length % vector == 0, STEPS=steps,
+            KP=triton.next_power_of_2(k - 1), BLOCK_D=_STATES, SILU=activation == "silu", HAS_BIAS=bias is not None,
+            num_warps=4,
         )  # fmt: skip
         return y, final
     chunks = triton.cdiv(length, tokens)
@@ -180,28 +213,22 @@ def _differentiate_tokens(dy, dfinal, x, weight, bias, activation, initial_state
         dinitial = torch.empty((sequences, d, k - 1), dtype=initial_state.dtype, device=x.device)
     vector = _vector(x, dy) if dfinal is None and initial_state is None and cu_seqlens is None else 0
     if vector:
-        rows, tokens = _lanes(length // vector)
-        own = tokens = tokens * vector
+        rows, own, extent = _lanes(length, vector)
     else:
         rows, tokens = 8, 64  # a lane has 4 elements: the sums of dweight take k + 1 registers for each
-        own = tokens - (k - 1)
-    steps, wanted = 16, 8 * _processors(x.device)
-    while steps > 1 and (
-        own * steps >= 2 * length or triton.cdiv(b * d, rows) * triton.cdiv(length, own * steps) < wanted
-    ):
-        steps //= 2
+        own, extent = tokens - (k - 1), length
+    programs = triton.cdiv(b * d, rows)
+    steps, chunks = _steps(x.device, programs, own, extent, uneven=vector > 0 and length % vector > 0)
+    programs *= chunks
     starts, ids = _sequences(cu_seqlens, length)
-    chunks = triton.cdiv(length, own * steps)
-    programs = triton.cdiv(b * d, rows) * chunks
     partials = torch.empty((b * chunks, k + 1, d), dtype=torch.float32, device=x.device)
     grid = programs + (0 if initial_state is None else sequences * triton.cdiv(d, _STATES))
     if vector:
         vectors_kernels.backward_kernel[(programs,)](
             dy, x, weight, bias, dx, partials,
-            length // vector, d, chunks, b * d, dy.stride(0) // vector, dy.stride(2) // vector,
-            x.stride(0) // vector, x.stride(2) // vector, *weight.stride(),
-            K=k, ROWS=rows, LANES=tokens // vector, VECTOR=vector, STEPS=steps, SILU=activation == "silu",
-            HAS_BIAS=bias is not None, num_warps=4,
+            length, d, chunks, b * d, dy.stride(0), dy.stride(2), x.stride(0), x.stride(2), *weight.stride(),
+            K=k, ROWS=rows, LANES=own, VECTOR=vector, EVEN=length % vector == 0, STEPS=steps,
+            SILU=activation == "silu", HAS_BIAS=bias is not None, num_warps=4,
         )  # fmt: skip
     elif grid:
         tokens_kernels.backward_kernel[(grid,)](

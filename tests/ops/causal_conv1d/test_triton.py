@@ -1,5 +1,7 @@
 """The Triton causal convolution against the float64 reference: on a GPU, and in Triton's interpreter."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -143,16 +145,33 @@ def test_tokens_that_are_adjacent(device, case):
         check_tokens(case, torch.bfloat16, device, gradient_too=False)
 
 
-# b, l, d, k, bias, activation: of whole vectors, but for the last two
+# b, l, d, k, bias, activation: rows that begin and end with a vector, rows that do not, and two of which there is no
+# whole number of vectors
 VECTORS = [
     (2, 8, 3, 4, True, "silu"),
     (1, 264, 5, 2, False, ""),
     (3, 40, 2, 5, True, ""),
     (2, 24, 3, 8, False, "silu"),
     (1, 1032, 2, 4, True, "silu"),
-    (2, 23, 3, 4, True, "silu"),
-    (2, 6, 3, 8, True, ""),
+    (1, 2, 8, 4, True, "silu"),
+    (2, 5, 12, 3, True, "silu"),  # of bfloat16, the second sequence begins within a vector
+    (2, 7, 8, 2, False, "silu"),
+    (1, 9, 8, 4, True, ""),
+    (1, 15, 8, 3, True, "silu"),
+    (3, 17, 8, 8, True, "silu"),
+    (1, 196, 2, 5, False, ""),
+    (2, 197, 24, 4, True, "silu"),
+    (1, 198, 4, 3, True, "silu"),
+    (1, 539, 8, 2, True, "silu"),
+    (3, 23, 3, 4, True, "silu"),
+    (1, 7, 3, 8, True, ""),
 ]
+
+
+def takes_vectors(case, dtype, part=False):
+    b, length, d = case[:3]
+    vector = 16 // dtype.itemsize
+    return b * d * length % vector == 0 and (not part or b == 1 or d * length % vector == 0)
 
 
 @pytest.mark.parametrize("part", [False, True])
@@ -160,7 +179,7 @@ VECTORS = [
 @pytest.mark.parametrize("case", VECTORS, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_vectors_of_tokens(device, case, dtype, part, monkeypatch):
-    """Sixteen bytes of tokens at a time, where a row has them whole; ``part``: x and dy are parts of larger memory."""
+    """Sixteen bytes of tokens at a time, where memory has them whole; ``part``: x and dy are parts of larger memory."""
     if device == "cpu" and dtype == torch.float16 and not part:
         pytest.skip("slow in the interpreter")
     b, length, d, k, has_bias, activation = case
@@ -169,7 +188,7 @@ def test_vectors_of_tokens(device, case, dtype, part, monkeypatch):
     dy, _, x, *rest = arguments.values()
     for_tokens = lambda t: torch.cat([t, t] if part else [t], 2).transpose(1, 2).contiguous().transpose(1, 2)[..., :d]  # noqa: E731
     dy, x = for_tokens(dy), for_tokens(x)
-    assert (conv._vector(x, dy) == 16 // x.element_size()) == (length % (16 // x.element_size()) == 0)
+    assert conv._vector(x, dy) == (16 // x.element_size() if takes_vectors(case, dtype, part) else 0)
     for name, got, want in zip(
         ("y", "final"), conv.forward(x, *rest), chunked.forward(*map(exact, (x, *rest))), strict=True
     ):
@@ -181,13 +200,84 @@ def test_vectors_of_tokens(device, case, dtype, part, monkeypatch):
         assert_close(got, want, dtype, name)
 
 
+@pytest.mark.parametrize("length", [12, 13])
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_that_begin_between_vectors(device):
-    x = torch.randn(2, 3, 16, device=device)[..., 1:13].transpose(1, 2)  # 12 tokens, 4 bytes after a multiple of 16
-    weight = torch.randn(3, 4, device=device)
+def test_memory_that_begins_between_vectors(device, length):
+    x = torch.randn(2, 4, length + 4, device=device)[..., 1 : length + 1].transpose(1, 2)
+    weight = torch.randn(4, 4, device=device)
+    assert x.data_ptr() % 16 == 4
     assert conv._vector(x) == 0
     y, _ = conv.forward(x, weight, None, "silu", None, None)
     assert_close(y, chunked.forward(*map(exact, (x, weight)), None, "silu", None, None)[0], torch.float32, "y")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_that_begin_elsewhere_than_dense_ones(device):
+    """A vector of x would hold other tokens than one of y."""
+    x = torch.randn(2, 4, 16, device=device)[..., :13].transpose(1, 2)
+    weight = torch.randn(4, 4, device=device)
+    assert conv._vector(x) == 0
+    assert conv._vector(x.transpose(1, 2).contiguous().transpose(1, 2)) == 4
+    y, _ = conv.forward(x, weight, None, "silu", None, None)
+    assert_close(y, chunked.forward(*map(exact, (x, weight)), None, "silu", None, None)[0], torch.float32, "y")
+
+
+@pytest.mark.parametrize("length", [3, 21])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_vector_of_two_rows_leaves_each_its_own(device, length):
+    """NaN of a channel, and what is next to the operands in memory, reach no other channel."""
+    b, d, k = 2, 8, 4
+    memory = torch.full((2, b, 2 * d, length), torch.nan, device=device)
+    x, dy = memory[:, :, :d].transpose(2, 3)
+    x.copy_(torch.randn(b, length, d)), dy.copy_(torch.randn(b, length, d))
+    x[..., 2], dy[..., 5] = torch.nan, torch.inf
+    weight, bias = torch.randn(d, k, device=device), torch.randn(d, device=device)
+    assert conv._vector(x, dy) == 4
+    y, final = conv.forward(x, weight, bias, "silu", None, None)
+    expected = chunked.forward(*map(exact, (x, weight, bias)), "silu", None, None)
+    fine = [c for c in range(d) if c != 2]
+    assert_close(y[..., fine].transpose(1, 2).contiguous().transpose(1, 2), expected[0][..., fine], torch.float32, "y")
+    assert torch.equal(final[:, fine].double(), expected[1][:, fine])
+    found = conv.backward(dy, None, x, weight, bias, "silu", None, None)[:3]
+    expected = chunked.backward(*map(exact, (dy, None, x, weight, bias)), "silu", None, None)[:3]
+    fine.remove(5)
+    for got, want, axis in zip(found, expected, (2, 0, 0), strict=True):
+        got, want = (t.index_select(axis, torch.tensor(fine, device=device)).contiguous() for t in (got, want))
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("vector", [4, 8])
+def test_tiles_of_uneven_rows(vector, monkeypatch):
+    """They hold a row wherever in a vector it begins; no program has only empty ones."""
+    for processors, length in itertools.product((1, 132, 100_000), (*range(2, 300), 2001, 5003)):
+        monkeypatch.setattr(conv, "_processors", lambda device, n=processors: n)
+        rows, lanes, vectors = conv._lanes(length, vector)
+        assert vectors == max(-(-(row * length % vector + length) // vector) for row in range(vector))
+        steps, chunks = conv._steps(torch.device("cpu"), 3 * 1024 // rows, lanes, vectors, uneven=True)
+        assert (chunks - 1) * steps * lanes < vectors <= chunks * steps * lanes < vectors + chunks * lanes
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("length", "chunks"), [(21, 1), (45, 2)])
+def test_programs_do_not_write_into_vectors_of_others(device, length, chunks):
+    """The first program alone, of 3 channels and 32 tokens, writes what is its own, where it shares vectors, too."""
+    rows, d, k = 3, 8, 4
+    x, dy = torch.randn(2, 1, d, length, device=device)
+    weight = torch.randn(d, k, device=device)
+    y, dx = torch.full((2, 1, d, length), torch.nan, device=device)
+    final, partials = torch.empty(1, d, k - 1, device=device), torch.empty(chunks, k + 1, d, device=device)
+    common = {"K": k, "ROWS": 4, "LANES": 8, "VECTOR": 4, "EVEN": False, "STEPS": 1, "SILU": True, "HAS_BIAS": False}
+    vectors_kernels.forward_kernel[(1,)](
+        x, weight, None, y, final, length, d, chunks, rows, 2, d * length, length, k, 1, KP=4, BLOCK_D=8, **common
+    )  # fmt: skip
+    vectors_kernels.backward_kernel[(1,)](
+        dy, x, weight, None, dx, partials, length, d, chunks, rows, *(d * length, length) * 2, k, 1, **common
+    )  # fmt: skip
+    own = torch.zeros(d, length, dtype=torch.bool, device=device)
+    for row in range(rows):
+        own[row, : 32 - row * length % 4] = True
+    for written in (y, dx):
+        assert torch.equal(~written[0].isnan(), own)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -368,15 +458,16 @@ def test_kernels_compile(k, packed, states):
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize(("dtype", "vector"), [("*bf16", 8), ("*fp16", 8), ("*fp32", 4)])
-@pytest.mark.parametrize("k", [2, 4, 8])
-def test_vectors_compile(k, dtype, vector):
-    """Each vector of tokens is one load or store of 16 bytes."""
+@pytest.mark.parametrize(("k", "even"), [(2, True), (4, True), (4, False), (8, True), (8, False)])
+def test_vectors_compile(k, even, dtype, vector):
+    """Each vector of tokens is one load or store of 16 bytes, also where it has those of two rows."""
     near = triton.cdiv(k - 1, vector)
-    constants = {"K": k, "LANES": 32, "VECTOR": vector, "SILU": True, "HAS_BIAS": True, "ROWS": 4}
+    constants = {"K": k, "LANES": 8, "VECTOR": vector, "EVEN": even, "SILU": True, "HAS_BIAS": True, "ROWS": 16}
+    constants["STEPS"] = 4
     types = POINTERS | dict.fromkeys(("x", "y", "dy", "dx", "final"), dtype)
     for kernel, own, loads in (
         (vectors_kernels.forward_kernel, {"KP": triton.next_power_of_2(k - 1), "BLOCK_D": 64}, near + 1),
-        (vectors_kernels.backward_kernel, {"STEPS": 4}, 3 * near + 2),
+        (vectors_kernels.backward_kernel, {}, 3 * near + 2),
     ):
         aligned = [name for name in ("x", "y", "dy", "dx") if name in kernel.arg_names]
         ptx = compile_for_hopper(kernel, constants | own, aligned, **types)
