@@ -135,15 +135,23 @@ class Sampler:
                     text.error = text.error or NO_CHOICE
         return tokens
 
-    def choose(self, logits: Tensor, texts: Sequence[SampledText]) -> list[int]:
-        """The next tokens of ``texts``, from logits (m, v), one row per text: `seat`, `sample` and `accept` in one
-        call."""
+    def start(self, logits: Tensor, texts: Sequence[SampledText]) -> Tensor:
+        """`seat` and `sample`: the next tokens (m,) of ``texts``, from logits (m, v), one row per text. `finish` is to
+        be given them once they are on the host."""
         self.seat(texts)
         for text in texts:
             text.error, text.exception = "", None
-        tokens = self.accept(self.sample(logits).tolist())
+        return self.sample(logits)
+
+    def finish(self, tokens: list[int]) -> list[int]:
+        """`accept`; the texts' positions are then those after the tokens."""
+        tokens = self.accept(tokens)
         self._note_positions()
         return tokens
+
+    def choose(self, logits: Tensor, texts: Sequence[SampledText]) -> list[int]:
+        """`start` and `finish` in one call, with a device-to-host sync."""
+        return self.finish(self.start(logits, texts).tolist())
 
     def snapshot(self) -> Any:
         self._note_positions()

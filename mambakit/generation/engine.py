@@ -50,6 +50,8 @@ from mambakit.quoting import brief, cut
 # On a CPU prompts are read for at most so many steps' time between two steps: a gap is then at most three times one in
 # which nothing is read.
 _MOST_STEPS = 2.0
+# Tokens of a text before it makes room for one of another share. An exchange waits for the device, and copies states.
+_SLICES = {"cpu": 32, "cuda": 128}
 
 
 class Engine:
@@ -64,7 +66,8 @@ class Engine:
         read_seconds: the time for reading prompts between two steps, or that of the last step where it is more; on a
             CPU no more than that of two steps. The smallest part that can be read may exceed it: on a CPU a chunk in
             one layer, on a GPU a chunk. 0: one part; infinite: ``chunk_size`` alone is the limit.
-        slice_tokens: how many tokens a text writes at least before it makes room for one of another share.
+        slice_tokens: how many tokens a text writes at least before it makes room for one of another share. None: 32 on
+            a CPU; 128 elsewhere, where they take no longer.
         tokens_per_look: tokens that each slot writes between two device-to-host syncs, where no constraint needs one.
             More than 1 leaves the host behind the device: `step` launches the next tokens before it returns those that
             were launched before. The texts are the same, but `step` gives several tokens of a text at once. None: 1,
@@ -90,7 +93,7 @@ class Engine:
         *,
         prefix_cache: PrefixCache | None = None,
         read_seconds: float = 0.02,
-        slice_tokens: int = 32,
+        slice_tokens: int | None = None,
         tokens_per_look: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
         drafter: Drafter | None = None,
@@ -105,7 +108,8 @@ class Engine:
         slots = 8 if slots is None else slots
         slots = Number(8, 1, INT64[1], whole=True).read("slots" if rows is None else "rows", slots)
         chunk_size = replace(CHUNK_SIZE, default=SNAPSHOT_CHUNK).read("chunk_size", chunk_size)
-        slice_tokens = Number(32, 1, INT64[1], whole=True).read("slice_tokens", slice_tokens)
+        most = _SLICES.get(model.device.type, _SLICES["cuda"])
+        slice_tokens = Number(most, 1, INT64[1], whole=True).read("slice_tokens", slice_tokens)
         read_seconds = Number(0.02, 0, math.inf).read("read_seconds", read_seconds)
         self.model, self.slots, self.chunk_size, self.slice_tokens = model, slots, chunk_size, slice_tokens
         self.prefix_cache = prefix_cache
@@ -138,8 +142,9 @@ class Engine:
     @property
     def busy(self) -> int:
         """Slots that are taken: by texts being written, and by those that will be as soon as their prompt is read."""
-        begun = sum(text.reading.begun for text in self._schedule.unread)
-        return min(self.slots, len(self._writing()) + len(self._schedule.ready) + begun)
+        schedule = self._schedule
+        begun = sum(text.reading.begun for text in schedule.unread)
+        return min(self.slots, len(self._writing()) + len(schedule.ready) + len(schedule.starting) + begun)
 
     def submit(self, request: Request) -> Request:
         """Queue a request; it starts as soon as it is its turn.
@@ -199,19 +204,29 @@ class Engine:
                 self._finish(cancelled, "cancelled")
         chosen: list[tuple[Request, int]] = []
         if self._schedule.unread:
-            self._prompts.step(lambda text, token: self._take(text, token, chosen), self._fail)
+            self._prompts.step(self._fail)
+        # Where slots write, a device goes on with their next tokens while the host waits for first tokens.
+        behind = self._taken > 0 and self._pool.captured
+        if self._schedule.starting and not behind:
+            self._collect(chosen)
         if self._schedule.ready:
             self._give_slots(chosen)
         if self._freed:
             self._leave_out_free_slots()
         if self._taken:
             self._note(self._next(), chosen)
+        if self._schedule.starting:
+            self._collect(chosen)
         if not self._taken:
             self._share.step_seconds = 0.0
             (self._looks if self.drafts is None else self.drafts).forget()
         if not len(self._schedule):
             self._prompts.drop_held()
         return chosen
+
+    def _collect(self, chosen: list[tuple[Request, int]]) -> None:
+        """Note the first tokens of the texts whose prompts are read."""
+        self._prompts.collect(lambda text, token: self._take(text, token, chosen), self._fail)
 
     def _next(self) -> Found | None:
         """The next tokens of every slot."""

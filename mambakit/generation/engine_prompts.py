@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mambakit.decoding.bucket_graphs import reads_in_buckets, rows_together
 from mambakit.decoding.chunks import bucket_of
+from mambakit.decoding.loop import HostCopy
 from mambakit.decoding.parameters import NEW_TOKENS
 from mambakit.decoding.sampled_text import SampledText
 from mambakit.decoding.sampler import Sampler
@@ -25,6 +27,15 @@ from mambakit.modules import StateCache
 
 # Prompts whose state is held for the other texts of the same prompt and share.
 _PROMPTS_HELD = 4
+
+
+@dataclass(frozen=True)
+class _Starting:
+    """First tokens on their way to the host."""
+
+    texts: list[Text]
+    sampler: Sampler
+    tokens: HostCopy
 
 
 class PromptReader:
@@ -42,7 +53,8 @@ class PromptReader:
         self._share, self._schedule, self._ends = share, schedule, ends
         self._empty: StateCache = model.backbone.new_cache(0)
         self._held: OrderedDict[Path, tuple[StateCache, Tensor]] = OrderedDict()
-        self._sampler = Sampler()
+        self._done: list[Text] = []  # whose prompts were read in this step
+        self._starting: list[_Starting] = []
 
     def text_of(self, request: Request, chunk_size: int, prefix_cache: PrefixCache | None) -> Text:
         """A text for the request, its prompt unread, to be read in chunks of ``chunk_size`` tokens.
@@ -64,14 +76,41 @@ class PromptReader:
         ends = frozenset[int]() if request.ignore_ends else self._ends
         return Text(request, most, reading, ends, prompt, before)
 
-    def step(self, read: Callable[[Text, int], None], failed: Callable[[Text, Exception], None]) -> None:
-        """Read for as long as a step may.
+    def step(self, failed: Callable[[Text, Exception], None]) -> None:
+        """Read for as long as a step may, and choose the first tokens of the texts whose prompts are read then, without
+        a device-to-host sync: `collect` brings them.
 
         Args:
-            read: called with a text whose prompt is read, and its first token.
             failed: called with a text whose prompt cannot be read, and why.
         """
-        self._share.step(self._to_read, lambda text: text.reading, lambda text: self._read_part(text, read, failed))
+        self._share.step(self._to_read, lambda text: text.reading, lambda text: self._read_part(text, failed))
+        done, self._done = self._done, []
+        self._start([text for text in done if text in self._schedule.starting], failed)
+
+    def collect(self, read: Callable[[Text, int], None], failed: Callable[[Text, Exception], None]) -> None:
+        """Wait for the first tokens of the last `step`. Their texts are ready then.
+
+        Args:
+            read: called with a text and its first token.
+            failed: called with a text that has none, and why.
+        """
+        starting, self._starting = self._starting, []
+        for one in starting:
+            try:
+                found, log_probs = one.tokens.wait()
+                tokens = one.sampler.finish([token for (token,) in found])
+            except Exception as error:
+                for text in one.texts:
+                    if text in self._schedule.starting:
+                        failed(text, error)
+                continue
+            for row, (text, token) in enumerate(zip(one.texts, tokens, strict=True)):
+                if text not in self._schedule.starting:  # cancelled meanwhile
+                    continue
+                self._schedule.started(text)
+                text.request.token_log_probs += log_probs.get(row, [])
+                text.state = text.reading.cache
+                read(text, token)
 
     def _to_read(self) -> list[Text]:
         """The texts whose prompts are read now, the oldest first: those that are due, else those to be read ahead.
@@ -106,9 +145,7 @@ class PromptReader:
         """Drop the states held for other texts."""
         self._held.clear()
 
-    def _read_part(
-        self, text: Text, read: Callable[[Text, int], None], failed: Callable[[Text, Exception], None]
-    ) -> Part:
+    def _read_part(self, text: Text, failed: Callable[[Text, Exception], None]) -> Part:
         """Read the smallest part of a text's prompt, or of a group of short prompts."""
         group, part, reading = [text], Part(0, 0), text.reading
         try:
@@ -134,8 +171,19 @@ class PromptReader:
             return part
         for one in group:
             self._schedule.count_read(one, left[one] - one.reading.left)
-        self._begin_texts([one for one in group if one.reading.done], read, failed)
+        for one in group:
+            if one.reading.done:
+                self._was_read(one)
         return part
+
+    def _was_read(self, text: Text) -> None:
+        reading = text.reading
+        self._schedule.was_read(text)
+        self._done.append(text)
+        if text.prompt is not None and reading.cache is not None and reading.logits is not None:
+            self._held[text.prompt] = reading.cache, reading.logits
+            while len(self._held) > _PROMPTS_HELD:
+                self._held.popitem(last=False)
 
     def _group(self, text: Text, failed: Callable[[Text, Exception], None]) -> list[Text]:
         """The texts whose next tokens are read by one forward: ``text``, and others of the same bucket. Among these may
@@ -159,10 +207,8 @@ class PromptReader:
     def _is_short(self, text: Text) -> bool:
         return text.reading.is_short and (text.reading.begun or text.prompt not in self._held)
 
-    def _begin_texts(
-        self, texts: list[Text], read: Callable[[Text, int], None], failed: Callable[[Text, Exception], None]
-    ) -> None:
-        """Choose the first token of texts whose prompts are read, with one device-to-host sync."""
+    def _start(self, texts: list[Text], failed: Callable[[Text, Exception], None]) -> None:
+        """Choose the first tokens of texts whose prompts are read."""
         begun: list[Text] = []
         sampled: list[SampledText] = []
         for text in texts:
@@ -175,22 +221,12 @@ class PromptReader:
                 begun.append(text)
         if not begun:
             return
-        logits = [text.reading.logits for text in begun if text.reading.logits is not None]
         try:
-            tokens = self._sampler.choose(torch.cat(logits), sampled)
-            recorded = self._sampler.take_log_probs()
-            log_probs = {} if recorded is None else recorded.by_slot([[token] for token in tokens])
+            sampler = Sampler()
+            tokens = sampler.start(
+                torch.cat([logits for text in begun if (logits := text.reading.logits) is not None]), sampled
+            )
+            self._starting.append(_Starting(begun, sampler, HostCopy(tokens[:, None], sampler.take_log_probs())))
         except Exception as error:
             for text in begun:
                 failed(text, error)
-            return
-        for row, (text, token) in enumerate(zip(begun, tokens, strict=True)):
-            self._schedule.was_read(text)
-            text.request.token_log_probs += log_probs.get(row, [])
-            text.state = text.reading.cache
-            if text.prompt is not None and text.state is not None:
-                assert text.reading.logits is not None
-                self._held[text.prompt] = text.state, text.reading.logits
-                while len(self._held) > _PROMPTS_HELD:
-                    self._held.popitem(last=False)
-            read(text, token)

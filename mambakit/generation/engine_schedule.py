@@ -26,7 +26,8 @@ _PATIENCE, _IDLE_SHARE = 2, 16
 
 
 class Schedule:
-    """All texts of an engine. Each is unread, then ready; once it has a slot it is neither, until it leaves the slot.
+    """All texts of an engine. Each is unread, then starting, then ready; once it has a slot it is none of these, until
+    it leaves the slot.
 
     Args:
         slots: how many texts are written together.
@@ -35,13 +36,15 @@ class Schedule:
         texts: all of them.
         unread: texts whose prompt is still to be read, in the order in which they came. The value is the step in which
             the prompt was first found due; None before.
-        ready: texts whose prompt is read, and which have no slot.
+        starting: texts whose prompt is read, and whose first token is not on the host yet.
+        ready: texts which have their first token and no slot.
     """
 
     def __init__(self, slots: int):
         self._slots, self._lead = slots, texts_ahead(slots)
         self.texts: dict[Request, Text] = {}
         self.unread: dict[Text, int | None] = {}
+        self.starting: dict[Text, None] = {}
         self.ready: dict[Text, None] = {}
         self._turns = Turns[Text]()
         self._due: list[Text] = []  # as `may_be_read` last found them; some may be read meanwhile
@@ -67,8 +70,8 @@ class Schedule:
     def remove(self, text: Text) -> None:
         """Remove a text that has ended, in whatever state it is."""
         self._count_written(text)
-        self.unread.pop(text, None)
-        self.ready.pop(text, None)
+        for texts in (self.unread, self.starting, self.ready):
+            texts.pop(text, None)
         self._turns.remove(text)
         del self.texts[text.request]
         self._changed = True
@@ -130,23 +133,29 @@ class Schedule:
 
     def overdue(self) -> set[Text]:
         """The texts that are due and wait no longer for others that share their forward."""
-        writing = len(self.texts) - len(self.unread) - len(self.ready)
-        idle = min(self._slots - writing - len(self.ready), len(self._due))
+        coming = len(self.ready) + len(self.starting)
+        writing = len(self.texts) - len(self.unread) - coming
+        idle = min(self._slots - writing - coming, len(self._due))
         steps = _PATIENCE if idle <= 0 else min(_PATIENCE, writing // (_IDLE_SHARE * idle))
         return {text for text in self._due if (since := self.unread[text]) is None or self._steps - since >= steps}
 
     @property
     def lacks_ready(self) -> bool:
         """Whether so few texts are ready that prompts should be read ahead without waiting for others."""
-        return len(self.ready) < self._lead // 2
+        return len(self.ready) + len(self.starting) < self._lead // 2
 
     def count_read(self, text: Text, tokens: int) -> None:
         """So many more tokens of a text's prompt are read."""
         self._turns.serve(text, tokens * _PROMPT_SHARE)
 
     def was_read(self, text: Text) -> None:
-        """All of a text's prompt is read: it is ready."""
+        """All of a text's prompt is read: it is starting."""
         del self.unread[text]
+        self.starting[text] = None
+
+    def started(self, text: Text) -> None:
+        """A text's first token is on the host: it is ready."""
+        del self.starting[text]
         self.ready[text] = None
 
     def admission(self, writing: list[Text], slice_tokens: int) -> tuple[list[Text], list[Text]]:

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from mambakit.decoding import bucket_graphs
+from mambakit.decoding.loop import SlotLoop
 from mambakit.decoding.slots import SlotPool
 from mambakit.generation import reading
 from mambakit.generation.engine import Engine, Request
+from mambakit.generation.engine_prompts import PromptReader
 from mambakit.generation.prefix_cache import PrefixCache
 from mambakit.generation.stream import Sampling
 from mambakit.generation.turns import texts_ahead
@@ -263,3 +265,57 @@ def test_states_and_one_prompt_of_several_texts_are_read_ahead(model, request, w
         assert one.tokens == other.tokens
     if forwards is not None:
         assert sum(forwards[: len(forwards) - 8]) <= 3, "the prompt of six once, and those with a state"
+
+
+def test_first_tokens_are_waited_for_behind_the_next_look(model, forwards, monkeypatch):
+    """Else the device had nothing to do from the end of the prompts until the host has seated their texts."""
+    events, launch, collect, start = [], SlotLoop.launch, PromptReader.collect, PromptReader._start
+    monkeypatch.setattr(SlotLoop, "launch", lambda self, count: events.append("look") or launch(self, count))
+    monkeypatch.setattr(PromptReader, "collect", lambda self, *how: events.append("first") or collect(self, *how))
+
+    def started(self, texts, failed):
+        events.extend(["prompts"] * bool(texts))
+        start(self, texts, failed)
+
+    monkeypatch.setattr(PromptReader, "_start", started)
+    engine = Engine(model, 4, tokens_per_look=4, read_seconds=60)
+    prompts = torch.randint(1, 50, (3, 9), generator=torch.Generator().manual_seed(2))
+    alone = [Engine(model, 4).write([Request(ids, Sampling(seed=1), 30)])[0].tokens for ids in prompts]
+    events.clear()
+    first = engine.submit(Request(prompts[0], Sampling(seed=1), 30))
+    engine.step()
+    assert events == ["prompts", "first", "look"], "nothing is written yet: nothing to wait behind"
+    others = [engine.submit(Request(ids, Sampling(seed=1), 30)) for ids in prompts[1:]]
+    events.clear()
+    engine.step()
+    assert events == ["prompts", "look", "first"]
+    assert [len(r.tokens) for r in others] == [1, 1]
+    for _ in engine.run():
+        pass
+    assert [r.tokens for r in (first, *others)] == alone
+
+
+def test_a_text_that_is_cancelled_before_its_first_token_is_on_the_host(model, forwards, monkeypatch):
+    engine = Engine(model, 4, tokens_per_look=4, read_seconds=60)
+    ids = torch.arange(1, 10)
+    writing = engine.submit(Request(ids, Sampling(seed=1), 30))
+    engine.step()
+    cancelled = engine.submit(Request(ids, Sampling(seed=2), 30, keep_state=True))
+    failing = engine.submit(Request(ids, Sampling(seed=2), 30))
+    launch = SlotLoop.launch
+
+    def meanwhile(self, count):
+        if cancelled in engine._schedule.texts and not cancelled.finish_reason:
+            assert len(engine._schedule.starting) == 2
+            assert engine.busy == 3
+            cancelled.cancel()
+            engine._fail(engine._schedule.texts[failing], RuntimeError("meanwhile"))
+        return launch(self, count)
+
+    monkeypatch.setattr(SlotLoop, "launch", meanwhile)
+    for _ in engine.run():
+        pass
+    assert (writing.finish_reason, len(writing.tokens)) == ("length", 30)
+    assert (cancelled.finish_reason, len(cancelled.tokens)) == ("cancelled", 1)
+    assert (failing.finish_reason, failing.tokens) == ("error", [])
+    assert engine.busy == len(engine._schedule) == 0

@@ -37,6 +37,7 @@ class Slots:
         text.reading.begun = True
         text.written.append(0)
         self.schedule.was_read(text)
+        self.schedule.started(text)
 
     def seat(self) -> None:
         if not self.schedule.ready:
