@@ -2,7 +2,7 @@
 
     python benchmarks/eager.py                           # the tables below
     python benchmarks/eager.py --paths prepared drop-in mamba-ssm --parts mixers
-    python benchmarks/eager.py --paths prepared --parts compile     # torch.compile beside eager and captured: a minute
+    python benchmarks/eager.py --paths prepared --parts compile     # torch.compile beside eager and captured: minutes
     python benchmarks/eager.py --profile                 # and where the host's time goes
     python benchmarks/eager.py --json out.json
     python benchmarks/eager.py --tiny                    # on a CPU, without meaning: that all of it runs
@@ -10,8 +10,8 @@
 Training: float32 parameters, bfloat16 autocast, forward and backward, gradients set to None before each. `ms` is wall
 time, host included, of calls that follow each other without synchronisation; in brackets `card_ms`, a replay of the
 same calls from a CUDA graph, and `one_thread_ms`, wall time where autograd runs the backward pass in the calling thread
-(torch.autograd.set_multithreading_enabled(False)). Inference: bfloat16 weights, no autocast, no gradient. `compile`: a
-model of few layers by torch.compile in two modes, beside the same eagerly and captured in one CUDA graph.
+(torch.autograd.set_multithreading_enabled(False)). Inference: bfloat16 weights, no autocast, no gradient. `compile`:
+whole models by torch.compile in two modes, beside the same eagerly and captured in one CUDA graph.
 
 Each path runs in a process of its own:
     ordinary   mambakit, each op through torch's dispatcher

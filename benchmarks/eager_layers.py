@@ -20,7 +20,7 @@ class Sizes(NamedTuple):
     mixers: list[tuple[int, int, int]]  # h, b, l
     models: list[tuple[int, int, int, int]]  # h, layers, b, l
     inference: list[tuple[int, int, int, int]]  # h, layers, b, l; one token continues a state
-    compiled: list[tuple[int, int, int, int]]  # h, layers, b, l: few layers, as compiling takes seconds for each
+    compiled: list[tuple[int, int, int, int]]  # h, layers, b, l
     seconds: float  # of measuring, for each case
     backend: str = "inductor"  # torch.compile's
 
@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
 FULL = Sizes(
     "cuda", 1024, [(192, 64, 197), (96, 8, 4096), (768, 1, 512), (768, 4, 2048)],
     [(192, 24, 64, 197), (768, 24, 1, 512), (768, 24, 4, 2048)], [(768, 24, 128, 32), (768, 24, 8, 1)],
-    [(192, 6, 64, 197), (768, 6, 1, 512)], 0.6,
+    [(192, 24, 64, 197), (768, 24, 1, 512)], 0.6,
 )  # fmt: skip
 TINY = Sizes("cpu", 64, [(16, 1, 8)], [(16, 2, 1, 8)], [(16, 2, 1, 1)], [(16, 1, 1, 8)], 0.01, "aot_eager")
 

@@ -1,4 +1,5 @@
-"""`mambakit::fused_layer` and its gradient: a whole layer as one op of a graph that torch.compile makes.
+"""`mambakit::fused_layer` and its gradient: a whole layer as one op of a graph that torch.compile makes, which holds
+`fused_layer_forward` and `fused_layer_backward`.
 
 Eagerly `layer.py` runs the same plans without an op. After the layer's output and the residual stream the op returns
 what its gradient reads (`Layout` says how it is arranged); without a gradient that is an empty tensor, and so is the
@@ -47,13 +48,14 @@ def _backward_fake(dy, dtotal, x, has_residual, *rest):
     return dx, dresidual, *gradients
 
 
-define(
-    f"fused_layer(Tensor x, Tensor? residual, {_WEIGHTS}, float eps, ScalarType kept, ScalarType dtype, bool gradient,"
-    " float? mixer_eps)"
-    " -> (Tensor, Tensor, Tensor)",
-    by_parts.forward,
-    _fake,
+_FORWARD = (
+    f"(Tensor x, Tensor? residual, {_WEIGHTS}, float eps, ScalarType kept, ScalarType dtype, bool gradient,"
+    " float? mixer_eps) -> (Tensor, Tensor, Tensor)"
 )
+define("fused_layer" + _FORWARD, by_parts.forward, _fake)
+# The same without a gradient of its own. It is what a graph holds: an op with a gradient written in Python is a second
+# call of Python's for each call of the graph's, a fifth of the host's time of a layer.
+define("fused_layer_forward" + _FORWARD, by_parts.forward, _fake)
 define(
     f"fused_layer_backward(Tensor? dy, Tensor? dtotal, Tensor? x, bool has_residual, {_WEIGHTS}, Tensor total,"
     " Tensor memory, float eps, ScalarType kept, ScalarType dtype, ScalarType x_dtype, bool[] needs, float? mixer_eps)"
@@ -84,8 +86,28 @@ def _backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any):
     return *found, None, None, None, None, None
 
 
-torch.library.register_autograd("mambakit::fused_layer", _backward, setup_context=_setup_context, lib=LIBRARY)
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.mambakit.fused_layer_forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def _autograd(*inputs: Any):
+    """`mambakit::fused_layer` where autograd sees it."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+        return _Differentiable.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.mambakit.fused_layer_forward(*inputs)
+
+
+LIBRARY.impl("fused_layer", _autograd, "Autograd")
 
 _GPU = "mambakit.ops.fused_mixer.layer_op"
-implement_on_cuda("fused_layer", _GPU, "forward")
+for _name in ("fused_layer", "fused_layer_forward"):
+    implement_on_cuda(_name, _GPU, "forward")
 implement_on_cuda("fused_layer_backward", _GPU, "backward")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 from mambakit import FalconMambaConfig, FalconMambaModel, MambaConfig, MambaForCausalLM, MambaModel
 from mambakit.modules import LayerConfig
@@ -165,6 +166,23 @@ def test_a_compiled_model_calls_one_op_for_each_layer(served, half, falcon):
     for length in (9, 12):
         ids = torch.randint(0, 32, (2, length))
         assert relative_error(compiled(ids).last_hidden_state, model(ids).last_hidden_state) < 1e-5
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("train", [True, False])
+def test_compiled_code_calls_ops_without_gradients_of_their_own(served, train):
+    """One with a gradient written in Python is two calls of Python's."""
+    model = MambaModel(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2)).train(train)
+    for p in model.parameters():
+        p.requires_grad_(train)
+    forward, backward = [], []
+    compilers = {"fw_compiler": graph_of(forward), "bw_compiler": graph_of(backward)}
+    compiled = torch.compile(model, backend=aot_autograd(**compilers))
+    y = compiled(torch.randint(0, 32, (2, 9)), use_cache=False).last_hidden_state
+    assert [op for op in ops_in(forward) if "layer" in op] == ["mambakit.fused_layer_forward.default"] * 2
+    if train:
+        y.sum().backward()
+        assert [op for op in ops_in(backward) if "layer" in op] == ["mambakit.fused_layer_backward.default"] * 2
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
