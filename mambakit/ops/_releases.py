@@ -5,6 +5,7 @@ The oldest release is that of `mambakit._versions.TESTED`. A branch here names t
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import re
@@ -58,6 +59,23 @@ def _exporting() -> bool:
 
 # Whether torch.export traces this call.
 is_exporting: Callable[[], bool] = _exporting if RELEASE >= (2, 7) else _never_exporting
+
+
+@functools.cache
+def bound_messages() -> None:
+    """For a trace of an op with several results. Before 2.13 inductor writes out the arguments of each op that it sees
+    for the first time, with all that they were computed from, for a log that nobody may read. Two results of a layer
+    are the arguments of the next, so n layers are 2^n copies of the first: a model of 24 layers was never compiled."""
+    if RELEASE < (2, 13):
+        from torch._inductor.exc import OperatorIssue
+
+        OperatorIssue.operator_str = staticmethod(_named)  # type: ignore[method-assign]
+
+
+def _named(target: Any, args: Any, kwargs: Any) -> str:
+    """The op, and what its arguments are."""
+    kinds = [type(a).__name__ for a in args] + [f"{name}={type(a).__name__}" for name, a in kwargs.items()]
+    return f"  target: {target}\n  args: {', '.join(kinds)}"
 
 
 def outside_graphs(function: Callable, reason: str) -> Callable:

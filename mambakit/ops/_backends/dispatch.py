@@ -10,6 +10,7 @@ import torch
 from mambakit.ops._autocast import autocast_dtype, no_autocast
 from mambakit.ops._backends import native
 from mambakit.ops._backends.memory import plain_arguments
+from mambakit.ops._releases import bound_messages
 
 LIBRARY = torch.library.Library("mambakit", "FRAGMENT")
 _plain: dict[str, Callable] = {}  # op -> its plain PyTorch version
@@ -26,7 +27,12 @@ def define(schema: str, plain: Callable, fake: Callable) -> None:
     _plain[name] = without_autocast(plain)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, _plain[name], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mambakit::{name}", fake, lib=LIBRARY)
+
+    def traced(*args):
+        bound_messages()
+        return fake(*args)
+
+    torch.library.register_fake(f"mambakit::{name}", traced, lib=LIBRARY)
 
 
 def without_autocast(plain: Callable) -> Callable:
