@@ -125,10 +125,13 @@ def eager(records: Records) -> Content:
 
 
 def serving_sampled(records: Records) -> Content:
-    runs = ("130m, 128 slots", "2026-11-29-h200-serving"), ("1.4b, 64 slots", "2026-11-30-h200-serving")
+    runs = (
+        ("130m, 128 slots", "2026-11-29-h200-serving"), ("1.4b, 64 slots", "2026-11-30-h200-serving"),
+        ("1.4b, 64 slots, 128 requests at a time", "2026-11-30-h200x2-serving"),
+    )  # fmt: skip
     lines = [
         [
-            model, r["sampling"], f"{r['requests_per_second']:.0f}", f"{r['tokens_per_second']:,.0f}",
+            model + (f", {r['replicas']} replicas" if r["replicas"] > 1 else ""), r["sampling"], f"{r['requests_per_second']:.0f}", f"{r['tokens_per_second']:,.0f}",
             cell("{share_of_generate:.2f}", r),
             f"{r['first_token_p50'] * 1e3:.0f}, {r['first_token_p99'] * 1e3:.0f} ms",
         ]
@@ -146,9 +149,9 @@ def sampling(records: Records) -> Content:
     return ["choice", "op, us", "`Sampler.choose`, us", "transformers, us"], lines
 
 
-def drafts(records: Records) -> Content:
+def drafts(records: Records, record: str = "drafts") -> Content:
     """Of the latest record of `drafts.py`: the best number of guesses of each drafter."""
-    found = records.rows(latest("drafts"), "drafts")
+    found = records.rows(latest(record), "drafts")
     lines = []
     for rows in sorted({row["rows"] for row in found}):
         cells = []
@@ -159,6 +162,10 @@ def drafts(records: Records) -> Content:
         (plain,) = select(found, rows=rows, drafter="none")
         lines.append([str(rows), f"{plain['tokens_per_second']:,.0f}", *cells])
     return ["rows", "plain, tokens/s", "by 130m (guesses)", "by 130m in int4", "guesses that are free"], lines
+
+
+def drafts_7b(records: Records) -> Content:
+    return drafts(records, "drafts-7b")
 
 
 def prompt_lengths(records: Records) -> Content:

@@ -78,3 +78,23 @@ def decode_ways(records: Records) -> Content:
             )
         rows.append(line)
     return ["shape", "decoder", *map(str, counts)], rows
+
+
+def layouts(records: Records) -> Content:
+    """(b, d, l) operands relative to channels-last ones of the same run, bfloat16 and in brackets float32."""
+    found = records.rows("2026-11-30-h200-layouts", "layouts")
+    lines = []
+    for size in dict.fromkeys(tuple(row["shape"]) for row in found):
+        groups = f"{size[4]} groups, (b, d, l)"
+        cells = []
+        for op, case in (("scan", "(b, d, l)"), ("scan", groups), ("conv", "(b, d, l)")):
+            for kind in ("forward", "both"):
+                rows = [
+                    select(found, op=op, kind=kind, case=case, shape=list(size), dtype=dtype)
+                    for dtype in ("bfloat16", "float32")
+                ]
+                half, single = (f"{row[0]['ratio']:.2f}" if row else "" for row in rows)
+                cells.append(f"{half} ({single})" if half else "")
+        lines.append([", ".join(map(str, size[:4])), *cells])
+    names = ("scan", "scan, 4 groups of channels", "convolution")
+    return ["b, d, l, n", *(f"{name}, {kind}" for name in names for kind in ("forward", "with its gradient"))], lines
