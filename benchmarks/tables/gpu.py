@@ -131,13 +131,16 @@ def serving_sampled(records: Records) -> Content:
     )  # fmt: skip
     lines = [
         [
-            model + (f", {r['replicas']} replicas" if r["replicas"] > 1 else ""), r["sampling"], f"{r['requests_per_second']:.0f}", f"{r['tokens_per_second']:,.0f}",
+            model + (f", {r['replicas']} replicas" if r["replicas"] > 1 else ""),
+            r["sampling"],
+            f"{r['requests_per_second']:.0f}",
+            f"{r['tokens_per_second']:,.0f}",
             cell("{share_of_generate:.2f}", r),
             f"{r['first_token_p50'] * 1e3:.0f}, {r['first_token_p99'] * 1e3:.0f} ms",
         ]
         for model, name in runs
         for r in records.rows(name, "serving")
-    ]  # fmt: skip
+    ]
     heads = ["", "choice", "requests/s", "tokens/s", "share of `generate`'s"]
     return [*heads, "first token, median and 99th percentile"], lines
 
