@@ -282,16 +282,17 @@ def test_an_engines_prompts_are_read_together(on, device, cached, monkeypatch):
     for one, other in zip(together, alone, strict=True):
         if one.keep_state:
             pair_of_states = one.final_state.ssm_states, other.final_state.ssm_states
-            if device == "cpu" or not cached:
+            if device == "cpu":
                 assert torch.equal(*pair_of_states)
             assert torch.allclose(*pair_of_states, rtol=0.02, atol=1e-4)
             assert one.final_state.get_seq_length() == other.final_state.get_seq_length()
+    # One row: of a text whose final state is read on, where its slot has read further than its end.
+    alone_too = {1} if device != "cpu" else set()
     if not cached:
         # 1 to 3; 31 to 32; 33 to 64; 90 and 127; 200; 300 and what begins 520 and 600; later the rests of these.
         one_each = [(16, 16), (16, 32), (8, 64), (4, 128), (2, 256), (1, 512), (1, 512), (1, 512)]
-        assert sorted(forwards) == sorted([*one_each, (16, 16), (4, 128)])
-    # One row: of a text whose final state is read on, where the cache's copies leave it short.
-    alone_too = {1} if cached and device != "cpu" else set()
+        of_prompts = [(rows, bucket) for rows, bucket in forwards if rows not in alone_too or bucket == 512]
+        assert sorted(of_prompts) == sorted([*one_each, (16, 16), (4, 128)])
     assert all(rows in {bucket_graphs.rows_together(bucket), *alone_too} for rows, bucket in forwards)
 
 
