@@ -207,10 +207,9 @@ class PrefixCache:
                     self._files.touch(files[key])
                 self.statistics.hits += 1
                 self.statistics.tokens_saved += key.position
-                # By way of pinned memory: else the host would wait for what the device works on.
-                tensors = {name: to_device(self.model.device, t) for name, t in snapshot.tensors().items()}
-                cache = fill_cache(self.model, tensors, key.position)
-                return Found(key.position, cache, tensors[LOGITS].clone() if to_end else None)
+                tensors = snapshot.tensors()
+                logits = to_device(self.model.device, tensors[LOGITS]).clone() if to_end else None
+                return Found(key.position, fill_cache(self.model, tensors, key.position), logits)
         return Found(0, self.model.backbone.new_cache(1))
 
     def _keep(self, key: PrefixKey, cache: StateCache, row: int, owner: str = "", logits: Tensor | None = None) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mambakit.decoding.prefill import prefill_states
+from mambakit.decoding.transfers import to_device
 from mambakit.errors import CheckpointError
 from mambakit.generation.fingerprint import fingerprint
 from mambakit.generation.token_ids import batch_ids
@@ -222,7 +223,8 @@ def _in_vocabulary(tokens: Tensor, model: Any) -> bool:
 
 
 def fill_cache(model: Any, tensors: dict[str, Tensor], seen_tokens: int) -> StateCache:
-    """A cache of the model, on its device, with these tensors (`StateCache.tensors`).
+    """A cache of the model, on its device, with these tensors (`StateCache.tensors`). The host does not wait for what
+    the device works on.
 
     Raises:
         ValueError: they are not those of a state of this model, or of no slot.
@@ -233,7 +235,7 @@ def fill_cache(model: Any, tensors: dict[str, Tensor], seen_tokens: int) -> Stat
         shapes = ", ".join(f"{s.key} {tuple(tensors[s.key].shape)}" for s in cache.spec.stacks)
         raise ValueError(f"{shapes} are not the states of one or more texts")
     cache = model.backbone.new_cache(slots.pop() if slots else 1)
-    return cache.fill_(tensors, seen_tokens)
+    return cache.fill_({name: to_device(model.device, t) for name, t in tensors.items()}, seen_tokens)
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

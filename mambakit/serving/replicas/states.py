@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from mambakit.generation.fingerprint import fingerprint
+from mambakit.generation.prefix_snapshot import Snapshot, on_gpu
 from mambakit.generation.state import State, fill_cache
 from mambakit.modules import StateCache
+from mambakit.ops._backends.captured_graph import between_captures
 from mambakit.quoting import cut
 from mambakit.serving.errors import ApiError
 from mambakit.serving.messages import Kept, Layout, StateTask, Task, WorkerOptions
@@ -80,8 +82,16 @@ class Left:
         tokens = None
         if whole:
             tokens = new if given is None or given.tokens is None else given.tokens[: given.seen] + new
-        tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in latest.tensors().items()}
-        return HeldState(tensors, seen, new[seen - before :], tokens)
+        return HeldState(_on_host(latest.tensors()), seen, new[seen - before :], tokens)
+
+
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of a state's tensors, for a thread beside the engine's: while that captures a graph nobody may wait for
+    the device, and what it has launched does not wait for the copies."""
+    with between_captures():
+        if on_gpu(tensors):
+            return Snapshot({name: t.detach() for name, t in tensors.items()}).on_host()
+        return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
 
 @dataclass(frozen=True)
