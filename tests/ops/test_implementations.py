@@ -10,7 +10,12 @@ from mambakit.ops.implementations import OPS, implementations
 from mambakit.ops.sampling import schema  # noqa: F401, defines it
 
 # Parts of an op: its gradient, its in-place form, its overload for loops, what its gradient reads.
-_PART_OF = {"dequantize": "linear", "normed_linear": "linear", "fused_layer": "fused_mixer"}
+_PART_OF = {
+    "dequantize": "linear",
+    "normed_linear": "linear",
+    "fused_layer": "fused_mixer",
+    "fused_layer_forward": "fused_mixer",
+}
 
 
 def whole(name: str) -> str:

@@ -259,7 +259,7 @@ def test_a_visit_is_remembered(page, books):
     text = page.inner_text("#text")
     page.reload()
     page.wait_for_selector("#go:not([disabled])")
-    assert page.inner_text("#text") == text
+    page.wait_for_function("text => document.querySelector('#text').innerText === text", arg=text)
     assert page.input_value("#max_tokens") == "24"
     page.click("#clear")
     assert labels(page) == []

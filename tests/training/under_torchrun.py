@@ -64,9 +64,10 @@ def main() -> None:
     folder = Path(sys.argv[1])
     assert cli.main(["train", str(folder / "config.toml"), "parallel=fsdp", f"out={folder / 'run'}"]) == 0
     assert not dist.is_initialized()
-    # One launch is one meeting of processes, whose keys are in torchrun's store. For a second one they meet as they do
-    # after a restart, under keys that name its number: a port of its own could be taken by another process meanwhile.
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    # One launch is one meeting of processes, whose keys are in torchrun's store. For a second one they meet in a file,
+    # as another process could take a port meanwhile. Trainer and accelerate take the group that is there.
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
     weights = run_trainer(folder, 2)
     accelerator = accelerate.Accelerator(cpu=True)
     torch.manual_seed(5)
