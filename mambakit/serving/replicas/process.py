@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import queue
 import threading
+import time
 from typing import Any
 
 from mambakit.serving.messages import Heartbeat, WorkerOptions
@@ -66,10 +67,17 @@ class ReplicaProcess:
             if self._process.exitcode is None:
                 self._process.kill()
                 self._process.join()
-            status = self._process.exitcode
-            assert status is not None, "it was joined"
-            how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-            self._loop.call_soon_threadsafe(self._lost, self, how)
+            self._loop.call_soon_threadsafe(self._lost, self, _how_ended(self._process))
+
+
+def _how_ended(process: Any) -> str:
+    """Of a process that was joined. Where another thread asked for it in the same moment (`is_alive`), that one has been
+    told, and notes the status a little later."""
+    for _ in range(100):
+        if (status := process.exitcode) is not None:
+            return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        time.sleep(0.01)
+    return "its exit status is not known"
 
 
 def _send(outgoing: queue.SimpleQueue[Any], connection: Any) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from mambakit.serving.messages import Batch, Heartbeat, WorkerOptions
-from mambakit.serving.replicas import heartbeat
+from mambakit.serving.replicas import heartbeat, process
 from mambakit.serving.replicas.heartbeat import Channel, HeartbeatMonitor, send_heartbeats
 from tests.serving.conftest import serving, wait_until
 
@@ -113,3 +113,27 @@ def test_a_stopped_process_is_noticed_and_replaced(model, tmp_path):
         assert server.process.wait(30) == 0
         assert time.monotonic() - began < 15, "a stopped replica does not hold up the end"
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+class _Reaped:
+    """A process whose status another thread was told, which has not noted it yet."""
+
+    def __init__(self, *statuses):
+        self._statuses = list(statuses)
+
+    @property
+    def exitcode(self):
+        return self._statuses.pop(0) if len(self._statuses) > 1 else self._statuses[0]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "how"),
+    [
+        ((0,), "exit status 0"),
+        ((None, None, -9), "killed by signal 9"),
+        ((None, 1), "exit status 1"),
+        ((None,), "its exit status is not known"),
+    ],
+)
+def test_an_end_that_another_thread_was_told_of(statuses, how):
+    assert process._how_ended(_Reaped(*statuses)) == how
