@@ -71,8 +71,8 @@ class ReplicaProcess:
 
 
 def _how_ended(process: Any) -> str:
-    """Of a process that was joined. Where another thread asked for it in the same moment (`is_alive`), that one was told,
-    and notes the status a little later."""
+    """Of a process that was joined. Where another thread asked for it in the same moment (`is_alive`), that one was
+    told, and notes the status a little later."""
     for _ in range(100):
         if (status := process.exitcode) is not None:
             return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
