@@ -31,7 +31,7 @@ _PROMPTS_HELD = 4
 
 @dataclass(frozen=True)
 class _Starting:
-    """First tokens on their way to the host."""
+    """First tokens that the device may still be choosing."""
 
     texts: list[Text]
     sampler: Sampler
