@@ -63,16 +63,19 @@ class ReplicaProcess:
                     if not isinstance(message, Heartbeat):
                         self._loop.call_soon_threadsafe(self._received, self, message)
             outgoing.put(None)
-            self._process.join(_EXIT_SECONDS)
-            if self._process.exitcode is None:
-                self._process.kill()
-                self._process.join()
-            self._loop.call_soon_threadsafe(self._lost, self, _how_ended(self._process))
+            self._loop.call_soon_threadsafe(self._lost, self, end_of(self._process))
 
 
-def _how_ended(process: Any) -> str:
-    """Of a process that was joined. Where another thread asked for it in the same moment (`is_alive`), that one was
-    told, and notes the status a little later."""
+def end_of(process: Any) -> str:
+    """How a process has ended that has closed its pipe; one that goes on is killed.
+
+    Where another thread asks for it in the same moment (`is_alive`), that one is told, and notes the status a little
+    later.
+    """
+    process.join(_EXIT_SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
     for _ in range(100):
         if (status := process.exitcode) is not None:
             return f"killed by signal {-status}" if status < 0 else f"exit status {status}"

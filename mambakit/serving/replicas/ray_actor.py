@@ -16,12 +16,12 @@ from typing import Any
 
 from mambakit.serving.messages import Heartbeat, WorkerOptions
 from mambakit.serving.replicas.heartbeat import HeartbeatMonitor
+from mambakit.serving.replicas.process import end_of
 from mambakit.serving.replicas.transport import Lost, Received
 
 # Messages that are sent, or fetched, together.
 _MOST = 256
 _POLL = 1.0  # seconds that the actor waits for a message before it answers without one
-_EXIT_SECONDS = 5.0
 _ENDED = "its process ended"
 
 
@@ -67,11 +67,7 @@ class ReplicaHost:
                 while len(found) < _MOST and self._connection.poll():
                     found.append(self._connection.recv())
         except (EOFError, OSError):
-            self._process.join(_EXIT_SECONDS)
-            self._process.kill()
-            self._process.join()
-            status = self._process.exitcode or 0
-            return found, f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+            return found, end_of(self._process)
         return found, ""
 
     def kill(self) -> None:

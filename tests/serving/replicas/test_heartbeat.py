@@ -121,6 +121,9 @@ class _Reaped:
     def __init__(self, *statuses):
         self._statuses = list(statuses)
 
+    def join(self, seconds=None): ...
+    def kill(self): ...
+
     @property
     def exitcode(self):
         return self._statuses.pop(0) if len(self._statuses) > 1 else self._statuses[0]
@@ -136,4 +139,4 @@ class _Reaped:
     ],
 )
 def test_an_end_that_another_thread_was_told_of(statuses, how):
-    assert process._how_ended(_Reaped(*statuses)) == how
+    assert process.end_of(_Reaped(*statuses)) == how
