@@ -168,8 +168,8 @@ class Mamba(nn.Module):
     def fusion_setting(self) -> tuple:
         return (self.bimamba_type, bool(LAYER))
 
-    def can_fuse_whole(self) -> bool:
-        """Whether the layer reads in one direction, and nothing in it is replaced or hooked."""
+    def can_fuse_whole(self, packed: bool = False) -> bool:
+        """Whether the layer reads in one direction, and nothing in it is replaced, hooked or quantised."""
         projections = untouched(self.in_proj, nn.Linear) and untouched(self.out_proj, nn.Linear)
         return self.bimamba_type == "none" and projections and Direction(self).can_fuse()
 

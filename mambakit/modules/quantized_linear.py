@@ -24,6 +24,7 @@ class QuantizedLinear(nn.Module):
 
     data: Tensor
     scales: Tensor  # int8, int4 and fp8
+    bias: nn.Parameter | None
     starts: Tensor  # the lossless formats
     columns: Tensor
     values: Tensor
@@ -32,7 +33,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.format, self.group = in_features, out_features, format, group
         self._keep(blank(format, out_features, in_features, group))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
 
     @classmethod
     def from_linear(cls, source: nn.Linear, format: str, group: int = GROUP) -> QuantizedLinear:

@@ -239,5 +239,6 @@ def test_prompts_and_tokens_on_a_gpu(format):
         for t in (length, length + 1):
             logits = step(ids[:, t]).double().cpu()
             assert (logits - want[:, t]).norm() / want[:, t].norm() < bound
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # whose layers run op by op
+    same = compiled(ids, use_cache=False).logits.double().cpu()
+    assert (same - want).norm() / want.norm() < bound

@@ -1,8 +1,8 @@
 """Which Mamba layers run as one function on a GPU (`mambakit.ops.fused_mixer.layer`), asked in microseconds.
 
 Such a run reads the parameters of the norm and of the mixer's layers, and calls none of these modules. So it takes what
-`interception.py` tests: where there is a hook, an adapter, a quantised layer or a patched class, the modules are
-called.
+`interception.py` tests: where there is a hook, an adapter or a patched class, the modules are called. Quantised layers
+run as one function in inference, where rows are many.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.modules.interception import Watch, untouched
+from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.modules.state_cache import StateCache
 from mambakit.ops._releases import is_exporting
 from mambakit.ops.fused_mixer.layer import KnownWeights, fused_layer
-from mambakit.ops.fused_mixer.signature import LayerWeights
+from mambakit.ops.fused_mixer.signature import PACKABLE, LayerWeights, PackedKind, PackedParts
 
 # Where the parameters of `LayerWeights` are, behind the norm's: a child of the mixer, or the mixer itself, and a name.
 _PARAMETERS = (
@@ -37,8 +38,8 @@ class Fusable(Protocol):
     def fusion_setting(self) -> tuple:
         """What decides, beside the modules and what is on them, whether the mixer may run as one function."""
 
-    def can_fuse_whole(self) -> bool:
-        """Whether it may: every layer is of its usual class, and nothing is on it."""
+    def can_fuse_whole(self, packed: bool = False) -> bool:
+        """Whether it may: every layer is of its usual class, and nothing is on it; ``packed``: or is quantised."""
 
 
 class FusedLayer:
@@ -56,11 +57,21 @@ class FusedLayer:
         self._setting = mixer.fusion_setting()
         self.known = KnownWeights()
         places: list[Any] = [(mixer if not child else children[child], name) for child, name in _PARAMETERS]
+        linear: list[Any] = [children.get(name) for name in PACKABLE]
+        self._packed = [module._buffers if type(module) is QuantizedLinear else None for module in linear]
+        self._kinds = tuple(
+            PackedKind(m.format, m.in_features, m.group) if type(m) is QuantizedLinear else None for m in linear
+        )
+        self._is_packed = any(self._kinds)
         places += [(children[child], "weight") for child in _NORMS if children.get(child) is not None]
         if norm is not None:
             places.insert(0, (norm, "weight"))
-        # A dictionary each: a module finds its parameters the slow way.
-        self._parameters = [(module._parameters, name) for module, name in places]
+        # A dictionary each: a module finds its parameters and buffers the slow way.
+        self._parameters = [
+            (module._buffers, "data") if name == "weight" and type(module) is QuantizedLinear
+            else (module._parameters, name)
+            for module, name in places
+        ]  # fmt: skip
 
     def holds(self, norm: Any, mixer: Fusable) -> bool:
         """Whether the modules are the same, and a call of them runs their classes' forwards and nothing else."""
@@ -72,10 +83,16 @@ class FusedLayer:
     def weights(self) -> LayerWeights | None:
         """None where a parameter is no parameter any more, as in sharded training that flattens them."""
         try:
-            found = [parameters[name] for parameters, name in self._parameters]
+            found: list[Any] = [tensors[name] for tensors, name in self._parameters]
         except KeyError:
             return None
         return LayerWeights(*found) if self._norm is not None else LayerWeights(None, *found)
+
+    def packed(self) -> PackedParts | None:
+        """What else there is of packed weights; None where every weight is plain."""
+        if not self._is_packed:
+            return None
+        return PackedParts(self._kinds, tuple(b if b is None else b.get("scales") for b in self._packed))
 
 
 _layers: WeakKeyDictionary[nn.Module, FusedLayer | None] = WeakKeyDictionary()
@@ -98,13 +115,13 @@ def run(
         x, residual: as the norm takes them, on a GPU, and residual_dtype.
         cache: read and updated in place; there is no plan for that with gradients.
     """
-    if cache is not None and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (cache is not None or _is_packed(mixer)):
         return None
     if torch.compiler.is_compiling():
         return _run_traced(norm, mixer, x, residual, residual_dtype) if cache is None else None
     layer = _layers.get(owner)
     if layer is None or not layer.holds(norm, mixer):
-        if not _can_fuse(norm, mixer):
+        if not _can_fuse(norm, mixer, packed=True):
             return None
         layer = _layers[owner] = FusedLayer(norm, mixer)
     weights = layer.weights()
@@ -112,16 +129,15 @@ def run(
         return None
     states: Any = None if cache is None else cache.memory(mixer.layer_idx)
     eps = 0.0 if norm is None else norm.eps
-    eps_of_mixer = mixer.mixer_rms_eps
-    if states is None or states[1].dtype != torch.bfloat16:
-        return fused_layer(x, residual, weights, eps, residual_dtype, states, known=layer.known, mixer_eps=eps_of_mixer)
-    conv_state, ssm_state = states
-    wide = ssm_state.float()
+    wide = states
+    if states is not None and states[1].dtype == torch.bfloat16:
+        wide = states[0], states[1].float()
     found = fused_layer(
-        x, residual, weights, eps, residual_dtype, (conv_state, wide), known=layer.known, mixer_eps=eps_of_mixer
-    )
-    if found is not None:
-        ssm_state.copy_(wide)
+        x, residual, weights, eps, residual_dtype, wide, known=layer.known, mixer_eps=mixer.mixer_rms_eps,
+        packed=layer.packed(),
+    )  # fmt: skip
+    if found is not None and wide is not states:
+        states[1].copy_(wide[1])
     return found
 
 
@@ -142,8 +158,12 @@ def _run_traced(
     return traced.fused_layer(x, residual, weights, 0.0 if norm is None else norm.eps, residual_dtype, m.mixer_rms_eps)
 
 
-def _can_fuse(norm: Any, mixer: Any) -> bool:
-    """Whether nothing is on the modules."""
+def _is_packed(mixer: Any) -> bool:
+    return any(type(mixer._modules.get(name)) is QuantizedLinear for name in PACKABLE)
+
+
+def _can_fuse(norm: Any, mixer: Any, packed: bool = False) -> bool:
+    """Whether nothing is on the modules; ``packed``: layers may be quantised."""
     if norm is not None and not (untouched(norm, type(norm)) and untouched(mixer, type(mixer))):
         return False
-    return mixer.can_fuse_whole()
+    return mixer.can_fuse_whole(packed)

@@ -24,6 +24,7 @@ from mambakit.modules.packing import Packing
 from mambakit.modules.placement import CacheHandle, opened
 from mambakit.modules.precision import keep_float32
 from mambakit.modules.projection import in_training, project
+from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.modules.state_cache import StateCache
 from mambakit.modules.state_spec import StateTensor
 from mambakit.ops import causal_conv1d, causal_conv1d_, selection_norm, selective_scan, selective_scan_
@@ -172,13 +173,16 @@ class MambaMixer(Mixer):
 
     def can_fuse(self) -> bool:
         """Whether what lies between the projections may run as one op, `mambakit.ops.fused_mixer`."""
+        return self._can_fuse((nn.Linear,)) and (torch.compiler.is_compiling() or all_plain(self._mixer_weights()))
+
+    def _can_fuse(self, linear: tuple[type[nn.Module], ...]) -> bool:
+        """Whether nothing is on what lies between the projections, x_proj being of one of these classes."""
         return (
             type(self) is MambaMixer and self.act is None and self._norms_are_plain()
             and self.dt_proj.bias is not None
             and self.causal_conv1d is causal_conv1d and self.selective_scan is selective_scan
-            and untouched(self.x_proj, nn.Linear) and untouched(self.dt_proj, TimeStepProjection)
+            and untouched(self.x_proj, *linear) and untouched(self.dt_proj, TimeStepProjection)
             and is_filter(self.conv1d, 0)
-            and (torch.compiler.is_compiling() or all_plain(self._mixer_weights()))
         )  # fmt: skip
 
     def fusion_setting(self) -> tuple:
@@ -199,10 +203,15 @@ class MambaMixer(Mixer):
         """Whether the norms of dt, B and C run as one op: none of their modules is hooked or replaced."""
         return all(untouched(norm, MixerNorm) and norm.eps == self.mixer_rms_eps for norm in self.norms())
 
-    def can_fuse_whole(self) -> bool:
-        """Whether the projections, too, may run as one function with it: `mambakit.ops.fused_mixer.layer`."""
-        projections = untouched(self.in_proj, nn.Linear) and untouched(self.out_proj, nn.Linear)
-        return projections and not self.recompute_selection and self.can_fuse()
+    def can_fuse_whole(self, packed: bool = False) -> bool:
+        """Whether the projections, too, may run as one function with it: `mambakit.ops.fused_mixer.layer`; with
+        ``packed`` also where layers are quantised."""
+        if self.recompute_selection:
+            return False
+        if packed:
+            linear = nn.Linear, QuantizedLinear
+            return untouched(self.in_proj, *linear) and untouched(self.out_proj, *linear) and self._can_fuse(linear)
+        return untouched(self.in_proj, nn.Linear) and untouched(self.out_proj, nn.Linear) and self.can_fuse()
 
     def _mixer_weights(self) -> MixerWeights:
         filter, bias, _ = self._filter()

@@ -1,14 +1,16 @@
 """GPU work that is put together once and enqueued by one call: kernels, matrix products, memory set to zeros.
 
 A list's items name their memory by `Place`: an array of the call, and bytes from its beginning. Where the native
-library and torch's cuBLAS are found, a call of the list is one call into C++ (`launch_list.cpp`); elsewhere the items
-are enqueued one by one from Python, and products are torch's. Both read the same items.
+library and torch's cuBLAS are found, a call of the list is one call into C++ (`launch_list.cpp`), or one for each run
+of items between those that Python alone can enqueue (`HostItem`); elsewhere the items are enqueued one by one from
+Python, and products are torch's. Both read the same items.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +21,7 @@ from torch import Tensor
 from mambakit.ops._backends import cublas, native, nvrtc
 from mambakit.ops._products import product_into
 
-_LAUNCH, _ZEROS, _PRODUCT = range(3)
+_LAUNCH, _ZEROS, _PRODUCT, _HOST = range(4)
 
 
 class Place(NamedTuple):
@@ -60,6 +62,18 @@ class Item(Protocol):
         """As `launch_list.cpp` reads it, without its header; None where it does not."""
 
     kind: int
+
+
+class HostItem:
+    """An item that Python alone can enqueue: a call of torch's."""
+
+    kind = _HOST
+
+    def run(self, stream: int, arrays: Sequence[Tensor | None], at: list[int]) -> None:
+        raise NotImplementedError
+
+    def words(self) -> list[int] | None:
+        return None
 
 
 class KernelItem:
@@ -196,16 +210,26 @@ class LaunchList:
     def __init__(self, items: Sequence[Item], arrays: int, dtype: torch.dtype, device: int):
         self._items, self._dtype, self._device = list(items), dtype, device
         self._has_products = any(type(item) is Product for item in items)
-        functions, each = _functions(), [item.words() for item in self._items]
+        self._functions = _functions()
         self._words: Any = None
-        if functions is not None and all(words is not None for words in each):
+        # Runs of items that the library reads, the words at which they begin and end; and the items between them.
+        self._spans: list[Any] = []
+        if self._functions is not None:
             flat: list[int] = []
-            for item, words in zip(self._items, each, strict=True):
-                assert words is not None
-                flat += [item.kind, len(words) + 2, *words]
-            self._words, self._end = (ctypes.c_int64 * len(flat))(*flat), len(flat)
-            self._run, self._functions = native.launcher(), functions
-            self._addresses = ctypes.c_uint64 * arrays
+            each = [(item, item.words()) for item in self._items]
+            for read, run in itertools.groupby(each, lambda pair: pair[1] is not None):
+                if not read:
+                    self._spans += [item for item, _ in run]
+                    continue
+                begin = len(flat)
+                for item, words in run:
+                    assert words is not None
+                    flat += [item.kind, len(words) + 2, *words]
+                self._spans.append((begin, len(flat)))
+            if flat:
+                self._words = (ctypes.c_int64 * len(flat))(*flat)
+                self._run = native.launcher()
+                self._addresses = ctypes.c_uint64 * arrays
 
     def __call__(self, arrays: Sequence[Tensor | None]) -> None:
         """Enqueue the work on the current stream; the device is the current one."""
@@ -219,17 +243,22 @@ class LaunchList:
         if self._has_products:
             handle, mode = cublas.handle(), cublas.math_mode(self._dtype)
         addresses = self._addresses(*at)
-        failure = self._run(self._functions, self._words, 0, self._end, addresses, stream, handle, mode)
-        if failure:
-            self._again(failure, addresses, stream, handle, mode)
+        for span in self._spans:
+            if type(span) is tuple:
+                begin, end = span
+                failure = self._run(self._functions, self._words, begin, end, addresses, stream, handle, mode)
+                if failure:
+                    self._again(failure, end, addresses, stream, handle, mode)
+            else:
+                span.run(stream, arrays, at)
 
-    def _again(self, failure: int, addresses: Any, stream: int, handle: int, mode: int) -> None:
+    def _again(self, failure: int, end: int, addresses: Any, stream: int, handle: int, mode: int) -> None:
         """From the item on that failed: a thread of autograd's may not have the device's context yet."""
         begin, code = divmod(failure, 65536)
         kind = self._words[begin]
         if kind != _PRODUCT and code == nvrtc.INVALID_CONTEXT:
             nvrtc.use_context(torch.cuda.current_device())
-            failure = self._run(self._functions, self._words, begin, self._end, addresses, stream, handle, mode)
+            failure = self._run(self._functions, self._words, begin, end, addresses, stream, handle, mode)
             if not failure:
                 return
             begin, code = divmod(failure, 65536)

@@ -46,6 +46,10 @@ class Layout:
     output (b l, d); ``y``, out_proj's input (b l, d); the weights that are rounded, by their names; ``A`` (d, n)
     float32; the scan's ``checkpoints``.
 
+    Packed weights (without gradients) add, before the checkpoints: memory for the largest slab of widened weight, which
+    they use in turn; ``q`` and ``q scales``, the rows of a float8 product's input. The norm before a float8 product
+    writes ``q``: there is no ``entering``.
+
     Args:
         numbers: of the arrays of a call: x, kept, y and the weights' names.
 
@@ -57,7 +61,7 @@ class Layout:
     def __init__(self, signature: Signature, numbers: dict[str, int]):
         s = self._signature = signature
         self._numbers = numbers
-        self.kinds: dict[str, Any] = dict(zip(LayerWeights._fields, s.weights.each, strict=True))
+        self.kinds = s.kinds()
         self.b, self.length, self.h = s.shape
         self.d, self.n = self.kinds["A_log"][1]
         self.r, self.k = self.kinds["dt_proj"][1][1], self.kinds["conv"][1][-1]
@@ -65,12 +69,14 @@ class Layout:
         self.rows, self.size = self.b * self.length, s.dtype.itemsize
         self.normed = self.kinds["norm"] is not None
         self.rounded = [name for name in _PRODUCTS if (kind := self.kinds[name]) is not None and kind[0] != s.dtype]
+        self.float8 = [name for name in s.packed_kinds() if s.in_float8(name)]
+        self._widened: dict[str, Any] = {}  # how a packed weight is multiplied, by its name
         self.kinds_of_norms: Any = tuple(kind and kind[0] for kind in (self.kinds[name] for name in _NORMS))
         kept, rows, d = Memory(self.size), self.rows, self.d
         self.width = width = self.r + 2 * self.n
         self._starts: dict[str, int] = {}
         starts = self._starts
-        if self.normed:
+        if self.normed and "in_proj" not in self.float8:
             starts["entering"] = kept.add(rows * self.h)
         if self.kinds["in_proj"] is not None:
             starts["xz"] = kept.add(2 * rows * d)
@@ -84,8 +90,26 @@ class Layout:
             starts[name] = kept.add(self.count(name))
         if s.log:
             starts["A"] = kept.add(self.d * self.n, 4)
+        if s.packed is not None:
+            self._add_packed(kept)
         starts["checkpoints"] = self.kept_count = kept.count
         self._kept = kept
+
+    def _add_packed(self, kept: Memory) -> None:
+        from mambakit.ops.linear.prepared import PreparedWidened  # needs Triton
+
+        s = self._signature
+        for name, kind in s.packed_kinds().items():
+            n, k = self.kinds[name][1]
+            if name not in self.float8:
+                self._widened[name] = PreparedWidened(self.rows, n, k, kind.format, kind.group, s.dtype)
+        if self._widened:
+            start = kept.add(max(way.count for way in self._widened.values()))
+            self._starts |= dict.fromkeys(self._widened, start)
+        if self.float8:
+            widest = max(self.kinds[name][1][1] for name in self.float8)
+            self._starts["q"] = kept.add(self.rows * widest, 1)
+            self._starts["q scales"] = kept.add(self.rows, 4)
 
     def keep(self, checkpoints: int) -> None:
         """Make room for so many elements of checkpoints."""
@@ -148,15 +172,30 @@ class Layout:
         """``x`` (b l, in) times a weight (out, in), and a bias where there is one; nothing where there is no weight."""
         if self.kinds[weight] is None:
             return []
-        s, to = self._signature, self.matrix(out)
+        s, to, on_gpu = self._signature, self.matrix(out), self._signature.device.type == "cuda"
+        if weight in self.float8:
+            return self._float8_product(x, weight, to)
         items: list[Item] = []
         if bias and self.kinds[bias] is not None:
             spread = PreparedBias(self.rows, to.shape[1], s.dtype, s.device.index)
             items += spread.items(self.place(bias), Place(to.array, to.start * self.size))
-        product = Product(
-            self.matrix(x), self.matrix(weight).t, to, s.dtype, s.dtype, s.device.type == "cuda", bool(items)
-        )
-        return [*items, product]
+        if weight in self._widened:
+            places = Place(self._numbers[weight]), Place(self._numbers[f"{weight} scales"])
+            memory = self.matrix(weight)
+            return items + self._widened[weight].items(self.matrix(x), *places, memory, to, on_gpu, bool(items))
+        return [*items, Product(self.matrix(x), self.matrix(weight).t, to, s.dtype, s.dtype, on_gpu, bool(items))]
+
+    def _float8_product(self, x: str, weight: str, to: Matrix) -> list[Item]:
+        """The norm has written in_proj's rows; others are rounded here."""
+        from mambakit.ops.linear.prepared import Float8Product, PreparedRows
+
+        k = self.kinds[weight][1][1]
+        q, scales = self.place("q"), self.place("q scales")
+        items: list[Item] = []
+        if not (x == "entering" and self.normed):
+            items += PreparedRows(self.rows, k, self._signature.dtype).items(self.place(x), q, scales)
+        data, weight_scales = self._numbers[weight], self._numbers[f"{weight} scales"]
+        return [*items, Float8Product(q, scales, self.rows, k, data, weight_scales, to)]
 
     def norms(self) -> tuple[Place, ...]:
         """Of the weights of the norms of dt, B and C."""

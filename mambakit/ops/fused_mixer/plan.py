@@ -17,11 +17,14 @@ from mambakit.ops._backends.launch_list import Item, LaunchList, Place
 from mambakit.ops.fused_mixer.gradient import Gradient
 from mambakit.ops.fused_mixer.layout import Layout, Memory
 from mambakit.ops.fused_mixer.parameters import PreparedParameters
-from mambakit.ops.fused_mixer.signature import LayerWeights, Signature
+from mambakit.ops.fused_mixer.signature import PACKABLE, LayerWeights, Signature
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
 
 # The arrays of a call. `beside` is memory that the forward alone needs.
-_ARRAYS = ("x", "residual", *LayerWeights._fields, "kept", "beside", "total", "y", "conv_state", "ssm_state")
+_ARRAYS = (
+    "x", "residual", *LayerWeights._fields, "kept", "beside", "total", "y", "conv_state", "ssm_state",
+    *(f"{name} scales" for name in PACKABLE),
+)  # fmt: skip
 _AT = {name: i for i, name in enumerate(_ARRAYS)}
 
 
@@ -81,7 +84,13 @@ class Plan:
         from mambakit.ops.rms_norm import prepared as norm
 
         o, s, items = self.layout, self.signature, []
-        if o.normed:
+        if o.normed and "in_proj" in o.float8:
+            from mambakit.ops.linear.prepared import PreparedNormedRows
+
+            rows = PreparedNormedRows(o.rows, o.h, s.eps, s.x, o.kinds["norm"][0], s.residual, s.kept)
+            x, weight, residual, total = (Place(_AT[name]) for name in ("x", "norm", "residual", "total"))
+            items += rows.items(x, weight, residual, total, o.place("q"), o.place("q scales"))
+        elif o.normed:
             step = norm.PreparedForward(o.rows, o.h, s.eps, s.x, o.kinds["norm"][0], s.residual, s.kept, s.dtype)
             x, weight, residual, total = (Place(_AT[name]) for name in ("x", "norm", "residual", "total"))
             items += step.items(x, weight, residual, o.place("entering"), total)
@@ -103,12 +112,18 @@ class Plan:
         return step.items(o.place("selected"), o.norms(), o.place("chosen"))
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, w: LayerWeights, states: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        w: LayerWeights,
+        states: tuple[Tensor, Tensor] | None = None,
+        scales: tuple[Tensor | None, ...] = (),
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """(b, l, h) of the layer, the residual stream (None without the norm), and what `backward` reads.
 
         ``x`` and ``residual`` are contiguous; without the norm x has the dtype of the plan. ``states`` (slots, d,
-        k - 1) and (slots, d, n), read and written, where the signature has them.
+        k - 1) and (slots, d, n), read and written, where the signature has them; ``scales`` of the weights of
+        `PACKABLE` likewise.
         """
         o, s = self.layout, self.signature
         device, dtype = s.device, s.dtype
@@ -120,7 +135,7 @@ class Plan:
         total = torch.empty(s.shape, dtype=s.kept, device=device) if o.normed else None
         y = torch.empty(self._shape, dtype=dtype, device=device)
         conv_state, ssm_state = (None, None) if states is None else states
-        self._list((x, residual, *w, kept, beside, total, y, conv_state, ssm_state))
+        self._list((x, residual, *w, kept, beside, total, y, conv_state, ssm_state, *scales))
         return y, total, kept
 
     def backward(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mambakit.ops._backends import nvrtc
+from mambakit.ops.linear.triton_plan import FLOAT8_CAPABILITY, takes_float8, takes_hopper, tile_in_registers
 from mambakit.ops.selective_scan import cuda_launch
 from mambakit.ops.selective_scan.plan import backward_plan
 
@@ -40,6 +41,25 @@ class LayerWeights(NamedTuple):
     C_norm: Tensor | None = None
 
 
+class PackedKind(NamedTuple):
+    """How a weight is packed (`mambakit.ops.linear`): its format, columns, and numbers that share a scale."""
+
+    format: str
+    in_features: int
+    group: int
+
+
+# The weights that may be packed: a `LayerWeights` then has their packed numbers.
+PACKABLE = ("in_proj", "x_proj", "out_proj")
+
+
+class PackedParts(NamedTuple):
+    """Of the weights of `PACKABLE`: how each is packed, and its scales; None where one is plain or absent."""
+
+    kinds: tuple[PackedKind | None, ...]
+    scales: tuple[Tensor | None, ...]
+
+
 class Kinds:
     """Dtype and shape of each of a layer's weights, None where there is none. Equal ones are one object (`kinds_of`),
     so that a signature is found without looking at them."""
@@ -67,6 +87,23 @@ class Signature(NamedTuple):
     log: bool  # A_log is log(-A)
     states: tuple[tuple[torch.dtype, torch.Size], tuple[torch.dtype, torch.Size]] | None
     mixer_eps: float | None = None  # of the norms of dt, B and C; None: there are none
+    packed: tuple[PackedKind | None, ...] | None = None  # of `PACKABLE`; None: every weight is plain
+
+    def kinds(self) -> dict[str, Any]:
+        """Dtype and shape of each weight by its name, None where there is none; of a packed one as it is widened."""
+        found: dict[str, Any] = dict(zip(LayerWeights._fields, self.weights.each, strict=True))
+        for name, kind in self.packed_kinds().items():
+            found[name] = self.dtype, torch.Size((found[name][1][0], kind.in_features))
+        return found
+
+    def packed_kinds(self) -> dict[str, PackedKind]:
+        """How weights are packed, by the names of those that are."""
+        return {name: kind for name, kind in zip(PACKABLE, self.packed or (), strict=self.packed is not None) if kind}
+
+    def in_float8(self, name: str) -> bool:
+        """Whether the product of a packed weight takes rows in float8."""
+        kind, (n, k) = self.packed_kinds()[name], self.kinds()[name][1]
+        return kind.format == "fp8" and takes_float8(self.dtype, self.shape[0] * self.shape[1], n, k)
 
 
 _FLOAT32 = ("dt_bias", "A_log", "D")
@@ -84,7 +121,7 @@ def unavailable() -> str | None:
 def unserved(signature: Signature) -> str | None:
     """Why no plan serves a signature, or None; the op `mambakit::fused_mixer` serves it."""
     s = signature
-    kinds: dict[str, Any] = dict(zip(LayerWeights._fields, s.weights.each, strict=True))
+    kinds = s.kinds()
     if s.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"layers that compute in {s.dtype} run op by op"
     for name, kind in kinds.items():
@@ -105,6 +142,8 @@ def unserved(signature: Signature) -> str | None:
         return f"a filter of {conv[1][-1]} taps"
     if s.residual not in (None, s.kept):
         return f"the residual stream changes from {s.residual} to {s.kept}"
+    if s.packed is not None and (fault := _packed_otherwise(s, kinds)) is not None:
+        return fault
     return unavailable() or (_too_large(s, d, n) if s.gradient else None)
 
 
@@ -137,6 +176,33 @@ def _shapes(s: Signature, kinds: dict[str, Any]) -> str | None:
         fits = tuple(conv[1:]) == (d, k - 1) and tuple(ssm[1:]) == (d, n) and min(conv[0], ssm[0]) >= b
         if not fits or wide != torch.float32 or dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"states of {dtype} {tuple(conv)} and {wide} {tuple(ssm)}"
+    return None
+
+
+def _packed_otherwise(s: Signature, kinds: dict[str, Any]) -> str | None:
+    """Why a layer's packed weights take another way than a plan's, or None."""
+    if s.gradient:
+        return "packed weights have no gradient"
+    if unavailable() is not None:
+        return None
+    from mambakit.ops.linear.prepared import DATA  # needs Triton
+    from mambakit.ops.linear.triton import card_at
+
+    rows, capability = s.shape[0] * s.shape[1], card_at(s.device)[2]
+    stored: dict[str, Any] = dict(zip(LayerWeights._fields, s.weights.each, strict=True))
+    for name, kind in s.packed_kinds().items():
+        dtype, shape = stored[name]
+        if DATA.get(kind.format) != dtype:
+            return f"{name} is packed as {kind.format}"
+        row_bytes = shape[1] * dtype.itemsize
+        hopper = takes_hopper(capability, s.dtype, kind.format, row_bytes, kind.in_features)
+        if tile_in_registers(kind.format, s.dtype, rows, hopper) is not None:
+            return f"{rows} rows: {name} is widened in registers"
+        if kind.format == "fp8" and capability < FLOAT8_CAPABILITY:
+            return "a GPU without 8-bit floats"
+        bias = kinds.get(name.replace("proj", "bias"))
+        if s.in_float8(name) and (s.dtype != torch.bfloat16 or bias is not None):
+            return f"a float8 product in {s.dtype}, or with a bias"
     return None
 
 

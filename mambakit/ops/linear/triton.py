@@ -8,6 +8,7 @@ each row of x is rounded to e4m3 with a scale of its own, found in the norm befo
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -37,8 +38,12 @@ def card(index: int) -> tuple[int, int, tuple[int, int]]:
     return found["multiprocessor_count"], found["max_shared_mem"], torch.cuda.get_device_capability(index)
 
 
+def card_at(device: torch.device) -> tuple[int, int, tuple[int, int]]:
+    return card(device.index) if device.type == "cuda" else WITHOUT_CARD
+
+
 def card_of(x: Tensor) -> tuple[int, int, tuple[int, int]]:
-    return card(x.device.index) if x.is_cuda else WITHOUT_CARD
+    return card_at(x.device)
 
 
 def linear(x, data, scales, starts, columns, values, bias, format, in_features, group):
@@ -115,10 +120,8 @@ def in_registers(x: Tensor, weight: PackedWeight, bias: Tensor | None, plan: Pro
 def takes_hopper(x: Tensor, weight: PackedWeight) -> bool:
     """Whether `wide_product_kernel` serves: on a Hopper, in half precision, with rows that TMA can read."""
     row_bytes = weight.data.stride(0) * weight.data.itemsize
-    return (
-        ASM and card_of(x)[2][0] == 9 and x.dtype in _HALF and weight.format in ("int8", "int4")
-        and row_bytes % 16 == 0 and weight.in_features % 8 == 0 and weight.data.data_ptr() % 16 == 0
-    )  # fmt: skip
+    fits = triton_plan.takes_hopper(card_of(x)[2], x.dtype, weight.format, row_bytes, weight.in_features)
+    return ASM and fits and weight.data.data_ptr() % 16 == 0
 
 
 def _wide_product(
@@ -175,10 +178,9 @@ def widened(x: Tensor, weight: PackedWeight, bias: Tensor | None, slab: int = 0)
     if weight.format not in BITS:
         multiply(weight.dequantized().to(x.dtype), 0, n)
     else:
-        step = n if not slab else min(n, max(128, slab // (k * x.dtype.itemsize) // 128 * 128))
-        memory = torch.empty((step, k), dtype=x.dtype, device=x.device)
-        for first in range(0, n, step):
-            count = min(step, n - first)
+        parts = triton_plan.slabs(n, k, x.dtype.itemsize, slab)
+        memory = torch.empty((parts[0][1], k), dtype=x.dtype, device=x.device)
+        for first, count in parts:
             widen_into(memory[:count], weight, first)
             multiply(memory[:count], first, count)
     return y
@@ -186,13 +188,16 @@ def widened(x: Tensor, weight: PackedWeight, bias: Tensor | None, slab: int = 0)
 
 def widen_into(y: Tensor, weight: PackedWeight, first: int = 0) -> None:
     """Rows of an int8, int4 or fp8 weight from ``first`` on into y (rows, in), contiguous, in its dtype."""
-    rows, k = y.shape
+    grid, options = widening(y.shape[0], weight.out_features, y.shape[1], weight.format, weight.group)
+    kernels.widen_kernel[grid](weight.data, weight.scales, y, first, **options)
+
+
+def widening(rows: int, n: int, k: int, format: str, group: int) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Programs and constants of `widen_kernel` for so many rows of a weight (n, k)."""
     block = max(128, min(1024, triton.next_power_of_2(k)))
     BN = 4096 // block
-    kernels.widen_kernel[(triton.cdiv(rows, BN), triton.cdiv(k, block))](
-        weight.data, weight.scales, y, first,
-        weight.out_features, k, BITS[weight.format], weight.group, BN=BN, BK=block, ASM=ASM, num_warps=4,
-    )  # fmt: skip
+    constants = {"N": n, "K": k, "BITS": BITS[format], "GROUP": group, "BN": BN, "BK": block, "ASM": ASM}
+    return (triton.cdiv(rows, BN), triton.cdiv(k, block)), constants | {"num_warps": 4}
 
 
 def dequantize(data, scales, starts, columns, values, format, in_features, group):
@@ -216,25 +221,29 @@ def rows_in_float8(x: Tensor) -> tuple[Tensor, Tensor]:
     q = torch.empty((rows, k), dtype=FLOAT8, device=x.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     size = triton.next_power_of_2(k)
-    kernels.float8_kernel[(rows,)](
-        x, q.view(torch.uint8), scales, x.stride(0), k, SIZE=size, num_warps=min(16, max(1, size // 512))
-    )
+    kernels.float8_kernel[(rows,)](x, q.view(torch.uint8), scales, x.stride(0), k, SIZE=size, num_warps=row_warps(size))
     return q, scales
+
+
+def row_warps(size: int) -> int:
+    """Warps for a row of so many elements, which one program has in registers."""
+    return min(16, max(1, size // 512))
 
 
 def scaled(q: Tensor, scales: Tensor, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(q scales) weight^T + bias; PyTorch's product of float8 with scales of rows gives bfloat16."""
     assert weight.scales is not None
-    y = torch._scaled_mm(
-        q,
-        weight.data.view(FLOAT8).T,
-        scale_a=scales,
-        scale_b=weight.scales.T,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
-    y = y.to(dtype)
+    y = torch.empty((q.shape[0], weight.out_features), dtype=torch.bfloat16, device=q.device)
+    y = scaled_into(y, q, scales, weight.data, weight.scales).to(dtype)
     return y if bias is None else y.add_(bias)
+
+
+def scaled_into(y: Tensor, q: Tensor, scales: Tensor, data: Tensor, weight_scales: Tensor) -> Tensor:
+    """y bfloat16 = (q scales) weight^T, of an fp8 weight's bits and the scales of its rows."""
+    weight = data.view(FLOAT8).T
+    return torch._scaled_mm(
+        q, weight, scale_a=scales, scale_b=weight_scales.T, out_dtype=torch.bfloat16, use_fast_accum=True, out=y
+    )
 
 
 def normed_linear(
@@ -269,7 +278,6 @@ def norm_in_float8(x, norm, residual, eps, residual_dtype, dtype) -> tuple[Tenso
     kernels.norm_float8_kernel[(flat.shape[0],)](
         flat, norm.contiguous(), before, kept, q.view(torch.uint8), scales, flat.stride(0),
         0 if before is None else before.stride(0), eps,
-        h, SIZE=size, HAS_RESIDUAL=before is not None, ROUNDED=1 + _HALF.index(dtype),
-        num_warps=min(16, max(1, size // 512)),
+        h, SIZE=size, HAS_RESIDUAL=before is not None, ROUNDED=1 + _HALF.index(dtype), num_warps=row_warps(size),
     )  # fmt: skip
     return q, scales, kept

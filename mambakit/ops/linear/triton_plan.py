@@ -195,27 +195,47 @@ def tile_of(format: str, rows: int) -> Product:
     return next(product for most, product in PRODUCTS[format] if rows <= most)
 
 
+def tile_in_registers(format: str, dtype: torch.dtype, rows: int, hopper: bool = False) -> Product | None:
+    """The table's tile for ``rows`` rows of x with the weight widened in registers; None where another way serves.
+
+    ``hopper``: as `takes_hopper` says.
+    """
+    if dtype == torch.float32:
+        return FLOAT32_PRODUCT if rows <= MOST_IN_FLOAT32 else None
+    if hopper and format in HOPPER_PRODUCTS:
+        return next((product for most, product in HOPPER_PRODUCTS[format] if rows <= most), None)
+    return tile_of(format, rows) if rows <= MOST_IN_REGISTERS[format] else None
+
+
 def product_of(
     format: str, dtype: torch.dtype, group: int, rows: int, shared: int, hopper: bool = False
 ) -> Product | None:
-    """The tile that multiplies ``rows`` rows with the weight in registers; None where another way does.
-
-    ``hopper``: the card, the format and the tensors are as `wide_product_kernel` takes them.
-    """
-    if dtype == torch.float32:
-        chosen = FLOAT32_PRODUCT if rows <= MOST_IN_FLOAT32 else None
-    elif hopper and format in HOPPER_PRODUCTS:
-        chosen = next((product for most, product in HOPPER_PRODUCTS[format] if rows <= most), None)
-    elif rows > MOST_IN_REGISTERS[format]:
-        chosen = None
-    else:
-        chosen = tile_of(format, rows)
+    """`tile_in_registers` as it fits the format, its groups and ``shared`` bytes."""
+    chosen = tile_in_registers(format, dtype, rows, hopper)
     return None if chosen is None else chosen.fitting(format, group, dtype.itemsize, shared)
 
 
 def slab_of(rows: int) -> int:
     """Bytes of widened weight at a time; 0: all of it."""
     return next(slab for most, slab in SLABS_BY_ROWS if rows <= most)
+
+
+def slabs(n: int, k: int, itemsize: int, slab: int) -> list[tuple[int, int]]:
+    """(first row, rows) of the parts of a weight (n, k) that are widened to ``itemsize`` bytes a number and multiplied
+    one after the other, ``slab`` bytes at a time (0: all)."""
+    step = n if not slab else min(n, max(128, slab // (k * itemsize) // 128 * 128))
+    return [(first, min(step, n - first)) for first in range(0, n, step)]
+
+
+def takes_hopper(
+    capability: tuple[int, int], dtype: torch.dtype, format: str, row_bytes: int, in_features: int
+) -> bool:
+    """Whether `hopper_kernels.wide_product_kernel` serves a weight: on a Hopper, in half precision, with rows that TMA
+    can read, which also begin at a multiple of 16 bytes."""
+    return (
+        capability[0] == 9 and dtype.itemsize == 2 and format in HOPPER_PRODUCTS
+        and row_bytes % 16 == 0 and in_features % 8 == 0
+    )  # fmt: skip
 
 
 def takes_float8(dtype: torch.dtype, rows: int, out_features: int, in_features: int) -> bool:

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from mambakit.ops._backends import cublas, launch_list, native, nvrtc
-from mambakit.ops._backends.launch_list import LaunchList, Matrix, Place, Product, Zeros, structure_item
+from mambakit.ops._backends.launch_list import HostItem, LaunchList, Matrix, Place, Product, Zeros, structure_item
 from mambakit.ops._backends.structures import structure
 from tests.ops.fused_mixer import plans_on_cpu
 from tests.ops.fused_mixer.plans_on_cpu import Driver, PlacedKernel
@@ -143,6 +143,44 @@ def test_a_thread_without_a_context_gets_one_and_other_errors_raise(listed, monk
     Driver.failures[:] = [14]
     with pytest.raises(RuntimeError, match="cuBLAS failed with status 14"):
         work([torch.ones(60)] * 3)
+
+
+class Doubled(HostItem):
+    """The second array's numbers, doubled by torch."""
+
+    def run(self, stream, arrays, at):
+        Driver.made.append("torch")
+        assert at == [t.data_ptr() for t in arrays]
+        arrays[1].mul_(2)
+
+
+@pytest.mark.parametrize("order", ["adaaad", "daad", "dd", "aad", "ad"])
+def test_what_python_enqueues_keeps_its_place(order, listed):
+    kernel = PlacedKernel(add, 0)
+    launch = structure_item(kernel, 1, 32, Fields(count=2, scale=1), {"a": Place(0), "b": Place(1)})
+    work = LaunchList([launch if each == "a" else Doubled() for each in order], 2, torch.float32, 0)
+    want = torch.ones(2)
+    for each in order:
+        want = want + torch.tensor([1.0, 3.0]) if each == "a" else want * 2
+    for _ in range(2):
+        Driver.made.clear()
+        arrays = [torch.tensor([1.0, 3.0]), torch.ones(2)]
+        work(arrays)
+        assert torch.equal(arrays[1], want)
+        assert Driver.made == ["launch" if each == "a" else "torch" for each in order]
+
+
+def test_a_failure_between_python_items(listed, monkeypatch):
+    """After a context is made, the run of items that failed goes on to its own end and no further."""
+    monkeypatch.setattr(nvrtc, "use_context", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    kernel = PlacedKernel(add, 0)
+    launch = structure_item(kernel, 1, 32, Fields(count=2, scale=1), {"a": Place(0), "b": Place(1)})
+    work = LaunchList([launch, launch, Doubled(), launch], 2, torch.float32, 0)
+    Driver.failures[:] = [nvrtc.INVALID_CONTEXT]
+    arrays = [torch.ones(2), torch.zeros(2)]
+    work(arrays)
+    assert arrays[1].tolist() == [5, 5]
 
 
 def test_sizes_of_more_than_32_bits_are_torchs(listed):

@@ -21,6 +21,7 @@ from mambakit.ops._backends import launch_list, native, nvrtc, prepared_triton
 from mambakit.ops._backends.launch_list import KernelItem, Place
 from mambakit.ops.causal_conv1d import prepared as conv
 from mambakit.ops.fused_mixer import layer, parameters, signature
+from mambakit.ops.linear import prepared as packed
 from mambakit.ops.rms_norm import prepared as norm
 from mambakit.ops.selection_norm import prepared as selection_norm
 from mambakit.ops.selective_scan import prepared_token as token
@@ -243,7 +244,7 @@ def install(monkeypatch, folder: Path, listed: bool = True) -> None:
         return ParametersModule(folder, macros) if own else ScanModule(folder, macros)
 
     monkeypatch.setattr(nvrtc, "Module", module)
-    for user in (conv, norm, selection_norm, token):
+    for user in (conv, norm, selection_norm, token, packed):
         monkeypatch.setattr(user, "PreparedTriton", InterpretedTriton)
     monkeypatch.setattr(signature, "unavailable", lambda: None)
     monkeypatch.setattr(layer, "_plans", {})
