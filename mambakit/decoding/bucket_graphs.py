@@ -92,7 +92,7 @@ class BucketGraphs:
         states, backbone = self._states[len(ids)], model.backbone
         padding = None
         if ids.shape[1] <= LARGEST_PADDED:
-            padding = LeftPadding.of(pads, ids.shape[1], padded_window(model.config) or 0)
+            padding = LeftPadding(pads.contiguous(), ids.shape[1], padded_window(model.config) or 0)
         x, residual = backbone.embeddings(ids), None
         for block in backbone.layers:
             x, residual = block(x, residual, states, padding)

@@ -46,10 +46,10 @@ class MambaBlock(nn.Module):
         """
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         residual_dtype = wide if self.residual_in_fp32 else self.norm.weight.dtype
-        if packing is None and not isinstance(cache_params, CacheHandle) and fused_layer.on_gpu(x):
+        if not isinstance(packing, Packing) and not isinstance(cache_params, CacheHandle) and fused_layer.on_gpu(x):
             mixer: Any = self.mixer
             if isinstance(mixer, MambaMixer) and type(self.norm) is RMSNorm:
-                found = fused_layer.run(self, self.norm, mixer, x, residual, residual_dtype, cache_params)
+                found = fused_layer.run(self, self.norm, mixer, x, residual, residual_dtype, cache_params, packing)
                 if found is not None:
                     return found  # type: ignore[return-value]
         if isinstance(self.mixer, MambaMixer) and type(self.mixer.in_proj) is not nn.Linear and fused_layer.on_gpu(x):

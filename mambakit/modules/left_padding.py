@@ -7,39 +7,43 @@ the SSM state as it is, with the same bits (exp(0 A) h + 0 B u = h).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_NO_STEP = -30_000.0  # softplus of it, with any bias, is exactly 0 in float32; float16 can hold it
+from mambakit.ops.fused_mixer.padding import NO_STEP
 
 
 @dataclass(frozen=True)
 class LeftPadding:
     """The padding of a (b, l) batch.
 
-    Attributes:
-        mask: (b, l, 1) bool, the padding.
-        order: (b, k - 1 + l, 1) int64: in a row of the convolution's window (k - 1) and all l columns, which of them
-            stands in each place once the window is moved behind the padding.
+    Args:
+        pads: (b,) int64, columns of padding of each row, 0 to ``length``.
+        length: l.
+        window: k - 1.
     """
 
-    mask: Tensor
-    order: Tensor
+    pads: Tensor
+    length: int
+    window: int
 
-    @staticmethod
-    def of(pads: Tensor, length: int, window: int) -> LeftPadding:
-        """
-        Args:
-            pads: (b,) int64, columns of padding of each row, 0 to ``length``.
-            length: l.
-            window: k - 1.
-        """
-        columns = torch.arange(window + length, dtype=torch.int64, device=pads.device)[None]
-        pads = pads[:, None]
+    @functools.cached_property
+    def mask(self) -> Tensor:
+        """(b, l, 1) bool, the padding."""
+        columns = torch.arange(self.length, dtype=torch.int64, device=self.pads.device)
+        return (columns < self.pads[:, None])[..., None]
+
+    @functools.cached_property
+    def order(self) -> Tensor:
+        """(b, k - 1 + l, 1) int64: in a row of the convolution's window (k - 1) and all l columns, which of them stands
+        in each place once the window is moved behind the padding."""
+        window, pads = self.window, self.pads[:, None]
+        columns = torch.arange(window + self.length, dtype=torch.int64, device=pads.device)[None]
         moved = torch.where(columns >= window + pads, columns, (columns - pads).clamp(min=0, max=window - 1))
-        return LeftPadding((columns[:, window:] < window + pads)[..., None], moved[..., None])
+        return moved[..., None]
 
     def move(self, x: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
         """Put the window next to the first token of each row.
@@ -58,4 +62,4 @@ class LeftPadding:
 
     def without_steps(self, delta: Tensor) -> Tensor:
         """The time steps (b, l, d) before their softplus, whose softplus is 0 at padding."""
-        return delta.masked_fill(self.mask, _NO_STEP)
+        return delta.masked_fill(self.mask, NO_STEP)

@@ -1,8 +1,8 @@
 """Which Mamba layers run as one function on a GPU (`mambakit.ops.fused_mixer.layer`), asked in microseconds.
 
 Such a run reads the parameters of the norm and of the mixer's layers, and calls none of these modules. So it takes what
-`interception.py` tests: where there is a hook, an adapter or a patched class, the modules are called. Quantised layers
-run as one function in inference, where rows are many.
+`interception.py` tests: where there is a hook, an adapter or a patched class, the modules are called. So are quantised
+layers where there are gradients.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.modules.interception import Watch, untouched
+from mambakit.modules.left_padding import LeftPadding
 from mambakit.modules.quantized_linear import QuantizedLinear
 from mambakit.modules.state_cache import StateCache
 from mambakit.ops._releases import is_exporting
@@ -105,7 +106,7 @@ def on_gpu(x: Tensor) -> bool:
 
 def run(
     owner: nn.Module, norm: Any, mixer: Any, x: Tensor, residual: Tensor | None = None,
-    residual_dtype: torch.dtype | None = None, cache: StateCache | None = None,
+    residual_dtype: torch.dtype | None = None, cache: StateCache | None = None, padding: LeftPadding | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """The layer's output and the residual stream, or None where the layer's modules are to be called.
 
@@ -114,11 +115,12 @@ def run(
         norm: an RMS norm with ``weight`` and ``eps``.
         x, residual: as the norm takes them, on a GPU, and residual_dtype.
         cache: read and updated in place; there is no plan for that with gradients.
+        padding: on the left of each row; then there is a cache.
     """
     if torch.is_grad_enabled() and (cache is not None or _is_packed(mixer)):
         return None
     if torch.compiler.is_compiling():
-        return _run_traced(norm, mixer, x, residual, residual_dtype) if cache is None else None
+        return _run_traced(norm, mixer, x, residual, residual_dtype) if cache is None and padding is None else None
     layer = _layers.get(owner)
     if layer is None or not layer.holds(norm, mixer):
         if not _can_fuse(norm, mixer, packed=True):
@@ -134,7 +136,7 @@ def run(
         wide = states[0], states[1].float()
     found = fused_layer(
         x, residual, weights, eps, residual_dtype, wide, known=layer.known, mixer_eps=mixer.mixer_rms_eps,
-        packed=layer.packed(),
+        packed=layer.packed(), pads=None if padding is None else padding.pads,
     )  # fmt: skip
     if found is not None and wide is not states:
         states[1].copy_(wide[1])

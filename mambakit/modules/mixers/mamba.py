@@ -138,8 +138,8 @@ class MambaMixer(Mixer):
             (b, l, h).
         """
         cache = opened(cache_params, self.layer_idx, hidden_states.device)
-        if packing is None and fused_layer.on_gpu(hidden_states):
-            found = fused_layer.run(self, None, self, hidden_states, cache=cache)
+        if not isinstance(packing, Packing) and fused_layer.on_gpu(hidden_states):
+            found = fused_layer.run(self, None, self, hidden_states, cache=cache, padding=packing)
             if found is not None:
                 return found[0]
         return self.after_in_proj(project(self.in_proj, hidden_states), cache, packing)

@@ -17,7 +17,7 @@ from mambakit.ops._backends.prepared_triton import NotPreparedError
 from mambakit.ops._once import differentiated_once
 from mambakit.ops.fused_mixer.api import MixerWeights, fused_mixer
 from mambakit.ops.fused_mixer.by_parts import gradients
-from mambakit.ops.fused_mixer.plan import Plan
+from mambakit.ops.fused_mixer.plan import NO_SCALES, Plan
 from mambakit.ops.fused_mixer.signature import ALIGNED, Kinds, LayerWeights, PackedParts, Signature, kinds_of, unserved
 
 # Plans, and None for signatures that none serves.
@@ -74,6 +74,7 @@ def fused_layer(
     x: Tensor, residual: Tensor | None, weights: LayerWeights, eps: float = 0.0, kept: torch.dtype | None = None,
     states: tuple[Tensor, Tensor] | None = None, log: bool = True, known: KnownWeights | None = None,
     mixer_eps: float | None = None, packed: PackedParts | None = None,
+    pads: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """A layer on whole rows, on an NVIDIA GPU, without torch's dispatcher between its parts.
 
@@ -88,8 +89,9 @@ def fused_layer(
         log: ``weights.A_log`` is log(-A), else A.
         known: of a caller that calls again with the same weights.
         mixer_eps: of the norms of dt, B and C; None: there are none.
-        packed: of weights that are packed: no plan with gradients, and none for few rows, whose products widen weights
-            in registers.
+        packed: of weights that are packed; there is no plan with gradients.
+        pads: (b,) int64 on the GPU, columns of padding on the left of each row, which change no state; there are
+            states then.
 
     Returns:
         (b, l, h), or (b, l, d) without out_proj, in the dtype that linear layers compute in, that of x without
@@ -112,6 +114,8 @@ def fused_layer(
         return None  # out_proj computes in another dtype
     if packed is not None and half not in (None, dtype):
         return None  # autocast casts the inputs of plain weights alone
+    if pads is not None and (states is None or not _readable(pads, index)):
+        return None
     kinds = (known or KnownWeights()).kinds(weights, index)
     if kinds is None:
         return None
@@ -124,7 +128,7 @@ def fused_layer(
     gradient = torch.is_grad_enabled() and (
         x.requires_grad or any(t is not None and t.requires_grad for t in (residual, *weights))
     )
-    scales, packed_kinds = ((), None) if packed is None else (packed.scales, packed.kinds)
+    scales, packed_kinds = (NO_SCALES, None) if packed is None else (packed.scales, packed.kinds)
     if packed is not None and (gradient or not all(t is None or _readable(t, index) for t in scales)):
         return None
     of_states = None
@@ -134,7 +138,7 @@ def fused_layer(
         of_states = (states[0].dtype, states[0].shape), (states[1].dtype, states[1].shape)
     signature = Signature(
         x.shape, x.dtype, None if residual is None else residual.dtype, kept or x.dtype, dtype, kinds, eps, device,
-        gradient, log, of_states, mixer_eps, packed_kinds,
+        gradient, log, of_states, mixer_eps, packed_kinds, pads is not None,
     )  # fmt: skip
     plan = plan_of(signature)
     if plan is None:
@@ -143,7 +147,7 @@ def fused_layer(
         x = x.to(dtype)
     if not gradient:
         with _BelowAutograd(), _NoAutocast():
-            y, total, _ = plan.forward(x, residual, weights, states, scales)
+            y, total, _ = plan.forward(x, residual, weights, states, scales, pads)
             return y, total
     return _apply(plan, x, residual, *weights)
 

@@ -69,8 +69,11 @@ class Layout:
         self.rows, self.size = self.b * self.length, s.dtype.itemsize
         self.normed = self.kinds["norm"] is not None
         self.rounded = [name for name in _PRODUCTS if (kind := self.kinds[name]) is not None and kind[0] != s.dtype]
+        # How packed weights are multiplied, by their names: tiles that widen in registers, rows in float8, or products
+        # of what was widened in memory.
+        self._tiles = {name: tile for name in s.packed_kinds() if (tile := s.tile_of(name)) is not None}
         self.float8 = [name for name in s.packed_kinds() if s.in_float8(name)]
-        self._widened: dict[str, Any] = {}  # how a packed weight is multiplied, by its name
+        self._widened: dict[str, Any] = {}
         self.kinds_of_norms: Any = tuple(kind and kind[0] for kind in (self.kinds[name] for name in _NORMS))
         kept, rows, d = Memory(self.size), self.rows, self.d
         self.width = width = self.r + 2 * self.n
@@ -101,7 +104,7 @@ class Layout:
         s = self._signature
         for name, kind in s.packed_kinds().items():
             n, k = self.kinds[name][1]
-            if name not in self.float8:
+            if name not in self._tiles and name not in self.float8:
                 self._widened[name] = PreparedWidened(self.rows, n, k, kind.format, kind.group, s.dtype)
         if self._widened:
             start = kept.add(max(way.count for way in self._widened.values()))
@@ -175,6 +178,8 @@ class Layout:
         s, to, on_gpu = self._signature, self.matrix(out), self._signature.device.type == "cuda"
         if weight in self.float8:
             return self._float8_product(x, weight, to)
+        if weight in self._tiles:
+            return [self._product_in_registers(x, weight, to, bias)]
         items: list[Item] = []
         if bias and self.kinds[bias] is not None:
             spread = PreparedBias(self.rows, to.shape[1], s.dtype, s.device.index)
@@ -184,6 +189,14 @@ class Layout:
             memory = self.matrix(weight)
             return items + self._widened[weight].items(self.matrix(x), *places, memory, to, on_gpu, bool(items))
         return [*items, Product(self.matrix(x), self.matrix(weight).t, to, s.dtype, s.dtype, on_gpu, bool(items))]
+
+    def _product_in_registers(self, x: str, weight: str, to: Matrix, bias: str) -> Item:
+        from mambakit.ops.linear.prepared import ProductInRegisters
+
+        number, kind = self._numbers, self._signature.packed_kinds()[weight]
+        of_bias = number[bias] if bias and self.kinds[bias] is not None else None
+        parts = number[weight], number[f"{weight} scales"], of_bias
+        return ProductInRegisters(self.matrix(x), kind, *parts, to, self._tiles[weight])
 
     def _float8_product(self, x: str, weight: str, to: Matrix) -> list[Item]:
         """The norm has written in_proj's rows; others are rounded here."""

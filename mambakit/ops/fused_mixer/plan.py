@@ -16,6 +16,7 @@ from torch import Tensor
 from mambakit.ops._backends.launch_list import Item, LaunchList, Place
 from mambakit.ops.fused_mixer.gradient import Gradient
 from mambakit.ops.fused_mixer.layout import Layout, Memory
+from mambakit.ops.fused_mixer.padding import PreparedPadding
 from mambakit.ops.fused_mixer.parameters import PreparedParameters
 from mambakit.ops.fused_mixer.signature import PACKABLE, LayerWeights, Signature
 from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
@@ -23,9 +24,10 @@ from mambakit.ops.selective_scan.schema import CHECKPOINT_INTERVAL
 # The arrays of a call. `beside` is memory that the forward alone needs.
 _ARRAYS = (
     "x", "residual", *LayerWeights._fields, "kept", "beside", "total", "y", "conv_state", "ssm_state",
-    *(f"{name} scales" for name in PACKABLE),
+    *(f"{name} scales" for name in PACKABLE), "pads",
 )  # fmt: skip
 _AT = {name: i for i, name in enumerate(_ARRAYS)}
+NO_SCALES = (None,) * len(PACKABLE)
 
 
 class Plan:
@@ -59,6 +61,10 @@ class Plan:
         beside = Place(_AT["kept"], o.kept_count * o.size) if self._together else Place(_AT["beside"])
         conv_final, scan_final, scratch = (beside + start * o.size for start in starts)
         items = [*self._entering(), *o.product("entering", "in_proj", "xz", "in_bias")]
+        padding, pads = None, Place(_AT["pads"])
+        if s.padded:
+            padding = PreparedPadding(o.b, o.length, o.d, before.stride(1), o.k - 1, s.dtype, s.device.index)
+            items += padding.window(pads, Place(_AT["conv_state"]), o.place("before"))
         of_conv = o.place("before"), Place(_AT["conv"]), Place(_AT["conv_bias"]), o.place("u")
         if s.states is None:
             items += conv_step.items(*of_conv, conv_final)
@@ -67,6 +73,8 @@ class Plan:
         items += o.product("u", "x_proj", "selected")
         items += self._selection_norm()
         items += o.product("dt", "dt_proj", "delta")
+        if padding is not None:
+            items += padding.steps(pads, o.place("delta"))
         initial = None if s.states is None else Place(_AT["ssm_state"])
         places = scan.ForwardPlaces(
             **o.scan_places(), initial=initial, y=o.place("y"), final=scan_final if initial is None else initial,
@@ -117,13 +125,14 @@ class Plan:
         residual: Tensor | None,
         w: LayerWeights,
         states: tuple[Tensor, Tensor] | None = None,
-        scales: tuple[Tensor | None, ...] = (),
+        scales: tuple[Tensor | None, ...] = NO_SCALES,
+        pads: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """(b, l, h) of the layer, the residual stream (None without the norm), and what `backward` reads.
 
         ``x`` and ``residual`` are contiguous; without the norm x has the dtype of the plan. ``states`` (slots, d,
         k - 1) and (slots, d, n), read and written, where the signature has them; ``scales`` of the weights of
-        `PACKABLE` likewise.
+        `PACKABLE` and ``pads`` (b,) int64 likewise.
         """
         o, s = self.layout, self.signature
         device, dtype = s.device, s.dtype
@@ -135,7 +144,7 @@ class Plan:
         total = torch.empty(s.shape, dtype=s.kept, device=device) if o.normed else None
         y = torch.empty(self._shape, dtype=dtype, device=device)
         conv_state, ssm_state = (None, None) if states is None else states
-        self._list((x, residual, *w, kept, beside, total, y, conv_state, ssm_state, *scales))
+        self._list((x, residual, *w, kept, beside, total, y, conv_state, ssm_state, *scales, pads))
         return y, total, kept
 
     def backward(

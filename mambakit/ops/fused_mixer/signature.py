@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mambakit.ops._backends import nvrtc
-from mambakit.ops.linear.triton_plan import FLOAT8_CAPABILITY, takes_float8, takes_hopper, tile_in_registers
+from mambakit.ops.linear.triton_plan import FLOAT8_CAPABILITY, takes_float8
 from mambakit.ops.selective_scan import cuda_launch
 from mambakit.ops.selective_scan.plan import backward_plan
 
@@ -88,6 +88,7 @@ class Signature(NamedTuple):
     states: tuple[tuple[torch.dtype, torch.Size], tuple[torch.dtype, torch.Size]] | None
     mixer_eps: float | None = None  # of the norms of dt, B and C; None: there are none
     packed: tuple[PackedKind | None, ...] | None = None  # of `PACKABLE`; None: every weight is plain
+    padded: bool = False  # rows have padding on the left; then there are states
 
     def kinds(self) -> dict[str, Any]:
         """Dtype and shape of each weight by its name, None where there is none; of a packed one as it is widened."""
@@ -100,10 +101,22 @@ class Signature(NamedTuple):
         """How weights are packed, by the names of those that are."""
         return {name: kind for name, kind in zip(PACKABLE, self.packed or (), strict=self.packed is not None) if kind}
 
+    def tile_of(self, name: str) -> Any:
+        """The tile of a packed weight's product that widens in registers; None where another way serves."""
+        from mambakit.ops.linear.triton import tile_of_call  # needs Triton
+
+        stored: Any = self.weights.each[LayerWeights._fields.index(name)]
+        row_bytes = stored[1][1] * stored[0].itemsize
+        return tile_of_call(self.device, self.dtype, self.rows(), *self.packed_kinds()[name], row_bytes)
+
     def in_float8(self, name: str) -> bool:
         """Whether the product of a packed weight takes rows in float8."""
-        kind, (n, k) = self.packed_kinds()[name], self.kinds()[name][1]
-        return kind.format == "fp8" and takes_float8(self.dtype, self.shape[0] * self.shape[1], n, k)
+        n, k = self.kinds()[name][1]
+        fp8 = self.packed_kinds()[name].format == "fp8"
+        return fp8 and takes_float8(self.dtype, self.rows(), n, k) and self.tile_of(name) is None
+
+    def rows(self) -> int:
+        return self.shape[0] * self.shape[1]
 
 
 _FLOAT32 = ("dt_bias", "A_log", "D")
@@ -176,6 +189,8 @@ def _shapes(s: Signature, kinds: dict[str, Any]) -> str | None:
         fits = tuple(conv[1:]) == (d, k - 1) and tuple(ssm[1:]) == (d, n) and min(conv[0], ssm[0]) >= b
         if not fits or wide != torch.float32 or dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"states of {dtype} {tuple(conv)} and {wide} {tuple(ssm)}"
+        if s.padded and dtype != s.dtype:
+            return f"padding before a window of {dtype} in a layer that computes in {s.dtype}"
     return None
 
 
@@ -188,17 +203,11 @@ def _packed_otherwise(s: Signature, kinds: dict[str, Any]) -> str | None:
     from mambakit.ops.linear.prepared import DATA  # needs Triton
     from mambakit.ops.linear.triton import card_at
 
-    rows, capability = s.shape[0] * s.shape[1], card_at(s.device)[2]
     stored: dict[str, Any] = dict(zip(LayerWeights._fields, s.weights.each, strict=True))
     for name, kind in s.packed_kinds().items():
-        dtype, shape = stored[name]
-        if DATA.get(kind.format) != dtype:
+        if DATA.get(kind.format) != stored[name][0]:
             return f"{name} is packed as {kind.format}"
-        row_bytes = shape[1] * dtype.itemsize
-        hopper = takes_hopper(capability, s.dtype, kind.format, row_bytes, kind.in_features)
-        if tile_in_registers(kind.format, s.dtype, rows, hopper) is not None:
-            return f"{rows} rows: {name} is widened in registers"
-        if kind.format == "fp8" and capability < FLOAT8_CAPABILITY:
+        if kind.format == "fp8" and card_at(s.device)[2] < FLOAT8_CAPABILITY:
             return "a GPU without 8-bit floats"
         bias = kinds.get(name.replace("proj", "bias"))
         if s.in_float8(name) and (s.dtype != torch.bfloat16 or bias is not None):

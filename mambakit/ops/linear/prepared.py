@@ -1,5 +1,5 @@
-"""Products of packed weights with many rows, as items of a launch list: int8 and int4 weights widened in memory, fp8
-ones with rows in float8. Contract: `triton.py`."""
+"""Products of packed weights as items of a launch list: weights widened in registers or in memory, fp8 ones with rows
+in float8. Contract: `triton.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from mambakit.ops._backends.launch_list import HostItem, Item, Matrix, Place, Pr
 from mambakit.ops._backends.prepared_triton import PreparedTriton
 from mambakit.ops.linear import triton as launches
 from mambakit.ops.linear import triton_kernels as kernels
-from mambakit.ops.linear.packed import FLOAT8
+from mambakit.ops.linear.packed import FLOAT8, PackedWeight
+from mambakit.ops.linear.triton_plan import Product as ProductPlan
 from mambakit.ops.linear.triton_plan import slab_of, slabs
 
 DATA = {"int8": torch.int8, "int4": torch.int16, "fp8": torch.uint8}  # of the packed numbers
@@ -47,6 +48,29 @@ class PreparedWidened:
             items.append(widen.item(data, scales, place))
             items.append(Product(x, slab.t, part, self._dtype, self._dtype, on_gpu, accumulate))
         return items
+
+
+class ProductInRegisters(HostItem):
+    """out = x weight^T + bias by Triton's own launches.
+
+    Args:
+        x: (rows, k); out: (rows, n), contiguous.
+        data, scales, bias: the arrays of an int8, int4 or fp8 weight and of its bias, or None.
+    """
+
+    def __init__(
+        self, x: Matrix, kind: tuple[str, int, int], data: int, scales: int, bias: int | None, out: Matrix,
+        plan: ProductPlan,
+    ):  # fmt: skip
+        self._x, self._kind, self._data, self._scales, self._bias = x, kind, data, scales, bias
+        self._out, self._plan = out, plan
+
+    def run(self, stream: int, arrays: Sequence[Tensor | None], at: list[int]) -> None:
+        data, bias = arrays[self._data], None if self._bias is None else arrays[self._bias]
+        assert data is not None
+        format, in_features, group = self._kind
+        weight = PackedWeight(format, data, arrays[self._scales], in_features, group)
+        launches.in_registers(self._x.of(arrays), weight, bias, self._plan, self._out.of(arrays))
 
 
 class PreparedRows:

@@ -60,6 +60,16 @@ def linear(x, data, scales, starts, columns, values, bias, format, in_features, 
     return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])
 
 
+def tile_of_call(
+    device: torch.device, dtype: torch.dtype, rows: int, format: str, in_features: int, group: int, row_bytes: int
+) -> Product | None:
+    """The tile of a product that widens in registers, of data that begins at a multiple of 16 bytes; None: another way
+    serves."""
+    _, shared, capability = card_at(device)
+    hopper = ASM and triton_plan.takes_hopper(capability, dtype, format, row_bytes, in_features)
+    return triton_plan.product_of(format, dtype, group, rows, shared - KEPT, hopper)
+
+
 def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x (rows, in) with adjacent columns."""
     rows, n = x.shape[0], weight.out_features
@@ -93,12 +103,15 @@ def _dotted(capability: tuple[int, int]) -> str:
 # -- few rows: the weight is widened in registers ----------------------------------------------------------------------
 
 
-def in_registers(x: Tensor, weight: PackedWeight, bias: Tensor | None, plan: Product) -> Tensor:
-    """x weight^T + bias by `product_kernel` or `wide_product_kernel`."""
+def in_registers(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, plan: Product, out: Tensor | None = None
+) -> Tensor:
+    """x weight^T + bias by `product_kernel` or `wide_product_kernel`, into ``out`` (rows, out), contiguous, where it is
+    given."""
     (rows, k), n, processors = x.shape, weight.out_features, card_of(x)[0]
     plan = plan.spread(rows, n, k, processors)
     splits, columns = plan.splits(rows, n, k, processors)
-    y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    y = torch.empty((rows, n), dtype=x.dtype, device=x.device) if out is None else out
     parts = y if splits == 1 else torch.empty((splits, rows, n), dtype=torch.float32, device=x.device)
     if plan.hopper:
         _wide_product(x, weight, bias, plan, parts, splits, columns)

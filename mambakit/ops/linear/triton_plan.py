@@ -195,23 +195,21 @@ def tile_of(format: str, rows: int) -> Product:
     return next(product for most, product in PRODUCTS[format] if rows <= most)
 
 
-def tile_in_registers(format: str, dtype: torch.dtype, rows: int, hopper: bool = False) -> Product | None:
-    """The table's tile for ``rows`` rows of x with the weight widened in registers; None where another way serves.
+def product_of(
+    format: str, dtype: torch.dtype, group: int, rows: int, shared: int, hopper: bool = False
+) -> Product | None:
+    """The tile that multiplies ``rows`` rows with the weight in registers; None where another way does.
 
     ``hopper``: as `takes_hopper` says.
     """
     if dtype == torch.float32:
-        return FLOAT32_PRODUCT if rows <= MOST_IN_FLOAT32 else None
-    if hopper and format in HOPPER_PRODUCTS:
-        return next((product for most, product in HOPPER_PRODUCTS[format] if rows <= most), None)
-    return tile_of(format, rows) if rows <= MOST_IN_REGISTERS[format] else None
-
-
-def product_of(
-    format: str, dtype: torch.dtype, group: int, rows: int, shared: int, hopper: bool = False
-) -> Product | None:
-    """`tile_in_registers` as it fits the format, its groups and ``shared`` bytes."""
-    chosen = tile_in_registers(format, dtype, rows, hopper)
+        chosen = FLOAT32_PRODUCT if rows <= MOST_IN_FLOAT32 else None
+    elif hopper and format in HOPPER_PRODUCTS:
+        chosen = next((product for most, product in HOPPER_PRODUCTS[format] if rows <= most), None)
+    elif rows > MOST_IN_REGISTERS[format]:
+        chosen = None
+    else:
+        chosen = tile_of(format, rows)
     return None if chosen is None else chosen.fitting(format, group, dtype.itemsize, shared)
 
 

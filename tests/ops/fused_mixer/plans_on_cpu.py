@@ -20,7 +20,7 @@ from mambakit.modules.mixers import fused_layer
 from mambakit.ops._backends import launch_list, native, nvrtc, prepared_triton
 from mambakit.ops._backends.launch_list import KernelItem, Place
 from mambakit.ops.causal_conv1d import prepared as conv
-from mambakit.ops.fused_mixer import layer, parameters, signature
+from mambakit.ops.fused_mixer import layer, padding, parameters, signature
 from mambakit.ops.linear import prepared as packed
 from mambakit.ops.rms_norm import prepared as norm
 from mambakit.ops.selection_norm import prepared as selection_norm
@@ -187,22 +187,31 @@ def _memory(addresses: list[int], value: Any) -> Any:
     return torch.frombuffer((ctypes.c_byte * 16).from_address(address), dtype=dtype)
 
 
-class ParametersModule:
-    """`parameters.cu` compiled by g++."""
+# By source: its structures, and which of them each kernel takes.
+_SOURCES = {
+    "parameters.cu": {"mixer_parameters": "Params", "mixer_bias": "BiasParams"},
+    "padding.cu": {"mixer_window": "PaddingParams", "mixer_steps": "PaddingParams"},
+}
 
-    def __init__(self, folder: Path, macros: dict[str, int]):
-        text = (Path(parameters.__file__).parent / "parameters.cu").read_text()
+
+class MixerModule:
+    """`parameters.cu` or `padding.cu`, compiled by g++."""
+
+    def __init__(self, folder: Path, source: str, macros: dict[str, int]):
+        text = (Path(parameters.__file__).parent / source).read_text()
         for assembly, plain in _REPLACEMENTS.items():
             text = text.replace(assembly, plain)
         assert "asm(" not in text
-        text = (
-            f'#include "cuda_on_cpu.h"\n{text}'
-            'extern "C" void run(int which, unsigned blocks, unsigned threads, const void* f) {'
-            " auto p = *(const Params*)f; auto b = *(const BiasParams*)f;"
-            " run_grid(blocks, 1, threads, 0, [=]() { which ? mixer_bias(b) : mixer_parameters(p); }, false); }\n"
+        self._names = list(_SOURCES[source])
+        cases = "".join(
+            f"if (which == {i}) {{ auto p = *(const {kind}*)f;"
+            f" run_grid(blocks, 1, threads, 0, [=]() {{ {name}(p); }}, false); }}\n"
+            for i, (name, kind) in enumerate(_SOURCES[source].items())
         )
+        signature = "int which, unsigned blocks, unsigned threads, const void* f"
+        text = f'#include "cuda_on_cpu.h"\n{text}extern "C" void run({signature}) {{\n{cases}}}\n'
         flags = [f"-D{name}={value}" for name, value in macros.items()]
-        path = folder / f"parameters{hashlib.sha256(repr((text, flags)).encode()).hexdigest()[:16]}.so"
+        path = folder / f"mixer{hashlib.sha256(repr((text, flags)).encode()).hexdigest()[:16]}.so"
         if not path.exists():
             command = [cuda_on_cpu.COMPILER, "-std=c++17", "-O0", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
             command += [f"-I{Path(cuda_on_cpu.__file__).parents[1]}", *flags, "-x", "c++", "-", "-o", str(path)]
@@ -211,7 +220,7 @@ class ParametersModule:
         self.run.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p]
 
     def kernel(self, name: str) -> PlacedKernel:
-        which = ["mixer_parameters", "mixer_bias"].index(name)
+        which = self._names.index(name)
 
         def launch(grid: int, threads: int, stream: int, fields: Any) -> None:
             self.run(which, grid, threads, ctypes.addressof(fields))
@@ -231,6 +240,7 @@ def install(monkeypatch, folder: Path, listed: bool = True) -> None:
     cuda_on_cpu.install(monkeypatch, folder)
     cuda_on_cpu.forget()
     parameters._module.cache_clear()
+    padding._module.cache_clear()
     Driver.made.clear()
     Driver.failures.clear()
     addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in _FUNCTIONS]
@@ -240,8 +250,7 @@ def install(monkeypatch, folder: Path, listed: bool = True) -> None:
     monkeypatch.setattr(torch._C, "_cuda_getCurrentBlasHandle", lambda: HANDLE, raising=False)
 
     def module(where, source, macros, device):
-        own = source == "parameters.cu"
-        return ParametersModule(folder, macros) if own else ScanModule(folder, macros)
+        return MixerModule(folder, source, macros) if source in _SOURCES else ScanModule(folder, macros)
 
     monkeypatch.setattr(nvrtc, "Module", module)
     for user in (conv, norm, selection_norm, token, packed):
@@ -256,3 +265,4 @@ def forget() -> None:
     """Drop what was compiled for the CPU."""
     cuda_on_cpu.forget()
     parameters._module.cache_clear()
+    padding._module.cache_clear()

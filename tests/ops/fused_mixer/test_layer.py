@@ -21,6 +21,7 @@ from mambakit.compat.mamba import Mamba
 from mambakit.compat.norm import RMSNorm as CompatNorm
 from mambakit.modules import LayerConfig, Packing, StateCache
 from mambakit.modules.block import MambaBlock
+from mambakit.modules.left_padding import LeftPadding
 from mambakit.modules.mixers import fused_layer
 from mambakit.modules.mixers.fused_layer import FusedLayer
 from mambakit.ops._backends import launch_list
@@ -364,6 +365,42 @@ def test_states_in_place(device, half, norms, planned):
     for before, after in zip(states, cache.memory(0), strict=True):
         assert torch.equal(before[2], after[2])
         assert not torch.equal(before[0], after[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16], ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("length", "case", "alone"), [(40, 0, False), (7, 4, False), (40, 2, True), (1, 0, False)])
+def test_padding_on_the_left(device, dtype, length, case, alone, planned):
+    """Each row is as if it had no padding, states and outputs: none, less than the window, more, all of the row."""
+    pads = [min(count, length) for count in (0, 1, 2, length // 2, length - 1, length)]
+    fields = CASES[case][1]
+    block = block_of(fields, device, dtype).eval()
+    spec = MambaConfig(num_hidden_layers=1, **fields).state_spec
+    generator = torch.Generator().manual_seed(3)
+    cache, want = StateCache(spec(dtype), len(pads) + 1, device=device), StateCache(spec(torch.float64), 1)
+    for memory in cache.memory(0):
+        memory.copy_(torch.randn(memory.shape, generator=generator))
+    before = [t.double().cpu() for t in cache.memory(0)]
+    x = torch.randn(len(pads), length, block.mixer.hidden_size, generator=generator).to(device, dtype)
+    passes = planned(device)
+    padding = LeftPadding(torch.tensor(pads, device=device), length, block.mixer.conv_kernel_size - 1)
+    with torch.no_grad():
+        y = block.mixer(x, cache, padding) if alone else block(x, None, cache, padding)[0]
+        assert passes == ["forward"]
+        exact_block = block_of(fields).to(dtype).double().eval()
+        for row, count in enumerate(pads):
+            for memory, state in zip(want.memory(0), before, strict=True):
+                memory.copy_(state[row : row + 1])
+            part = x[row : row + 1, count:].double().cpu()
+            bound = {F32: 1e-5, BF16: 0.05, torch.float16: 0.01}[dtype]
+            if count < length:
+                expected = exact_block.mixer(part, want) if alone else exact_block(part, None, want)[0]
+                assert relative_error(y[row : row + 1, count:], expected) < bound
+            for memory, state in zip(cache.memory(0), want.memory(0), strict=True):
+                assert relative_error(memory[row], state[0]) < bound, count
+    for memory, state in zip(cache.memory(0), before, strict=True):
+        assert torch.equal(memory[-1].double().cpu(), state[-1])
+        assert torch.equal(memory[len(pads) - 1].double().cpu(), state[len(pads) - 1])  # a row of padding alone
 
 
 @pytest.mark.parametrize("device", DEVICES)

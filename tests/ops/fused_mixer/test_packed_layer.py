@@ -120,16 +120,21 @@ def without_float8(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("how", [{}, {"alone": True}, {"states": False}], ids=["block", "mixer", "zeros"])
+@pytest.mark.parametrize("shape", [(3, 23), (2, 8)], ids=["many", "few"])
 @pytest.mark.parametrize("case", CASES)
-def test_beside_float64(device, how, case, planned):
+def test_beside_float64(device, how, shape, case, planned):
+    """69 rows widen weights in memory, 16 in registers."""
     format, dtype, fields, group = CASES[case]
     if format == "fp8":
         without_float8(device)
+    if INTERPRETED and shape == (2, 8) and dtype == BF16:  # whose products the interpreter takes for those of integers
+        dtype = F16
     block = block_of(format, device, dtype, group=group, **fields)
-    want = exact(block, (3, 23), fields, **how)
+    want = exact(block, shape, fields, **how)
     plans = planned(device)
-    found = read(block, (3, 23), fields, **how)
+    found = read(block, shape, fields, **how)
     assert len(plans) == 1
+    assert (plans[0].layout._widened == {}) == (shape == (2, 8))
     assert all(kind.format == format for kind in plans[0].signature.packed)
     for name, value in found.items():
         assert relative_error(value, want[name]) < BOUNDS[dtype], name
@@ -174,10 +179,9 @@ def test_slabs(device, planned, monkeypatch):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_other_ways(device, planned):
-    """Few rows, lossless weights, gradients and autocast of a mixer alone: the modules are called."""
+    """Lossless weights, gradients, autocast of a mixer alone, a hook: the modules are called."""
     plans = planned(device)
     block = block_of("int8", device, BF16, **FIELDS)
-    read(block, (1, 32), FIELDS)
     read(block_of("lossless16", device, BF16, **FIELDS), (3, 23), FIELDS)
     x = torch.randn(3, 23, 64, device=device, dtype=BF16, requires_grad=True)
     y, _ = block(x)
