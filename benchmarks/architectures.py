@@ -6,7 +6,7 @@
 For each kernel and compute capability: the launches that were compiled, at the 1.4b model's shapes, and the most shared
 memory that one of them has, which must be within the card's. It says nothing of results or speed. --json keeps what is
 in the file already of other capabilities and, with --cases, of kernels that these do not launch; CUDA C++ is compiled
-without --cases.
+without --cases, or by --cases without names.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from benchmarks.kernel_cases import (
 )  # fmt: skip
 from mambakit.ops._backends import nvrtc
 from mambakit.ops.decode import persistent_plan
-from mambakit.ops.fused_mixer import parameters
+from mambakit.ops.fused_mixer import padding, parameters
 from mambakit.ops.selective_scan import cuda_launch
 from mambakit.ops.selective_scan.plan import PLAIN, backward_plan, forward_plan
 
@@ -86,6 +86,9 @@ def compile_cuda(capability: int) -> dict[str, tuple[int, int]]:
     for kind in parameters._DTYPES.values():
         nvrtc.machine_code(PACKAGE / "ops" / "fused_mixer", "parameters.cu", {"DTYPE": kind}, arch)
         note([name for name in found if name.startswith("ops/fused_mixer/parameters.cu")], 0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        nvrtc.machine_code(PACKAGE / "ops" / "fused_mixer", "padding.cu", padding.macros(dtype, 3), arch)
+        note([name for name in found if name.startswith("ops/fused_mixer/padding.cu")], 0)
     assert scan == cuda_launch._FOLDER
     return found
 
@@ -107,7 +110,7 @@ def compile_triton(capability: int, cases: list[str]) -> dict[str, tuple[int, in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capabilities", nargs="+", type=int, choices=CARDS, default=list(CARDS))
-    parser.add_argument("--cases", nargs="+", choices=TRITON_CASES, help="default: all")
+    parser.add_argument("--cases", nargs="*", choices=TRITON_CASES, help="default: all; none: CUDA C++ alone")
     record.add_argument(parser)
     options = parser.parse_args()
     rows: dict[tuple[str, int], dict[str, Any]] = {}
@@ -121,17 +124,17 @@ def main() -> None:
         for capability in options.capabilities:
             card = CARDS[capability]
             print(f"sm_{capability} ({card.name}, {card.shared:,} bytes)", flush=True)
-            found = compile_triton(capability, options.cases or list(TRITON_CASES))
+            found = compile_triton(capability, list(TRITON_CASES) if options.cases is None else options.cases)
             if not options.cases:
                 found |= compile_cuda(capability)
             for name, (count, shared) in found.items():
                 assert shared <= card.shared, f"{name} takes {shared:,} bytes of the {card.shared:,} of {card.name}"
-                if count or not options.cases or (name, capability) not in rows:
+                if count or options.cases is None or (name, capability) not in rows:
                     row = {"kernel": name, "capability": capability, "launches": count, "shared": shared}
                     rows[name, capability] = row
             order = [*triton_kernels(), *cuda_kernels()]
             ordered = sorted(rows.values(), key=lambda row: (row["capability"], order.index(row["kernel"])))
-            notes = "The cases of the command; other kernels by earlier calls." if options.cases else None
+            notes = "The cases of the command; other kernels by earlier calls." if options.cases is not None else None
             record.write(options.json, {"architectures": ordered}, gpus=0, notes=notes)
     missing = [row for row in rows.values() if not row["launches"]]
     for row in missing:

@@ -507,6 +507,24 @@ def mixer_parameters(device: str, small: bool) -> None:
     torch.cuda.synchronize()
 
 
+def mixer_padding(device: str, small: bool) -> None:
+    from mambakit.ops._backends.launch_list import Place
+    from mambakit.ops.fused_mixer.padding import PreparedPadding
+
+    rows, length, channels, taps = 3, 37, 264, 3
+    pads = torch.tensor([0, 2, length], device=device)
+    window, x, delta = (
+        torch.randn(rows, *s, device=device) for s in ((channels, taps), (length, 600), (length, channels))
+    )
+    index = torch.device(device).index or 0
+    for dtype in (torch.float32, torch.bfloat16):
+        arrays = [pads, *(t.to(dtype) for t in (window, x, delta))]
+        padding = PreparedPadding(rows, length, channels, x.stride(1), taps, dtype, index)
+        for item in [*padding.window(Place(0), Place(1), Place(2)), *padding.steps(Place(0), Place(3))]:
+            item.run(torch.cuda.current_stream().cuda_stream, arrays, [array.data_ptr() for array in arrays])
+    torch.cuda.synchronize()
+
+
 _SCAN = "ops/selective_scan/"
 _BACKWARD = (f"{_SCAN}backward.cuh:selective_scan_backward", f"{_SCAN}backward.cuh:selective_scan_reduce")
 _FORWARD = f"{_SCAN}forward.cuh:selective_scan_forward"
@@ -531,6 +549,9 @@ CUDA_CASES: dict[str, tuple[Case, tuple[str, ...]]] = {
     "parameters of the fused mixer": (
         mixer_parameters,
         ("ops/fused_mixer/parameters.cu:mixer_parameters", "ops/fused_mixer/parameters.cu:mixer_bias"),
+    ),
+    "padding of the fused mixer": (
+        mixer_padding, ("ops/fused_mixer/padding.cu:mixer_window", "ops/fused_mixer/padding.cu:mixer_steps"),
     ),
 }  # fmt: skip
 """Calls that launch kernels of CUDA C++, on a GPU alone, and which ones they launch."""

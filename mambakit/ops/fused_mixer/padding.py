@@ -18,11 +18,15 @@ PaddingParams = structure("PaddingParams", "pads window x delta", "rows length c
 _THREADS = 256
 
 
+def macros(dtype: torch.dtype, taps: int) -> dict[str, int]:
+    """What `padding.cu` is compiled for."""
+    bits = torch.tensor(NO_STEP, dtype=dtype, device="cpu").view(torch.int16 if dtype.itemsize == 2 else torch.int32)
+    return {"BYTES": dtype.itemsize, "TAPS": taps, "NO_STEP": int(bits) % 256**dtype.itemsize}
+
+
 @functools.cache
 def _module(dtype: torch.dtype, taps: int, device: int) -> nvrtc.Module:
-    bits = torch.tensor(NO_STEP, dtype=dtype).view(torch.int16 if dtype.itemsize == 2 else torch.int32).item()
-    macros = {"BYTES": dtype.itemsize, "TAPS": taps, "NO_STEP": int(bits) % 256**dtype.itemsize}
-    return nvrtc.Module(Path(__file__).parent, "padding.cu", macros, device)
+    return nvrtc.Module(Path(__file__).parent, "padding.cu", macros(dtype, taps), device)
 
 
 class PreparedPadding:

@@ -201,8 +201,8 @@ def widened(x: Tensor, weight: PackedWeight, bias: Tensor | None, slab: int = 0)
 
 def widen_into(y: Tensor, weight: PackedWeight, first: int = 0) -> None:
     """Rows of an int8, int4 or fp8 weight from ``first`` on into y (rows, in), contiguous, in its dtype."""
-    grid, options = widening(y.shape[0], weight.out_features, y.shape[1], weight.format, weight.group)
-    kernels.widen_kernel[grid](weight.data, weight.scales, y, first, **options)
+    (down, across), options = widening(y.shape[0], weight.out_features, y.shape[1], weight.format, weight.group)
+    kernels.widen_kernel[(down, across)](weight.data, weight.scales, y, first, **options)
 
 
 def widening(rows: int, n: int, k: int, format: str, group: int) -> tuple[tuple[int, int], dict[str, Any]]:
