@@ -6,8 +6,9 @@ reading the weights, a bucket also serves fewer tokens than it has: padding on t
 (`mambakit.modules.left_padding`). So a prompt of up to 512 tokens is one replay.
 
 One prompt is read by graphs of one row. `read_together` reads a part of several prompts by one graph, as the engine
-does: sixteen short ones take hardly longer than one. The number of rows of such a graph depends on the bucket alone,
-and rows without a prompt hold padding. So a prompt's result has the same bits whichever prompts are read beside it.
+does: sixteen short ones take hardly longer than one. The number of rows of such a graph depends on the bucket and the
+engine alone, and rows without a prompt hold padding. So a prompt's result has the same bits whichever prompts are read
+beside it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from mambakit.modules import StateCache
 from mambakit.modules.left_padding import LeftPadding
 from mambakit.modules.mixers import padded_window
 
-# Tokens of a graph of several rows: so few cost hardly more time than a single row. On an H200 a 130m model reads 32
-# tokens in 1.0 ms and a 1.4b model in 2.8 ms, both bound by launches and weights.
-_GROUP_TOKENS = 512
+# Tokens of a graph of several rows. A 1.4b model reads 4 prompts of 128 tokens in 4.9 ms on an H200, and one in 3.3: a
+# prompt that is alone in its graph waits little for the padding beside it. In an engine of many slots prompts seldom
+# are alone, and one graph of twice the tokens is quicker than two.
+_GROUP_TOKENS, _MANY_SLOTS = 512, 32
 _MOST_ROWS = 16
 LARGEST_GROUPED = _GROUP_TOKENS // 2  # tokens of the largest bucket that several prompts share
 
@@ -48,9 +50,11 @@ def reads_in_buckets(model: Any, rows: int) -> bool:
     )
 
 
-def rows_together(bucket: int) -> int:
-    """How many prompts are read by one graph of ``bucket`` tokens each."""
-    return max(1, min(_MOST_ROWS, _GROUP_TOKENS // bucket))
+def rows_together(bucket: int, slots: int) -> int:
+    """How many prompts are read by one graph of ``bucket`` tokens each, in an engine of so many slots."""
+    if bucket > LARGEST_GROUPED:
+        return 1
+    return min(_MOST_ROWS, _GROUP_TOKENS * (2 if slots >= _MANY_SLOTS else 1) // bucket)
 
 
 def bucket_graphs(model: Any) -> BucketGraphs:
@@ -135,23 +139,23 @@ class BucketGraphs:
 @torch.inference_mode(False)  # states outlive the call
 @torch.no_grad()
 def read_together(
-    model: Any, parts: Sequence[Tensor], caches: Sequence[StateCache | None], *, want_logits: bool
+    model: Any, parts: Sequence[Tensor], caches: Sequence[StateCache | None], rows: int, *, want_logits: bool
 ) -> tuple[list[StateCache], Tensor | None]:
     """Read a part of several prompts by one graph.
 
     Args:
         model: a causal language model in eval mode that `reads_in_buckets`.
-        parts: k tensors (l_i,) int64 on the CPU, all of the same bucket; k <= ``rows_together(bucket)``.
+        parts: k tensors (l_i,) int64 on the CPU, all of the same bucket; k <= ``rows``.
         caches: the state of one row to start each from; None: zero states.
+        rows: of the graph, `rows_together`.
         want_logits: whether the logits after the last token of each part are needed.
 
     Returns:
         The states after them, ``caches`` themselves where they were given, and (k, v) logits.
     """
-    bucket, count = bucket_of(len(parts[0])), len(parts)
-    rows = rows_together(bucket)
+    count = len(parts)
     assert 0 < count <= rows
-    assert {bucket_of(len(part)) for part in parts} == {bucket}
+    assert len({bucket_of(len(part)) for part in parts}) == 1
     with torch.cuda.device(model.device):
         graphs = bucket_graphs(model)
         states = graphs.states(model, rows)

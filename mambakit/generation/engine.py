@@ -123,7 +123,7 @@ class Engine:
         self._schedule = Schedule(slots)
         steps = _MOST_STEPS if model.device.type == "cpu" else math.inf
         self._share, self._clock = ReadingShare[Text](read_seconds, chunk_size, clock, steps), clock
-        self._prompts = PromptReader(model, self._share, self._schedule, ends)
+        self._prompts = PromptReader(model, self._share, self._schedule, ends, slots)
         self._cancelled: deque[Request] = deque()  # by whichever thread
         self._taken = 0  # of the slots
         self._freed = False  # whether slots have become free

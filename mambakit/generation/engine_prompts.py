@@ -46,10 +46,11 @@ class PromptReader:
         share: how much is read in a step.
         schedule: which prompts may be read.
         ends: tokens that end a text.
+        slots: of the engine.
     """
 
-    def __init__(self, model: Any, share: ReadingShare[Text], schedule: Schedule, ends: frozenset[int]):
-        self._model, self._vocab_size = model, model.config.vocab_size
+    def __init__(self, model: Any, share: ReadingShare[Text], schedule: Schedule, ends: frozenset[int], slots: int):
+        self._model, self._vocab_size, self._slots = model, model.config.vocab_size, slots
         self._share, self._schedule, self._ends = share, schedule, ends
         self._empty: StateCache = model.backbone.new_cache(0)
         self._held: OrderedDict[Path, tuple[StateCache, Tensor]] = OrderedDict()
@@ -126,7 +127,8 @@ class PromptReader:
 
         def is_full(text: Text) -> bool:
             """Whether its forward has no room for prompts that may still come, or it needs none."""
-            return text not in grouped or counts[text.reading.next_bucket] >= rows_together(text.reading.next_bucket)
+            bucket = text.reading.next_bucket
+            return text not in grouped or counts[bucket] >= rows_together(bucket, self._slots)
 
         if found := [text for text in due if text in now or is_full(text)]:
             return found
@@ -161,7 +163,7 @@ class PromptReader:
                     group = self._group(text, failed)
                 left = {one: one.reading.left for one in group}  # what is known is not read
                 if in_buckets:
-                    part = PromptReading.read_group([one.reading for one in group if not one.reading.done])
+                    part = PromptReading.read_group([one.reading for one in group if not one.reading.done], self._slots)
                 elif not reading.done:
                     part = reading.part()
         except Exception as error:
@@ -189,7 +191,7 @@ class PromptReader:
         """The texts whose next tokens are read by one forward: ``text``, and others of the same bucket. Among these may
         be some whose whole prompt the prefix cache has: they are `done`."""
         bucket = bucket_of(len(text.reading.next_tokens()))
-        group, most = [text], rows_together(bucket)
+        group, most = [text], rows_together(bucket, self._slots)
         due, ahead = self._schedule.may_be_read() if most > 1 else ([], [])
         for other in (*due, *ahead):
             if len(group) == most:

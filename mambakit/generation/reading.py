@@ -154,15 +154,17 @@ class PromptReading:
         return self._ids[self._position : self._position + count]
 
     @staticmethod
-    def read_group(readings: Sequence[PromptReading]) -> Part:
-        """Read the next tokens of several prompts, which are of the same bucket."""
+    def read_group(readings: Sequence[PromptReading], slots: int) -> Part:
+        """Read the next tokens of several prompts, which are of the same bucket, in an engine of so many slots."""
         model = readings[0]._model
         tokens = [reading.next_tokens() for reading in readings]
         bucket = bucket_of(len(tokens[0]))
-        work = bucket * rows_together(bucket)
+        rows = rows_together(bucket, slots)
+        work = bucket * rows
         timing = PartTiming(model.device, work)
         ends = [reading.left == len(own) for reading, own in zip(readings, tokens, strict=True)]
-        caches, logits = read_together(model, tokens, [reading.cache for reading in readings], want_logits=any(ends))
+        before = [reading.cache for reading in readings]
+        caches, logits = read_together(model, tokens, before, rows, want_logits=any(ends))
         for row, (reading, cache) in enumerate(zip(readings, caches, strict=True)):
             reading.begun, reading.cache = True, cache
             reading._reached(reading._position + len(tokens[row]), None if logits is None else logits[row : row + 1])

@@ -204,15 +204,16 @@ def test_the_engine_reads_by_graphs(on, device):
         assert [request.tokens for request in done] == [expected] * 3
 
 
-@pytest.mark.parametrize("length", [1, 16, 31, 64, 200, 512])
+@pytest.mark.parametrize(("length", "slots"), [(1, 8), (16, 8), (31, 8), (64, 8), (64, 32), (200, 8), (512, 64)])
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @torch.no_grad()
-def test_a_part_of_several_prompts(on, device, length):
+def test_a_part_of_several_prompts(on, device, length, slots):
     """Each prompt has the bits that it has alone, in any row beside any others, and what its own forward gives."""
     model = made(on(device), torch.bfloat16 if device == "cuda" else torch.float32)
     bucket = bucket_of(length)
-    rows = bucket_graphs.rows_together(bucket)
-    assert rows * bucket <= 512
+    rows = bucket_graphs.rows_together(bucket, slots)
+    assert rows * bucket <= (1024 if slots >= 32 else 512)
+    assert rows == {16: 16, 32: 16, 64: 8 * (1 + (slots >= 32)), 256: 2, 512: 1}[bucket]
     begun = model.backbone.new_cache(1)
     model(torch.randint(0, 320, (1, 5), device=device), cache_params=begun)
     mine = torch.randint(0, 320, (length,))
@@ -227,7 +228,7 @@ def test_a_part_of_several_prompts(on, device, length):
             caches[row] = None if start is None else start.clone()
             given = caches[row]
             seen = [0 if cache is None else 5 for cache in caches]
-            found, logits = bucket_graphs.read_together(model, tokens, caches, want_logits=True)
+            found, logits = bucket_graphs.read_together(model, tokens, caches, rows, want_logits=True)
             assert given is None or found[row] is given
             assert [c.get_seq_length() for c in found] == [s + len(t) for s, t in zip(seen, tokens, strict=True)]
             result = logits[row], *found[row].tensors().values()
@@ -293,7 +294,7 @@ def test_an_engines_prompts_are_read_together(on, device, cached, monkeypatch):
         one_each = [(16, 16), (16, 32), (8, 64), (4, 128), (2, 256), (1, 512), (1, 512), (1, 512)]
         of_prompts = [(rows, bucket) for rows, bucket in forwards if rows not in alone_too or bucket == 512]
         assert sorted(of_prompts) == sorted([*one_each, (16, 16), (4, 128)])
-    assert all(rows in {bucket_graphs.rows_together(bucket), *alone_too} for rows, bucket in forwards)
+    assert all(rows in {bucket_graphs.rows_together(bucket, 16), *alone_too} for rows, bucket in forwards)
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
