@@ -21,11 +21,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mambakit.decoding.chunks import LARGEST_PADDED, bucket_of
-from mambakit.decoding.cuda_graph import CapturedGraph, graphs_serve, kept_with
+from mambakit.decoding.cuda_graph import CapturedGraph, kept_with
 from mambakit.decoding.logits import last_logits
+from mambakit.decoding.padded_rows import last_hidden, takes_padding
 from mambakit.modules import StateCache
-from mambakit.modules.left_padding import LeftPadding
-from mambakit.modules.mixers import padded_window
 
 # Tokens of a graph of several rows. A 1.4b model reads 4 prompts of 128 tokens in 4.9 ms on an H200, and one in 3.3: a
 # prompt that is alone in its graph waits little for the padding beside it. In an engine of many slots prompts seldom
@@ -38,16 +37,9 @@ LARGEST_GROUPED = _GROUP_TOKENS // 2  # tokens of the largest bucket that severa
 def reads_in_buckets(model: Any, rows: int) -> bool:
     """Whether a prompt is read in buckets by CUDA graphs.
 
-    It is one row, on a GPU, without gradients; the model's forward is that of its layers, and their mixers take padding
-    on the left.
+    It is one row, and `takes_padding` holds.
     """
-    return (
-        rows == 1
-        and not torch.is_grad_enabled()
-        and graphs_serve(model)
-        and model.is_its_layers()
-        and padded_window(model.config) is not None
-    )
+    return rows == 1 and takes_padding(model)
 
 
 def rows_together(bucket: int, slots: int) -> int:
@@ -93,17 +85,7 @@ class BucketGraphs:
     def _forward(self, model: Any, padded: Tensor) -> Tensor:
         """(b, 1, h) after the last tokens of ``padded`` (b, l + 1): ids, and how many of them are padding."""
         ids, pads = padded[:, :-1], padded[:, -1]
-        states, backbone = self._states[len(ids)], model.backbone
-        padding = None
-        if ids.shape[1] <= LARGEST_PADDED:
-            padding = LeftPadding(pads.contiguous(), ids.shape[1], padded_window(model.config) or 0)
-        x, residual = backbone.embeddings(ids), None
-        for block in backbone.layers:
-            x, residual = block(x, residual, states, padding)
-        assert residual is not None
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x, _ = backbone.norm_f(x[:, -1:], residual[:, -1:], wide if model.config.residual_in_fp32 else None)
-        return x
+        return last_hidden(model, ids, self._states[len(ids)], pads if ids.shape[1] <= LARGEST_PADDED else None)
 
     @torch.inference_mode(False)  # a graph's tensors outlive the call
     @torch.no_grad()

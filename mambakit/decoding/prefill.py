@@ -1,8 +1,9 @@
 """Prefill: read many tokens into a recurrent state at once. Every prompt and document is read by the functions here.
 
 A prompt is cut into chunks, so that memory does not grow with its length. On a GPU a single prompt is read by captured
-graphs (`mambakit.decoding.bucket_graphs`). How it is cut depends on its length and the chunk size alone, never on which
-graphs exist already. So a prompt's result has the same bits whatever was read before.
+graphs (`mambakit.decoding.bucket_graphs`), a padded batch as whole rows (`mambakit.decoding.padded_rows`). How it is
+cut depends on its length and the chunk size alone, never on which graphs exist already. So a prompt's result has the
+same bits whatever was read before.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from mambakit.decoding.bucket_graphs import bucket_graphs, reads_in_buckets
 from mambakit.decoding.chunks import Prompts, chunks, parts, row_count, size_of_chunks, texts_of
 from mambakit.decoding.logits import last_logits
 from mambakit.decoding.native_prompts import NativePrompts, native_prompts
+from mambakit.decoding.padded_rows import pads_of, read_rows, takes_padding
 from mambakit.modules import StateCache
 from mambakit.modules.interception import is_ours
 
@@ -106,6 +108,10 @@ def prefill_parts(
                     progress(done)
             graphs.store(cache, done)
         return last_logits(model, hidden) if want_logits else None
+    if attention_mask is not None and isinstance(texts, Tensor) and takes_padding(model):
+        pads = pads_of(attention_mask)
+        if pads is not None:
+            return (yield from read_rows(model, texts, pads, cache, size, progress, want_logits))
     if attention_mask is None and isinstance(texts, Tensor):
         reader = native_prompts(model, cache)
         if reader is not None:

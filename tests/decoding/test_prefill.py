@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mambakit import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
-from mambakit.decoding import bucket_graphs, cuda_graph
+from mambakit.decoding import bucket_graphs, cuda_graph, padded_rows
 from mambakit.decoding import prefill as prompt
 from mambakit.decoding.chunks import LARGEST_BUCKET, LARGEST_PADDED, bucket_of, parts
 from mambakit.generation.engine import Engine, Request
@@ -240,6 +240,63 @@ def test_a_part_of_several_prompts(on, device, length, slots):
         tolerance = 1e-4 if device == "cpu" else 0.05  # bfloat16: products of other shapes round otherwise
         assert torch.allclose(whole, expected[0], atol=tolerance, rtol=tolerance)
         assert torch.allclose(alone.ssm_states, expected[2], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("size", [None, 5, 64])
+@torch.no_grad()
+def test_a_padded_batch_as_whole_rows(on, device, size, monkeypatch):
+    """Each row as it is alone, behind any state, in one chunk or several; `generate` the same as packed."""
+    model = made(on(device))
+    if device == "cpu":
+        monkeypatch.setattr(prompt, "takes_padding", lambda model: True)
+    lengths, longest = [23, 1, 20, 22, 9], 23
+    ids = torch.randint(1, 320, (5, longest), device=device)
+    mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths], device=device)
+    begun = model.backbone.new_cache(5)
+    model(torch.randint(1, 320, (5, 6), device=device), cache_params=begun)
+    read, seen = [], []
+    kept = prompt.read_rows
+    monkeypatch.setattr(prompt, "read_rows", lambda *a: read.append(a[4]) or kept(*a))
+    cache = begun.clone()
+    logits = prompt.prefill(model, ids, cache, attention_mask=mask, chunk_size=size, progress=seen.append)
+    assert len(read) == 1
+    assert seen == [5 * min(longest, end) for end in range(read[0], longest + read[0], read[0])]
+    assert cache.get_seq_length() == 6 + longest
+    tolerance = 1e-4 if device == "cpu" else 2e-3
+    for row, n in enumerate(lengths):
+        alone = model.backbone.new_cache(1)
+        alone.copy_(begun, [row], [0])
+        want = model(ids[row : row + 1, longest - n :], cache_params=alone).logits[0, -1]
+        assert torch.allclose(logits[row], want, atol=tolerance, rtol=tolerance)
+        for name, state in cache.tensors().items():
+            same = alone.tensors()[name]
+            assert torch.allclose(state[:, row], same[:, 0], atol=tolerance, rtol=tolerance), name
+    states = begun.clone()
+    prompt.prefill_states(model, ids, states, attention_mask=mask, chunk_size=size)
+    assert all(torch.equal(a, b) for a, b in zip(states.tensors().values(), cache.tensors().values(), strict=True))
+    written = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert len(read) == 3
+    monkeypatch.setattr(prompt, "takes_padding", lambda model: False)
+    assert torch.equal(
+        written, model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    )
+    assert len(read) == 3
+
+
+@pytest.mark.parametrize("holes", ["right", "inside", "most"])
+def test_what_is_no_padding_on_the_left_is_packed(holes):
+    mask = torch.ones(4, 10, dtype=torch.int64)
+    assert padded_rows.pads_of(mask).tolist() == [0] * 4
+    mask[1, :9] = 0
+    assert padded_rows.pads_of(mask).tolist() == [0, 9, 0, 0]
+    if holes == "right":
+        mask[2, 9] = 0
+    elif holes == "inside":
+        mask[2, 4] = 0
+    else:
+        mask[0, :9], mask[2, :5] = 0, 0
+    assert padded_rows.pads_of(mask) is None
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
