@@ -1,4 +1,4 @@
-"""A whole layer by the ops of its parts, for what no plan serves: `mambakit::fused_layer` on other devices, and
+"""A whole layer by the ops of its parts, for what no plan serves: `mambakit::whole_layer` on other devices, and
 gradients of several outputs at once."""
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def gradients(
 
 
 def forward(x, residual, *rest):
-    """`mambakit::fused_layer`. Its gradient here computes everything again: what would be kept is empty."""
+    """`mambakit::whole_layer`. Its gradient here computes everything again: what would be kept is empty."""
     *weights, eps, kept, dtype, gradient, mixer_eps = rest
     w = LayerWeights(*weights)
     size = memory_size(signature_of(x, residual is not None, w, eps, kept, dtype, gradient, mixer_eps))
@@ -71,7 +71,7 @@ def forward(x, residual, *rest):
 
 
 def backward(dy, dtotal, x, has_residual, *rest):
-    """`mambakit::fused_layer_backward`, of which autograd does not run below the dispatcher."""
+    """`mambakit::whole_layer_backward`, of which autograd does not run below the dispatcher."""
     *weights, total, _, eps, _, dtype, x_dtype, needs, mixer_eps = rest
     w: Any = LayerWeights(*weights)
     entering = x if w.norm is None else total

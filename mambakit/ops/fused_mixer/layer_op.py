@@ -1,4 +1,4 @@
-"""`mambakit::fused_layer` and its gradient on NVIDIA GPUs: the plans that `layer.py` runs eagerly.
+"""`mambakit::whole_layer` and its gradient on NVIDIA GPUs: the plans that `layer.py` runs eagerly.
 
 A compiled graph calls these once for each layer, and small layers are bound by the host: a tensor is looked at once.
 What the last call's weights were is remembered as dtypes and shapes, without the tensors, and each call's weights are
@@ -101,7 +101,7 @@ def _plan(signature: Signature) -> Any:
 
 
 def forward(x, residual, *rest):
-    """`mambakit::fused_layer`."""
+    """`mambakit::whole_layer`."""
     *weights, eps, kept, dtype, gradient, mixer_eps = rest
     device, of_residual = x.device, None if residual is None else residual.dtype
     try:
@@ -127,11 +127,11 @@ def forward(x, residual, *rest):
                 memory.resize_(plan.layout.kept_count)
             return y, total, memory
     except _UnservedError:
-        return plain_version("fused_layer_forward")(x, residual, *rest)
+        return plain_version("whole_layer_forward")(x, residual, *rest)
 
 
 def backward(dy, dtotal, x, has_residual, *rest):
-    """`mambakit::fused_layer_backward`."""
+    """`mambakit::whole_layer_backward`."""
     *weights, total, memory, eps, kept, dtype, x_dtype, needs, mixer_eps = rest
     like = x if weights[0] is None else total
     device, of_residual = like.device, kept if has_residual else None
@@ -157,4 +157,4 @@ def backward(dy, dtotal, x, has_residual, *rest):
                 found[0] = found[0].to(x_dtype)
             return found
     except _UnservedError:
-        return plain_version("fused_layer_backward")(dy, dtotal, x, has_residual, *rest)
+        return plain_version("whole_layer_backward")(dy, dtotal, x, has_residual, *rest)

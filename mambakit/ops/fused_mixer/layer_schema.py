@@ -1,5 +1,5 @@
-"""`mambakit::fused_layer` and its gradient: a whole layer as one op of a graph that torch.compile makes, which holds
-`fused_layer_forward` and `fused_layer_backward`.
+"""`mambakit::whole_layer` and its gradient: a whole layer as one op of a graph that torch.compile makes, which holds
+`whole_layer_forward` and `whole_layer_backward`.
 
 Eagerly `layer.py` runs the same plans without an op. After the layer's output and the residual stream the op returns
 what its gradient reads (`Layout` says how it is arranged); without a gradient that is an empty tensor, and so is the
@@ -48,16 +48,18 @@ def _backward_fake(dy, dtotal, x, has_residual, *rest):
     return [like.new_empty(kind[0], dtype=kind[1]) for kind, needed in zip(kinds, needs, strict=True) if needed]
 
 
+# Code that torch.compile made is on users' disks, found by the names of the ops in the model's graph: a schema that
+# changes takes other names, or that code calls it as it was.
 _FORWARD = (
     f"(Tensor x, Tensor? residual, {_WEIGHTS}, float eps, ScalarType kept, ScalarType dtype, bool gradient,"
     " float? mixer_eps) -> (Tensor, Tensor, Tensor)"
 )
-define("fused_layer" + _FORWARD, by_parts.forward, _fake)
+define("whole_layer" + _FORWARD, by_parts.forward, _fake)
 # The same without a gradient of its own. It is what a graph holds: an op with a gradient written in Python is a second
 # call of Python's for each call of the graph's, a fifth of the host's time of a layer.
-define("fused_layer_forward" + _FORWARD, by_parts.forward, _fake)
+define("whole_layer_forward" + _FORWARD, by_parts.forward, _fake)
 define(
-    f"fused_layer_backward(Tensor? dy, Tensor? dtotal, Tensor? x, bool has_residual, {_WEIGHTS}, Tensor total,"
+    f"whole_layer_backward(Tensor? dy, Tensor? dtotal, Tensor? x, bool has_residual, {_WEIGHTS}, Tensor total,"
     " Tensor memory, float eps, ScalarType kept, ScalarType dtype, ScalarType x_dtype, bool[] needs, float? mixer_eps)"
     " -> Tensor[]",
     by_parts.backward,
@@ -78,7 +80,7 @@ def _backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any):
     weights, kept = rest[:COUNT], rest[COUNT:]
     needs = list(ctx.needs_input_grad[: 2 + COUNT])
     wanted = iter(
-        torch.ops.mambakit.fused_layer_backward(
+        torch.ops.mambakit.whole_layer_backward(
             dy, dtotal, x, ctx.has_residual, *weights, *kept, ctx.eps, ctx.kept, ctx.dtype, ctx.x_dtype, needs,
             ctx.mixer_eps,
         )
@@ -92,7 +94,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any):
         with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.mambakit.fused_layer_forward(*inputs)
+            output = torch.ops.mambakit.whole_layer_forward(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
@@ -100,20 +102,20 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _autograd(*inputs: Any):
-    """`mambakit::fused_layer` where autograd sees it."""
+    """`mambakit::whole_layer` where autograd sees it."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
         return _Differentiable.apply(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.mambakit.fused_layer_forward(*inputs)
+        return torch.ops.mambakit.whole_layer_forward(*inputs)
 
 
-LIBRARY.impl("fused_layer", _autograd, "Autograd")
+LIBRARY.impl("whole_layer", _autograd, "Autograd")
 # Gradients of several outputs at once, by torch.autograd.grad and by torch.func.vmap. Torch's own rule, a loop over the
 # batch, serves no op that returns a list.
 for _key in ("Batched", "FuncTorchBatched"):
-    LIBRARY.impl("fused_layer_backward", plain_version("fused_layer_backward"), _key)
+    LIBRARY.impl("whole_layer_backward", plain_version("whole_layer_backward"), _key)
 
 _GPU = "mambakit.ops.fused_mixer.layer_op"
-for _name in ("fused_layer", "fused_layer_forward"):
+for _name in ("whole_layer", "whole_layer_forward"):
     implement_on_cuda(_name, _GPU, "forward", checks=True)
-implement_on_cuda("fused_layer_backward", _GPU, "backward", checks=True)
+implement_on_cuda("whole_layer_backward", _GPU, "backward", checks=True)

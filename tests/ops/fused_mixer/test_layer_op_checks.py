@@ -1,4 +1,4 @@
-"""What `mambakit::fused_layer`'s implementation on GPUs hands to a plan, and what it does not: each call's tensors are
+"""What `mambakit::whole_layer`'s implementation on GPUs hands to a plan, and what it does not: each call's tensors are
 looked at anew. The plans here note what they are given."""
 
 from __future__ import annotations
@@ -258,10 +258,10 @@ def test_what_is_to_be_negated_comes_resolved_from_the_dispatcher(calls):
     assert w.x_proj.is_neg()
     here = torch.library.Library("mambakit", "IMPL")
     try:
-        here.impl("fused_layer_forward", layer_op.forward, "CPU")
+        here.impl("whole_layer_forward", layer_op.forward, "CPU")
         with torch.no_grad():
             x, residual = torch.randn(B, L, H).to(BF16), torch.randn(B, L, H)
-            torch.ops.mambakit.fused_layer_forward(x, residual, *w, 1e-5, F32, BF16, True, None)
+            torch.ops.mambakit.whole_layer_forward(x, residual, *w, 1e-5, F32, BF16, True, None)
     finally:
         here._destroy()
     name, _, _, _, given = calls[-1]
@@ -383,7 +383,7 @@ def test_results():
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_gradients_of_several_outputs_at_once(by, fields, norm, residual):
     given = arguments(norm, residual, fields=fields)
-    y, *_ = torch.ops.mambakit.fused_layer(*given)
+    y, *_ = torch.ops.mambakit.whole_layer(*given)
     inputs = [t for t in given[:LAST] if t is not None]
     dys = torch.randn(3, *y.shape)
 
