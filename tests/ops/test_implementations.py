@@ -13,8 +13,8 @@ from mambakit.ops.sampling import schema  # noqa: F401, defines it
 _PART_OF = {
     "dequantize": "linear",
     "normed_linear": "linear",
-    "fused_layer": "fused_mixer",
-    "fused_layer_forward": "fused_mixer",
+    "whole_layer": "fused_mixer",
+    "whole_layer_forward": "fused_mixer",
 }
 
 

@@ -68,8 +68,17 @@ def choose(launcher: Callable, plain: Callable, serves: Callable[..., bool]) -> 
     return call
 
 
-def implement_on_cuda(name: str, module: str, function: str) -> None:
-    """Serve ``mambakit::<name>`` on CUDA by ``module.function``; the module is imported at the first CUDA call."""
+def plain_version(name: str) -> Callable:
+    """Of ``mambakit::<name>``, with the caller's autocast off."""
+    return _plain[name]
+
+
+def implement_on_cuda(name: str, module: str, function: str, checks: bool = False) -> None:
+    """Serve ``mambakit::<name>`` on CUDA by ``module.function``; the module is imported at the first CUDA call.
+
+    Args:
+        checks: the function looks at every tensor itself, and calls `plain_version` for what it does not serve.
+    """
     loaded: list[Callable] = []
 
     def call(*args):
@@ -77,7 +86,10 @@ def implement_on_cuda(name: str, module: str, function: str) -> None:
             loaded.append(getattr(importlib.import_module(module), function))
         return loaded[0](*args)
 
-    implement(name, call, "CUDA")
+    if checks:
+        LIBRARY.impl(name, call, "CUDA")
+    else:
+        implement(name, call, "CUDA")
 
 
 def implement(name: str, function: Callable, key: str) -> None:

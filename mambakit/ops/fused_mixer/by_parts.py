@@ -1,4 +1,4 @@
-"""A whole layer by the ops of its parts, for what no plan serves: `mambakit::fused_layer` on other devices, and
+"""A whole layer by the ops of its parts, for what no plan serves: `mambakit::whole_layer` on other devices, and
 gradients of several outputs at once."""
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def gradients(
 
 
 def forward(x, residual, *rest):
-    """`mambakit::fused_layer`. Its gradient here computes everything again: what would be kept is empty."""
+    """`mambakit::whole_layer`. Its gradient here computes everything again: what would be kept is empty."""
     *weights, eps, kept, dtype, gradient, mixer_eps = rest
     w = LayerWeights(*weights)
     size = memory_size(signature_of(x, residual is not None, w, eps, kept, dtype, gradient, mixer_eps))
@@ -71,8 +71,8 @@ def forward(x, residual, *rest):
 
 
 def backward(dy, dtotal, x, has_residual, *rest):
-    """`mambakit::fused_layer_backward`, of which autograd does not run below the dispatcher."""
-    *weights, total, _, eps, kept, dtype, x_dtype, needs, mixer_eps = rest
+    """`mambakit::whole_layer_backward`, of which autograd does not run below the dispatcher."""
+    *weights, total, _, eps, _, dtype, x_dtype, needs, mixer_eps = rest
     w: Any = LayerWeights(*weights)
     entering = x if w.norm is None else total
     y = entering.to(dtype) if w.norm is None else rms_norm(entering, w.norm, eps, out_dtype=dtype)[0]
@@ -99,15 +99,13 @@ def backward(dy, dtotal, x, has_residual, *rest):
         ddt_proj, ddt_bias, dA_log, dD, _outer(dy, mixed, w.out_proj), _summed(dy, w.out_bias),
         *dnorms,
     )  # fmt: skip
-    nothing = entering.new_empty(0)
-    gradients = [g if needed and t is not None else None for g, t, needed in zip(of_weights, w, needs[2:], strict=True)]
-    dresidual = dresidual if has_residual else nothing.to(kept)
-    return dx, dresidual, *(nothing.clone() if g is None else g.contiguous() for g in gradients)
+    found = zip((dx, dresidual, *of_weights), needs, strict=True)
+    return [g.contiguous() for g, needed in found if needed]
 
 
 def _outer(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """The gradient of a weight (out, in), in its dtype."""
-    return product(dy.flatten(0, 1).T, x.flatten(0, 1), weight.new_empty(weight.shape))
+    return product(dy.reshape(-1, dy.shape[-1]).T, x.reshape(-1, x.shape[-1]), weight.new_empty(weight.shape))
 
 
 def _summed(dy: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -1,9 +1,10 @@
-"""`mambakit::fused_layer` and its gradient: a whole layer as one op of a graph that torch.compile makes, which holds
-`fused_layer_forward` and `fused_layer_backward`.
+"""`mambakit::whole_layer` and its gradient: a whole layer as one op of a graph that torch.compile makes, which holds
+`whole_layer_forward` and `whole_layer_backward`.
 
 Eagerly `layer.py` runs the same plans without an op. After the layer's output and the residual stream the op returns
 what its gradient reads (`Layout` says how it is arranged); without a gradient that is an empty tensor, and so is the
-stream without a norm. Gradients of absent arguments, and of weights that need none, are empty tensors.
+stream without a norm. The gradient's op returns those that are needed, in the order of the arguments: results share no
+memory, so an empty tensor for each of the others would be an allocation each.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.ops._backends.dispatch import LIBRARY, define, implement_on_cuda
+from mambakit.ops._backends.dispatch import LIBRARY, define, implement_on_cuda, plain_version
 from mambakit.ops._once import differentiated_once
 from mambakit.ops.fused_mixer import by_parts
 from mambakit.ops.fused_mixer.layout import memory_size, signature_of
@@ -39,27 +40,28 @@ def _fake(x, residual, *rest):
 def _backward_fake(dy, dtotal, x, has_residual, *rest):
     *weights, total, _, _, kept, _, x_dtype, needs, _ = rest
     like = total if weights[0] is not None else x
-    dx = like.new_empty(like.shape, dtype=x_dtype)
-    dresidual = like.new_empty(like.shape if has_residual else (0,), dtype=kept)
-    gradients = (
-        like.new_empty((0,)) if t is None or not needed else torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t, needed in zip(weights, needs[2:], strict=True)
+    kinds: Any = (
+        (like.shape, x_dtype),
+        (like.shape, kept),
+        *[None if t is None else (t.shape, t.dtype) for t in weights],
     )
-    return dx, dresidual, *gradients
+    return [like.new_empty(kind[0], dtype=kind[1]) for kind, needed in zip(kinds, needs, strict=True) if needed]
 
 
+# Code that torch.compile made is on users' disks, found by the names of the ops in the model's graph: a schema that
+# changes takes other names, or that code calls it as it was.
 _FORWARD = (
     f"(Tensor x, Tensor? residual, {_WEIGHTS}, float eps, ScalarType kept, ScalarType dtype, bool gradient,"
     " float? mixer_eps) -> (Tensor, Tensor, Tensor)"
 )
-define("fused_layer" + _FORWARD, by_parts.forward, _fake)
+define("whole_layer" + _FORWARD, by_parts.forward, _fake)
 # The same without a gradient of its own. It is what a graph holds: an op with a gradient written in Python is a second
 # call of Python's for each call of the graph's, a fifth of the host's time of a layer.
-define("fused_layer_forward" + _FORWARD, by_parts.forward, _fake)
+define("whole_layer_forward" + _FORWARD, by_parts.forward, _fake)
 define(
-    f"fused_layer_backward(Tensor? dy, Tensor? dtotal, Tensor? x, bool has_residual, {_WEIGHTS}, Tensor total,"
+    f"whole_layer_backward(Tensor? dy, Tensor? dtotal, Tensor? x, bool has_residual, {_WEIGHTS}, Tensor total,"
     " Tensor memory, float eps, ScalarType kept, ScalarType dtype, ScalarType x_dtype, bool[] needs, float? mixer_eps)"
-    " -> (" + ", ".join(["Tensor"] * (2 + COUNT)) + ")",
+    " -> Tensor[]",
     by_parts.backward,
     _backward_fake,
 )
@@ -77,11 +79,13 @@ def _backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any):
     x, *rest = ctx.saved_tensors
     weights, kept = rest[:COUNT], rest[COUNT:]
     needs = list(ctx.needs_input_grad[: 2 + COUNT])
-    found = torch.ops.mambakit.fused_layer_backward(
-        dy, dtotal, x, ctx.has_residual, *weights, *kept, ctx.eps, ctx.kept, ctx.dtype, ctx.x_dtype, needs,
-        ctx.mixer_eps,
+    wanted = iter(
+        torch.ops.mambakit.whole_layer_backward(
+            dy, dtotal, x, ctx.has_residual, *weights, *kept, ctx.eps, ctx.kept, ctx.dtype, ctx.x_dtype, needs,
+            ctx.mixer_eps,
+        )
     )  # fmt: skip
-    found = tuple(g if needed else None for g, needed in zip(found, needs, strict=True))
+    found = tuple([next(wanted) if needed else None for needed in needs])
     found = differentiated_once("fused_mixer", found, (dy, dtotal, x, kept[0], *weights))
     return *found, None, None, None, None, None
 
@@ -90,7 +94,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any):
         with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.mambakit.fused_layer_forward(*inputs)
+            output = torch.ops.mambakit.whole_layer_forward(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
@@ -98,16 +102,20 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _autograd(*inputs: Any):
-    """`mambakit::fused_layer` where autograd sees it."""
+    """`mambakit::whole_layer` where autograd sees it."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
         return _Differentiable.apply(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.mambakit.fused_layer_forward(*inputs)
+        return torch.ops.mambakit.whole_layer_forward(*inputs)
 
 
-LIBRARY.impl("fused_layer", _autograd, "Autograd")
+LIBRARY.impl("whole_layer", _autograd, "Autograd")
+# Gradients of several outputs at once, by torch.autograd.grad and by torch.func.vmap. Torch's own rule, a loop over the
+# batch, serves no op that returns a list.
+for _key in ("Batched", "FuncTorchBatched"):
+    LIBRARY.impl("whole_layer_backward", plain_version("whole_layer_backward"), _key)
 
 _GPU = "mambakit.ops.fused_mixer.layer_op"
-for _name in ("fused_layer", "fused_layer_forward"):
-    implement_on_cuda(_name, _GPU, "forward")
-implement_on_cuda("fused_layer_backward", _GPU, "backward")
+for _name in ("whole_layer", "whole_layer_forward"):
+    implement_on_cuda(_name, _GPU, "forward", checks=True)
+implement_on_cuda("whole_layer_backward", _GPU, "backward", checks=True)

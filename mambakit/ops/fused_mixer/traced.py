@@ -44,5 +44,5 @@ def fused_layer(
     device = 0 if x.device.index is None else x.device.index
     if not _served(x.shape[2], x.dtype, of_residual, kept, dtype, kinds, device, gradient, mixer_eps):
         return None
-    found = torch.ops.mambakit.fused_layer(x, residual, *w, eps, kept, dtype, gradient, mixer_eps)
+    found = torch.ops.mambakit.whole_layer(x, residual, *w, eps, kept, dtype, gradient, mixer_eps)
     return found[0], None if w.norm is None else found[1]

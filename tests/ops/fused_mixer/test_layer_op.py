@@ -1,4 +1,4 @@
-"""`mambakit::fused_layer`, the op that torch.compile's graphs call for whole layers."""
+"""`mambakit::whole_layer`, the op that torch.compile's graphs call for whole layers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("fields", NORMS, ids=IDS)
 def test_opcheck(norm, residual, fields):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    forward = torch.ops.mambakit.fused_layer
+    forward = torch.ops.mambakit.whole_layer
     torch.library.opcheck(forward, arguments(norm, residual, fields=fields), test_utils=checks)
     given = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments(norm, residual, fields=fields)]
     x, before, *weights = given[:LAST]
@@ -66,7 +66,7 @@ def test_opcheck(norm, residual, fields):
         *kept, 1e-5, F32, F32, F32, [True, before is not None, *(t is not None for t in weights)],
         given[-1],
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.mambakit.fused_layer_backward, backward, test_utils=checks)
+    torch.library.opcheck(torch.ops.mambakit.whole_layer_backward, backward, test_utils=checks)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -156,7 +156,7 @@ def test_a_compiled_model_calls_one_op_for_each_layer(served, half, falcon):
     y, expected = run(model)
     graphs: list = []
     found, gradients = run(torch.compile(model, backend=graph_of(graphs), fullgraph=True))
-    assert ops_in(graphs) == ["mambakit.fused_layer"] * 2 + ["mambakit.rms_norm"]
+    assert ops_in(graphs) == ["mambakit.whole_layer"] * 2 + ["mambakit.rms_norm"]
     tolerance = 0.03 if half else 1e-5
     assert relative_error(found, y) < tolerance
     for name, gradient in gradients.items():
@@ -179,10 +179,10 @@ def test_compiled_code_calls_ops_without_gradients_of_their_own(served, train):
     compilers = {"fw_compiler": graph_of(forward), "bw_compiler": graph_of(backward)}
     compiled = torch.compile(model, backend=aot_autograd(**compilers))
     y = compiled(torch.randint(0, 32, (2, 9)), use_cache=False).last_hidden_state
-    assert [op for op in ops_in(forward) if "layer" in op] == ["mambakit.fused_layer_forward.default"] * 2
+    assert [op for op in ops_in(forward) if "layer" in op] == ["mambakit.whole_layer_forward.default"] * 2
     if train:
         y.sum().backward()
-        assert [op for op in ops_in(backward) if "layer" in op] == ["mambakit.fused_layer_backward.default"] * 2
+        assert [op for op in ops_in(backward) if "layer" in op] == ["mambakit.whole_layer_backward.default"] * 2
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
@@ -192,14 +192,14 @@ def test_a_hook_adapter_or_cache_is_not_passed_over(served):
     ids = torch.randint(0, 32, (2, 9))
     graphs: list = []
     torch.compile(model, backend=graph_of(graphs))(ids)
-    assert ops_in(graphs)[0] == "mambakit.fused_layer"
+    assert ops_in(graphs)[0] == "mambakit.whole_layer"
     seen = []
     model.backbone.layers[0].mixer.x_proj.register_forward_hook(lambda *a: seen.append(1))
     graphs.clear()
     torch._dynamo.reset()
     torch.compile(model, backend=graph_of(graphs))(ids)
     assert seen
-    assert "mambakit.fused_layer" not in ops_in(graphs)
+    assert "mambakit.whole_layer" not in ops_in(graphs)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own run")
