@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,13 +27,6 @@ _MISALIGNED = ALIGNED - 1
 _BelowAutograd, _NoAutocast = torch._C._AutoDispatchBelowAutograd, torch._C._DisableAutocast
 
 
-@contextlib.contextmanager
-def without_dispatch() -> Iterator[None]:
-    """Autograd's and autocast's dispatch off."""
-    with _BelowAutograd(), _NoAutocast():
-        yield
-
-
 def on_gpu(x: Tensor) -> bool:
     """Whether x is where layers run as plans."""
     return x.is_cuda
@@ -49,8 +40,9 @@ class KnownWeights:
 
     def kinds(self, weights: LayerWeights, device: int) -> Kinds | None:
         """Dtypes and shapes of the weights, or None where a kernel may not read one of them."""
-        if self._kinds is not None:
-            for t, kind in zip(weights, self._kinds.each, strict=True):
+        known = self._kinds  # another thread may keep others meanwhile
+        if known is not None:
+            for t, kind in zip(weights, known.each, strict=True):
                 if t is None or kind is None:
                     if t is not kind:
                         break
@@ -63,11 +55,11 @@ class KnownWeights:
                 elif t.dtype is not kind[0] or t.shape != kind[1] or not _readable(t, device):
                     break
             else:
-                return self._kinds
+                return known
         if not all(t is None or _readable(t, device) for t in weights):
             return None
-        self._kinds = kinds_of(tuple(None if t is None else (t.dtype, t.shape) for t in weights))
-        return self._kinds
+        known = self._kinds = kinds_of(tuple(None if t is None else (t.dtype, t.shape) for t in weights))
+        return known
 
 
 def fused_layer(

@@ -223,7 +223,7 @@ def signature_of(
     x: Tensor, has_residual: bool, w: LayerWeights, eps: float, kept: torch.dtype, dtype: torch.dtype, gradient: bool,
     mixer_eps: float | None = None,
 ) -> Signature:  # fmt: skip
-    """Of `mambakit::fused_layer`; its kinds are no interned ones, as sizes may be symbols."""
+    """Of `mambakit::whole_layer`; its kinds are no interned ones, as sizes may be symbols."""
     kinds = Kinds(tuple(None if t is None else (t.dtype, t.shape) for t in w))
     residual = kept if has_residual else None
     return Signature(x.shape, x.dtype, residual, kept, dtype, kinds, eps, x.device, gradient, True, None, mixer_eps)
