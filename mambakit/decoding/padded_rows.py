@@ -60,8 +60,8 @@ def read_rows(
     model: Any, ids: Tensor, pads: Tensor, cache: StateCache, size: int, progress: Callable[[int], None] | None,
     want_logits: bool,
 ) -> Generator[None, None, Tensor | None]:  # fmt: skip
-    """`prefill_parts` of (b, l) ids with so much padding, ``size`` columns at a time. In the place of padding token 0 is
-    read, whatever stands there: layers compute with it, and no state takes it."""
+    """`prefill_parts` of (b, l) ids with so much padding, ``size`` columns at a time. Token 0 is read in the place of
+    padding, whatever stands there: layers compute with it, and no state takes it."""
     b, length = ids.shape
     ids = ids.masked_fill(torch.arange(length, device=ids.device) < pads[:, None], 0)
     for start in range(0, length, size):
