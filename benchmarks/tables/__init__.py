@@ -20,6 +20,7 @@ TABLES: dict[str, Callable[[Records], Content]] = {
     "eager": gpu.eager,
     "first-token": gpu.first_token,
     "falcon": gpu.falcon,
+    "packed-prompts": gpu.packed_prompts,
     "serving-sampled": gpu.serving_sampled,
     "sampling": gpu.sampling,
     "drafts": gpu.drafts,

@@ -124,6 +124,25 @@ def eager(records: Records) -> Content:
     return heads, rows
 
 
+def packed_prompts(records: Records) -> Content:
+    """Prompts and `generate` of 1.4b by format."""
+    prompts = records.rows("2026-11-30-h200-packed-prompts", "prompts")
+    written = records.rows("2026-11-30-h200-generate-fp8", "generate")
+    sizes = list(dict.fromkeys((r["batch"], r["length"]) for r in prompts))
+    rates = {r["who"].removeprefix("mambakit").strip(", ") or "bf16": r["tokens_per_second"] for r in written}
+    lines = []
+    for format in dict.fromkeys(r["format"] for r in prompts):
+        each = [select(prompts, format=format, batch=b, length=length)[0]["ms"] for b, length in sizes]
+        lines.append(
+            [
+                {"bf16": "bfloat16"}.get(format, format), *(f"{ms:.1f}" for ms in each),
+                f"{rates[format]:,.0f}" if format in rates else "",
+            ]
+        )  # fmt: skip
+    heads = ["1.4b", *(f"{b} x {length:,}, ms" for b, length in sizes), "128 rows, 2,048 + 128, tokens/s"]
+    return heads, lines
+
+
 def serving_sampled(records: Records) -> Content:
     runs = (
         ("130m, 128 slots", "2026-11-29-h200-serving"), ("1.4b, 64 slots", "2026-11-30-h200-serving"),
