@@ -3,6 +3,7 @@
     python .ci/sanitizers.py                                    # both tools, every case: on a GPU, within ten minutes
     python .ci/sanitizers.py --tools memcheck --minutes 4       # one of them
     python .ci/sanitizers.py --only "drafts of 8 slots" norm    # some cases
+    python .ci/sanitizers.py --jobs 6                           # six processes at a time
     python .ci/sanitizers.py --list                             # cases and kernels; needs no GPU
 
 A piece is a few cases of `benchmarks/kernel_cases.py` at small shapes, in a process of its own under one tool. Kernels
@@ -23,8 +24,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,36 +120,72 @@ def find_sanitizer(given: str | None) -> str:
     raise SystemExit("compute-sanitizer is not on PATH; install the CUDA toolkit, or give --sanitizer PATH")
 
 
-def check(tool: str, sanitizer: str, names: list[str], deadline: float, save: Callable[[dict], None]) -> dict:
-    """Every case under one tool, until the deadline. ``save`` gets what is known after each piece."""
-    covered: set[str] = set()
-    failed, reported, done, kernels = {}, [], set(), every_kernel()
+class Covered:
+    """What is known of one tool."""
 
-    def found_so_far() -> dict:
-        return {
-            "tool": tool, "covered": sorted(covered & set(kernels)), "left": sorted(set(kernels) - covered),
-            "cases left": [name for name in names if name not in done], "failed": failed, "reported": reported,
-        }  # fmt: skip
+    def __init__(self, tool: str, names: list[str]):
+        self.tool, self.names = tool, names
+        self.covered: set[str] = set()
+        self.done: set[str] = set()
+        self.failed: dict[str, str] = {}
+        self.reported: list[dict] = []
 
-    for begin in range(0, len(names), _PIECE):
-        piece = names[begin : begin + _PIECE]
-        left = deadline - time.monotonic()
-        if left < 5:
-            break
-        began = time.monotonic()
-        found, output = run_piece([sanitizer, *TOOLS[tool]], piece, left)
+    def add(self, piece: list[str], found: dict, output: str) -> int:
+        """Note a piece; the number that the tool reported."""
         count = summary_of(output)
-        covered |= set(found["launched"])
-        done |= set(found["cases"])
-        failed |= {name: error for name, error in found["cases"].items() if error}
+        self.covered |= set(found["launched"])
+        self.done |= set(found["cases"])
+        self.failed |= {name: error for name, error in found["cases"].items() if error}
         if count:
-            reported.append({"cases": piece, "count": count, "output": output[-3000:]})
+            self.reported.append({"cases": piece, "count": count, "output": output[-3000:]})
         missing = [name for name in piece if name not in found["cases"]]
         if missing and "stopped after" not in output:
-            failed |= dict.fromkeys(missing, output[-500:])
-        print(f"{tool}: {', '.join(piece)}: {count} reported, {time.monotonic() - began:.0f} s", flush=True)
-        save(found_so_far())
-    return found_so_far()
+            self.failed |= dict.fromkeys(missing, output[-500:])
+        return count
+
+    def found(self) -> dict:
+        kernels = every_kernel()
+        return {
+            "tool": self.tool, "covered": sorted(self.covered & set(kernels)),
+            "left": sorted(set(kernels) - self.covered),
+            "cases left": [name for name in self.names if name not in self.done], "failed": self.failed,
+            "reported": self.reported,
+        }  # fmt: skip
+
+
+def pieces_of(names: list[str], jobs: int) -> list[list[str]]:
+    """Cases of one process each; smaller pieces where several run at a time, so that none is long."""
+    size = _PIECE if jobs == 1 else 1
+    return [names[begin : begin + size] for begin in range(0, len(names), size)]
+
+
+def check(
+    tools: list[str], sanitizer: str, names: list[str], end: float, jobs: int, save: Callable[[list[dict]], None]
+) -> list[dict]:
+    """Every case under every tool, ``jobs`` pieces at a time, until ``end``. ``save`` gets what is known after each."""
+    known = {tool: Covered(tool, names) for tool in tools}
+    pieces = pieces_of(names, jobs)
+    lock = threading.Lock()
+
+    def run(tool: str, piece: list[str]) -> None:
+        # Each tool has its share of the time where one piece runs after the other.
+        left = end - time.monotonic()
+        if jobs == 1:
+            left -= (len(tools) - 1 - tools.index(tool)) * (end - began) / len(tools)
+        if left < 5:
+            return
+        start = time.monotonic()
+        found, output = run_piece([sanitizer, *TOOLS[tool]], piece, left)
+        with lock:
+            count = known[tool].add(piece, found, output)
+            print(f"{tool}: {', '.join(piece)}: {count} reported, {time.monotonic() - start:.0f} s", flush=True)
+            save([one.found() for one in known.values()])
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(jobs) as pool:
+        for each in [pool.submit(run, tool, piece) for tool in tools for piece in pieces]:
+            each.result()
+    return [one.found() for one in known.values()]
 
 
 def write_record(path: Path | None, results: list[dict]) -> None:
@@ -165,6 +204,7 @@ def main() -> int:
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--only", nargs="+", metavar="CASE")
     parser.add_argument("--minutes", type=float, default=9.5, help="for everything")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, each with a case (default: 1)")
     parser.add_argument("--sanitizer", help="path of compute-sanitizer")
     parser.add_argument("--json", type=Path, help="write the record of what was covered here")
     parser.add_argument("--list", action="store_true")
@@ -182,21 +222,19 @@ def main() -> int:
         return 0
     sanitizer, began = find_sanitizer(options.sanitizer), time.monotonic()
     end = began + 60 * options.minutes
-    found, output = run_piece([], names, end - time.monotonic())  # compiled, and seen to run at all
-    if broken := {name: error for name, error in found["cases"].items() if error}:
+    # Compiled, and seen to run at all.
+    compiled: dict = {"cases": {}}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        parts = [names[i :: options.jobs] for i in range(min(options.jobs, len(names)))]
+        for found, output in pool.map(lambda part: run_piece([], part, end - time.monotonic()), parts):
+            compiled["cases"] |= found["cases"]
+            if not found["cases"]:
+                print(output[-3000:])
+                return 1
+    if broken := {name: error for name, error in compiled["cases"].items() if error}:
         print("\n".join(f"FAILED without a sanitizer: {name}: {error}" for name, error in broken.items()))
-    if not found["cases"]:
-        print(output[-3000:])
-        return 1
     print(f"compiled and run without a sanitizer in {time.monotonic() - began:.0f} s", flush=True)
-    results: list[dict] = []
-    for i, tool in enumerate(options.tools):
-        now, before = time.monotonic(), list(results)
-
-        def save(found: dict, before: list[dict] = before) -> None:
-            write_record(options.json, [*before, found])
-
-        results.append(check(tool, sanitizer, names, now + (end - now) / (len(options.tools) - i), save))
+    results = check(options.tools, sanitizer, names, end, options.jobs, lambda found: write_record(options.json, found))
     for result in results:
         print(f"\n{result['tool']}: {len(result['covered'])} of {len(every_kernel())} kernels ran under it")
         for name in result["left"]:

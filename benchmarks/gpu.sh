@@ -88,7 +88,7 @@ formats)
   run engine 60 generation --parts engine --shapes 1.4b --rows 64 --engine-prompt 128 --new 128
   ;;
 sanitize)
-  step sanitizers "$limit" python3 .ci/sanitizers.py --minutes 9.2 --json "$folder/sanitizers.json"
+  step sanitizers "$limit" python3 .ci/sanitizers.py --jobs 8 --minutes 9.2 --json "$folder/sanitizers.json"
   ;;
 train4)
   run multi-gpu-training 420 multi_gpu --gpus 4 --only training --rows 4 --ways ddp "fsdp, reshard_after_forward=false" \

@@ -9,6 +9,7 @@ import importlib
 import json
 import re
 import sys
+import time
 
 import pytest
 import torch
@@ -146,3 +147,35 @@ def test_the_sanitizers_script_knows_every_kernel_and_stops_in_time():
     slow, output = module.run_piece(sleeps, ["norm"], 1)
     assert slow == {"cases": {}, "launched": []}
     assert "stopped after 1 s" in output
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_the_sanitizers_script_puts_its_pieces_together(jobs, monkeypatch):
+    """Whatever ends first: kernels, failures, reports and pieces that were stopped, of each tool."""
+    module = sanitizers()
+    kernels, names = module.every_kernel(), [f"case {i}" for i in range(7)]
+
+    def run_piece(command, piece, seconds):
+        tool = command[2]
+        time.sleep(0.01 * (int(piece[0][-1]) % 3))
+        if tool == "memcheck" and "case 5" in piece:
+            return {"cases": {}, "launched": []}, "stopped after 1 s"
+        cases = {name: "broken" if name == "case 3" else "" for name in piece}
+        launched = [kernels[int(name[-1])] for name in piece]
+        return {"cases": cases, "launched": launched}, "RACECHECK SUMMARY: 2 hazards" if "case 6" in piece else ""
+
+    saved = []
+    monkeypatch.setattr(module, "run_piece", run_piece)
+    tools = ["racecheck", "memcheck"]
+    race, memory = module.check(tools, "sanitizer", names, time.monotonic() + 60, jobs, saved.append)
+    assert saved[-1] == [race, memory]
+    assert race["covered"] == sorted(kernels[:7])
+    assert race["left"] == sorted(kernels[7:])
+    assert (race["cases left"], race["failed"]) == ([], {"case 3": "broken"})
+    assert [(one["count"], "case 6" in one["cases"]) for one in race["reported"]] == [(2, True)]
+    # With one job pieces are of several cases, and the whole of one is stopped.
+    stopped = names[4:7] if jobs == 1 else ["case 5"]
+    assert memory["cases left"] == stopped
+    assert set(memory["covered"]) == {kernels[int(n[-1])] for n in names if n not in stopped}
+    late = module.check(["memcheck"], "sanitizer", names, time.monotonic(), jobs, saved.append)
+    assert late[0]["cases left"] == names
