@@ -9,13 +9,16 @@ threads and tokenizer, but for the engine, which gives every text the next token
 the load of the API process is that of fast GPUs, paced for the machine at hand. Clients are connections of this
 process, which send one request after another and look for the ends of answers alone.
 
-Texts of --new-tokens, and of a quarter of that, are asked for in turn, streamed and whole. What the API process takes
-(`getrusage`: all its threads, user and system) is the sum of pieces and requests at their cost; from the two loads
-follow both. Recorded for each kind of answer, over the rounds:
+Two loads take turns, of answers that are streamed and that are whole: long texts, of which none begins or ends while
+--seconds are measured, tell what a piece costs; texts of --new-tokens, one after another, what a request costs besides
+its pieces. What the API process takes is `getrusage`'s: all its threads, user and system. Recorded for each kind of
+answer, medians over the rounds (and least: the least of them):
 
-    piece_us, request_us           median; the least of them is in piece_least_us, request_least_us
-    loop_share, system_share       of that CPU time, the shares of the event loop's thread, and of the kernel
-    pieces, messages, requests     of one round
+    piece_us, piece_least_us       of a piece
+    request_us, request_least_us   of a request, from its parsing to its end, without its pieces
+    text_us, text_least_us         of a text of --new-tokens, with all of its pieces
+    loop_share, system_share       of a text's CPU time, the shares of the event loop's thread, and of the kernel
+    pieces, messages, requests     of one round of such texts
 
 CPU time is counted, not time that passes: other programs on the machine make it slower by little.
 """
@@ -37,7 +40,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,7 @@ from mambakit.serving.replicas.supervisor import Supervisor
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and then it sleeps until the morning comes. "
 VOCABULARY = 512  # of the embedded model
+BEGIN_SECONDS = 1.0  # for all connections' texts to begin
 
 
 # -- replicas ----------------------------------------------------------------------------------------------------------
@@ -119,10 +123,7 @@ class Used:
     messages: int = 0
 
     def since(self, before: Used) -> Used:
-        return Used(
-            self.seconds - before.seconds, self.system_seconds - before.system_seconds,
-            self.loop_seconds - before.loop_seconds, self.pieces - before.pieces, self.messages - before.messages,
-        )  # fmt: skip
+        return Used(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
 
 class CountingDispatcher(Dispatcher):
@@ -141,7 +142,13 @@ def serve(options: argparse.Namespace, control: Any) -> None:
     worker_options = WorkerOptions(default_model_path(), slots=options.slots)
     devices = ("cpu",) * options.replicas
     server_options = server.ServerOptions(
-        worker_options, devices, "m", max_waiting=100_000, intake=IntakeOptions(waiting=10_000), drain_seconds=0.0
+        worker_options,
+        devices,
+        "m",
+        max_waiting=100_000,
+        max_new_tokens=1 << 20,
+        intake=IntakeOptions(waiting=10_000),
+        drain_seconds=0.0,
     )
     listener = socket.create_server(("127.0.0.1", 0))
     dispatcher = CountingDispatcher(devices, slots=options.slots, max_waiting=100_000, metrics=Metrics())
@@ -151,9 +158,9 @@ def serve(options: argparse.Namespace, control: Any) -> None:
         sys.exit(reason)
 
     supervisor = Supervisor(worker_options, dispatcher, failed, begin=functools.partial(ReplicaProcess, main=main))
-    serving = server.make_server(
-        server_options, listener, dispatcher, supervisor, server.make_intake(server_options), failed
-    )
+    intake = server.make_intake(server_options)
+    server.freeze_when_loaded(intake)
+    serving = server.make_server(server_options, listener, dispatcher, supervisor, intake, failed)
     clock = time.pthread_getcpuclockid(threading.main_thread().ident or 0)
 
     def answer() -> None:
@@ -201,12 +208,11 @@ class Server:
 
 
 class Client(asyncio.Protocol):
-    """A connection that sends ``requests`` texts one after another; the first is shorter, so that clients differ."""
+    """A connection that sends one request after another, for texts of ``lengths`` tokens."""
 
-    def __init__(self, port: int, requests: int, new_tokens: int, stream: bool, seed: int):
-        self._port, self._requests, self._new_tokens, self._stream = port, requests, new_tokens, stream
+    def __init__(self, port: int, lengths: Sequence[int], stream: bool, seed: int):
+        self._port, self._lengths, self._stream = port, list(lengths)[::-1], stream
         self._random = random.Random(seed)
-        self._lengths = [self._random.randint(1, new_tokens), *[new_tokens] * (requests - 1)][::-1]
         self._received = bytearray()
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -250,49 +256,66 @@ class Client(asyncio.Protocol):
 
 
 async def load(port: int, connections: int, requests: int, new_tokens: int, stream: bool, seed: int) -> None:
-    """``requests`` of each connection."""
-    clients = [Client(port, requests, new_tokens, stream, seed * connections + i) for i in range(connections)]
+    """``requests`` of each connection; the first is shorter, so that clients differ."""
+    chance = random.Random(seed)
+    await run(
+        [
+            Client(
+                port, [chance.randint(1, new_tokens), *[new_tokens] * (requests - 1)], stream, seed * connections + i
+            )
+            for i in range(connections)
+        ]
+    )
+
+
+async def run(clients: Sequence[Client]) -> None:
     await asyncio.gather(*(client.run() for client in clients))
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def costs(loads: Sequence[tuple[int, Used]]) -> tuple[float, float]:
-    """(microseconds of a piece, of a request) of two loads, each with its number of requests."""
-    (r1, one), (r2, two) = loads
-    determinant = one.pieces * r2 - two.pieces * r1
-    piece = (one.seconds * r2 - two.seconds * r1) / determinant
-    request = (one.pieces * two.seconds - two.pieces * one.seconds) / determinant
-    return piece * 1e6, request * 1e6
+async def used_by_pieces(one: Server, options: argparse.Namespace, stream: bool, seed: int) -> Used:
+    """Of --seconds of long texts, when all have begun and none has ended."""
+    looks = round((options.seconds + BEGIN_SECONDS + 1) * 1e3 / options.look_ms)
+    new_tokens = looks * options.look
+    clients = [
+        Client(one.port, [new_tokens], stream, seed * options.connections + i) for i in range(options.connections)
+    ]
+    task = asyncio.ensure_future(run(clients))
+    await asyncio.sleep(BEGIN_SECONDS)
+    before = one.used()
+    await asyncio.sleep(options.seconds)
+    used = one.used().since(before)
+    await task
+    return used
 
 
 def measure(one: Server, options: argparse.Namespace, stream: bool) -> dict[str, Any]:
-    connections, found, all_used = options.slots * options.replicas, [], []
+    pieces, texts = [], []
+    requests = options.connections * options.requests
     for number in range(options.rounds):
-        loads = []
-        for part, (new_tokens, requests) in enumerate(
-            ((options.new_tokens, options.requests), (max(1, options.new_tokens // 4), 4 * options.requests))
-        ):
-            before = one.used()
-            asyncio.run(load(one.port, connections, requests, new_tokens, stream, 2 * number + part))
-            loads.append((connections * requests, one.used().since(before)))
-        found.append(costs(loads))
-        all_used += [used for _, used in loads]
-    pieces, requests_us = zip(*found, strict=True)
-    seconds, last = sum(used.seconds for used in all_used), all_used[-2]
-    row = {
-        "answers": "streamed" if stream else "whole", "piece_us": statistics.median(pieces),
-        "request_us": statistics.median(requests_us), "piece_least_us": min(pieces),
-        "request_least_us": min(requests_us), "loop_share": sum(used.loop_seconds for used in all_used) / seconds,
-        "system_share": sum(used.system_seconds for used in all_used) / seconds,
-        "pieces": last.pieces, "messages": last.messages, "requests": connections * options.requests,
+        pieces.append(asyncio.run(used_by_pieces(one, options, stream, 2 * number)))
+        before = one.used()
+        asyncio.run(load(one.port, options.connections, options.requests, options.new_tokens, stream, 2 * number + 1))
+        texts.append(one.used().since(before))
+    piece = [1e6 * used.seconds / used.pieces for used in pieces]
+    request = [(1e6 * used.seconds - used.pieces * us) / requests for used, us in zip(texts, piece, strict=True)]
+    text = [1e6 * used.seconds / requests for used in texts]
+    last, seconds = texts[-1], sum(used.seconds for used in texts)
+    row: dict[str, Any] = {"answers": "streamed" if stream else "whole"}
+    for name, found in (("piece", piece), ("request", request), ("text", text)):
+        row |= {f"{name}_us": statistics.median(found), f"{name}_least_us": min(found)}
+    row |= {
+        "loop_share": sum(used.loop_seconds for used in texts) / seconds,
+        "system_share": sum(used.system_seconds for used in texts) / seconds,
+        "pieces": last.pieces, "messages": last.messages, "requests": requests,
     }  # fmt: skip
     print(
-        f"{row['answers']:9} {row['piece_us']:6.1f} us a piece (least {row['piece_least_us']:.1f}), "
-        f"{row['request_us']:7.0f} us a request (least {row['request_least_us']:.0f}); "
-        f"{row['loop_share']:.2f} of it by the event loop, {row['system_share']:.2f} by the kernel; "
-        f"{last.pieces / last.messages:.0f} pieces a message",
+        f"{row['answers']:9} {row['piece_us']:5.1f} us a piece (least {row['piece_least_us']:.1f}), "
+        f"{row['request_us']:5.0f} us a request (least {row['request_least_us']:.0f}), {row['text_us']:5.0f} us a text "
+        f"(least {row['text_least_us']:.0f}); {row['loop_share']:.2f} of it by the event loop, "
+        f"{row['system_share']:.2f} by the kernel; {last.pieces / last.messages:.0f} pieces a message",
         flush=True,
     )
     return row
@@ -306,13 +329,15 @@ def main() -> None:
     parser.add_argument("--look-ms", type=float, default=50.0, help="between two looks")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--requests", type=int, default=3, help="of each connection in a round")
+    parser.add_argument("--seconds", type=float, default=2.0, help="that pieces of long texts are counted for")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", type=int, default=0, help="print so many functions of the event loop's profile")
     record.add_argument(parser)
     options = parser.parse_args()
+    options.connections = options.slots * options.replicas
     one = Server(options)
     try:
-        asyncio.run(load(one.port, options.slots * options.replicas, 1, options.new_tokens, True, seed=-1))
+        asyncio.run(load(one.port, options.connections, 1, options.new_tokens, True, seed=-1))
         rows = [measure(one, options, stream) for stream in (True, False)]
     finally:
         one.stop()
