@@ -133,16 +133,16 @@ class Texts:
                         if piece.log_probs and self.asked.shows_log_probs:
                             one.log_probs = [*one.log_probs, *piece.log_probs]
                     left -= sum(bool(one.finish_reason) for one in gained.values())
-                    yield b"".join(map(answer.gain, gained.values()))
+                    events = b"".join(map(answer.gain, gained.values()))
+                    if left:
+                        yield events
                 if not left:
                     break
                 pieces = await self.inbox.take()
         except ApiError as error:
             yield event(error.body)
             return
-        if self.asked.include_usage:
-            yield answer.usage_event(self.usage)
-        yield DONE
+        yield events + (answer.usage_event(self.usage) if self.asked.include_usage else b"") + DONE
 
     def _begin(self, index: int, prompt: Sequence[Scored]) -> bytes:
         return self.answer.begin(Choice(index, prompt=prompt, offsets=self._offsets(prompt)))
@@ -196,10 +196,13 @@ class EventStream(StreamingResponse):
 
     async def _send(self, send: Send, send_part: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        more = True
         async for events in self._events:
+            more = not events.endswith(DONE)  # the end of the body goes out with the last event
             if events:
-                await send_part({"type": "http.response.body", "body": events, "more_body": True})
-        await send_part({"type": "http.response.body", "body": b"", "more_body": False})
+                await send_part({"type": "http.response.body", "body": events, "more_body": more})
+        if more:
+            await send_part({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def while_connected(receive: Receive, answer: Awaitable[_T]) -> _T | None:

@@ -30,7 +30,7 @@ def test_the_reader_is_woken_by_enough_pieces_or_by_an_end(least, before, last):
                 await settle()
                 assert not reader.done()
             inbox.put(7, last)
-            assert await reader == [(7, PIECE)] * before + [(7, last)]
+            assert await asyncio.wait_for(reader, 10) == [(7, PIECE)] * before + [(7, last)]
 
     asyncio.run(run())
 
