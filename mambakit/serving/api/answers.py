@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -113,6 +114,8 @@ class Head:
     usage: bool = False
     metadata: dict[str, str] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    _text_events: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
+    """By index: what stands before and after the text of an event with nothing else."""
 
     def body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         found = {
@@ -120,8 +123,28 @@ class Head:
         }  # fmt: skip
         return found if self.metadata is None else found | {"metadata": self.metadata}
 
-    def event(self, choices: list[dict[str, Any]]) -> bytes:
-        return event(self.body(choices) | ({"usage": None} if self.usage else {}))
+    def text_event(self, index: int, text: str, choice: Callable[[], dict[str, Any]]) -> bytes:
+        """The event of a choice that differs from the last one of its index in its text alone. ``choice`` gives it with
+        an empty text, which is its first empty string."""
+        if (around := self._text_events.get(index)) is None:
+            written = _encode(choice())
+            at = written.index('""')
+            before, after = self._around
+            around = before + written[:at].encode(), written[at + 2 :].encode() + after
+            self._text_events[index] = around
+        return around[0] + _encode(text).encode() + around[1]
+
+    @functools.cached_property
+    def _around(self) -> tuple[bytes, bytes]:
+        """What stands before and after an event's choices. Quotes in names are escaped: the split is at the field."""
+        whole = event(self.body([]) | ({"usage": None} if self.usage else {}))
+        before, field, after = whole.partition(b',"choices":[')
+        return before + field, after
+
+    def event(self, choice: dict[str, Any]) -> bytes:
+        """The event of one choice."""
+        before, after = self._around
+        return before + _encode(choice).encode() + after
 
 
 class CompletionAnswer:
@@ -146,15 +169,18 @@ class CompletionAnswer:
 
     def begin(self, choice: Choice) -> bytes:
         echoed = self._echoed[choice.index]
-        return self._head.event([self._choice(choice, echoed)]) if echoed else b""
+        return self._head.event(self._choice(choice, echoed)) if echoed else b""
 
     def gain(self, choice: Choice) -> bytes:
-        if not (choice.text or choice.finish_reason or choice.log_probs):
-            return b""
-        return self._head.event([self._choice(choice, choice.text)])
+        if not (choice.finish_reason or choice.log_probs):
+            return self._continued(choice.index, choice.text) if choice.text else b""
+        return self._head.event(self._choice(choice, choice.text))
 
     def usage_event(self, usage: Usage) -> bytes:
         return event(self._head.body([]) | {"usage": usage.body})
+
+    def _continued(self, index: int, text: str) -> bytes:
+        return self._head.text_event(index, text, lambda: self._choice(Choice(index), ""))
 
     def _choice(self, one: Choice, text: str) -> dict[str, Any]:
         log_probs = None
@@ -165,8 +191,11 @@ class CompletionAnswer:
         return found | one.more
 
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def event(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _encode(body).encode() + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

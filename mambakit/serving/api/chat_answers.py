@@ -41,6 +41,8 @@ class ChatAnswer:
         said = reply.push(choice.text)
         if choice.finish_reason:
             said = said.plus(reply.end())
+        if said.content and not (choice.finish_reason or choice.log_probs or said.reasoning or said.calls):
+            return self._head.text_event(choice.index, said.content, lambda: _choice(choice.index, {"content": ""}))
         deltas: list[dict[str, Any]] = []
         if said.reasoning:
             deltas.append({"reasoning_content": said.reasoning})
@@ -82,11 +84,14 @@ class ChatAnswer:
         more: dict[str, Any] | None = None,
     ) -> bytes:
         log_probs = self._log_probs(scored) if scored else None
-        choice = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": reason or None}
-        return self._head.event([choice | (more or {})])
+        return self._head.event(_choice(index, delta, log_probs, reason) | (more or {}))
 
     def _log_probs(self, scored: Sequence[Any]) -> dict[str, Any] | None:
         return None if self._texts is None else chat_log_probs(self._texts, scored)
+
+
+def _choice(index: int, delta: dict[str, Any], log_probs: Any = None, reason: str = "") -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": reason or None}
 
 
 def _call(call: Call) -> dict[str, Any]:

@@ -196,10 +196,20 @@ class Dispatcher:
     def receive(self, replica: Replica, batch: Batch) -> None:
         """Deliver a replica's output to the inboxes."""
         replica.busy, replica.waiting = batch.busy, batch.waiting
-        if written := sum(piece.tokens for piece in batch.pieces):  # once: to look up a label takes as long as the rest
-            self.metrics.tokens.labels(str(replica.number)).inc(written)
+        now, work = self.clock(), 0.0
         for piece in batch.pieces:
-            self._deliver(replica, piece)
+            if piece.tokens:
+                job = replica.jobs[piece.id]
+                if not job.tokens:
+                    job.first = now
+                    self.metrics.first.labels(str(replica.number)).observe(now - job.created)
+                self._queue.served(job, done := replica.wrote(job, piece.tokens))
+                work += done
+        if work:  # once for all pieces: to look up a label takes as long as the rest
+            self.metrics.tokens.labels(str(replica.number)).inc(sum(piece.tokens for piece in batch.pieces))
+            self._rates.served(work)
+        for piece in batch.pieces:
+            self._deliver(replica, piece, now)
         if any(piece.finish_reason for piece in batch.pieces):  # else there is no more room than before
             self.dispatch()
 
@@ -221,19 +231,8 @@ class Dispatcher:
                 message = f"{replica.name} died while it wrote this text ({reason}); send the request again"
                 self._fail(job, suspected.get(job.id) or ApiError(503, message, retry_after=1))
 
-    def _deliver(self, replica: Replica, piece: Piece) -> None:
+    def _deliver(self, replica: Replica, piece: Piece, now: float) -> None:
         job = replica.jobs[piece.id]
-        now = self.clock()
-        if piece.tokens:
-            left, work = job.remaining, float(piece.tokens)
-            if not job.tokens:
-                job.first = now
-                work += job.prompt_tokens * PROMPT_COST
-                self.metrics.first.labels(str(replica.number)).observe(now - job.created)
-            job.tokens += piece.tokens
-            replica.work -= left - job.remaining
-            self._queue.served(job, work)
-            self._rates.served(work)
         if piece.finish_reason:
             replica.remove(job)
             self._queue.ended(job)

@@ -145,8 +145,10 @@ class FairQueue:
 
     def serve(self, job: Job, work: float) -> None:
         """Count ``work`` (tokens) as done for a text and its owners."""
-        for node in self._leaves[job].ancestors():
+        node: _Node | None = self._leaves[job]
+        while node is not None:
             node.served += work
+            node = node.parent
 
     def next(self) -> Generator[Job, None, None]:
         """The waiting texts whose turn it is, one of each request, as if each before were taken. Nothing is changed;

@@ -19,30 +19,45 @@ PROMPT_COST = 1 / 16
 
 
 class Inbox:
-    """The pieces of one request's texts; all that arrived since the last `take` is returned together."""
+    """The pieces of one request's texts; all that arrived since the last `take` is returned together.
 
-    def __init__(self) -> None:
+    Args:
+        least: pieces that `take` waits for, unless a text ends or an error comes before: a reader that can do nothing
+            with a part of a text is not woken for each.
+    """
+
+    def __init__(self, least: int = 1) -> None:
+        self._least = least
         self._pieces: list[tuple[int, Piece]] = []
         self._error: ApiError | None = None
-        self._changed = asyncio.Event()
+        self._due = False
+        self._reader: asyncio.Future[None] | None = None
 
     def put(self, index: int, piece: Piece) -> None:
         self._pieces.append((index, piece))
-        self._changed.set()
+        if piece.finish_reason or len(self._pieces) >= self._least:
+            self._wake()
 
     def fail(self, error: ApiError) -> None:
         self._error = error
-        self._changed.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        self._due = True
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     async def take(self) -> list[tuple[int, Piece]]:
-        """(index of the text, its piece), at least one; after the last of them the error is raised."""
-        await self._changed.wait()
+        """(index of the text, its piece), at least one; after the last of them the error is raised. One reader calls
+        it."""
+        if not self._due:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         pieces, self._pieces = self._pieces, []
         if not pieces:
             assert self._error is not None
             raise self._error
-        if self._error is None:
-            self._changed.clear()
+        self._due = self._error is not None
         return pieces
 
 
@@ -83,6 +98,13 @@ class Replica:
         del self.jobs[job.id]
         self.shares.remove(job.share)
         self.work = self.work - job.remaining if self.jobs else 0.0
+
+    def wrote(self, job: Job, tokens: int) -> float:
+        """Count new tokens of one of its texts. Returns the work that they were, with the first that of the prompt."""
+        work = tokens + (0.0 if job.tokens else job.prompt_tokens * PROMPT_COST)  # so much less is `Job.remaining`
+        job.tokens += tokens
+        self.work -= work
+        return work
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from http import HTTPStatus
 from typing import Any
 
@@ -127,11 +127,11 @@ class Connection(HttpToolsProtocol):
         cycle = self.cycle
         sends = cycle.send
 
-        async def send(message: Any) -> None:
+        def send(message: Any) -> Coroutine[Any, Any, None]:
             if cycle.more_body and message["type"] == "http.response.start":
                 # The rest of the body is not received.
                 message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
-            await sends(message)
+            return sends(message)
 
         cycle.send = send  # type: ignore[method-assign]
 

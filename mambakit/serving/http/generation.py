@@ -23,7 +23,7 @@ from mambakit.serving.http.quotas import Grant
 from mambakit.serving.http.request_log import note
 from mambakit.serving.http.routing import Endpoint
 from mambakit.serving.http.services import Services
-from mambakit.serving.http.texts import EventStream, Texts, while_connected
+from mambakit.serving.http.texts import PIECES_OF_WHOLE, EventStream, Texts, while_connected
 
 _P = TypeVar("_P", bound=Prepared)
 # With --log-prompts: so many tokens of so many of a request's prompts.
@@ -118,7 +118,7 @@ async def finish(
 
     try:
         # Nothing is sent before the first token: a replica that dies until then is an HTTP error.
-        found = await while_connected(request, respond(ended))
+        found = await while_connected(request.receive, respond(ended))
     except BaseException:
         ended()
         raise
@@ -134,7 +134,8 @@ def _expire(services: Services, texts: Any) -> None:
 
 
 def _texts(services: Services, prepared: Prepared, answer: Answer, share: tuple[Any, ...], keeping: Keeping) -> Texts:
-    asked, inbox = prepared.asked, Inbox()
+    asked = prepared.asked
+    inbox = Inbox() if asked.stream else Inbox(PIECES_OF_WHOLE)
     lengths = [len(ids) // 8 for ids in prepared.prompts]
     jobs: list[Job] = []
     deadline = services.deadline(asked.deadline)

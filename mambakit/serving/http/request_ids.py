@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Awaitable
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
@@ -37,10 +38,10 @@ class RequestIds:
         known = len(given) == 1 and _ID.fullmatch(given[0]) is not None
         scope["request_id"] = id = given[0].decode() if known else f"req_{uuid.uuid4().hex}"
 
-        async def send_with_id(message: Message) -> None:
+        def send_with_id(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[HEADER] = id
-            await send(message)
+            return send(message)
 
         if given and not known:
             error = ApiError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Awaitable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,11 +16,19 @@ _log = logging.getLogger("mambakit.requests")
 # What machines ask for every few seconds is logged at the level "debug".
 PROBES = frozenset({"/livez", "/readyz", "/live", "/ready", "/health", "/metrics"})
 _NOTES = "request_notes"
+_SEND = "send_part"
 
 
 def note(scope: Scope, **values: Any) -> None:
     """Fields for the request's line in the log."""
     scope.setdefault(_NOTES, {}).update(values)
+
+
+def sender_of_parts(scope: Scope) -> Send:
+    """The server's own ``send``, for the parts of a body that comes for a long time: all applications on the way look
+    at the beginning of a response alone, and would pass on each part."""
+    found: Send = scope[_SEND]
+    return found
 
 
 class RequestLog:
@@ -33,13 +42,14 @@ class RequestLog:
             await self._app(scope, receive, send)
             return
         notes = scope[_NOTES] = {}
+        scope[_SEND] = send
         began, status = time.monotonic(), 0
 
-        async def watched(message: Message) -> None:
+        def watched(message: Message) -> Awaitable[None]:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            await send(message)
+            return send(message)
 
         try:
             await self._app(scope, receive, watched)

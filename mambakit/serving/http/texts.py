@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -16,12 +15,15 @@ from mambakit.serving.api.asked import Asked
 from mambakit.serving.dispatch.jobs import Inbox, Job
 from mambakit.serving.errors import ApiError
 from mambakit.serving.http.kept import Keeping
+from mambakit.serving.http.request_log import sender_of_parts
 from mambakit.serving.messages import Kept, Piece, Scored
 
 _T = TypeVar("_T")
 # Log-probabilities, alternatives included, that become JSON on the event loop at a time: some 10 ms, in which no other
 # client is served. A whole answer of more is written by a thread; in a stream others take turns between so many.
 MANY = 1024
+# Pieces of a whole answer that are read at a time: they need nobody before its end, and are not to pile up.
+PIECES_OF_WHOLE = 64
 
 
 @dataclass
@@ -64,16 +66,13 @@ class Texts:
     offsets: Callable[[Sequence[int]], list[int]]
     keeping: Keeping
 
-    def _count(self, index: int, piece: Piece) -> None:
-        self.usage.count(index, piece.tokens, piece.cached_tokens if piece.finish_reason else None)
-
     async def whole(self) -> Response:
         """The response when all texts have ended."""
         texts = [_Written() for _ in self.jobs]
         while not all(text.finish_reason for text in texts):
             for index, piece in await self.inbox.take():
                 texts[index].add(piece)
-                self._count(index, piece)
+                self.usage.count(index, piece.tokens, piece.cached_tokens if piece.finish_reason else None)
         chosen = self._chosen(texts)
         states = [await self.keeping.acknowledge(text.kept) for text in chosen]
         if sum(_numbers(text.log_probs) + _numbers(text.prompt) for text in chosen) > MANY:
@@ -123,24 +122,27 @@ class Texts:
                         await asyncio.sleep(0)
                     gained: dict[int, Choice] = {}
                     for index, piece in some:
-                        self._count(index, piece)
+                        self.usage.count(index, piece.tokens, piece.cached_tokens if piece.finish_reason else None)
                         if piece.prompt_log_probs:
                             yield await asyncio.to_thread(self._begin, index, piece.prompt_log_probs)
-                        one = gained.setdefault(index, Choice(index, log_probs=[]))
+                        if (one := gained.get(index)) is None:
+                            one = gained[index] = Choice(index)
                         one.text, one.finish_reason = one.text + piece.text, piece.finish_reason
-                        one.state = await self.keeping.acknowledge(piece.kept)
-                        one.log_probs = [*one.log_probs, *piece.log_probs] if self.asked.shows_log_probs else ()
+                        if piece.kept is not None:
+                            one.state = await self.keeping.acknowledge(piece.kept)
+                        if piece.log_probs and self.asked.shows_log_probs:
+                            one.log_probs = [*one.log_probs, *piece.log_probs]
                     left -= sum(bool(one.finish_reason) for one in gained.values())
-                    yield b"".join(map(answer.gain, gained.values()))
+                    events = b"".join(map(answer.gain, gained.values()))
+                    if left:
+                        yield events
                 if not left:
                     break
                 pieces = await self.inbox.take()
         except ApiError as error:
             yield event(error.body)
             return
-        if self.asked.include_usage:
-            yield answer.usage_event(self.usage)
-        yield DONE
+        yield events + (answer.usage_event(self.usage) if self.asked.include_usage else b"") + DONE
 
     def _begin(self, index: int, prompt: Sequence[Scored]) -> bytes:
         return self.answer.begin(Choice(index, prompt=prompt, offsets=self._offsets(prompt)))
@@ -151,18 +153,18 @@ def _numbers(scored: Sequence[Scored]) -> int:
     return len(scored) * (1 + len(scored[-1].top)) if scored else 0
 
 
-def _turns(pieces: Sequence[tuple[int, Piece]]) -> Iterator[list[tuple[int, Piece]]]:
+def _turns(pieces: list[tuple[int, Piece]]) -> list[list[tuple[int, Piece]]]:
     """The pieces, in turns of about `MANY` log-probabilities: they pile up behind a client that reads slowly."""
-    some: list[tuple[int, Piece]] = []
-    numbers = 0
+    turns: list[list[tuple[int, Piece]]] = []
+    numbers = MANY
     for index, piece in pieces:
-        some.append((index, piece))
-        numbers += _numbers(piece.log_probs)
         if numbers >= MANY:
-            yield some
-            some, numbers = [], 0
-    if some:
-        yield some
+            turns.append([])
+            numbers = 0
+        turns[-1].append((index, piece))
+        if piece.log_probs:
+            numbers += _numbers(piece.log_probs)
+    return turns
 
 
 class _ChoicesResponse(JSONResponse):
@@ -184,20 +186,30 @@ class EventStream(StreamingResponse):
     def __init__(self, events: AsyncIterator[bytes], ended: Callable[[], None]):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must not buffer them
         super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._ended = ended
+        self._events, self._ended = events, ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await while_connected(receive, self._send(send, sender_of_parts(scope)))
         finally:
             self._ended()
 
+    async def _send(self, send: Send, send_part: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        more = True
+        async for events in self._events:
+            more = not events.endswith(DONE)  # the end of the body goes out with the last event
+            if events:
+                await send_part({"type": "http.response.body", "body": events, "more_body": more})
+        if more:
+            await send_part({"type": "http.response.body", "body": b"", "more_body": False})
 
-async def while_connected(request: Request, answer: Awaitable[_T]) -> _T | None:
+
+async def while_connected(receive: Receive, answer: Awaitable[_T]) -> _T | None:
     """The answer, or None where the client disconnects first."""
 
     async def disconnect() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
     task, watch = asyncio.ensure_future(answer), asyncio.ensure_future(disconnect())

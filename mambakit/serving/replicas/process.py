@@ -11,6 +11,8 @@ import multiprocessing
 import queue
 import threading
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 from mambakit.serving.messages import Heartbeat, WorkerOptions
@@ -22,7 +24,11 @@ _EXIT_SECONDS = 5.0  # for a process to exit after its pipe has closed
 
 
 class ReplicaProcess:
-    """`Transport` to a started process, over a pipe."""
+    """`Transport` to a started process, over a pipe.
+
+    Args:
+        main: the process's main function, given ``options`` and its end of the pipe.
+    """
 
     def __init__(
         self,
@@ -31,13 +37,14 @@ class ReplicaProcess:
         loop: asyncio.AbstractEventLoop,
         received: Received,
         lost: Lost,
+        main: Callable[[WorkerOptions, Connection], None] = worker.main,
     ):
         self.monitor = HeartbeatMonitor(options)
         self.reason = ""
         self._loop, self._received, self._lost = loop, received, lost
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        self._process = context.Process(target=worker.main, args=(options, theirs), daemon=True)
+        self._process = context.Process(target=main, args=(options, theirs), daemon=True)
         self._process.start()
         theirs.close()
         for target, *arguments in ((self._receive, ours, outgoing), (_send, outgoing, ours)):

@@ -1,4 +1,4 @@
-"""Answers of many log-probabilities: other clients are served while they are written."""
+"""Answers of many log-probabilities: other clients are served while they are written. How streams are sent."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from mambakit.generation.token_texts import TokenTexts
 from mambakit.serving.api.answers import CompletionAnswer, Usage
 from mambakit.serving.api.completions import parse
 from mambakit.serving.dispatch.jobs import Inbox, Job
+from mambakit.serving.errors import ApiError
+from mambakit.serving.http.request_log import RequestLog
 from mambakit.serving.http.texts import MANY, Texts, _ChoicesResponse, _turns
 from mambakit.serving.messages import Piece, Scored
 from tests.serving.api_server import LIMITS, byte_tokenizer
@@ -83,3 +85,65 @@ def test_a_whole_answer_is_the_same_json():
     body = {"id": "é", "choices": [{"index": 0, "text": "日本"}, {"index": 1, "logprobs": None}], "usage": {"a": 1.5}}
     assert _ChoicesResponse(body).body == JSONResponse(body).body
     assert json.loads(_ChoicesResponse({"choices": []}).body) == {"choices": []}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_stream_sends_its_parts_past_the_applications_on_the_way_and_its_end_with_the_last(fails):
+    async def run() -> tuple[list[Any], list[Any], list[str]]:
+        one, sent, passed, ended = texts(stream=True, n=1), [], [], []
+        if fails:
+            one.inbox = Inbox()
+            one.inbox.put(0, Piece(0, "x", 1))
+            one.inbox.fail(ApiError(503, "gone"))
+        response = await one.stream(lambda: ended.append("ended"))
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            async def watched(message: Any) -> None:
+                passed.append(message["type"])
+                await send(message)
+
+            await response(scope, receive, watched)
+
+        await RequestLog(app)({"type": "http", "path": "/", "method": "POST"}, receive, send)
+        return sent, passed, ended
+
+    sent, passed, ended = asyncio.run(run())
+    assert (passed, ended) == (["http.response.start"], ["ended"])
+    assert [message["type"] for message in sent] == ["http.response.start"] + ["http.response.body"] * (len(sent) - 1)
+    assert [message["more_body"] for message in sent[1:]] == [True] * (len(sent) - 2) + [False]
+    events = b"".join(message["body"] for message in sent[1:]).split(b"\n\n")
+    if fails:
+        assert b'"text":"x"' in events[0]
+        assert b'"message":"gone"' in events[1]
+        assert events[2:] == [b""]
+    else:
+        assert events[-2:] == [b"data: [DONE]", b""]
+        assert sent[-1]["body"].endswith(b"data: [DONE]\n\n")
+        assert b'"finish_reason":"length"' in sent[-1]["body"]
+
+
+def test_a_client_that_disconnects_ends_its_stream():
+    async def run() -> list[str]:
+        one, ended = texts(stream=True, n=1), []
+        one.inbox = Inbox()
+        one.inbox.put(0, Piece(0, "x", 1))
+        response, gone = await one.stream(lambda: ended.append("ended")), asyncio.Event()
+
+        async def send(message: Any) -> None:
+            if message.get("body"):
+                gone.set()
+
+        async def receive() -> Any:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        await asyncio.wait_for(RequestLog(response)({"type": "http", "path": "/", "method": "POST"}, receive, send), 10)
+        return ended
+
+    assert asyncio.run(run()) == ["ended"]
