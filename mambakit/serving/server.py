@@ -10,6 +10,7 @@ import logging
 import signal
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,9 @@ _log = logging.getLogger("mambakit.serving")
 # When the time to drain is over each text ends with an error, which clients have this many seconds to read.
 _LAST_RESPONSES = 1.0
 _SWEEP = 0.25  # seconds between looks at the connections' deadlines
+# A request is read by one thread and sent to a replica by another, and each waits so long for the interpreter where the
+# event loop is busy; Python's own 5 ms are as long as a step of a model.
+_SWITCH_SECONDS = 0.001
 _COLLECTED = 20_000  # new objects, and the garbage collector looks at them
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
@@ -162,6 +166,7 @@ def serve(options: ServerOptions) -> None:
     supervisor = Supervisor(options.worker, dispatcher, failed)
     intake = make_intake(options)
     freeze_when_loaded(intake)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     options = replace(
         options,
         limits=replace(
