@@ -350,7 +350,8 @@ def sweep_rows(shape: str, format: str, several: list[PackedWeight], rows: int) 
     times |= {plan: time_one(plan) for plan in others}
     ordered = sorted(times.items(), key=lambda item: item[1])
     ours = milliseconds([partial(linear, x, w) for w in several])
-    chosen = plans.product_of(format, BF16, 64, rows, shared_memory(), hopper)
+    widened = several[0].out_features * several[0].in_features * 2
+    chosen = plans.product_of(format, BF16, 64, rows, shared_memory(), hopper, widened)
     print(f"{shape} {format} {rows} rows: chosen {chosen} {ours:.4f} ms", flush=True)
     for plan, ms in ordered[:3]:
         print(f"    {ms:.4f} ms  {several[0].nbytes / ms / 1e6:5.0f} GB/s  {plan}", flush=True)

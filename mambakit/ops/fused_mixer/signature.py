@@ -107,7 +107,8 @@ class Signature(NamedTuple):
 
         stored: Any = self.weights.each[LayerWeights._fields.index(name)]
         row_bytes = stored[1][1] * stored[0].itemsize
-        return tile_of_call(self.device, self.dtype, self.rows(), *self.packed_kinds()[name], row_bytes)
+        packed, out_features = self.packed_kinds()[name], stored[1][0]
+        return tile_of_call(self.device, self.dtype, self.rows(), out_features, *packed, row_bytes)
 
     def in_float8(self, name: str) -> bool:
         """Whether the product of a packed weight takes rows in float8."""

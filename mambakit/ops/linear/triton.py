@@ -61,13 +61,15 @@ def linear(x, data, scales, starts, columns, values, bias, format, in_features, 
 
 
 def tile_of_call(
-    device: torch.device, dtype: torch.dtype, rows: int, format: str, in_features: int, group: int, row_bytes: int
-) -> Product | None:
+    device: torch.device, dtype: torch.dtype, rows: int, out_features: int, format: str, in_features: int, group: int,
+    row_bytes: int,
+) -> Product | None:  # fmt: skip
     """The tile of a product that widens in registers, of data that begins at a multiple of 16 bytes; None: another way
     serves."""
     _, shared, capability = card_at(device)
     hopper = ASM and triton_plan.takes_hopper(capability, dtype, format, row_bytes, in_features)
-    return triton_plan.product_of(format, dtype, group, rows, shared - KEPT, hopper)
+    widened = out_features * in_features * dtype.itemsize
+    return triton_plan.product_of(format, dtype, group, rows, shared - KEPT, hopper, widened)
 
 
 def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -75,7 +77,8 @@ def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     rows, n = x.shape[0], weight.out_features
     if weight.format in BITS:
         hopper, shared = takes_hopper(x, weight), card_of(x)[1] - KEPT
-        plan = triton_plan.product_of(weight.format, x.dtype, weight.group, rows, shared, hopper)
+        widened_bytes = n * weight.in_features * x.dtype.itemsize
+        plan = triton_plan.product_of(weight.format, x.dtype, weight.group, rows, shared, hopper, widened_bytes)
         if plan is not None:
             return in_registers(x, weight, bias, plan)
         if weight.format == "fp8" and triton_plan.takes_float8(x.dtype, rows, n, weight.in_features):

@@ -248,6 +248,10 @@ def test_the_table():
                 assert columns % plan.BK == 0
                 assert (splits - 1) * columns < 8192 <= splits * columns
         assert plans.product_of(format, BF16, 64, plans.MOST_IN_REGISTERS[format] + 1, 227 << 10) is None
+        for rows, widened, hopper in ((257, 40 << 20, False), (256, 1, True), (257, 41 << 20, True), (257, 0, True)):
+            there = plans.product_of(format, BF16, 64, rows, 227 << 10, hopper, widened) is not None
+            assert there == (format != "fp8"), (rows, widened)
+        assert plans.product_of(format, BF16, 64, 257, 227 << 10, True, 40 << 20) is None
     assert Product(64, 16, 256, 4, 4).fitting("int8", 64, 2, 1 << 20).BK == 256
     assert Product(64, 16, 64, 4, 4).fitting("int8", 32, 2, 1 << 20).BK == 64
     assert Product(64, 16, 32, 4, 4).fitting("int4", 64, 2, 1 << 20).BK == 64
