@@ -84,7 +84,7 @@ def engine(records: Records) -> Content:
 
 
 def first_token(records: Records) -> Content:
-    found = records.rows("2026-11-29-h200-first-token", "first_token")
+    found = records.rows("2026-11-30-h200-first-token", "first_token")
     sizes = list(dict.fromkeys((row["shape"], row["tokens"]) for row in found))
     lines = [
         [who, *(f"{select(found, shape=shape, tokens=n, who=who)[0]['ms']:.1f}" for shape, n in sizes)]
@@ -145,8 +145,8 @@ def packed_prompts(records: Records) -> Content:
 
 def serving_sampled(records: Records) -> Content:
     runs = (
-        ("130m, 128 slots", "2026-11-29-h200-serving"), ("1.4b, 64 slots", "2026-11-30-h200-serving"),
-        ("1.4b, 64 slots, 128 requests at a time", "2026-11-30-h200x2-serving"),
+        ("130m, 128 slots", "2026-11-29-h200-serving"), ("1.4b, 64 slots, 128 requests at a time", "2026-11-30-h200-serving"),
+        ("1.4b, 64 slots, 256 requests at a time", "2026-11-30-h200x2-serving"),
     )  # fmt: skip
     lines = [
         [
