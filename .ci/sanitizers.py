@@ -196,7 +196,10 @@ def write_record(path: Path | None, results: list[dict]) -> None:
         for r in results
         for kernel in every_kernel()
     ]
-    record.write(path, {"sanitizers": rows, "reported": [r["reported"] for r in results]}, gpus=1)
+    reported = [  # the output is printed
+        {"tool": r["tool"], "cases": one["cases"], "count": one["count"]} for r in results for one in r["reported"]
+    ]
+    record.write(path, {"sanitizers": rows, "reported": reported}, gpus=1)
 
 
 def main() -> int:
