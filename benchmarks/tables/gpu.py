@@ -145,7 +145,8 @@ def packed_prompts(records: Records) -> Content:
 
 def serving_sampled(records: Records) -> Content:
     runs = (
-        ("130m, 128 slots", "2026-11-29-h200-serving"), ("1.4b, 64 slots, 128 requests at a time", "2026-11-30-h200-serving"),
+        ("130m, 128 slots", "2026-11-29-h200-serving"),
+        ("1.4b, 64 slots, 128 requests at a time", "2026-11-30-h200-serving"),
         ("1.4b, 64 slots, 256 requests at a time", "2026-11-30-h200x2-serving"),
     )  # fmt: skip
     lines = [
