@@ -23,7 +23,7 @@ from mambakit.serving.dispatch.dispatcher import Dispatcher
 from mambakit.serving.http.access import AccessRules, is_loopback
 from mambakit.serving.http.app import make_app
 from mambakit.serving.http.connection import Connection, check_all
-from mambakit.serving.http.connection_limits import BACKLOG, ConnectionLimits, connections_that_fit
+from mambakit.serving.http.connection_limits import BACKLOGS, ConnectionLimits, connections_that_fit
 from mambakit.serving.http.keys import Keys
 from mambakit.serving.http.services import Services
 from mambakit.serving.http.tls import TlsOptions, load_certificate, make_context
@@ -154,7 +154,7 @@ def serve(options: ServerOptions) -> None:
     Raises:
         ValueError: the address cannot be used, or a replica could not start.
     """
-    room = connections_that_fit(options.max_connections, len(options.devices))
+    room, backlog = connections_that_fit(options.max_connections, len(options.devices))
     listener = _bind(options.host, options.port)
     failures: list[str] = []
 
@@ -175,7 +175,7 @@ def serve(options: ServerOptions) -> None:
             upload_bytes=options.states.upload_bytes if options.worker.states_folder else 0,
         ),
     )
-    server = make_server(options, listener, dispatcher, supervisor, intake, failed)
+    server = make_server(options, listener, dispatcher, supervisor, intake, failed, backlog)
     # uvicorn raises the signal again when it has stopped; by then all is done, and the exit status is to be 0.
     before = {number: signal.signal(number, _nothing) for number in _SIGNALS}
     try:
@@ -228,8 +228,10 @@ def make_server(
     supervisor: Supervisor,
     intake: Intake,
     failed: Callable[[str], None],
+    backlog: int = BACKLOGS[0],
 ) -> uvicorn.Server:
-    """The application on a socket, with its access rules and the limits of its connections."""
+    """The application on a socket, with its access rules and the limits of its connections, of which ``backlog`` may
+    wait to be accepted."""
     host, port = listener.getsockname()[:2]
     access = replace(options.access, loopback=is_loopback(host))
     if not access.loopback and not access.keys:
@@ -242,7 +244,7 @@ def make_server(
     config = uvicorn.Config(
         make_app(services, supervisor, failed, options.worker.model if options.playground else None),
         http=functools.partial(Connection, limits=options.limits),  # type: ignore[arg-type]
-        ws="none", log_config=None, access_log=False, lifespan="on", proxy_headers=False, backlog=BACKLOG,
+        ws="none", log_config=None, access_log=False, lifespan="on", proxy_headers=False, backlog=backlog,
         timeout_keep_alive=options.limits.idle_seconds,  # type: ignore[arg-type]
         timeout_graceful_shutdown=int(options.drain_seconds) + 5,
     )  # fmt: skip

@@ -308,15 +308,18 @@ def test_room_for_connections(monkeypatch):
     limits = [(1024, 4096)]
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both))
-    assert connections_that_fit(None, 2) == 1000
+    assert connections_that_fit(None, 2) == (1000, 1024)
     assert limits[-1] == (4096, 4096), "it is raised"
-    assert connections_that_fit(3000, 2) == 3000
+    assert connections_that_fit(2900, 2) == (2900, 1024)
+    assert connections_that_fit(3000, 2) == (3000, 128), "connections first"
     with pytest.raises(ValueError, match=r"--max-connections 4000 and 2 replicas need 4\d\d\d open files.*have 4096"):
         connections_that_fit(4000, 2)
     limits.append((256, 1024))
-    assert 500 < connections_that_fit(None, 2) < 1000
+    room, backlog = connections_that_fit(None, 2)
+    assert 500 < room < 1000
+    assert backlog == 128
     limits.append((2048, resource.RLIM_INFINITY))
-    assert connections_that_fit(None, 2) == 1000
+    assert connections_that_fit(None, 2) == (1000, 1024)
     assert limits[-1] == (1 << 20, resource.RLIM_INFINITY)
     limits.append((64, 64))
     with pytest.raises(ValueError, match="open files"):

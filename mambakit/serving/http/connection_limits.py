@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-BACKLOG = 128
+# Connections that may wait to be accepted. Of a burst of more a client is not answered, and tries again a second later.
+BACKLOGS = (1024, 128)
 UPLOADS = (b"/v1/states/import",)  # paths whose bodies are files
 
 
@@ -40,14 +41,18 @@ class ConnectionLimits:
     rate: int = 16 << 10
 
 
-def connections_that_fit(asked: int | None, replicas: int) -> int:
-    """Raise the limit of open files as far as possible, and return the number of connections that it allows.
+def connections_that_fit(asked: int | None, replicas: int) -> tuple[int, int]:
+    """Raise the limit of open files as far as possible.
+
+    Returns:
+        The number of connections that it allows, and how many may wait to be accepted: the largest of `BACKLOGS` that
+        leaves room for those that are ``asked`` for, or the default.
 
     Raises:
         ValueError: fewer than ``asked`` fit.
     """
     if sys.platform == "win32":  # has no such limit
-        return asked or ConnectionLimits.connections
+        return asked or ConnectionLimits.connections, BACKLOGS[0]
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -62,11 +67,14 @@ def connections_that_fit(asked: int | None, replicas: int) -> int:
         break
     # The backlog is accepted before connections are refused; a replica has a pipe and a sentinel, and opens files to
     # load.
-    others = BACKLOG + 64 + 8 * replicas
-    room = limit - others
+    for backlog in BACKLOGS:
+        others = backlog + 64 + 8 * replicas
+        room = limit - others
+        if room >= (asked or ConnectionLimits.connections):
+            break
     if room < (asked or 1):
         raise ValueError(
             f"--max-connections {asked or 1} and {replicas} replicas need {(asked or 1) + others} open files, and this "
             f"process may have {limit} (ulimit -n); raise that, or lower --max-connections"
         )
-    return asked or min(ConnectionLimits.connections, room)
+    return asked or min(ConnectionLimits.connections, room), backlog
