@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
+import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -305,3 +308,28 @@ def test_a_connection_that_ends_with_an_error_of_the_server_says_so(usual, monke
     assert status == 500
     assert b"\r\nconnection: close\r\n" in received.lower()
     assert b"the server failed on this request (KeyError)" in received
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a connection's state as Linux gives it")
+def test_a_burst_of_connections_while_the_server_is_busy():
+    """Each is established at once: a handshake that is dropped is repeated after a second."""
+    established, busy, released = 1, threading.Event(), threading.Event()
+    with api_server() as one, contextlib.ExitStack() as opened:
+
+        def submit(jobs: list) -> None:
+            busy.set()
+            released.wait(20)
+
+        one.replicas.submit = submit  # type: ignore[method-assign]
+        first = opened.enter_context(one.connect())
+        first.sendall(one.post())
+        assert busy.wait(10)
+        try:
+            clients = [opened.enter_context(socket.socket()) for _ in range(400)]
+            for client in clients:
+                client.setblocking(False)
+                client.connect_ex(one.address)
+            states = [client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] for client in clients]
+        finally:
+            released.set()
+        assert states.count(established) == 400
