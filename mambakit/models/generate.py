@@ -21,6 +21,7 @@ from mambakit.decoding.scaling import widened
 from mambakit.decoding.transformers_steps import TransformersSteps
 from mambakit.models.generate_prompt import (
     cached_columns,
+    mask_of_padding,
     padded_left,
     prefill_in_chunks,
     require_left_padding,
@@ -64,7 +65,8 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
 
         Args:
             inputs: (b, l) prompt ids, padded on either side as ``attention_mask`` says; each row continues after its
-                last real token.
+                last real token. Without a mask, tokens that are ``pad_token_id`` are padding where that ends no text,
+                as in transformers; a row of nothing but them is text.
             cache_params: a `MambaCache` to continue from (``cache`` and ``past_key_values`` are other names).
                 ``inputs`` are then the tokens after it; or everything from the first token on, where the cache came
                 from `generate` and the attention mask is no longer than ``inputs``. It is brought up to date in place,
@@ -122,6 +124,12 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         given = input_ids
         cached = 0 if cache is None else cached_columns(cache, input_ids, mask)
         new = input_ids.shape[1] - cached
+        if mask is None:
+            own = self.generation_config
+            padding, ends = (
+                setting(kwargs, settings, name, getattr(own, name)) for name in ("pad_token_id", "eos_token_id")
+            )
+            mask = mask_of_padding(input_ids, new, padding, ends)
         if mask is not None:
             input_ids, mask = padded_left(input_ids, mask.to(input_ids.device), new)
 
@@ -184,7 +192,7 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         cache: StateCache | None = kwargs.get(CACHE_ARGUMENT)
         if steps is not None and steps.chunk_size and cache is not None:
             prompt = input_ids[:, steps.cached_columns :]
-            mask = kwargs.get("attention_mask")  # transformers makes one of padding tokens where none was given
+            mask = kwargs.get("attention_mask")
             mask = None if mask is None else mask[:, -prompt.shape[1] :]
             if mask is not None and reads_in_buckets(self, len(prompt)) and bool(mask.all()):
                 mask = None
@@ -216,6 +224,11 @@ class GenerativeMambaModel(MambaPreTrainedModel, GenerationMixin):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
         cache = one_cache(**{name: model_kwargs.pop(name, None) for name in CACHE_NAMES})
         return model_kwargs if cache is None else {**model_kwargs, CACHE_ARGUMENT: cache}
+
+    def _prepare_attention_mask_for_generation(self, *args: Any, **kwargs: Any) -> Tensor:
+        """transformers' hook: the mask of a prompt that it made, whose start token may be the padding token, too."""
+        mask: Tensor = super()._prepare_attention_mask_for_generation(*args, **kwargs)
+        return torch.where(mask.any(1, keepdim=True), mask, 1)
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """transformers' hook: nothing to prepare, the first forward makes a `MambaCache` of the right size."""

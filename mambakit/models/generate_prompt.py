@@ -48,9 +48,42 @@ def cached_columns(cache: StateCache, input_ids: Tensor, mask: Tensor | None) ->
     )
 
 
+def mask_of_padding(input_ids: Tensor, new: int, padding: int | None, ends: Any) -> Tensor | None:
+    """The mask that transformers makes of (b, l) ids where none is given: padding tokens are padding unless they end
+    texts. A row of nothing but padding tokens is text, such as a start token that is the padding token, too.
+
+    Args:
+        new: the last columns, of which the mask is made; the others are ones.
+        padding: the padding token.
+        ends: the end-of-text token, several in a list or tensor, or None.
+
+    Returns:
+        (b, l) int64, or None where there is no padding.
+    """
+    if padding is None or (ends is not None and bool((torch.as_tensor(ends, device="cpu") == padding).any())):
+        return None
+    kept = input_ids[:, -new:] != padding
+    kept |= ~kept.any(1, keepdim=True)
+    if bool(kept.all()):
+        return None
+    mask = torch.ones_like(input_ids, dtype=torch.int64)
+    mask[:, -new:] = kept
+    return mask
+
+
 def padded_left(input_ids: Tensor, mask: Tensor, new: int) -> tuple[Tensor, Tensor]:
-    """The ids and the mask with the padding of the last ``new`` columns moved to the left of the tokens there."""
-    order = mask[:, -new:].to(torch.bool).to(torch.int8).argsort(dim=1, stable=True)
+    """The ids and the mask with the padding of the last ``new`` columns moved to the left of the tokens there.
+
+    Raises:
+        ValueError: a row without a token.
+    """
+    kept = mask[:, -new:].to(torch.bool)
+    if len(empty := (~kept.any(1)).nonzero()):
+        raise ValueError(
+            f"attention_mask leaves row {int(empty[0])} without a token to continue from; drop the row, or give it a "
+            "start token"
+        )
+    order = kept.to(torch.int8).argsort(dim=1, stable=True)
     cached = input_ids.shape[1] - new
     input_ids = torch.cat([input_ids[:, :cached], input_ids[:, cached:].gather(1, order)], 1)
     return input_ids, torch.cat([mask[:, :-new], mask[:, -new:].gather(1, order)], 1)

@@ -45,7 +45,7 @@ def quantize(model: Any, format: str, group: int | None = None) -> Any:
     check_group(format, group)
     require_float8(format, model.device)
     group = GROUP if group is None else group
-    if is_quantized(model.config):
+    if packed_format(model) is not None:
         dequantize(model)
     targets = targets_of(model)
     for parent, name in targets:
@@ -102,7 +102,7 @@ def dequantize(model: Any, dtype: torch.dtype | str | None = None) -> Any:
     Raises:
         ValueError: the model is not quantised.
     """
-    if not is_quantized(model.config):
+    if packed_format(model) is None:
         raise ValueError("the model is not quantised: its weights are plain already, there is nothing to dequantise")
     embeddings = model.get_input_embeddings()
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or embeddings.weight.dtype
@@ -115,15 +115,36 @@ def dequantize(model: Any, dtype: torch.dtype | str | None = None) -> Any:
     elif has_head(model) and model.config.tie_word_embeddings:
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}  # transformers read it from the configuration when the model was made
-    del model.config.quantization_config
+    if is_quantized(model.config):
+        del model.config.quantization_config
     return model.to(dtype).train(model.training)  # the new layers too
 
 
 def require_plain(model: Any, what: str) -> None:
-    """ValueError where ``model`` is quantised and ``what`` needs plain weights."""
-    if is_quantized(model.config):
-        format = model.config.quantization_config["format"]
+    """ValueError where ``model`` is quantised, or a layer of it, and ``what`` needs plain weights."""
+    if (format := packed_format(model)) is not None:
         raise ValueError(f"{what}: the model's weights are packed ({format}); call model.dequantize() first")
+
+
+def require_described(model: Any) -> None:
+    """ValueError where a layer is packed otherwise than the configuration says, from which a checkpoint is read."""
+    if packed_format(model) is None:
+        return
+    config = model.config
+    settings: Any = getattr(config, "quantization_config", None)
+    for name, parent, child in named_targets(model):
+        layer = getattr(parent, child)
+        found = layer.format if isinstance(layer, QuantizedLinear) else "plain"
+        said = format_of_layer(config, name) if is_quantized(config) else "plain"
+        if found == said and (found not in GROUPED or layer.group == settings["group"]):
+            continue
+        kinds = [f"{found}, groups of {layer.group}" if found in GROUPED else found, said]
+        if said in GROUPED:
+            kinds[1] += f", groups of {settings['group']}"
+        raise ValueError(
+            f"{name} is {kinds[0]}, and config.quantization_config says {kinds[1]}: a checkpoint would be read as "
+            "that; pack the whole model alike by model.quantize(), or call model.dequantize() first"
+        )
 
 
 def require_learning(model: Any) -> None:
@@ -205,6 +226,15 @@ def named_targets(model: Any) -> list[tuple[str, Any, str]]:
 
 def has_head(model: Any) -> bool:
     return isinstance(getattr(model, "lm_head", None), nn.Module)
+
+
+def packed_format(model: Any) -> str | None:
+    """The format of the model's packed weights, as its configuration has it; where that says nothing, of a layer that
+    was packed by hand. None: every weight is plain."""
+    if is_quantized(model.config):
+        format: str = model.config.quantization_config["format"]
+        return format
+    return next((m.format for m in model.modules() if isinstance(m, QuantizedLinear)), None)
 
 
 def is_quantized(config: Any) -> bool:

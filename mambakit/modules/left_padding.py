@@ -39,10 +39,10 @@ class LeftPadding:
     @functools.cached_property
     def order(self) -> Tensor:
         """(b, k - 1 + l, 1) int64: in a row of the convolution's window (k - 1) and all l columns, which of them stands
-        in each place once the window is moved behind the padding."""
+        in each place once the window is moved behind the padding. Without a window any column stands for padding."""
         window, pads = self.window, self.pads[:, None]
         columns = torch.arange(window + self.length, dtype=torch.int64, device=pads.device)[None]
-        moved = torch.where(columns >= window + pads, columns, (columns - pads).clamp(min=0, max=window - 1))
+        moved = torch.where(columns >= window + pads, columns, (columns - pads).clamp(min=0, max=max(window - 1, 0)))
         return moved[..., None]
 
     def move(self, x: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ def test_parts_add_up(length, longest):
 
 
 @pytest.mark.parametrize("kind", ["plain", "falcon"])
-@pytest.mark.parametrize("kernel", [2, 4])
+@pytest.mark.parametrize("kernel", [1, 2, 4])
 @torch.no_grad()
 def test_padding_on_the_left_changes_no_state(on, kind, kernel):
     """Any padding, behind any state: the tokens' own logits and states, whatever stands in the padding."""

@@ -125,6 +125,62 @@ def test_padding_tokens_without_a_mask_are_padding_however_the_prompt_is_read(bo
         assert torch.equal(ours.generate(ids, prefill_chunk_size=chunk, **options)[:, 5:], expected)
 
 
+WAYS = [{}, {"num_beams": 2}, {"use_cache": False}, {"output_logits": True}, {"prefill_chunk_size": 2}]
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_padding_tokens_on_the_right_without_a_mask(both, options):
+    """Each row continues after its last token, as behind a mask, however the prompt is read; the prompt is kept."""
+    ours, _ = both
+    ids = torch.tensor([[5, 9, 7, 7], [7, 5, 9, 7], [5, 7, 9, 11]])
+    common = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 7, "eos_token_id": None, **options}
+    written = ours.generate(ids, **common)
+    assert torch.equal(written[:, :4], ids)
+    assert torch.equal(written, ours.generate(ids, attention_mask=(ids != 7).long(), **common))
+    for row, given in zip(written, ids, strict=True):
+        assert torch.equal(row[4:], ours.generate(given[given != 7][None], **common)[0, -6:])
+
+
+def test_padding_tokens_after_a_state(both):
+    ours, _ = both
+    ids, common = torch.tensor([[5, 9, 13, 4], [3, 8, 7, 7]]), {"max_new_tokens": 6, "eos_token_id": None}
+    with torch.no_grad():
+        cache = ours(ids[:, :2], use_cache=True).cache_params
+    more = torch.tensor([[11, 7], [7, 7]])
+    expected = ours.generate(torch.cat([ids[:1, :2], more[:1, :1]], 1), **common)[0, 3:]
+    written = ours.generate(more, cache_params=cache, pad_token_id=7, **common)[:, 2:]
+    assert torch.equal(written[0], expected)
+    assert torch.equal(written[1], ours.generate(torch.cat([ids[1:, :2], more[1:]], 1), **common)[0, 4:])
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_a_row_of_padding_tokens_alone_is_text(both, options):
+    """A start token may be the padding token, too; transformers reads it as well."""
+    ours, theirs = both
+    start, common = torch.tensor([[7]]), {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = ours.generate(start, **common, **options)
+    assert torch.equal(ours.generate(start, pad_token_id=7, **common, **options), expected)
+    if "prefill_chunk_size" not in options:  # which is ours alone, and takes ids alone
+        assert torch.equal(ours.generate(bos_token_id=7, pad_token_id=7, **common, **options)[:, -6:], expected[:, 1:])
+        assert torch.equal(theirs.generate(start, pad_token_id=7, **common, **options), expected)
+    batch = ours.generate(torch.tensor([[7, 7], [5, 9]]), pad_token_id=7, **common, **options)
+    for row, given in zip(batch, ([7, 7], [5, 9]), strict=True):
+        assert torch.equal(row, ours.generate(torch.tensor([given]), **common, **options)[0])
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_a_mask_that_leaves_a_row_without_a_token(model, options):
+    ids, mask = tokens(2, 5), torch.ones(2, 5, dtype=torch.int64)
+    mask[1] = 0
+    with pytest.raises(ValueError, match="attention_mask leaves row 1 without a token"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=2, **options)
+    cache = model.backbone.new_cache(2)
+    model(tokens(2, 3), cache_params=cache)
+    after = torch.cat([torch.ones(2, 3, dtype=torch.int64), mask], 1)
+    with pytest.raises(ValueError, match="attention_mask leaves row 1 without a token"):
+        model.generate(ids, attention_mask=after, cache_params=cache, max_new_tokens=2)
+
+
 @pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"seed": [1, 2]}, {"output_scores": True}], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_prompt_is_read_by_prefill(model, monkeypatch, options, padded):

@@ -155,6 +155,57 @@ def test_what_is_refused(tmp_path):
     assert mambakit.MambaForCausalLM.from_pretrained(tmp_path, device_map={"": "meta"}).device.type == "meta"
 
 
+@torch.no_grad()
+def test_layers_packed_by_hand(tmp_path):
+    """In a plain model: what needs plain weights says so, and the model is quantised and dequantised whole."""
+    model, ids = pair("plain")[0], tokens(2, 9)
+    mixer = model.backbone.layers[1].mixer
+    mixer.in_proj = QuantizedLinear.from_linear(mixer.in_proj, "int4", 128)
+    before = model(ids).logits
+    with pytest.raises(ValueError, match="layers.1.mixer.in_proj is int4, groups of 128, and config.* says plain"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"weights are packed \(int4\); call model.dequantize\(\) first"):
+        model.resize_token_embeddings(70)
+    for save in (model.save_original, model.save_gguf):
+        with pytest.raises(mambakit.CheckpointError, match=r"the model's are packed; dequantize\(\) it first"):
+            save(tmp_path / "other")
+    again = copy.deepcopy(model).quantize("int8")
+    assert again.backbone.layers[1].mixer.in_proj.format == "int8"
+    again.save_pretrained(tmp_path / "int8")
+    loaded = mambakit.AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    assert torch.equal(loaded(ids).logits, again(ids).logits)
+    plain = model.dequantize()
+    assert worst(plain(ids).logits, before) < 1e-4
+    plain.save_pretrained(tmp_path / "plain")
+    assert torch.equal(mambakit.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(ids).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("replaced", ["plain", "int4", "group"])
+def test_layers_of_another_kind_than_the_configuration_says(replaced, tmp_path):
+    model = pair("plain")[0].quantize("int8", 64)
+    mixer = model.backbone.layers[0].mixer
+    plain = mixer.out_proj.dequantized(torch.float32)
+    kinds = {"int4": ("int4", 64), "group": ("int8", 128)}
+    mixer.out_proj = QuantizedLinear.from_linear(plain, *kinds[replaced]) if replaced in kinds else plain
+    with pytest.raises(
+        ValueError, match=r"layers.0.mixer.out_proj is .* says int8, groups of 64: .*model.quantize\(\)"
+    ):
+        model.save_pretrained(tmp_path)
+    model.quantize("int8").save_pretrained(tmp_path)
+
+
+def test_packed_numbers_of_another_dtype_are_refused(tmp_path):
+    """int4's words of a row of 32 are as many as int8's numbers: only their dtype tells them apart."""
+    model = pair("plain")[0].quantize("int8", 64)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    stored = load_file(file)
+    name = "backbone.layers.0.mixer.in_proj.data"
+    save_file(stored | {name: stored[name].to(torch.int16)}, file, {"format": "pt"})
+    with pytest.raises(mambakit.CheckpointError, match="of torch.int16 in the file and .* of torch.int8 in"):
+        mambakit.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", ["int8", "int4", "fp8", "lossless"])
 @pytest.mark.parametrize("name", ["plain", "odd_everything", "falcon"])

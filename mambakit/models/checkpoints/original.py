@@ -15,7 +15,7 @@ from mambakit.models.checkpoints.fields import check_original
 from mambakit.models.checkpoints.format import Loading, require_whole_expand
 from mambakit.models.checkpoints.plain import common_dtype, dtype_and_count, load_plain
 from mambakit.models.checkpoints.storage import StoredTensor
-from mambakit.models.quantization import is_quantized
+from mambakit.models.quantization import packed_format
 from mambakit.modules.placement import stored_value
 
 # Fields of ssm_cfg -> transformers' names.
@@ -97,7 +97,7 @@ class OriginalFormat:
         """
         if given := [*map(repr, args), *options]:
             raise TypeError(f"the original format has no options; drop {', '.join(given)}")
-        if is_quantized(model.config):
+        if packed_format(model) is not None:
             raise CheckpointError(
                 "the original format holds plain weights, the model's are packed; dequantize() it first"
             )

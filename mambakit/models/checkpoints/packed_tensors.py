@@ -112,19 +112,29 @@ def _pack_on_meta(model: Any, config: Any, stored: dict[str, Tensor]) -> None:
 
 
 def _check(model: Any, config: Any, stored: dict[str, Tensor], file: Path, only_head: bool) -> bool:
-    """CheckpointError unless names and shapes fit; whether a classifier's head is missing, which is drawn anew."""
+    """CheckpointError unless names, shapes and the dtypes of packed numbers fit; whether a classifier's head is
+    missing, which is drawn anew."""
     expected = model.state_dict()
     if only_head:
         expected = {key: tensor for key, tensor in expected.items() if not key.endswith(EMBEDDINGS)}
+    packed = {f"{prefix}.{part}" for prefix, m in model.named_modules() if isinstance(m, QuantizedLinear)
+              for part in m._buffers}  # fmt: skip
     new_score = "score.weight" not in stored and expected.pop("score.weight", None) is not None
     for key in sorted(expected.keys() | stored.keys()):
-        shapes = [tuple(where[key].shape) if key in where else None for where in (stored, expected)]
-        if shapes[0] != shapes[1]:
+        kinds = [_kind(where.get(key), key in packed) for where in (stored, expected)]
+        if kinds[0] != kinds[1]:
             raise CheckpointError(
-                f"{file}: tensor {key} has shape {shapes[0]} in the file and {shapes[1]} in a "
+                f"{file}: tensor {key} has shape {kinds[0]} in the file and {kinds[1]} in a "
                 f"{config.quantization_config['format']} {type(model).__name__}; quantise the original checkpoint again"
             )
     return new_score
+
+
+def _kind(tensor: Tensor | None, is_packed: bool) -> str:
+    """What must fit: a tensor's shape, and its dtype where that is a part of the format."""
+    if tensor is None:
+        return "None"
+    return f"{tuple(tensor.shape)} of {tensor.dtype}" if is_packed else f"{tuple(tensor.shape)}"
 
 
 def _device(device_map: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from mambakit.errors import CheckpointError
 from mambakit.models.adapters import adapted_layer, save_adapters
 from mambakit.models.checkpoints.table import format_named, format_of
+from mambakit.models.quantization import require_described
 from mambakit.writing import require_folder_place
 
 
@@ -21,6 +22,7 @@ def save_pretrained(model: Any, folder: str | os.PathLike, *args: Any, **options
 
     Raises:
         UsageError: the folder, or what it is in, is a file.
+        ValueError: a layer is packed otherwise than the configuration says.
     """
     require_folder_place(folder)
     folder = Path(folder)
@@ -33,6 +35,7 @@ def save_pretrained(model: Any, folder: str | os.PathLike, *args: Any, **options
         if main:
             save_adapters(model, folder, state_dict)
         return
+    require_described(model)
     format_of(folder, model.config.to_dict()).write(model, folder, *args, **options)
 
 

@@ -19,7 +19,7 @@ from mambakit.models.checkpoints.gguf.vocabulary import written
 from mambakit.models.checkpoints.packed_tensors import load_packed
 from mambakit.models.checkpoints.plain import common_dtype, load_tensors
 from mambakit.models.checkpoints.storage import StoredTensor
-from mambakit.models.quantization import is_quantized
+from mambakit.models.quantization import is_quantized, packed_format
 from mambakit.modules.placement import stored_value
 
 _BY_DTYPE = {type.dtype: name for name, (type, _) in WRITTEN.items() if type.dtype is not None}
@@ -67,7 +67,7 @@ class GGUFFormat:
         """
         if given := [*map(repr, args), *options]:
             raise TypeError(f"GGUF has the options type and tokenizer; drop {', '.join(given)}")
-        if is_quantized(model.config):
+        if packed_format(model) is not None:
             raise CheckpointError("GGUF is written from plain weights, the model's are packed; dequantize() it first")
         if not hasattr(model, "lm_head") or model.config.model_type not in names.FAMILIES:
             raise CheckpointError(
