@@ -63,7 +63,7 @@ def read_rows(
     """`prefill_parts` of (b, l) ids with so much padding, ``size`` columns at a time. Token 0 is read in the place of
     padding, whatever stands there: layers compute with it, and no state takes it."""
     b, length = ids.shape
-    ids = ids.masked_fill(torch.arange(length, device=ids.device) < pads[:, None], 0)
+    ids = ids.masked_fill(torch.arange(length, dtype=torch.int64, device=ids.device) < pads[:, None], 0)
     for start in range(0, length, size):
         stop = min(length, start + size)
         hidden = last_hidden(model, ids[:, start:stop], cache, (pads - start).clamp(0, stop - start))
