@@ -51,3 +51,14 @@ def test_events_of_chats(model, usage, metadata):
     deltas = [json.loads(one.removeprefix(b"data: "))["choices"][0] for one in ends[:-1]]
     assert [one["delta"] for one in deltas] == [{"content": "last"}, {}]
     assert [one["finish_reason"] for one in deltas] == [None, "stop"]
+
+
+def test_a_thought_and_what_is_said_in_one_piece():
+    """Nothing of what comes with a text is left out."""
+    answer = ChatAnswer("m", ReplyForm(thinks=True, begins_thinking=True), True)
+    answer.gain(Choice(0, "let me "))
+    events = answer.gain(Choice(0, "see\n</think>\n\nYes, it")).split(b"\n\n")[:-1]
+    deltas = [json.loads(one.removeprefix(b"data: "))["choices"][0]["delta"] for one in events]
+    assert [list(one) for one in deltas] == [["reasoning_content"], ["content"]]
+    assert "see" in deltas[0]["reasoning_content"]
+    assert deltas[1]["content"].startswith("Yes")

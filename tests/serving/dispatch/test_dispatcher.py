@@ -198,3 +198,31 @@ def test_a_text_that_went_wrong_fails_its_request_alone(dispatcher):
     assert asyncio.run(kept.take())[0][1].text == "text"
     assert not any(replica.jobs for replica in dispatcher.replicas)
     assert 'outcome="failed",replica="0"} 1.0' in dispatcher.metrics.text().decode()
+
+
+def test_a_batch_counts_the_work_of_all_its_texts():
+    """Tokens, the prompt's share with the first of them, and when that came; rates once for the whole batch."""
+    now = [98.0]
+    dispatcher = Dispatcher(["cpu"], slots=4, max_waiting=0, metrics=Metrics(), clock=lambda: now[0])
+    (replica,) = dispatcher.replicas
+    dispatcher.ready(replica)
+    inbox = Inbox()
+    long, short = jobs = [job(inbox, 10, prompt=160), job(inbox, 10, prompt=16)]
+    dispatcher.submit(jobs)
+    left, now[0] = replica.work, 100.0
+
+    def seen(name: str) -> float:
+        return next(s.value for m in dispatcher.metrics.registry.collect() for s in m.samples if s.name == name)
+
+    dispatcher.receive(replica, Batch(2, 0, [Piece(long.id, "x", 3), Piece(short.id, "x", 2), Piece(long.id, "", 0)]))
+    assert dispatcher._rates._work[-1] == (100.0, 3 + 160 / 16 + 2 + 16 / 16)
+    assert left - replica.work == 16
+    assert (long.tokens, short.tokens, long.first, short.first) == (3, 2, 100.0, 100.0)
+    assert (seen("mambakit_time_to_first_token_seconds_count"), seen("mambakit_generated_tokens_total")) == (2, 5)
+    assert seen("mambakit_time_to_first_token_seconds_sum") == 4.0
+    now[0] = 101.0
+    dispatcher.receive(replica, Batch(2, 0, [Piece(short.id, "x", 4), Piece(long.id, "x", 1)]))
+    assert dispatcher._rates._work[-1] == (101.0, 5)
+    assert left - replica.work == 21
+    assert (long.first, seen("mambakit_time_to_first_token_seconds_count")) == (100.0, 2)
+    assert [piece.tokens for _, piece in asyncio.run(inbox.take())] == [3, 2, 0, 4, 1]
