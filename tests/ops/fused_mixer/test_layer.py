@@ -19,7 +19,7 @@ from mambakit.compat.early_block import Block as EarlyBlock
 from mambakit.compat.inner import mamba_inner_fn, mamba_inner_fn_no_out_proj
 from mambakit.compat.mamba import Mamba
 from mambakit.compat.norm import RMSNorm as CompatNorm
-from mambakit.modules import LayerConfig, Packing, StateCache
+from mambakit.modules import Packing, StateCache
 from mambakit.modules.block import MambaBlock
 from mambakit.modules.left_padding import LeftPadding
 from mambakit.modules.mixers import fused_layer
@@ -29,6 +29,7 @@ from mambakit.ops._backends.prepared_triton import NotPreparedError
 from mambakit.ops.fused_mixer import LayerWeights, MixerWeights, fused_mixer, layer, mix_rows
 from tests.ops.closeness import relative_error
 from tests.ops.fused_mixer import plans_on_cpu
+from tests.ops.fused_mixer.blocks import block_of
 from tests.ops.interpreter import DEVICES, INTERPRETED, run_interpreted
 from tests.ops.selective_scan import cuda_on_cpu
 
@@ -84,16 +85,6 @@ def planned(monkeypatch, folder):
 
     yield start
     plans_on_cpu.forget()
-
-
-def block_of(fields: dict, device: str = "cpu", dtype: torch.dtype = F32) -> MambaBlock:
-    torch.manual_seed(0)
-    block = MambaBlock(LayerConfig(num_hidden_layers=1, **fields), 0).train()
-    with torch.no_grad():
-        for name, parameter in block.named_parameters():
-            if parameter.dim() == 1 and name != "mixer.dt_proj.bias":
-                parameter += 0.1 * torch.randn_like(parameter)
-    return block.to(device, dtype)
 
 
 def run(block, shape, half=False, residual=True, through=("y", "stream")) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from mambakit import MambaConfig
-from mambakit.modules import LayerConfig, StateCache
+from mambakit.modules import StateCache
 from mambakit.modules.block import MambaBlock
 from mambakit.modules.mixers import fused_layer
 from mambakit.modules.quantized_linear import QuantizedLinear
@@ -18,6 +18,7 @@ from mambakit.ops.fused_mixer import layer
 from mambakit.ops.linear import triton_plan
 from tests.ops.closeness import relative_error
 from tests.ops.fused_mixer import plans_on_cpu
+from tests.ops.fused_mixer.blocks import block_of
 from tests.ops.interpreter import DEVICES, INTERPRETED, run_interpreted
 from tests.ops.selective_scan import cuda_on_cpu
 
@@ -51,14 +52,10 @@ def planned(monkeypatch, folder):
     plans_on_cpu.forget()
 
 
-def block_of(format: str, device: str, dtype: torch.dtype, packed=PROJECTIONS, group: int = 64, **fields) -> MambaBlock:
-    torch.manual_seed(0)
-    block = MambaBlock(LayerConfig(num_hidden_layers=1, **fields), 0).eval()
-    with torch.no_grad():
-        for name, parameter in block.named_parameters():
-            if parameter.dim() == 1 and name != "mixer.dt_proj.bias":
-                parameter += 0.1 * torch.randn_like(parameter)
-    block = block.to(device, dtype)
+def packed_block(
+    format: str, device: str, dtype: torch.dtype, packed=PROJECTIONS, group: int = 64, **fields
+) -> MambaBlock:
+    block = block_of(fields, device, dtype).eval()
     for name in packed:
         setattr(block.mixer, name, QuantizedLinear.from_linear(getattr(block.mixer, name), format, group))
     return block
@@ -129,7 +126,7 @@ def test_beside_float64(device, how, shape, case, planned):
         without_float8(device)
     if INTERPRETED and shape == (2, 8) and dtype == BF16:  # whose products the interpreter takes for those of integers
         dtype = F16
-    block = block_of(format, device, dtype, group=group, **fields)
+    block = packed_block(format, device, dtype, group=group, **fields)
     want = exact(block, shape, fields, **how)
     plans = planned(device)
     found = read(block, shape, fields, **how)
@@ -147,7 +144,7 @@ def test_rows_in_float8(device, residual, alone, planned, monkeypatch):
     """in_proj and out_proj multiply in 8 bits, as the modules do."""
     without_float8(device)
     fields = {"hidden_size": 512, "time_step_rank": 5, "residual_in_fp32": residual == F32}
-    block = block_of("fp8", device, BF16, **fields)
+    block = packed_block("fp8", device, BF16, **fields)
     plans = planned(device)
     found = read(block, (2, 21), fields, alone=alone)
     assert len(plans) == 1
@@ -168,7 +165,7 @@ def test_slabs(device, planned, monkeypatch):
     """A weight that is widened 128 rows at a time, with a bias in every row and some layers plain."""
     monkeypatch.setattr(triton_plan, "SLABS_BY_ROWS", ((1 << 30, 1),))
     fields = {"hidden_size": 192, "use_bias": True, "time_step_rank": 12}
-    block = block_of("int8", device, F32, ("in_proj", "out_proj"), **fields)
+    block = packed_block("int8", device, F32, ("in_proj", "out_proj"), **fields)
     want = exact(block, (1, 40), fields)
     plans = planned(device)
     found = read(block, (1, 40), fields)
@@ -181,13 +178,13 @@ def test_slabs(device, planned, monkeypatch):
 def test_other_ways(device, planned):
     """Lossless weights, gradients, autocast of a mixer alone, a hook: the modules are called."""
     plans = planned(device)
-    block = block_of("int8", device, BF16, **FIELDS)
-    read(block_of("lossless16", device, BF16, **FIELDS), (3, 23), FIELDS)
+    block = packed_block("int8", device, BF16, **FIELDS)
+    read(packed_block("lossless16", device, BF16, **FIELDS), (3, 23), FIELDS)
     x = torch.randn(3, 23, 64, device=device, dtype=BF16, requires_grad=True)
     y, _ = block(x)
     y.sum().backward()
     assert x.grad.abs().sum() > 0
-    mixer = block_of("int8", device, F32, **FIELDS).mixer
+    mixer = packed_block("int8", device, F32, **FIELDS).mixer
     with torch.no_grad(), torch.autocast(device, BF16):
         mixer(torch.randn(3, 23, 64, device=device))
     assert plans == []
@@ -202,7 +199,7 @@ def test_other_ways(device, planned):
 def test_a_layer_that_is_quantised_again(device, planned):
     """Other numbers in the same buffers, then other layers in their places, are read."""
     plans = planned(device)
-    block = block_of("int8", device, F32, **FIELDS)
+    block = packed_block("int8", device, F32, **FIELDS)
     first = read(block, (1, 40), FIELDS)["y"]
     block.mixer.out_proj.scales.mul_(2)
     assert relative_error(read(block, (1, 40), FIELDS)["y"], 2 * first) < 1e-6
